@@ -1,0 +1,134 @@
+"""What each layer costs: time, and bytes of parameters, of working set and of output.
+
+Costs feed the partitioner. Times are estimates in seconds, from XLA's count of floating-point
+operations at a nominal rate, or measured; only their ratios matter.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpipe_jax.sequential import LayerShape
+
+PyTree = Any
+
+# Nominal (floating-point operations, bytes over the link to the next stage) in a second, to weigh
+# compute against transfer. Orders of magnitude: what a matrix unit and one interconnect link of a
+# current device sustain, and what a core and its memory do for a simulated CPU mesh.
+NOMINAL_RATES = {"cpu": (2e10, 5e9), "gpu": (1e14, 5e10), "tpu": (1e14, 5e10)}
+
+
+class LayerCost(NamedTuple):
+    """One layer, one micro-batch on one replica."""
+
+    compute_s: float  # forward (recomputed) and backward: a backward slot's time
+    parameter_bytes: int
+    working_bytes: int  # kept between the layer's forward and its backward
+    boundary_bytes: int  # its output
+
+
+def measure(
+    shapes: Sequence[LayerShape], kind: str | Sequence[float], platform: str
+) -> list[LayerCost]:
+    """The cost of every layer; equal layers are looked at once.
+
+    `kind` is "flops" (XLA's cost analysis), "time" (run here, median of five), or the costs
+    themselves, one number for each layer in any unit.
+    """
+    if not isinstance(kind, str):
+        if len(kind) != len(shapes):
+            raise ValueError(f"`cost` has {len(kind)} numbers for {len(shapes)} layers; give one each")
+        times = [float(c) for c in kind]
+    elif kind in ("flops", "time"):
+        rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
+        one = _measured_time if kind == "time" else lambda *a: _flops(*a) / rate
+        times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
+    else:
+        raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
+    working = _each_distinct(shapes, _working_bytes)
+    return [
+        LayerCost(t, tree_bytes(s.params), w, tree_bytes(s.output))
+        for t, w, s in zip(times, working, shapes, strict=True)
+    ]
+
+
+def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
+    """Time to send each layer's output to the next stage and to get its gradient back."""
+    rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[1]
+    return [2 * cost.boundary_bytes / rate for cost in costs]
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree (of arrays or shapes)."""
+    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
+    known: dict = {}
+    for shape in shapes:
+        if _name(shape) not in known:
+            known[_name(shape)] = function(shape)
+    return [known[_name(shape)] for shape in shapes]
+
+
+def _name(shape: LayerShape) -> tuple:
+    leaves, structure = jax.tree.flatten(shape.input)
+    return shape.layer, structure, tuple((a.shape, a.dtype) for a in leaves)
+
+
+def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
+    """The layer's forward and backward, and the shapes to call it with."""
+
+    def program(params: PyTree, x: PyTree, seed: jax.Array) -> PyTree:
+        y, pull = _vjp(shape, params, x, seed)
+        return pull(jax.tree.map(jnp.ones_like, y))
+
+    return program, (shape.params, shape.input, jax.ShapeDtypeStruct((), jnp.uint32))
+
+
+def _vjp(shape: LayerShape, params: PyTree, x: PyTree, seed: jax.Array) -> tuple[list, Callable]:
+    """Differentiate in the parameters and in the floating-point inputs."""
+    leaves, structure = jax.tree.flatten(x)
+    moving = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+    def run(params: PyTree, floats: list) -> list:
+        new = dict(zip(moving, floats, strict=True))
+        x = jax.tree.unflatten(structure, [new.get(i, a) for i, a in enumerate(leaves)])
+        y = shape.layer.apply(params, x, jax.random.key(seed), train=True)
+        return [a for a in jax.tree.leaves(y) if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+    return jax.vjp(run, params, [leaves[i] for i in moving])
+
+
+def _flops(program: Callable, specs: tuple) -> float:
+    analysis = jax.jit(program).lower(*specs).cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
+
+
+def _measured_time(program: Callable, specs: tuple) -> float:
+    device = jax.local_devices()[0]
+    arrays = jax.device_put(jax.tree.map(lambda a: np.ones(a.shape, a.dtype), specs), device)
+    compiled = jax.jit(program)
+    jax.block_until_ready(compiled(*arrays))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arrays))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _working_bytes(shape: LayerShape) -> int:
+    """Bytes of what the backward pass needs from the forward pass, parameters aside."""
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    traced = jax.make_jaxpr(lambda p, x, s: _vjp(shape, p, x, s)[1])(
+        shape.params, shape.input, seed
+    ).jaxpr
+    parameters = set(traced.invars[: len(jax.tree.leaves(shape.params))])
+    kept = {id(v): v for v in traced.outvars if hasattr(v, "count") and v not in parameters}
+    return tree_bytes([v.aval for v in kept.values()])

@@ -1,0 +1,96 @@
+"""A pipeline as a table: stages, costs, balance, bubble, stash, padding."""
+
+import html
+from typing import TYPE_CHECKING
+
+from gpipe_jax.cost import tree_bytes
+from gpipe_jax.schedule import simulate
+
+if TYPE_CHECKING:
+    from gpipe_jax.pipeline import Pipeline
+
+HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
+
+
+def as_text(pipe: "Pipeline") -> str:
+    """The table in plain text, with the facts of the whole pipeline below it."""
+    rows = [HEADER, *_rows(pipe)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in facts(pipe).items())])
+
+
+def as_html(pipe: "Pipeline") -> str:
+    """The same for a notebook."""
+    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"  # noqa: E731
+    head = "".join(cell("th", text) for text in HEADER)
+    body = "".join(
+        "<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in _rows(pipe)
+    )
+    rest = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in facts(pipe).items())
+    return f"<table><tr>{head}</tr>{body}</table><ul>{rest}</ul>"
+
+
+def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
+    total = sum(pipe.partition.costs) or 1.0
+    rows = []
+    for k, cut in enumerate(pipe.stages.cuts):
+        output = tree_bytes(pipe.shapes[cut[-1]].output)
+        rows.append(
+            (
+                str(k),
+                f"{cut[0]}-{cut[-1]}" if len(cut) > 1 else f"{cut[0]}",
+                str(pipe.layers[cut[0]]),
+                f"{pipe.partition.costs[k] / total:.1%}",
+                f"{sum(_elements(pipe, i) for i in cut):,}",
+                _bytes(output),
+            )
+        )
+    return rows
+
+
+def _elements(pipe: "Pipeline", i: int) -> int:
+    import jax
+
+    return sum(a.size for a in jax.tree.leaves(pipe.shapes[i].params))
+
+
+def facts(pipe: "Pipeline") -> dict[str, str]:
+    """The figures of the whole pipeline, by name."""
+    schedule, stages = pipe.schedule, pipe.stages
+    own = [stages.parameter_bytes(k) for k in range(stages.count)]
+    device = stages.device_bytes()
+    wire = sum(a.size * a.dtype.itemsize for a in stages.wire.shapes)
+    slots = max(schedule.peak_stash)
+    cut = pipe.partition
+    return {
+        "mesh": f"{stages.count} stages x {pipe.replicas} replicas",
+        "batch": f"{pipe.batch_size} examples in {pipe.micro_batches} micro-batches of "
+        f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
+        "balance": f"slowest stage {cut.imbalance:.3f} of the mean; "
+        f"lower bound {cut.bound / cut.bottleneck if cut.bottleneck else 1:.3f} of the slowest",
+        "schedule": f"{schedule.kind}, {schedule.ticks} ticks, bubble {schedule.bubble_fraction:.1%}"
+        f" of the slots, {_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
+        "stash": f"up to {slots} boundary inputs, {_bytes(slots * wire)} on each device",
+        "parameters": f"{_bytes(device)} on each device, {1 - sum(own) / (device * len(own) or 1):.1%}"
+        f" of it padding",
+        "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",
+    }
+
+
+def _lockstep_bubble(pipe: "Pipeline") -> float:
+    """Bubble with forwards at a quarter of a recomputing backward's time, the last stage's at 0."""
+    backward = list(pipe.partition.costs)
+    forward = [*(c / 3 for c in backward[:-1]), 0.0]
+    recomputing = [*(c * 4 / 3 for c in backward[:-1]), backward[-1]]
+    del recomputing
+    return simulate(pipe.schedule, forward, backward).bubble_fraction
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

@@ -1,0 +1,293 @@
+"""Schedules as data: who does what, when. Pure numpy, no JAX.
+
+A schedule is a table [T, K, 3] of (operation, micro-batch, chunk): what device k does at tick t.
+Each micro-batch m goes forward through stages 0..K-1 and then backward through K-1..0 (the patent
+US11232356's availability rules, checked by `validate`). The same table is drawn, simulated, and
+executed by `executor`.
+
+Letters: K stages, M micro-batches, T ticks, t tick, k stage (device), m micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+IDLE, FORWARD, BACKWARD = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A named table; `table[t, k]` is (operation, micro-batch, chunk) of device k at tick t."""
+
+    kind: str
+    table: np.ndarray  # int [T, K, 3]
+
+    def __post_init__(self) -> None:
+        validate(self.table)
+
+    @property
+    def ticks(self) -> int:
+        """T, the number of ticks."""
+        return self.table.shape[0]
+
+    @property
+    def stages(self) -> int:
+        """K, the number of devices in the pipeline."""
+        return self.table.shape[1]
+
+    @property
+    def micro_batches(self) -> int:
+        """M, the number of micro-batches."""
+        return int(self.table[self.table[..., 0] != IDLE][:, 1].max()) + 1
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Idle slots over all slots; (K-1)/(M+K-1) for both training schedules."""
+        return float((self.table[..., 0] == IDLE).mean())
+
+    @property
+    def peak_stash(self) -> list[int]:
+        """For each stage, the most micro-batches whose input it holds at once."""
+        forward, backward = _ticks_of(self.table)
+        held = np.zeros((self.ticks + 1, self.stages), int)
+        for (k, m), t in forward.items():
+            held[t, k] += 1
+            held[(backward or forward)[k, m] + 1, k] -= 1
+        return held.cumsum(axis=0).max(axis=0).tolist()
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def gpipe(stages: int, micro_batches: int) -> Schedule:
+    """All forwards, then all backwards (GPipe, section 2.2). Stashes M micro-batches."""
+    K, M = _checked(stages, micro_batches)
+    ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
+    ops += [(M + K - 1 + (K - 1 - k) + m, k, BACKWARD, m) for k in range(K) for m in range(M)]
+    return Schedule("gpipe", _table(K, ops))
+
+
+def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+    """One forward, one backward in turn (PipeDream-flush). Stage k stashes at most K - k.
+
+    Each device does the backward that is ready, else the next forward as long as fewer than K - k
+    micro-batches are under way on it.
+    """
+    K, M = _checked(stages, micro_batches)
+    forward, backward = [0] * K, [0] * K  # how many each stage has done
+    ops, t = [], 0
+    while min(backward) < M:
+        row = [_next_operation(k, K, M, forward, backward) for k in range(K)]
+        for k, op in enumerate(row):
+            if op != IDLE:
+                done = forward if op == FORWARD else backward
+                ops.append((t, k, op, done[k]))
+                done[k] += 1
+        t += 1
+    return Schedule("1f1b", _table(K, ops))
+
+
+def _next_operation(k: int, K: int, M: int, forward: list[int], backward: list[int]) -> int:
+    m = backward[k]
+    if m < forward[k] and (k == K - 1 or m < backward[k + 1]):
+        return BACKWARD
+    m = forward[k]
+    if m < M and m - backward[k] < K - k and (k == 0 or m < forward[k - 1]):
+        return FORWARD
+    return IDLE
+
+
+def eager_1f1b(stages: int, micro_batches: int) -> Schedule:
+    """1F1B in which all devices go forward in one tick and backward in the next.
+
+    In one SPMD program a tick lasts as long as its slowest operation. Plain 1F1B always has some
+    device in a (three times longer) backward, so its steady state takes two backward times for each
+    micro-batch; here it takes a forward and a backward, as in GPipe. The price is a stash of
+    2(K - k) - 1 instead of K - k. `simulate` shows both.
+    """
+    K, M = _checked(stages, micro_batches)
+    ops = [(2 * (m + k), k, FORWARD, m) for k in range(K) for m in range(M)]
+    ops += [(2 * (m + 2 * (K - 1) - k) + 1, k, BACKWARD, m) for k in range(K) for m in range(M)]
+    return Schedule("eager_1f1b", _table(K, ops))
+
+
+def forward_only(stages: int, micro_batches: int) -> Schedule:
+    """The forward half of GPipe, for evaluation."""
+    K, M = _checked(stages, micro_batches)
+    ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
+    return Schedule("forward", _table(K, ops))
+
+
+KINDS = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "eager_1f1b": eager_1f1b,
+    "forward": forward_only,
+}
+
+
+def make(kind: str, stages: int, micro_batches: int) -> Schedule:
+    """The schedule of that name."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
+    return KINDS[kind](stages, micro_batches)
+
+
+def _checked(stages: int, micro_batches: int) -> tuple[int, int]:
+    for name, value in (("stages", stages), ("micro_batches", micro_batches)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    return stages, micro_batches
+
+
+def _table(K: int, ops: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """The table of (tick, device, operation, micro-batch) entries, without its all-idle ticks."""
+    table = np.zeros((max(t for t, *_ in ops) + 1, K, 3), np.int32)
+    for t, k, op, m in ops:
+        table[t, k] = (op, m, 0)
+    return table[(table[..., 0] != IDLE).any(axis=1)]
+
+
+def _ticks_of(table: np.ndarray) -> tuple[dict, dict]:
+    """(stage, micro-batch) -> tick, of forwards and of backwards. Stage is chunk * K + device."""
+    K = table.shape[1]
+    ticks: tuple[dict, dict] = ({}, {})
+    for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
+        op, m, chunk = (int(v) for v in table[t, k])
+        key = (chunk * K + int(k), m)
+        if key in ticks[op - 1]:
+            name = ("forward", "backward")[op - 1]
+            raise ValueError(f"tick {t}: the {name} of micro-batch {m} at stage {key[0]} is done twice")
+        ticks[op - 1][key] = int(t)
+    return ticks
+
+
+def validate(table: np.ndarray) -> None:
+    """Raise ValueError unless every pair is done once, and only when its inputs are there.
+
+    A device has the input activations of a micro-batch one tick after the previous stage's forward,
+    and their gradients one tick after the next stage's backward.
+    """
+    if table.ndim != 3 or table.shape[2] != 3:
+        raise ValueError(f"a schedule table has shape [ticks, stages, 3], got {table.shape}")
+    forward, backward = _ticks_of(table)
+    stages = max(s for s, _ in forward) + 1
+    pairs = {(s, m) for s in range(stages) for m in range(max(m for _, m in forward) + 1)}
+    for name, done in (("forward", forward), ("backward", backward)):
+        if done and set(done) != pairs:
+            s, m = min(pairs ^ set(done))
+            raise ValueError(f"the {name} of micro-batch {m} at stage {s} is missing or not wanted")
+    for (s, m), t in forward.items():
+        if s > 0 and forward[s - 1, m] >= t:
+            raise ValueError(f"tick {t}: stage {s} goes forward on micro-batch {m} before it arrives")
+    for (s, m), t in backward.items():
+        after = backward[s + 1, m] if s < stages - 1 else forward[s, m]
+        if after >= t or forward[s, m] >= t:
+            raise ValueError(f"tick {t}: stage {s} goes backward on micro-batch {m} too early")
+
+
+class Rows(NamedTuple):
+    """A schedule with its buffers allocated, as the executor runs it. Arrays are int32 [T, K].
+
+    Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
+    """
+
+    operation: np.ndarray
+    micro_batch: np.ndarray
+    receive_x: np.ndarray  # slot for the activation that arrived with this tick, or -1
+    receive_g: np.ndarray  # slot for the gradient that arrived with this tick, or -1
+    x_slot: np.ndarray  # slot of the activation that this tick's operation reads
+    g_slot: np.ndarray  # slot of the gradient that this tick's operation reads
+    x_slots: int  # how many slots a device needs
+    g_slots: int
+
+
+def lower(schedule: Schedule) -> Rows:
+    """Give every arriving activation and gradient the lowest slot that is free on its device."""
+    table, K, M = schedule.table, schedule.stages, schedule.micro_batches
+    forward, backward = _ticks_of(table)
+    last_use = backward or forward
+    spans_x = {(k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)}
+    spans_g = {}
+    if backward:
+        spans_g = {
+            (k, m): (backward[k + 1, m] + 1, backward[k, m]) for k in range(K - 1) for m in range(M)
+        }
+    receive_x, x_slot, x_slots = _allocate(spans_x, table)
+    receive_g, g_slot, g_slots = _allocate(spans_g, table)
+    return Rows(
+        table[..., 0], table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots
+    )
+
+
+def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Slots for values that live on device k from tick a to tick b: {(k, m): (a, b)}."""
+    receive = np.full(table.shape[:2], -1, np.int32)
+    read = np.zeros(table.shape[:2], np.int32)
+    slots: dict[tuple[int, int], int] = {}
+    busy: dict[int, list[int]] = {}  # device -> for each of its slots, the tick of its last use
+    for (k, m), (a, b) in sorted(spans.items(), key=lambda item: item[1]):
+        ends = busy.setdefault(k, [])
+        slot = next((i for i, end in enumerate(ends) if end < a), len(ends))
+        ends[slot : slot + 1] = [b]
+        slots[k, m], receive[a, k] = slot, slot
+    for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
+        read[t, k] = slots.get((k, table[t, k, 1]), 0)
+    return receive, read, max((len(ends) for ends in busy.values()), default=0)
+
+
+class Simulation(NamedTuple):
+    """What a schedule costs, in the unit of the given times."""
+
+    time: float  # until the last operation ends
+    bubble_fraction: float  # 1 - useful time over K x time
+    peak_stash: list[int]
+
+
+def simulate(
+    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], *, lockstep: bool = True
+) -> Simulation:
+    """Run the table with `forward[k]` and `backward[k]` as the time of stage k's operations.
+
+    With `lockstep` a tick lasts as long as its slowest operation, as in one SPMD program whose
+    devices exchange boundaries at every tick; without, an operation starts as soon as its device is
+    free and its input has arrived.
+    """
+    cost = np.zeros(schedule.table.shape[:2])
+    for op, times in ((FORWARD, forward), (BACKWARD, backward)):
+        if len(times) != schedule.stages:
+            raise ValueError(f"{len(times)} stage times for a schedule of {schedule.stages} stages")
+        cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float), 0.0)
+    time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
+    bubble = 1 - cost.sum() / (schedule.stages * time) if time else 0.0
+    return Simulation(time, float(bubble), schedule.peak_stash)
+
+
+def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
+    forward, backward = _ticks_of(schedule.table)
+    K, end, free = schedule.stages, {}, [0.0] * schedule.stages
+    order = sorted(
+        [(t, FORWARD, k, m) for (k, m), t in forward.items()]
+        + [(t, BACKWARD, k, m) for (k, m), t in backward.items()]
+    )
+    for t, op, k, m in order:
+        source = (FORWARD, k - 1, m) if op == FORWARD else (BACKWARD, k + 1, m)
+        if op == BACKWARD and k == K - 1:
+            source = (FORWARD, k, m)
+        free[k] = max(free[k], end.get(source, 0.0)) + cost[t, k]
+        end[op, k, m] = free[k]
+    return max(free)
+
+
+def render(schedule: Schedule) -> str:
+    """The table as text: a row for each stage, a column for each tick, F3 or B3 or a dot."""
+    width = len(str(schedule.micro_batches - 1)) + 2
+    lines = ["tick    " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
+    for k in range(schedule.stages):
+        cells = [
+            "." if op == IDLE else f"{' FB'[op]}{m}" for op, m, _ in schedule.table[:, k].tolist()
+        ]
+        lines.append(f"stage {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)

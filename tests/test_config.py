@@ -1,0 +1,220 @@
+"""The models alone: defaults, ranges, and the rules between sections."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pydantic
+import pytest
+
+from gpipe_jax.config import (
+    AdamConfig,
+    Config,
+    ConvNetConfig,
+    DigitsConfig,
+    MeshConfig,
+    MlpConfig,
+    PipelineConfig,
+    SgdConfig,
+    TextConfig,
+    TransformerConfig,
+    batch_problem,
+    cross_checks,
+    nearest_multiples,
+    section_models,
+)
+
+DIGITS = {"model": {"kind": "mlp"}, "data": {"kind": "digits"}}
+TEXT = {"model": {"kind": "transformer_lm"}, "data": {"kind": "text"}}
+
+
+def make(base: dict[str, Any] = DIGITS, **sections: Any) -> Config:
+    return Config.model_validate({**base, **sections})
+
+
+def test_model_and_data_are_enough():
+    config = make()
+    assert config.model == MlpConfig()
+    assert config.optimizer == AdamConfig()
+    assert cross_checks(config) == []
+
+
+@pytest.mark.parametrize("missing", ["model", "data"])
+def test_model_and_data_are_required(missing: str):
+    with pytest.raises(pydantic.ValidationError, match=rf"{missing}\n  Field required"):
+        Config.model_validate({name: value for name, value in DIGITS.items() if name != missing})
+
+
+def test_models_are_frozen():
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        make().mesh.stages = 3  # type: ignore[misc]
+
+
+def test_every_section_has_defaults_and_every_field_a_description():
+    for section in Config.model_fields:
+        for kind, model in section_models(section).items():
+            assert model() == model.model_validate({"kind": kind} if kind else {}) or kind == "adam"
+            for name, field in model.model_fields.items():
+                assert name == "kind" or field.description, f"{section}.{name}"
+
+
+def test_adam_is_adamw():
+    assert section_models("optimizer")["adam"] is section_models("optimizer")["adamw"]
+    assert make(optimizer={"kind": "adam"}).optimizer == AdamConfig(kind="adam")
+
+
+def test_jax_is_not_imported():
+    code = "import sys, gpipe_jax.config, gpipe_jax.loader; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (ConvNetConfig, {"widths": [0], "depths": [1]}),
+        (ConvNetConfig, {"widths": [], "depths": []}),
+        (MlpConfig, {"features": [3]}),
+        (TransformerConfig, {"dropout": 1.0}),
+        (TransformerConfig, {"dtype": "float16"}),
+        (DigitsConfig, {"test_fraction": 0.0}),
+        (DigitsConfig, {"test_fraction": 1.0}),
+        (TextConfig, {"source": ""}),
+        (MeshConfig, {"stages": 0}),
+        (MeshConfig, {"stages": True}),
+        (MeshConfig, {"stages": 2**31}),
+        (PipelineConfig, {"partition": [0]}),
+        (PipelineConfig, {"cost": [-1.0]}),
+        (PipelineConfig, {"memory_limit_gib": 0}),
+        (SgdConfig, {"learning_rate": 0}),
+        (SgdConfig, {"learning_rate": float("nan")}),
+        (SgdConfig, {"learning_rate": True}),
+        (SgdConfig, {"momentum": 1.0}),
+        (SgdConfig, {"decay_rate": 1.1}),
+        (SgdConfig, {"warmup_steps": -1}),
+        (SgdConfig, {"clip_norm": 0}),
+    ],
+)
+def test_values_out_of_range_are_refused(model: type[pydantic.BaseModel], values: dict[str, Any]):
+    with pytest.raises(pydantic.ValidationError) as caught:
+        model.model_validate(values)
+    assert {str(error["loc"][0]) for error in caught.value.errors()} == {next(iter(values))}
+
+
+def test_depths_go_with_widths():
+    match = r"needs one entry for each of model.widths: 3 depths \[2, 3, 2\], 2 widths \[8, 16\]"
+    with pytest.raises(pydantic.ValidationError, match=match):
+        ConvNetConfig(widths=(8, 16))
+
+
+def test_heads_divide_width():
+    match = "width 130 is not a multiple of heads 4; nearest legal widths: 128, 132"
+    with pytest.raises(pydantic.ValidationError, match=match):
+        TransformerConfig(width=130)
+
+
+@pytest.mark.parametrize("partition", [(3, 2), (2, 2), (1, 4, 4)])
+def test_boundaries_increase(partition: tuple[int, ...]):
+    with pytest.raises(pydantic.ValidationError, match="strictly increasing, got [24] after [324]"):
+        PipelineConfig(partition=partition)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "expected"),
+    [(60, 16, (48, 64)), (5, 16, (16,)), (16, 16, (16, 32)), (17, 16, (16, 32)), (15, 1, (15, 16))],
+)
+def test_nearest_multiples(n: int, m: int, expected: tuple[int, ...]):
+    assert nearest_multiples(n, m) == expected
+
+
+def test_batch_problem():
+    assert batch_problem(64, data=2, micro_batches=8) is None
+    assert batch_problem(60, data=2, micro_batches=8) == (
+        "batch_size 60 is not a multiple of data x micro_batches = 2 x 8 = 16; "
+        "nearest legal values: 48, 64"
+    )
+
+
+CROSS_CHECKS = [
+    (
+        DIGITS,
+        {"data": {"kind": "digits", "batch_size": 60}, "pipeline": {"micro_batches": 16}},
+        "data.batch_size",
+        r"60 is not a multiple of data x micro_batches = 1 x 16 = 16; nearest.*: 48, 64",
+    ),
+    (
+        DIGITS,
+        {"mesh": {"stages": 3}, "pipeline": {"partition": [1]}},
+        "pipeline.partition",
+        r"mesh.stages 3 needs 2 boundaries, got 1: \[1\]; give 2, or 'auto'",
+    ),
+    (
+        DIGITS,
+        {"mesh": {"stages": 2, "data": 2, "simulate": 3}},
+        "mesh.simulate",
+        "simulate 3 is less than stages x data = 2 x 2 = 4; raise it to 4",
+    ),
+    (DIGITS, {"data": {"kind": "text"}}, "model.kind", "model 'mlp' cannot read data 'text'"),
+    (TEXT, {"data": {"kind": "digits"}}, "model.kind", "'transformer_lm' cannot .* 'digits'; data"),
+    (
+        DIGITS,
+        {"model": {"kind": "mlp", "features": [32, 10]}},
+        "model.features",
+        r"first of features 32 does not fit data 'digits' \(8 x 8 .*\); make it 64",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "mlp", "features": [64, 11]}},
+        "model.features",
+        r"last of features 11 does not fit data 'digits' \(ten classes\); make it 10",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "convnet", "in_channels": 3}},
+        "model.in_channels",
+        "in_channels 3 .*; make it 1",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "convnet", "classes": 3}},
+        "model.classes",
+        "classes 3 .*; make it 10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("base", "sections", "name", "match"), CROSS_CHECKS)
+def test_cross_checks(base: dict[str, Any], sections: dict[str, Any], name: str, match: str):
+    with pytest.raises(pydantic.ValidationError, match=match) as caught:
+        make(base, **sections)
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [name]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"mesh": {"stages": 3, "data": 2, "simulate": 6}, "pipeline": {"partition": [1, 2]}},
+        {"pipeline": {"partition": []}},
+        {"model": {"kind": "convnet"}},
+    ],
+)
+def test_what_agrees_is_accepted(sections: dict[str, Any]):
+    assert cross_checks(make(DIGITS, **sections)) == []
+    assert cross_checks(make(TEXT)) == []
+
+
+def test_all_cross_checks_are_reported_at_once():
+    with pytest.raises(pydantic.ValidationError) as caught:
+        make(
+            model={"kind": "convnet", "classes": 3, "in_channels": 3},
+            data={"kind": "digits", "batch_size": 7},
+            mesh={"stages": 2, "data": 2, "simulate": 1},
+            pipeline={"partition": [1, 2]},
+        )
+    names = [".".join(map(str, error["loc"])) for error in caught.value.errors()]
+    assert names == [
+        "data.batch_size",
+        "pipeline.partition",
+        "mesh.simulate",
+        "model.in_channels",
+        "model.classes",
+    ]
