@@ -159,7 +159,9 @@ class PipelineConfig(Section):
     """How a batch goes through the stages."""
 
     micro_batches: Count = Field(default=1, description="parts that a replica cuts its batch into")
-    schedule: Literal["gpipe", "1f1b"] = Field(default="1f1b", description="order of the work")
+    schedule: Literal["gpipe", "1f1b", "eager_1f1b"] = Field(
+        default="1f1b", description="order of the work"
+    )
     partition: Literal["auto"] | tuple[Count, ...] = Field(
         default="auto",
         description="auto (balanced cost), or the index of the first layer of stages 1 to K-1",

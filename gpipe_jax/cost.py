@@ -42,7 +42,9 @@ def measure(
     """
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
-            raise ValueError(f"`cost` has {len(kind)} numbers for {len(shapes)} layers; give one each")
+            raise ValueError(
+                f"`cost` has {len(kind)} numbers for {len(shapes)} layers; give one each"
+            )
         times = [float(c) for c in kind]
     elif kind in ("flops", "time"):
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]

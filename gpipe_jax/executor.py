@@ -281,7 +281,9 @@ class _Device:
         used = self.stages.used(k)
 
         def run(chosen: dict, floats: list) -> tuple[Any, Any]:
-            params = {name: _replace_at(self.params[name], used[name], chosen[name]) for name in used}
+            params = {
+                name: _replace_at(self.params[name], used[name], chosen[name]) for name in used
+            }
             x = jax.tree.unflatten(structure, _replace_at(leaves, moving, floats))
             y = self._apply(k, params, x, entry)
             if k == self.stages.last:
@@ -313,9 +315,7 @@ class _Device:
 
     def _apply(self, k: int, params: PyTree, x: PyTree, entry: Entry) -> PyTree:
         micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
-        return self.stages.forward(
-            k, params, x, self.ids, self.key, micro_batch, train=self.trains
-        )
+        return self.stages.forward(k, params, x, self.ids, self.key, micro_batch, train=self.trains)
 
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
         targets = (self.batch["labels"], self.batch["weights"])

@@ -22,7 +22,9 @@ from gpipe_jax.config import Config, section_models
 
 _DEPTH = 20  # a configuration is three levels deep; much deeper would exhaust Python's stack
 _TAG = "tag:yaml.org,2002:"
-_SCALARS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp")}
+# Nothing here is a date, and outside keys `=` and `<<` mean nothing special: all these are text.
+_TEXT = {_TAG + name for name in ("str", "timestamp", "value", "merge")}
+_SCALARS = _TEXT | {_TAG + name for name in ("null", "bool", "int", "float")}
 _TAGS = {
     yaml.ScalarNode: _SCALARS,
     yaml.SequenceNode: {_TAG + "seq"},
@@ -241,7 +243,7 @@ def _build(draft: _Draft, node: yaml.Node, path: _Path, place: _Place | None) ->
     elif isinstance(node, yaml.SequenceNode):
         items = enumerate(node.value)
         return [_build(draft, item, (*path, index), place) for index, item in items]
-    elif node.tag in (_TAG + "str", _TAG + "timestamp"):  # nothing here is a date: keep its text
+    elif node.tag in _TEXT:
         return node.value
     else:
         try:
@@ -277,7 +279,9 @@ def _build_mapping(
 
 
 def _noun(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+    if isinstance(node, yaml.ScalarNode):
+        return "a single value"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def _override(draft: _Draft, override: str, place: _Place) -> None:

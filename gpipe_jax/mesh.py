@@ -63,6 +63,8 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[jax.Device] | Non
             f"with gpipe_jax.simulate_devices({need}) before anything else "
             f"(in a config file: mesh.simulate={need})"
         )
-    grid = mesh_utils.create_device_mesh((stages, data), found[:need], allow_split_physical_axes=True)
+    grid = mesh_utils.create_device_mesh(
+        (stages, data), found[:need], allow_split_physical_axes=True
+    )
     # make_mesh's Explicit axes would make shard_map assert instead of resharding its inputs.
     return Mesh(np.asarray(grid), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)

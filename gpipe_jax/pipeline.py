@@ -77,9 +77,7 @@ class Pipeline:
         platform = mesh.devices.flat[0].platform
         self.costs = costs.measure(self.shapes, cost, platform)
         self.partition = self._cut(partition, cost, platform, memory_limit)
-        self.stages = Stages(
-            self.shapes, self.partition.stages, remat_layers=remat == "layer"
-        )
+        self.stages = Stages(self.shapes, self.partition.stages, remat_layers=remat == "layer")
 
     # --- cutting -----------------------------------------------------------------------------------
 
@@ -227,9 +225,7 @@ class Pipeline:
 
     def gradients(self, state: State, parts: dict, step: Any, *, idle_fill: float = 0.0) -> tuple:
         """Traced: ((loss, metrics), gradients) of the micro-batches that `split` made."""
-        run = executor.build(
-            self.stages, self.schedule, self.mesh, self.loss, idle_fill=idle_fill
-        )
+        run = executor.build(self.stages, self.schedule, self.mesh, self.loss, idle_fill=idle_fill)
         return run(state.params, parts, step_key(state.seed, step))
 
     def losses(self, state: State, parts: dict) -> tuple:
@@ -281,11 +277,15 @@ class Pipeline:
     def lower(self) -> jax.stages.Lowered:
         """`gradients` lowered for the mesh's devices, from shapes: to compile, count and measure."""
         shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        state = jax.tree.map(shape, jax.eval_shape(self._init, jnp.uint32(0)), self._state_shardings())
+        state = jax.tree.map(
+            shape, jax.eval_shape(self._init, jnp.uint32(0)), self._state_shardings()
+        )
         split = NamedSharding(self.mesh, P(None, DATA))
         M = self.micro_batches
         parts = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((M, a.shape[0] // M, *a.shape[1:]), a.dtype, sharding=split),
+            lambda a: jax.ShapeDtypeStruct(
+                (M, a.shape[0] // M, *a.shape[1:]), a.dtype, sharding=split
+            ),
             self.example,
         )
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(self.mesh, P()))

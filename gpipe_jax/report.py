@@ -16,7 +16,9 @@ def as_text(pipe: "Pipeline") -> str:
     """The table in plain text, with the facts of the whole pipeline below it."""
     rows = [HEADER, *_rows(pipe)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join([*lines, *(f"{name}: {value}" for name, value in facts(pipe).items())])
 
@@ -80,11 +82,9 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
 
 
 def _lockstep_bubble(pipe: "Pipeline") -> float:
-    """Bubble with forwards at a quarter of a recomputing backward's time, the last stage's at 0."""
-    backward = list(pipe.partition.costs)
-    forward = [*(c / 3 for c in backward[:-1]), 0.0]
-    recomputing = [*(c * 4 / 3 for c in backward[:-1]), backward[-1]]
-    del recomputing
+    """Bubble with a forward at a third of a (recomputing) backward's time, the last one at none."""
+    backward = pipe.partition.costs
+    forward = [*(cost / 3 for cost in backward[:-1]), 0.0]
     return simulate(pipe.schedule, forward, backward).bubble_fraction
 
 

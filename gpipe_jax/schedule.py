@@ -159,7 +159,9 @@ def _ticks_of(table: np.ndarray) -> tuple[dict, dict]:
         key = (chunk * K + int(k), m)
         if key in ticks[op - 1]:
             name = ("forward", "backward")[op - 1]
-            raise ValueError(f"tick {t}: the {name} of micro-batch {m} at stage {key[0]} is done twice")
+            raise ValueError(
+                f"tick {t}: the {name} of micro-batch {m} at stage {key[0]} is done twice"
+            )
         ticks[op - 1][key] = int(t)
     return ticks
 
@@ -181,7 +183,9 @@ def validate(table: np.ndarray) -> None:
             raise ValueError(f"the {name} of micro-batch {m} at stage {s} is missing or not wanted")
     for (s, m), t in forward.items():
         if s > 0 and forward[s - 1, m] >= t:
-            raise ValueError(f"tick {t}: stage {s} goes forward on micro-batch {m} before it arrives")
+            raise ValueError(
+                f"tick {t}: stage {s} goes forward on micro-batch {m} before it arrives"
+            )
     for (s, m), t in backward.items():
         after = backward[s + 1, m] if s < stages - 1 else forward[s, m]
         if after >= t or forward[s, m] >= t:
@@ -209,7 +213,9 @@ def lower(schedule: Schedule) -> Rows:
     table, K, M = schedule.table, schedule.stages, schedule.micro_batches
     forward, backward = _ticks_of(table)
     last_use = backward or forward
-    spans_x = {(k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)}
+    spans_x = {
+        (k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)
+    }
     spans_g = {}
     if backward:
         spans_g = {
@@ -247,7 +253,11 @@ class Simulation(NamedTuple):
 
 
 def simulate(
-    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], *, lockstep: bool = True
+    schedule: Schedule,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    *,
+    lockstep: bool = True,
 ) -> Simulation:
     """Run the table with `forward[k]` and `backward[k]` as the time of stage k's operations.
 

@@ -114,7 +114,7 @@ def test_heads_divide_width():
 
 @pytest.mark.parametrize("partition", [(3, 2), (2, 2), (1, 4, 4)])
 def test_boundaries_increase(partition: tuple[int, ...]):
-    with pytest.raises(pydantic.ValidationError, match="strictly increasing, got [24] after [324]"):
+    with pytest.raises(pydantic.ValidationError, match=r"increasing, got [24] after [324]"):
         PipelineConfig(partition=partition)
 
 

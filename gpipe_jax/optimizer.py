@@ -1,0 +1,126 @@
+"""Optimizers that act on the rectangular form of the parameters, as if on the layers themselves.
+
+Elementwise optax transformations and global norms give the same result on slots and padded packs as
+on the layers' own arrays; anything else would depend on how the network was cut, and is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+
+PyTree = Any
+
+
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a config, for a run of `steps` steps.
+
+    Clip the gradients' global norm, precondition, add `weight_decay` times the parameters (norms
+    and biases left out), scale by the learning rate.
+    """
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(_preconditioner(config))
+    if config.weight_decay:
+        parts.append(weight_decay(config.weight_decay))
+    parts.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
+    return optax.chain(*parts)
+
+
+def _preconditioner(config: OptimizerConfig) -> optax.GradientTransformation:
+    if isinstance(config, SgdConfig):
+        return optax.trace(config.momentum, config.nesterov)
+    if isinstance(config, AdamConfig):
+        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if isinstance(config, RmsPropConfig):
+        return optax.chain(
+            optax.scale_by_rms(config.decay, config.eps), optax.trace(config.momentum)
+        )
+    raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step: linear warm-up from zero, then the config's schedule."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps {warmup} leaves nothing of train.steps {steps}; "
+            f"use at most {steps - 1}"
+        )
+    after: optax.Schedule = optax.constant_schedule(peak)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, steps - warmup)
+    elif config.schedule == "exponential":
+        after = optax.exponential_decay(peak, config.decay_steps, config.decay_rate)
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decaying(params: PyTree) -> PyTree:
+    """1.0 for each parameter that weight decay acts on, 0.0 for norms and biases (vectors)."""
+    return jax.tree.map(lambda a: float(len(a.shape) > 1), params)
+
+
+def weight_decay(rate: float) -> optax.GradientTransformationExtraArgs:
+    """Decoupled weight decay: add `rate` times the parameters where `decaying` is 1.
+
+    The trainer passes `decaying`, of the parameters' form, to every transformation.
+    """
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, decaying: PyTree, **_: Any
+    ) -> tuple[PyTree, Any]:
+        decayed = jax.tree.map(lambda u, p, d: u + rate * d * p, updates, params, decaying)
+        return decayed, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def check_elementwise(tx: optax.GradientTransformation) -> None:
+    """Raise ValueError if `tx` would act on packed parameters otherwise than on the layers' own.
+
+    Tries two steps on a small matrix and vector, and on the same numbers packed into one array.
+    """
+    rng = np.random.default_rng(0)
+    sizes = {"a": (4, 3), "b": (5,)}
+    trees = [{n: rng.normal(size=s).astype(np.float32) for n, s in sizes.items()} for _ in range(3)]
+    apart = [jax.tree.map(jnp.asarray, tree) for tree in trees]
+    packed = [{"packed": jnp.concatenate([tree["a"].ravel(), tree["b"]])} for tree in apart]
+    try:
+        same = np.allclose(
+            _after_two_steps(tx, *packed), _after_two_steps(tx, *apart), rtol=1e-5, atol=1e-7
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{_REFUSED} ({type(error).__name__}: {error})") from error
+    if not same:
+        raise ValueError(_REFUSED)
+
+
+_REFUSED = (
+    "this optax transformation depends on how parameters are grouped into arrays (as Adafactor, "
+    "LAMB or a mask do), so its result would depend on the number of stages; use elementwise "
+    "transformations and global norms (SGD, Adam, RMSProp, clip_by_global_norm)"
+)
+
+
+def _after_two_steps(tx: Any, params: PyTree, *gradients: PyTree) -> np.ndarray:
+    tx = optax.with_extra_args_support(tx)
+    state = tx.init(params)
+    decaying = jax.tree.map(jnp.ones_like, params)
+    for grads in gradients:
+        updates, state = tx.update(grads, state, params, decaying=decaying)
+        params = optax.apply_updates(params, updates)
+    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(params)])
+
+
+def map_parameters(function: Callable, tree: PyTree, params: PyTree) -> PyTree:
+    """Apply `function` to every part of an optimizer's state that has the structure of `params`."""
+    structure = jax.tree.structure(params)
+    alike = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    return jax.tree.map(lambda node: function(node) if alike(node) else node, tree, is_leaf=alike)

@@ -1,0 +1,68 @@
+"""Pictures: a schedule, and the curves of a run. Needs matplotlib, imported when first used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
+
+COLOURS = {FORWARD: "#7fb3e6", BACKWARD: "#f2b36b"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def schedule(plan: Schedule, path: Path) -> None:
+    """Draw a schedule: a row for each stage, a box for each forward and backward."""
+    plt = _pyplot()
+    width = min(max(6.0, 0.32 * plan.ticks), 40.0)
+    figure, axes = plt.subplots(figsize=(width, 0.42 * plan.stages + 1.3), layout="constrained")
+    for t in range(plan.ticks):
+        for k in range(plan.stages):
+            op, m, _ = plan.table[t, k].tolist()
+            if op in COLOURS:
+                box = plt.Rectangle((t, k - 0.45), 1, 0.9, facecolor=COLOURS[op], edgecolor="white")
+                axes.add_patch(box)
+                if plan.ticks <= 120:
+                    axes.text(t + 0.5, k, str(m), ha="center", va="center", fontsize=8)
+    axes.set(xlim=(0, plan.ticks), ylim=(plan.stages - 0.4, -0.6), xlabel="tick", ylabel="stage")
+    axes.set_yticks(range(plan.stages))
+    axes.set_title(
+        f"{plan.kind}: {plan.stages} stages, {plan.micro_batches} micro-batches, "
+        f"bubble {plan.bubble_fraction:.1%}",
+        fontsize=10,
+    )
+    boxes = [plt.Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
+    figure.legend(boxes, ["forward", "backward"], loc="outside lower right", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def curves(records: Sequence[dict], path: Path) -> None:
+    """Draw loss and accuracy over the steps, in training and on held-out data."""
+    plt = _pyplot()
+    names = [n for n in ("loss", "accuracy") if any(n in r or f"test_{n}" in r for r in records)]
+    figure, grid = plt.subplots(
+        1, len(names), figsize=(5.5 * len(names), 3.6), squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(grid[0], names, strict=True):
+        for key, style in ((name, "-"), (f"test_{name}", "o-")):
+            points = [(r["step"], r[key]) for r in records if key in r]
+            if points:
+                label = "held out" if key.startswith("test_") else "training"
+                axes.plot(*zip(*points, strict=True), style, label=label, lw=1.2, ms=3)
+        axes.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

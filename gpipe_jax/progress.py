@@ -1,0 +1,56 @@
+"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Show = Callable[[dict], None]
+
+
+@contextlib.contextmanager
+def show(steps: int, every: int, console: Console | None = None) -> Iterator[Show]:
+    """A function that shows records of a run of `steps` steps; plain lines come `every` steps."""
+    console = console or Console()
+    if not console.is_terminal:
+        yield lambda record: _line(record, steps, every)
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=steps)
+
+        def update(record: dict) -> None:
+            if "loss" in record:
+                bar.update(task, completed=record["step"], description=_values(record))
+            else:
+                bar.console.print(f"step {record['step']}: {_values(record)}", highlight=False)
+
+        yield update
+
+
+def _line(record: dict, steps: int, every: int) -> None:
+    step = record["step"]
+    if "loss" not in record or step % every == 0 or step in (1, steps):
+        print(f"step {step}/{steps}: {_values(record)}", flush=True)
+
+
+def _values(record: dict) -> str:
+    named = {k: v for k, v in record.items() if k != "step"}
+    return "  ".join(f"{name} {_number(value)}" for name, value in named.items())
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Names and values, one a line."""
+    width = max(len(name) for name in figures)
+    return "\n".join(f"{name:<{width}}  {_number(value)}" for name, value in figures.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,202 @@
+"""A whole run from a config: the only place that sees all of it.
+
+A run writes into its working folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for
+each logged step and each evaluation), `checkpoints/`, `curves.png`. The same folder continues it.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gpipe_jax import checkpoint, data, losses, optimizer, plots, zoo
+from gpipe_jax.config import Config, DigitsConfig
+from gpipe_jax.loader import ConfigError, compare, dump, load
+from gpipe_jax.mesh import make_mesh, simulate_devices
+from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.trainer import Trainer, TrainState
+
+
+class Parts(NamedTuple):
+    """What a config describes."""
+
+    config: Config
+    workdir: Path
+    dataset: data.Dataset
+    trainer: Trainer
+
+
+class Summary(NamedTuple):
+    """What a run came to."""
+
+    figures: dict  # what `--json` prints
+    picture: Path | None  # the curves
+
+
+def assemble(config: Config, workdir: Path) -> Parts:
+    """Data, network, mesh, pipeline and optimizer of a config. Trains nothing."""
+    if config.mesh.simulate:
+        simulate_devices(config.mesh.simulate)
+    dataset = _dataset(config)
+    model = config.model.model_dump(exclude={"kind"})
+    layers = zoo.MODELS[config.model.kind](**model)
+    limit = config.pipeline.memory_limit_gib
+    pipe = Pipeline(
+        layers,
+        loss=losses.softmax_cross_entropy,
+        mesh=make_mesh(stages=config.mesh.stages, data=config.mesh.data),
+        example=next(dataset.train(0)),
+        micro_batches=config.pipeline.micro_batches,
+        schedule=config.pipeline.schedule,
+        partition=config.pipeline.partition,
+        cost=config.pipeline.cost,
+        memory_limit=None if limit is None else limit * 2**30,
+        remat=config.pipeline.remat,
+    )
+    tx = optimizer.build(config.optimizer, config.train.steps)
+    return Parts(config, workdir, dataset, Trainer(pipe, tx))
+
+
+def _dataset(config: Config) -> data.Dataset:
+    d, seed = config.data, config.train.seed
+    if isinstance(d, DigitsConfig):
+        return data.digits(d.batch_size, seed, test_fraction=d.test_fraction)
+    length = config.model.length  # type: ignore[union-attr]  # only a transformer reads text
+    return data.text(d.source, d.batch_size, length, seed, test_fraction=d.test_fraction)
+
+
+def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
+    """Train to the end, from the newest checkpoint if there is one.
+
+    `show` gets every record: of each step, and of each evaluation.
+    """
+    started, trainer, config = time.perf_counter(), parts.trainer, parts.config
+    claim(parts)
+    current = _newest(parts) or trainer.init(config.train.seed)
+    log = _Log(parts.workdir / "metrics.jsonl", config.train.log_every, current.step, show)
+    batches = parts.dataset.train(current.step)
+    while current.step < config.train.steps:
+        stop = min(_next_multiple(current.step, config.train.eval_every), config.train.steps)
+        current = trainer.fit(current, batches, stop, log.step)
+        log.evaluation({"step": current.step, **_evaluate(parts, current)})
+        checkpoint.save(_checkpoints(parts), current.step, trainer.to_layers(current))
+    records = log.records
+    final = _last_evaluation(records) or _evaluate(parts, current)
+    return _summary(parts, final, records, current.step, time.perf_counter() - started)
+
+
+def evaluate(parts: Parts) -> Summary:
+    """Evaluate the newest checkpoint of a run on its held-out data."""
+    started = time.perf_counter()
+    current = _newest(parts)
+    if current is None:
+        problem = "there is no checkpoint to evaluate; train it first (gpipe train)"
+        raise ConfigError([problem], str(parts.workdir))
+    figures = _evaluate(parts, current)
+    return _summary(parts, figures, [], current.step, time.perf_counter() - started)
+
+
+def claim(parts: Parts) -> None:
+    """Make the working folder this run's own; ConfigError if another config's run is in it."""
+    path = parts.workdir / "config.yaml"
+    if path.exists():
+        there = load(path)
+        different = compare(there, parts.config)
+        if different:
+            rule = "this folder holds a run of another config; use another (train.workdir=...)"
+            raise ConfigError([rule, *different], str(parts.workdir))
+    parts.workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump(parts.config))
+
+
+def _checkpoints(parts: Parts) -> Path:
+    return parts.workdir / "checkpoints"
+
+
+def _newest(parts: Parts) -> TrainState | None:
+    step = checkpoint.latest_step(_checkpoints(parts))
+    if step is None:
+        return None
+    saved = checkpoint.restore(_checkpoints(parts), step, parts.trainer.layer_shapes())
+    return parts.trainer.from_layers(saved, step)
+
+
+def _evaluate(parts: Parts, current: TrainState) -> dict[str, float]:
+    figures = parts.trainer.evaluate(current.state, parts.dataset.test())
+    if not isinstance(parts.config.data, DigitsConfig):
+        figures["bits_per_byte"] = figures["test_loss"] / float(np.log(2))
+    return figures
+
+
+def _next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _last_evaluation(records: list[dict]) -> dict | None:
+    found = [r for r in records if "test_loss" in r]
+    return {k: v for k, v in found[-1].items() if k != "step"} if found else None
+
+
+def _summary(parts: Parts, final: dict, records: list[dict], steps: int, wall_s: float) -> Summary:
+    pipe, times = parts.trainer.pipe, [r["step_time_s"] for r in records if "step_time_s" in r]
+    picture = None
+    if records:
+        try:
+            picture = parts.workdir / "curves.png"
+            plots.curves(records, picture)
+        except ImportError:
+            picture = None
+    figures = {
+        **final,
+        "steps": steps,
+        "step_time_s": statistics.median(times) if times else None,
+        "wall_s": wall_s,
+        "workdir": str(parts.workdir),
+        "stages": pipe.stages.count,
+        "bubble_fraction": pipe.schedule.bubble_fraction,
+        "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
+    }
+    return Summary(figures, picture)
+
+
+class _Log:
+    """The metrics file: every `log_every`-th step and every evaluation, one JSON object a line."""
+
+    def __init__(self, path: Path, log_every: int, step: int, show: Callable[[dict], None]) -> None:
+        self.path, self.log_every, self.show = path, log_every, show
+        # What was written after the checkpoint that the run continues from will be written again.
+        self.records = [r for r in _read(path) if r["step"] <= step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+
+    def step(self, record: dict) -> None:
+        self.show(record)
+        if record["step"] % self.log_every == 0 or record["step"] == 1:
+            self._write(record)
+
+    def evaluation(self, record: dict) -> None:
+        self.show(record)
+        self._write(record)
+
+    def _write(self, record: dict) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> Iterator[dict]:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return  # a run that was cut off may have left half a line: the last
+
+
+def default_workdir(source: Any) -> Path:
+    """runs/<name of the config file>."""
+    return Path("runs") / Path(str(source)).stem

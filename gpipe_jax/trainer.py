@@ -1,0 +1,178 @@
+"""The training loop: pipeline step, optimizer update, evaluation. Knows nothing of config files."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpipe_jax.mesh import STAGE
+from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters
+from gpipe_jax.pipeline import Pipeline, State
+
+PyTree = Any
+Record = Callable[[dict], None]
+
+# Steps that may be under way at once: enough to hide Python, few enough that jax 0.10's CPU
+# collectives cannot deadlock and that a loss that is not finite is seen soon.
+IN_FLIGHT = 8
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    state: State
+    optimizer: PyTree
+    step: int
+
+
+class DivergedError(RuntimeError):
+    """The loss became infinite or NaN."""
+
+
+class Trainer:
+    """A pipeline with an optimizer.
+
+    `tx` is an optax transformation that acts elementwise (checked; see `optimizer`).
+    """
+
+    def __init__(self, pipe: Pipeline, tx: optax.GradientTransformation) -> None:
+        check_elementwise(tx)
+        self.pipe, self.tx = pipe, optax.with_extra_args_support(tx)
+        # Parameters and optimizer state are updated in place.
+        self._step = jax.jit(self._update, donate_argnums=(0, 1))
+
+    def init(self, seed: int = 0) -> TrainState:
+        """Fresh parameters and optimizer state."""
+        return self.start(self.pipe.init(seed))
+
+    def start(self, state: State, step: int = 0) -> TrainState:
+        """Training from these parameters, with a fresh optimizer."""
+        init = jax.jit(self.tx.init, out_shardings=self._shardings(state.params))
+        return TrainState(state, init(state.params), step)
+
+    def _shardings(self, params: PyTree) -> PyTree:
+        """Of the optimizer's state: what is like the parameters lies where they do."""
+        stage = NamedSharding(self.pipe.mesh, P(STAGE))
+        everywhere = NamedSharding(self.pipe.mesh, P())
+        shapes = jax.eval_shape(self.tx.init, params)
+        placed = map_parameters(lambda node: jax.tree.map(lambda _: stage, node), shapes, params)
+        leaf = lambda s: s if isinstance(s, NamedSharding) else everywhere  # noqa: E731
+        return jax.tree.map(leaf, placed, is_leaf=lambda s: isinstance(s, NamedSharding))
+
+    def _update(self, state: State, optimizer: PyTree, parts: dict, step: jax.Array) -> tuple:
+        (loss, metrics), grads = self.pipe.gradients(state, parts, step)
+        updates, optimizer = self.tx.update(
+            grads, optimizer, state.params, decaying=self._decaying()
+        )
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(params=params), optimizer, {"loss": loss, **metrics}
+
+    def _decaying(self) -> PyTree:
+        return self.pipe.spread([decaying(shape.params) for shape in self.pipe.shapes])
+
+    def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        """One update; `current` must not be used again. Metrics are arrays not yet waited for."""
+        parts = self.pipe.split(batch)
+        state, optimizer, metrics = self._step(
+            current.state, current.optimizer, parts, jnp.uint32(current.step)
+        )
+        return TrainState(state, optimizer, current.step + 1), metrics
+
+    def fit(
+        self, current: TrainState, batches: Iterator[dict], steps: int, record: Record
+    ) -> TrainState:
+        """Train until `steps` steps are done in all; `record` gets each step's metrics in order.
+
+        A record has "step" (from 1), "loss", the loss function's metrics and "step_time_s", the
+        time since the step before was done. Raises DivergedError when a loss is not finite.
+        """
+        under_way: deque[tuple[int, dict]] = deque()
+        good, clock = math.nan, time.perf_counter()
+
+        def finish() -> None:
+            nonlocal good, clock
+            step, metrics = under_way.popleft()
+            values = {name: float(value) for name, value in metrics.items()}
+            _check_finite(step, values["loss"], good)
+            good, now = values["loss"], time.perf_counter()
+            record({"step": step, **values, "step_time_s": now - clock})
+            clock = now
+
+        while current.step < steps:
+            current, metrics = self.step(current, next(batches))
+            under_way.append((current.step, metrics))
+            if len(under_way) >= IN_FLIGHT:
+                finish()
+        while under_way:
+            finish()
+        return current
+
+    def evaluate(self, state: State, batches: Iterator[dict]) -> dict[str, float]:
+        """Means of the loss and the metrics over all examples of `batches`, as "test_loss" etc."""
+        sums: dict[str, float] = {}
+        examples = 0
+        for batch in batches:
+            count = jax.tree.leaves(batch["inputs"])[0].shape[0]
+            loss, metrics = self.pipe.evaluate(state, batch)
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + count * float(value)
+            examples += count
+        if not examples:
+            raise ValueError("there is nothing to evaluate: the held-out data has no examples")
+        return {f"test_{name}": value / examples for name, value in sums.items()}
+
+    # --- layer by layer, for checkpoints ------------------------------------------------------------
+
+    def to_layers(self, current: TrainState) -> dict:
+        """Parameters and optimizer state as layers: a tree of numpy arrays, the same for any K."""
+        params = current.state.params
+        optimizer = map_parameters(self.pipe.to_layers, current.optimizer, params)
+        return {
+            "params": self.pipe.to_layers(params),
+            "optimizer": jax.tree.map(np.asarray, optimizer),
+            "seed": np.asarray(current.state.seed),
+        }
+
+    def from_layers(self, saved: dict, step: int) -> TrainState:
+        """The inverse of `to_layers`."""
+        state = self.pipe.from_layers(saved["params"], int(saved["seed"]))
+        fresh = self.start(state, step)
+        layered = jax.tree.structure(saved["params"])
+        is_layers = lambda node: jax.tree.structure(node) == layered  # noqa: E731
+        nodes = jax.tree.leaves(saved["optimizer"], is_leaf=is_layers)
+        values = [self.pipe.from_layers(n).params if is_layers(n) else n for n in nodes]
+        flat = jax.tree.leaves(values)
+        like, structure = jax.tree.flatten(fresh.optimizer)
+        placed = [jax.device_put(a, b.sharding) for a, b in zip(flat, like, strict=True)]
+        return fresh._replace(optimizer=jax.tree.unflatten(structure, placed))
+
+    def layer_shapes(self) -> dict:
+        """What `to_layers` returns, as shapes."""
+        params = [shape.params for shape in self.pipe.shapes]
+        local = self.pipe.stages.local_shapes()
+        optimizer = jax.eval_shape(self.tx.init, local)
+        return {
+            "params": params,
+            "optimizer": map_parameters(lambda _: params, optimizer, local),
+            "seed": jax.ShapeDtypeStruct((), jnp.uint32),
+        }
+
+
+def _check_finite(step: int, loss: float, good: float) -> None:
+    if math.isfinite(loss):
+        return
+    before = (
+        "there was no step before it" if math.isnan(good) else f"the step before had {good:.6g}"
+    )
+    raise DivergedError(
+        f"the loss became {loss} at step {step} ({before}); try a lower optimizer.learning_rate, "
+        f"more optimizer.warmup_steps, or optimizer.clip_norm=1"
+    )

@@ -1,0 +1,80 @@
+"""Networks as lists of layers, ready to be cut into stages."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from gpipe_jax.layers.conv import ConvHead, ConvStem, ResidualBlock
+from gpipe_jax.layers.dense import Dense
+from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.transformer import Block, Embedding, LanguageHead
+
+
+def convnet(
+    widths: Sequence[int] = (16, 32, 64),
+    depths: Sequence[int] = (2, 3, 2),
+    *,
+    in_channels: int = 1,
+    classes: int = 10,
+) -> list[Layer]:
+    """A residual network with group norm: images [B, H, W, in_channels] to scores [B, classes].
+
+    A stem, then `depths[i]` residual blocks of `widths[i]` features, each group after the first at
+    half the resolution of the one before, then a head. Needs no batch statistics.
+    """
+    if len(widths) != len(depths):
+        raise ValueError(f"{len(widths)} `widths` but {len(depths)} `depths`; give one for one")
+    layers = [layer(ConvStem, in_features=in_channels, features=widths[0])]
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for j in range(depth):
+            first = j == 0 and i > 0
+            before = widths[i - 1] if first else width
+            stride = 2 if first else 1
+            layers.append(layer(ResidualBlock, in_features=before, features=width, stride=stride))
+    return [*layers, layer(ConvHead, in_features=widths[-1], classes=classes)]
+
+
+def transformer_lm(
+    *,
+    vocabulary: int = 256,
+    length: int = 128,
+    width: int = 128,
+    heads: int = 4,
+    feed_forward: int = 512,
+    layers: int = 4,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+) -> list[Layer]:
+    """A decoder-only language model: tokens int [B, length] to scores [B, length, vocabulary].
+
+    An embedding, pre-norm blocks, and a head with its own weights. `dtype` is what the layers
+    compute in; parameters are float32.
+    """
+    if width % heads:
+        raise ValueError(f"`width` {width} is not a multiple of `heads` {heads}")
+    return [
+        layer(Embedding, vocabulary=vocabulary, length=length, width=width, dtype=dtype),
+        *[
+            layer(
+                Block,
+                width=width,
+                heads=heads,
+                feed_forward=feed_forward,
+                dropout=dropout,
+                dtype=dtype,
+            )  # fmt: skip
+        ]
+        * layers,
+        layer(LanguageHead, width=width, vocabulary=vocabulary, dtype=dtype),
+    ]
+
+
+def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
+    """Dense layers between these widths, from input to output; inputs are flattened."""
+    pairs = list(pairwise(features))
+    return [
+        layer(Dense, in_features=a, out_features=b, last=i == len(pairs) - 1)
+        for i, (a, b) in enumerate(pairs)
+    ]
+
+
+MODELS = {"convnet": convnet, "transformer_lm": transformer_lm, "mlp": mlp}
