@@ -2,8 +2,8 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    config -> zoo (list of layers) -> cost -> partition -> stages -+
-                                        schedule (who, what, when) -+-> executor -> pipeline -> trainer
+    config -> zoo (list of layers) -> cost -> partition -> stages --+
+                                       schedule (who, what, when) --+-> executor -> pipeline -> run
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
 need no accelerator (`gpipe schedule`, `gpipe config`) never load one.

@@ -46,9 +46,8 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
         if tuple(saved[n].shape) != tuple(wanted[n].shape)
     ]
     if problems:
-        raise ValueError(
-            f"the checkpoint {folder / str(step)} does not fit this run: {'; '.join(sorted(problems))}"
-        )
+        rows = "; ".join(sorted(problems))
+        raise ValueError(f"the checkpoint {folder / str(step)} does not fit this run: {rows}")
     return jax.tree.unflatten(jax.tree.structure(like), [np.asarray(saved[n]) for n in wanted])
 
 

@@ -18,13 +18,25 @@ BAD_INPUT = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.command(options)
     except (ConfigError, ImportError, FileNotFoundError) as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may stand before, between and after them, which argparse refuses."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if "=" not in text]
+    if unknown or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _fail(error: object, code: int) -> int:
@@ -43,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         ("config", _config, "show a config as resolved"),
     ):
         one = _command(commands, name, command, text)
-        one.add_argument("config", metavar="CONFIG", help="a YAML file")
+        needed = None if name != "config" else "?"
+        one.add_argument("config", metavar="CONFIG", nargs=needed, help="a YAML file")
         one.add_argument(
             "overrides", metavar="a.b=c", nargs="*", help="values that replace the file's"
         )
@@ -98,8 +111,7 @@ def _run(options: argparse.Namespace, action: str) -> int:
     except DivergedError as error:
         return _fail(error, 1)
     print(progress.table(summary.figures))
-    if summary.picture:
-        print(f"curves: {summary.picture}")
+    print(summary.note)
     if options.json:
         print(json.dumps(summary.figures))
     return 0

@@ -125,6 +125,9 @@ class DigitsConfig(Section):
     test_fraction: Fraction = Field(
         default=0.2, gt=0, description="part of the data kept for evaluation, in (0, 1)"
     )
+    shift: CountOrZero = Field(
+        default=1, le=7, description="training images are moved by up to this many pixels each way"
+    )
 
 
 class TextConfig(Section):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,7 +89,7 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 
     def program(params: PyTree, x: PyTree, seed: jax.Array) -> PyTree:
         y, pull = _vjp(shape, params, x, seed)
-        return pull(jax.tree.map(jnp.ones_like, y))
+        return y, pull(jax.tree.map(jnp.ones_like, y))
 
     return program, (shape.params, shape.input, jax.ShapeDtypeStruct((), jnp.uint32))
 
@@ -132,5 +133,5 @@ def _working_bytes(shape: LayerShape) -> int:
         shape.params, shape.input, seed
     ).jaxpr
     parameters = set(traced.invars[: len(jax.tree.leaves(shape.params))])
-    kept = {id(v): v for v in traced.outvars if hasattr(v, "count") and v not in parameters}
-    return tree_bytes([v.aval for v in kept.values()])
+    variables = {v for v in traced.outvars if not isinstance(v, jax.extend.core.Literal)}
+    return tree_bytes([v.aval for v in variables - parameters])

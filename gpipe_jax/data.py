@@ -6,6 +6,7 @@ epochs follow each other without a gap: a batch may hold the end of one and the 
 all batches have the same size, and no example is left out. Letters: B batch_size, T length.
 """
 
+import functools
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ class Dataset:
     test_examples: int
 
 
-def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2) -> Dataset:
+def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
     """Return scikit-learn's 1797 handwritten digits.
 
     inputs: float32 [B, 8, 8, 1] from -1 to 1, of mean -0.4; labels: int32 [B], 0 to 9. `seed` also
-    draws the split, which keeps the classes in proportion.
+    draws the split, which keeps the classes in proportion. Every training image is moved by up to
+    `shift` pixels each way.
     """
     try:
         from sklearn.datasets import load_digits
@@ -52,7 +54,24 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2) -> Dataset
     def gather(part: np.ndarray) -> Callable[[np.ndarray], Batch]:
         return lambda index_B: {"inputs": inputs[part[index_B]], "labels": labels[part[index_B]]}
 
-    return _dataset("digits", batch_size, seed, *((gather(part), len(part)) for part in parts))
+    return _dataset(
+        "digits",
+        batch_size,
+        seed,
+        *((gather(part), len(part)) for part in parts),
+        augment=functools.partial(_moved, shift) if shift else None,
+    )
+
+
+def _moved(shift: int, batch: Batch, rng: np.random.Generator) -> Batch:
+    """Return the batch with each image moved at random, its edge filled with the background."""
+    images = batch["inputs"]
+    size = images.shape[1]
+    pad = ((0, 0), (shift, shift), (shift, shift), (0, 0))
+    padded = np.pad(images, pad, constant_values=images.min())
+    corners = rng.integers(0, 2 * shift + 1, (len(images), 2))
+    moved = [a[r : r + size, c : c + size] for a, (r, c) in zip(padded, corners, strict=True)]
+    return {**batch, "inputs": np.stack(moved)}
 
 
 def text(
@@ -105,8 +124,12 @@ def _dataset(
     seed: int,
     train_part: tuple[Callable[[np.ndarray], Batch], int],
     test_part: tuple[Callable[[np.ndarray], Batch], int],
+    augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
 ) -> Dataset:
-    """Return the data set of two parts, each a function of example indices [B] and its size."""
+    """Return the data set of two parts, each a function of example indices [B] and its size.
+
+    `augment` changes training batches only.
+    """
     (gather_train, train_examples), (gather_test, test_examples) = train_part, test_part
     if batch_size > train_examples:
         raise ValueError(
@@ -117,7 +140,7 @@ def _dataset(
     def train(start_step: int) -> Iterator[Batch]:
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}: steps count from 0")
-        return _train_batches(train_examples, batch_size, seed, start_step, gather_train)
+        return _train_batches(train_examples, batch_size, seed, start_step, gather_train, augment)
 
     def test() -> Iterator[Batch]:
         for start in range(0, test_examples, batch_size):
@@ -132,6 +155,7 @@ def _train_batches(
     seed: int,
     start_step: int,
     gather: Callable[[np.ndarray], Batch],
+    augment: Callable[[Batch, np.random.Generator], Batch] | None,
 ) -> Iterator[Batch]:
     import grain  # takes 1.5 s
 
@@ -143,8 +167,10 @@ def _train_batches(
         .repeat()
         .batch(batch_size, drop_remainder=True)
         .map(gather)
-        .slice(slice(start_step, None))
     )
+    if augment is not None:
+        steps = steps.random_map(augment)  # its generator is a function of (seed, step)
+    steps = steps.slice(slice(start_step, None))
     # One thread works ahead while the devices are busy; grain's default is 16, and 500 batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(steps.to_iter_dataset(options))

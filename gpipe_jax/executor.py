@@ -10,6 +10,7 @@ Letters: K stages, M micro-batches, B examples of a micro-batch on one replica, 
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ def build(
     result_spec = P(None, DATA) if loss is None else P()
     out_specs = (result_spec, P(STAGE)) if trains else result_spec
     mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    ids = stages.layer_ids()
+    ids: Any = stages.layer_ids()
     return lambda params, batch, key: mapped(params, ids, batch, key)
 
 
@@ -93,28 +94,25 @@ def build_parameters(stages: Stages, mesh: Mesh, make: Callable) -> PyTree:
     Every device makes its own stage's layers and no others; see `Stages.build`.
     """
     kinds = sorted(set(stages.kind))
-    branch = np.searchsorted(kinds, stages.kind).astype(np.int32)
+    branch = jnp.searchsorted(jnp.asarray(kinds), jnp.asarray(stages.kind))
 
     def body(branch: jax.Array, ids: jax.Array) -> PyTree:
-        branches = [lambda ids, k=k: _vary(stages.build(k, ids, make)) for k in kinds]
-        local = lax.switch(branch[0], branches, _vary(ids[0]))
-        # Every replica has made the same values; the sum over one of them says so to the types.
-        first = lax.axis_index(DATA) == 0
-        return jax.tree.map(lambda a: lax.psum(jnp.where(first, a, 0), DATA)[None], local)
+        branches = [lambda ids, k=k: _vary(stages.build(k, ids, make), (STAGE,)) for k in kinds]
+        return jax.tree.map(lambda a: a[None], lax.switch(branch[0], branches, ids[0]))
 
     specs = (P(STAGE), P(STAGE))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(STAGE))
-    return mapped(branch, stages.layer_ids())
+    return mapped(branch, jnp.asarray(stages.layer_ids()))
 
 
-def _vary(tree: PyTree) -> PyTree:
-    """Mark every array as different on each device, so that nothing is summed until we say so."""
+def _vary(tree: PyTree, axes: tuple[str, ...] = (STAGE, DATA)) -> PyTree:
+    """Mark every array as different along `axes`, so that nothing is summed until we say so."""
 
     def one(x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         kind = jax.typeof(x)
         have = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-        missing = tuple(axis for axis in (STAGE, DATA) if axis not in have)
+        missing = tuple(axis for axis in axes if axis not in have)
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
@@ -146,10 +144,10 @@ class _Device:
             branch = np.searchsorted(known, names)
             table = np.stack([*(column[begin:end] for column in columns), branch], axis=-1)
             tick = functools.partial(self._tick, known)
-            carry, _ = lax.scan(tick, carry, table.astype(np.int32))
+            carry, _ = lax.scan(tick, carry, jnp.asarray(table, jnp.int32))
         return self._finish(carry)
 
-    # --- buffers -----------------------------------------------------------------------------------
+    # --- buffers ---------------------------------------------------------------------------------
 
     def _start(self) -> Carry:
         wire, back = self.stages.wire.shapes, self._gradient_shapes()
@@ -195,7 +193,7 @@ class _Device:
             return result
         return result, jax.tree.map(lambda a: a[None], lax.psum(carry.grads, DATA))
 
-    # --- the table ---------------------------------------------------------------------------------
+    # --- the table -------------------------------------------------------------------------------
 
     def _segments(self) -> list[tuple[int, int]]:
         """Ticks [begin, end): before the first backward, after the last forward, and between.
@@ -208,7 +206,7 @@ class _Device:
         first_b = int(backward[0]) if len(backward) else len(operation)
         last_f = max(int(forward[-1]) + 1, first_b)
         cuts = [0, first_b, last_f, len(operation)]
-        return [(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
+        return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
     def _names(self) -> np.ndarray:
         """[T, K]: the branch that does each slot of the table, as "operation stage"."""
@@ -241,7 +239,7 @@ class _Device:
             carry = carry._replace(arrived_g=_permute(work.send_g, up))
         return carry, None
 
-    # --- one operation on one micro-batch ----------------------------------------------------------
+    # --- one operation on one micro-batch --------------------------------------------------------
 
     def _work(self, name: str, carry: Carry, entry: Entry) -> Work:
         """The branch `name`, on the buffers of `carry`."""
@@ -320,6 +318,7 @@ class _Device:
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
         targets = (self.batch["labels"], self.batch["weights"])
         labels, weights = jax.tree.map(lambda a: _get(a, entry.micro_batch), targets)
+        assert self.loss is not None  # nothing asks for a loss in a program of outputs
         return weighted_sums(self.loss, outputs, labels, weights)
 
 

@@ -24,6 +24,11 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Arr
 
 def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     """Squared error of every output; labels have the outputs' shape."""
+    if outputs.shape != labels.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)} but outputs {list(outputs.shape)}; "
+            f"make them alike, they are not broadcast"
+        )
     return jnp.square(outputs - labels)
 
 

@@ -3,8 +3,10 @@
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.extend.backend
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
@@ -38,13 +40,12 @@ def simulate_devices(n: int) -> None:
 
 
 def _backend_is_running() -> bool:
-    import jax.extend.backend  # noqa: F401  (makes jax.extend.backend reachable)
     from jax._src import xla_bridge  # the public API has no question that does not start a backend
 
     return xla_bridge.backends_are_initialized()
 
 
-def make_mesh(*, stages: int, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `stage` (outermost) and `data`; stage k lives on `mesh.devices[k]`.
 
     `stage` is outermost so that on several slices only boundary activations cross the data-centre
@@ -59,8 +60,8 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[jax.Device] | Non
     if need > len(found):
         raise ValueError(
             f"a mesh of {stages} stages x {data} data replicas needs {need} devices, but there are "
-            f"{len(found)} ({found[0].platform}); lower `stages` or `data`, or simulate them on CPU "
-            f"with gpipe_jax.simulate_devices({need}) before anything else "
+            f"{len(found)} ({found[0].platform}); lower `stages` or `data`, or simulate them "
+            f"on CPU with gpipe_jax.simulate_devices({need}) before anything else "
             f"(in a config file: mesh.simulate={need})"
         )
     grid = mesh_utils.create_device_mesh(

@@ -79,7 +79,7 @@ class Pipeline:
         self.partition = self._cut(partition, cost, platform, memory_limit)
         self.stages = Stages(self.shapes, self.partition.stages, remat_layers=remat == "layer")
 
-    # --- cutting -----------------------------------------------------------------------------------
+    # --- cutting ---------------------------------------------------------------------------------
 
     def _micro_batch_shape(self, a: Any) -> jax.ShapeDtypeStruct:
         size = a.shape[0] // (self.replicas * self.micro_batches)
@@ -129,7 +129,7 @@ class Pipeline:
         """N, the examples of a full batch."""
         return self.example["weights"].shape[0]
 
-    # --- parameters --------------------------------------------------------------------------------
+    # --- parameters ------------------------------------------------------------------------------
 
     def init(self, seed: int = 0) -> State:
         """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
@@ -143,9 +143,10 @@ class Pipeline:
         return State(executor.build_parameters(self.stages, self.mesh, make), seed)
 
     def _state_shardings(self) -> State:
-        stage = NamedSharding(self.mesh, P(STAGE))
+        stage: Any = NamedSharding(self.mesh, P(STAGE))
         shape = jax.tree.map(lambda _: stage, self.stages.local_shapes())
-        return State(shape, NamedSharding(self.mesh, P()))
+        everywhere: Any = NamedSharding(self.mesh, P())
+        return State(shape, everywhere)
 
     def to_layers(self, tree: PyTree) -> list[PyTree]:
         """Parameters or gradients as L trees of numpy arrays in layer order, for any K the same.
@@ -169,9 +170,8 @@ class Pipeline:
 
         def place(*parts: np.ndarray) -> jax.Array:
             shape = (len(parts), *parts[0].shape)
-            return jax.make_array_from_callback(
-                shape, sharding, lambda index: np.stack(parts[index[0]])
-            )
+            rows = lambda index: np.stack(parts[index[0]])  # noqa: E731
+            return jax.make_array_from_callback(shape, sharding, rows)  # type: ignore[arg-type]
 
         params = jax.tree.map(place, *local)
         return State(params, jax.device_put(np.uint32(seed), NamedSharding(self.mesh, P())))
@@ -180,9 +180,12 @@ class Pipeline:
         if len(trees) != len(self.layers):
             raise ValueError(f"{len(trees)} parameter trees for {len(self.layers)} layers")
         for i, (tree, shape) in enumerate(zip(trees, self.shapes, strict=True)):
-            want, have = describe(shape.params), describe(jax.tree.map(np.asarray, tree))
-            if [w.split("[")[1:] for w in want.split()] != [h.split("[")[1:] for h in have.split()]:
-                raise ValueError(f"layer {i}, {shape.layer}, has parameters {want}, got {have}")
+            have, want = jax.tree.map(np.shape, (tree, shape.params))
+            if have != want:
+                have = describe(jax.tree.map(np.asarray, tree))
+                raise ValueError(
+                    f"layer {i}, {shape.layer}, has parameters {describe(shape.params)}, got {have}"
+                )
 
     def spread(self, trees: Sequence[PyTree]) -> PyTree:
         """Traced: one number for each parameter, spread over the rectangular form.
@@ -198,7 +201,7 @@ class Pipeline:
 
         return executor.build_parameters(self.stages, self.mesh, make)
 
-    # --- one step ----------------------------------------------------------------------------------
+    # --- one step --------------------------------------------------------------------------------
 
     def split(self, batch: dict) -> dict:
         """A batch as micro-batches on the devices: arrays [M, D*B, ...], weights summing to one.
@@ -275,7 +278,7 @@ class Pipeline:
         return jax.tree.map(lambda *a: jnp.concatenate(a), *chunks)
 
     def lower(self) -> jax.stages.Lowered:
-        """`gradients` lowered for the mesh's devices, from shapes: to compile, count and measure."""
+        """`gradients` lowered for the mesh's devices, from shapes, to compile and to measure."""
         shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
         state = jax.tree.map(
             shape, jax.eval_shape(self._init, jnp.uint32(0)), self._state_shardings()
@@ -291,7 +294,7 @@ class Pipeline:
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(self.mesh, P()))
         return self._jitted["gradients"].lower(state, parts, step)
 
-    # --- report ------------------------------------------------------------------------------------
+    # --- report ----------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         return report.as_text(self)
@@ -335,6 +338,13 @@ def _shapes_of(example: dict, parts: int) -> dict:
 
 def _check_batch(batch: dict, example: dict) -> None:
     """Raise unless `batch` looks like `example`, with the same or a smaller number of examples."""
+    counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
+    if len(counts) > 1:
+        found = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
+        raise ValueError(
+            f"the arrays of a batch differ in the number of examples: {found} examples; the first "
+            f"axis of each must be the examples"
+        )
     for name, tree in batch.items():
         if jax.tree.structure(tree) != jax.tree.structure(example[name]):
             raise ValueError(

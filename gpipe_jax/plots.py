@@ -9,29 +9,28 @@ from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 COLOURS = {FORWARD: "#7fb3e6", BACKWARD: "#f2b36b"}
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches. Not of pyplot's, so a notebook keeps its own settings."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
         ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def schedule(plan: Schedule, path: Path) -> None:
     """Draw a schedule: a row for each stage, a box for each forward and backward."""
-    plt = _pyplot()
-    width = min(max(6.0, 0.32 * plan.ticks), 40.0)
-    figure, axes = plt.subplots(figsize=(width, 0.42 * plan.stages + 1.3), layout="constrained")
+    figure = _figure(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
+    from matplotlib.patches import Rectangle
+
+    axes = figure.subplots()
     for t in range(plan.ticks):
         for k in range(plan.stages):
             op, m, _ = plan.table[t, k].tolist()
             if op in COLOURS:
-                box = plt.Rectangle((t, k - 0.45), 1, 0.9, facecolor=COLOURS[op], edgecolor="white")
+                box = Rectangle((t, k - 0.45), 1, 0.9, facecolor=COLOURS[op], edgecolor="white")
                 axes.add_patch(box)
                 if plan.ticks <= 120:
                     axes.text(t + 0.5, k, str(m), ha="center", va="center", fontsize=8)
@@ -42,19 +41,17 @@ def schedule(plan: Schedule, path: Path) -> None:
         f"bubble {plan.bubble_fraction:.1%}",
         fontsize=10,
     )
-    boxes = [plt.Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
+    boxes = [Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
     figure.legend(boxes, ["forward", "backward"], loc="outside lower right", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    # Without a format matplotlib would add a suffix to a name that has none.
+    figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
 
 
 def curves(records: Sequence[dict], path: Path) -> None:
     """Draw loss and accuracy over the steps, in training and on held-out data."""
-    plt = _pyplot()
     names = [n for n in ("loss", "accuracy") if any(n in r or f"test_{n}" in r for r in records)]
-    figure, grid = plt.subplots(
-        1, len(names), figsize=(5.5 * len(names), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = _figure(5.5 * len(names), 3.6)
+    grid = figure.subplots(1, len(names), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for key, style in ((name, "-"), (f"test_{name}", "o-")):
             points = [(r["step"], r[key]) for r in records if key in r]
@@ -65,4 +62,3 @@ def curves(records: Sequence[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -72,11 +72,12 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
         "balance": f"slowest stage {cut.imbalance:.3f} of the mean; "
         f"lower bound {cut.bound / cut.bottleneck if cut.bottleneck else 1:.3f} of the slowest",
-        "schedule": f"{schedule.kind}, {schedule.ticks} ticks, bubble {schedule.bubble_fraction:.1%}"
-        f" of the slots, {_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
+        "schedule": f"{schedule.kind}, {schedule.ticks} ticks, "
+        f"bubble {schedule.bubble_fraction:.1%} of the slots, "
+        f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
         "stash": f"up to {slots} boundary inputs, {_bytes(slots * wire)} on each device",
-        "parameters": f"{_bytes(device)} on each device, {1 - sum(own) / (device * len(own) or 1):.1%}"
-        f" of it padding",
+        "parameters": f"{_bytes(device)} on each device, "
+        f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
         "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",
     }
 

@@ -35,7 +35,7 @@ class Summary(NamedTuple):
     """What a run came to."""
 
     figures: dict  # what `--json` prints
-    picture: Path | None  # the curves
+    note: str  # where the curves are, or why there are none
 
 
 def assemble(config: Config, workdir: Path) -> Parts:
@@ -65,7 +65,7 @@ def assemble(config: Config, workdir: Path) -> Parts:
 def _dataset(config: Config) -> data.Dataset:
     d, seed = config.data, config.train.seed
     if isinstance(d, DigitsConfig):
-        return data.digits(d.batch_size, seed, test_fraction=d.test_fraction)
+        return data.digits(d.batch_size, seed, test_fraction=d.test_fraction, shift=d.shift)
     length = config.model.length  # type: ignore[union-attr]  # only a transformer reads text
     return data.text(d.source, d.batch_size, length, seed, test_fraction=d.test_fraction)
 
@@ -83,35 +83,52 @@ def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
     while current.step < config.train.steps:
         stop = min(_next_multiple(current.step, config.train.eval_every), config.train.steps)
         current = trainer.fit(current, batches, stop, log.step)
-        log.evaluation({"step": current.step, **_evaluate(parts, current)})
+        figures = _evaluate(parts, current)
+        trainer.check_finite("held-out loss", current.step, figures["test_loss"])
+        log.evaluation({"step": current.step, **figures})
         checkpoint.save(_checkpoints(parts), current.step, trainer.to_layers(current))
-    records = log.records
-    final = _last_evaluation(records) or _evaluate(parts, current)
-    return _summary(parts, final, records, current.step, time.perf_counter() - started)
+    final = _evaluation_at(current.step, log.records) or _evaluate(parts, current)
+    figures = _figures(parts, final, log.records, current.step, time.perf_counter() - started)
+    return Summary(figures, _draw(parts, log.records))
 
 
 def evaluate(parts: Parts) -> Summary:
     """Evaluate the newest checkpoint of a run on its held-out data."""
     started = time.perf_counter()
+    # On other data, or another split of it, the held-out examples may have been trained on.
+    _check_same(parts, only=("model.", "data.", "train.seed:"))
     current = _newest(parts)
     if current is None:
         problem = "there is no checkpoint to evaluate; train it first (gpipe train)"
         raise ConfigError([problem], str(parts.workdir))
     figures = _evaluate(parts, current)
-    return _summary(parts, figures, [], current.step, time.perf_counter() - started)
+    records = list(_read(parts.workdir / "metrics.jsonl"))
+    figures = _figures(parts, figures, records, current.step, time.perf_counter() - started)
+    return Summary(figures, f"checkpoint: step {current.step}")
 
 
 def claim(parts: Parts) -> None:
     """Make the working folder this run's own; ConfigError if another config's run is in it."""
+    _check_same(parts)
+    # With the folder's own name, so that its config.yaml is the config of this very run.
+    train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
+    try:
+        parts.workdir.mkdir(parents=True, exist_ok=True)
+        text = dump(parts.config.model_copy(update={"train": train}))
+        (parts.workdir / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
+        raise ConfigError([problem], str(parts.workdir)) from error
+
+
+def _check_same(parts: Parts, only: tuple[str, ...] = ("",)) -> None:
+    """Raise ConfigError if the working folder's run differs in settings that start with `only`."""
     path = parts.workdir / "config.yaml"
-    if path.exists():
-        there = load(path)
-        different = compare(there, parts.config)
-        if different:
-            rule = "this folder holds a run of another config; use another (train.workdir=...)"
-            raise ConfigError([rule, *different], str(parts.workdir))
-    parts.workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump(parts.config))
+    lines = compare(load(path), parts.config) if path.exists() else []
+    different = [n for n in lines if n.startswith(only) and not n.startswith("train.workdir:")]
+    if different:
+        rule = "this folder holds a run of another config; use another (train.workdir=...)"
+        raise ConfigError([rule, *different], str(parts.workdir))
 
 
 def _checkpoints(parts: Parts) -> Path:
@@ -122,7 +139,10 @@ def _newest(parts: Parts) -> TrainState | None:
     step = checkpoint.latest_step(_checkpoints(parts))
     if step is None:
         return None
-    saved = checkpoint.restore(_checkpoints(parts), step, parts.trainer.layer_shapes())
+    try:
+        saved = checkpoint.restore(_checkpoints(parts), step, parts.trainer.layer_shapes())
+    except ValueError as error:
+        raise ConfigError([str(error)], str(parts.workdir)) from error
     return parts.trainer.from_layers(saved, step)
 
 
@@ -137,21 +157,25 @@ def _next_multiple(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _last_evaluation(records: list[dict]) -> dict | None:
-    found = [r for r in records if "test_loss" in r]
+def _evaluation_at(step: int, records: list[dict]) -> dict | None:
+    found = [r for r in records if r["step"] == step and "test_loss" in r]
     return {k: v for k, v in found[-1].items() if k != "step"} if found else None
 
 
-def _summary(parts: Parts, final: dict, records: list[dict], steps: int, wall_s: float) -> Summary:
+def _draw(parts: Parts, records: list[dict]) -> str:
+    picture = parts.workdir / "curves.png"
+    if not records:
+        return "no curves: metrics.jsonl is gone"
+    try:
+        plots.curves(records, picture)
+    except ImportError as error:
+        return f"no curves: {error}"
+    return f"curves: {picture}"
+
+
+def _figures(parts: Parts, final: dict, records: list[dict], steps: int, wall_s: float) -> dict:
     pipe, times = parts.trainer.pipe, [r["step_time_s"] for r in records if "step_time_s" in r]
-    picture = None
-    if records:
-        try:
-            picture = parts.workdir / "curves.png"
-            plots.curves(records, picture)
-        except ImportError:
-            picture = None
-    figures = {
+    return {
         **final,
         "steps": steps,
         "step_time_s": statistics.median(times) if times else None,
@@ -161,7 +185,6 @@ def _summary(parts: Parts, final: dict, records: list[dict], steps: int, wall_s:
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
     }
-    return Summary(figures, picture)
 
 
 class _Log:
@@ -171,7 +194,9 @@ class _Log:
         self.path, self.log_every, self.show = path, log_every, show
         # What was written after the checkpoint that the run continues from will be written again.
         self.records = [r for r in _read(path) if r["step"] <= step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        rewritten.replace(path)  # at once: a cut here must not lose the file
 
     def step(self, record: dict) -> None:
         self.show(record)

@@ -174,8 +174,14 @@ def validate(table: np.ndarray) -> None:
     """
     if table.ndim != 3 or table.shape[2] != 3:
         raise ValueError(f"a schedule table has shape [ticks, stages, 3], got {table.shape}")
+    unknown = np.setdiff1d(table[..., 0], (IDLE, FORWARD, BACKWARD))
+    if unknown.size:
+        raise ValueError(f"operations are 0 idle, 1 forward, 2 backward; got {unknown[0]}")
     forward, backward = _ticks_of(table)
-    stages = max(s for s, _ in forward) + 1
+    if not forward:
+        raise ValueError(f"a schedule table of shape {table.shape} has no forward")
+    K = table.shape[1]
+    stages = (max(s for s, _ in forward) // K + 1) * K
     pairs = {(s, m) for s in range(stages) for m in range(max(m for _, m in forward) + 1)}
     for name, done in (("forward", forward), ("backward", backward)):
         if done and set(done) != pairs:
@@ -288,7 +294,7 @@ def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
             source = (FORWARD, k, m)
         free[k] = max(free[k], end.get(source, 0.0)) + cost[t, k]
         end[op, k, m] = free[k]
-    return max(free)
+    return float(max(free))
 
 
 def render(schedule: Schedule) -> str:

@@ -8,7 +8,7 @@ One SPMD program runs on every device, so every device holds arrays of the same 
   largest stage (convolution stages, an embedding or a head).
 
 Likewise what crosses a boundary keeps its shape when all boundaries are alike, and is packed
-otherwise. Stages with the same layers and the same input share one `kind`, and so one compiled body.
+otherwise. Stages with the same layers and the same input share one `kind`: one compiled body.
 
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
@@ -197,7 +197,7 @@ class Stages:
                 else:
                     size = run.count * int(np.prod(place.shape))
                     rows = packs[place.dtype][place.offset : place.offset + size]
-                    rows = rows.reshape(run.count, *place.shape)
+                    rows = rows.reshape((run.count, *place.shape))
                 leaves.append(rows if run.count > 1 else rows[0])
             trees.append(jax.tree.unflatten(run.treedef, leaves))
         return trees
@@ -244,8 +244,7 @@ class Stages:
         trees = []
         for run in self.runs[k]:
             group = layers[run.start : run.start + run.count]
-            stack = lambda *a: np.stack(a) if len(a) > 1 else np.asarray(a[0])  # noqa: E731
-            trees.append(jax.tree.map(stack, *group))
+            trees.append(jax.tree.map(lambda *a: np.stack(a), *group))
         return self.write(k, trees, np)
 
     # --- computation ------------------------------------------------------------------------------
@@ -347,19 +346,21 @@ def _candidates(runs: list[Run]) -> dict:
 def _affordable(names: list[dict], depth: dict) -> list[tuple]:
     """The candidates worth a slot, largest first."""
     bytes_of = {name: int(np.prod(name[0])) * name[1].itemsize for name in depth}
-    packed = np.zeros(len(names))
+    packed: dict = {}  # dtype -> bytes of each stage's pack
     share = {name: np.zeros(len(names)) for name in depth}
     for k, candidates in enumerate(names):
         for name, count in candidates.values():
             share[name][k] += count * bytes_of[name]
-            packed[k] += count * bytes_of[name]
-    limit, slotted, chosen = packed.max() * (1 + SLOT_SLACK), 0.0, []
+    for name, bytes_K in share.items():
+        packed[name[1]] = packed.get(name[1], 0) + bytes_K
+    limit = sum(p.max() for p in packed.values()) * (1 + SLOT_SLACK)
+    slotted, chosen = 0.0, []
     for name in sorted(depth, key=lambda n: -depth[n] * bytes_of[n]):
-        size = depth[name] * bytes_of[name]
-        if slotted + size + (packed - share[name]).max() <= limit:
+        smaller = {**packed, name[1]: packed[name[1]] - share[name]}
+        size = slotted + depth[name] * bytes_of[name]
+        if size + sum(p.max() for p in smaller.values()) <= limit:
             chosen.append(name)
-            slotted += size
-            packed = packed - share[name]
+            slotted, packed = size, smaller
     return chosen
 
 

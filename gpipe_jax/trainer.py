@@ -46,8 +46,11 @@ class Trainer:
     def __init__(self, pipe: Pipeline, tx: optax.GradientTransformation) -> None:
         check_elementwise(tx)
         self.pipe, self.tx = pipe, optax.with_extra_args_support(tx)
-        # Parameters and optimizer state are updated in place.
-        self._step = jax.jit(self._update, donate_argnums=(0, 1))
+        self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
+        # Parameters and optimizer state are updated in place, and stay where they are: a result
+        # placed otherwise (on a mesh of one device) would compile the second step anew.
+        places = (*self._shardings(pipe.stages.local_shapes()), None)
+        self._step = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=places)
 
     def init(self, seed: int = 0) -> TrainState:
         """Fresh parameters and optimizer state."""
@@ -55,17 +58,18 @@ class Trainer:
 
     def start(self, state: State, step: int = 0) -> TrainState:
         """Training from these parameters, with a fresh optimizer."""
-        init = jax.jit(self.tx.init, out_shardings=self._shardings(state.params))
+        init = jax.jit(self.tx.init, out_shardings=self._shardings(state.params)[1])
         return TrainState(state, init(state.params), step)
 
-    def _shardings(self, params: PyTree) -> PyTree:
-        """Of the optimizer's state: what is like the parameters lies where they do."""
+    def _shardings(self, params: PyTree) -> tuple[State, PyTree]:
+        """Of the state, and of the optimizer's: what is like the parameters lies where they do."""
         stage = NamedSharding(self.pipe.mesh, P(STAGE))
-        everywhere = NamedSharding(self.pipe.mesh, P())
+        everywhere: Any = NamedSharding(self.pipe.mesh, P())
         shapes = jax.eval_shape(self.tx.init, params)
         placed = map_parameters(lambda node: jax.tree.map(lambda _: stage, node), shapes, params)
         leaf = lambda s: s if isinstance(s, NamedSharding) else everywhere  # noqa: E731
-        return jax.tree.map(leaf, placed, is_leaf=lambda s: isinstance(s, NamedSharding))
+        state = State(jax.tree.map(lambda _: stage, params), everywhere)
+        return state, jax.tree.map(leaf, placed, is_leaf=lambda s: isinstance(s, NamedSharding))
 
     def _update(self, state: State, optimizer: PyTree, parts: dict, step: jax.Array) -> tuple:
         (loss, metrics), grads = self.pipe.gradients(state, parts, step)
@@ -92,23 +96,28 @@ class Trainer:
         """Train until `steps` steps are done in all; `record` gets each step's metrics in order.
 
         A record has "step" (from 1), "loss", the loss function's metrics and "step_time_s", the
-        time since the step before was done. Raises DivergedError when a loss is not finite.
+        time since the step before was done, or what it took to start the step, if that is longer
+        (devices faster than the host). Raises DivergedError when a loss is not finite.
         """
-        under_way: deque[tuple[int, dict]] = deque()
-        good, clock = math.nan, time.perf_counter()
+        under_way: deque[tuple[int, dict, float]] = deque()
+        clock = time.perf_counter()
 
         def finish() -> None:
-            nonlocal good, clock
-            step, metrics = under_way.popleft()
+            nonlocal clock
+            step, metrics, start_s = under_way.popleft()
             values = {name: float(value) for name, value in metrics.items()}
-            _check_finite(step, values["loss"], good)
-            good, now = values["loss"], time.perf_counter()
-            record({"step": step, **values, "step_time_s": now - clock})
+            self.check_finite("loss", step, values["loss"])
+            self._last_loss, now = values["loss"], time.perf_counter()
+            record({"step": step, **values, "step_time_s": max(now - clock, start_s)})
             clock = now
 
         while current.step < steps:
-            current, metrics = self.step(current, next(batches))
-            under_way.append((current.step, metrics))
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"`batches` ended after {current.step} of {steps} steps")
+            current, metrics = self.step(current, batch)
+            under_way.append((current.step, metrics, time.perf_counter() - begun))
             if len(under_way) >= IN_FLIGHT:
                 finish()
         while under_way:
@@ -116,20 +125,33 @@ class Trainer:
         return current
 
     def evaluate(self, state: State, batches: Iterator[dict]) -> dict[str, float]:
-        """Means of the loss and the metrics over all examples of `batches`, as "test_loss" etc."""
+        """Weighted means of loss and metrics over all of `batches`, as "test_loss" and so on."""
         sums: dict[str, float] = {}
-        examples = 0
+        total = 0.0
         for batch in batches:
             count = jax.tree.leaves(batch["inputs"])[0].shape[0]
+            weight = float(np.sum(batch.get("weights", count)))
             loss, metrics = self.pipe.evaluate(state, batch)
             for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + count * float(value)
-            examples += count
-        if not examples:
+                sums[name] = sums.get(name, 0.0) + weight * float(value)
+            total += weight
+        if not total:
             raise ValueError("there is nothing to evaluate: the held-out data has no examples")
-        return {f"test_{name}": value / examples for name, value in sums.items()}
+        return {f"test_{name}": value / total for name, value in sums.items()}
 
-    # --- layer by layer, for checkpoints ------------------------------------------------------------
+    def check_finite(self, name: str, step: int, value: float) -> None:
+        """Raise DivergedError, with the last good loss and a remedy, if `value` is not finite."""
+        if math.isfinite(value):
+            return
+        last = f"the last finite loss was {self._last_loss:.6g}"
+        raise DivergedError(
+            f"the {name} became {value} at step {step} "
+            f"({'there was no step before it' if math.isnan(self._last_loss) else last}); "
+            f"try a lower optimizer.learning_rate, more optimizer.warmup_steps, or "
+            f"optimizer.clip_norm=1"
+        )
+
+    # --- layer by layer, for checkpoints ----------------------------------------------------------
 
     def to_layers(self, current: TrainState) -> dict:
         """Parameters and optimizer state as layers: a tree of numpy arrays, the same for any K."""
@@ -164,15 +186,3 @@ class Trainer:
             "optimizer": map_parameters(lambda _: params, optimizer, local),
             "seed": jax.ShapeDtypeStruct((), jnp.uint32),
         }
-
-
-def _check_finite(step: int, loss: float, good: float) -> None:
-    if math.isfinite(loss):
-        return
-    before = (
-        "there was no step before it" if math.isnan(good) else f"the step before had {good:.6g}"
-    )
-    raise DivergedError(
-        f"the loss became {loss} at step {step} ({before}); try a lower optimizer.learning_rate, "
-        f"more optimizer.warmup_steps, or optimizer.clip_norm=1"
-    )

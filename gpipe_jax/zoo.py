@@ -51,20 +51,12 @@ def transformer_lm(
     """
     if width % heads:
         raise ValueError(f"`width` {width} is not a multiple of `heads` {heads}")
+    kind = {"width": width, "dtype": dtype}
+    block = layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **kind)
     return [
-        layer(Embedding, vocabulary=vocabulary, length=length, width=width, dtype=dtype),
-        *[
-            layer(
-                Block,
-                width=width,
-                heads=heads,
-                feed_forward=feed_forward,
-                dropout=dropout,
-                dtype=dtype,
-            )  # fmt: skip
-        ]
-        * layers,
-        layer(LanguageHead, width=width, vocabulary=vocabulary, dtype=dtype),
+        layer(Embedding, vocabulary=vocabulary, length=length, **kind),
+        *[block] * layers,
+        layer(LanguageHead, vocabulary=vocabulary, **kind),
     ]
 
 

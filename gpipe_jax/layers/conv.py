@@ -6,6 +6,7 @@ written as convolutions that need no rewriting; elsewhere they are XLA's own.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,12 @@ def _conv2d_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
 
 
 def _conv2d_backward(stride: int, saved: tuple, dy: jax.Array) -> tuple:
-    plain = lambda x, w, dy: jax.vjp(lambda *a: _plain(*a, stride), x, w)[1](dy)  # noqa: E731
+    def plain(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple:
+        return jax.vjp(functools.partial(_plain, stride=stride), x, kernel)[1](dy)
+
     canonical = functools.partial(_canonical_gradients, stride)
-    return lax.platform_dependent(*saved, dy, cpu=canonical, default=plain)
+    platforms: dict = {"cpu": canonical, "default": plain}
+    return lax.platform_dependent(*saved, dy, **platforms)
 
 
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
@@ -72,24 +76,29 @@ class Conv(nnx.Module):
         return conv2d(x, self.kernel[...], self.stride)
 
 
+def group_norm(features: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Group norm with four groups, or as many as divide the features."""
+    return nnx.GroupNorm(features, num_groups=math.gcd(features, 4), rngs=rngs)
+
+
 class ConvStem(nnx.Module):
     """Images to features: convolution, group norm, relu."""
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(in_features, features, rngs=rngs)
-        self.norm = nnx.GroupNorm(features, num_groups=min(8, features), rngs=rngs)
+        self.norm = group_norm(features, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.relu(self.norm(self.conv(x)))
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), with a strided 1x1 shortcut where shapes change."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1x1 convolution of x where shapes change."""
 
     def __init__(self, in_features: int, features: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.GroupNorm(in_features, num_groups=min(8, in_features), rngs=rngs)
+        self.norm1 = group_norm(in_features, rngs)
         self.conv1 = Conv(in_features, features, stride=stride, rngs=rngs)
-        self.norm2 = nnx.GroupNorm(features, num_groups=min(8, features), rngs=rngs)
+        self.norm2 = group_norm(features, rngs)
         self.conv2 = Conv(features, features, rngs=rngs)
         same = stride == 1 and in_features == features
         self.shortcut = None if same else Conv(in_features, features, 1, stride, rngs=rngs)

@@ -84,7 +84,8 @@ class FunctionLayer(Layer):
 
     def __str__(self) -> str:
         owner = getattr(self.apply_fn, "__self__", None)
-        return type(owner).__name__ if owner is not None else self.apply_fn.__name__
+        name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))
+        return name if owner is None else type(owner).__name__
 
 
 class Template(NamedTuple):

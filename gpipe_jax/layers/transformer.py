@@ -23,7 +23,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         positions = self.positions[...][: tokens_BS.shape[1]]
-        return (self.tokens[...][tokens_BS] + positions).astype(self.dtype)
+        return (self.tokens[...][tokens_BS] + positions[None]).astype(self.dtype)
 
 
 class CausalAttention(nnx.Module):

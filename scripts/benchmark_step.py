@@ -1,0 +1,238 @@
+"""Time and memory of a pipelined training step, as ratios to programs without our pipeline.
+
+    python scripts/benchmark_step.py            # all, a few minutes on two cores
+    python scripts/benchmark_step.py --json     # the same, with one JSON object as the last line
+
+Times are medians, taken in turn in one process on simulated CPU devices that share the cores: they
+show overhead, and nothing of the speed of an accelerator. The memory row is compiled for a TPU pod
+by the real compiler (needs `pip install 'gpipe-jax[tpu]'`) and has not run on one.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gpipe_jax as gpipe
+from gpipe_jax import sequential
+from gpipe_jax.layers.transformer import Block
+
+LOSS = gpipe.losses.softmax_cross_entropy
+BLOCK = dict(width=1024, heads=16, feed_forward=4096, dropout=0.0, dtype="bfloat16")
+
+
+class Row(NamedTuple):
+    """One figure and what is asked of it."""
+
+    what: str
+    value: float
+    limit: float
+
+
+def transformer() -> tuple[list, dict]:
+    """Layers and a batch."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (32, 129))
+    layers = gpipe.zoo.transformer_lm(layers=6, width=128, length=128)
+    return layers, {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
+
+
+def convnet() -> tuple[list, dict]:
+    """Layers and a batch."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(128, 32, 32, 1)).astype(np.float32)
+    layers = gpipe.zoo.convnet((16, 32, 64, 64), (2, 2, 2, 2))
+    return layers, {"inputs": images, "labels": rng.integers(0, 10, 128)}
+
+
+MODELS = {"transformer": transformer, "convnet": convnet}
+
+
+def pipeline(layers: list, batch: dict, K: int, D: int, M: int, schedule: str) -> gpipe.Pipeline:
+    """A pipeline of the layers."""
+    mesh = gpipe.make_mesh(stages=K, data=D)
+    return gpipe.Pipeline(
+        layers, loss=LOSS, mesh=mesh, micro_batches=M, schedule=schedule, example=batch
+    )
+
+
+def step_ratio(model: str, K: int, D: int, M: int, schedule: str, repeats: int) -> float:
+    """Time of a pipelined step over the sequential one's, with the same micro-batches.
+
+    The sequential program recomputes too, unless there is one stage and one micro-batch: then
+    neither does, and the comparison is with plain `jax.jit(jax.value_and_grad)`.
+    """
+    layers, batch = MODELS[model]()
+    pipe = pipeline(layers, batch, K, D, M, schedule)
+    ours = pipe.lower().compile()
+    state, parts, zero = pipe.init(0), pipe.split(batch), jnp.uint32(0)
+    remat = K * D * M > 1
+    plain = jax.jit(sequential.value_and_grad(layers, LOSS, M * D, remat=remat))
+    params = jax.tree.map(jnp.asarray, pipe.to_layers(state))
+    weights = np.ones(pipe.batch_size, np.float32)
+    whole, key = {**batch, "weights": weights}, sequential.step_key(0, 0)
+    times = in_turn([lambda: ours(state, parts, zero), lambda: plain(params, whole, key)], repeats)
+    return times[0] / times[1]
+
+
+def in_turn(functions: list[Callable], repeats: int) -> list[float]:
+    """Median time of each function, called in turn so that they share whatever else happens."""
+    times: list[list[float]] = [[] for _ in functions]
+    for i in range(repeats + 1):
+        for function, mine in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if i:  # the first call compiles
+                mine.append(time.perf_counter() - start)
+    return [statistics.median(mine) for mine in times]
+
+
+def growth_with_micro_batches(model: str, repeats: int) -> dict[str, float]:
+    """Compile time, program size and temporary memory with M = 64 over those with M = 8.
+
+    A micro-batch has the same number of examples in both.
+    """
+    layers, batch = MODELS[model]()
+    one = {name: a[:2] for name, a in batch.items()}
+    lowered, sizes, memory = [], [], []
+    for M in (64, 8):
+        example = {name: np.concatenate([a] * M) for name, a in one.items()}
+        low = pipeline(layers, example, 4, 2, M, "1f1b").lower()
+        compiled = low.compile()
+        lowered.append(low)
+        sizes.append((compiled.as_text() or "").count("\n"))
+        memory.append(temporary_bytes(compiled))
+    # Options that say what is the default anyway make XLA compile again instead of remembering.
+    times = in_turn([functools.partial(recompile, low) for low in lowered], repeats)
+    return {
+        "compile time": times[0] / times[1],
+        "program size": sizes[0] / sizes[1],
+        "temporary memory (1f1b)": memory[0] / memory[1],
+    }
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """What one device needs beside a program's inputs and outputs."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def recompile(lowered: Any) -> None:
+    """Compile again, whatever is cached."""
+    jax.clear_caches()
+    lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
+
+
+def memory_ratio(topology: str, K: int, M: int, per_stage: int, length: int) -> float:
+    """Temporary memory of a 1F1B table over that of differentiating through a scanned pipeline."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = gpipe.make_mesh(stages=K, data=len(devices) // K, devices=devices)
+    block = gpipe.layer(Block, **BLOCK)
+    shape = (M * mesh.shape["data"], length, BLOCK["width"])
+    example = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in ("inputs", "labels")}
+    example["weights"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    loss = gpipe.losses.squared_error
+    pipe = gpipe.Pipeline(
+        [block] * (K * per_stage), loss=loss, mesh=mesh, micro_batches=M, example=example
+    )
+    baseline = differentiated_scan(block, mesh, M, per_stage, example)
+    temporary = [temporary_bytes(program.compile()) for program in (pipe.lower(), baseline)]
+    print(f"  temporary memory on {topology}: {temporary[0] / 1e6:.0f} MB, "
+          f"differentiated scan {temporary[1] / 1e6:.0f} MB", flush=True)  # fmt: skip
+    return temporary[0] / temporary[1]
+
+
+def differentiated_scan(block: Any, mesh: Any, M: int, per_stage: int, example: dict) -> Any:
+    """The usual pipeline in JAX, lowered: `jax.grad` through a scan of rematerialised stages."""
+    K = mesh.shape["stage"]
+    key = jax.random.key(0)
+
+    def stage(params: Any, x: jax.Array) -> jax.Array:
+        for i in range(per_stage):
+            x = block.apply(jax.tree.map(lambda a, i=i: a[i], params), x, key, train=True)
+        return x
+
+    def body(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        params = jax.tree.map(lambda a: jax.lax.pcast(a[0], ("data",), to="varying"), params)
+        k, step = jax.lax.axis_index("stage"), jax.checkpoint(stage)
+
+        def tick(carry: jax.Array, t: jax.Array) -> tuple:
+            x = jnp.where(k == 0, inputs[jnp.clip(t, 0, M - 1)], carry)
+            y = step(params, x)
+            return jax.lax.ppermute(y, "stage", [(j, j + 1) for j in range(K - 1)]), y
+
+        zero = jnp.zeros(inputs.shape[1:], inputs.dtype)
+        zero = jax.lax.pcast(zero, ("stage", "data"), to="varying")
+        outputs = jax.lax.scan(tick, zero, jnp.arange(M + K - 1))[1][K - 1 :]
+        error = jnp.square(outputs - labels).astype(jnp.float32).mean()
+        return jax.lax.pmean(jax.lax.psum(jnp.where(k == K - 1, error, 0.0), "stage"), "data")
+
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(P("stage"), P(None, "data"), P(None, "data")), out_specs=P()
+    )
+    one = jax.eval_shape(block.init, key, None)
+    lead = NamedSharding(mesh, P("stage"))
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((K, per_stage, *a.shape), a.dtype, sharding=lead), one
+    )
+    split = NamedSharding(mesh, P(None, "data"))
+    a = example["inputs"]
+    batch = jax.ShapeDtypeStruct((M, a.shape[0] // M, *a.shape[1:]), a.dtype, sharding=split)
+    return jax.jit(jax.value_and_grad(mapped)).lower(params, batch, batch)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="only this network")
+    parser.add_argument("--repeats", type=int, default=7, help="steps to take the median of")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    options = parser.parse_args()
+    gpipe.simulate_devices(8)
+    rows = []
+
+    def add(what: str, value: float, limit: float) -> None:
+        rows.append(Row(what, value, limit))
+        print(f"{what:<66}{value:>8.3f}   at most {limit:.2f}", flush=True)
+
+    for model in [options.model] if options.model else MODELS:
+        for schedule in ("gpipe", "1f1b", "eager_1f1b"):
+            ratio = step_ratio(model, 4, 2, 8, schedule, options.repeats)
+            add(f"{model}: step, 4 stages x 2 replicas, {schedule} / sequential", ratio, 1.10)
+        ratio = step_ratio(model, 1, 1, 1, "gpipe", options.repeats)
+        add(f"{model}: step, 1 stage, 1 micro-batch / plain jit", ratio, 1.05)
+        for what, ratio in growth_with_micro_batches(model, 3).items():
+            add(f"{model}: {what}, M = 64 / M = 8", ratio, 1.05)
+    if importlib_has("libtpu"):
+        ratio = memory_ratio("v5p:4x4x8", 16, 64, 2, 512)
+        add("temporary memory, 1f1b / differentiated scan, v5p:4x4x8", ratio, 0.70)
+    else:
+        print("skipped the memory row: it needs pip install 'gpipe-jax[tpu]'")
+    if options.json:
+        print(json.dumps({row.what: row.value for row in rows}))
+
+
+def importlib_has(name: str) -> bool:
+    """Whether a package is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+if __name__ == "__main__":
+    main()

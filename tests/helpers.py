@@ -1,0 +1,105 @@
+"""Small networks with everything that makes cutting hard, and a comparison leaf by leaf."""
+
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import gpipe_jax as gpipe
+from gpipe_jax import sequential
+
+PyTree = Any
+
+
+class Join(nnx.Module):
+    """{"x", "skip", "ids"} -> the same, of other widths: a boundary of several tensors."""
+
+    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(width, out, rngs=rngs)
+        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (5, out)))
+
+    def __call__(self, tree: dict) -> dict:
+        y = jnp.tanh(self.linear(tree["x"]) + self.table[...][tree["ids"]])
+        return {
+            "x": y,
+            "skip": tree["x"] - 0.5 * tree["skip"].mean(-1, keepdims=True),
+            "ids": tree["ids"],
+        }
+
+
+class Split(nnx.Module):
+    """An array to the first boundary; the integer leaf crosses all stages."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(3, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> dict:
+        ids = (jnp.abs(x[:, 0]) * 7).astype(jnp.int32) % 5
+        return {"x": self.linear(x), "skip": x[:, :2], "ids": ids}
+
+
+def scores_init(key: jax.Array, tree: dict) -> dict:
+    return {"w": jax.random.normal(key, (tree["x"].shape[-1], 4), tree["x"].dtype)}
+
+
+def scores_apply(params: dict, tree: dict) -> jax.Array:
+    return tree["x"] @ params["w"] + tree["skip"].mean(-1, keepdims=True)
+
+
+def pytree_mlp() -> list[gpipe.Layer]:
+    widths = (6, 5, 5, 5, 5, 9, 4, 7)
+    joins = [gpipe.layer(Join, width=a, out=b) for a, b in pairwise(widths)]
+    return [gpipe.layer(Split, width=6), *joins, gpipe.layer(scores_init, scores_apply)]
+
+
+def transformer(dropout: float = 0.0) -> list[gpipe.Layer]:
+    return gpipe.zoo.transformer_lm(
+        vocabulary=11, length=5, width=8, heads=2, feed_forward=12, layers=7, dropout=dropout
+    )
+
+
+def convnet() -> list[gpipe.Layer]:
+    return gpipe.zoo.convnet((4, 8, 12), (2, 2, 2))
+
+
+NETWORKS = {"transformer": transformer, "convnet": convnet, "pytree_mlp": pytree_mlp}
+
+
+def make_batch(name: str, examples: int, seed: int = 0) -> dict:
+    """A batch with unequal weights for the network of that name."""
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.5, 2.0, examples)
+    if name == "transformer":
+        tokens = rng.integers(0, 11, (examples, 6))
+        return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+    shape, classes = ((8, 8, 1), 10) if name == "convnet" else ((3,), 4)
+    inputs = rng.normal(size=(examples, *shape))
+    return {"inputs": inputs, "labels": rng.integers(0, classes, examples), "weights": weights}
+
+
+def reference(name: str, batch: dict, micro_batches: int = 1, **kwargs: Any) -> tuple:
+    """(params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
+    layers = NETWORKS[name](**kwargs)
+    batch = jax.tree.map(jnp.asarray, batch)
+    params = sequential.init(layers, batch["inputs"][:1], seed=1)
+    step = jax.jit(
+        sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy, micro_batches)
+    )
+    (loss, metrics), grads = step(params, batch, sequential.step_key(1, 0))
+    return jax.tree.map(np.asarray, (params, loss, metrics, grads))
+
+
+def assert_trees_close(actual: PyTree, wanted: PyTree, tolerance: float) -> None:
+    """Every leaf finite, and within `tolerance` of the largest element of the wanted leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True
+    ):
+        name, a, b = jax.tree_util.keystr(path), np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape, name
+        assert np.isfinite(a).all(), f"{name} is not finite"
+        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

@@ -1,0 +1,141 @@
+"""Costs of layers: the flops of a dense layer, each distinct layer once, parameters apart."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpipe_jax import cost, sequential, zoo
+from gpipe_jax.cost import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_bytes
+from gpipe_jax.layers.dense import Dense
+from gpipe_jax.layers.layer import layer
+from gpipe_jax.sequential import LayerShape
+
+B = 64
+
+
+def dense_shapes(*widths: int) -> list[LayerShape]:
+    return sequential.infer_shapes(
+        zoo.mlp(widths), jax.ShapeDtypeStruct((B, widths[0]), jnp.float32)
+    )
+
+
+def test_flops_of_a_dense_layer() -> None:
+    """2 B I O for the forward, and as much for each of the two gradients; the gelu is small."""
+    for one, (width_in, width_out) in zip(
+        measure(dense_shapes(128, 256, 64, 8)[:2], "flops", "cpu"), [(128, 256), (256, 64)],
+        strict=True,
+    ):  # fmt: skip
+        flops = one.compute_s * NOMINAL_RATES["cpu"][0]
+        assert flops == pytest.approx(3 * 2 * B * width_in * width_out, rel=0.1)
+
+
+def test_flops_of_a_linear_layer_count_its_forward() -> None:
+    one = measure(dense_shapes(128, 256), "flops", "cpu")[0]
+    assert one.compute_s * NOMINAL_RATES["cpu"][0] == pytest.approx(6 * B * 128 * 256, rel=0.1)
+
+
+def test_flops_scale_with_the_layer_and_the_platforms_rate() -> None:
+    small, large = (measure(dense_shapes(64, w, 8), "flops", "cpu")[0] for w in (64, 256))
+    assert large.compute_s == pytest.approx(4 * small.compute_s, rel=0.1)
+    tpu = measure(dense_shapes(64, 64, 8), "flops", "tpu")[0]
+    ratio = NOMINAL_RATES["tpu"][0] / NOMINAL_RATES["cpu"][0]
+    assert small.compute_s == pytest.approx(ratio * tpu.compute_s)
+    assert measure(dense_shapes(64, 64, 8), "flops", "abacus")[0] == tpu
+
+
+@pytest.mark.parametrize(("kind", "function"), [("flops", "_flops"), ("time", "_measured_time")])
+def test_equal_layers_are_measured_once(
+    kind: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {function: 0, "_working_bytes": 0}
+    for name in counts:
+        original = getattr(cost, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+            counts[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(cost, name, counted)
+    costs = measure(dense_shapes(8, 16, 16, 16, 16, 4), kind, "cpu")
+    assert counts == {function: 3, "_working_bytes": 3}
+    assert len(costs) == 5 and costs[1] == costs[2] == costs[3]
+    assert all(one.compute_s > 0 for one in costs)
+
+
+def test_one_layer_on_two_inputs_is_measured_twice() -> None:
+    shapes = [
+        LayerShape(layer(Dense, in_features=16, out_features=16), x, *_of_dense(x))
+        for x in (jax.ShapeDtypeStruct((b, 16), jnp.float32) for b in (8, 64))
+    ]
+    small, large = measure(shapes, "flops", "cpu")
+    assert large.compute_s == pytest.approx(8 * small.compute_s, rel=0.1)
+
+
+def _of_dense(x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
+    shape = sequential.infer_shapes([layer(Dense, in_features=16, out_features=16)], x)[0]
+    return shape.params, shape.output
+
+
+def test_bytes_of_parameters_and_output() -> None:
+    first, second = measure(dense_shapes(8, 16, 4), [1, 2], "cpu")
+    assert first.parameter_bytes == 4 * (8 * 16 + 16) and first.boundary_bytes == 4 * B * 16
+    assert second.parameter_bytes == 4 * (16 * 4 + 4) and second.boundary_bytes == 4 * B * 4
+
+
+def test_working_bytes_are_what_the_backward_keeps_without_the_parameters() -> None:
+    """A linear layer keeps its input for the kernel's gradient; a gelu a few times its output."""
+    dense, linear = measure(dense_shapes(8, 256, 4), [1, 2], "cpu")
+    assert linear.working_bytes == 4 * B * 256
+    assert 4 * B * (8 + 256) <= dense.working_bytes <= 4 * B * (8 + 8 * 256)
+
+
+def test_working_bytes_grow_with_the_micro_batch_and_parameters_do_not() -> None:
+    x = lambda b: jax.ShapeDtypeStruct((b, 8), jnp.float32)  # noqa: E731
+    small, large = (
+        measure(sequential.infer_shapes(zoo.mlp((8, 32, 4)), x(b)), [1, 1], "cpu")[0]
+        for b in (16, 32)
+    )
+    assert large.working_bytes == 2 * small.working_bytes > 0
+    assert large.parameter_bytes == small.parameter_bytes
+
+
+def test_integer_inputs_have_no_gradient_and_still_a_cost() -> None:
+    shapes = sequential.infer_shapes(
+        zoo.transformer_lm(vocabulary=7, length=4, width=8, heads=2, feed_forward=8, layers=1),
+        jax.ShapeDtypeStruct((2, 4), jnp.int32),
+    )
+    for kind in ("flops", "time"):
+        embedding, block, head = measure(shapes, kind, "cpu")
+        assert min(embedding.compute_s, block.compute_s, head.compute_s) > 0
+    assert embedding.boundary_bytes == 4 * 2 * 4 * 8
+
+
+def test_given_costs_are_taken_as_they_are() -> None:
+    costs = measure(dense_shapes(8, 16, 4), (3, 1.5), "cpu")
+    assert [one.compute_s for one in costs] == [3.0, 1.5]
+
+
+@pytest.mark.parametrize("given", [[1.0], [1.0, 2.0, 3.0]])
+def test_one_given_cost_for_each_layer(given: list[float]) -> None:
+    message = f"`cost` has {len(given)} numbers for 2 layers; give one each"
+    with pytest.raises(ValueError, match=message):
+        measure(dense_shapes(8, 16, 4), given, "cpu")
+
+
+def test_an_unknown_kind_of_cost_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be 'flops', 'time' or one number .* got 'vibes'"):
+        measure(dense_shapes(8, 16, 4), "vibes", "cpu")
+
+
+def test_a_boundary_is_sent_and_its_gradient_comes_back() -> None:
+    costs = [LayerCost(1.0, 0, 0, 5_000_000), LayerCost(1.0, 0, 0, 0)]
+    assert transfer_s(costs, "cpu") == [2 * 5e6 / NOMINAL_RATES["cpu"][1], 0.0]
+
+
+def test_bytes_of_a_tree() -> None:
+    shape = jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)
+    assert tree_bytes({"a": shape, "b": [np.zeros((5,), np.int64), jnp.zeros(())]}) == 12 + 40 + 4
+    assert tree_bytes({}) == 0

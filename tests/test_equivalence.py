@@ -1,0 +1,276 @@
+"""The central test: a pipeline equals the plain sequential program, in value and in every gradient.
+
+The reference is one device, one batch, all layers in order. Batches have unequal weights and are
+three examples short of a full one, so that padding is always under test. The whole grid runs with
+`-m slow`; the default takes a quarter of it, in which every value of K, D, M and schedule occurs
+with every network.
+"""
+
+import functools
+import itertools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import NETWORKS, assert_trees_close, make_batch, reference
+
+import gpipe_jax as gpipe
+from gpipe_jax import executor, sequential
+from gpipe_jax.schedule import BACKWARD, FORWARD
+
+FULL, PRESENT = 48, 45
+GRID = list(itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b")))
+# The tests compile hundreds of programs that run for milliseconds.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def is_in_default(K: int, D: int, M: int, kind: str) -> bool:
+    """A Latin-square quarter of the grid."""
+    k, m = (1, 2, 4, 8).index(K), (1, 2, 3, 4, 8).index(M)
+    return (k + m + 2 * (D - 1) + (kind == "gpipe")) % 4 == 0
+
+
+def grid(names: tuple[str, ...]) -> list:
+    return [
+        pytest.param(name, *case, marks=() if is_in_default(*case) else pytest.mark.slow)
+        for name, case in itertools.product(names, GRID)
+    ]
+
+
+def test_the_default_quarter_has_every_value() -> None:
+    cases = [case for case in GRID if is_in_default(*case)]
+    assert len(cases) <= len(GRID) // 3
+    for i, values in enumerate(((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b"))):
+        assert {case[i] for case in cases} == set(values)
+    assert {(K, kind) for K, _, _, kind in cases} == set(
+        itertools.product((1, 2, 4, 8), ("gpipe", "1f1b"))
+    )
+
+
+def present(batch: dict) -> dict:
+    return {name: a[:PRESENT] for name, a in batch.items()}
+
+
+@functools.cache
+def cached_reference(name: str, double: bool) -> tuple:
+    with jax.enable_x64(double):
+        return reference(name, present(make_batch(name, FULL)))
+
+
+def make_pipeline(name: str, K: int, D: int, M: int, kind: str, **kwargs: object) -> gpipe.Pipeline:
+    return gpipe.Pipeline(
+        NETWORKS[name](**kwargs),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=K, data=D),
+        micro_batches=M,
+        schedule=kind,
+        example=make_batch(name, FULL),
+    )
+
+
+def expected_permutes(pipe: gpipe.Pipeline) -> int:
+    """One for each wire array and direction, in each stretch of ticks that has the operation."""
+    operation = pipe.schedule.table[..., 0]
+    has = [(operation == op).any(axis=1) for op in (FORWARD, BACKWARD)]
+    first_b, last_f = np.argmax(has[1]), len(has[0]) - np.argmax(has[0][::-1])
+    stretches = [range(0, first_b), range(first_b, last_f), range(last_f, len(operation))]
+    wires = (len(pipe.stages.wire.shapes), len(pipe.stages.wire.gradient_shapes))
+    sent = [operation[:, :-1] == FORWARD, operation[:, 1:] == BACKWARD]
+    return sum(
+        wire * bool(sends[list(ticks)].any())
+        for ticks in stretches
+        for wire, sends in zip(wires, sent, strict=True)
+        if len(ticks)
+    )
+
+
+def check(pipe: gpipe.Pipeline, name: str, double: bool, tolerance: float) -> None:
+    params, loss, metrics, grads = cached_reference(name, double)
+    lowered = pipe.lower()
+    # The mechanism: K programs' worth of branches that talk by permutes, and nothing else.
+    text = lowered.as_text()
+    assert text.count("stablehlo.collective_permute") == expected_permutes(pipe)
+    assert (expected_permutes(pipe) > 0) == (pipe.stages.count > 1)
+    assert text.count("stablehlo.while") >= 1 or pipe.micro_batches == 1
+    step = lowered.compile(compiler_options=QUICK)
+    state = pipe.from_layers(params, seed=1)
+    parts = pipe.split(present(make_batch(name, FULL)))
+    (our_loss, our_metrics), our_grads = step(state, parts, jnp.uint32(0))
+    assert_trees_close((our_loss, our_metrics), (loss, metrics), tolerance)
+    assert_trees_close(pipe.to_layers(our_grads), grads, tolerance)
+
+
+@pytest.mark.parametrize(("name", "K", "D", "M", "kind"), grid(tuple(NETWORKS)))
+def test_equivalence_float32(name: str, K: int, D: int, M: int, kind: str) -> None:
+    check(make_pipeline(name, K, D, M, kind), name, double=False, tolerance=1e-5)
+
+
+DOUBLE = [(1, 1, 2, "gpipe"), (2, 2, 3, "1f1b"), (4, 1, 8, "gpipe"), (8, 2, 4, "1f1b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "K", "D", "M", "kind"),
+    [
+        pytest.param(name, *case, marks=() if case in DOUBLE else pytest.mark.slow)
+        for name, case in itertools.product(NETWORKS, GRID)
+    ],
+)
+def test_equivalence_float64(name: str, K: int, D: int, M: int, kind: str) -> None:
+    with jax.enable_x64(True):
+        check(make_pipeline(name, K, D, M, kind), name, double=True, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "eager_1f1b"])
+@pytest.mark.parametrize(("name", "K", "M"), [("convnet", 4, 3), ("pytree_mlp", 8, 5)])
+def test_equivalence_with_nan_in_idle_buffers(name: str, K: int, M: int, kind: str) -> None:
+    """Whatever an idle slot holds or sends, no gradient ever sees it."""
+    example = make_batch(name, 30)
+    pipe = gpipe.Pipeline(
+        NETWORKS[name](),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=K, data=2),
+        micro_batches=M,
+        schedule=kind,
+        example=example,
+    )
+    params, loss, metrics, grads = reference(name, example)
+    step = jax.jit(functools.partial(pipe.gradients, idle_fill=float("nan")))
+    lowered = step.lower(pipe.from_layers(params, 1), pipe.split(example), jnp.uint32(0))
+    assert "0x7FC00000" in lowered.as_text(), "no NaN was put in"
+    result = lowered.compile(compiler_options=QUICK)(
+        pipe.from_layers(params, 1), pipe.split(example), jnp.uint32(0)
+    )
+    assert_trees_close(result[0], (loss, metrics), 1e-5)
+    assert_trees_close(pipe.to_layers(result[1]), grads, 1e-5)
+
+
+def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The NaN test bites: reading one stale stash slot gives NaN."""
+    lower = executor.lower
+
+    def stale(schedule: gpipe.schedule.Schedule) -> gpipe.schedule.Rows:
+        rows = lower(schedule)
+        return rows._replace(
+            x_slot=(rows.x_slot + 1) % (rows.x_slots + 1), x_slots=rows.x_slots + 1
+        )
+
+    monkeypatch.setattr(executor, "lower", stale)
+    pipe = make_pipeline("pytree_mlp", 2, 1, 4, "1f1b")
+    params = cached_reference("pytree_mlp", False)[0]
+    step = jax.jit(functools.partial(pipe.gradients, idle_fill=float("nan")))
+    batch = pipe.split(make_batch("pytree_mlp", FULL))
+    _, grads = step(pipe.from_layers(params, 1), batch, jnp.uint32(0))
+    assert not all(np.isfinite(a).all() for a in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("K", "D", "M", "kind"),
+    [(1, 1, 4, "gpipe"), (2, 2, 2, "1f1b"), (4, 1, 4, "gpipe"), (8, 2, 2, "1f1b")],
+)
+def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
+    """The same masks in forward and recomputation, for every cut with as many micro-batches."""
+    batch = make_batch("transformer", 16)
+    params, loss, metrics, grads = reference("transformer", batch, micro_batches=4, dropout=0.3)
+    plain = reference("transformer", batch, micro_batches=4)
+    assert abs(loss - plain[1]) > 1e-3, "dropout did nothing"
+    pipe = gpipe.Pipeline(
+        helpers.transformer(dropout=0.3),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=K, data=D),
+        micro_batches=M,
+        schedule=kind,
+        example=batch,
+    )
+    state = pipe.from_layers(params, seed=1)
+    result, our_grads, _ = pipe.value_and_grad(state, batch, step=0)
+    assert_trees_close(result, (loss, metrics), 1e-5)
+    assert_trees_close(pipe.to_layers(our_grads), grads, 1e-5)
+    other = pipe.value_and_grad(state, batch, step=1)[0][0]
+    assert abs(float(other) - loss) > 1e-4, "another step has the same masks"
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(("K", "D", "M"), [(1, 1, 1), (4, 2, 3), (8, 1, 2)])
+def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int) -> None:
+    """`apply` and `evaluate` go through the forward-only schedule, for any number of examples."""
+    params, loss, metrics, _ = cached_reference(name, False)
+    batch = make_batch(name, FULL)
+    pipe = make_pipeline(name, K, D, M, "1f1b")
+    state = pipe.from_layers(params)
+    inputs = np.concatenate([batch["inputs"], batch["inputs"][:7]])
+    plain = sequential.forward(
+        pipe.layers,
+        params,
+        jnp.asarray(inputs, batch["inputs"].dtype),
+        jax.random.key(0),
+        train=False,
+    )
+    assert_trees_close(pipe.apply(state, inputs), np.asarray(plain), 1e-5)
+    assert_trees_close(pipe.evaluate(state, present(batch)), (loss, metrics), 1e-5)
+
+
+def test_equivalence_of_initial_parameters_for_every_cut() -> None:
+    for name, make in NETWORKS.items():
+        inputs = jnp.asarray(make_batch(name, FULL)["inputs"])
+        plain = sequential.init(make(), inputs[:1], seed=3)
+        for K, D in ((1, 1), (3, 2), (8, 1)):
+            pipe = make_pipeline(name, K, D, 2, "gpipe")
+            assert_trees_close(pipe.to_layers(pipe.init(seed=3)), jax.device_get(plain), 1e-6)
+
+
+def test_from_layers_is_the_inverse_of_to_layers() -> None:
+    for name in NETWORKS:
+        params = cached_reference(name, False)[0]
+        pipe = make_pipeline(name, 4, 2, 2, "gpipe")
+        again = pipe.to_layers(pipe.from_layers(params))
+        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("faulty", ["drop a micro-batch", "flip a sign", "swap two layers"])
+def test_equivalence_would_see_a_fault(faulty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "pytree_mlp"
+    if faulty == "drop a micro-batch":
+        parts = gpipe.Pipeline.split
+        monkeypatch.setattr(
+            gpipe.Pipeline,
+            "split",
+            lambda self, b: {**parts(self, b), "weights": parts(self, b)["weights"].at[1].set(0)},
+        )
+    elif faulty == "flip a sign":
+        add = executor._add_at
+        monkeypatch.setattr(
+            executor, "_add_at", lambda i, j, v: add(i, j, jax.tree.map(jnp.negative, v))
+        )
+    else:
+        whole = gpipe.Pipeline.from_layers
+        swap = lambda t: [t[0], t[1], t[3], t[2], *t[4:]]  # noqa: E731
+        monkeypatch.setattr(
+            gpipe.Pipeline,
+            "from_layers",
+            lambda self, trees, seed=0: whole(self, swap(trees), seed),
+        )
+    with pytest.raises(AssertionError, match="relative error"):
+        check(make_pipeline(name, 4, 1, 4, "1f1b"), name, double=False, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["stage", "layer"])
+def test_equivalence_of_both_rematerialisations(remat: str) -> None:
+    params, loss, metrics, grads = cached_reference("transformer", False)
+    pipe = gpipe.Pipeline(
+        NETWORKS["transformer"](),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        micro_batches=2,
+        example=make_batch("transformer", FULL),
+        remat=remat,
+    )
+    batch = present(make_batch("transformer", FULL))
+    state = pipe.from_layers(params, 1)
+    jaxpr = str(jax.make_jaxpr(pipe.gradients)(state, pipe.split(batch), jnp.uint32(0)))
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat == "layer")
+    result, our_grads, _ = pipe.value_and_grad(state, batch)
+    assert_trees_close(result, (loss, metrics), 1e-5)
+    assert_trees_close(pipe.to_layers(our_grads), grads, 1e-5)

@@ -1,0 +1,90 @@
+"""Losses against numpy, and their weighted sums over examples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpipe_jax.losses import softmax_cross_entropy, squared_error, weighted_sums
+
+
+def entropy_in_numpy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("lead", [(4,), (4, 3), (2, 3, 2)])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_cross_entropy_is_that_of_numpy(lead: tuple[int, ...], scale: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = (scale * rng.normal(size=(*lead, 5))).astype(np.float32)
+    labels = rng.integers(0, 5, lead)
+    losses, metrics = softmax_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(losses, entropy_in_numpy(logits, labels), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], logits.argmax(-1) == labels)
+    assert losses.dtype == metrics["accuracy"].dtype == jnp.float32
+
+
+def test_no_knowledge_costs_log_of_the_classes() -> None:
+    losses, _ = softmax_cross_entropy(jnp.zeros((3, 7)), jnp.zeros(3, jnp.int32))
+    np.testing.assert_allclose(losses, np.log(7), rtol=1e-6)
+
+
+def test_cross_entropy_is_computed_in_at_least_float32() -> None:
+    logits = jnp.asarray([[10.0, 0.0]], jnp.bfloat16)
+    losses, _ = softmax_cross_entropy(logits, jnp.zeros(1, jnp.int32))
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, np.log1p(np.exp(-10.0)), rtol=1e-2)
+    with jax.enable_x64(True):
+        losses, _ = softmax_cross_entropy(jnp.zeros((1, 2), jnp.float64), jnp.zeros(1, int))
+        assert losses.dtype == jnp.float64
+
+
+def test_squared_error_of_every_output() -> None:
+    outputs, labels = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), jnp.asarray([[0.0, 2.0], [5.0, 1.0]])
+    np.testing.assert_array_equal(squared_error(outputs, labels), [[1, 0], [4, 9]])
+
+
+def test_labels_of_another_shape_are_not_broadcast() -> None:
+    """[B, 1] - [B] would be [B, B]: every output against every label."""
+    with pytest.raises(ValueError, match=r"labels have shape \[4\] .* outputs \[4, 1\]"):
+        squared_error(jnp.zeros((4, 1)), jnp.zeros(4))
+
+
+def test_the_sum_weighs_examples_and_averages_positions() -> None:
+    losses = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    hits = np.asarray([1.0, 0.0, 1.0], np.float32)
+    weights = np.asarray([0.5, 2.0, 0.0], np.float32)
+    total, metrics = weighted_sums(
+        lambda o, y: (jnp.asarray(o), {"hits": jnp.asarray(hits)}),
+        losses, None, jnp.asarray(weights),
+    )  # fmt: skip
+    np.testing.assert_allclose(total, (losses.mean((1, 2)) * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["hits"], 0.5)
+
+
+def test_examples_of_weight_zero_do_not_count() -> None:
+    outputs, labels = jnp.asarray([1.0, 5.0]), jnp.asarray([0.0, 0.0])
+    total, metrics = weighted_sums(squared_error, outputs, labels, jnp.asarray([1.0, 0.0]))
+    assert (float(total), metrics) == (1.0, {})
+
+
+def test_sums_are_float32_even_of_bfloat16_losses() -> None:
+    ones = jnp.ones(300, jnp.bfloat16)
+    total, _ = weighted_sums(lambda o, y: o, ones, None, jnp.ones(300, jnp.float32))
+    assert total.dtype == jnp.float32 and float(total) == 300  # bfloat16 would stop at 256
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [((), r"\[\]"), ((3,), r"\[3\]"), ((1, 4), r"\[1, 4\]")]
+)
+def test_a_loss_without_the_examples_is_refused(shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"an array \[4, ...\]; got shape {said}; do not average"):
+        weighted_sums(lambda o, y: jnp.zeros(shape), jnp.zeros(4), None, jnp.ones(4))
+
+
+def test_a_metric_without_the_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got shape \[\]"):
+        weighted_sums(lambda o, y: (o, {"mean": o.mean()}), jnp.zeros(4), None, jnp.ones(4))

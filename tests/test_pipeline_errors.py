@@ -1,0 +1,219 @@
+"""Every way to build or feed a pipeline wrongly has its own message."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpipe_jax as gpipe
+
+EXAMPLES = 12
+
+
+def make_example(examples: int = EXAMPLES, **changes) -> dict:
+    batch = {"inputs": np.zeros((examples, 4), np.float32), "labels": np.zeros(examples, np.int32)}
+    return {**batch, **changes}
+
+
+def build(layers=None, *, stages: int = 2, data: int = 1, **changes) -> gpipe.Pipeline:
+    arguments = {
+        "loss": gpipe.losses.softmax_cross_entropy,
+        "example": make_example(),
+        "micro_batches": 3,
+        **changes,
+    }
+    mesh = gpipe.make_mesh(stages=stages, data=data)
+    return gpipe.Pipeline(layers or gpipe.zoo.mlp((4, 6, 6, 3)), mesh=mesh, **arguments)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> gpipe.Pipeline:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def trees(pipe) -> list:
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), [s.params for s in pipe.shapes])
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(ValueError, match=r"cut 3 layers into 4 stages.*use 1 to 3 stages"):
+        build(stages=4)
+
+
+def test_a_mesh_larger_than_the_devices():
+    have = jax.device_count()
+    message = (
+        rf"{have + 1} stages x 2 data replicas needs {2 * have + 2} devices, but there are {have} "
+        rf".*simulate_devices\({2 * have + 2}\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(stages=have + 1, data=2)
+
+
+@pytest.mark.parametrize(
+    ("examples", "data", "message"),
+    [
+        (10, 1, r"10 examples do not split into micro-batches x replicas = 3 .*\(9, 12\)"),
+        (4, 2, r"4 examples do not split into micro-batches x replicas = 6 .*\(6,\)"),
+    ],
+)
+def test_examples_that_do_not_split(examples, data, message):
+    with pytest.raises(ValueError, match=message):
+        build(data=data, example=make_example(examples))
+
+
+@pytest.mark.parametrize("remat", ["none", "", None])
+def test_an_unknown_remat(remat):
+    with pytest.raises(ValueError, match=f"`remat` must be 'stage' or 'layer', got {remat!r}"):
+        build(remat=remat)
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ValueError, match="unknown schedule 'zb'; known: gpipe, 1f1b"):
+        build(schedule="zb")
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"inputs": np.zeros((12, 4))}, r"missing \['labels'\], unknown \[\]"),
+        (make_example(weight=np.ones(12)), r"missing \[\], unknown \['weight'\]"),
+        (make_example(labels=np.zeros(11, int)), r"example\['labels'\] has shape \[11\].* 12 ex"),
+        (make_example(weights=np.ones((13,))), r"has shape \[12, 4\], but the batch has 13"),
+        (make_example(labels=np.zeros((), int)), r"example\['labels'\] has shape \[\]"),
+    ],
+)
+def test_a_malformed_example(example, message):
+    with pytest.raises(ValueError, match=message):
+        build(example=example)
+
+
+def test_layers_that_do_not_fit():
+    layers = [*gpipe.zoo.mlp((4, 6, 6)), *gpipe.zoo.mlp((5, 3))]
+    message = (
+        r"layer 2, Dense\(in_features=5, .*, does not take the output of layer 1, "
+        r"Dense\(in_features=6, .*: float32\[4,6\]; make the two agree"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(layers)
+
+
+def test_inputs_that_do_not_fit_the_first_layer():
+    example = make_example(inputs=np.zeros((EXAMPLES, 5), np.float32))
+    with pytest.raises(ValueError, match=r"layer 0, .* does not take the network's inputs: float"):
+        build(example=example)
+
+
+def test_a_loss_that_averages_over_the_examples():
+    def loss(outputs, labels):
+        return gpipe.losses.softmax_cross_entropy(outputs, labels)[0].mean()
+
+    with pytest.raises(ValueError, match=r"an array \[4, ...\]; got shape \[\]; do not average"):
+        build(loss=loss)
+
+
+def test_metrics_that_average_over_the_examples():
+    def loss(outputs, labels):
+        return outputs.sum(-1), {"size": jnp.abs(outputs).mean()}
+
+    with pytest.raises(ValueError, match=r"got shape \[\]; do not average over the examples"):
+        build(loss=loss)
+
+
+def test_labels_that_do_not_fit_the_loss():
+    message = (
+        r"`loss` does not take the outputs of layer 2, .*: float32\[4,3\], with labels int32\[4,2\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(example=make_example(labels=np.zeros((EXAMPLES, 2), np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [
+        ([], "2 stages need 1 boundaries, got 0"),
+        ([3], "boundary 3 is out of range: of 3 layers"),
+        ([0], "boundary 0 is out of range"),
+    ],
+)
+def test_bad_boundaries(boundaries, message):
+    with pytest.raises(ValueError, match=message):
+        build(partition=boundaries)
+
+
+def test_boundaries_out_of_order():
+    with pytest.raises(ValueError, match="boundaries must increase, got 2 then 1"):
+        build(stages=3, partition=[2, 1])
+
+
+def test_costs_of_another_number_of_layers():
+    with pytest.raises(ValueError, match=r"2 .*3|3 .*2"):
+        build(cost=[1.0, 2.0])
+
+
+def test_a_layer_too_large_for_the_memory():
+    layers = gpipe.zoo.mlp((4, 512, 512, 3))
+    message = r"layer 1 \(Dense\(in_features=512.*needs 0.00\d+ GiB, above memory_limit"
+    with pytest.raises(ValueError, match=message):
+        build(layers, memory_limit=2**20)
+
+
+# --- feeding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"labels": np.zeros(3, int)}, r"missing \['inputs'\], unknown \[\]"),
+        (make_example(mask=np.ones(12)), r"missing \[\], unknown \['mask'\]"),
+        (make_example(13), r"has shape \[13, 4\], the pipeline's example had \[12, 4\]; only the"),
+        (make_example(0), r"has shape \[0, 4\]"),
+        (make_example(inputs=np.zeros((12, 5))), r"batch\['inputs'\] has shape \[12, 5\]"),
+        (make_example(inputs={"x": np.zeros((12, 4))}), r"batch\['inputs'\] has structure"),
+        (make_example(labels=np.zeros((12, 1), int)), r"batch\['labels'\] has shape \[12, 1\]"),
+        (make_example(weights=np.zeros(12)), r"must sum to more than 0, got 0\.0"),
+        (make_example(weights=np.full(12, np.nan)), r"must sum to more than 0, got nan"),
+        (make_example(labels=np.zeros(11, int)), r"(11|12).* examples"),
+        (make_example(weights=np.ones(11)), r"(11|12).* examples"),
+    ],
+)
+def test_a_malformed_batch(pipe, batch, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.split(batch)
+
+
+def test_apply_checks_its_inputs(pipe):
+    with pytest.raises(ValueError, match=r"batch\['inputs'\] has shape \[2, 3\]"):
+        pipe.apply(None, np.zeros((2, 3)))
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def test_parameters_for_another_number_of_layers(pipe, trees):
+    with pytest.raises(ValueError, match="2 parameter trees for 3 layers"):
+        pipe.from_layers(trees[:2])
+
+
+def test_parameters_of_another_shape(pipe, trees):
+    trees = jax.tree.map(np.copy, trees)
+    trees[1]["linear"]["kernel"] = np.zeros((6, 7), np.float32)
+    message = r"layer 1, Dense\(.*\), has parameters .*\[6,6\].*, got .*\[6,7\]"
+    with pytest.raises(ValueError, match=message):
+        pipe.from_layers(trees)
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing"])
+def test_parameters_of_another_structure(pipe, trees, change):
+    trees = jax.tree.map(np.copy, trees)
+    bias = trees[2]["linear"].pop("bias")
+    if change == "renamed":
+        trees[2]["linear"]["bios"] = bias
+    with pytest.raises(ValueError, match=re.escape("layer 2, Dense(")):
+        pipe.from_layers(trees)

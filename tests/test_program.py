@@ -1,0 +1,172 @@
+"""What the compiled training step consists of, on CPU and for TPU pods that are not here.
+
+The programs are compiled by the real TPU compiler (`jax[tpu]`), which needs no TPU. Nothing is run.
+"""
+
+import functools
+import importlib.util
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import NETWORKS, make_batch
+
+import gpipe_jax as gpipe
+
+TPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install 'gpipe-jax[tpu]' (Linux x86-64)",
+)
+TOPOLOGIES = ["cpu", *(pytest.param(t, marks=TPU) for t in ("v3:4x4", "v5e:4x4", "v5p:4x4x8"))]
+
+
+def mesh_of(topology: str, stages: int) -> jax.sharding.Mesh:
+    if topology == "cpu":
+        return gpipe.make_mesh(stages=stages, data=2)
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return gpipe.make_mesh(
+        stages=stages, data=len(description.devices) // stages, devices=description.devices
+    )
+
+
+def small_pipeline(
+    topology: str, name: str, kind: str = "1f1b", M: int = 8, K: int = 4
+) -> gpipe.Pipeline:
+    mesh = mesh_of(topology, K)
+    return gpipe.Pipeline(
+        NETWORKS[name](),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=mesh,
+        micro_batches=M,
+        schedule=kind,
+        example=make_batch(name, 2 * M * mesh.shape["data"]),
+    )
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", ["transformer", "convnet"])
+def test_only_permutes_in_loops_and_one_gradient_reduction(topology: str, name: str) -> None:
+    pipe = small_pipeline(topology, name)
+    text = pipe.lower().compile().as_text()
+    assert text is not None
+    inside, outside = hlo.collectives(text)
+    assert set(hlo.kinds(inside)) == {"collective-permute"}
+    assert set(hlo.kinds(outside)) <= {"all-reduce"}
+    held = sum(a.size for a in jax.tree.leaves(pipe.stages.local_shapes()))
+    sizes = [hlo.elements_reduced(line) for line in outside]
+    gradient_reductions = [size for size in sizes if size > 8]
+    assert len(gradient_reductions) == 1
+    assert gradient_reductions[0] >= held
+    assert not hlo.host_transfers(text)
+
+
+def test_the_reader_sees_a_collective_in_a_loop() -> None:
+    """The check above bites: a reduction at every step of a scan is found inside the loop."""
+    mesh = gpipe.make_mesh(stages=4, data=2)
+    spec = jax.sharding.PartitionSpec("data")
+
+    def body(x: jax.Array) -> jax.Array:
+        add = lambda c, _: (jax.lax.pcast(jax.lax.psum(c, "data"), "data", to="varying"), None)  # noqa: E731
+        return jax.lax.scan(add, x, None, length=5)[0]
+
+    mapped = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+    inside, _ = hlo.collectives(mapped.lower(jnp.ones((2, 32))).compile().as_text() or "")
+    assert hlo.kinds(inside)["all-reduce"] == 1
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", ["transformer", "convnet"])
+def test_program_size_does_not_depend_on_the_number_of_micro_batches(name: str, kind: str) -> None:
+    few, many = (
+        (small_pipeline("cpu", name, kind, M).lower().compile().as_text() or "").count("\n")
+        for M in (8, 64)
+    )
+    assert abs(many - few) <= 0.05 * few
+
+
+@pytest.mark.parametrize(("kind", "flat"), [("1f1b", True), ("eager_1f1b", True), ("gpipe", False)])
+def test_temporary_memory_of_1f1b_does_not_depend_on_micro_batches(kind: str, flat: bool) -> None:
+    def temporary(M: int) -> int:
+        analysis = small_pipeline("cpu", "transformer", kind, M).lower().compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    few, many = temporary(8), temporary(64)
+    assert (many <= 1.05 * few) == flat
+
+
+def test_each_stage_is_computed_once_forward_and_recomputed_once() -> None:
+    """Counting one primitive: K-1 forward branches, and K backward ones that recompute."""
+
+    def init(key: jax.Array, x: jax.Array) -> dict:
+        return {"w": jax.random.normal(key, (3,))}
+
+    def make(i: int) -> gpipe.Layer:
+        def apply(params: dict, x: jax.Array) -> jax.Array:
+            return jax.lax.lgamma(jnp.abs(x * params["w"]) + 1 + i)
+
+        return gpipe.layer(init, apply)
+
+    batch = {"inputs": np.ones((8, 3), np.float32), "labels": np.zeros(8, np.int32)}
+    pipe = gpipe.Pipeline(
+        [make(i) for i in range(4)],
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=4),
+        micro_batches=4,
+        schedule="gpipe",
+        example=batch,
+    )
+    state = pipe.init(0)
+    jaxpr = jax.make_jaxpr(pipe.gradients)(state, pipe.split(batch), jnp.uint32(0))
+    assert count(jaxpr.jaxpr, "lgamma") == 3 + 4
+    forward = jax.make_jaxpr(pipe.losses)(state, pipe.split(batch))
+    assert count(forward.jaxpr, "lgamma") == 4
+
+
+def count(jaxpr: jax.extend.core.Jaxpr, name: str) -> int:
+    inner = [
+        v
+        for eqn in jaxpr.eqns
+        for v in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        )
+    ]
+    below = sum(
+        count(getattr(v, "jaxpr", v), name)
+        for v in inner
+        if hasattr(getattr(v, "jaxpr", v), "eqns")
+    )
+    return below + sum(eqn.primitive.name == name for eqn in jaxpr.eqns)
+
+
+def test_no_recompilation_for_a_shorter_batch() -> None:
+    pipe = small_pipeline("cpu", "convnet", M=2)
+    state, batch = pipe.init(0), make_batch("convnet", 8)
+    step = functools.partial(pipe.value_and_grad, state)
+    step(batch)
+    step({name: a[:3] for name, a in batch.items()}, step=5)
+    assert pipe._jitted["gradients"]._cache_size() == 1
+
+
+@pytest.mark.parametrize("mode", ["true", "false"])
+def test_works_in_both_graph_modes_of_nnx(mode: str) -> None:
+    """Flax announced that graph mode will be off by default."""
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import gpipe_jax as g; g.simulate_devices(2); import numpy as np;"
+        "b={'inputs': np.zeros((4,5),int), 'labels': np.zeros((4,5),int)};"
+        "p=g.Pipeline(g.zoo.transformer_lm(vocabulary=7,length=5,width=8,heads=2,feed_forward=8,"
+        "layers=2,dropout=0.1), loss=g.losses.softmax_cross_entropy, mesh=g.make_mesh(stages=2),"
+        "micro_batches=2, example=b);"
+        "print(float(p.value_and_grad(p.init(0), b)[0][0]))"
+    )
+    env = {**os.environ, "NNX_GRAPH_MODE": mode, "NNX_GRAPH_UPDATES": mode}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.isfinite(float(done.stdout))

@@ -1,0 +1,243 @@
+"""Whole runs: what they write, and that an interrupted one ends as if it had not been."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import gpipe_jax as gpipe
+from gpipe_jax import checkpoint, run
+from gpipe_jax.loader import ConfigError
+from gpipe_jax.trainer import DivergedError
+
+STEPS = 11
+CONFIG = {
+    "model": {"kind": "mlp", "features": [64, 12, 12, 10]},
+    "data": {"kind": "digits", "batch_size": 24},
+    "mesh": {"stages": 2},
+    "pipeline": {"micro_batches": 2},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.1},
+    "train": {"steps": STEPS, "eval_every": 4, "log_every": 3},
+}
+
+
+def assemble(workdir, *overrides: str) -> run.Parts:
+    return run.assemble(gpipe.load(CONFIG, overrides), workdir)
+
+
+def records_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.endswith("_s")} for r in records]
+
+
+def saved(parts: run.Parts, step: int) -> dict:
+    folder = parts.workdir / "checkpoints"
+    return checkpoint.restore(folder, step, parts.trainer.layer_shapes())
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run from beginning to end: (parts, summary, records shown)."""
+    parts, shown = assemble(tmp_path_factory.mktemp("a run") / "whole"), []
+    return parts, run.train(parts, shown.append), shown
+
+
+# --- what a run writes ---------------------------------------------------------------------------
+
+
+def test_every_record_is_shown_and_every_third_written(whole):
+    parts, _, shown = whole
+    steps = [r["step"] for r in shown if "loss" in r]
+    assert steps == list(range(1, STEPS + 1))
+    written = records_of(parts.workdir)
+    assert [r["step"] for r in written if "loss" in r] == [1, 3, 6, 9]
+    assert [r["step"] for r in written if "test_loss" in r] == [4, 8, STEPS]
+    assert [r["step"] for r in written] == sorted(r["step"] for r in written)
+    assert all(r in shown for r in written)
+    assert set(written[0]) == {"step", "loss", "accuracy", "step_time_s"}
+    assert all(r["step_time_s"] > 0 for r in written if "loss" in r)
+
+
+def test_the_summary(whole):
+    parts, summary, shown = whole
+    figures = summary.figures
+    assert figures["test_loss"] == shown[-1]["test_loss"]
+    assert figures["test_accuracy"] == shown[-1]["test_accuracy"]
+    assert (figures["steps"], figures["stages"]) == (STEPS, 2)
+    assert figures["bubble_fraction"] == pytest.approx(1 / 3)
+    assert figures["workdir"] == str(parts.workdir)
+    assert 0 < figures["step_time_s"] < figures["wall_s"]
+    assert summary.note == f"curves: {parts.workdir / 'curves.png'}"
+    assert (parts.workdir / "curves.png").stat().st_size > 5000
+
+
+def test_the_two_newest_checkpoints_are_kept(whole):
+    folder = whole[0].workdir / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [str(STEPS), "8"]
+
+
+def test_the_saved_config_is_that_of_the_run(whole):
+    """It names its own folder, so that `gpipe train WORKDIR/config.yaml` continues the run."""
+    parts = whole[0]
+    config = gpipe.load(parts.workdir / "config.yaml")
+    assert config.train.workdir == str(parts.workdir)
+    back = config.train.model_copy(update={"workdir": None})
+    assert config.model_copy(update={"train": back}) == parts.config
+
+
+def test_evaluate_repeats_the_last_evaluation(whole):
+    parts, summary, _ = whole
+    again = run.evaluate(parts)
+    for name in ("test_loss", "test_accuracy", "steps", "step_time_s"):
+        assert again.figures[name] == summary.figures[name]
+    assert again.note == f"checkpoint: step {STEPS}"
+
+
+def test_evaluate_on_other_stages(whole):
+    """The network is the same however it is cut."""
+    other = assemble(whole[0].workdir, "mesh.stages=1", "pipeline.micro_batches=1")
+    found = run.evaluate(other).figures
+    assert found["test_loss"] == pytest.approx(whole[1].figures["test_loss"], rel=1e-5)
+    assert found["stages"] == 1
+
+
+# --- continuing ----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
+    """Cut off after the first checkpoint, and again after the second, with half a line written."""
+    parts, reference, _ = whole
+    workdir = tmp_path / "interrupted"
+    again = run.Parts(parts.config, workdir, parts.dataset, parts.trainer)
+    for last in (6, 10):
+
+        def show(record, last=last):
+            if record["step"] == last and "loss" in record:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run.train(again, show)
+        assert checkpoint.latest_step(workdir / "checkpoints") == last // 4 * 4
+        with (workdir / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "lo')
+    shown: list[dict] = []
+    summary = run.train(again, shown.append)
+    assert shown[0]["step"] == 9, "it continues from step 8"
+    jax.tree.map(np.testing.assert_array_equal, saved(again, STEPS), saved(parts, STEPS))
+    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert here == there
+    assert summary.figures["test_loss"] == reference.figures["test_loss"]
+
+
+def test_a_finished_run_only_repeats_its_summary(whole):
+    parts, reference, _ = whole
+    before = (parts.workdir / "metrics.jsonl").read_bytes()
+    shown: list[dict] = []
+    summary = run.train(parts, shown.append)
+    assert not shown and summary.note == reference.note
+    ignored = {"wall_s"}
+    assert {k: v for k, v in summary.figures.items() if k not in ignored} == {
+        k: v for k, v in reference.figures.items() if k not in ignored
+    }
+    assert (parts.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_without_its_metrics_evaluates_again(whole):
+    parts, reference, _ = whole
+    path = parts.workdir / "metrics.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    try:
+        summary = run.train(parts, lambda record: None)
+    finally:
+        path.write_bytes(before)
+    assert summary.figures["test_loss"] == reference.figures["test_loss"]
+    assert summary.figures["step_time_s"] is None
+    assert summary.note.startswith("no curves")
+
+
+# --- folders that cannot be used -----------------------------------------------------------------
+
+
+def other_config(whole, *overrides: str) -> run.Parts:
+    parts = whole[0]
+    return parts._replace(config=gpipe.load(CONFIG, overrides))
+
+
+def test_a_folder_of_another_config_lists_what_differs(whole):
+    before = (whole[0].workdir / "config.yaml").read_bytes()
+    other = other_config(whole, "train.steps=5", "optimizer.learning_rate=0.5")
+    with pytest.raises(ConfigError) as error:
+        run.train(other, lambda record: None)
+    rule, *lines = error.value.problems
+    assert "another config; use another (train.workdir=...)" in rule
+    assert lines == [
+        "optimizer.learning_rate: 0.01 there, 0.5 here",
+        f"train.steps: {STEPS} there, 5 here",
+    ]
+    assert (whole[0].workdir / "config.yaml").read_bytes() == before
+
+
+def test_another_way_to_write_the_same_folder_is_no_difference(whole):
+    workdir = whole[0].workdir
+    run.claim(other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/"))
+
+
+@pytest.mark.parametrize(
+    "override", ["train.seed=1", "data.test_fraction=0.3", "model.features=[64, 12, 10]"]
+)
+def test_evaluate_refuses_other_held_out_data_or_another_network(whole, override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        run.evaluate(other_config(whole, override))
+
+
+def test_evaluate_without_a_checkpoint(whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"no checkpoint to evaluate; train it first"):
+        run.evaluate(whole[0]._replace(workdir=tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_is_a_file(whole, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"cannot write here .*train.workdir"):
+            run.train(whole[0]._replace(workdir=workdir), lambda record: None)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "config.yaml")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"cannot write here .*Permission denied"):
+        run.train(whole[0]._replace(workdir=tmp_path), lambda record: None)
+
+
+def test_a_checkpoint_that_does_not_fit(whole, tmp_path):
+    parts = whole[0]._replace(workdir=tmp_path)
+    checkpoint.save(tmp_path / "checkpoints", 4, {"params": np.zeros(3)})
+    for action in (run.evaluate, lambda p: run.train(p, lambda record: None)):
+        with pytest.raises(ConfigError, match="does not fit this run: missing optimizer"):
+            action(parts)
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
+    """The last update may ruin the parameters after the training loss was still good."""
+    parts = whole[0]._replace(workdir=tmp_path)
+    monkeypatch.setattr(parts.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
+    with pytest.raises(DivergedError, match=r"held-out loss became nan at step 4 \(the last fin"):
+        run.train(parts, lambda record: None)
+    assert checkpoint.latest_step(tmp_path / "checkpoints") is None
+    assert all("test_loss" not in r for r in records_of(tmp_path))
