@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
 import jax.numpy as jnp
@@ -134,35 +134,56 @@ def recompile(lowered: Any) -> None:
     lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
 
 
-def memory_ratio(topology: str, K: int, M: int, per_stage: int, length: int) -> float:
-    """Temporary memory of a 1F1B table over that of differentiating through a scanned pipeline."""
+def memory_ratio(
+    topology: str, K: int, M: int, per_stage: int, shape: tuple[int, int], remat: str
+) -> float:
+    """Temporary memory of a 1F1B table over that of differentiating through a scanned pipeline.
+
+    A stage has `per_stage` Transformer blocks, a micro-batch the `shape` (examples, positions); both
+    programs recompute stages, or with `remat="layer"` also layer by layer within a stage.
+    """
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = gpipe.make_mesh(stages=K, data=len(devices) // K, devices=devices)
     block = gpipe.layer(Block, **BLOCK)
-    shape = (M * mesh.shape["data"], length, BLOCK["width"])
-    example = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in ("inputs", "labels")}
-    example["weights"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    B, S = shape
+    batch_shape = (M * mesh.shape["data"] * B, S, BLOCK["width"])
+    example = {
+        name: jax.ShapeDtypeStruct(batch_shape, jnp.bfloat16) for name in ("inputs", "labels")
+    }
+    example["weights"] = jax.ShapeDtypeStruct(batch_shape[:1], jnp.float32)
     loss = gpipe.losses.squared_error
     pipe = gpipe.Pipeline(
-        [block] * (K * per_stage), loss=loss, mesh=mesh, micro_batches=M, example=example
+        [block] * (K * per_stage),
+        loss=loss,
+        mesh=mesh,
+        micro_batches=M,
+        example=example,
+        remat=remat,
     )
-    baseline = differentiated_scan(block, mesh, M, per_stage, example)
+    baseline = differentiated_scan(block, mesh, M, per_stage, example, remat)
     temporary = [temporary_bytes(program.compile()) for program in (pipe.lower(), baseline)]
     print(f"  temporary memory on {topology}: {temporary[0] / 1e6:.0f} MB, "
           f"differentiated scan {temporary[1] / 1e6:.0f} MB", flush=True)  # fmt: skip
     return temporary[0] / temporary[1]
 
 
-def differentiated_scan(block: Any, mesh: Any, M: int, per_stage: int, example: dict) -> Any:
+def differentiated_scan(
+    block: Any, mesh: Any, M: int, per_stage: int, example: dict, remat: str
+) -> Any:
     """The usual pipeline in JAX, lowered: `jax.grad` through a scan of rematerialised stages."""
     K = mesh.shape["stage"]
     key = jax.random.key(0)
 
+    def one(params: Any, x: jax.Array) -> jax.Array:
+        return block.apply(params, x, key, train=True)
+
+    layer = jax.checkpoint(one) if remat == "layer" else one
+
     def stage(params: Any, x: jax.Array) -> jax.Array:
         for i in range(per_stage):
-            x = block.apply(jax.tree.map(lambda a, i=i: a[i], params), x, key, train=True)
+            x = layer(jax.tree.map(lambda a, i=i: a[i], params), x)
         return x
 
     def body(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:

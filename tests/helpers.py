@@ -1,5 +1,6 @@
 """Small networks with everything that makes cutting hard, and a comparison leaf by leaf."""
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -57,12 +58,38 @@ def pytree_mlp() -> list[gpipe.Layer]:
 
 def transformer(dropout: float = 0.0) -> list[gpipe.Layer]:
     return gpipe.zoo.transformer_lm(
-        vocabulary=11, length=5, width=8, heads=2, feed_forward=12, layers=7, dropout=dropout
+        vocabulary=11,
+        length=5,
+        width=8,
+        heads=2,
+        feed_forward=12,
+        layers=7,
+        dropout=dropout,
+        dtype=str(jnp.zeros(()).dtype),
     )
 
 
 def convnet() -> list[gpipe.Layer]:
     return gpipe.zoo.convnet((4, 8, 12), (2, 2, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class InDefaultFloat(gpipe.Layer):
+    """The layer with its parameters in float64 under x64: nnx makes float32 ones in any case."""
+
+    layer: gpipe.Layer
+
+    def init(self, key: jax.Array, x: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: a.astype(jnp.zeros(()).dtype), self.layer.init(key, x))
+
+    def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
+        return self.layer.apply(params, x, key, train=train)
+
+
+def network(name: str, **kwargs: Any) -> list[gpipe.Layer]:
+    """The layers of that name, in float64 under `jax.enable_x64`."""
+    layers = NETWORKS[name](**kwargs)
+    return [InDefaultFloat(a) for a in layers] if jax.config.jax_enable_x64 else layers
 
 
 NETWORKS = {"transformer": transformer, "convnet": convnet, "pytree_mlp": pytree_mlp}
@@ -82,7 +109,7 @@ def make_batch(name: str, examples: int, seed: int = 0) -> dict:
 
 def reference(name: str, batch: dict, micro_batches: int = 1, **kwargs: Any) -> tuple:
     """(params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
-    layers = NETWORKS[name](**kwargs)
+    layers = network(name, **kwargs)
     batch = jax.tree.map(jnp.asarray, batch)
     params = sequential.init(layers, batch["inputs"][:1], seed=1)
     step = jax.jit(

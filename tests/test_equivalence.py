@@ -14,11 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NETWORKS, assert_trees_close, make_batch, reference
+from helpers import NETWORKS, assert_trees_close, make_batch, network, reference
 
 import gpipe_jax as gpipe
-from gpipe_jax import executor, sequential
+from gpipe_jax import executor, sequential, stages
 from gpipe_jax.schedule import BACKWARD, FORWARD
+
+
+@pytest.fixture(autouse=True)
+def unroll_short_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the longer runs of the small Transformer are scanned, and both ways are tested."""
+    monkeypatch.setattr(stages, "MAX_UNROLL", 2)
+
 
 FULL, PRESENT = 48, 45
 GRID = list(itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b")))
@@ -61,7 +68,7 @@ def cached_reference(name: str, double: bool) -> tuple:
 
 def make_pipeline(name: str, K: int, D: int, M: int, kind: str, **kwargs: object) -> gpipe.Pipeline:
     return gpipe.Pipeline(
-        NETWORKS[name](**kwargs),
+        network(name, **kwargs),
         loss=gpipe.losses.softmax_cross_entropy,
         mesh=gpipe.make_mesh(stages=K, data=D),
         micro_batches=M,
@@ -98,6 +105,8 @@ def check(pipe: gpipe.Pipeline, name: str, double: bool, tolerance: float) -> No
     state = pipe.from_layers(params, seed=1)
     parts = pipe.split(present(make_batch(name, FULL)))
     (our_loss, our_metrics), our_grads = step(state, parts, jnp.uint32(0))
+    if double:
+        assert {a.dtype for a in jax.tree.leaves((our_loss, our_grads))} == {jnp.dtype("float64")}
     assert_trees_close((our_loss, our_metrics), (loss, metrics), tolerance)
     assert_trees_close(pipe.to_layers(our_grads), grads, tolerance)
 

@@ -174,7 +174,7 @@ MESSAGES = [
     ("train: {workdir: 3}", "train.workdir: expected text, got 3; put it in quotes"),
     ("train: {workdir: [3]}", "train.workdir: expected text, got [3]"),
     ("train: {workdir: ''}", "train.workdir: expected text, not nothing, got ''"),
-    ("pipeline: {schedule: 1f1}", "pipeline.schedule: expected 'gpipe' or '1f1b', got '1f1'; did you mean '1f1b'?"),  # noqa: E501
+    ("pipeline: {schedule: 1f1}", "pipeline.schedule: expected 'gpipe', '1f1b' or 'eager_1f1b', got '1f1'; did you mean '1f1b'?"),  # noqa: E501
     ("pipeline: {partition: 3}", "pipeline.partition: expected 'auto' or a list, got 3"),
     ("pipeline: {partition: aut}", "pipeline.partition: expected 'auto' or a list, got 'aut'; did you mean 'auto'?"),  # noqa: E501
     ("pipeline: {partition: [1, x]}", "pipeline.partition[1]: expected a whole number, got 'x'"),

@@ -1,0 +1,59 @@
+"""What the README says is true: its example runs, its figures and its commands are real."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpipe_jax import cli, loader, schedule
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_example_runs() -> None:
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 14
+    check = "assert float(loss) > 0 and len(pipe.to_layers(grads)) == len(layers)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 stages x 2 replicas" in done.stdout
+
+
+def test_the_table_of_schedules() -> None:
+    plans = [schedule.make(kind, 8, 32) for kind in ("gpipe", "1f1b", "eager_1f1b")]
+    times = [schedule.simulate(plan, [1.0] * 7 + [0.0], [3.0] * 8).time for plan in plans]
+    row = re.search(r"\| time of a step.*?\|(.*)\|", README)
+    assert row and [float(v) for v in row[1].split("|")] == times
+    row = re.search(r"\| stage inputs stashed.*?\|(.*)\|", README)
+    assert row and [int(v) for v in row[1].split("|")] == [max(p.peak_stash) for p in plans]
+
+
+def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "1f1b"]) == 0
+    assert cli.main(["config", str(ROOT / "configs" / "digits.yaml"), "--diff"]) == 0
+    assert "stage 3" in capsys.readouterr().out
+    for command in re.findall(r"^gpipe (\w+)", README, re.MULTILINE):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_valid_and_opens_with_its_command(path: Path) -> None:
+    loader.load(path)
+    head = path.read_text().split("\nmodel:")[0]
+    assert f"gpipe train configs/{path.name}" in head
+    assert re.search(r"minute|second", head), "no time"
+    assert re.search(r"accuracy|bits per byte", head), "no expected result"
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(?:gpipe_jax/)?(\w+\.py)`", README))
+def test_every_file_it_names_is_there(name: str) -> None:
+    assert (ROOT / "gpipe_jax" / name).exists()
