@@ -121,6 +121,8 @@ def _config(options: argparse.Namespace) -> int:
     if options.schema:
         print(json.dumps(loader.schema(), indent=None if options.json else 2))
         return 0
+    if options.config is None:
+        return _fail("give a CONFIG file, or --schema", BAD_INPUT)
     config = loader.load(options.config, options.overrides)
     if options.diff:
         different = loader.differences(config)

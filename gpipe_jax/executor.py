@@ -73,19 +73,38 @@ def build(
     trains = bool((schedule.table[..., 0] == BACKWARD).any())
 
     def body(params: PyTree, ids: jax.Array, batch: dict, key: jax.Array) -> PyTree:
-        params, ids = _vary(jax.tree.map(lambda a: a[0], (params, ids)))
+        params, ids = jax.tree.map(lambda a: a[0], (params, ids))
         device = _Device(
-            stages, schedule, rows, trains, loss, idle_fill, mesh.shape[DATA],
-            params, ids, _vary(batch), key,
-        )  # fmt: skip
+            stages=stages,
+            schedule=schedule,
+            rows=rows,
+            trains=trains,
+            loss=loss,
+            fill=idle_fill,
+            replicas=mesh.shape[DATA],
+            params=params,
+            ids=ids,
+            batch=batch,
+            key=key,
+        )
         return device.run()
 
     in_specs = (P(STAGE), P(STAGE), P(None, DATA), P())
     result_spec = P(None, DATA) if loss is None else P()
     out_specs = (result_spec, P(STAGE)) if trains else result_spec
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    mapped = _on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.layer_ids()
     return lambda params, batch, key: mapped(params, ids, batch, key)
+
+
+def _on_every_device(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` over all axes, without its check of which values differ between devices.
+
+    The check would refuse any layer with a loop that starts from a constant (`nnx.RNN`), because
+    the constant does not differ and the loop's result does. Nothing here relies on it: gradients
+    are taken within a device, and the three sums over devices are written out in `_finish`.
+    """
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def build_parameters(stages: Stages, mesh: Mesh, make: Callable) -> PyTree:
@@ -97,25 +116,12 @@ def build_parameters(stages: Stages, mesh: Mesh, make: Callable) -> PyTree:
     branch = jnp.searchsorted(jnp.asarray(kinds), jnp.asarray(stages.kind))
 
     def body(branch: jax.Array, ids: jax.Array) -> PyTree:
-        branches = [lambda ids, k=k: _vary(stages.build(k, ids, make), (STAGE,)) for k in kinds]
+        branches = [functools.partial(stages.build, k, make=make) for k in kinds]
         return jax.tree.map(lambda a: a[None], lax.switch(branch[0], branches, ids[0]))
 
     specs = (P(STAGE), P(STAGE))
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(STAGE))
+    mapped = _on_every_device(body, mesh, specs, P(STAGE))
     return mapped(branch, jnp.asarray(stages.layer_ids()))
-
-
-def _vary(tree: PyTree, axes: tuple[str, ...] = (STAGE, DATA)) -> PyTree:
-    """Mark every array as different along `axes`, so that nothing is summed until we say so."""
-
-    def one(x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        kind = jax.typeof(x)
-        have = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-        missing = tuple(axis for axis in axes if axis not in have)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class _Device:
 
     def _start(self) -> Carry:
         wire, back = self.stages.wire.shapes, self._gradient_shapes()
-        carry = Carry(
+        return Carry(
             arrived_x=[self._filled(s) for s in wire],
             arrived_g=[self._filled(s) for s in back],
             stash=[self._filled(s, self.rows.x_slots) for s in wire],
@@ -159,7 +165,6 @@ class _Device:
             grads=self._zero_grads() if self.trains else None,
             result=self._zero_result(),
         )
-        return _vary(carry)
 
     def _gradient_shapes(self) -> list:
         return self.stages.wire.gradient_shapes if self.trains else []
@@ -251,9 +256,9 @@ class _Device:
             result=carry.result,
         )
         if operation == "idle":
-            return _vary(nothing)
+            return nothing
         method = {"forward": self._forward, "backward": self._backward, "evaluate": self._evaluate}
-        return _vary(method[operation](int(kind), carry, entry, nothing))
+        return method[operation](int(kind), carry, entry, nothing)
 
     def _forward(self, k: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
         y = self._apply(k, self.params, self._input(k, carry, entry), entry)
@@ -291,7 +296,7 @@ class _Device:
 
         chosen = {name: [self.params[name][i] for i in used[name]] for name in used}
         y, pull, result = jax.vjp(run, chosen, [leaves[i] for i in moving], has_aux=True)
-        d_params, d_x = pull(_vary(jnp.ones_like(y)) if result else self._gradient(k, carry, entry))
+        d_params, d_x = pull(jnp.ones_like(y) if result else self._gradient(k, carry, entry))
         send_g = nothing.send_g
         if k > 0:
             send_g = self.stages.wire.encode(d_x, self._gradient_shapes())

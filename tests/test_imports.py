@@ -29,7 +29,7 @@ READING_ORDER = [
     "pipeline",
     "trainer",
 ]
-NO_JAX = ["config", "loader", "partition", "schedule"]
+NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule"]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -3,6 +3,8 @@
 Letters: B examples, S positions, D width, H heads, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,7 +40,13 @@ class CausalAttention(nnx.Module):
         B, S, D = x_BSD.shape
         split = lambda a: a.reshape(B, S, self.heads, D // self.heads)  # noqa: E731
         q, k, v = map(split, jnp.split(self.qkv(x_BSD), 3, axis=-1))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        # Scores in float32 at least; jax.nn.dot_product_attention would make float64 ones float32.
+        kind = jnp.promote_types(q.dtype, jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=kind)
+        seen = jnp.tril(jnp.ones((S, S), bool))[None, None]
+        scores = jnp.where(seen, scores / math.sqrt(D // self.heads), jnp.finfo(kind).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
         return self.out(y.reshape(B, S, D))
 
 
