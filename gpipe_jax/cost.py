@@ -14,7 +14,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax.sequential import LayerShape
+from gpipe_jax.layers.shapes import LayerShape, differentiable, signature
 
 PyTree = Any
 
@@ -73,15 +73,11 @@ def tree_bytes(tree: PyTree) -> int:
 
 def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
     known: dict = {}
-    for shape in shapes:
-        if _name(shape) not in known:
-            known[_name(shape)] = function(shape)
-    return [known[_name(shape)] for shape in shapes]
-
-
-def _name(shape: LayerShape) -> tuple:
-    leaves, structure = jax.tree.flatten(shape.input)
-    return shape.layer, structure, tuple((a.shape, a.dtype) for a in leaves)
+    names = [(shape.layer, signature(shape.input)) for shape in shapes]
+    for name, shape in zip(names, shapes, strict=True):
+        if name not in known:
+            known[name] = function(shape)
+    return [known[name] for name in names]
 
 
 def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
@@ -97,13 +93,13 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 def _vjp(shape: LayerShape, params: PyTree, x: PyTree, seed: jax.Array) -> tuple[list, Callable]:
     """Differentiate in the parameters and in the floating-point inputs."""
     leaves, structure = jax.tree.flatten(x)
-    moving = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    moving = [i for i, a in enumerate(leaves) if differentiable(a)]
 
     def run(params: PyTree, floats: list) -> list:
         new = dict(zip(moving, floats, strict=True))
         x = jax.tree.unflatten(structure, [new.get(i, a) for i, a in enumerate(leaves)])
         y = shape.layer.apply(params, x, jax.random.key(seed), train=True)
-        return [a for a in jax.tree.leaves(y) if jnp.issubdtype(a.dtype, jnp.inexact)]
+        return [a for a in jax.tree.leaves(y) if differentiable(a)]
 
     return jax.vjp(run, params, [leaves[i] for i in moving])
 

@@ -22,10 +22,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import BACKWARD, FORWARD, Rows, Schedule, lower
-from gpipe_jax.stages import Stages, differentiable
+from gpipe_jax.stages import Stages
 
 PyTree = Any
 
@@ -170,7 +171,7 @@ class _Device:
         return self.stages.wire.gradient_shapes if self.trains else []
 
     def _filled(self, spec: jax.ShapeDtypeStruct, *lead: int) -> jax.Array:
-        fill = self.fill if jnp.issubdtype(spec.dtype, jnp.inexact) else 0
+        fill = self.fill if differentiable(spec) else 0
         return jnp.full((*lead, *spec.shape), fill, spec.dtype)
 
     def _zero_grads(self) -> PyTree:

@@ -39,6 +39,10 @@ def weighted_sums(
     result = loss(outputs, labels)
     losses, metrics = result if isinstance(result, tuple) else (result, {})
 
+    taken = {"loss", "step", "step_time_s"} & set(metrics)
+    if taken:
+        raise ValueError(f"the metrics of `loss` may not be called {', '.join(sorted(taken))}")
+
     def weigh(values: jax.Array) -> jax.Array:
         if values.ndim < 1 or values.shape[0] != weights.shape[0]:
             raise ValueError(

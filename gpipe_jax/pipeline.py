@@ -14,13 +14,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax import batch as batches
 from gpipe_jax import cost as costs
 from gpipe_jax import executor, partition, report
-from gpipe_jax.config import nearest_multiples
+from gpipe_jax.keys import layer_key, step_key
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.shapes import describe, infer_shapes
+from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
-from gpipe_jax.schedule import Schedule, forward_only, make
-from gpipe_jax.sequential import describe, infer_shapes, layer_key, step_key
+from gpipe_jax.schedule import Schedule, forward_only, lower, training_schedule
 from gpipe_jax.stages import Stages
 
 PyTree = Any
@@ -40,13 +42,15 @@ class Pipeline:
     `loss(outputs, labels)` returns the losses of the examples (see `losses`). `example` is a batch,
     or its shapes: {"inputs": ..., "labels": ..., "weights": [N] optional}; its N examples are split
     into `micro_batches` x D equal parts. Later batches may be shorter: they are padded with
-    examples of weight zero. `schedule` is "gpipe", "1f1b" or "eager_1f1b" (see `schedule`).
+    examples of weight zero. `schedule` is "gpipe", "1f1b", "eager_1f1b" or a table of one's own
+    (see `schedule`).
 
     `partition` is "auto", which minimises the slowest stage by the layers' `cost` ("flops", "time",
     or one number a layer; see `cost`), or the index of the first layer of stages 1 to K-1.
-    `memory_limit` bounds, in bytes, the parameters, gradients, two optimizer slots and working set
-    of a stage. The backward pass recomputes each stage from its input; `remat="layer"` also
-    recomputes within it layer by layer, for less memory and about a third more time.
+    `memory_limit` bounds, in bytes, what a device holds: parameters, gradients and two optimizer
+    slots (padding included), stashed inputs, and a stage's working set. The backward pass
+    recomputes each stage from its input; `remat="layer"` also recomputes within it layer by layer,
+    for less memory and about a third more time.
 
     Building a pipeline allocates nothing on any device, so the mesh may be a compile-only one.
     """
@@ -59,7 +63,7 @@ class Pipeline:
         mesh: Mesh,
         example: dict,
         micro_batches: int = 1,
-        schedule: str = "1f1b",
+        schedule: str | Schedule = "1f1b",
         partition: str | Sequence[int] = "auto",
         cost: str | Sequence[float] = "flops",
         memory_limit: float | None = None,
@@ -69,8 +73,15 @@ class Pipeline:
             raise ValueError(f"`remat` must be 'stage' or 'layer', got {remat!r}")
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
-        self.example = _shapes_of(example, mesh.shape[DATA] * micro_batches)
-        self.schedule: Schedule = make(schedule, mesh.shape[STAGE], micro_batches)
+        if not self.layers:
+            raise ValueError("`layers` is empty; give at least one layer for each stage")
+        if set(mesh.axis_names) != {STAGE, DATA}:
+            raise ValueError(
+                f"`mesh` has the axes {mesh.axis_names}; it needs {STAGE!r} and {DATA!r}, as "
+                f"gpipe_jax.make_mesh(stages=..., data=...) makes them"
+            )
+        self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches)
+        self.example = batches.shapes_of(example, mesh.shape[DATA], micro_batches)
         self._one = jax.tree.map(self._micro_batch_shape, self.example)
         self.shapes = infer_shapes(self.layers, self._one["inputs"])
         self._check_loss()
@@ -87,8 +98,6 @@ class Pipeline:
 
     def _check_loss(self) -> None:
         """Evaluate the loss abstractly, so that a mismatch is found before anything compiles."""
-        from gpipe_jax.losses import weighted_sums
-
         one, outputs = self._one, self.shapes[-1].output
         try:
             jax.eval_shape(
@@ -114,10 +123,37 @@ class Pipeline:
             names=[str(layer) for layer in self.layers],
         )
         count = self.mesh.shape[STAGE]
+        if isinstance(wanted, str) and wanted != "auto":
+            raise ValueError(
+                f"`partition` must be 'auto' or the first layer of stages 1 to {count - 1}, "
+                f"got {wanted!r}"
+            )
         if wanted != "auto":
             return partition.explicit(wanted, times, stages=count, **options)
         padding = [c.parameter_bytes for c in self.costs]
         return partition.partition(times, count, padding=padding, **options)
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """What every device holds, by part, estimated from shapes: bytes."""
+        wire = sum(a.size * a.dtype.itemsize for a in self.stages.wire.shapes)
+        rows = lower(self.schedule)
+        working = [sum(self.costs[i].working_bytes for i in cut) for cut in self.stages.cuts]
+        return {
+            "parameters, gradients, optimizer": 4 * self.stages.device_bytes(),
+            # Arrived and sent arrays are held beside the slots.
+            "boundaries": (rows.x_slots + rows.g_slots + 4) * wire,
+            "working set": max(working),
+        }
+
+    def _check_memory(self, limit: float | None) -> None:
+        need = sum(self.device_bytes.values())
+        if limit is not None and need > limit:
+            parts = ", ".join(f"{name} {n / 2**30:.3g}" for name, n in self.device_bytes.items())
+            raise ValueError(
+                f"a device needs {need / 2**30:.3g} GiB ({parts}), but `memory_limit` is "
+                f"{limit / 2**30:.3g} GiB; use more stages or micro-batches, or raise it"
+            )
 
     @property
     def replicas(self) -> int:
@@ -208,22 +244,9 @@ class Pipeline:
 
         A batch of fewer than N examples is padded with copies of its first one, of weight zero.
         """
-        batch = _with_weights(batch)
-        _check_batch(batch, self.example)
-        weights = np.asarray(batch["weights"], np.float64)
-        if not weights.sum() > 0:
-            raise ValueError(f"the weights of a batch must sum to more than 0, got {weights.sum()}")
-        parts = {**batch, "weights": weights / weights.sum()}
-        return {name: jax.tree.map(self._place, parts[name], self.example[name]) for name in parts}
+        return self._place(batches.split(batch, self.example, self.micro_batches))
 
-    def _place(self, a: Any, spec: Any) -> jax.Array:
-        a = np.asarray(a).astype(spec.dtype)
-        missing = self.batch_size - a.shape[0]
-        if missing and spec is self.example["weights"]:
-            a = np.concatenate([a, np.zeros(missing, a.dtype)])
-        elif missing:
-            a = np.concatenate([a, np.repeat(a[:1], missing, axis=0)])
-        parts = a.reshape(self.micro_batches, -1, *a.shape[1:])
+    def _place(self, parts: PyTree) -> PyTree:
         return jax.device_put(parts, NamedSharding(self.mesh, P(None, DATA)))
 
     def gradients(self, state: State, parts: dict, step: Any, *, idle_fill: float = 0.0) -> tuple:
@@ -266,33 +289,34 @@ class Pipeline:
 
     def apply(self, state: State, inputs: PyTree) -> PyTree:
         """The network's outputs in evaluation mode, for any number of examples."""
-        count = jax.tree.leaves(inputs)[0].shape[0]
+        count = batches.count_examples(inputs)
         chunks = []
         for start in range(0, count, self.batch_size):
             chunk = jax.tree.map(lambda a, s=start: np.asarray(a)[s : s + self.batch_size], inputs)
-            _check_batch({"inputs": chunk}, self.example)
-            parts = jax.tree.map(self._place, chunk, self.example["inputs"])
-            out = self._jitted["outputs"](state, parts)
+            parts = batches.split_inputs(chunk, self.example, self.micro_batches)
+            out = self._jitted["outputs"](state, self._place(parts))
             size = min(self.batch_size, count - start)
             chunks.append(jax.tree.map(lambda a, n=size: a.reshape(-1, *a.shape[2:])[:n], out))
         return jax.tree.map(lambda *a: jnp.concatenate(a), *chunks)
 
-    def lower(self) -> jax.stages.Lowered:
-        """`gradients` lowered for the mesh's devices, from shapes, to compile and to measure."""
+    def abstract_arguments(self) -> tuple:
+        """The shapes and places of `gradients`' arguments: state, micro-batches and step."""
         shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        state = jax.tree.map(
-            shape, jax.eval_shape(self._init, jnp.uint32(0)), self._state_shardings()
-        )
+        state = jax.eval_shape(self._init, jnp.uint32(0))
+        state = jax.tree.map(shape, state, self._state_shardings())
         split = NamedSharding(self.mesh, P(None, DATA))
         M = self.micro_batches
         parts = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                (M, a.shape[0] // M, *a.shape[1:]), a.dtype, sharding=split
-            ),
+            lambda a: jax.ShapeDtypeStruct((M, a.shape[0] // M, *a.shape[1:]), a.dtype),
             self.example,
         )
+        parts = jax.tree.map(lambda a: shape(a, split), parts)
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(self.mesh, P()))
-        return self._jitted["gradients"].lower(state, parts, step)
+        return state, parts, step
+
+    def lower(self) -> jax.stages.Lowered:
+        """`gradients` lowered for the mesh's devices, from shapes, to compile and to measure."""
+        return self._jitted["gradients"].lower(*self.abstract_arguments())
 
     # --- report ----------------------------------------------------------------------------------
 
@@ -301,63 +325,3 @@ class Pipeline:
 
     def _repr_html_(self) -> str:
         return report.as_html(self)
-
-
-def _with_weights(batch: dict) -> dict:
-    missing = {"inputs", "labels"} - set(batch)
-    extra = set(batch) - {"inputs", "labels", "weights"}
-    if missing or extra:
-        raise ValueError(
-            f"a batch has the keys 'inputs', 'labels' and, optionally, 'weights'; "
-            f"missing {sorted(missing)}, unknown {sorted(extra)}"
-        )
-    count = jax.tree.leaves(batch["inputs"])[0].shape[0]
-    return {**batch, "weights": batch.get("weights", np.ones(count, np.float32))}
-
-
-def _shapes_of(example: dict, parts: int) -> dict:
-    """The shapes of a full batch, whose examples must split into `parts` equal parts."""
-    example = _with_weights(example)
-    count = example["weights"].shape[0]
-    for path, a in jax.tree.leaves_with_path(example):
-        if not a.shape or a.shape[0] != count:
-            raise ValueError(
-                f"example{jax.tree_util.keystr(path)} has shape {list(a.shape)}, but the batch has "
-                f"{count} examples; the first axis must be the examples"
-            )
-    if count % parts:
-        raise ValueError(
-            f"the example's {count} examples do not split into micro-batches x replicas = {parts} "
-            f"equal parts; nearest legal values: {nearest_multiples(count, parts)}"
-        )
-    canonical = jax.dtypes.canonicalize_dtype
-    weights = jax.ShapeDtypeStruct((count,), canonical(jnp.float64))
-    shape = lambda a: jax.ShapeDtypeStruct(a.shape, canonical(a.dtype))  # noqa: E731
-    return {**jax.tree.map(shape, example), "weights": weights}
-
-
-def _check_batch(batch: dict, example: dict) -> None:
-    """Raise unless `batch` looks like `example`, with the same or a smaller number of examples."""
-    counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
-    if len(counts) > 1:
-        found = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
-        raise ValueError(
-            f"the arrays of a batch differ in the number of examples: {found} examples; the first "
-            f"axis of each must be the examples"
-        )
-    for name, tree in batch.items():
-        if jax.tree.structure(tree) != jax.tree.structure(example[name]):
-            raise ValueError(
-                f"batch[{name!r}] has structure {jax.tree.structure(tree)}, the pipeline's example "
-                f"had {jax.tree.structure(example[name])}"
-            )
-        for (path, a), spec in zip(
-            jax.tree.leaves_with_path(tree), jax.tree.leaves(example[name]), strict=True
-        ):
-            fits = a.shape[1:] == spec.shape[1:] and 0 < a.shape[0] <= spec.shape[0]
-            if not fits:
-                raise ValueError(
-                    f"batch[{name!r}]{jax.tree_util.keystr(path)} has shape {list(a.shape)}, the "
-                    f"pipeline's example had {list(spec.shape)}; only the number of examples may "
-                    f"differ, and only be smaller"
-                )

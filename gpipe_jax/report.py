@@ -4,7 +4,7 @@ import html
 from typing import TYPE_CHECKING
 
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.schedule import simulate
+from gpipe_jax.schedule import lower, simulate
 
 if TYPE_CHECKING:
     from gpipe_jax.pipeline import Pipeline
@@ -64,7 +64,7 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
     own = [stages.parameter_bytes(k) for k in range(stages.count)]
     device = stages.device_bytes()
     wire = sum(a.size * a.dtype.itemsize for a in stages.wire.shapes)
-    slots = max(schedule.peak_stash)
+    rows = lower(schedule)
     cut = pipe.partition
     return {
         "mesh": f"{stages.count} stages x {pipe.replicas} replicas",
@@ -75,7 +75,7 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         "schedule": f"{schedule.kind}, {schedule.ticks} ticks, "
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
-        "stash": f"up to {slots} boundary inputs, {_bytes(slots * wire)} on each device",
+        "stash": f"{rows.x_slots} boundary inputs, {_bytes(rows.x_slots * wire)} on each device",
         "parameters": f"{_bytes(device)} on each device, "
         f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
         "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",

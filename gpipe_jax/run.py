@@ -115,7 +115,7 @@ def claim(parts: Parts) -> None:
     try:
         parts.workdir.mkdir(parents=True, exist_ok=True)
         text = dump(parts.config.model_copy(update={"train": train}))
-        (parts.workdir / "config.yaml").write_text(text, encoding="utf-8")
+        _replace(parts.workdir / "config.yaml", text)
     except OSError as error:
         problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
         raise ConfigError([problem], str(parts.workdir)) from error
@@ -124,11 +124,20 @@ def claim(parts: Parts) -> None:
 def _check_same(parts: Parts, only: tuple[str, ...] = ("",)) -> None:
     """Raise ConfigError if the working folder's run differs in settings that start with `only`."""
     path = parts.workdir / "config.yaml"
-    lines = compare(load(path), parts.config) if path.exists() else []
+    # A run that never came to a checkpoint has nothing to lose, nor to continue.
+    begun = path.exists() and checkpoint.latest_step(_checkpoints(parts)) is not None
+    lines = compare(load(path), parts.config) if begun else []
     different = [n for n in lines if n.startswith(only) and not n.startswith("train.workdir:")]
     if different:
         rule = "this folder holds a run of another config; use another (train.workdir=...)"
         raise ConfigError([rule, *different], str(parts.workdir))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: a cut must not leave half of it."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _checkpoints(parts: Parts) -> Path:
@@ -194,9 +203,7 @@ class _Log:
         self.path, self.log_every, self.show = path, log_every, show
         # What was written after the checkpoint that the run continues from will be written again.
         self.records = [r for r in _read(path) if r["step"] <= step]
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        rewritten.replace(path)  # at once: a cut here must not lose the file
+        _replace(path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def step(self, record: dict) -> None:
         self.show(record)

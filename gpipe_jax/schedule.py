@@ -120,12 +120,8 @@ def forward_only(stages: int, micro_batches: int) -> Schedule:
     return Schedule("forward", _table(K, ops))
 
 
-KINDS = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "eager_1f1b": eager_1f1b,
-    "forward": forward_only,
-}
+TRAINING = {"gpipe": gpipe, "1f1b": one_f_one_b, "eager_1f1b": eager_1f1b}
+KINDS = {**TRAINING, "forward": forward_only}
 
 
 def make(kind: str, stages: int, micro_batches: int) -> Schedule:
@@ -133,6 +129,23 @@ def make(kind: str, stages: int, micro_batches: int) -> Schedule:
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
     return KINDS[kind](stages, micro_batches)
+
+
+def training_schedule(wanted: "str | Schedule", stages: int, micro_batches: int) -> Schedule:
+    """`wanted`, or the schedule of that name; ValueError unless it trains that pipeline."""
+    if isinstance(wanted, str):
+        if wanted not in TRAINING:
+            raise ValueError(f"unknown schedule {wanted!r} for training: {', '.join(TRAINING)}")
+        return make(wanted, stages, micro_batches)
+    if not (wanted.table[..., 0] == BACKWARD).any():
+        raise ValueError(f"the schedule {wanted.kind!r} has no backwards; it cannot train")
+    sizes = (wanted.stages, wanted.micro_batches)
+    if sizes != (stages, micro_batches):
+        raise ValueError(
+            f"the schedule is for {sizes[0]} stages and {sizes[1]} micro-batches, the pipeline has "
+            f"{stages} and {micro_batches}"
+        )
+    return wanted
 
 
 def _checked(stages: int, micro_batches: int) -> tuple[int, int]:
@@ -217,6 +230,8 @@ class Rows(NamedTuple):
 def lower(schedule: Schedule) -> Rows:
     """Give every arriving activation and gradient the lowest slot that is free on its device."""
     table, K, M = schedule.table, schedule.stages, schedule.micro_batches
+    if table[..., 2].any():
+        raise ValueError("a schedule with several chunks a device cannot be executed yet")
     forward, backward = _ticks_of(table)
     last_use = backward or forward
     spans_x = {

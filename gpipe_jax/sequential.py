@@ -5,88 +5,23 @@ what `Pipeline.value_and_grad` means.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gpipe_jax.keys import apply_key, layer_key
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.shapes import infer_shapes
 from gpipe_jax.losses import weighted_sums
 
 PyTree = Any
-
-
-class LayerShape(NamedTuple):
-    """What one layer of a network looks like: trees of `jax.ShapeDtypeStruct`."""
-
-    layer: Layer
-    input: PyTree
-    params: PyTree
-    output: PyTree
-
-
-def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
-    """The shapes of every layer's parameters and output for an input like `x`; builds nothing.
-
-    Raises ValueError, naming both layers, where an output does not fit the next layer's input.
-    """
-    shapes: list[LayerShape] = []
-    known: dict = {}
-    for i, layer in enumerate(layers):
-        leaves, structure = jax.tree.flatten(x)
-        question = (layer, structure, tuple((a.shape, a.dtype) for a in leaves))
-        if question not in known:
-            known[question] = _infer_one(layers, i, x)
-        shapes.append(LayerShape(layer, x, *known[question]))
-        x = shapes[-1].output
-    return shapes
-
-
-def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree]:
-    layer, key = layers[i], jax.eval_shape(lambda: jax.random.key(0))
-    try:
-        params = jax.eval_shape(layer.init, key, x)
-        output = jax.eval_shape(lambda p, x, k: layer.apply(p, x, k, train=True), params, x, key)
-    except Exception as error:
-        source = f"the output of layer {i - 1}, {layers[i - 1]}" if i else "the network's inputs"
-        raise ValueError(
-            f"layer {i}, {layer}, does not take {source}: {describe(x)}; "
-            f"make the two agree ({type(error).__name__}: {_first_line(error)})"
-        ) from error
-    return params, output
-
-
-def describe(tree: PyTree) -> str:
-    """The shapes of a tree in one line, as `float32[4,8]`."""
-    named = jax.tree.map(lambda a: f"{a.dtype}[{','.join(map(str, a.shape))}]", tree)
-    return str(named).replace("'", "")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> list[PyTree]:
     """Parameters of every layer: layer i from the key `layer_key(seed, i)`, as in any pipeline."""
     shapes = infer_shapes(layers, x)
     return [s.layer.init(layer_key(seed, i), s.input) for i, s in enumerate(shapes)]
-
-
-def layer_key(seed: int | jax.Array, layer_id: int | jax.Array) -> jax.Array:
-    """The key that a layer is initialised from; independent of how the network is cut."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), layer_id)
-
-
-def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """The key of all randomness of one training step."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
-
-
-def apply_key(
-    step: jax.Array, layer_id: int | jax.Array, micro_batch: int | jax.Array
-) -> jax.Array:
-    """The key of one layer on one micro-batch, from `step_key`; never of a tick or a stage."""
-    return jax.random.fold_in(jax.random.fold_in(step, layer_id), micro_batch)
 
 
 def forward(

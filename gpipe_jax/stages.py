@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.keys import apply_key
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.sequential import LayerShape, apply_key
+from gpipe_jax.layers.shapes import LayerShape, differentiable, same_shapes, signature
 
 PyTree = Any
 
@@ -110,11 +111,6 @@ def _count(specs: Sequence, dtype: Any) -> int:
     return sum(int(np.prod(a.shape)) for a in specs if a.dtype == dtype)
 
 
-def differentiable(spec: Any) -> bool:
-    """Whether a leaf of a boundary has a gradient (floating point or complex)."""
-    return jnp.issubdtype(spec.dtype, jnp.inexact)
-
-
 def _pack(arrays: Sequence, spec: Any, xp: Any) -> Any:
     """Arrays end to end, padded with zeros to `spec`; `xp` is numpy or jax.numpy."""
     flat = [xp.reshape(a, (-1,)) for a in arrays]
@@ -158,9 +154,8 @@ class Stages:
     def _signature(self, k: int) -> tuple:
         """Stages with equal signatures run the same code: same layers, same place at the ends."""
         ends = (k == 0, k == self.last)
-        leaves, structure = jax.tree.flatten(self.input(k))
         layers = tuple((run.layer, run.count, run.places) for run in self.runs[k])
-        return ends, structure, tuple((a.shape, a.dtype) for a in leaves), layers
+        return ends, signature(self.input(k)), layers
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -298,12 +293,7 @@ def _find_runs(shapes: Sequence[LayerShape], cut: range) -> list[Run]:
 
 def _run_key(shapes: Sequence[LayerShape], i: int) -> tuple:
     """Layers that follow each other may share a scan if equal, with outputs like their inputs."""
-    tree_in, tree_out = shapes[i].input, shapes[i].output
-    alike = jax.tree.structure(tree_in) == jax.tree.structure(tree_out) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype)
-        for a, b in zip(jax.tree.leaves(tree_in), jax.tree.leaves(tree_out), strict=True)
-    )
-    return shapes[i].layer, -1 if alike else i
+    return shapes[i].layer, -1 if same_shapes(shapes[i].input, shapes[i].output) else i
 
 
 def _choose_storage(stages: list[list[Run]]) -> tuple[list[Slot], list, list[tuple[Run, ...]]]:

@@ -58,14 +58,19 @@ class Trainer:
 
     def start(self, state: State, step: int = 0) -> TrainState:
         """Training from these parameters, with a fresh optimizer."""
-        init = jax.jit(self.tx.init, out_shardings=self._shardings(state.params)[1])
+        init = jax.jit(self._init_optimizer, out_shardings=self._shardings(state.params)[1])
         return TrainState(state, init(state.params), step)
+
+    def _init_optimizer(self, params: PyTree) -> PyTree:
+        """The optimizer's state has the gradients' type, float32, whatever the parameters' is."""
+        wide = lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
+        return self.tx.init(jax.tree.map(wide, params))
 
     def _shardings(self, params: PyTree) -> tuple[State, PyTree]:
         """Of the state, and of the optimizer's: what is like the parameters lies where they do."""
         stage = NamedSharding(self.pipe.mesh, P(STAGE))
         everywhere: Any = NamedSharding(self.pipe.mesh, P())
-        shapes = jax.eval_shape(self.tx.init, params)
+        shapes = jax.eval_shape(self._init_optimizer, params)
         placed = map_parameters(lambda node: jax.tree.map(lambda _: stage, node), shapes, params)
         leaf = lambda s: s if isinstance(s, NamedSharding) else everywhere  # noqa: E731
         state = State(jax.tree.map(lambda _: stage, params), everywhere)
@@ -78,6 +83,16 @@ class Trainer:
         )
         params = optax.apply_updates(state.params, updates)
         return state._replace(params=params), optimizer, {"loss": loss, **metrics}
+
+    def lower(self) -> jax.stages.Lowered:
+        """The whole training step lowered from shapes, to compile and to measure."""
+        state, parts, step = self.pipe.abstract_arguments()
+        optimizer = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            jax.eval_shape(self._init_optimizer, state.params),
+            self._shardings(state.params)[1],
+        )
+        return self._step.lower(state, optimizer, parts, step)
 
     def _decaying(self) -> PyTree:
         return self.pipe.spread([decaying(shape.params) for shape in self.pipe.shapes])
@@ -180,7 +195,7 @@ class Trainer:
         """What `to_layers` returns, as shapes."""
         params = [shape.params for shape in self.pipe.shapes]
         local = self.pipe.stages.local_shapes()
-        optimizer = jax.eval_shape(self.tx.init, local)
+        optimizer = jax.eval_shape(self._init_optimizer, local)
         return {
             "params": params,
             "optimizer": map_parameters(lambda _: params, optimizer, local),

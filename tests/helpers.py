@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax import sequential
+from gpipe_jax import keys, sequential
 
 PyTree = Any
 
@@ -92,6 +92,45 @@ def network(name: str, **kwargs: Any) -> list[gpipe.Layer]:
     return [InDefaultFloat(a) for a in layers] if jax.config.jax_enable_x64 else layers
 
 
+def odd() -> list[gpipe.Layer]:
+    """What nothing forbids: loops from a constant, branches, constant leaves, no parameters, flags.
+
+    The boundaries have leaves of three types, one of them without elements.
+    """
+
+    def start(params: dict, x: jax.Array) -> dict:
+        return {"x": x @ params["w"], "aux": jnp.zeros(x.shape[0]), "flag": x[:, 0] > 0}
+
+    def recurrent(params: dict, tree: dict) -> dict:
+        def step(i: int, h: jax.Array) -> jax.Array:
+            return jnp.tanh(tree["x"] + h * params["scale"])
+
+        h = jax.lax.fori_loop(0, 3, step, jnp.zeros_like(tree["x"]))
+        return {**tree, "x": h, "empty": jnp.zeros((0,))}
+
+    def branch(params: dict, tree: dict) -> dict:
+        total = tree["x"].sum() + 1e9
+        y = jax.lax.cond(total > 0, lambda x: x * params["w"].sum(), jnp.zeros_like, tree["x"])
+        return {**tree, "x": y, "aux": tree["aux"] + (y**2).mean(-1)}
+
+    def plain(params: dict, tree: dict) -> dict:
+        return {**tree, "x": jnp.where(tree["flag"][:, None], tree["x"], -tree["x"])}
+
+    def end(params: dict, tree: dict) -> jax.Array:
+        return tree["x"] @ params["w"] + tree["aux"][:, None]
+
+    def weights(*shape: int) -> Any:
+        return lambda key, x: {"w": jax.random.normal(key, shape)}
+
+    return [
+        gpipe.layer(weights(3, 6), start),
+        gpipe.layer(lambda key, x: {"scale": jnp.asarray(0.5)}, recurrent),
+        gpipe.layer(weights(4), branch),
+        gpipe.layer(lambda key, x: {}, plain),
+        gpipe.layer(weights(6, 4), end),
+    ]
+
+
 NETWORKS = {"transformer": transformer, "convnet": convnet, "pytree_mlp": pytree_mlp}
 
 
@@ -107,15 +146,14 @@ def make_batch(name: str, examples: int, seed: int = 0) -> dict:
     return {"inputs": inputs, "labels": rng.integers(0, classes, examples), "weights": weights}
 
 
-def reference(name: str, batch: dict, micro_batches: int = 1, **kwargs: Any) -> tuple:
+def reference(layers: list[gpipe.Layer], batch: dict, micro_batches: int = 1) -> tuple:
     """(params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
-    layers = network(name, **kwargs)
     batch = jax.tree.map(jnp.asarray, batch)
     params = sequential.init(layers, batch["inputs"][:1], seed=1)
     step = jax.jit(
         sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy, micro_batches)
     )
-    (loss, metrics), grads = step(params, batch, sequential.step_key(1, 0))
+    (loss, metrics), grads = step(params, batch, keys.step_key(1, 0))
     return jax.tree.map(np.asarray, (params, loss, metrics, grads))
 
 

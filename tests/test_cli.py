@@ -337,4 +337,4 @@ def test_config_json_and_schema(gpipe):
 
 
 def test_config_needs_a_file_or_the_schema(gpipe):
-    refuses(gpipe("config", config=None), "expected a path")
+    refuses(gpipe("config", config=None), "give a CONFIG file, or --schema")

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpipe_jax import cost, sequential, zoo
+from gpipe_jax import cost, zoo
 from gpipe_jax.cost import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_bytes
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import layer
-from gpipe_jax.sequential import LayerShape
+from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 
 B = 64
 
 
 def dense_shapes(*widths: int) -> list[LayerShape]:
-    return sequential.infer_shapes(
-        zoo.mlp(widths), jax.ShapeDtypeStruct((B, widths[0]), jnp.float32)
-    )
+    return infer_shapes(zoo.mlp(widths), jax.ShapeDtypeStruct((B, widths[0]), jnp.float32))
 
 
 def test_flops_of_a_dense_layer() -> None:
@@ -75,7 +73,7 @@ def test_one_layer_on_two_inputs_is_measured_twice() -> None:
 
 
 def _of_dense(x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
-    shape = sequential.infer_shapes([layer(Dense, in_features=16, out_features=16)], x)[0]
+    shape = infer_shapes([layer(Dense, in_features=16, out_features=16)], x)[0]
     return shape.params, shape.output
 
 
@@ -95,15 +93,14 @@ def test_working_bytes_are_what_the_backward_keeps_without_the_parameters() -> N
 def test_working_bytes_grow_with_the_micro_batch_and_parameters_do_not() -> None:
     x = lambda b: jax.ShapeDtypeStruct((b, 8), jnp.float32)  # noqa: E731
     small, large = (
-        measure(sequential.infer_shapes(zoo.mlp((8, 32, 4)), x(b)), [1, 1], "cpu")[0]
-        for b in (16, 32)
+        measure(infer_shapes(zoo.mlp((8, 32, 4)), x(b)), [1, 1], "cpu")[0] for b in (16, 32)
     )
     assert large.working_bytes == 2 * small.working_bytes > 0
     assert large.parameter_bytes == small.parameter_bytes
 
 
 def test_integer_inputs_have_no_gradient_and_still_a_cost() -> None:
-    shapes = sequential.infer_shapes(
+    shapes = infer_shapes(
         zoo.transformer_lm(vocabulary=7, length=4, width=8, heads=2, feed_forward=8, layers=1),
         jax.ShapeDtypeStruct((2, 4), jnp.int32),
     )

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import NETWORKS, assert_trees_close, make_batch, network, reference
 
 import gpipe_jax as gpipe
-from gpipe_jax import executor, sequential, stages
+from gpipe_jax import executor, keys, sequential, stages
 from gpipe_jax.schedule import BACKWARD, FORWARD
 
 
@@ -63,10 +64,12 @@ def present(batch: dict) -> dict:
 @functools.cache
 def cached_reference(name: str, double: bool) -> tuple:
     with jax.enable_x64(double):
-        return reference(name, present(make_batch(name, FULL)))
+        return reference(network(name), present(make_batch(name, FULL)))
 
 
-def make_pipeline(name: str, K: int, D: int, M: int, kind: str, **kwargs: object) -> gpipe.Pipeline:
+def make_pipeline(
+    name: str, K: int, D: int, M: int, kind: str | gpipe.schedule.Schedule, **kwargs: object
+) -> gpipe.Pipeline:
     return gpipe.Pipeline(
         network(name, **kwargs),
         loss=gpipe.losses.softmax_cross_entropy,
@@ -144,7 +147,7 @@ def test_equivalence_with_nan_in_idle_buffers(name: str, K: int, M: int, kind: s
         schedule=kind,
         example=example,
     )
-    params, loss, metrics, grads = reference(name, example)
+    params, loss, metrics, grads = reference(network(name), example)
     step = jax.jit(functools.partial(pipe.gradients, idle_fill=float("nan")))
     lowered = step.lower(pipe.from_layers(params, 1), pipe.split(example), jnp.uint32(0))
     assert "0x7FC00000" in lowered.as_text(), "no NaN was put in"
@@ -181,8 +184,10 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
 def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
     """The same masks in forward and recomputation, for every cut with as many micro-batches."""
     batch = make_batch("transformer", 16)
-    params, loss, metrics, grads = reference("transformer", batch, micro_batches=4, dropout=0.3)
-    plain = reference("transformer", batch, micro_batches=4)
+    params, loss, metrics, grads = reference(
+        helpers.transformer(dropout=0.3), batch, micro_batches=4
+    )
+    plain = reference(helpers.transformer(), batch, micro_batches=4)
     assert abs(loss - plain[1]) > 1e-3, "dropout did nothing"
     pipe = gpipe.Pipeline(
         helpers.transformer(dropout=0.3),
@@ -198,6 +203,92 @@ def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
     assert_trees_close(pipe.to_layers(our_grads), grads, 1e-5)
     other = pipe.value_and_grad(state, batch, step=1)[0][0]
     assert abs(float(other) - loss) > 1e-4, "another step has the same masks"
+
+
+@pytest.mark.parametrize(("K", "D", "M", "kind"), [(5, 2, 3, "1f1b"), (2, 1, 2, "gpipe")])
+def test_equivalence_of_odd_layers(K: int, D: int, M: int, kind: str) -> None:
+    batch = make_batch("pytree_mlp", 12)
+    with jax.enable_x64(True):
+        params, loss, metrics, grads = reference(helpers.odd(), batch)
+        pipe = gpipe.Pipeline(
+            helpers.odd(),
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=gpipe.make_mesh(stages=K, data=D),
+            micro_batches=M,
+            schedule=kind,
+            example=batch,
+        )
+        result, our_grads, _ = pipe.value_and_grad(pipe.from_layers(params, 1), batch)
+        assert_trees_close(result, (loss, metrics), 1e-12)
+        assert_trees_close(pipe.to_layers(our_grads), grads, 1e-12)
+
+
+def test_equivalence_of_a_recurrent_module() -> None:
+    """`nnx.RNN` loops from a state of zeros."""
+    batch = make_batch("pytree_mlp", 8)
+    batch["inputs"] = np.random.default_rng(0).normal(size=(8, 5, 3))
+    layers = [gpipe.layer(Recurrent, features=3)] * 2 + [gpipe.layer(Scores)]
+    params = sequential.init(layers, jnp.asarray(batch["inputs"], jnp.float32))
+    step = sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy)
+    arrays = jax.tree.map(jnp.asarray, {**batch, "inputs": batch["inputs"].astype(np.float32)})
+    wanted, grads = jax.jit(step)(params, arrays, keys.step_key(0, 0))
+    pipe = gpipe.Pipeline(
+        layers,
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=3, data=2),
+        micro_batches=2,
+        example=batch,
+    )
+    result, our_grads, _ = pipe.value_and_grad(pipe.from_layers(params), batch)
+    assert_trees_close(result, jax.device_get(wanted), 1e-5)
+    assert_trees_close(pipe.to_layers(our_grads), jax.device_get(grads), 1e-5)
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
+        self.rnn = nnx.RNN(nnx.GRUCell(features, features, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.rnn(x)
+
+
+class Scores(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x[:, -1])
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(("K", "D", "M"), [(2, 2, 8), (4, 1, 3), (8, 1, 2)])
+def test_equivalence_of_the_eager_schedule(name: str, K: int, D: int, M: int) -> None:
+    check(make_pipeline(name, K, D, M, "eager_1f1b"), name, double=False, tolerance=1e-5)
+
+
+def test_equivalence_of_a_table_of_ones_own() -> None:
+    """Any valid table: here the micro-batches in reverse."""
+    plan = gpipe.schedule.gpipe(2, 3)
+    table = plan.table.copy()
+    table[..., 1] = np.where(table[..., 0] > 0, 2 - table[..., 1], 0)
+    mine = gpipe.schedule.Schedule("reversed", table)
+    check(make_pipeline("pytree_mlp", 2, 1, 3, mine), "pytree_mlp", double=False, tolerance=1e-5)
+
+
+def test_equivalence_of_outputs_has_no_dropout() -> None:
+    layers, batch = helpers.transformer(dropout=0.5), make_batch("transformer", 8)
+    pipe = gpipe.Pipeline(
+        layers,
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        micro_batches=2,
+        example=batch,
+    )
+    state = pipe.init(0)
+    inputs = jnp.asarray(batch["inputs"])
+    params = pipe.to_layers(state)
+    plain = sequential.forward(layers, params, inputs, jax.random.key(0), train=False)
+    assert_trees_close(pipe.apply(state, inputs), np.asarray(plain), 1e-5)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))

@@ -17,6 +17,7 @@ from flax import nnx
 from gpipe_jax import sequential, zoo
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.shapes import infer_shapes
 from gpipe_jax.layers.transformer import Block, CausalAttention, Embedding, LanguageHead
 
 KEYS = [jax.random.key(seed) for seed in range(3)]
@@ -236,6 +237,7 @@ def test_dropout_is_off_in_evaluation(module: type[nnx.Module]) -> None:
 STATIC_GRAPHS = """
 import jax, jax.numpy as jnp
 from gpipe_jax import zoo, sequential, losses
+from gpipe_jax.layers.shapes import infer_shapes
 text = zoo.transformer_lm(
     vocabulary=5, length=4, width=4, heads=2, feed_forward=4, layers=1, dropout=0.5
 )
@@ -244,7 +246,7 @@ for layers, shape in ((text, (2, 4)), (zoo.convnet((4,), (1,)), (2, 4, 4, 1))):
     labels = jnp.zeros(shape if len(shape) == 2 else (2,), jnp.int32)
     step = sequential.value_and_grad(layers, losses.softmax_cross_entropy)
     batch = {"inputs": x, "labels": labels, "weights": jnp.ones(2)}
-    params = [shape.params for shape in sequential.infer_shapes(layers, x)]
+    params = [shape.params for shape in infer_shapes(layers, x)]
     (loss, _), grads = jax.eval_shape(step, params, batch, jax.random.key(0))
     assert loss.shape == () and len(grads) == len(layers)
 from test_layers import DropOwn, layer, run
@@ -314,7 +316,7 @@ def test_bfloat16_layers_compute_in_bfloat16_and_keep_float32_parameters() -> No
     layers = zoo.transformer_lm(
         vocabulary=7, length=4, width=8, heads=2, feed_forward=8, layers=1, dtype="bfloat16"
     )
-    shapes = sequential.infer_shapes(layers, jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    shapes = infer_shapes(layers, jax.ShapeDtypeStruct((2, 4), jnp.int32))
     assert [s.output.dtype for s in shapes] == [jnp.bfloat16] * 3
     assert {p.dtype for s in shapes for p in jax.tree.leaves(s.params)} == {jnp.dtype("float32")}
     assert shapes[-1].layer == layer(LanguageHead, width=8, vocabulary=7, dtype="bfloat16")

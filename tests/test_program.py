@@ -14,6 +14,7 @@ import pytest
 from helpers import NETWORKS, make_batch
 
 import gpipe_jax as gpipe
+from gpipe_jax.config import AdamConfig
 
 TPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -62,6 +63,25 @@ def test_only_permutes_in_loops_and_one_gradient_reduction(topology: str, name: 
     assert len(gradient_reductions) == 1
     assert gradient_reductions[0] >= held
     assert not hlo.host_transfers(text)
+
+
+@pytest.mark.parametrize("topology", ["cpu", pytest.param("v5e:4x4", marks=TPU)])
+def test_the_whole_training_step_communicates_no_more(topology: str) -> None:
+    """With clipping, Adam and weight decay: a scalar for the norm is all that is added."""
+    pipe = small_pipeline(topology, "transformer")
+    config = AdamConfig(clip_norm=1.0, weight_decay=0.1)
+    trainer = gpipe.Trainer(pipe, gpipe.optimizer.build(config, steps=10))
+    compiled = trainer.lower().compile()
+    text = compiled.as_text() or ""
+    inside, outside = hlo.collectives(text)
+    assert set(hlo.kinds(inside)) == {"collective-permute"}
+    assert set(hlo.kinds(outside)) <= {"all-reduce"}
+    held = sum(a.size for a in jax.tree.leaves(pipe.stages.local_shapes()))
+    sizes = [hlo.elements_reduced(line) for line in outside]
+    arrays = len(jax.tree.leaves(pipe.stages.local_shapes()))  # each has its part of the norm
+    assert [size for size in sizes if size > arrays] == [held]
+    assert not hlo.host_transfers(text)
+    assert compiled.memory_analysis().alias_size_in_bytes >= 3 * 4 * held, "not in place"
 
 
 def test_the_reader_sees_a_collective_in_a_loop() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpipe_jax import losses, sequential, zoo
+from gpipe_jax import keys, losses, sequential, zoo
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import layer
+from gpipe_jax.layers.shapes import describe, infer_shapes
 
 PyTree = Any
 LAYERS = zoo.mlp((3, 8, 8, 4))
@@ -46,7 +47,7 @@ def made(seed: int = 0) -> list[PyTree]:
 
 
 def test_shapes_of_every_layer() -> None:
-    shapes = sequential.infer_shapes(LAYERS, X)
+    shapes = infer_shapes(LAYERS, X)
     assert [s.input.shape for s in shapes] == [(2, 3), (2, 8), (2, 8)]
     assert [s.output.shape for s in shapes] == [(2, 8), (2, 8), (2, 4)]
     assert [s.params["linear"]["kernel"].shape for s in shapes] == [(3, 8), (8, 8), (8, 4)]
@@ -64,14 +65,14 @@ def test_equal_layers_are_traced_once() -> None:
         return {}
 
     one = layer(init, lambda params, x: x)
-    assert len(sequential.infer_shapes([one] * 6, X)) == 6
+    assert len(infer_shapes([one] * 6, X)) == 6
     assert traced == [(2, 3)]
 
 
 def test_layers_that_do_not_fit_are_named_with_the_shapes() -> None:
     layers = [*zoo.mlp((3, 8, 5)), layer(Dense, in_features=6, out_features=2)]
     with pytest.raises(ValueError) as caught:
-        sequential.infer_shapes(layers, X)
+        infer_shapes(layers, X)
     message = str(caught.value)
     assert message.startswith("layer 2, Dense(in_features=6, out_features=2), does not take")
     assert "the output of layer 1, Dense(in_features=8, last=True, out_features=5): " in message
@@ -80,14 +81,14 @@ def test_layers_that_do_not_fit_are_named_with_the_shapes() -> None:
 
 def test_an_input_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"layer 0, Dense\(.*\), .*network's inputs: float32\[2,9"):
-        sequential.infer_shapes(LAYERS, jax.ShapeDtypeStruct((2, 9), jnp.float32))
+        infer_shapes(LAYERS, jax.ShapeDtypeStruct((2, 9), jnp.float32))
 
 
 def test_a_tree_that_does_not_fit_is_described_leaf_by_leaf() -> None:
     with pytest.raises(
         ValueError, match=r"layer 0, Fork\(\): {skip: \(float32\[2,1\],\), x: float"
     ):
-        sequential.infer_shapes([layer(Fork), *LAYERS], X)
+        infer_shapes([layer(Fork), *LAYERS], X)
 
 
 # ---- keys ---------------------------------------------------------------------------------------
@@ -95,19 +96,19 @@ def test_a_tree_that_does_not_fit_is_described_leaf_by_leaf() -> None:
 
 def test_parameters_depend_on_the_seed_and_the_layers_place_only() -> None:
     kernel = made(seed=5)[1]["linear"]["kernel"]
-    alone = jax.jit(LAYERS[1].init)(sequential.layer_key(5, 1), jnp.ones((2, 8)))
+    alone = jax.jit(LAYERS[1].init)(keys.layer_key(5, 1), jnp.ones((2, 8)))
     np.testing.assert_array_equal(kernel, alone["linear"]["kernel"])
     assert not np.array_equal(kernel, made(seed=6)[1]["linear"]["kernel"])
 
 
 def test_all_keys_differ() -> None:
     """Of layers, of steps, and of every (step, layer, micro-batch)."""
-    keys = [sequential.layer_key(seed, i) for seed in (0, 1) for i in range(3)]
-    steps = [sequential.step_key(seed, s) for seed in (0, 1) for s in range(3)]
-    keys += steps
-    keys += [sequential.apply_key(s, i, m) for s in steps for i in range(3) for m in range(3)]
-    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}
-    assert len(data) == len(keys)
+    all_keys = [keys.layer_key(seed, i) for seed in (0, 1) for i in range(3)]
+    steps = [keys.step_key(seed, s) for seed in (0, 1) for s in range(3)]
+    all_keys += steps
+    all_keys += [keys.apply_key(s, i, m) for s in steps for i in range(3) for m in range(3)]
+    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in all_keys}
+    assert len(data) == len(all_keys)
 
 
 def test_every_layer_and_micro_batch_draws_its_own_numbers() -> None:
@@ -117,8 +118,7 @@ def test_every_layer_and_micro_batch_draws_its_own_numbers() -> None:
         sequential.forward(layers, [{}, {}], x, key, m, train=True)[0, 0]
     )
     alone = [
-        float(layers[i].apply({}, x, sequential.apply_key(key, i, 1), train=True)[0, 0])
-        for i in (0, 1)
+        float(layers[i].apply({}, x, keys.apply_key(key, i, 1), train=True)[0, 0]) for i in (0, 1)
     ]
     assert draw(1) == pytest.approx(sum(alone)) and alone[0] != alone[1]
     assert draw(0) != draw(1)
@@ -180,4 +180,4 @@ def test_remat_recomputes_and_its_absence_does_not(remat: bool) -> None:
 
 def test_describe_writes_shapes_in_one_line() -> None:
     tree = {"x": jnp.zeros((4, 8)), "n": (jnp.zeros((), jnp.int32),)}
-    assert sequential.describe(tree) == "{n: (int32[],), x: float32[4,8]}"
+    assert describe(tree) == "{n: (int32[],), x: float32[4,8]}"

@@ -12,7 +12,7 @@ import pytest
 from gpipe_jax import sequential, zoo
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.sequential import LayerShape
+from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 from gpipe_jax.stages import MAX_UNROLL, SLOT_SLACK, Stages, Wire
 
 PyTree = Any
@@ -34,7 +34,7 @@ class Fake(Layer):
         return 0.5 * x + total + jax.random.normal(key) * (1.0 if train else 0.0)
 
 
-DTYPES = ("float32", "bfloat16", "int32")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def random_network(
@@ -56,7 +56,7 @@ def random_network(
     stages = rng.randint(1, 6)
     inner = sorted(rng.sample(range(1, len(layers)), stages - 1))
     cuts = [range(a, b) for a, b in zip([0, *inner], [*inner, len(layers)], strict=True)]
-    return sequential.infer_shapes(layers, X), cuts
+    return infer_shapes(layers, X), cuts
 
 
 def fill(tree: PyTree, rng: np.random.Generator) -> PyTree:
@@ -134,7 +134,7 @@ def body_of_transformer(blocks: int) -> list[LayerShape]:
     layers = zoo.transformer_lm(
         vocabulary=7, length=4, width=8, heads=2, feed_forward=16, layers=blocks
     )[1:-1]
-    return sequential.infer_shapes(layers, jax.ShapeDtypeStruct((2, 4, 8), jnp.float32))
+    return infer_shapes(layers, jax.ShapeDtypeStruct((2, 4, 8), jnp.float32))
 
 
 def even_cuts(layers: int, stages: int) -> list[range]:
@@ -152,7 +152,7 @@ def test_the_body_of_a_transformer_is_slots_without_padding() -> None:
 
 def test_unequal_convolution_stages_are_packed_and_no_larger_than_the_largest() -> None:
     layers = zoo.convnet((8, 12, 16), (4, 2, 1))
-    shapes = sequential.infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    shapes = infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     stages = Stages(shapes, [range(0, 3), range(3, 5), range(5, 7), range(7, 9)])
     largest = max(stages.parameter_bytes(k) for k in range(4))
     assert stages.packs and stages.wire.packed
@@ -211,7 +211,7 @@ def test_equal_stages_share_a_kind_except_at_the_ends() -> None:
 
 def test_stages_with_other_layers_or_other_inputs_have_their_own_kind() -> None:
     small, large = Fake("a", (((2,), "float32"),)), Fake("b", (((2,), "float32"),))
-    shapes = sequential.infer_shapes([small, small, large, small, small], X)
+    shapes = infer_shapes([small, small, large, small, small], X)
     assert Stages(shapes, even_cuts(5, 5)).kind == [0, 1, 2, 1, 4]
     wider = shapes[3]._replace(input=jax.ShapeDtypeStruct((4, 3), jnp.float32))
     assert Stages([*shapes[:3], wider, shapes[4]], even_cuts(5, 5)).kind == [0, 1, 2, 3, 4]
@@ -219,7 +219,7 @@ def test_stages_with_other_layers_or_other_inputs_have_their_own_kind() -> None:
 
 def test_equal_neighbours_are_one_run() -> None:
     a, b = Fake("a", ()), Fake("b", ())
-    shapes = sequential.infer_shapes([a, a, b, a, a, a, a], X)
+    shapes = infer_shapes([a, a, b, a, a, a, a], X)
     runs = Stages(shapes, [range(0, 5), range(5, 7)]).runs
     assert [(run.layer, run.start, run.count) for run in runs[0]] == [
         (a, 0, 2),
@@ -231,12 +231,12 @@ def test_equal_neighbours_are_one_run() -> None:
 
 def test_layers_whose_output_differs_from_their_input_are_no_run() -> None:
     x = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-    shapes = sequential.infer_shapes([Fake("a", ())] * 3, x)  # int32 becomes float32
+    shapes = infer_shapes([Fake("a", ())] * 3, x)  # int32 becomes float32
     assert [run.count for run in Stages(shapes, [range(3)]).runs[0]] == [1, 2]
 
 
 def test_layer_ids_are_global() -> None:
-    shapes = sequential.infer_shapes([Fake("a", ())] * 6, X)
+    shapes = infer_shapes([Fake("a", ())] * 6, X)
     ids = Stages(shapes, [range(0, 1), range(1, 4), range(4, 6)]).layer_ids()
     assert ids.tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 0]] and ids.dtype == np.int32
 
@@ -251,7 +251,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, remat: bool) -> N
     """Unrolled or scanned; every layer with its own parameters and its own key."""
     one, odd = Fake("a", (((2, 2), "float32"), ((), "float32"))), Fake("b", (((3,), "float32"),))
     layers = [odd, *[one] * count, odd, odd]
-    shapes, rng = sequential.infer_shapes(layers, X), np.random.default_rng(0)
+    shapes, rng = infer_shapes(layers, X), np.random.default_rng(0)
     stages = Stages(shapes, [range(0, count + 1), range(count + 1, count + 3)], remat_layers=remat)
     params = [fill(shape.params, rng) for shape in shapes]
     key, x = jax.random.key(0), jnp.ones(X.shape)
@@ -273,7 +273,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, remat: bool) -> N
 
 def test_build_makes_every_layer_from_its_own_id() -> None:
     one, odd = (Fake(name, (((2,), "float32"),)) for name in "ab")
-    shapes = sequential.infer_shapes([one, one, odd, one, one], X)
+    shapes = infer_shapes([one, one, odd, one, one], X)
     stages = Stages(shapes, [range(0, 1), range(1, 5)])  # runs of 1; of 1, 1 and 2
     make = lambda shape, i: jax.tree.map(  # noqa: E731
         lambda a: jnp.full(a.shape, i, a.dtype), shape.params

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpipe_jax import sequential, zoo
+from gpipe_jax import zoo
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.shapes import infer_shapes
 
 CASES: dict[str, tuple[Callable[[], list[Layer]], jax.ShapeDtypeStruct, int, tuple[int, ...]]] = {
     "convnet": (
@@ -43,7 +44,7 @@ CASES: dict[str, tuple[Callable[[], list[Layer]], jax.ShapeDtypeStruct, int, tup
 def test_layers_and_shapes(name: str) -> None:
     make, x, count, output = CASES[name]
     layers = make()
-    shapes = sequential.infer_shapes(layers, x)
+    shapes = infer_shapes(layers, x)
     assert len(layers) == count
     assert (shapes[-1].output.shape, shapes[-1].output.dtype) == (output, jnp.float32)
     assert make() == layers
@@ -57,13 +58,13 @@ def test_defaults_fit_together(name: str) -> None:
         "mlp": ((2, 8, 8), jnp.float32),
     }[name]
     layers = zoo.MODELS[name]()
-    shapes = sequential.infer_shapes(layers, jax.ShapeDtypeStruct(shape, dtype))
+    shapes = infer_shapes(layers, jax.ShapeDtypeStruct(shape, dtype))
     assert shapes[-1].output.shape[0] == 2
 
 
 def test_a_convnet_halves_its_resolution_in_every_group_but_the_first() -> None:
     layers = zoo.convnet((4, 8, 16), (1, 2, 2))
-    shapes = sequential.infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    shapes = infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     assert [s.output.shape for s in shapes[:-1]] == [
         (1, 8, 8, 4),
         (1, 8, 8, 4),

@@ -39,7 +39,8 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
     keep their own `nnx.Rngs` (Dropout) get theirs reseeded for every micro-batch.
 
     `layer(init, apply)` is a pair of functions, as of Linen or plain JAX: `init(key, x)` returns
-    parameters and `apply(params, x)`, with `rngs=key` if it takes them, the output.
+    parameters and `apply(params, x)` the output. If it takes `rngs`, it gets the key in training
+    and None in evaluation; if it takes `train`, it gets whether this is training.
     """
     if apply is not None:
         if kwargs:
@@ -50,8 +51,8 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
             f"layer() takes a flax.nnx.Module class and its arguments, or two functions "
             f"(init, apply); got {target!r}"
         )
-    frozen = tuple(sorted((name, _freeze(value)) for name, value in kwargs.items()))
-    description = ModuleLayer(target, frozen)
+    frozen = {name: _freeze(value) for name, value in kwargs.items()}
+    description = ModuleLayer(target, tuple(sorted(frozen.items())), _types(list(frozen.values())))
     try:
         hash(description)
     except TypeError as error:
@@ -66,6 +67,12 @@ def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def _types(value: Any) -> tuple:
+    """The types of the arguments: 1, 1.0 and True are equal, but make different layers."""
+    parts = tuple(map(_types, value)) if isinstance(value, list | tuple) else ()
+    return (type(value).__name__, *parts)
+
+
 @dataclass(frozen=True)
 class FunctionLayer(Layer):
     """A pair of functions (init, apply)."""
@@ -77,10 +84,9 @@ class FunctionLayer(Layer):
         return self.init_fn(key, x)
 
     def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
-        del train
-        if _takes(self.apply_fn, "rngs"):
-            return self.apply_fn(params, x, rngs=key)
-        return self.apply_fn(params, x)
+        known = {"rngs": key if train else None, "train": train}
+        wanted = {name: value for name, value in known.items() if _takes(self.apply_fn, name)}
+        return self.apply_fn(params, x, **wanted)
 
     def __str__(self) -> str:
         owner = getattr(self.apply_fn, "__self__", None)
@@ -102,6 +108,7 @@ class ModuleLayer(Layer):
 
     module: type[nnx.Module]
     kwargs: tuple[tuple[str, Any], ...]
+    types: tuple  # of the arguments, so that equal layers are equal in these too
 
     def build(self, key: jax.Array) -> nnx.Module:
         """The module itself, with every parameter."""
