@@ -39,7 +39,7 @@ def test_facts_of_the_whole(pipe):
     assert "slowest stage 1.500 of the mean" in facts["balance"]
     assert "lower bound 0.667 of the slowest" in facts["balance"]
     assert facts["schedule"].startswith("1f1b, 8 ticks, bubble 25.0% of the slots")
-    assert facts["stash"] == "1 boundary inputs, 128 B on each device"
+    assert facts["stash"] == "2 boundary inputs, 256 B on each device"
     padding = re.search(r"([\d.]+)% of it padding", facts["parameters"])
     own, device = [pipe.stages.parameter_bytes(k) for k in range(2)], pipe.stages.device_bytes()
     assert padding and float(padding[1]) == pytest.approx(100 - 50 * sum(own) / device, abs=0.06)
