@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return options.command(options)
-    except (ConfigError, ImportError, FileNotFoundError) as error:
+    except ConfigError as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace, action: str) -> int:
     try:
         # Until the first step everything that is wrong is the input: sizes, shapes, files, devices.
         parts = run.assemble(config, workdir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError([str(error)], options.config) from error
     print(parts.trainer.pipe, flush=True)
     try:
@@ -154,12 +154,16 @@ def _schedule(options: argparse.Namespace) -> int:
     }
     print(plan)
     print(progress.table(figures))
+    print(
+        "times: a forward takes 1, a backward, which recomputes it, 3; in lockstep a tick lasts as"
+    )
+    print("long as its slowest operation, as it does in one program on all devices")
     if options.png:
         from gpipe_jax import plots
 
         try:
             plots.schedule(plan, options.png)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ConfigError([str(error)], f"--png {options.png}") from error
         print(f"picture: {options.png}")
     if options.json:

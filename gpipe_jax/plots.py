@@ -36,6 +36,7 @@ def schedule(plan: Schedule, path: Path) -> None:
                     axes.text(t + 0.5, k, str(m), ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, plan.ticks), ylim=(plan.stages - 0.4, -0.6), xlabel="tick", ylabel="stage")
     axes.set_yticks(range(plan.stages))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(
         f"{plan.kind}: {plan.stages} stages, {plan.micro_batches} micro-batches, "
         f"bubble {plan.bubble_fraction:.1%}",

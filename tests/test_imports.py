@@ -1,7 +1,9 @@
 """Imports point one way, the light modules stay light, and `import gpipe_jax` is quick."""
 
 import ast
+import doctest
 import graphlib
+import importlib
 import subprocess
 import sys
 import time
@@ -140,3 +142,9 @@ print(xla_bridge.backends_are_initialized(), dir(gpipe_jax) == sorted(gpipe_jax.
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'gpipe_jax' has no attribute 'pipelines'"):
         gpipe_jax.pipelines  # noqa: B018
+
+
+def test_examples_in_docstrings() -> None:
+    names = [name for name, path in NAMES.items() if ">>>" in path.read_text(encoding="utf-8")]
+    results = [doctest.testmod(importlib.import_module(name)) for name in names]
+    assert results and all(r.attempted and not r.failed for r in results)
