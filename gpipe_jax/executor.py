@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
-from gpipe_jax.schedule import BACKWARD, FORWARD, Rows, Schedule, lower
+from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
+from gpipe_jax.slots import Rows, lower
 from gpipe_jax.stages import Stages
 
 PyTree = Any

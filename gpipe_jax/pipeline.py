@@ -22,7 +22,8 @@ from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shapes import describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
-from gpipe_jax.schedule import Schedule, forward_only, lower, training_schedule
+from gpipe_jax.schedule import Schedule, forward_only, training_schedule
+from gpipe_jax.slots import lower
 from gpipe_jax.stages import Stages
 
 PyTree = Any

@@ -4,7 +4,8 @@ import html
 from typing import TYPE_CHECKING
 
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.schedule import lower, simulate
+from gpipe_jax.schedule import simulate
+from gpipe_jax.slots import lower
 
 if TYPE_CHECKING:
     from gpipe_jax.pipeline import Pipeline

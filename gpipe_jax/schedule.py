@@ -3,7 +3,8 @@
 A schedule is a table [T, K, 3] of (operation, micro-batch, chunk): what device k does at tick t.
 Each micro-batch m goes forward through stages 0..K-1 and then backward through K-1..0 (the patent
 US11232356's availability rules, checked by `validate`). The same table is drawn, simulated, and
-executed by `executor`.
+executed by `executor`, once `slots` has
+given its buffers numbers.
 
 Letters: K stages, M micro-batches, T ticks, t tick, k stage (device), m micro-batch.
 """
@@ -50,7 +51,7 @@ class Schedule:
     @property
     def peak_stash(self) -> list[int]:
         """For each stage, the most micro-batches whose input it holds at once."""
-        forward, backward = _ticks_of(self.table)
+        forward, backward = ticks_of(self.table)
         held = np.zeros((self.ticks + 1, self.stages), int)
         for (k, m), t in forward.items():
             held[t, k] += 1
@@ -163,7 +164,7 @@ def _table(K: int, ops: list[tuple[int, int, int, int]]) -> np.ndarray:
     return table[(table[..., 0] != IDLE).any(axis=1)]
 
 
-def _ticks_of(table: np.ndarray) -> tuple[dict, dict]:
+def ticks_of(table: np.ndarray) -> tuple[dict, dict]:
     """(stage, micro-batch) -> tick, of forwards and of backwards. Stage is chunk * K + device."""
     K = table.shape[1]
     ticks: tuple[dict, dict] = ({}, {})
@@ -190,7 +191,7 @@ def validate(table: np.ndarray) -> None:
     unknown = np.setdiff1d(table[..., 0], (IDLE, FORWARD, BACKWARD))
     if unknown.size:
         raise ValueError(f"operations are 0 idle, 1 forward, 2 backward; got {unknown[0]}")
-    forward, backward = _ticks_of(table)
+    forward, backward = ticks_of(table)
     if not forward:
         raise ValueError(f"a schedule table of shape {table.shape} has no forward")
     K = table.shape[1]
@@ -209,60 +210,6 @@ def validate(table: np.ndarray) -> None:
         after = backward[s + 1, m] if s < stages - 1 else forward[s, m]
         if after >= t or forward[s, m] >= t:
             raise ValueError(f"tick {t}: stage {s} goes backward on micro-batch {m} too early")
-
-
-class Rows(NamedTuple):
-    """A schedule with its buffers allocated, as the executor runs it. Arrays are int32 [T, K].
-
-    Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
-    """
-
-    operation: np.ndarray
-    micro_batch: np.ndarray
-    receive_x: np.ndarray  # slot for the activation that arrived with this tick, or -1
-    receive_g: np.ndarray  # slot for the gradient that arrived with this tick, or -1
-    x_slot: np.ndarray  # slot of the activation that this tick's operation reads
-    g_slot: np.ndarray  # slot of the gradient that this tick's operation reads
-    x_slots: int  # how many slots a device needs
-    g_slots: int
-
-
-def lower(schedule: Schedule) -> Rows:
-    """Give every arriving activation and gradient the lowest slot that is free on its device."""
-    table, K, M = schedule.table, schedule.stages, schedule.micro_batches
-    if table[..., 2].any():
-        raise ValueError("a schedule with several chunks a device cannot be executed yet")
-    forward, backward = _ticks_of(table)
-    last_use = backward or forward
-    spans_x = {
-        (k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)
-    }
-    spans_g = {}
-    if backward:
-        spans_g = {
-            (k, m): (backward[k + 1, m] + 1, backward[k, m]) for k in range(K - 1) for m in range(M)
-        }
-    receive_x, x_slot, x_slots = _allocate(spans_x, table)
-    receive_g, g_slot, g_slots = _allocate(spans_g, table)
-    return Rows(
-        table[..., 0], table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots
-    )
-
-
-def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Slots for values that live on device k from tick a to tick b: {(k, m): (a, b)}."""
-    receive = np.full(table.shape[:2], -1, np.int32)
-    read = np.zeros(table.shape[:2], np.int32)
-    slots: dict[tuple[int, int], int] = {}
-    busy: dict[int, list[int]] = {}  # device -> for each of its slots, the tick of its last use
-    for (k, m), (a, b) in sorted(spans.items(), key=lambda item: item[1]):
-        ends = busy.setdefault(k, [])
-        slot = next((i for i, end in enumerate(ends) if end < a), len(ends))
-        ends[slot : slot + 1] = [b]
-        slots[k, m], receive[a, k] = slot, slot
-    for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
-        read[t, k] = slots.get((k, table[t, k, 1]), 0)
-    return receive, read, max((len(ends) for ends in busy.values()), default=0)
 
 
 class Simulation(NamedTuple):
@@ -297,7 +244,7 @@ def simulate(
 
 
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
-    forward, backward = _ticks_of(schedule.table)
+    forward, backward = ticks_of(schedule.table)
     K, end, free = schedule.stages, {}, [0.0] * schedule.stages
     order = sorted(
         [(t, FORWARD, k, m) for (k, m), t in forward.items()]

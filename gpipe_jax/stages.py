@@ -1,4 +1,4 @@
-"""Ragged stages made rectangular: the only file that knows that stages differ.
+"""Ragged stages made rectangular: with `wire`, all that knows that stages differ.
 
 One SPMD program runs on every device, so every device holds arrays of the same shapes. Two kinds:
 
@@ -7,8 +7,7 @@ One SPMD program runs on every device, so every device holds arrays of the same 
 - a *pack* `[K, P]` of each dtype holds the rest of a stage's parameters end to end, padded to the
   largest stage (convolution stages, an embedding or a head).
 
-Likewise what crosses a boundary keeps its shape when all boundaries are alike, and is packed
-otherwise. Stages with the same layers and the same input share one `kind`: one compiled body.
+What crosses the boundaries is made rectangular in `wire`. Stages with the same layers and the same input share one `kind`: one compiled body.
 
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
@@ -23,7 +22,8 @@ import numpy as np
 
 from gpipe_jax.keys import apply_key
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.layers.shapes import LayerShape, differentiable, same_shapes, signature
+from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
+from gpipe_jax.wire import Wire, like, pack
 
 PyTree = Any
 
@@ -67,61 +67,6 @@ class Slot(NamedTuple):
     def size(self) -> int:
         """Bytes on each device."""
         return self.depth * int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-class Wire:
-    """What crosses stage boundaries, as arrays whose shapes are the same for every boundary."""
-
-    def __init__(self, boundaries: Sequence[PyTree]) -> None:
-        self.boundaries = boundaries
-        leaves = [jax.tree.leaves(tree) for tree in boundaries]
-        structures = {jax.tree.structure(tree) for tree in boundaries}
-        self.packed = len(structures) > 1 or any(specs != leaves[0] for specs in leaves)
-        dtypes = sorted({a.dtype for specs in leaves for a in specs}, key=str)
-        widths = {d: max(_count(specs, d) for specs in leaves) for d in dtypes}
-        self.shapes: list[jax.ShapeDtypeStruct] = (
-            [jax.ShapeDtypeStruct((widths[d],), d) for d in dtypes]
-            if self.packed
-            else [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (leaves or [[]])[0]]
-        )
-        self.gradient_shapes = [a for a in self.shapes if differentiable(a)]
-
-    def encode(self, leaves: Sequence[jax.Array], shapes: Sequence) -> list[jax.Array]:
-        """Leaves of a boundary (or their gradients) as wire arrays of `shapes`."""
-        if not self.packed:
-            return list(leaves)
-        return [_pack([a for a in leaves if a.dtype == s.dtype], s, jnp) for s in shapes]
-
-    def decode(self, arrays: Sequence[jax.Array], specs: Sequence) -> list[jax.Array]:
-        """The inverse of `encode`, for leaves that look like `specs`."""
-        if not self.packed:
-            return list(arrays)
-        flat = {a.dtype: a for a in arrays}
-        used = dict.fromkeys(flat, 0)
-        leaves = []
-        for spec in specs:
-            size = int(np.prod(spec.shape))
-            start = used[spec.dtype]
-            leaves.append(flat[spec.dtype][start : start + size].reshape(spec.shape))
-            used[spec.dtype] += size
-        return leaves
-
-
-def _count(specs: Sequence, dtype: Any) -> int:
-    return sum(int(np.prod(a.shape)) for a in specs if a.dtype == dtype)
-
-
-def _pack(arrays: Sequence, spec: Any, xp: Any) -> Any:
-    """Arrays end to end, padded with zeros to `spec`; `xp` is numpy or jax.numpy."""
-    flat = [xp.reshape(a, (-1,)) for a in arrays]
-    rest = spec.shape[0] - sum(a.shape[0] for a in flat)
-    return (
-        xp.concatenate([*flat, xp.zeros((rest,), spec.dtype)]) if flat else xp.zeros(*_like(spec))
-    )
-
-
-def _like(spec: Any) -> tuple:
-    return spec.shape, spec.dtype
 
 
 class Stages:
@@ -169,7 +114,7 @@ class Stages:
     def local_shapes(self) -> dict:
         """One device's parameters, as a tree of shapes: {"slots": [...], "packs": [...]}."""
         slots = [jax.ShapeDtypeStruct((s.depth, *s.shape), s.dtype) for s in self.slots]
-        return {"slots": slots, "packs": [jax.ShapeDtypeStruct(*_like(p)) for p in self.packs]}
+        return {"slots": slots, "packs": [jax.ShapeDtypeStruct(*like(p)) for p in self.packs]}
 
     def used(self, k: int) -> dict[str, list[int]]:
         """Indices of the slots and packs that stage k reads: nothing else gets a gradient there."""
@@ -200,7 +145,7 @@ class Stages:
     def write(self, k: int, trees: Sequence[PyTree], xp: Any = jnp) -> dict:
         """The inverse of `read`: one device's parameters, zero where stage k has none."""
         local = self.local_shapes()
-        slots = [xp.zeros(*_like(s)) for s in local["slots"]]
+        slots = [xp.zeros(*like(s)) for s in local["slots"]]
         packed: dict = {spec.dtype: [] for spec in self.packs}
         for run, tree in zip(self.runs[k], trees, strict=True):
             for place, leaf in zip(run.places, jax.tree.leaves(tree), strict=True):
@@ -210,7 +155,7 @@ class Stages:
                 else:
                     rest = xp.zeros_like(slots[place.slot][run.count :])
                     slots[place.slot] = xp.concatenate([rows, rest])
-        return {"slots": slots, "packs": [_pack(packed[s.dtype], s, xp) for s in self.packs]}
+        return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
 
     def build(
         self, k: int, ids: jax.Array, make: Callable[[LayerShape, jax.Array], PyTree]

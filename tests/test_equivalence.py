@@ -20,6 +20,7 @@ from helpers import NETWORKS, assert_trees_close, make_batch, network, reference
 import gpipe_jax as gpipe
 from gpipe_jax import executor, keys, sequential, stages
 from gpipe_jax.schedule import BACKWARD, FORWARD
+from gpipe_jax.slots import Rows
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
     """The NaN test bites: reading one stale stash slot gives NaN."""
     lower = executor.lower
 
-    def stale(schedule: gpipe.schedule.Schedule) -> gpipe.schedule.Rows:
+    def stale(schedule: gpipe.schedule.Schedule) -> Rows:
         rows = lower(schedule)
         return rows._replace(
             x_slot=(rows.x_slot + 1) % (rows.x_slots + 1), x_slots=rows.x_slots + 1

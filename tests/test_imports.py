@@ -26,12 +26,14 @@ READING_ORDER = [
     "cost",
     "partition",
     "schedule",
+    "slots",
+    "wire",
     "stages",
     "executor",
     "pipeline",
     "trainer",
 ]
-NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule"]
+NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule", "slots"]
 
 
 def imports_of(path: Path) -> set[str]:

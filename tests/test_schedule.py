@@ -12,13 +12,12 @@ from gpipe_jax.schedule import (
     FORWARD,
     IDLE,
     KINDS,
-    Rows,
     Schedule,
-    lower,
     make,
     simulate,
     validate,
 )
+from gpipe_jax.slots import Rows, lower
 
 GRID = list(itertools.product(range(1, 9), range(1, 13)))  # (K, M)
 TRAINING = ("gpipe", "1f1b", "eager_1f1b")

@@ -13,7 +13,8 @@ from gpipe_jax import sequential, zoo
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shapes import LayerShape, infer_shapes
-from gpipe_jax.stages import MAX_UNROLL, SLOT_SLACK, Stages, Wire
+from gpipe_jax.stages import MAX_UNROLL, SLOT_SLACK, Stages
+from gpipe_jax.wire import Wire
 
 PyTree = Any
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)

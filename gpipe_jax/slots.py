@@ -1,0 +1,61 @@
+"""Buffers for a schedule: which slot holds what arrives, until its last use. Pure numpy, no JAX."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gpipe_jax.schedule import Schedule, ticks_of
+
+
+class Rows(NamedTuple):
+    """A schedule with its buffers allocated, as the executor runs it. Arrays are int32 [T, K].
+
+    Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
+    """
+
+    operation: np.ndarray
+    micro_batch: np.ndarray
+    receive_x: np.ndarray  # slot for the activation that arrived with this tick, or -1
+    receive_g: np.ndarray  # slot for the gradient that arrived with this tick, or -1
+    x_slot: np.ndarray  # slot of the activation that this tick's operation reads
+    g_slot: np.ndarray  # slot of the gradient that this tick's operation reads
+    x_slots: int  # how many slots a device needs
+    g_slots: int
+
+
+def lower(schedule: Schedule) -> Rows:
+    """Give every arriving activation and gradient the lowest slot that is free on its device."""
+    table, K, M = schedule.table, schedule.stages, schedule.micro_batches
+    if table[..., 2].any():
+        raise ValueError("a schedule with several chunks a device cannot be executed yet")
+    forward, backward = ticks_of(table)
+    last_use = backward or forward
+    spans_x = {
+        (k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)
+    }
+    spans_g = {}
+    if backward:
+        spans_g = {
+            (k, m): (backward[k + 1, m] + 1, backward[k, m]) for k in range(K - 1) for m in range(M)
+        }
+    receive_x, x_slot, x_slots = _allocate(spans_x, table)
+    receive_g, g_slot, g_slots = _allocate(spans_g, table)
+    return Rows(
+        table[..., 0], table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots
+    )
+
+
+def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Slots for values that live on device k from tick a to tick b: {(k, m): (a, b)}."""
+    receive = np.full(table.shape[:2], -1, np.int32)
+    read = np.zeros(table.shape[:2], np.int32)
+    slots: dict[tuple[int, int], int] = {}
+    busy: dict[int, list[int]] = {}  # device -> for each of its slots, the tick of its last use
+    for (k, m), (a, b) in sorted(spans.items(), key=lambda item: item[1]):
+        ends = busy.setdefault(k, [])
+        slot = next((i for i, end in enumerate(ends) if end < a), len(ends))
+        ends[slot : slot + 1] = [b]
+        slots[k, m], receive[a, k] = slot, slot
+    for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
+        read[t, k] = slots.get((k, table[t, k, 1]), 0)
+    return receive, read, max((len(ends) for ends in busy.values()), default=0)
