@@ -105,15 +105,22 @@ def plain_program(layers: list) -> Callable:
 
 
 def in_turn(functions: list[Callable], repeats: int) -> list[float]:
-    """Median time of each function, called in turn so that they share whatever else happens."""
-    times: list[list[float]] = [[] for _ in functions]
+    """Median time of each function, called in turn so that they share whatever else happens.
+
+    Prints the ratio of the first two's processor time too: on cores that are shared, a program that
+    is faster only because it keeps more of them busy shows there.
+    """
+    wall: list[list[float]] = [[] for _ in functions]
+    busy: list[list[float]] = [[] for _ in functions]
     for i in range(repeats + 1):
-        for function, mine in zip(functions, times, strict=True):
-            start = time.perf_counter()
+        for k, function in enumerate(functions):
+            start, processor = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             if i:  # the first call compiles
-                mine.append(time.perf_counter() - start)
-    return [statistics.median(mine) for mine in times]
+                wall[k].append(time.perf_counter() - start)
+                busy[k].append(time.process_time() - processor)
+    print(f"  processor time: {statistics.median(busy[0]) / statistics.median(busy[1]):.3f}")
+    return [statistics.median(times) for times in wall]
 
 
 def growth_with_micro_batches(model: str, repeats: int) -> dict[str, float]:
