@@ -7,7 +7,8 @@ One SPMD program runs on every device, so every device holds arrays of the same 
 - a *pack* `[K, P]` of each dtype holds the rest of a stage's parameters end to end, padded to the
   largest stage (convolution stages, an embedding or a head).
 
-What crosses the boundaries is made rectangular in `wire`. Stages with the same layers and the same input share one `kind`: one compiled body.
+What crosses the boundaries is made rectangular in `wire`. Stages with the same layers and the same
+input share one `kind`: one compiled body.
 
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
