@@ -2,7 +2,7 @@
 
 The reference is one device, one batch, all layers in order. Batches have unequal weights and are
 three examples short of a full one, so that padding is always under test. The whole grid runs with
-`-m slow`; the default takes a quarter of it, in which every value of K, D, M and schedule occurs
+`-m slow`; the default takes a sixth of it, in which every value of K, D, M and schedule occurs
 with every network.
 """
 
@@ -36,9 +36,9 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def is_in_default(K: int, D: int, M: int, kind: str) -> bool:
-    """A Latin-square quarter of the grid."""
+    """A diagonal sixth of the grid."""
     k, m = (1, 2, 4, 8).index(K), (1, 2, 3, 4, 8).index(M)
-    return (k + m + 2 * (D - 1) + (kind == "gpipe")) % 4 == 0
+    return (k + m + 2 * (D - 1) + (kind == "gpipe")) % 6 == 0
 
 
 def grid(names: tuple[str, ...]) -> list:
@@ -48,9 +48,9 @@ def grid(names: tuple[str, ...]) -> list:
     ]
 
 
-def test_the_default_quarter_has_every_value() -> None:
+def test_the_default_sixth_has_every_value() -> None:
     cases = [case for case in GRID if is_in_default(*case)]
-    assert len(cases) <= len(GRID) // 3
+    assert len(cases) <= len(GRID) // 4
     for i, values in enumerate(((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b"))):
         assert {case[i] for case in cases} == set(values)
     assert {(K, kind) for K, _, _, kind in cases} == set(
@@ -304,7 +304,7 @@ def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int
     plain = sequential.forward(
         pipe.layers,
         params,
-        jnp.asarray(inputs, batch["inputs"].dtype),
+        jnp.asarray(inputs),
         jax.random.key(0),
         train=False,
     )
