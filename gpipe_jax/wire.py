@@ -20,7 +20,6 @@ class Wire:
     """What crosses stage boundaries, as arrays whose shapes are the same for every boundary."""
 
     def __init__(self, boundaries: Sequence[PyTree]) -> None:
-        self.boundaries = boundaries
         leaves = [jax.tree.leaves(tree) for tree in boundaries]
         structures = {jax.tree.structure(tree) for tree in boundaries}
         self.packed = len(structures) > 1 or any(specs != leaves[0] for specs in leaves)
