@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gpipe_jax import data, losses, optimizer, plots, schedule, sequential, zoo
     from gpipe_jax.config import Config
     from gpipe_jax.layers.layer import Layer, layer
+    from gpipe_jax.layers.shapes import count_parameters
     from gpipe_jax.loader import ConfigError, load
     from gpipe_jax.mesh import make_mesh, simulate_devices
     from gpipe_jax.pipeline import Pipeline, State
@@ -28,6 +29,7 @@ _HOME = {
     "Pipeline": "pipeline",
     "State": "pipeline",
     "Trainer": "trainer",
+    "count_parameters": "layers.shapes",
     "layer": "layers.layer",
     "load": "loader",
     "make_mesh": "mesh",
@@ -42,6 +44,7 @@ __all__ = [
     "Pipeline",
     "State",
     "Trainer",
+    "count_parameters",
     "data",
     "layer",
     "load",

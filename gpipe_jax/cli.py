@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--stages", type=int, required=True, metavar="K")
     one.add_argument("--micro-batches", type=int, required=True, metavar="M")
     one.add_argument("--kind", default="1f1b", choices=schedules.KINDS)
+    one.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
     one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
     return parser
 
@@ -97,10 +98,10 @@ def _run(options: argparse.Namespace, action: str) -> int:
 
     workdir = Path(config.train.workdir or run.default_workdir(options.config))
     try:
-        # Until the first step everything that is wrong is the input: sizes, shapes, files, devices.
         parts = run.assemble(config, workdir)
-    except (ValueError, OSError, ImportError) as error:
-        raise ConfigError([str(error)], options.config) from error
+    except run.SectionError as error:
+        place = loader.place(options.config, options.overrides, error.section, str(error))
+        raise ConfigError([f"{place}: {error}"], options.config) from error
     print(parts.trainer.pipe, flush=True)
     try:
         if action == "evaluate":
@@ -140,13 +141,14 @@ def _config(options: argparse.Namespace) -> int:
 
 def _schedule(options: argparse.Namespace) -> int:
     try:
-        plan = schedules.make(options.kind, options.stages, options.micro_batches)
+        plan = schedules.make(options.kind, options.stages, options.micro_batches, options.chunks)
     except ValueError as error:
         raise ConfigError([str(error)], "gpipe schedule") from error
     figures = {
         "kind": plan.kind,
         "stages": plan.stages,
         "micro_batches": plan.micro_batches,
+        "chunks": plan.chunks,
         "ticks": plan.ticks,
         "bubble_fraction": plan.bubble_fraction,
         "peak_stash": plan.peak_stash,
@@ -154,10 +156,7 @@ def _schedule(options: argparse.Namespace) -> int:
     }
     print(plan)
     print(progress.table(figures))
-    print(
-        "times: a forward takes 1, a backward, which recomputes it, 3; in lockstep a tick lasts as"
-    )
-    print("long as its slowest operation, as it does in one program on all devices")
+    print(_TIMES)
     if options.png:
         from gpipe_jax import plots
 
@@ -171,15 +170,22 @@ def _schedule(options: argparse.Namespace) -> int:
     return 0
 
 
+_TIMES = """\
+times: through all of a device's chunks a forward takes 1, a backward, which recomputes it, 3; in
+lockstep a tick lasts as long as its slowest operation, as it does in one program on all devices"""
+
+
 def _times(plan: schedules.Schedule) -> dict[str, float]:
-    """Time of the schedule if a forward takes 1 and a backward, which recomputes it, 3."""
-    K = plan.stages
-    times = (
-        ([*([1.0] * (K - 1)), 0.0], [3.0] * K) if plan.kind != "forward" else ([1.0] * K, [0.0] * K)
-    )
+    """Time of the schedule, in the unit that `_TIMES` says."""
+    forward = [1 / plan.chunks] * (plan.stages * plan.chunks)
+    backward = [3 * time for time in forward]
+    if plan.kind == "forward":
+        backward = [0.0 for _ in forward]
+    else:
+        forward[-1] = 0.0  # the last stage's is part of its backward
     return {
-        "time_lockstep": schedules.simulate(plan, *times).time,
-        "time_asynchronous": schedules.simulate(plan, *times, lockstep=False).time,
+        "time_lockstep": schedules.simulate(plan, forward, backward).time,
+        "time_asynchronous": schedules.simulate(plan, forward, backward, lockstep=False).time,
     }
 
 

@@ -14,7 +14,10 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax.layers.shapes import LayerShape, differentiable, signature
+from gpipe_jax.layers import links
+from gpipe_jax.layers.layer import Context
+from gpipe_jax.layers.shapes import LayerShape, as_replica, differentiable, signature
+from gpipe_jax.mesh import DATA
 
 PyTree = Any
 
@@ -30,7 +33,7 @@ class LayerCost(NamedTuple):
     compute_s: float  # forward (recomputed) and backward: a backward slot's time
     parameter_bytes: int
     working_bytes: int  # kept between the layer's forward and its backward
-    boundary_bytes: int  # its output
+    boundary_bytes: int  # what passes on behind it: its output, and stashed tensors on their way
 
 
 def measure(
@@ -54,9 +57,10 @@ def measure(
     else:
         raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
     working = _each_distinct(shapes, _working_bytes)
+    behind = [*(shape.boundary for shape in shapes[1:]), shapes[-1].output]
     return [
-        LayerCost(t, tree_bytes(s.params), w, tree_bytes(s.output))
-        for t, w, s in zip(times, working, shapes, strict=True)
+        LayerCost(t, tree_bytes((s.params, s.stats)), w, tree_bytes(after))
+        for t, w, s, after in zip(times, working, shapes, behind, strict=True)
     ]
 
 
@@ -83,14 +87,22 @@ def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
 def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
     """The layer's forward and backward, and the shapes to call it with."""
 
-    def program(params: PyTree, x: PyTree, seed: jax.Array) -> PyTree:
-        y, pull = _vjp(shape, params, x, seed)
+    def program(*arguments: Any) -> PyTree:
+        y, pull = _vjp(shape, *arguments)
         return y, pull(jax.tree.map(jnp.ones_like, y))
 
-    return program, (shape.params, shape.input, jax.ShapeDtypeStruct((), jnp.uint32))
+    return as_replica(program), _arguments(shape)
 
 
-def _vjp(shape: LayerShape, params: PyTree, x: PyTree, seed: jax.Array) -> tuple[list, Callable]:
+def _arguments(shape: LayerShape) -> tuple:
+    """Shapes of parameters, with those that the layer borrows, statistics, input and seed."""
+    params = links.fill(shape.layer, shape.params, shape.borrowed)
+    return params, shape.stats, shape.input, jax.ShapeDtypeStruct((), jnp.uint32)
+
+
+def _vjp(
+    shape: LayerShape, params: PyTree, stats: PyTree, x: PyTree, seed: jax.Array
+) -> tuple[list, Callable]:
     """Differentiate in the parameters and in the floating-point inputs."""
     leaves, structure = jax.tree.flatten(x)
     moving = [i for i, a in enumerate(leaves) if differentiable(a)]
@@ -98,7 +110,7 @@ def _vjp(shape: LayerShape, params: PyTree, x: PyTree, seed: jax.Array) -> tuple
     def run(params: PyTree, floats: list) -> list:
         new = dict(zip(moving, floats, strict=True))
         x = jax.tree.unflatten(structure, [new.get(i, a) for i, a in enumerate(leaves)])
-        y = shape.layer.apply(params, x, jax.random.key(seed), train=True)
+        y, _ = shape.layer.apply(params, stats, x, Context(jax.random.key(seed), train=True))
         return [a for a in jax.tree.leaves(y) if differentiable(a)]
 
     return jax.vjp(run, params, [leaves[i] for i in moving])
@@ -124,10 +136,9 @@ def _measured_time(program: Callable, specs: tuple) -> float:
 
 def _working_bytes(shape: LayerShape) -> int:
     """Bytes of what the backward pass needs from the forward pass, parameters aside."""
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    traced = jax.make_jaxpr(lambda p, x, s: _vjp(shape, p, x, s)[1])(
-        shape.params, shape.input, seed
-    ).jaxpr
-    parameters = set(traced.invars[: len(jax.tree.leaves(shape.params))])
+    arguments = _arguments(shape)
+    kept = lambda *arguments: _vjp(shape, *arguments)[1]  # noqa: E731
+    traced = jax.make_jaxpr(kept, axis_env=[(DATA, 1)])(*arguments).jaxpr
+    parameters = set(traced.invars[: len(jax.tree.leaves(arguments[0]))])
     variables = {v for v in traced.outvars if not isinstance(v, jax.extend.core.Literal)}
     return tree_bytes([v.aval for v in variables - parameters])

@@ -1,31 +1,17 @@
-"""Real data sets that need no network, as seeded streams that can start at any step.
+"""Data sets, none of which needs the network. See `stream` for what their batches have in common.
 
-Training is endless: the batch of step s depends on (seed, s) only, so a restored run continues
-with `train(s)`, which looks nothing up before step s. Each epoch is its own seeded permutation and
-epochs follow each other without a gap: a batch may hold the end of one and the start of the next,
-all batches have the same size, and no example is left out. Letters: B batch_size, T length.
+Letters: B batch_size, T length, S pixels each way.
 """
 
 import functools
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training stream and the held-out examples beside it."""
-
-    name: str
-    train: Callable[[int], Iterator[Batch]]  # batches from this step on, without end
-    test: Callable[[], Iterator[Batch]]  # each held-out example once, in order; the last B' <= B
-    train_examples: int
-    test_examples: int
+from gpipe_jax.images import Images, cut_out, flipped, normalised, read_cifar10, shifted
+from gpipe_jax.stream import Batch, Dataset, check_arguments, check_counts, dataset
 
 
 def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
@@ -42,7 +28,8 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
         raise ImportError(
             "the digits come with scikit-learn: run pip install 'gpipe-jax[examples]'"
         ) from error
-    _check_arguments("digits", batch_size, seed, test_fraction)
+    check_arguments("digits", batch_size, seed)
+    _check_fraction("digits", test_fraction)
     images, targets = load_digits(return_X_y=True)
     inputs = (images / 8 - 1).reshape(-1, 8, 8, 1).astype(np.float32)
     labels = targets.astype(np.int32)
@@ -54,24 +41,120 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
     def gather(part: np.ndarray) -> Callable[[np.ndarray], Batch]:
         return lambda index_B: {"inputs": inputs[part[index_B]], "labels": labels[part[index_B]]}
 
-    return _dataset(
+    return dataset(
         "digits",
         batch_size,
         seed,
         *((gather(part), len(part)) for part in parts),
-        augment=functools.partial(_moved, shift) if shift else None,
+        augment=functools.partial(_digits_augmented, shift) if shift else None,
     )
 
 
-def _moved(shift: int, batch: Batch, rng: np.random.Generator) -> Batch:
-    """Return the batch with each image moved at random, its edge filled with the background."""
-    images = batch["inputs"]
-    size = images.shape[1]
-    pad = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = np.pad(images, pad, constant_values=images.min())
-    corners = rng.integers(0, 2 * shift + 1, (len(images), 2))
-    moved = [a[r : r + size, c : c + size] for a, (r, c) in zip(padded, corners, strict=True)]
-    return {**batch, "inputs": np.stack(moved)}
+def _digits_augmented(shift: int, batch: Batch, rng: np.random.Generator) -> Batch:
+    return {**batch, "inputs": shifted(batch["inputs"], rng, most=shift, fill=-1.0)}
+
+
+def cifar10(
+    batch_size: int,
+    seed: int,
+    *,
+    folder: str | Path | None = None,
+    validation: int = 0,
+    cutout: int = 0,
+    augment: bool = True,
+) -> Dataset:
+    """Return CIFAR-10: 50,000 images for training and 10,000 for testing, in ten classes.
+
+    inputs: float32 [B, 32, 32, 3], each channel of mean 0 and deviation 1; labels: int32 [B].
+    `folder` is where the files are, see `images.read_cifar10`. If `validation` is not 0, so many of
+    the training images are held out in place of the test images, whatever the seed the same ones.
+
+    Training images are moved by up to 4 pixels each way, mirrored left to right, and lose a square
+    of `cutout` pixels each way; what is uncovered or cut out is zero, the mean colour. With
+    `augment=False` they stay as they are.
+    """
+    check_arguments("cifar10", batch_size, seed)
+    if not 0 <= cutout <= 32:
+        raise ValueError(f"cutout of cifar10 is {cutout}: use 0 (none) to 32 pixels")
+    train, test = read_cifar10(folder)
+    if validation:
+        train, test = _hold_out(train, validation)
+
+    def gather(part: Images) -> Callable[[np.ndarray], Batch]:
+        return lambda index_B: {
+            "inputs": normalised(part.pixels[index_B]),
+            "labels": part.labels[index_B],
+        }
+
+    return dataset(
+        "cifar10",
+        batch_size,
+        seed,
+        *((gather(part), len(part.labels)) for part in (train, test)),
+        augment=functools.partial(_cifar10_augmented, cutout) if augment else None,
+    )
+
+
+def _hold_out(images: Images, count: int) -> tuple[Images, Images]:
+    """All but `count` of the images, and these: a draw that depends on nothing."""
+    total = len(images.labels)
+    if not 0 < count < total:
+        raise ValueError(
+            f"validation of cifar10 is {count}: use 0 (the test images) to {total - 1} of the "
+            f"{total} training images"
+        )
+    order = np.random.default_rng(0).permutation(total)
+    train, held_out = np.sort(order[count:]), np.sort(order[:count])
+    return Images(*(a[train] for a in images)), Images(*(a[held_out] for a in images))
+
+
+def _cifar10_augmented(cutout: int, batch: Batch, rng: np.random.Generator) -> Batch:
+    inputs = flipped(shifted(batch["inputs"], rng, most=4), rng)
+    return {**batch, "inputs": cut_out(inputs, rng, size=cutout) if cutout else inputs}
+
+
+def synthetic_images(batch_size: int, seed: int, *, image: int, classes: int) -> Dataset:
+    """Return noise without end, to see whether a large network fits and how fast it is.
+
+    inputs: float32 [B, S, S, 3] for an `image` of S, uniform with mean 0 and deviation 1; labels:
+    int32 [B], any of `classes`. An example is a function of the seed and its index.
+    """
+    check_counts("synthetic_images", image=image, classes=classes)
+
+    def example(rng: np.random.Generator) -> Batch:
+        pixels = rng.random((image, image, 3), np.float32)
+        pixels -= np.float32(0.5)  # in place: making noise must not be what is measured
+        pixels *= np.float32(12**0.5)
+        return {"inputs": pixels, "labels": np.asarray(rng.integers(classes), np.int32)}
+
+    return _synthetic("synthetic_images", batch_size, seed, example)
+
+
+def synthetic_tokens(batch_size: int, length: int, vocabulary: int, seed: int) -> Dataset:
+    """Return random tokens without end, for the same purpose.
+
+    inputs: int32 [B, T], any of `vocabulary`; labels: int32 [B, T], the token after each.
+    """
+    check_counts("synthetic_tokens", length=length, vocabulary=vocabulary)
+
+    def example(rng: np.random.Generator) -> Batch:
+        tokens = rng.integers(vocabulary, size=length + 1, dtype=np.int32)
+        return {"inputs": tokens[:-1], "labels": tokens[1:]}
+
+    return _synthetic("synthetic_tokens", batch_size, seed, example)
+
+
+def _synthetic(
+    name: str, batch_size: int, seed: int, example: Callable[[np.random.Generator], Batch]
+) -> Dataset:
+    check_arguments(name, batch_size, seed)
+
+    def gather(index_B: np.ndarray) -> Batch:
+        made = [example(np.random.default_rng([seed, index])) for index in index_B]
+        return {key: np.stack([one[key] for one in made]) for key in ("inputs", "labels")}
+
+    endless = 2**31 - 1  # examples in an epoch
+    return dataset(name, batch_size, seed, (gather, endless), (gather, 2 * batch_size))
 
 
 def text(
@@ -91,7 +174,8 @@ def text(
     is cut into windows that predict each byte once, the very first from the last training byte;
     what is left of a window at the end is dropped. A training example starts at any byte.
     """
-    _check_arguments(f"text {source}", batch_size, seed, test_fraction)
+    check_arguments(f"text {source}", batch_size, seed)
+    _check_fraction(f"text {source}", test_fraction)
     data = np.frombuffer(_read(source), np.uint8)
     held_out = round(len(data) * test_fraction)
     split = len(data) - held_out
@@ -109,7 +193,7 @@ def text(
         windows = data[starts_B[:, None] + np.arange(length + 1)].astype(np.int32)
         return {"inputs": windows[:, :-1], "labels": windows[:, 1:]}
 
-    return _dataset(
+    return dataset(
         f"text {source}",
         batch_size,
         seed,
@@ -118,69 +202,7 @@ def text(
     )
 
 
-def _dataset(
-    name: str,
-    batch_size: int,
-    seed: int,
-    train_part: tuple[Callable[[np.ndarray], Batch], int],
-    test_part: tuple[Callable[[np.ndarray], Batch], int],
-    augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
-) -> Dataset:
-    """Return the data set of two parts, each a function of example indices [B] and its size.
-
-    `augment` changes training batches only.
-    """
-    (gather_train, train_examples), (gather_test, test_examples) = train_part, test_part
-    if batch_size > train_examples:
-        raise ValueError(
-            f"batch_size {batch_size} is above the {train_examples} training examples of {name}: "
-            f"use {train_examples} or fewer"
-        )
-
-    def train(start_step: int) -> Iterator[Batch]:
-        if start_step < 0:
-            raise ValueError(f"start_step is {start_step}: steps count from 0")
-        return _train_batches(train_examples, batch_size, seed, start_step, gather_train, augment)
-
-    def test() -> Iterator[Batch]:
-        for start in range(0, test_examples, batch_size):
-            yield gather_test(np.arange(start, min(start + batch_size, test_examples)))
-
-    return Dataset(name, train, test, train_examples, test_examples)
-
-
-def _train_batches(
-    examples: int,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    gather: Callable[[np.ndarray], Batch],
-    augment: Callable[[Batch, np.random.Generator], Batch] | None,
-) -> Iterator[Batch]:
-    import grain  # takes 1.5 s
-
-    # Indices are batched before the lookup: one numpy gather per batch, not one per example.
-    steps = (
-        grain.MapDataset.range(examples)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .map(gather)
-    )
-    if augment is not None:
-        steps = steps.random_map(augment)  # its generator is a function of (seed, step)
-    steps = steps.slice(slice(start_step, None))
-    # One thread works ahead while the devices are busy; grain's default is 16, and 500 batches.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(steps.to_iter_dataset(options))
-
-
-def _check_arguments(name: str, batch_size: int, seed: int, test_fraction: float) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size of {name} is {batch_size}: use 1 or more")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed of {name} is {seed}: use 0 to {2**32 - 1}")
+def _check_fraction(name: str, test_fraction: float) -> None:
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction of {name} is {test_fraction}: use a number in (0, 1)")
 

@@ -4,14 +4,15 @@ At each tick a device stores what has arrived, does what the table says (a branc
 computes nothing), and passes its results to its neighbours with one permute each way. The backward
 branch recomputes its stage from the stashed input (GPipe, section 2.3) and adds its parameters'
 gradients, in float32, to what it has. After the last tick the gradients are summed over the data
-replicas, once.
+replicas, once, and the running statistics are committed, from forwards only, once.
 
-Letters: K stages, M micro-batches, B examples of a micro-batch on one replica, t tick, k stage.
+Letters: K devices, M micro-batches, B examples of a micro-batch on one replica, t tick, k device,
+s stage.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,14 +23,25 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.slots import Rows, lower
-from gpipe_jax.stages import Stages
+from gpipe_jax.stages import Call, Stages
+from gpipe_jax.storage import Storage
 
 PyTree = Any
+
+
+class Variables(NamedTuple):
+    """What a step reads beside the batch; arrays [K, ...]."""
+
+    params: list  # of each chunk, in the form of its `Storage`
+    stats: list  # running statistics, likewise
+    key: jax.Array  # of the step
+    progress: jax.Array  # of the training run, 0 to 1
 
 
 class Entry(NamedTuple):
@@ -40,6 +52,15 @@ class Entry(NamedTuple):
     g: jax.Array
 
 
+class Sums(NamedTuple):
+    """What a device adds up over the ticks."""
+
+    grads: list  # of the parameters, in their form
+    shared: dict  # gradients of the tied parameters
+    moments: list  # of batch norms, in the form of the running statistics
+    result: PyTree  # loss and metrics, or the outputs [M, B, ...]
+
+
 class Carry(NamedTuple):
     """What a device keeps from one tick to the next."""
 
@@ -47,8 +68,7 @@ class Carry(NamedTuple):
     arrived_g: list  # wire arrays (gradients) from the next stage's last tick
     stash: list  # [slots, *wire]: boundary inputs until their last use
     gradients: list  # [slots, *wire]: boundary gradients until they are used
-    grads: PyTree  # parameters' gradients so far, or None
-    result: PyTree  # loss and metrics so far, or the outputs [M, B, ...]
+    sums: Sums
 
 
 class Work(NamedTuple):
@@ -56,47 +76,55 @@ class Work(NamedTuple):
 
     send_x: list
     send_g: list
-    grads: PyTree
-    result: PyTree
+    sums: Sums
 
 
 def build(
-    stages: Stages, schedule: Schedule, mesh: Mesh, loss: Callable | None, *, idle_fill: float = 0.0
+    stages: Stages,
+    schedule: Schedule,
+    mesh: Mesh,
+    loss: Callable | None,
+    *,
+    keys_per: str = "micro_batch",
+    idle_fill: float = 0.0,
 ) -> Callable:
-    """The traced function (params, batch, key) that runs `schedule`.
+    """The traced function (variables, batch) that runs `schedule`.
 
-    `params` is the rectangular form (axis 0 is the stage), `batch` has leaves [M, D*B, ...] with
-    weights that sum to one, `key` is the step's. Returns, for a schedule with backwards, ((loss,
-    metrics), grads); for a forward-only one (loss, metrics), or without `loss` the outputs.
-    `idle_fill` is what buffers hold before anything arrives and what idle devices send: a test sets
-    it to NaN to show that none of it is ever used.
+    `batch` has leaves [M, D*B, ...] with weights that sum to one. Returns, for a schedule with
+    backwards, ((loss, metrics), grads, stats); for a forward-only one (loss, metrics), or without
+    `loss` the outputs. `idle_fill` is what buffers hold before anything arrives and what idle
+    devices send: a test sets it to NaN to show that none of it is ever used.
     """
     rows = lower(schedule)
     trains = bool((schedule.table[..., 0] == BACKWARD).any())
 
-    def body(params: PyTree, ids: jax.Array, batch: dict, key: jax.Array) -> PyTree:
-        params, ids = jax.tree.map(lambda a: a[0], (params, ids))
+    def body(variables: Variables, ids: jax.Array, batch: dict) -> PyTree:
+        here = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
         device = _Device(
             stages=stages,
             schedule=schedule,
             rows=rows,
             trains=trains,
             loss=loss,
+            per_example=keys_per == "example",
             fill=idle_fill,
             replicas=mesh.shape[DATA],
-            params=params,
-            ids=ids,
+            params=here(variables.params),
+            stats=here(variables.stats),
+            shared=stages.gather_shared(here(variables.params)),
+            ids=ids[0],
             batch=batch,
-            key=key,
+            key=variables.key,
+            progress=variables.progress,
         )
         return device.run()
 
-    in_specs = (P(STAGE), P(STAGE), P(None, DATA), P())
+    in_specs = (Variables(P(STAGE), P(STAGE), P(), P()), P(STAGE), P(None, DATA))  # type: ignore[arg-type]
     result_spec = P(None, DATA) if loss is None else P()
-    out_specs = (result_spec, P(STAGE)) if trains else result_spec
+    out_specs = (result_spec, P(STAGE), P(STAGE)) if trains else result_spec
     mapped = _on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.layer_ids()
-    return lambda params, batch, key: mapped(params, ids, batch, key)
+    return lambda variables, batch: mapped(variables, ids, batch)
 
 
 def _on_every_device(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
@@ -104,26 +132,35 @@ def _on_every_device(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) 
 
     The check would refuse any layer with a loop that starts from a constant (`nnx.RNN`), because
     the constant does not differ and the loop's result does. Nothing here relies on it: gradients
-    are taken within a device, and the three sums over devices are written out in `_finish`.
+    are taken within a device, and the sums over devices are written out in `_finish`.
     """
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def build_parameters(stages: Stages, mesh: Mesh, make: Callable) -> PyTree:
+def build_arrays(
+    stages: Stages, storages: Sequence[Storage], mesh: Mesh, make: Callable
+) -> list[PyTree]:
     """Traced: the rectangular form of what `make(shape, layer id)` returns for each layer.
 
-    Every device makes its own stage's layers and no others; see `Stages.build`.
+    Every device makes its own stages' layers and no others; see `Stages.build`.
     """
-    kinds = sorted(set(stages.kind))
-    branch = jnp.searchsorted(jnp.asarray(kinds), jnp.asarray(stages.kind))
 
-    def body(branch: jax.Array, ids: jax.Array) -> PyTree:
-        branches = [functools.partial(stages.build, k, make=make) for k in kinds]
-        return jax.tree.map(lambda a: a[None], lax.switch(branch[0], branches, ids[0]))
+    def body(ids: jax.Array) -> list:
+        build = lambda s: stages.build(storages, s, ids[0], make)  # noqa: E731
+        chunks = [_by_device(stages, c, build) for c in range(stages.chunks)]
+        return jax.tree.map(lambda a: a[None], chunks)
 
-    specs = (P(STAGE), P(STAGE))
-    mapped = _on_every_device(body, mesh, specs, P(STAGE))
-    return mapped(branch, jnp.asarray(stages.layer_ids()))
+    mapped = _on_every_device(body, mesh, P(STAGE), P(STAGE))
+    return mapped(jnp.asarray(stages.layer_ids()))
+
+
+def _by_device(stages: Stages, chunk: int, function: Callable[[int], PyTree]) -> PyTree:
+    """Traced, on every device: `function(s)` of the device's own stage s in this chunk."""
+    K = stages.devices
+    kinds = stages.kind[chunk * K : (chunk + 1) * K]
+    known = sorted(set(kinds))
+    branch = jnp.asarray([known.index(kind) for kind in kinds])[lax.axis_index(STAGE)]
+    return lax.switch(branch, [functools.partial(function, s) for s in known])
 
 
 @dataclass(frozen=True)
@@ -135,12 +172,16 @@ class _Device:
     rows: Rows
     trains: bool
     loss: Callable | None
+    per_example: bool
     fill: float
     replicas: int
-    params: PyTree
-    ids: jax.Array  # global ids of this stage's layers
+    params: list
+    stats: list
+    shared: dict  # tied parameters
+    ids: jax.Array  # [V, longest stage]: global ids of its stages' layers
     batch: dict  # leaves [M, B, ...]
     key: jax.Array
+    progress: jax.Array
 
     def run(self) -> PyTree:
         """All ticks, segment by segment, and the sums over devices after them."""
@@ -153,7 +194,7 @@ class _Device:
             table = np.stack([*(column[begin:end] for column in columns), branch], axis=-1)
             tick = functools.partial(self._tick, known)
             carry, _ = lax.scan(tick, carry, jnp.asarray(table, jnp.int32))
-        return self._finish(carry)
+        return self._finish(carry.sums)
 
     # --- buffers ---------------------------------------------------------------------------------
 
@@ -164,8 +205,7 @@ class _Device:
             arrived_g=[self._filled(s) for s in back],
             stash=[self._filled(s, self.rows.x_slots) for s in wire],
             gradients=[self._filled(s, self.rows.g_slots) for s in back],
-            grads=self._zero_grads() if self.trains else None,
-            result=self._zero_result(),
+            sums=self._zero_sums(),
         )
 
     def _gradient_shapes(self) -> list:
@@ -175,11 +215,12 @@ class _Device:
         fill = self.fill if differentiable(spec) else 0
         return jnp.full((*lead, *spec.shape), fill, spec.dtype)
 
-    def _zero_grads(self) -> PyTree:
-        return jax.tree.map(
-            lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)),
-            self.stages.local_shapes(),
+    def _zero_sums(self) -> Sums:
+        trained = (self.params, self.shared, self.stats) if self.trains else ([], {}, [])
+        grads, shared, moments = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), trained
         )
+        return Sums(grads, shared, moments, self._zero_result())
 
     def _zero_result(self) -> PyTree:
         output = self.stages.shapes[-1].output
@@ -192,13 +233,29 @@ class _Device:
             lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(loss, output, *first)
         )
 
-    def _finish(self, carry: Carry) -> PyTree:
+    def _finish(self, sums: Sums) -> PyTree:
         if self.loss is None:
-            return lax.psum(carry.result, STAGE)
-        result = lax.psum(carry.result, (STAGE, DATA))
+            return lax.psum(sums.result, STAGE)
+        result = lax.psum(sums.result, (STAGE, DATA))
         if not self.trains:
             return result
-        return result, jax.tree.map(lambda a: a[None], lax.psum(carry.grads, DATA))
+        grads = self.stages.add_shared(sums.grads, sums.shared)
+        grads, moments = lax.psum((grads, sums.moments), DATA)
+        stats = self._committed(moments)
+        return result, *jax.tree.map(lambda a: a[None], (grads, stats))
+
+    def _committed(self, moments: list) -> list:
+        """The running statistics after this step, from the sums of its micro-batches' moments."""
+        if not jax.tree.leaves(moments):
+            return self.stats
+        count = self.schedule.micro_batches * self.replicas
+        mean = jax.tree.map(lambda a: a / count, moments)
+
+        def commit(s: int) -> dict:
+            c, _ = self.stages.at(s)
+            return self.stages.commit(s, self.stats[c], mean[c])
+
+        return [_by_device(self.stages, c, commit) for c in range(self.stages.chunks)]
 
     # --- the table -------------------------------------------------------------------------------
 
@@ -217,15 +274,16 @@ class _Device:
 
     def _names(self) -> np.ndarray:
         """[T, K]: the branch that does each slot of the table, as "operation stage"."""
-        operation = self.schedule.table[..., 0]
+        operation, _, chunk = np.moveaxis(self.schedule.table, -1, 0)
+        stage = chunk * self.stages.devices + np.arange(self.stages.devices)
         names = np.full(operation.shape, "idle", dtype="U32")
-        for k, kind in enumerate(self.stages.kind):
+        for s, kind in enumerate(self.stages.kind):
             forward = f"forward {kind}"
-            if k == self.stages.last:
+            if s == self.stages.last:
                 # In training the last stage's backward computes its forward, loss and gradient.
                 forward = "idle" if self.trains else f"evaluate {kind}"
-            names[operation[:, k] == FORWARD, k] = forward
-            names[operation[:, k] == BACKWARD, k] = f"backward {kind}"
+            names[(operation == FORWARD) & (stage == s)] = forward
+            names[(operation == BACKWARD) & (stage == s)] = f"backward {kind}"
         return names
 
     def _tick(self, known: list[str], carry: Carry, rows: jax.Array) -> tuple[Carry, None]:
@@ -236,97 +294,157 @@ class _Device:
         )
         branches = [functools.partial(self._work, name) for name in known]
         work = lax.switch(branch, branches, carry, Entry(m, x_slot, g_slot))
-        carry = carry._replace(grads=work.grads, result=work.result)
-        # Acyclic permutes: nothing needs the wrap-around, which XLA has mis-compiled (issue 45222).
+        carry = carry._replace(sums=work.sums)
         if any(name.startswith("forward") for name in known):
-            down = [(k, k + 1) for k in range(self.stages.last)]
-            carry = carry._replace(arrived_x=_permute(work.send_x, down))
+            carry = carry._replace(arrived_x=_permute(work.send_x, self._neighbours()))
         if any(name.startswith("backward") for name in known):
-            up = [(k + 1, k) for k in range(self.stages.last)]
+            up = [(b, a) for a, b in self._neighbours()]
             carry = carry._replace(arrived_g=_permute(work.send_g, up))
         return carry, None
+
+    def _neighbours(self) -> list[tuple[int, int]]:
+        """(device, next device). Closed to a ring only if chunks need it.
+
+        XLA has mis-compiled permutes of several rings on GPU (issue 45222).
+        """
+        K = self.stages.devices
+        around = [(K - 1, 0)] if self.stages.chunks > 1 else []
+        return [(k, k + 1) for k in range(K - 1)] + around
 
     # --- one operation on one micro-batch --------------------------------------------------------
 
     def _work(self, name: str, carry: Carry, entry: Entry) -> Work:
         """The branch `name`, on the buffers of `carry`."""
-        operation, _, kind = name.partition(" ")
+        operation, _, stage = name.partition(" ")
         nothing = Work(
             send_x=[self._filled(s) for s in self.stages.wire.shapes],
             send_g=[self._filled(s) for s in self._gradient_shapes()],
-            grads=carry.grads,
-            result=carry.result,
+            sums=carry.sums,
         )
         if operation == "idle":
             return nothing
         method = {"forward": self._forward, "backward": self._backward, "evaluate": self._evaluate}
-        return method[operation](int(kind), carry, entry, nothing)
+        return method[operation](int(stage), carry, entry, nothing)
 
-    def _forward(self, k: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
-        y = self._apply(k, self.params, self._input(k, carry, entry), entry)
+    def _forward(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
+        x = self._input(s, carry, entry)
+        y, moments = self._apply(s, self.stages.read(s, self.params), self.shared, x, entry)
         wire = self.stages.wire
-        return nothing._replace(send_x=wire.encode(jax.tree.leaves(y), wire.shapes))
+        return nothing._replace(
+            send_x=wire.encode(jax.tree.leaves(y), wire.shapes),
+            sums=self._with_moments(s, carry.sums, moments),
+        )
 
-    def _evaluate(self, k: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
-        y = self._apply(k, self.params, self._input(k, carry, entry), entry)
+    def _evaluate(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
+        x = self._input(s, carry, entry)
+        y, _ = self._apply(s, self.stages.read(s, self.params), self.shared, x, entry)
         if self.loss is None:
-            result = jax.tree.map(lambda a, b: _put(a, b, entry.micro_batch), carry.result, y)
+            put = lambda a, b: _put(a, b, entry.micro_batch)  # noqa: E731
+            result = jax.tree.map(put, carry.sums.result, y.x)
         else:
-            result = jax.tree.map(jnp.add, carry.result, self._loss(y, entry))
-        return nothing._replace(result=result)
+            result = jax.tree.map(jnp.add, carry.sums.result, self._loss(y.x, entry))
+        return nothing._replace(sums=carry.sums._replace(result=result))
 
-    def _backward(self, k: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
+    def _backward(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
         """Recompute the stage from its input, then its gradients; the last one starts at the loss.
 
         Only what the stage reads is differentiated: of the parameters, what it uses; of the input,
-        the floating-point leaves of a boundary.
+        the floating-point leaves of a boundary. Skips that cross the stage are handed on, forward
+        and backward, and take no part in it.
         """
-        leaves, structure = jax.tree.flatten(self._input(k, carry, entry))
-        moving = [i for i, a in enumerate(leaves) if k > 0 and differentiable(a)]
-        used = self.stages.used(k)
+        last, passing = s == self.stages.last, self.stages.passing(s)
+        x, _ = _part(self._input(s, carry, entry), passing)
+        leaves, structure = jax.tree.flatten(x)
+        moving = [i for i, a in enumerate(leaves) if s > 0 and differentiable(a)]
+        tied = {name: self.shared[name] for name in self.stages.shared_names(s)}
 
-        def run(chosen: dict, floats: list) -> tuple[Any, Any]:
-            params = {
-                name: _replace_at(self.params[name], used[name], chosen[name]) for name in used
-            }
+        def run(params: list, tied: dict, floats: list) -> tuple[Any, Any]:
             x = jax.tree.unflatten(structure, _replace_at(leaves, moving, floats))
-            y = self._apply(k, params, x, entry)
-            if k == self.stages.last:
-                loss, metrics = self._loss(y, entry)
-                return loss, (loss, metrics)
+            y, moments = self._apply(s, params, tied, x, entry)
+            if last:
+                loss, metrics = self._loss(y.x, entry)
+                return loss, ((loss, metrics), moments)
             return [a for a in jax.tree.leaves(y) if differentiable(a)], None
 
-        chosen = {name: [self.params[name][i] for i in used[name]] for name in used}
-        y, pull, result = jax.vjp(run, chosen, [leaves[i] for i in moving], has_aux=True)
-        d_params, d_x = pull(jnp.ones_like(y) if result else self._gradient(k, carry, entry))
-        send_g = nothing.send_g
-        if k > 0:
-            send_g = self.stages.wire.encode(d_x, self._gradient_shapes())
-        grads = {n: _add_at(carry.grads[n], used[n], d_params[n]) for n in used}
-        if result:
-            result = jax.tree.map(jnp.add, carry.result, result)
-        return Work(nothing.send_x, send_g, grads, result or carry.result)
+        floats = [leaves[i] for i in moving]
+        y, pull, aux = jax.vjp(run, self.stages.read(s, self.params), tied, floats, has_aux=True)
+        arrived, passed = (None, {}) if last else _part(self._gradient(s, carry, entry), passing)
+        d_params, d_tied, d_x = pull(jnp.ones_like(y) if last else jax.tree.leaves(arrived))
+        sums = self._with_gradients(s, carry.sums, d_params, d_tied)
+        if last:
+            result, moments = aux
+            sums = sums._replace(result=jax.tree.map(jnp.add, sums.result, result))
+            sums = self._with_moments(s, sums, moments)
+        if s == 0:
+            return nothing._replace(sums=sums)
+        d_leaves = _replace_at([None] * len(leaves), moving, d_x)
+        d_inner = jax.tree.unflatten(structure, d_leaves)
+        d_boundary = Boundary(d_inner.x, {**d_inner.skips, **passed})
+        sent = self.stages.wire.encode(jax.tree.leaves(d_boundary), self._gradient_shapes())
+        return nothing._replace(send_g=sent, sums=sums)
 
-    def _input(self, k: int, carry: Carry, entry: Entry) -> PyTree:
-        if k == 0:
-            return jax.tree.map(lambda a: _get(a, entry.micro_batch), self.batch["inputs"])
-        leaves, structure = jax.tree.flatten(self.stages.input(k))
+    def _with_gradients(self, s: int, sums: Sums, d_params: list, d_tied: dict) -> Sums:
+        (c, k), grads = self.stages.at(s), list(sums.grads)
+        storage = self.stages.params[c]
+        new = storage.write(k, d_params)
+        used = storage.used(k)
+        grads[c] = {name: _add_at(grads[c][name], used[name], new[name]) for name in used}
+        shared = {n: a + d_tied[n].astype(a.dtype) if n in d_tied else a
+                  for n, a in sums.shared.items()}  # fmt: skip
+        return sums._replace(grads=grads, shared=shared)
+
+    def _with_moments(self, s: int, sums: Sums, moments: list) -> Sums:
+        """Each micro-batch's moments are added in one forward: that of a recomputation is not."""
+        if not jax.tree.leaves(moments):
+            return sums
+        (c, k), all_chunks = self.stages.at(s), list(sums.moments)
+        new = self.stages.stats[c].write(k, moments)
+        all_chunks[c] = jax.tree.map(jnp.add, all_chunks[c], new)
+        return sums._replace(moments=all_chunks)
+
+    def _input(self, s: int, carry: Carry, entry: Entry) -> Boundary:
+        if s == 0:
+            x = jax.tree.map(lambda a: _get(a, entry.micro_batch), self.batch["inputs"])
+            return Boundary(x, {})
+        leaves, structure = jax.tree.flatten(self.stages.input(s))
         arrays = [_get(a, entry.x) for a in carry.stash]
         return jax.tree.unflatten(structure, self.stages.wire.decode(arrays, leaves))
 
-    def _gradient(self, k: int, carry: Carry, entry: Entry) -> list[jax.Array]:
-        leaves = [a for a in jax.tree.leaves(self.stages.input(k + 1)) if differentiable(a)]
-        return self.stages.wire.decode([_get(a, entry.g) for a in carry.gradients], leaves)
+    def _gradient(self, s: int, carry: Carry, entry: Entry) -> Boundary:
+        """The gradient of what stage s handed on; None in place of leaves that have none."""
+        leaves, structure = jax.tree.flatten(self.stages.input(s + 1))
+        moving = [i for i, a in enumerate(leaves) if differentiable(a)]
+        arrays = [_get(a, entry.g) for a in carry.gradients]
+        values = self.stages.wire.decode(arrays, [leaves[i] for i in moving])
+        return jax.tree.unflatten(structure, _replace_at([None] * len(leaves), moving, values))
 
-    def _apply(self, k: int, params: PyTree, x: PyTree, entry: Entry) -> PyTree:
+    def _apply(
+        self, s: int, params: list, shared: dict, x: Boundary, entry: Entry
+    ) -> tuple[Boundary, list]:
+        c, k = self.stages.at(s)
+        examples = self.batch_rows if self.per_example else None
         micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
-        return self.stages.forward(k, params, x, self.ids, self.key, micro_batch, train=self.trains)
+        call = Call(self.key, micro_batch, examples, self.trains, self.progress)
+        stats = self.stages.stats[c].read(k, self.stats[c])
+        return self.stages.forward(s, params, stats, shared, x, self.ids, call)
+
+    @property
+    def batch_rows(self) -> int:
+        """B."""
+        return jax.tree.leaves(self.batch["inputs"])[0].shape[1]
 
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
         targets = (self.batch["labels"], self.batch["weights"])
         labels, weights = jax.tree.map(lambda a: _get(a, entry.micro_batch), targets)
         assert self.loss is not None  # nothing asks for a loss in a program of outputs
         return weighted_sums(self.loss, outputs, labels, weights)
+
+
+def _part(boundary: Boundary, passing: set[str]) -> tuple[Boundary, dict]:
+    """What a stage computes with, and the skips that only cross it."""
+    own = {name: a for name, a in boundary.skips.items() if name not in passing}
+    passed = {name: a for name, a in boundary.skips.items() if name in passing}
+    return Boundary(boundary.x, own), passed
 
 
 def _store(buffers: list, arrived: list, slot: jax.Array) -> list:
@@ -356,5 +474,6 @@ def _replace_at(items: list, indices: list[int], values: list) -> list:
 
 
 def _add_at(items: list, indices: list[int], values: list) -> list:
-    new = dict(zip(indices, values, strict=True))
-    return [a + new[i].astype(a.dtype) if i in new else a for i, a in enumerate(items)]
+    """`items` + `values` where the index is one of `indices`; elsewhere the values are zero."""
+    pairs = enumerate(zip(items, values, strict=True))
+    return [a + b.astype(a.dtype) if i in indices else a for i, (a, b) in pairs]

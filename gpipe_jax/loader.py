@@ -8,6 +8,7 @@ of the values, the place of each is looked up by its path, and `messages` words 
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import yaml
 from gpipe_jax.config import Config, section_models
 from gpipe_jax.messages import KeyPath, describe, did_you_mean, show
 from gpipe_jax.yaml_source import Draft, Place, TextError, override, parse
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 _AFTER_THE_FILE = 10**9  # more than any line number
 
@@ -31,24 +34,23 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{count} in {where}:", *problems]))
 
 
-def load(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Iterable[str] = ()
-) -> Config:
+def load(source: Source, overrides: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file (or given as values), after `section.field=value` overrides.
 
     Raises `ConfigError`, and nothing else, for bad input of any kind.
     """
-    if isinstance(source, str | os.PathLike):
-        draft = _read(Path(source))
-    elif isinstance(source, Mapping | Config):
-        draft = Draft("")
-        draft.values = {name: _copy(value) for name, value in dict(source).items()}
-    else:
-        message = f"expected a path, a dict or a Config, got {show(source)}"
-        raise ConfigError([message], "the configuration")
-    for order, text in enumerate(overrides, _AFTER_THE_FILE):
-        override(draft, text, Place(order, f"override {text!r}"))
-    return _validate(draft)
+    return _validate(_draft(source, overrides))
+
+
+def place(source: Source, overrides: Iterable[str], section: str, message: str) -> str:
+    """Where it was written what `message` is about: `x.yaml:3`, or the override.
+
+    This is the first field of the section that the message has in backticks, or else the section.
+    """
+    draft = _draft(source, overrides)
+    fields = [(section, name) for name in re.findall(r"`(\w+)`", message)]
+    written = [path for path in fields if path in draft.places]
+    return draft.find(written[0] if written else (section,)).label
 
 
 def dump(config: Config) -> str:
@@ -99,6 +101,20 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
         return super().represent_sequence(tag, sequence, flow_style=True)
+
+
+def _draft(source: Source, overrides: Iterable[str]) -> Draft:
+    if isinstance(source, str | os.PathLike):
+        draft = _read(Path(source))
+    elif isinstance(source, Mapping | Config):
+        draft = Draft("")
+        draft.values = {name: _copy(value) for name, value in dict(source).items()}
+    else:
+        message = f"expected a path, a dict or a Config, got {show(source)}"
+        raise ConfigError([message], "the configuration")
+    for order, text in enumerate(overrides, _AFTER_THE_FILE):
+        override(draft, text, Place(order, f"override {text!r}"))
+    return draft
 
 
 def _copy(section: Any) -> Any:

@@ -6,6 +6,7 @@ weighted mean over the whole batch, whatever the number of micro-batches.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,10 +17,62 @@ PyTree = Any
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
     """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy."""
+    losses = _cross_entropy(logits, labels)
+    return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
+    wanted = (1 - smoothing) * chosen + smoothing * logits.mean(-1) if smoothing else chosen
+    return jax.nn.logsumexp(logits, axis=-1) - wanted
+
+
+def classification(*, label_smoothing: float = 0.0, auxiliary_weight: float = 0.0) -> Callable:
+    """The loss of an image classifier: cross entropy, "accuracy", and "top5_accuracy" from C = 100.
+
+    Label smoothing e gives every class e / C and the label 1 - e more (Szegedy et al., Rethinking
+    the Inception Architecture, section 7). With an auxiliary weight the network's outputs are a
+    pair, (logits, auxiliary logits), and the weighted loss of the latter, smoothed too, is added;
+    the metrics are of the former. Equal arguments give equal loss functions.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}: use a number in [0, 1)")
+    if not auxiliary_weight >= 0:
+        raise ValueError(f"auxiliary_weight is {auxiliary_weight}: use 0 (no such head) or more")
+    return _Classification(label_smoothing, auxiliary_weight)
+
+
+@dataclass(frozen=True)
+class _Classification:
+    label_smoothing: float
+    auxiliary_weight: float
+
+    def __call__(self, outputs: PyTree, labels: jax.Array) -> tuple[jax.Array, dict]:
+        logits, *auxiliary = self._heads(outputs)
+        losses = _cross_entropy(logits, labels, self.label_smoothing)
+        metrics = {"accuracy": logits.argmax(-1) == labels}
+        if logits.shape[-1] >= 100:
+            best = jax.lax.top_k(logits, 5)[1]
+            metrics["top5_accuracy"] = (best == labels[..., None]).any(-1)
+        metrics = {name: hits.astype(losses.dtype) for name, hits in metrics.items()}
+        for head in auxiliary:
+            extra = _cross_entropy(head, labels, self.label_smoothing)
+            losses = losses + self.auxiliary_weight * extra
+        return losses, metrics
+
+    def _heads(self, outputs: PyTree) -> tuple[jax.Array, ...]:
+        """(logits,) or (logits, auxiliary logits)."""
+        heads = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+        wanted = 2 if self.auxiliary_weight else 1
+        if len(heads) != wanted:
+            what = "a pair (logits, auxiliary logits)" if wanted == 2 else "logits alone"
+            raise ValueError(
+                f"with auxiliary_weight {self.auxiliary_weight} the network must return {what}, "
+                f"got {len(heads)} output{'s' * (len(heads) != 1)}; an auxiliary head and its "
+                f"weight go together, use both or neither"
+            )
+        return heads
 
 
 def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:

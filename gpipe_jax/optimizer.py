@@ -20,28 +20,33 @@ PyTree = Any
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a config, for a run of `steps` steps.
 
-    Clip the gradients' global norm, precondition, add `weight_decay` times the parameters (norms
-    and biases left out), scale by the learning rate.
+    Add `l2` times the parameters to the gradients, clip their global norm (of the sum: L2 is part
+    of the loss, as in TensorFlow), precondition, scale by the learning rate, and subtract the
+    learning rate times `weight_decay` times the parameters. Both decays leave out norms and biases.
     """
+    rate = learning_rate(config, steps)
     parts = []
+    if config.l2:
+        parts.append(weight_decay(config.l2))
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(_preconditioner(config))
+    parts.append(_descent(config, rate))
     if config.weight_decay:
-        parts.append(weight_decay(config.weight_decay))
-    parts.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
+        parts.append(weight_decay(lambda step: -config.weight_decay * rate(step)))
     return optax.chain(*parts)
 
 
-def _preconditioner(config: OptimizerConfig) -> optax.GradientTransformation:
+def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    scale = optax.scale_by_learning_rate(rate)
     if isinstance(config, SgdConfig):
-        return optax.trace(config.momentum, config.nesterov)
+        return optax.chain(optax.trace(config.momentum, config.nesterov), scale)
     if isinstance(config, AdamConfig):
-        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+        return optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), scale)
     if isinstance(config, RmsPropConfig):
-        return optax.chain(
-            optax.scale_by_rms(config.decay, config.eps), optax.trace(config.momentum)
-        )
+        # As tf.compat.v1.train.RMSPropOptimizer: the velocity holds steps, not gradients, so that
+        # a change of the learning rate reaches it only by and by.
+        rms = optax.scale_by_rms(config.decay, config.eps, config.initial, eps_in_sqrt=True)
+        return optax.chain(rms, scale, optax.trace(config.momentum))
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
@@ -57,7 +62,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, steps - warmup)
     elif config.schedule == "exponential":
-        after = optax.exponential_decay(peak, config.decay_steps, config.decay_rate)
+        after = optax.exponential_decay(
+            peak, config.decay_steps, config.decay_rate, staircase=config.staircase
+        )
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     return optax.join_schedules([rise, after], [warmup])
 
@@ -67,19 +74,39 @@ def decaying(params: PyTree) -> PyTree:
     return jax.tree.map(lambda a: float(len(a.shape) > 1), params)
 
 
-def weight_decay(rate: float) -> optax.GradientTransformationExtraArgs:
-    """Decoupled weight decay: add `rate` times the parameters where `decaying` is 1.
+def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Add `rate`, which may depend on the step, times the parameters where `decaying` is 1.
 
     The trainer passes `decaying`, of the parameters' form, to every transformation.
     """
+    schedule = rate if callable(rate) else optax.constant_schedule(rate)
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
-        add = lambda u, p, d: u + rate * d * p  # noqa: E731
+        now = schedule(state.count)
+        add = lambda u, p, d: u + jnp.asarray(now, u.dtype) * d * p  # noqa: E731
+        state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         return jax.tree.map(add, updates, params, extra["decaying"]), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def moving_average(average: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
+    """The moving average of the parameters after one more update; `step` were done before it.
+
+    With the decay min(decay, (1 + step) / (10 + step)) of tf.train.ExponentialMovingAverage, so
+    that early averages forget the initial parameters. Every leaf keeps the average's own type.
+    """
+    weight = jnp.maximum(1 - decay, 9 / (10 + step))  # of the new parameters: 1 - that decay
+
+    def move(a: jax.Array, p: jax.Array) -> jax.Array:
+        return a + weight.astype(a.dtype) * (p.astype(a.dtype) - a)
+
+    return jax.tree.map(move, average, params)
 
 
 def check_elementwise(tx: optax.GradientTransformation) -> None:

@@ -16,42 +16,53 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import batch as batches
 from gpipe_jax import cost as costs
-from gpipe_jax import executor, partition, report
+from gpipe_jax import executor, keys, partition, report
+from gpipe_jax.executor import Variables
 from gpipe_jax.keys import layer_key, step_key
+from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.layers.shapes import describe, infer_shapes
+from gpipe_jax.layers.shapes import LayerShape, describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.slots import lower
 from gpipe_jax.stages import Stages
+from gpipe_jax.storage import Storage
 
 PyTree = Any
+REMAT = ("stage", "layer")
 
 
 class State(NamedTuple):
     """What a pipeline carries from step to step."""
 
-    params: PyTree  # rectangular: axis 0 of every array is the stage; see `Pipeline.to_layers`
+    params: PyTree  # rectangular: axis 0 of every array is the device; see `Pipeline.to_layers`
+    stats: PyTree  # running statistics of batch norms, likewise; see `Pipeline.statistics`
     seed: jax.Array  # of all randomness in training; uint32 []
 
 
 class Pipeline:
-    """A network cut into K composite layers, one for each position along the mesh's stage axis.
+    """A network cut into composite layers, one for each position along the mesh's stage axis.
 
     `layers` is a sequence of `gpipe_jax.layer(...)`; each takes one pytree and returns one.
     `loss(outputs, labels)` returns the losses of the examples (see `losses`). `example` is a batch,
     or its shapes: {"inputs": ..., "labels": ..., "weights": [N] optional}; its N examples are split
     into `micro_batches` x D equal parts. Later batches may be shorter: they are padded with
-    examples of weight zero. `schedule` is "gpipe", "1f1b", "eager_1f1b" or a table of one's own
-    (see `schedule`).
+    examples of weight zero. `schedule` is "gpipe", "1f1b", "eager_1f1b", "interleaved" or a table
+    of one's own (see `schedule`). With "interleaved" each device holds `chunks` composite layers,
+    so the network is cut into V times as many stages as there are devices.
 
     `partition` is "auto", which minimises the slowest stage by the layers' `cost` ("flops", "time",
-    or one number a layer; see `cost`), or the index of the first layer of stages 1 to K-1.
+    or one number a layer; see `cost`), or the index of the first layer of every stage but the
+    first.
     `memory_limit` bounds, in bytes, what a device holds: parameters, gradients and two optimizer
     slots (padding included), stashed inputs, and a stage's working set. The backward pass
     recomputes each stage from its input; `remat="layer"` also recomputes within it layer by layer,
     for less memory and about a third more time.
+
+    `keys_per` says whose randomness it is (dropout): that of a "micro_batch", or of an "example",
+    which makes it independent of the number of micro-batches and replicas too. `steps` is the
+    length of the training run, for what changes on the way (drop-path); None is its end.
 
     Building a pipeline allocates nothing on any device, so the mesh may be a compile-only one.
     """
@@ -69,9 +80,13 @@ class Pipeline:
         cost: str | Sequence[float] = "flops",
         memory_limit: float | None = None,
         remat: str = "stage",
+        chunks: int = 1,
+        keys_per: str = "micro_batch",
+        steps: int | None = None,
     ) -> None:
-        if remat not in ("stage", "layer"):
-            raise ValueError(f"`remat` must be 'stage' or 'layer', got {remat!r}")
+        for name, value, known in (("remat", remat, REMAT), ("keys_per", keys_per, keys.PER)):
+            if value not in known:
+                raise ValueError(f"`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}")
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
         if not self.layers:
@@ -81,7 +96,8 @@ class Pipeline:
                 f"`mesh` has the axes {mesh.axis_names}; it needs {STAGE!r} and {DATA!r}, as "
                 f"gpipe_jax.make_mesh(stages=..., data=...) makes them"
             )
-        self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches)
+        self.keys_per, self.steps = keys_per, steps
+        self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches, chunks)
         self.example = batches.shapes_of(example, mesh.shape[DATA], micro_batches)
         self._one = jax.tree.map(self._micro_batch_shape, self.example)
         self.shapes = infer_shapes(self.layers, self._one["inputs"])
@@ -89,7 +105,12 @@ class Pipeline:
         platform = mesh.devices.flat[0].platform
         self.costs = costs.measure(self.shapes, cost, platform)
         self.partition = self._cut(partition, cost, platform, memory_limit)
-        self.stages = Stages(self.shapes, self.partition.stages, remat_layers=remat == "layer")
+        self.stages = Stages(
+            self.shapes,
+            self.partition.stages,
+            chunks=self.schedule.chunks,
+            remat_layers=remat == "layer",
+        )
 
     # --- cutting ---------------------------------------------------------------------------------
 
@@ -123,7 +144,7 @@ class Pipeline:
             memory_limit=memory_limit,
             names=[str(layer) for layer in self.layers],
         )
-        count = self.mesh.shape[STAGE]
+        count = self.mesh.shape[STAGE] * self.schedule.chunks
         if isinstance(wanted, str) and wanted != "auto":
             raise ValueError(
                 f"`partition` must be 'auto' or the first layer of stages 1 to {count - 1}, "
@@ -137,7 +158,7 @@ class Pipeline:
     @property
     def device_bytes(self) -> dict[str, int]:
         """What every device holds, by part, estimated from shapes: bytes."""
-        wire = sum(a.size * a.dtype.itemsize for a in self.stages.wire.shapes)
+        wire = costs.tree_bytes(self.stages.wire.shapes)
         rows = lower(self.schedule)
         working = [sum(self.costs[i].working_bytes for i in cut) for cut in self.stages.cuts]
         return {
@@ -170,39 +191,67 @@ class Pipeline:
 
     def init(self, seed: int = 0) -> State:
         """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
-        return jax.jit(self._init, out_shardings=self._state_shardings())(jnp.uint32(seed))
+        return jax.jit(self._init, out_shardings=self.state_shardings())(jnp.uint32(seed))
 
     def _init(self, seed: jax.Array) -> State:
-        def make(shape: Any, i: jax.Array) -> PyTree:
+        def params(shape: LayerShape, i: jax.Array) -> PyTree:
             x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-            return shape.layer.init(layer_key(seed, i), x)
+            fresh = shape.layer.init(layer_key(seed, i), x)
+            return links.borrow(shape.layer, fresh, shape.borrowed)[0]
 
-        return State(executor.build_parameters(self.stages, self.mesh, make), seed)
+        def stats(shape: LayerShape, i: jax.Array) -> PyTree:
+            return shape.layer.init_statistics()
 
-    def _state_shardings(self) -> State:
+        stages = self.stages
+        return State(
+            executor.build_arrays(stages, stages.params, self.mesh, params),
+            executor.build_arrays(stages, stages.stats, self.mesh, stats),
+            seed,
+        )
+
+    def state_shardings(self) -> State:
+        """Where the parts of a state lie."""
         stage: Any = NamedSharding(self.mesh, P(STAGE))
-        shape = jax.tree.map(lambda _: stage, self.stages.local_shapes())
         everywhere: Any = NamedSharding(self.mesh, P())
-        return State(shape, everywhere)
+        params, stats = (
+            [jax.tree.map(lambda _: stage, storage.local_shapes()) for storage in storages]
+            for storages in (self.stages.params, self.stages.stats)
+        )
+        return State(params, stats, everywhere)
 
     def to_layers(self, tree: PyTree) -> list[PyTree]:
         """Parameters or gradients as L trees of numpy arrays in layer order, for any K the same.
 
-        `tree` is a `State`, or anything in the form of its `params`.
+        `tree` is a `State`, or anything in the form of its `params`. A tied parameter is in its
+        first layer, and None in the others.
         """
         params = tree.params if isinstance(tree, State) else tree
-        whole = jax.tree.map(np.asarray, params)
-        layers = []
-        for k in range(self.stages.count):
-            local = jax.tree.map(lambda a, k=k: a[k], whole)
-            layers += self.stages.split_layers(k, local)
-        return layers
+        return self.stages.split_layers(self.stages.params, params)
 
-    def from_layers(self, trees: Sequence[PyTree], seed: int = 0) -> State:
-        """A state with these parameters: the inverse of `to_layers`."""
-        self._check_layers(trees)
-        cuts = self.stages.cuts
-        local = [self.stages.join_layers(k, [trees[i] for i in cut]) for k, cut in enumerate(cuts)]
+    def statistics(self, state: State) -> list[PyTree]:
+        """Running statistics as L trees of numpy arrays in layer order, for any K the same."""
+        return self.stages.split_layers(self.stages.stats, state.stats)
+
+    def from_layers(
+        self,
+        params: Sequence[PyTree],
+        seed: int = 0,
+        *,
+        statistics: Sequence[PyTree] | None = None,
+    ) -> State:
+        """A state with these parameters: the inverse of `to_layers` and `statistics`.
+
+        Without `statistics`, fresh ones.
+        """
+        if statistics is None:
+            statistics = [shape.layer.init_statistics() for shape in self.shapes]
+        self._check_layers("parameters", params, [shape.params for shape in self.shapes])
+        self._check_layers("statistics", statistics, [shape.stats for shape in self.shapes])
+        whole = jax.device_put(np.uint32(seed), NamedSharding(self.mesh, P()))
+        stages = self.stages
+        return State(self._join(stages.params, params), self._join(stages.stats, statistics), whole)
+
+    def _join(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[PyTree]:
         sharding = NamedSharding(self.mesh, P(STAGE))
 
         def place(*parts: np.ndarray) -> jax.Array:
@@ -210,18 +259,19 @@ class Pipeline:
             rows = lambda index: np.stack(parts[index[0]])  # noqa: E731
             return jax.make_array_from_callback(shape, sharding, rows)  # type: ignore[arg-type]
 
-        params = jax.tree.map(place, *local)
-        return State(params, jax.device_put(np.uint32(seed), NamedSharding(self.mesh, P())))
+        layers = jax.tree.map(np.asarray, list(layers))
+        chunks = self.stages.join_layers(storages, layers)
+        return [jax.tree.map(place, *devices) for devices in chunks]
 
-    def _check_layers(self, trees: Sequence[PyTree]) -> None:
+    def _check_layers(self, what: str, trees: Sequence[PyTree], wanted: Sequence[PyTree]) -> None:
         if len(trees) != len(self.layers):
-            raise ValueError(f"{len(trees)} parameter trees for {len(self.layers)} layers")
-        for i, (tree, shape) in enumerate(zip(trees, self.shapes, strict=True)):
-            have, want = jax.tree.map(np.shape, (tree, shape.params))
+            raise ValueError(f"{len(trees)} trees of {what} for {len(self.layers)} layers")
+        for i, (tree, like) in enumerate(zip(trees, wanted, strict=True)):
+            have, want = jax.tree.map(np.shape, (tree, like))
             if have != want:
                 have = describe(jax.tree.map(np.asarray, tree))
                 raise ValueError(
-                    f"layer {i}, {shape.layer}, has parameters {describe(shape.params)}, got {have}"
+                    f"layer {i}, {self.layers[i]}, has {what} {describe(like)}, got {have}"
                 )
 
     def spread(self, trees: Sequence[PyTree]) -> PyTree:
@@ -236,7 +286,7 @@ class Pipeline:
                 lambda a, v: jnp.full(a.shape, v, a.dtype), shape.params, by_layer[id(shape)]
             )
 
-        return executor.build_parameters(self.stages, self.mesh, make)
+        return executor.build_arrays(self.stages, self.stages.params, self.mesh, make)
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -247,27 +297,48 @@ class Pipeline:
         """
         return self._place(batches.split(batch, self.example, self.micro_batches))
 
+    def training_split(self, batch: dict) -> dict:
+        """`split`, for training: refuses padding where batch norm would count it."""
+        count = batches.count_examples(batch["inputs"])
+        if count < self.batch_size and any(jax.tree.leaves(s.stats) for s in self.shapes):
+            raise ValueError(
+                f"a batch of {count} examples cannot be padded to {self.batch_size} in training: "
+                f"batch norm would count the padding; give full batches"
+            )
+        return self.split(batch)
+
     def _place(self, parts: PyTree) -> PyTree:
         return jax.device_put(parts, NamedSharding(self.mesh, P(None, DATA)))
 
     def gradients(self, state: State, parts: dict, step: Any, *, idle_fill: float = 0.0) -> tuple:
-        """Traced: ((loss, metrics), gradients) of the micro-batches that `split` made."""
-        run = executor.build(self.stages, self.schedule, self.mesh, self.loss, idle_fill=idle_fill)
-        return run(state.params, parts, step_key(state.seed, step))
+        """Traced: ((loss, metrics), gradients, stats) of the micro-batches that `split` made.
+
+        `stats` are the running statistics after this step.
+        """
+        run = self._program(self.schedule, self.loss, idle_fill=idle_fill)
+        progress = 1.0 if self.steps is None else jnp.minimum(step / self.steps, 1.0)
+        return run(self._variables(state, step, progress), parts)
 
     def losses(self, state: State, parts: dict) -> tuple:
         """Traced: (loss, metrics) through the forward-only schedule, in evaluation mode."""
-        run = executor.build(self.stages, self._forward_schedule, self.mesh, self.loss)
-        return run(state.params, parts, step_key(state.seed, 0))
+        return self._program(self._forward_schedule, self.loss)(self._variables(state), parts)
 
     def outputs(self, state: State, inputs: PyTree) -> PyTree:
         """Traced: the network's outputs [M, D*B, ...] for inputs [M, D*B, ...]."""
-        run = executor.build(self.stages, self._forward_schedule, self.mesh, None)
-        return run(state.params, {"inputs": inputs}, step_key(state.seed, 0))
+        run = self._program(self._forward_schedule, None)
+        return run(self._variables(state), {"inputs": inputs})
+
+    def _program(self, schedule: Schedule, loss: Callable | None, **options: Any) -> Callable:
+        keys_per = self.keys_per
+        return executor.build(self.stages, schedule, self.mesh, loss, keys_per=keys_per, **options)
+
+    def _variables(self, state: State, step: Any = 0, progress: Any = 1.0) -> Variables:
+        key = step_key(state.seed, step)
+        return Variables(state.params, state.stats, key, jnp.asarray(progress, float))
 
     @functools.cached_property
     def _forward_schedule(self) -> Schedule:
-        return forward_only(self.mesh.shape[STAGE], self.micro_batches)
+        return forward_only(self.mesh.shape[STAGE], self.micro_batches, self.schedule.chunks)
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable]:
@@ -279,10 +350,11 @@ class Pipeline:
 
         The loss and the metrics are weighted means over the batch, seen by every host. Gradients
         have the form of `state.params`, in float32; `to_layers` gives them layer by layer. `step`
-        seeds dropout.
+        seeds dropout. The returned state has the running statistics after this step.
         """
-        result, grads = self._jitted["gradients"](state, self.split(batch), jnp.uint32(step))
-        return result, grads, state
+        parts = self.training_split(batch)
+        result, grads, stats = self._jitted["gradients"](state, parts, jnp.uint32(step))
+        return result, grads, state._replace(stats=stats)
 
     def evaluate(self, state: State, batch: dict) -> tuple[jax.Array, dict]:
         """(loss, metrics) of a batch in evaluation mode: weighted means over its examples."""
@@ -304,7 +376,7 @@ class Pipeline:
         """The shapes and places of `gradients`' arguments: state, micro-batches and step."""
         shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
         state = jax.eval_shape(self._init, jnp.uint32(0))
-        state = jax.tree.map(shape, state, self._state_shardings())
+        state = jax.tree.map(shape, state, self.state_shardings())
         split = NamedSharding(self.mesh, P(None, DATA))
         M = self.micro_batches
         parts = jax.tree.map(

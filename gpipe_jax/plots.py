@@ -9,7 +9,7 @@ from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 COLOURS = {FORWARD: "#7fb3e6", BACKWARD: "#f2b36b"}
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
     """An empty figure, in inches. Not of pyplot's, so a notebook keeps its own settings."""
     try:
         from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def _figure(width: float, height: float) -> Any:
 
 def schedule(plan: Schedule, path: Path) -> None:
     """Draw a schedule: a row for each stage, a box for each forward and backward."""
-    figure = _figure(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
+    figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
@@ -51,7 +51,7 @@ def schedule(plan: Schedule, path: Path) -> None:
 def curves(records: Sequence[dict], path: Path) -> None:
     """Draw loss and accuracy over the steps, in training and on held-out data."""
     names = [n for n in ("loss", "accuracy") if any(n in r or f"test_{n}" in r for r in records)]
-    figure = _figure(5.5 * len(names), 3.6)
+    figure = blank(5.5 * len(names), 3.6)
     grid = figure.subplots(1, len(names), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for key, style in ((name, "-"), (f"test_{name}", "o-")):

@@ -62,13 +62,14 @@ def _elements(pipe: "Pipeline", i: int) -> int:
 def facts(pipe: "Pipeline") -> dict[str, str]:
     """The figures of the whole pipeline, by name."""
     schedule, stages = pipe.schedule, pipe.stages
-    own = [stages.parameter_bytes(k) for k in range(stages.count)]
+    own = [stages.parameter_bytes(k) for k in range(stages.devices)]
     device = stages.device_bytes()
     wire = sum(a.size * a.dtype.itemsize for a in stages.wire.shapes)
     rows = lower(schedule)
     cut = pipe.partition
     return {
-        "mesh": f"{stages.count} stages x {pipe.replicas} replicas",
+        "mesh": f"{stages.devices} devices x {pipe.replicas} replicas"
+        + (f", {stages.chunks} stages on each device" if stages.chunks > 1 else ""),
         "batch": f"{pipe.batch_size} examples in {pipe.micro_batches} micro-batches of "
         f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
         "balance": f"slowest stage {cut.imbalance:.3f} of the mean; "

@@ -4,6 +4,7 @@ A run writes into its working folder: `config.yaml` (as resolved), `metrics.json
 each logged step and each evaluation), `checkpoints/`, `curves.png`. The same folder continues it.
 """
 
+import contextlib
 import json
 import statistics
 import time
@@ -15,7 +16,16 @@ import jax
 import numpy as np
 
 from gpipe_jax import checkpoint, data, losses, optimizer, plots, zoo
-from gpipe_jax.config import Config, DigitsConfig
+from gpipe_jax.config import (
+    AmoebaNetConfig,
+    Config,
+    ModelConfig,
+    SyntheticTokensConfig,
+    TextConfig,
+    TransformerConfig,
+)
+from gpipe_jax.genotype import GENOTYPES, Genotype
+from gpipe_jax.layers.layer import Layer
 from gpipe_jax.loader import ConfigError, compare, dump, load
 from gpipe_jax.mesh import make_mesh, simulate_devices
 from gpipe_jax.pipeline import Pipeline
@@ -38,36 +48,100 @@ class Summary(NamedTuple):
     note: str  # where the curves are, or why there are none
 
 
+class SectionError(ValueError):
+    """What the config's `section` asks for cannot be had."""
+
+    def __init__(self, section: str, problem: str) -> None:
+        named = problem.startswith(f"{section}.")
+        super().__init__(problem if named else f"{section}: {problem}")
+        self.section = section
+
+
+@contextlib.contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Until the first step, what is wrong is the input: sizes, shapes, files, devices."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SectionError(name, str(error)) from error
+
+
 def assemble(config: Config, workdir: Path) -> Parts:
-    """Data, network, mesh, pipeline and optimizer of a config. Trains nothing."""
+    """Data, network, mesh, pipeline and optimizer of a config. Trains nothing.
+
+    Raises SectionError.
+    """
     if config.mesh.simulate:
         simulate_devices(config.mesh.simulate)
-    dataset = _dataset(config)
-    model = config.model.model_dump(exclude={"kind"})
-    layers = zoo.MODELS[config.model.kind](**model)
-    limit = config.pipeline.memory_limit_gib
-    pipe = Pipeline(
-        layers,
-        loss=losses.softmax_cross_entropy,
-        mesh=make_mesh(stages=config.mesh.stages, data=config.mesh.data),
-        example=next(dataset.train(0)),
-        micro_batches=config.pipeline.micro_batches,
-        schedule=config.pipeline.schedule,
-        partition=config.pipeline.partition,
-        cost=config.pipeline.cost,
-        memory_limit=None if limit is None else limit * 2**30,
-        remat=config.pipeline.remat,
-    )
-    tx = optimizer.build(config.optimizer, config.train.steps)
-    return Parts(config, workdir, dataset, Trainer(pipe, tx))
+    with _section("data"):
+        dataset = _dataset(config)
+        example = next(dataset.train(0))
+    with _section("model"):
+        layers, loss = network(config.model), _loss(config.model)
+    with _section("mesh"):
+        mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
+    with _section("pipeline"):
+        options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
+        limit = config.pipeline.memory_limit_gib
+        pipe = Pipeline(
+            layers,
+            loss=loss,
+            mesh=mesh,
+            example=example,
+            memory_limit=None if limit is None else limit * 2**30,
+            steps=config.train.steps,
+            **options,
+        )
+    with _section("optimizer"):
+        tx = optimizer.build(config.optimizer, config.train.steps)
+        return Parts(config, workdir, dataset, Trainer(pipe, tx, ema=config.optimizer.ema))
+
+
+_DATASETS: dict[str, Callable[..., data.Dataset]] = {
+    "digits": data.digits,
+    "text": data.text,
+    "cifar10": data.cifar10,
+    "synthetic_images": data.synthetic_images,
+    "synthetic_tokens": data.synthetic_tokens,
+}
 
 
 def _dataset(config: Config) -> data.Dataset:
-    d, seed = config.data, config.train.seed
-    if isinstance(d, DigitsConfig):
-        return data.digits(d.batch_size, seed, test_fraction=d.test_fraction, shift=d.shift)
-    length = config.model.length  # type: ignore[union-attr]  # only a transformer reads text
-    return data.text(d.source, d.batch_size, length, seed, test_fraction=d.test_fraction)
+    options = config.data.model_dump(exclude={"kind"})
+    if isinstance(config.data, TextConfig | SyntheticTokensConfig):
+        options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
+    return _DATASETS[config.data.kind](seed=config.train.seed, **options)
+
+
+def network(model: ModelConfig) -> list[Layer]:
+    """The layers of a config's model."""
+    options = model.model_dump(exclude={"kind", "auxiliary_weight", "label_smoothing"})
+    if isinstance(model, AmoebaNetConfig):
+        options["genotype"] = _genotype(model.genotype)
+        options["auxiliary"] = model.auxiliary_weight > 0
+    return zoo.MODELS[model.kind](**options)
+
+
+def _genotype(source: str) -> Genotype:
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    try:
+        return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"`genotype` {source} cannot be read ({reason}); give a file that Genotype.to_json "
+            f"wrote, or one of {', '.join(GENOTYPES)}"
+        ) from error
+
+
+def _loss(model: ModelConfig) -> Callable:
+    if isinstance(model, TransformerConfig):
+        return losses.softmax_cross_entropy
+    return losses.classification(
+        label_smoothing=getattr(model, "label_smoothing", 0.0),
+        auxiliary_weight=getattr(model, "auxiliary_weight", 0.0),
+    )
 
 
 def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
@@ -156,8 +230,9 @@ def _newest(parts: Parts) -> TrainState | None:
 
 
 def _evaluate(parts: Parts, current: TrainState) -> dict[str, float]:
-    figures = parts.trainer.evaluate(current.state, parts.dataset.test())
-    if not isinstance(parts.config.data, DigitsConfig):
+    trainer = parts.trainer
+    figures = trainer.evaluate(trainer.evaluated(current), parts.dataset.test())
+    if isinstance(parts.config.data, TextConfig):
         figures["bits_per_byte"] = figures["test_loss"] / float(np.log(2))
     return figures
 
@@ -190,7 +265,8 @@ def _figures(parts: Parts, final: dict, records: list[dict], steps: int, wall_s:
         "step_time_s": statistics.median(times) if times else None,
         "wall_s": wall_s,
         "workdir": str(parts.workdir),
-        "stages": pipe.stages.count,
+        "stages": pipe.stages.last + 1,
+        "parameters": sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params)),
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
     }

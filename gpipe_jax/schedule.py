@@ -1,12 +1,14 @@
 """Schedules as data: who does what, when. Pure numpy, no JAX.
 
 A schedule is a table [T, K, 3] of (operation, micro-batch, chunk): what device k does at tick t.
-Each micro-batch m goes forward through stages 0..K-1 and then backward through K-1..0 (the patent
-US11232356's availability rules, checked by `validate`). The same table is drawn, simulated, and
-executed by `executor`, once `slots` has
-given its buffers numbers.
+A device holds V chunks of the network: chunk c of device k is stage s = c K + k, so that each stage
+sends to the next device and the last device to the first. Each micro-batch m goes forward through
+stages 0..VK-1 and then backward through VK-1..0 (the patent US11232356's availability rules,
+checked by `validate`). The same table is drawn, simulated, and executed by `executor`, once `slots`
+has given its buffers numbers.
 
-Letters: K stages, M micro-batches, T ticks, t tick, k stage (device), m micro-batch.
+Letters: K devices, V chunks, M micro-batches, T ticks, t tick, k device, s stage, m micro-batch.
+With one chunk a stage is a device.
 """
 
 from collections.abc import Sequence
@@ -44,18 +46,23 @@ class Schedule:
         return int(self.table[self.table[..., 0] != IDLE][:, 1].max()) + 1
 
     @property
+    def chunks(self) -> int:
+        """V, the number of chunks on each device."""
+        return int(self.table[..., 2].max()) + 1
+
+    @property
     def bubble_fraction(self) -> float:
-        """Idle slots over all slots; (K-1)/(M+K-1) for both training schedules."""
+        """Idle slots over all slots; (K-1)/(VM+K-1) for all training schedules if M >= K."""
         return float((self.table[..., 0] == IDLE).mean())
 
     @property
     def peak_stash(self) -> list[int]:
-        """For each stage, the most micro-batches whose input it holds at once."""
+        """For each device, the most boundary inputs that it holds at once."""
         forward, backward = ticks_of(self.table)
         held = np.zeros((self.ticks + 1, self.stages), int)
-        for (k, m), t in forward.items():
-            held[t, k] += 1
-            held[(backward or forward)[k, m] + 1, k] -= 1
+        for (s, m), t in forward.items():
+            held[t, s % self.stages] += 1
+            held[(backward or forward)[s, m] + 1, s % self.stages] -= 1
         return held.cumsum(axis=0).max(axis=0).tolist()
 
     def __str__(self) -> str:
@@ -114,30 +121,80 @@ def eager_1f1b(stages: int, micro_batches: int) -> Schedule:
     return Schedule("eager_1f1b", _table(K, ops))
 
 
-def forward_only(stages: int, micro_batches: int) -> Schedule:
-    """The forward half of GPipe, for evaluation."""
+def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> Schedule:
+    """`eager_1f1b` with V chunks a device, for a V-th of the bubble (Narayanan et al. 2021, 2.2).
+
+    A group of K micro-batches, or a few more so that M need not divide by K, goes through all
+    chunks before the next group starts. Forwards of all devices share ticks, and so do backwards.
+    """
     K, M = _checked(stages, micro_batches)
-    ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
+    forwards = _ring_order(K, M, range(_at_least_one(chunks)))
+    backwards = _ring_order(K, M, range(chunks)[::-1])
+    # The last stage must have gone forward on a micro-batch before it goes backward.
+    late = max(forwards[chunks - 1, m] - backwards[chunks - 1, m] for m in range(M)) + K - 1
+    ops = []
+    for (c, m), turn in forwards.items():
+        ops += [(2 * (turn + k), k, FORWARD, m, c) for k in range(K)]
+    for (c, m), turn in backwards.items():
+        ops += [(2 * (turn + late + K - 1 - k) + 1, k, BACKWARD, m, c) for k in range(K)]
+    return Schedule("interleaved", _table(K, ops))
+
+
+def _ring_order(K: int, M: int, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
+    """(chunk, micro-batch) -> the turn in which the ring's first device does it.
+
+    What leaves the first device in a turn is back K turns later, so a group of at least K
+    micro-batches keeps it busy; a smaller one waits for its own return.
+    """
+    turns, start = {}, 0
+    for group in np.array_split(np.arange(M), max(M // K, 1)):
+        width = max(len(group), K)
+        for i, c in enumerate(chunks):
+            turns.update({(c, int(m)): start + i * width + j for j, m in enumerate(group)})
+        start += (len(chunks) - 1) * width + len(group)
+    return turns
+
+
+def forward_only(stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+    """The forward half of GPipe, or of `interleaved`, for evaluation."""
+    K, M = _checked(stages, micro_batches)
+    turns = _ring_order(K, M, range(_at_least_one(chunks)))
+    ops = [(turn + k, k, FORWARD, m, c) for (c, m), turn in turns.items() for k in range(K)]
     return Schedule("forward", _table(K, ops))
 
 
-TRAINING = {"gpipe": gpipe, "1f1b": one_f_one_b, "eager_1f1b": eager_1f1b}
+TRAINING = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "eager_1f1b": eager_1f1b,
+    "interleaved": interleaved,
+}
 KINDS = {**TRAINING, "forward": forward_only}
+CHUNKED = ("interleaved", "forward")  # those that take several chunks a device
 
 
-def make(kind: str, stages: int, micro_batches: int) -> Schedule:
+def make(kind: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """The schedule of that name."""
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
+    if kind in CHUNKED:
+        return KINDS[kind](stages, micro_batches, chunks)
+    if chunks != 1:
+        raise ValueError(
+            f"the schedule {kind!r} has one chunk on each device, got `chunks` {chunks}; "
+            f"use 'interleaved'"
+        )
     return KINDS[kind](stages, micro_batches)
 
 
-def training_schedule(wanted: "str | Schedule", stages: int, micro_batches: int) -> Schedule:
+def training_schedule(
+    wanted: "str | Schedule", stages: int, micro_batches: int, chunks: int = 1
+) -> Schedule:
     """`wanted`, or the schedule of that name; ValueError unless it trains that pipeline."""
     if isinstance(wanted, str):
         if wanted not in TRAINING:
             raise ValueError(f"unknown schedule {wanted!r} for training: {', '.join(TRAINING)}")
-        return make(wanted, stages, micro_batches)
+        return make(wanted, stages, micro_batches, chunks)
     if not (wanted.table[..., 0] == BACKWARD).any():
         raise ValueError(f"the schedule {wanted.kind!r} has no backwards; it cannot train")
     sizes = (wanted.stages, wanted.micro_batches)
@@ -156,11 +213,17 @@ def _checked(stages: int, micro_batches: int) -> tuple[int, int]:
     return stages, micro_batches
 
 
-def _table(K: int, ops: list[tuple[int, int, int, int]]) -> np.ndarray:
-    """The table of (tick, device, operation, micro-batch) entries, without its all-idle ticks."""
+def _at_least_one(chunks: int) -> int:
+    if chunks < 1:
+        raise ValueError(f"`chunks` must be at least 1, got {chunks}")
+    return chunks
+
+
+def _table(K: int, ops: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """The table of (tick, device, operation, micro-batch[, chunk]), without its all-idle ticks."""
     table = np.zeros((max(t for t, *_ in ops) + 1, K, 3), np.int32)
-    for t, k, op, m in ops:
-        table[t, k] = (op, m, 0)
+    for t, k, *entry in ops:
+        table[t, k, : len(entry)] = entry
     return table[(table[..., 0] != IDLE).any(axis=1)]
 
 
@@ -227,17 +290,19 @@ def simulate(
     *,
     lockstep: bool = True,
 ) -> Simulation:
-    """Run the table with `forward[k]` and `backward[k]` as the time of stage k's operations.
+    """Run the table with `forward[s]` and `backward[s]` as the time of stage s's operations.
 
     With `lockstep` a tick lasts as long as its slowest operation, as in one SPMD program whose
     devices exchange boundaries at every tick; without, an operation starts as soon as its device is
     free and its input has arrived.
     """
+    stages = schedule.table[..., 2] * schedule.stages + np.arange(schedule.stages)
+    count = schedule.stages * schedule.chunks
     cost = np.zeros(schedule.table.shape[:2])
     for op, times in ((FORWARD, forward), (BACKWARD, backward)):
-        if len(times) != schedule.stages:
-            raise ValueError(f"{len(times)} stage times for a schedule of {schedule.stages} stages")
-        cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float), 0.0)
+        if len(times) != count:
+            raise ValueError(f"{len(times)} stage times for a schedule of {count} stages")
+        cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float)[stages], 0.0)
     time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
     bubble = 1 - cost.sum() / (schedule.stages * time) if time else 0.0
     return Simulation(time, float(bubble), schedule.peak_stash)
@@ -246,26 +311,32 @@ def simulate(
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
     forward, backward = ticks_of(schedule.table)
     K, end, free = schedule.stages, {}, [0.0] * schedule.stages
+    last = K * schedule.chunks - 1
     order = sorted(
-        [(t, FORWARD, k, m) for (k, m), t in forward.items()]
-        + [(t, BACKWARD, k, m) for (k, m), t in backward.items()]
+        [(t, FORWARD, s, m) for (s, m), t in forward.items()]
+        + [(t, BACKWARD, s, m) for (s, m), t in backward.items()]
     )
-    for t, op, k, m in order:
-        source = (FORWARD, k - 1, m) if op == FORWARD else (BACKWARD, k + 1, m)
-        if op == BACKWARD and k == K - 1:
-            source = (FORWARD, k, m)
-        free[k] = max(free[k], end.get(source, 0.0)) + cost[t, k]
-        end[op, k, m] = free[k]
+    for t, op, s, m in order:
+        source = (FORWARD, s - 1, m) if op == FORWARD else (BACKWARD, s + 1, m)
+        if op == BACKWARD and s == last:
+            source = (FORWARD, s, m)
+        free[s % K] = max(free[s % K], end.get(source, 0.0)) + cost[t, s % K]
+        end[op, s, m] = free[s % K]
     return float(max(free))
 
 
 def render(schedule: Schedule) -> str:
-    """The table as text: a row for each stage, a column for each tick, F3 or B3 or a dot."""
-    width = len(str(schedule.micro_batches - 1)) + 2
+    """The table as text: a row for each device, a column for each tick, F3 or B3 or a dot.
+
+    With several chunks a device, F3.1 is the forward of micro-batch 3 through chunk 1.
+    """
+    several = schedule.chunks > 1
+    width = len(str(schedule.micro_batches - 1)) + 2 + several * 2
     lines = ["tick    " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
     for k in range(schedule.stages):
         cells = [
-            "." if op == IDLE else f"{' FB'[op]}{m}" for op, m, _ in schedule.table[:, k].tolist()
+            "." if op == IDLE else f"{' FB'[op]}{m}" + several * f".{c}"
+            for op, m, c in schedule.table[:, k].tolist()
         ]
         lines.append(f"stage {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)

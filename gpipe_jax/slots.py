@@ -24,19 +24,21 @@ class Rows(NamedTuple):
 
 
 def lower(schedule: Schedule) -> Rows:
-    """Give every arriving activation and gradient the lowest slot that is free on its device."""
-    table, K, M = schedule.table, schedule.stages, schedule.micro_batches
-    if table[..., 2].any():
-        raise ValueError("a schedule with several chunks a device cannot be executed yet")
+    """Give every arriving activation and gradient the lowest slot that is free on its device.
+
+    The chunks of a device share its slots.
+    """
+    table, M = schedule.table, schedule.micro_batches
+    S = schedule.stages * schedule.chunks
     forward, backward = ticks_of(table)
     last_use = backward or forward
     spans_x = {
-        (k, m): (forward[k - 1, m] + 1, last_use[k, m]) for k in range(1, K) for m in range(M)
+        (s, m): (forward[s - 1, m] + 1, last_use[s, m]) for s in range(1, S) for m in range(M)
     }
     spans_g = {}
     if backward:
         spans_g = {
-            (k, m): (backward[k + 1, m] + 1, backward[k, m]) for k in range(K - 1) for m in range(M)
+            (s, m): (backward[s + 1, m] + 1, backward[s, m]) for s in range(S - 1) for m in range(M)
         }
     receive_x, x_slot, x_slots = _allocate(spans_x, table)
     receive_g, g_slot, g_slots = _allocate(spans_g, table)
@@ -46,16 +48,18 @@ def lower(schedule: Schedule) -> Rows:
 
 
 def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Slots for values that live on device k from tick a to tick b: {(k, m): (a, b)}."""
+    """Slots for values of stage s that live from tick a to tick b: {(s, m): (a, b)}."""
+    K = table.shape[1]
     receive = np.full(table.shape[:2], -1, np.int32)
     read = np.zeros(table.shape[:2], np.int32)
     slots: dict[tuple[int, int], int] = {}
     busy: dict[int, list[int]] = {}  # device -> for each of its slots, the tick of its last use
-    for (k, m), (a, b) in sorted(spans.items(), key=lambda item: item[1]):
-        ends = busy.setdefault(k, [])
+    for (s, m), (a, b) in sorted(spans.items(), key=lambda item: item[1]):
+        ends = busy.setdefault(s % K, [])
         slot = next((i for i, end in enumerate(ends) if end < a), len(ends))
         ends[slot : slot + 1] = [b]
-        slots[k, m], receive[a, k] = slot, slot
+        slots[s, m], receive[a, s % K] = slot, slot
     for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
-        read[t, k] = slots.get((k, table[t, k, 1]), 0)
+        _, m, chunk = table[t, k]
+        read[t, k] = slots.get((chunk * K + k, m), 0)
     return receive, read, max((len(ends) for ends in busy.values()), default=0)

@@ -1,16 +1,9 @@
-"""Ragged stages made rectangular: with `wire`, all that knows that stages differ.
+"""A network cut into stages: with `storage` and `wire`, all that knows that stages differ.
 
-One SPMD program runs on every device, so every device holds arrays of the same shapes. Two kinds:
+A device holds V chunks, each of them one of K V stages; chunks have arrays of their own. Stages of
+a chunk with the same layers and the same input share one `kind`: one compiled body.
 
-- a *slot* `[K, n, ...]` holds one parameter of a run of up to n equal layers, for every stage that
-  has a parameter of that shape (the body of a Transformer: nothing wasted, no relayout);
-- a *pack* `[K, P]` of each dtype holds the rest of a stage's parameters end to end, padded to the
-  largest stage (convolution stages, an embedding or a head).
-
-What crosses the boundaries is made rectangular in `wire`. Stages with the same layers and the same
-input share one `kind`: one compiled body.
-
-Letters: K stages, k stage, n layers in a run, P packed elements.
+Letters: K devices, V chunks, k device, c chunk, s = c K + k stage.
 """
 
 import itertools
@@ -20,31 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from gpipe_jax.cost import tree_bytes
 from gpipe_jax.keys import apply_key
-from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers import links
+from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
-from gpipe_jax.wire import Wire, like, pack
+from gpipe_jax.mesh import STAGE
+from gpipe_jax.storage import Place, Storage
+from gpipe_jax.wire import Wire
 
 PyTree = Any
-
-# Slots may make a device's parameters this much larger than packing everything would: they spare
-# the copies that reading a matrix out of a pack costs on TPU.
-SLOT_SLACK = 0.05
 
 # Longer runs of equal layers are a `lax.scan`. Shorter ones are unrolled: a scan stacks what its
 # backward pass keeps, which cost 1.3 times the time on CPU and 1.25 times the memory on TPU v5p,
 # while unrolling five layers a stage took 3.7 times as long to compile.
 MAX_UNROLL = 8
-
-
-class Place(NamedTuple):
-    """Where one parameter of a run of layers is kept."""
-
-    shape: tuple[int, ...]  # of one layer's parameter
-    dtype: np.dtype
-    slot: int | None  # index of the slot, or None if packed
-    offset: int  # of the first element within the pack
 
 
 class Run(NamedTuple):
@@ -53,265 +39,261 @@ class Run(NamedTuple):
     layer: Layer
     start: int  # position in the stage
     count: int
-    treedef: Any  # of one layer's parameters
-    places: tuple[Place, ...]
-
-
-class Slot(NamedTuple):
-    """Shape of an array [depth, *shape] that every device holds."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    depth: int
 
     @property
-    def size(self) -> int:
-        """Bytes on each device."""
-        return self.depth * int(np.prod(self.shape)) * self.dtype.itemsize
+    def scanned(self) -> bool:
+        """Whether the layers are one `lax.scan`."""
+        return self.count > MAX_UNROLL
+
+
+class Call(NamedTuple):
+    """What a stage is told about a call: one micro-batch of one step."""
+
+    key: jax.Array  # of the step
+    micro_batch: Any  # its global id
+    examples: int | None  # of a micro-batch, if each of them has random keys of its own
+    train: bool
+    progress: Any  # of the training run, 0 to 1
+
+
+class Owner(NamedTuple):
+    """Where a tied parameter is kept."""
+
+    stage: int
+    place: Place
 
 
 class Stages:
-    """A network cut into K stages, with the rectangular form of its parameters and boundaries."""
+    """A network cut into stages, with the rectangular form of its parameters and boundaries.
+
+    `cuts[s]` are the layers of stage s; there are `chunks` times as many stages as devices. The
+    form of parameters, `[chunk 0, chunk 1, ...]`, is that of `Storage` for each chunk; of running
+    statistics likewise.
+    """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], cuts: Sequence[range], *, remat_layers: bool = False
+        self,
+        shapes: Sequence[LayerShape],
+        cuts: Sequence[range],
+        *,
+        chunks: int = 1,
+        remat_layers: bool = False,
     ) -> None:
-        self.shapes, self.cuts, self.remat_layers = shapes, cuts, remat_layers
-        self.wire = Wire([shapes[cut[0]].input for cut in cuts[1:]])
-        runs = [_find_runs(shapes, cut) for cut in cuts]
-        self.slots, self.packs, self.runs = _choose_storage(runs)
+        self.shapes, self.cuts, self.chunks = shapes, cuts, chunks
+        self.remat_layers = remat_layers
+        self.devices = len(cuts) // chunks
+        self.wire = Wire([shapes[cut[0]].boundary for cut in cuts[1:]])
+        self.runs = [_find_runs(shapes, cut) for cut in cuts]
+        self.params = self._store(lambda shape: shape.params)
+        self.stats = self._store(lambda shape: shape.stats)
+        self.owners = self._find_owners()
         names: dict = {}
-        self.kind = [names.setdefault(self._signature(k), k) for k in range(len(cuts))]
+        self.kind = [names.setdefault(self._signature(s), s) for s in range(len(cuts))]
 
-    @property
-    def count(self) -> int:
-        """K."""
-        return len(self.cuts)
+    def _store(self, tree: Callable[[LayerShape], PyTree]) -> list[Storage]:
+        stages = [
+            [(run.count, run.scanned, tree(self.shapes[cut[run.start]])) for run in runs]
+            for runs, cut in zip(self.runs, self.cuts, strict=True)
+        ]
+        K = self.devices
+        return [Storage(stages[c * K : (c + 1) * K]) for c in range(self.chunks)]
 
     @property
     def last(self) -> int:
-        """K - 1."""
+        """The last stage, K V - 1."""
         return len(self.cuts) - 1
 
-    def input(self, k: int) -> PyTree:
-        """Stage k's input, as shapes."""
-        return self.shapes[self.cuts[k][0]].input
+    def at(self, s: int) -> tuple[int, int]:
+        """(chunk, device) of stage s."""
+        return divmod(s, self.devices)
 
-    def _signature(self, k: int) -> tuple:
+    def input(self, s: int) -> Boundary:
+        """What stage s gets, as shapes."""
+        return self.shapes[self.cuts[s][0]].boundary
+
+    def passing(self, s: int) -> set[str]:
+        """Names of the skips that cross stage s, which does nothing but hand them on."""
+        popped = {name for run in self.runs[s] for name in run.layer.pops}
+        return set(self.input(s).skips) - popped
+
+    def _signature(self, s: int) -> tuple:
         """Stages with equal signatures run the same code: same layers, same place at the ends."""
-        ends = (k == 0, k == self.last)
-        layers = tuple((run.layer, run.count, run.places) for run in self.runs[k])
-        return ends, signature(self.input(k)), layers
+        (c, k), ends = self.at(s), (s == 0, s == self.last)
+        layers = tuple((run.layer, run.count) for run in self.runs[s])
+        groups = (*self.params[c].groups[k], *self.stats[c].groups[k])
+        places = tuple(group.places for group in groups)
+        return c, ends, signature(self.input(s)), layers, places
+
+    def layer_ids(self) -> np.ndarray:
+        """int32 [K, V, longest stage]: the global ids of each stage's layers, padded with zeros."""
+        ids = np.zeros((self.devices, self.chunks, max(map(len, self.cuts))), np.int32)
+        for s, cut in enumerate(self.cuts):
+            c, k = self.at(s)
+            ids[k, c, : len(cut)] = cut
+        return ids
 
     # --- parameters -------------------------------------------------------------------------------
 
-    def layer_ids(self) -> np.ndarray:
-        """int32 [K, longest stage]: the global ids of each stage's layers, padded with zeros."""
-        ids = np.zeros((self.count, max(len(cut) for cut in self.cuts)), np.int32)
-        for k, cut in enumerate(self.cuts):
-            ids[k, : len(cut)] = cut
-        return ids
-
-    def local_shapes(self) -> dict:
-        """One device's parameters, as a tree of shapes: {"slots": [...], "packs": [...]}."""
-        slots = [jax.ShapeDtypeStruct((s.depth, *s.shape), s.dtype) for s in self.slots]
-        return {"slots": slots, "packs": [jax.ShapeDtypeStruct(*like(p)) for p in self.packs]}
-
-    def used(self, k: int) -> dict[str, list[int]]:
-        """Indices of the slots and packs that stage k reads: nothing else gets a gradient there."""
-        places = [place for run in self.runs[k] for place in run.places]
-        dtypes = {p.dtype for p in places if p.slot is None}
-        return {
-            "slots": sorted({p.slot for p in places if p.slot is not None}),
-            "packs": [i for i, p in enumerate(self.packs) if p.dtype in dtypes],
-        }
-
-    def read(self, k: int, params: dict) -> list[PyTree]:
-        """For each run of stage k its parameters, with a leading axis [n] if the run has n > 1."""
-        packs = {spec.dtype: flat for spec, flat in zip(self.packs, params["packs"], strict=True)}
-        trees = []
-        for run in self.runs[k]:
-            leaves = []
-            for place in run.places:
-                if place.slot is not None:
-                    rows = params["slots"][place.slot][: run.count]
-                else:
-                    size = run.count * int(np.prod(place.shape))
-                    rows = packs[place.dtype][place.offset : place.offset + size]
-                    rows = rows.reshape((run.count, *place.shape))
-                leaves.append(rows if run.count > 1 else rows[0])
-            trees.append(jax.tree.unflatten(run.treedef, leaves))
-        return trees
-
-    def write(self, k: int, trees: Sequence[PyTree], xp: Any = jnp) -> dict:
-        """The inverse of `read`: one device's parameters, zero where stage k has none."""
-        local = self.local_shapes()
-        slots = [xp.zeros(*like(s)) for s in local["slots"]]
-        packed: dict = {spec.dtype: [] for spec in self.packs}
-        for run, tree in zip(self.runs[k], trees, strict=True):
-            for place, leaf in zip(run.places, jax.tree.leaves(tree), strict=True):
-                rows = xp.reshape(leaf, (run.count, *place.shape))
-                if place.slot is None:
-                    packed[place.dtype].append(rows)
-                else:
-                    rest = xp.zeros_like(slots[place.slot][run.count :])
-                    slots[place.slot] = xp.concatenate([rows, rest])
-        return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
+    def read(self, s: int, params: list) -> list[PyTree]:
+        """Stage s's parameters from one device's arrays, in the form that `forward` takes."""
+        c, k = self.at(s)
+        return self.params[c].read(k, params[c])
 
     def build(
-        self, k: int, ids: jax.Array, make: Callable[[LayerShape, jax.Array], PyTree]
+        self,
+        storages: Sequence[Storage],
+        s: int,
+        ids: jax.Array,
+        make: Callable[[LayerShape, Any], PyTree],
     ) -> dict:
-        """One device's parameters from `make(shape, layer id)`, called once for each run."""
-        trees = []
-        for run in self.runs[k]:
-            shape = self.shapes[self.cuts[k][run.start]]
-            run_ids = ids[run.start : run.start + run.count]
-            one = lambda i, shape=shape: make(shape, i)  # noqa: E731
-            trees.append(one(run_ids[0]) if run.count == 1 else jax.lax.map(one, run_ids))
-        return self.write(k, trees)
+        """One device's arrays for stage s from `make(shape, layer id)`, called once for each run.
 
-    def split_layers(self, k: int, params: dict) -> list[PyTree]:
-        """Stage k's parameters as one tree for each of its layers."""
+        `ids` [V, longest stage] are the layers' global ids; `storages` is `params` or `stats`.
+        """
+        c, k = self.at(s)
+        trees = []
+        for run in self.runs[s]:
+            shape = self.shapes[self.cuts[s][run.start]]
+            one = lambda i, shape=shape: make(shape, i)  # noqa: E731
+            each = ids[c, run.start : run.start + run.count]
+            trees.append(lax.map(one, each) if run.scanned else [one(i) for i in each])
+        return storages[c].write(k, trees)
+
+    def split_layers(self, storages: Sequence[Storage], arrays: list) -> list[PyTree]:
+        """All arrays [K, ...] as one tree for each layer of the network, in numpy."""
         layers = []
-        for run, tree in zip(self.runs[k], self.read(k, params), strict=True):
-            if run.count == 1:
-                layers.append(tree)
-            else:
-                layers += [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(run.count)]
+        for s in range(len(self.cuts)):
+            c, k = self.at(s)
+            local = jax.tree.map(lambda a, k=k: np.asarray(a[k]), arrays[c])
+            layers += storages[c].split_layers(k, local)
         return layers
 
-    def join_layers(self, k: int, layers: Sequence[PyTree]) -> dict:
-        """The inverse of `split_layers`, in numpy."""
-        trees = []
-        for run in self.runs[k]:
-            group = layers[run.start : run.start + run.count]
-            trees.append(jax.tree.map(lambda *a: np.stack(a), *group))
-        return self.write(k, trees, np)
+    def join_layers(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[list]:
+        """The inverse of `split_layers`: for each chunk the arrays of each device."""
+        cuts, K = self.cuts, self.devices
+        return [
+            [storages[c].join_layers(k, [layers[i] for i in cuts[c * K + k]]) for k in range(K)]
+            for c in range(self.chunks)
+        ]
+
+    # --- tied parameters --------------------------------------------------------------------------
+
+    def _find_owners(self) -> dict[str, Owner]:
+        """Tied name -> where the parameter is kept: with the first layer that has it."""
+        owners = {}
+        for s, runs in enumerate(self.runs):
+            c, k = self.at(s)
+            for run, group in zip(runs, self.params[c].groups[k], strict=True):
+                if run.layer.ties:
+                    places = jax.tree.unflatten(group.treedef, group.places)
+                    found = links.offered(run.layer, places)
+                    owners.update({name: Owner(s, place) for name, place in found.items()})
+        return owners
+
+    def gather_shared(self, params: list) -> dict[str, jax.Array]:
+        """Traced, on every device: the tied parameters, from the devices that keep them."""
+
+        def one(owner: Owner) -> jax.Array:
+            c, k = self.at(owner.stage)
+            value = self.params[c].read_leaf(owner.place, params[c])
+            here = lax.axis_index(STAGE) == k
+            return lax.psum(jnp.where(here, value, jnp.zeros_like(value)), STAGE)
+
+        return {name: one(owner) for name, owner in self.owners.items()}
+
+    def add_shared(self, grads: list, shared: dict) -> list:
+        """Traced: `grads` with all devices' gradients of tied parameters, at the owners."""
+        grads = list(grads)
+        for name, owner in self.owners.items():
+            c, k = self.at(owner.stage)
+            total = lax.psum(shared[name], STAGE)
+            mine = jnp.where(lax.axis_index(STAGE) == k, total, jnp.zeros_like(total))
+            grads[c] = self.params[c].add_leaf(owner.place, grads[c], mine)
+        return grads
+
+    def shared_names(self, s: int) -> list[str]:
+        """The tied parameters that stage s uses."""
+        return sorted({name for run in self.runs[s] for _, name in run.layer.ties})
 
     # --- computation ------------------------------------------------------------------------------
 
     def forward(
-        self, k: int, params: dict, x: PyTree, ids: jax.Array, key: jax.Array, micro_batch: Any,
-        *, train: bool,
-    ) -> PyTree:  # fmt: skip
-        """Stage k's output for input `x`; a long run of equal layers is one `lax.scan`."""
-        for run, tree in zip(self.runs[k], self.read(k, params), strict=True):
+        self,
+        s: int,
+        params: list,
+        stats: list,
+        shared: dict,
+        x: Boundary,
+        ids: jax.Array,
+        call: Call,
+    ) -> tuple[Boundary, list[PyTree]]:
+        """What stage s hands on for `x`, and the moments of its batch norms, run by run.
 
-            def one(x: PyTree, layer: tuple, run: Run = run) -> tuple[PyTree, None]:
-                p, layer_id = layer
-                k_layer = apply_key(key, layer_id, micro_batch)
-                return run.layer.apply(p, x, k_layer, train=train), None
-
+        `params` and `stats` are as `Storage.read` gives them; a scanned run is one `lax.scan`.
+        """
+        moments = []
+        for run, p, st in zip(self.runs[s], params, stats, strict=True):
+            one = self._one_layer(run.layer, shared, call)
             body = jax.checkpoint(one) if self.remat_layers else one
-            run_ids = ids[run.start : run.start + run.count]
-            if run.count == 1:
-                x, _ = body(x, (tree, run_ids[0]))
-            elif run.count <= MAX_UNROLL:
-                for i in range(run.count):
-                    x, _ = body(x, jax.tree.map(lambda a, i=i: a[i], (tree, run_ids)))
+            run_ids = ids[self.at(s)[0], run.start : run.start + run.count]
+            if run.scanned:
+                x, seen = lax.scan(body, x, (p, st, run_ids))
             else:
-                x, _ = jax.lax.scan(body, x, (tree, run_ids))
-        return x
+                seen = []
+                for layer in zip(p, st, run_ids, strict=True):
+                    x, new = body(x, layer)
+                    seen.append(new)
+            moments.append(seen)
+        return x, moments
+
+    def _one_layer(self, layer: Layer, shared: dict, call: Call) -> Callable:
+        def one(x: Boundary, variables: tuple) -> tuple[Boundary, PyTree]:
+            params, stats, layer_id = variables
+            key = apply_key(call.key, layer_id, call.micro_batch, call.examples)
+            context = Context(key, call.train, call.progress)
+            return links.call(layer, params, stats, x, shared, context)
+
+        return one
+
+    def commit(self, s: int, stats: dict, moments: dict) -> dict:
+        """Stage s's running statistics after a step, as one chunk's arrays on its device."""
+        c, k = self.at(s)
+        trees = zip(self.stats[c].read(k, stats), self.stats[c].read(k, moments), strict=True)
+        new = []
+        for run, (old, seen) in zip(self.runs[s], trees, strict=True):
+            commit = run.layer.commit
+            if run.scanned:
+                new.append(jax.vmap(commit)(old, seen) if jax.tree.leaves(old) else old)
+            else:
+                new.append([commit(a, b) for a, b in zip(old, seen, strict=True)])
+        return self.stats[c].write(k, new)
 
     # --- report -----------------------------------------------------------------------------------
 
     def parameter_bytes(self, k: int) -> int:
-        """Bytes of stage k's own parameters."""
-        leaves = [a for i in self.cuts[k] for a in jax.tree.leaves(self.shapes[i].params)]
-        return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in leaves)
+        """Bytes of device k's own parameters, in all its chunks."""
+        cuts = self.cuts[k :: self.devices]
+        return sum(tree_bytes(self.shapes[i].params) for cut in cuts for i in cut)
 
     def device_bytes(self) -> int:
         """Bytes of the parameters that every device holds, padding included."""
-        packs = sum(p.shape[0] * p.dtype.itemsize for p in self.packs)
-        return packs + sum(s.size for s in self.slots)
+        return sum(storage.device_bytes() for storage in self.params)
 
 
 def _find_runs(shapes: Sequence[LayerShape], cut: range) -> list[Run]:
-    """The runs of a stage, with their parameters not yet placed (offset 0, no slot)."""
     runs = []
     for _, group in itertools.groupby(cut, key=lambda i: _run_key(shapes, i)):
         ids = list(group)
-        leaves, treedef = jax.tree.flatten(shapes[ids[0]].params)
-        places = tuple(Place(tuple(a.shape), np.dtype(a.dtype), None, 0) for a in leaves)
-        runs.append(Run(shapes[ids[0]].layer, ids[0] - cut[0], len(ids), treedef, places))
+        runs.append(Run(shapes[ids[0]].layer, ids[0] - cut[0], len(ids)))
     return runs
 
 
 def _run_key(shapes: Sequence[LayerShape], i: int) -> tuple:
-    """Layers that follow each other may share a scan if equal, with outputs like their inputs."""
-    return shapes[i].layer, -1 if same_shapes(shapes[i].input, shapes[i].output) else i
+    """Layers that follow each other may share a scan if equal, with outputs like their inputs.
 
-
-def _choose_storage(stages: list[list[Run]]) -> tuple[list[Slot], list, list[tuple[Run, ...]]]:
-    """Slots for what is alike, packs for the rest.
-
-    The j-th parameter of a shape within a stage is a candidate for the j-th slot of that shape.
-    Packing everything is smallest; the largest candidates become slots first, as long as a device's
-    parameters grow by no more than `SLOT_SLACK` in all.
+    Not if they are linked to others: their names are their own.
     """
-    names = [_candidates(runs) for runs in stages]
-    depth: dict[tuple, int] = {}
-    for candidates in names:
-        for name, count in candidates.values():
-            depth[name] = max(depth.get(name, 0), count)
-    chosen = _affordable(names, depth)
-    slots = [Slot(shape, dtype, depth[shape, dtype, j]) for shape, dtype, j in chosen]
-    index = {name: i for i, name in enumerate(chosen)}
-    placed = [
-        _place(runs, candidates, index) for runs, candidates in zip(stages, names, strict=True)
-    ]
-    widths: dict = {}
-    for _, used in placed:
-        for dtype, size in used.items():
-            widths[dtype] = max(widths.get(dtype, 0), size)
-    packs = [jax.ShapeDtypeStruct((widths[d],), d) for d in sorted(widths, key=str)]
-    return slots, packs, [runs for runs, _ in placed]
-
-
-def _candidates(runs: list[Run]) -> dict:
-    """(run, leaf) -> ((shape, dtype, j), number of layers)."""
-    seen: dict = {}
-    found = {}
-    for r, run in enumerate(runs):
-        for i, place in enumerate(run.places):
-            j = seen[place.shape, place.dtype] = seen.get((place.shape, place.dtype), -1) + 1
-            found[r, i] = ((place.shape, place.dtype, j), run.count)
-    return found
-
-
-def _affordable(names: list[dict], depth: dict) -> list[tuple]:
-    """The candidates worth a slot, largest first."""
-    bytes_of = {name: int(np.prod(name[0])) * name[1].itemsize for name in depth}
-    packed: dict = {}  # dtype -> bytes of each stage's pack
-    share = {name: np.zeros(len(names)) for name in depth}
-    for k, candidates in enumerate(names):
-        for name, count in candidates.values():
-            share[name][k] += count * bytes_of[name]
-    for name, bytes_K in share.items():
-        packed[name[1]] = packed.get(name[1], 0) + bytes_K
-    limit = sum(p.max() for p in packed.values()) * (1 + SLOT_SLACK)
-    slotted, chosen = 0.0, []
-    for name in sorted(depth, key=lambda n: -depth[n] * bytes_of[n]):
-        smaller = {**packed, name[1]: packed[name[1]] - share[name]}
-        size = slotted + depth[name] * bytes_of[name]
-        if size + sum(p.max() for p in smaller.values()) <= limit:
-            chosen.append(name)
-            slotted, packed = size, smaller
-    return chosen
-
-
-def _place(runs: list[Run], candidates: dict, index: dict) -> tuple[tuple[Run, ...], dict]:
-    """The runs with every parameter placed, and the packed elements they need of each dtype."""
-    used: dict = {}
-    placed = []
-    for r, run in enumerate(runs):
-        places = []
-        for i, place in enumerate(run.places):
-            slot = index.get(candidates[r, i][0])
-            offset = 0
-            if slot is None:
-                offset = used.get(place.dtype, 0)
-                used[place.dtype] = offset + run.count * int(np.prod(place.shape))
-            places.append(place._replace(slot=slot, offset=offset))
-        placed.append(run._replace(places=tuple(places)))
-    return tuple(placed), used
+    shape = shapes[i]
+    linked = shape.layer.stashes or shape.layer.pops or shape.layer.ties
+    alone = linked or not same_shapes(shape.input, shape.output)
+    return shape.layer, i if alone else -1

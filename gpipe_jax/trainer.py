@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.mesh import STAGE
-from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters
+from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
 from gpipe_jax.pipeline import Pipeline, State
 
 PyTree = Any
@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
     state: State
     optimizer: PyTree
     step: int
+    average: PyTree = None  # moving average of the parameters, in float32, if there is one
 
 
 class DivergedError(RuntimeError):
@@ -40,17 +41,20 @@ class DivergedError(RuntimeError):
 class Trainer:
     """A pipeline with an optimizer.
 
-    `tx` is an optax transformation that acts elementwise (checked; see `optimizer`).
+    `tx` is an optax transformation that acts elementwise (checked; see `optimizer`). `ema` is the
+    decay of a moving average of the parameters, which is then what `evaluated` returns.
     """
 
-    def __init__(self, pipe: Pipeline, tx: optax.GradientTransformation) -> None:
+    def __init__(
+        self, pipe: Pipeline, tx: optax.GradientTransformation, *, ema: float | None = None
+    ) -> None:
         check_elementwise(tx)
-        self.pipe, self.tx = pipe, optax.with_extra_args_support(tx)
+        self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
-        # Parameters and optimizer state are updated in place, and stay where they are: a result
-        # placed otherwise (on a mesh of one device) would compile the second step anew.
-        places = (*self._shardings(pipe.stages.local_shapes()), None)
-        self._step = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=places)
+        # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
+        # of one device) would compile the second step anew.
+        places = (*self._shardings(), None)
+        self._step = jax.jit(self._update, donate_argnums=(0, 1, 2), out_shardings=places)
 
     def init(self, seed: int = 0) -> TrainState:
         """Fresh parameters and optimizer state."""
@@ -58,52 +62,69 @@ class Trainer:
 
     def start(self, state: State, step: int = 0) -> TrainState:
         """Training from these parameters, with a fresh optimizer."""
-        init = jax.jit(self._init_optimizer, out_shardings=self._shardings(state.params)[1])
-        return TrainState(state, init(state.params), step)
+        begin = jax.jit(self._begin, out_shardings=self._shardings()[1:])
+        optimizer, average = begin(state.params)
+        return TrainState(state, optimizer, step, average)
 
-    def _init_optimizer(self, params: PyTree) -> PyTree:
-        """The optimizer's state has the gradients' type, float32, whatever the parameters' is."""
-        wide = lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-        return self.tx.init(jax.tree.map(wide, params))
+    def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Optimizer state and average, of the gradients' type: float32 at least."""
+        wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), params)
+        return self.tx.init(wide), None if self.ema is None else wide
 
-    def _shardings(self, params: PyTree) -> tuple[State, PyTree]:
-        """Of the state, and of the optimizer's: what is like the parameters lies where they do."""
+    def _local_params(self) -> list:
+        return [storage.local_shapes() for storage in self.pipe.stages.params]
+
+    def _shardings(self) -> tuple[State, PyTree, PyTree]:
+        """Of state, optimizer and average: what is like the parameters lies where they do."""
         stage = NamedSharding(self.pipe.mesh, P(STAGE))
         everywhere: Any = NamedSharding(self.pipe.mesh, P())
-        shapes = jax.eval_shape(self._init_optimizer, params)
+        params = self._local_params()
+        shapes = jax.eval_shape(self._begin, params)
         placed = map_parameters(lambda node: jax.tree.map(lambda _: stage, node), shapes, params)
         leaf = lambda s: s if isinstance(s, NamedSharding) else everywhere  # noqa: E731
-        state = State(jax.tree.map(lambda _: stage, params), everywhere)
-        return state, jax.tree.map(leaf, placed, is_leaf=lambda s: isinstance(s, NamedSharding))
+        is_place = lambda s: isinstance(s, NamedSharding)  # noqa: E731
+        return self.pipe.state_shardings(), *jax.tree.map(leaf, placed, is_leaf=is_place)
 
-    def _update(self, state: State, optimizer: PyTree, parts: dict, step: jax.Array) -> tuple:
-        (loss, metrics), grads = self.pipe.gradients(state, parts, step)
+    def _update(
+        self, state: State, optimizer: PyTree, average: PyTree, parts: dict, step: jax.Array
+    ) -> tuple:
+        (loss, metrics), grads, stats = self.pipe.gradients(state, parts, step)
         updates, optimizer = self.tx.update(
             grads, optimizer, state.params, decaying=self._decaying()
         )
         params = optax.apply_updates(state.params, updates)
-        return state._replace(params=params), optimizer, {"loss": loss, **metrics}
+        if self.ema is not None:
+            average = moving_average(average, params, step, self.ema)
+        state = state._replace(params=params, stats=stats)
+        return state, optimizer, average, {"loss": loss, **metrics}
+
+    def evaluated(self, current: TrainState) -> State:
+        """What is evaluated: the moving average of the parameters, if there is one."""
+        if self.ema is None:
+            return current.state
+        params = jax.tree.map(lambda a, p: a.astype(p.dtype), current.average, current.state.params)
+        return current.state._replace(params=params)
 
     def lower(self) -> jax.stages.Lowered:
         """The whole training step lowered from shapes, to compile and to measure."""
         state, parts, step = self.pipe.abstract_arguments()
-        optimizer = jax.tree.map(
+        optimizer, average = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(self._init_optimizer, state.params),
-            self._shardings(state.params)[1],
+            jax.eval_shape(self._begin, state.params),
+            self._shardings()[1:],
         )
-        return self._step.lower(state, optimizer, parts, step)
+        return self._step.lower(state, optimizer, average, parts, step)
 
     def _decaying(self) -> PyTree:
         return self.pipe.spread([decaying(shape.params) for shape in self.pipe.shapes])
 
     def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; `current` must not be used again. Metrics are arrays not yet waited for."""
-        parts = self.pipe.split(batch)
-        state, optimizer, metrics = self._step(
-            current.state, current.optimizer, parts, jnp.uint32(current.step)
+        parts = self.pipe.training_split(batch)
+        state, optimizer, average, metrics = self._step(
+            current.state, current.optimizer, current.average, parts, jnp.uint32(current.step)
         )
-        return TrainState(state, optimizer, current.step + 1), metrics
+        return TrainState(state, optimizer, current.step + 1, average), metrics
 
     def fit(
         self, current: TrainState, batches: Iterator[dict], steps: int, record: Record
@@ -169,35 +190,45 @@ class Trainer:
     # --- layer by layer, for checkpoints ----------------------------------------------------------
 
     def to_layers(self, current: TrainState) -> dict:
-        """Parameters and optimizer state as layers: a tree of numpy arrays, the same for any K."""
+        """Everything that training changes, by layer: trees of numpy arrays, the same for any K."""
         params = current.state.params
-        optimizer = map_parameters(self.pipe.to_layers, current.optimizer, params)
+        optimizer, average = map_parameters(
+            self.pipe.to_layers, (current.optimizer, current.average), params
+        )
         return {
             "params": self.pipe.to_layers(params),
+            "statistics": self.pipe.statistics(current.state),
+            "average": average,
             "optimizer": jax.tree.map(np.asarray, optimizer),
             "seed": np.asarray(current.state.seed),
         }
 
     def from_layers(self, saved: dict, step: int) -> TrainState:
         """The inverse of `to_layers`."""
-        state = self.pipe.from_layers(saved["params"], int(saved["seed"]))
+        state = self.pipe.from_layers(
+            saved["params"], int(saved["seed"]), statistics=saved["statistics"]
+        )
         fresh = self.start(state, step)
         layered = jax.tree.structure(saved["params"])
         is_layers = lambda node: jax.tree.structure(node) == layered  # noqa: E731
-        nodes = jax.tree.leaves(saved["optimizer"], is_leaf=is_layers)
+        nodes = jax.tree.leaves((saved["optimizer"], saved["average"]), is_leaf=is_layers)
         values = [self.pipe.from_layers(n).params if is_layers(n) else n for n in nodes]
-        flat = jax.tree.leaves(values)
-        like, structure = jax.tree.flatten(fresh.optimizer)
-        placed = [jax.device_put(a, b.sharding) for a, b in zip(flat, like, strict=True)]
-        return fresh._replace(optimizer=jax.tree.unflatten(structure, placed))
+        like, structure = jax.tree.flatten((fresh.optimizer, fresh.average))
+        flat = zip(jax.tree.leaves(values), like, strict=True)
+        placed = [jax.device_put(a, b.sharding) for a, b in flat]
+        optimizer, average = jax.tree.unflatten(structure, placed)
+        return fresh._replace(optimizer=optimizer, average=average)
 
     def layer_shapes(self) -> dict:
         """What `to_layers` returns, as shapes."""
         params = [shape.params for shape in self.pipe.shapes]
-        local = self.pipe.stages.local_shapes()
-        optimizer = jax.eval_shape(self._init_optimizer, local)
+        local = self._local_params()
+        parts = jax.eval_shape(self._begin, local)
+        optimizer, average = map_parameters(lambda _: params, parts, local)
         return {
             "params": params,
-            "optimizer": map_parameters(lambda _: params, optimizer, local),
+            "statistics": [shape.stats for shape in self.pipe.shapes],
+            "average": average,
+            "optimizer": optimizer,
             "seed": jax.ShapeDtypeStruct((), jnp.uint32),
         }

@@ -2,6 +2,7 @@
 
     python scripts/benchmark_step.py            # all, a few minutes on two cores
     python scripts/benchmark_step.py --json     # the same, with one JSON object as the last line
+    python scripts/benchmark_step.py --model amoebanet    # one network
 
 Times are medians, taken in turn in one process on simulated CPU devices that share the cores: they
 show overhead, and nothing of the speed of an accelerator. The memory row is compiled for a TPU pod
@@ -29,6 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 import gpipe_jax as gpipe
 from gpipe_jax import keys, sequential
+from gpipe_jax.layers import pool
+from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.transformer import Block
 
 LOSS = gpipe.losses.softmax_cross_entropy
@@ -59,7 +62,19 @@ def convnet() -> tuple[list, dict]:
     return layers, {"inputs": images, "labels": rng.integers(0, 10, 128)}
 
 
-MODELS = {"transformer": transformer, "convnet": convnet}
+def amoebanet() -> tuple[list, dict]:
+    """AmoebaNet-D with batch norm and drop-path: layers and a batch."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(64, 16, 16, 3)).astype(np.float32)
+    layers = gpipe.zoo.amoebanet(
+        "D", layers=6, filters=32, image=16, classes=10, stem="cifar", drop_path=0.2
+    )
+    return layers, {"inputs": images, "labels": rng.integers(0, 10, 64)}
+
+
+MODELS = {"transformer": transformer, "convnet": convnet, "amoebanet": amoebanet}
+# Of a pipelined step over the sequential one. AmoebaNet's stages are all different.
+STEP_LIMIT = {"transformer": 1.10, "convnet": 1.10, "amoebanet": 1.15}
 
 
 def pipeline(layers: list, batch: dict, K: int, D: int, M: int, schedule: str) -> gpipe.Pipeline:
@@ -85,23 +100,48 @@ def step_ratio(model: str, K: int, D: int, M: int, schedule: str, repeats: int) 
         if K * D * M == 1
         else sequential.value_and_grad(layers, LOSS, M * D, remat=True)
     )
-    params = jax.tree.map(jnp.asarray, pipe.to_layers(state))
+    params, stats = jax.tree.map(jnp.asarray, (pipe.to_layers(state), pipe.statistics(state)))
     weights = np.ones(pipe.batch_size, np.float32)
     whole, key = {**batch, "weights": weights}, keys.step_key(0, 0)
-    times = in_turn([lambda: ours(state, parts, zero), lambda: plain(params, whole, key)], repeats)
+    times = in_turn(
+        [lambda: ours(state, parts, zero), lambda: plain(params, stats, whole, key)], repeats
+    )
+    return times[0] / times[1]
+
+
+def canonical_ratio(repeats: int) -> float:
+    """Time of a pipelined AmoebaNet step over the same with XLA's own convolutions and pools."""
+
+    def step() -> Callable:
+        layers, batch = amoebanet()
+        pipe = pipeline(layers, {n: a[:16] for n, a in batch.items()}, 4, 1, 4, "1f1b")
+        arguments = pipe.init(0), pipe.split({n: a[:16] for n, a in batch.items()}), jnp.uint32(0)
+        compiled = pipe.lower().compile()
+        return lambda: compiled(*arguments)
+
+    ours, chosen = step(), pool.on_cpu
+    pool.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
+    jax.clear_caches()
+    try:
+        plain = step()
+    finally:
+        pool.on_cpu = chosen
+        jax.clear_caches()
+    times = in_turn([ours, plain], repeats)
     return times[0] / times[1]
 
 
 def plain_program(layers: list) -> Callable:
     """What a user would write without any pipeline."""
 
-    def loss(params: list, batch: dict, key: jax.Array) -> jax.Array:
-        x = batch["inputs"]
-        for layer, p in zip(layers, params, strict=True):
-            x = layer.apply(p, x, key, train=True)
-        return LOSS(x, batch["labels"])[0].mean()
+    def loss(params: list, stats: list, batch: dict, key: jax.Array) -> tuple:
+        x, new = batch["inputs"], []
+        for layer, p, s in zip(layers, params, stats, strict=True):
+            x, moments = layer.apply(p, s, x, Context(key, train=True))
+            new.append(layer.commit(s, moments) if moments else s)
+        return LOSS(x, batch["labels"])[0].mean(), new
 
-    return jax.value_and_grad(loss)
+    return jax.value_and_grad(loss, has_aux=True)
 
 
 def in_turn(functions: list[Callable], repeats: int) -> list[float]:
@@ -201,7 +241,7 @@ def differentiated_scan(
     key = jax.random.key(0)
 
     def one(params: Any, x: jax.Array) -> jax.Array:
-        return block.apply(params, x, key, train=True)
+        return block.apply(params, {}, x, Context(key, train=True))[0]
 
     layer = jax.checkpoint(one) if remat == "layer" else one
 
@@ -258,12 +298,18 @@ def main() -> None:
     for model in [options.model] if options.model else MODELS:
         for schedule in ("gpipe", "1f1b", "eager_1f1b"):
             ratio = step_ratio(model, 4, 2, 8, schedule, options.repeats)
-            add(f"{model}: step, 4 stages x 2 replicas, {schedule} / sequential", ratio, 1.10)
+            what = f"{model}: step, 4 stages x 2 replicas, {schedule} / sequential"
+            add(what, ratio, STEP_LIMIT[model])
         ratio = step_ratio(model, 1, 1, 1, "gpipe", options.repeats)
         add(f"{model}: step, 1 stage, 1 micro-batch / plain jit", ratio, 1.05)
+        if model == "amoebanet":
+            add("amoebanet: step, canonical / plain convolutions", canonical_ratio(3), 0.10)
+            continue
         for what, ratio in growth_with_micro_batches(model, 3).items():
             add(f"{model}: {what}, M = 64 / M = 8", ratio, 1.05)
-    if importlib.util.find_spec("libtpu"):
+    if options.model not in (None, "transformer"):
+        print("the memory row is of the transformer")
+    elif importlib.util.find_spec("libtpu"):
         for blocks, shape, remat in ((1, (4, 1024), "stage"), (2, (8, 512), "layer")):
             ratio = memory_ratio("v5p:4x4x8", 16, 64, blocks, shape, remat)
             what = f"temporary memory, 1f1b / differentiated scan, {blocks} blocks a stage"

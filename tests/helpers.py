@@ -80,16 +80,32 @@ class InDefaultFloat(gpipe.Layer):
     layer: gpipe.Layer
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        return jax.tree.map(lambda a: a.astype(jnp.zeros(()).dtype), self.layer.init(key, x))
+        return in_default_float(self.layer.init(key, x))
 
-    def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
-        return self.layer.apply(params, x, key, train=train)
+    def init_statistics(self) -> PyTree:
+        return in_default_float(self.layer.init_statistics())
+
+    def apply(self, params: PyTree, stats: PyTree, x: PyTree, context: Any) -> tuple:
+        return self.layer.apply(params, stats, x, context)
+
+    def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
+        return self.layer.commit(stats, moments)
+
+
+def in_default_float(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: a.astype(jnp.zeros(()).dtype), tree)
+
+
+def widened(layers: list[gpipe.Layer]) -> list[gpipe.Layer]:
+    """The layers in float64 under `jax.enable_x64`."""
+    if not jax.config.jax_enable_x64:
+        return layers
+    return [InDefaultFloat(a, stashes=a.stashes, pops=a.pops, ties=a.ties) for a in layers]
 
 
 def network(name: str, **kwargs: Any) -> list[gpipe.Layer]:
     """The layers of that name, in float64 under `jax.enable_x64`."""
-    layers = NETWORKS[name](**kwargs)
-    return [InDefaultFloat(a) for a in layers] if jax.config.jax_enable_x64 else layers
+    return widened(NETWORKS[name](**kwargs))
 
 
 def odd() -> list[gpipe.Layer]:
@@ -149,11 +165,11 @@ def make_batch(name: str, examples: int, seed: int = 0) -> dict:
 def reference(layers: list[gpipe.Layer], batch: dict, micro_batches: int = 1) -> tuple:
     """(params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
     batch = jax.tree.map(jnp.asarray, batch)
-    params = sequential.init(layers, batch["inputs"][:1], seed=1)
+    params, stats = sequential.init(layers, jax.tree.map(lambda a: a[:1], batch["inputs"]), seed=1)
     step = jax.jit(
         sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy, micro_batches)
     )
-    (loss, metrics), grads = step(params, batch, keys.step_key(1, 0))
+    (loss, metrics), grads, _ = step(params, stats, batch, keys.step_key(1, 0))
     return jax.tree.map(np.asarray, (params, loss, metrics, grads))
 
 

@@ -9,13 +9,17 @@ import pytest
 
 from gpipe_jax.config import (
     AdamConfig,
+    Cifar10Config,
     Config,
     ConvNetConfig,
     DigitsConfig,
     MeshConfig,
     MlpConfig,
     PipelineConfig,
+    RmsPropConfig,
     SgdConfig,
+    SyntheticImagesConfig,
+    SyntheticTokensConfig,
     TextConfig,
     TransformerConfig,
     batch_problem,
@@ -78,6 +82,7 @@ def test_jax_is_not_imported():
         (TransformerConfig, {"dtype": "float16"}),
         (DigitsConfig, {"test_fraction": 0.0}),
         (DigitsConfig, {"test_fraction": 1.0}),
+        (DigitsConfig, {"shift": 8}),
         (TextConfig, {"source": ""}),
         (MeshConfig, {"stages": 0}),
         (MeshConfig, {"stages": True}),
@@ -92,6 +97,14 @@ def test_jax_is_not_imported():
         (SgdConfig, {"decay_rate": 1.1}),
         (SgdConfig, {"warmup_steps": -1}),
         (SgdConfig, {"clip_norm": 0}),
+        (SgdConfig, {"l2": -1e-4}),
+        (SgdConfig, {"ema": 1.0}),
+        (RmsPropConfig, {"initial": -1.0}),
+        (Cifar10Config, {"folder": ""}),
+        (Cifar10Config, {"validation": 50_000}),
+        (Cifar10Config, {"cutout": 33}),
+        (SyntheticImagesConfig, {"image": 0}),
+        (SyntheticTokensConfig, {"vocabulary": 0}),
     ],
 )
 def test_values_out_of_range_are_refused(model: type[pydantic.BaseModel], values: dict[str, Any]):
@@ -165,7 +178,7 @@ CROSS_CHECKS = [
         DIGITS,
         {"model": {"kind": "mlp", "features": [64, 11]}},
         "model.features",
-        r"last of features 11 does not fit data 'digits' \(ten classes\); make it 10",
+        r"last of features 11 does not fit data 'digits' \(10 classes\); make it 10",
     ),
     (
         DIGITS,
@@ -178,6 +191,40 @@ CROSS_CHECKS = [
         {"model": {"kind": "convnet", "classes": 3}},
         "model.classes",
         "classes 3 .*; make it 10",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "convnet"}, "data": {"kind": "cifar10"}},
+        "model.in_channels",
+        r"in_channels 1 does not fit data 'cifar10' \(32 x 32 x 3 images\); make it 3",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "mlp", "features": [64, 10]}, "data": {"kind": "cifar10"}},
+        "model.features",
+        r"first of features 64 does not fit data 'cifar10' \(32 x 32 x 3 .*\); make it 3072",
+    ),
+    (
+        DIGITS,
+        {
+            "model": {"kind": "convnet", "in_channels": 3},
+            "data": {"kind": "synthetic_images", "classes": 7},
+        },
+        "model.classes",
+        r"classes 10 does not fit data 'synthetic_images' \(7 classes\); make it 7",
+    ),
+    (
+        TEXT,
+        {"data": {"kind": "synthetic_images"}},
+        "model.kind",
+        "'transformer_lm' cannot read data 'synthetic_images'; .* text and synthetic_tokens go",
+    ),
+    (DIGITS, {"data": {"kind": "synthetic_tokens"}}, "model.kind", "'mlp' cannot read data 'synth"),
+    (
+        TEXT,
+        {"data": {"kind": "synthetic_tokens", "vocabulary": 257}},
+        "data.vocabulary",
+        "vocabulary 257 is more than model.vocabulary 256; use 256 or less",
     ),
 ]
 
@@ -199,7 +246,23 @@ def test_cross_checks(base: dict[str, Any], sections: dict[str, Any], name: str,
 )
 def test_what_agrees_is_accepted(sections: dict[str, Any]):
     assert cross_checks(make(DIGITS, **sections)) == []
-    assert cross_checks(make(TEXT)) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ({"kind": "transformer_lm"}, {"kind": "text"}),
+        ({"kind": "transformer_lm"}, {"kind": "synthetic_tokens", "vocabulary": 7}),
+        ({"kind": "convnet", "in_channels": 3}, {"kind": "cifar10"}),
+        ({"kind": "mlp", "features": [3072, 10]}, {"kind": "cifar10"}),
+        (
+            {"kind": "mlp", "features": [75, 2]},
+            {"kind": "synthetic_images", "image": 5, "classes": 2},
+        ),
+    ],
+)
+def test_models_take_the_data_they_fit(model: dict[str, Any], data: dict[str, Any]):
+    assert cross_checks(make(model=model, data=data)) == []
 
 
 def test_all_cross_checks_are_reported_at_once():

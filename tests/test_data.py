@@ -1,12 +1,24 @@
 """Datasets: every batch is a function of (seed, step), and the held-out part stays held out."""
 
 import itertools
+import os
 import sys
+from pathlib import Path
 
+import cifar10_files
 import numpy as np
 import pytest
 
-from gpipe_jax.data import _stdlib_files, digits, text
+from gpipe_jax import images
+from gpipe_jax.data import (
+    _stdlib_files,
+    cifar10,
+    digits,
+    synthetic_images,
+    synthetic_tokens,
+    text,
+)
+from gpipe_jax.images import cut_out, flipped, normalised, shifted
 
 LENGTH = 16
 
@@ -19,13 +31,31 @@ def counter(tmp_path):
     return path
 
 
-@pytest.fixture(params=["digits", "topics", "file"])
-def make(request, counter):
+FILES = cifar10_files.draw()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with a CIFAR-10 of 150 training and 30 test images."""
+    monkeypatch.setattr(images, "_PER_FILE", cifar10_files.PER_FILE)
+    contents = cifar10_files.contents(FILES, cifar10_files.records, ".bin")
+    cifar10_files.write_folder(tmp_path / "cifar-10-batches-bin", contents)
+    return tmp_path
+
+
+@pytest.fixture(
+    params=["digits", "topics", "file", "cifar10", "synthetic_images", "synthetic_tokens"]
+)
+def make(request, counter, small):
     """A data set as a function of batch size and seed."""
-    if request.param == "digits":
-        return digits
-    source = counter if request.param == "file" else "topics"
-    return lambda batch_size, seed: text(source, batch_size, LENGTH, seed)
+    return {
+        "digits": digits,
+        "topics": lambda batch_size, seed: text("topics", batch_size, LENGTH, seed),
+        "file": lambda batch_size, seed: text(counter, batch_size, LENGTH, seed),
+        "cifar10": lambda batch_size, seed: cifar10(batch_size, seed, folder=small, cutout=8),
+        "synthetic_images": lambda b, seed: synthetic_images(b, seed, image=5, classes=3),
+        "synthetic_tokens": lambda b, seed: synthetic_tokens(b, LENGTH, 9, seed),
+    }[request.param]
 
 
 def take(batches, count):
@@ -69,7 +99,8 @@ def test_test_set_is_one_pass_in_order_with_a_ragged_end(make):
     assert sum(sizes) == dataset.test_examples
     assert set(sizes[:-1]) <= {7} and 1 <= sizes[-1] <= 7
     assert_equal(dataset.test(), dataset.test())
-    np.testing.assert_array_equal(rows(dataset.test()), rows(make(64, seed=1).test()))
+    more = rows(make(64, seed=1).test())
+    np.testing.assert_array_equal(rows(dataset.test()), more[: dataset.test_examples])
 
 
 def test_digits_shapes_and_range():
@@ -78,6 +109,12 @@ def test_digits_shapes_and_range():
     assert batch["labels"].shape == (8,) and batch["labels"].dtype == np.int32
     inputs = rows(digits(8, 0).test())
     assert inputs.min() == -1 and inputs.max() == 1 and abs(inputs.mean()) < 0.5
+
+
+def test_digits_are_moved_over_the_background():
+    plain, moved = (next(digits(256, 0, shift=shift).train(0)) for shift in (0, 7))
+    np.testing.assert_array_equal(plain["labels"], moved["labels"])
+    assert moved["inputs"].mean() < plain["inputs"].mean() - 0.2  # -1, where there was ink
 
 
 def test_digits_split_is_complete_stratified_and_seeded():
@@ -152,6 +189,165 @@ def test_stdlib_is_code_without_tests():
     assert next(dataset.train(0))["inputs"].max() < 256
 
 
+# --- CIFAR-10 ------------------------------------------------------------------------------------
+
+
+def everything(files):
+    pixels = normalised(cifar10_files.images_of(files))
+    return pixels, np.concatenate([labels for _, labels in files])
+
+
+def test_cifar10_without_augmentation_is_its_images(small):
+    dataset = cifar10(30, 0, folder=small, cutout=8, augment=False)
+    assert (dataset.train_examples, dataset.test_examples) == (150, 30)
+    (batch,) = dataset.test()
+    pixels, labels = everything(FILES[5:])
+    np.testing.assert_array_equal(batch["inputs"], pixels)
+    np.testing.assert_array_equal(batch["labels"], labels)
+    assert batch["inputs"].dtype == np.float32 and batch["labels"].dtype == np.int32
+    epoch = take(dataset.train(0), 5)
+    pixels, labels = everything(FILES[:5])
+    have = np.concatenate([rows(epoch).reshape(150, -1), rows(epoch, "labels")[:, None]], 1)
+    wanted = np.concatenate([pixels.reshape(150, -1), labels[:, None]], 1)
+    np.testing.assert_array_equal(np.unique(have, axis=0), np.unique(wanted, axis=0))
+
+
+@pytest.mark.parametrize("cutout", [0, 8])
+def test_cifar10_training_images_are_moved_mirrored_and_cut_in_zeros(small, cutout):
+    """The same draws, made here from the images as they are, with the mean colour for edges."""
+    plain = next(cifar10(50, 3, folder=small, augment=False).train(0))
+    dataset = cifar10(50, 3, folder=small, cutout=cutout)
+    batch = next(dataset.train(0))
+    np.testing.assert_array_equal(batch["labels"], plain["labels"])
+    holes = (batch["inputs"] == 0).all(-1)
+    assert holes.any((1, 2)).mean() > 0.8  # one shift in 81 uncovers nothing
+    kept = batch["inputs"][~holes]
+    colours = {tuple(c) for c in np.round(plain["inputs"].reshape(-1, 3), 4)}
+    assert {tuple(c) for c in np.round(kept, 4)} <= colours
+    least = holes[:, 4:-4, 4:-4].sum((1, 2))  # what a move uncovers is at the edge
+    assert (least.max() > 0) == (cutout > 0) and least.max() <= cutout**2
+    np.testing.assert_array_equal(rows(dataset.test()), everything(FILES[5:])[0])
+
+
+def test_cifar10_augments_as_its_parts_do(small, monkeypatch):
+    """Padding by 4, then mirroring, then the square: each from the generator of (seed, step)."""
+    calls = []
+
+    def spy(function):
+        def called(inputs, rng, **options):
+            calls.append((function.__name__, options))
+            return function(inputs, rng, **options)
+
+        return called
+
+    for function in (shifted, flipped, cut_out):
+        monkeypatch.setattr(f"gpipe_jax.data.{function.__name__}", spy(function))
+    one = cifar10(50, 3, folder=small, cutout=8)
+    next(one.train(0))
+    assert calls[:3] == [("shifted", {"most": 4}), ("flipped", {}), ("cut_out", {"size": 8})]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cifar10_validation_images_are_held_out_of_training(small, seed):
+    dataset = cifar10(1, seed, folder=small, validation=40, augment=False)
+    assert (dataset.train_examples, dataset.test_examples) == (110, 40)
+    parts = [rows(take(dataset.train(0), 110)), rows(dataset.test())]
+    every = np.concatenate(parts).reshape(150, -1)
+    wanted = everything(FILES[:5])[0].reshape(150, -1)
+    np.testing.assert_array_equal(np.unique(every, axis=0), np.unique(wanted, axis=0))
+    again = rows(cifar10(7, 5, folder=small, validation=40).test())
+    np.testing.assert_array_equal(parts[1], again)  # whatever the seed
+    labels = rows(dataset.test(), "labels")
+    assert len(np.unique(labels)) > 5  # files may be sorted by class; the draw is not their end
+
+
+@pytest.mark.parametrize("validation", [-1, 150])
+def test_cifar10_validation_errors(small, validation):
+    message = f"validation of cifar10 is {validation}: use 0 .* to 149 of the 150 training images"
+    with pytest.raises(ValueError, match=message):
+        cifar10(8, 0, folder=small, validation=validation)
+
+
+@pytest.mark.parametrize("cutout", [-1, 33])
+def test_cifar10_cutout_errors(cutout):
+    message = rf"cutout of cifar10 is {cutout}: use 0 \(none\) to 32 pixels"
+    with pytest.raises(ValueError, match=message):
+        cifar10(8, 0, cutout=cutout)
+
+
+SIBLING = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(os.environ.get("GPIPE_JAX_DATA") or SIBLING)
+
+
+def is_there() -> bool:
+    places = (REAL, REAL / "cifar10")
+    return any((place / name).exists() for place in places for name in images._READERS)
+
+
+@pytest.mark.skipif(not is_there(), reason=f"no CIFAR-10 in {REAL}; set GPIPE_JAX_DATA")
+def test_the_real_cifar10(monkeypatch):
+    parts = images.read_cifar10(REAL)
+    for part, count in zip(parts, (50_000, 10_000), strict=True):
+        assert part.pixels.shape == (count, 32, 32, 3)
+        np.testing.assert_array_equal(np.bincount(part.labels), [count // 10] * 10)
+    some = normalised(parts[0].pixels[::10]).reshape(-1, 3).astype(np.float64)
+    # Of a tenth of the images; lossy JPEG takes 0.7 % of the deviation.
+    np.testing.assert_allclose(some.mean(0), 0, atol=0.03)
+    np.testing.assert_allclose(some.std(0), 1, atol=0.03)
+    monkeypatch.setattr("gpipe_jax.data.read_cifar10", lambda folder: parts)
+    dataset = cifar10(1000, 0, validation=5000)
+    assert (dataset.train_examples, dataset.test_examples) == (45_000, 5_000)
+    held_out = np.bincount(rows(dataset.test(), "labels"))
+    assert len(held_out) == 10 and held_out.min() > 400 and held_out.max() < 600
+
+
+# --- synthetic -----------------------------------------------------------------------------------
+
+
+def test_synthetic_images_are_noise_of_the_given_shape():
+    dataset = synthetic_images(64, 0, image=9, classes=3)
+    batch = next(dataset.train(0))
+    assert batch["inputs"].shape == (64, 9, 9, 3) and batch["inputs"].dtype == np.float32
+    assert batch["labels"].shape == (64,) and batch["labels"].dtype == np.int32
+    assert abs(batch["inputs"].mean()) < 0.05 and abs(batch["inputs"].std() - 1) < 0.02
+    assert np.unique(batch["labels"]).tolist() == [0, 1, 2]
+    assert len(np.unique(batch["inputs"], axis=0)) == 64
+
+
+def test_synthetic_tokens_are_followed_by_their_labels():
+    batch = next(synthetic_tokens(64, LENGTH, 9, 0).train(0))
+    assert batch["inputs"].shape == batch["labels"].shape == (64, LENGTH)
+    assert batch["inputs"].dtype == batch["labels"].dtype == np.int32
+    assert np.unique(batch["inputs"]).tolist() == list(range(9))
+    np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_synthetic_examples_held_out_are_others_and_two_batches():
+    dataset = synthetic_images(4, 0, image=3, classes=5)
+    assert len(rows(dataset.test())) == dataset.test_examples == 8
+    both = [*take(dataset.train(0), 2), *dataset.test()]
+    assert len(np.unique(rows(both), axis=0)) == 16
+    other = synthetic_images(4, 1, image=3, classes=5)
+    assert not np.isin(rows(other.test()), rows(dataset.test())).any()
+
+
+@pytest.mark.parametrize(
+    ("make_one", "message"),
+    [
+        (lambda: synthetic_images(8, 0, image=0, classes=3), "image of synthetic_images is 0"),
+        (lambda: synthetic_images(8, 0, image=3, classes=0), "classes of synthetic_images is 0"),
+        (lambda: synthetic_tokens(8, 0, 3, 0), "length of synthetic_tokens is 0: use 1 or more"),
+        (lambda: synthetic_tokens(8, 3, 0, 0), "vocabulary of synthetic_tokens is 0"),
+    ],
+)
+def test_synthetic_argument_errors(make_one, message):
+    with pytest.raises(ValueError, match=message):
+        make_one()
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,6 +358,11 @@ def test_stdlib_is_code_without_tests():
 )
 def test_argument_errors(change, message):
     given = {"batch_size": 8, "seed": 0, **change}
+    if "test_fraction" not in change:
+        with pytest.raises(ValueError, match=message):
+            cifar10(**given)
+        with pytest.raises(ValueError, match=message):
+            synthetic_images(**given, image=3, classes=3)
     with pytest.raises(ValueError, match=message):
         digits(**given)
     with pytest.raises(ValueError, match=message):

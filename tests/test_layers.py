@@ -16,16 +16,21 @@ from flax import nnx
 
 from gpipe_jax import sequential, zoo
 from gpipe_jax.layers.dense import Dense
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shapes import infer_shapes
 from gpipe_jax.layers.transformer import Block, CausalAttention, Embedding, LanguageHead
 
 KEYS = [jax.random.key(seed) for seed in range(3)]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
-def run(one: Layer, params: Any, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
-    return one.apply(params, x, key, train=train)
+def apply(one: Layer, params: Any, x: Any, key: jax.Array, *, train: bool = True) -> jax.Array:
+    """The output of a layer that has no statistics."""
+    y, moments = one.apply(params, {}, x, Context(key, train))
+    assert moments == {}
+    return y
+
+
+run = jax.jit(apply, static_argnums=0, static_argnames="train")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,12 +68,21 @@ class DropOwn(nnx.Module):
         return 10 * self.tens(x) + self.units(x)
 
 
-class Normed(nnx.Module):
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
+class Counting(nnx.Module):
+    """Holds a variable that nothing knows how to carry from step to step."""
+
+    def __init__(self) -> None:
+        self.calls = nnx.Cache(jnp.zeros((), jnp.int32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(x)
+        return x
+
+
+class Fading(nnx.Module):
+    """Becomes weaker with the training run."""
+
+    def __call__(self, x: jax.Array, *, progress: jax.Array | float) -> jax.Array:
+        return (1 - progress) * x
 
 
 def affine_init(key: jax.Array, x: jax.Array) -> dict:
@@ -81,6 +95,11 @@ def affine_apply(params: dict, x: jax.Array) -> jax.Array:
 
 def noise_apply(params: dict, x: jax.Array, rngs: jax.Array) -> jax.Array:
     return affine_apply(params, x) + jax.random.normal(rngs, (1, 2))
+
+
+def told_apply(params: dict, x: jax.Array, rngs: Any, train: bool, progress: Any) -> dict:
+    """All that a pair of functions may be told."""
+    return {"rngs": rngs, "train": train, "progress": progress}
 
 
 # ---- descriptions -------------------------------------------------------------------------------
@@ -96,12 +115,17 @@ def test_descriptions_are_compared_by_value() -> None:
     assert str(one) == "Dense(in_features=4, out_features=3)"
 
 
+def test_long_arguments_are_printed_as_their_type() -> None:
+    assert str(layer(Scale, factors=((1, 2), (3,)))) == "Scale(factors=((1, 2), (3,)))"
+    assert str(layer(Scale, factors=((1, 2),) * 9, name="t")) == "Scale(factors=tuple, name=t)"
+
+
 def test_lists_among_the_arguments_are_frozen() -> None:
     one = layer(Scale, factors=[[1, 2], [3]])
     assert one == layer(Scale, factors=((1, 2), (3,))) and hash(one) is not None
     x = jnp.ones((2, 2))
     assert one.init(KEYS[0], x) == {}
-    np.testing.assert_array_equal(one.apply({}, x, KEYS[0], train=True), 6 * x)
+    np.testing.assert_array_equal(apply(one, {}, x, KEYS[0], train=True), 6 * x)
 
 
 def test_a_description_holds_no_arrays_and_runs_no_code() -> None:
@@ -122,7 +146,7 @@ def test_a_pair_of_functions_is_a_layer() -> None:
     params = one.init(KEYS[0], x)
     assert jax.tree.map(jnp.shape, params) == {"w": (3, 2), "b": (2,)}
     for train in (True, False):
-        y = one.apply(params, x, KEYS[1], train=train)
+        y = apply(one, params, x, KEYS[1], train=train)
         np.testing.assert_array_equal(y, x @ params["w"] + 1)
 
 
@@ -130,8 +154,8 @@ def test_a_pair_that_takes_rngs_gets_the_key() -> None:
     one, x = layer(affine_init, noise_apply), jnp.ones((2, 3))
     params = one.init(KEYS[0], x)
     wanted = noise_apply(params, x, KEYS[1])
-    np.testing.assert_array_equal(one.apply(params, x, KEYS[1], train=True), wanted)
-    assert not np.allclose(one.apply(params, x, KEYS[2], train=True), wanted)
+    np.testing.assert_array_equal(apply(one, params, x, KEYS[1], train=True), wanted)
+    assert not np.allclose(apply(one, params, x, KEYS[2], train=True), wanted)
 
 
 class LinenDropout(nn.Module):
@@ -145,7 +169,7 @@ def test_linen_modules_are_pairs_of_bound_methods() -> None:
     one = layer(dense.init, dense.apply)
     assert one == layer(dense.init, dense.apply) and str(one) == "Dense"
     params = one.init(KEYS[0], x)
-    y = one.apply(params, x, KEYS[1], train=True)
+    y = apply(one, params, x, KEYS[1], train=True)
     np.testing.assert_allclose(y, x @ params["params"]["kernel"], rtol=1e-6)
 
 
@@ -153,7 +177,7 @@ def test_linen_modules_draw_from_the_key() -> None:
     module, x = LinenDropout(), jnp.ones((4, 4))
     one = layer(module.init, module.apply)
     params = one.init(KEYS[0], x)
-    first, again, other = (one.apply(params, x, KEYS[i], train=True) for i in (1, 1, 2))
+    first, again, other = (apply(one, params, x, KEYS[i], train=True) for i in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -184,11 +208,60 @@ def test_functions_take_no_keywords() -> None:
         layer(affine_init, affine_apply, width=3)
 
 
-def test_batch_statistics_are_refused_with_the_alternative() -> None:
-    x = jnp.ones((2, 4))
-    one = layer(Normed)
-    with pytest.raises(ValueError, match=r"Normed\(\) has variables of type BatchStat.*GroupNorm"):
-        one.apply(one.init(KEYS[0], x), x, KEYS[0], train=True)
+@pytest.mark.parametrize("train", [True, False])
+def test_variables_that_are_neither_trained_nor_statistics_are_refused(train: bool) -> None:
+    message = r"layer Counting\(\) has variables of type Cache; .* hold nnx.Param, random streams"
+    with pytest.raises(ValueError, match=message):
+        apply(layer(Counting), {}, jnp.ones((2, 4)), KEYS[0], train=train)
+
+
+# ---- links: what a layer stashes, pops and ties -------------------------------------------------
+
+
+def test_links_make_another_layer_and_leave_the_first_as_it_was() -> None:
+    one = layer(Dense, in_features=4, out_features=3)
+    linked = one.stash("a").stash("b", "c").pop("d").pop("e").tie("w", "linear.kernel")
+    assert linked.stashes == ("a", "b", "c") and linked.pops == ("d", "e")
+    assert linked.ties == (("linear.kernel", "w"),)
+    assert (one.stashes, one.pops, one.ties) == ((), (), ())
+    assert type(linked) is type(one)
+
+
+def test_links_belong_to_the_value() -> None:
+    pairs = [layer(Dense, in_features=4, out_features=3), layer(affine_init, affine_apply)]
+    for one in pairs:
+        others = [one.stash("a"), one.pop("a"), one.tie("a", "w"), one.stash("b")]
+        assert len({one, *others}) == 5
+        assert one.stash("a") == one.stash("a") != one
+
+
+def test_links_are_printed() -> None:
+    one = layer(affine_init, affine_apply)
+    linked = one.stash("a", "b").pop("c").tie("t", "w").tie("u", "b")
+    assert str(linked) == "affine_apply [stash a, b] [pop c] [tie w as t, b as u]"
+    assert str(layer(Scale, factors=((1,),)).pop("c")) == "Scale(factors=((1,),)) [pop c]"
+
+
+# ---- what layers are told -----------------------------------------------------------------------
+
+
+def test_a_pair_is_told_what_it_asks_for() -> None:
+    one, x = layer(affine_init, told_apply), jnp.ones((2, 3))
+    told, moments = one.apply({}, {}, x, Context(KEYS[1], train=True, progress=0.25))
+    assert told == {"rngs": KEYS[1], "train": True, "progress": 0.25} and moments == {}
+    told, moments = one.apply({}, {}, x, Context(KEYS[1], train=False))
+    assert told == {"rngs": None, "train": False, "progress": 1.0} and moments == {}
+
+
+def test_a_module_is_told_the_progress_of_training() -> None:
+    y, _ = layer(Fading).apply({}, {}, jnp.ones(2), Context(KEYS[1], train=True, progress=0.25))
+    np.testing.assert_array_equal(y, [0.75, 0.75])
+
+
+def test_a_layer_without_statistics_has_none_to_commit() -> None:
+    for one in (layer(DropOwn), layer(Dense, in_features=4, out_features=3)):
+        assert one.init_statistics() == {} == one.commit({}, {})
+    assert layer(affine_init, affine_apply).init_statistics() == {}
 
 
 # ---- what layers make ---------------------------------------------------------------------------
@@ -201,7 +274,26 @@ def test_parameters_are_a_plain_tree_of_what_the_module_has() -> None:
     assert type(params) is dict and type(params["linear"]) is dict
     np.testing.assert_array_equal(params["linear"]["kernel"], module.linear.kernel[...])
     x = jnp.arange(12.0).reshape(2, 6)
-    np.testing.assert_allclose(one.apply(params, x, KEYS[1], train=True), module(x), rtol=1e-6)
+    np.testing.assert_allclose(apply(one, params, x, KEYS[1], train=True), module(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        layer(Dense, in_features=6, out_features=3),
+        layer(affine_init, affine_apply),
+        layer(nn.Dense(3).init, nn.Dense(3).apply),
+        layer(DropOwn),
+    ],
+    ids=str,
+)
+def test_shapes_are_those_of_what_is_made(one: Layer) -> None:
+    x = jnp.ones((2, 6))
+    params, stats = one.shapes(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    made = (one.init(KEYS[0], x), one.init_statistics())
+    assert jax.tree.structure((params, stats)) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves((params, stats)), jax.tree.leaves(made), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct) and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_parameters_depend_on_the_key() -> None:
@@ -215,22 +307,22 @@ def test_parameters_depend_on_the_key() -> None:
 def test_dropout_is_a_function_of_the_key(module: type[nnx.Module]) -> None:
     one, x = layer(module), jnp.ones((8, 8))
     assert one.init(KEYS[0], x) == {}
-    apply = lambda i: np.asarray(one.apply({}, x, KEYS[i], train=True))  # noqa: E731
-    np.testing.assert_array_equal(apply(1), apply(1))
-    np.testing.assert_array_equal(apply(1), run(one, {}, x, KEYS[1]))
-    assert not np.array_equal(apply(1), apply(2))
-    assert set(np.unique(apply(1))) <= {0, 2, 20, 22}
+    draw = lambda i: np.asarray(apply(one, {}, x, KEYS[i]))  # noqa: E731
+    np.testing.assert_array_equal(draw(1), draw(1))
+    np.testing.assert_array_equal(draw(1), run(one, {}, x, KEYS[1]))
+    assert not np.array_equal(draw(1), draw(2))
+    assert set(np.unique(draw(1))) <= {0, 2, 20, 22}
 
 
 def test_streams_of_one_module_are_independent() -> None:
-    y = np.asarray(layer(DropOwn).apply({}, jnp.ones((8, 8)), KEYS[1], train=True))
+    y = np.asarray(apply(layer(DropOwn), {}, jnp.ones((8, 8)), KEYS[1]))
     assert set(np.unique(y)) == {0, 2, 20, 22}
 
 
 @pytest.mark.parametrize("module", [DropAtCall, DropOwn])
 def test_dropout_is_off_in_evaluation(module: type[nnx.Module]) -> None:
     x = jnp.ones((8, 8))
-    y = layer(module).apply({}, x, KEYS[1], train=False)
+    y = apply(layer(module), {}, x, KEYS[1], train=False)
     np.testing.assert_array_equal(y, x if module is DropAtCall else 11 * x)
 
 
@@ -246,8 +338,9 @@ for layers, shape in ((text, (2, 4)), (zoo.convnet((4,), (1,)), (2, 4, 4, 1))):
     labels = jnp.zeros(shape if len(shape) == 2 else (2,), jnp.int32)
     step = sequential.value_and_grad(layers, losses.softmax_cross_entropy)
     batch = {"inputs": x, "labels": labels, "weights": jnp.ones(2)}
-    params = [shape.params for shape in infer_shapes(layers, x)]
-    (loss, _), grads = jax.eval_shape(step, params, batch, jax.random.key(0))
+    shapes = infer_shapes(layers, x)
+    params, stats = [s.params for s in shapes], [s.stats for s in shapes]
+    (loss, _), grads, _ = jax.eval_shape(step, params, stats, batch, jax.random.key(0))
     assert loss.shape == () and len(grads) == len(layers)
 from test_layers import DropOwn, layer, run
 y = run(layer(DropOwn), {}, jnp.ones((8, 8)), jax.random.key(1))
@@ -296,8 +389,10 @@ def test_the_whole_language_model_is_causal() -> None:
         vocabulary=7, length=6, width=8, heads=2, feed_forward=8, layers=2, dropout=0.0
     )
     tokens = jnp.asarray([[0, 1, 2, 3, 4, 5]])
-    params = jax.jit(lambda: sequential.init(layers, tokens))()
-    scores = jax.jit(lambda t: sequential.forward(layers, params, t, KEYS[0], train=False))
+    params, stats = jax.jit(lambda: sequential.init(layers, tokens))()
+    scores = jax.jit(
+        lambda t: sequential.forward(layers, params, stats, t, KEYS[0], train=False)[0]
+    )
     before, after = np.asarray(scores(tokens)), np.asarray(scores(tokens.at[0, 3].set(6)))
     np.testing.assert_array_equal(before[0, :3], after[0, :3])
     assert (np.abs(before - after)[0, 3:].max(axis=-1) > 1e-5).all()
@@ -330,7 +425,7 @@ def test_block_dropout_acts_in_training_only() -> None:
     def outputs(x: jax.Array) -> list[jax.Array]:
         params = one.init(KEYS[1], x)
         cases = ((still, True), (one, False), (one, True))
-        return [layer.apply(params, x, KEYS[2], train=train) for layer, train in cases]
+        return [apply(layer, params, x, KEYS[2], train=train) for layer, train in cases]
 
     wanted, evaluated, trained = outputs(jax.random.normal(KEYS[0], (2, 3, 8)))
     np.testing.assert_allclose(evaluated, wanted, rtol=1e-6)

@@ -231,8 +231,8 @@ def test_messages(text: str, message: str | None):
     ("text", "message"),
     [
         ("", "x.yaml:1: model.kind: required; give 'convnet', 'transformer_lm' or 'mlp'"),
-        ("", "x.yaml:1: data.kind: required; give 'digits' or 'text'"),
-        ("# only a comment", "x.yaml:1: data.kind: required; give 'digits' or 'text'"),
+        ("", "x.yaml:1: data.kind: required; give 'digits', 'text', 'cifar10', "),
+        ("# only a comment", "x.yaml:1: data.kind: required; give 'digits', 'text', 'cifar10', "),
         ("\nmodel:\n", "x.yaml:2: model.kind: required; give 'convnet', 'transformer_lm' or 'mlp'"),
         ("- a", "x.yaml:1: expected sections such as 'model:' and 'data:', got a list"),
         ("\nfoo", "x.yaml:2: expected sections such as 'model:' and 'data:', got a single value"),

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpipe_jax.losses import softmax_cross_entropy, squared_error, weighted_sums
+from gpipe_jax.losses import (
+    classification,
+    softmax_cross_entropy,
+    squared_error,
+    weighted_sums,
+)
 
 
 def entropy_in_numpy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -40,6 +45,103 @@ def test_cross_entropy_is_computed_in_at_least_float32() -> None:
     with jax.enable_x64(True):
         losses, _ = softmax_cross_entropy(jnp.zeros((1, 2), jnp.float64), jnp.zeros(1, int))
         assert losses.dtype == jnp.float64
+
+
+# --- classification ------------------------------------------------------------------------------
+
+
+def scores(classes: int, seed: int = 0, examples: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(examples, classes)).astype(np.float32)
+    return logits, rng.integers(0, classes, examples)
+
+
+def smoothed_in_numpy(logits: np.ndarray, labels: np.ndarray, e: float) -> np.ndarray:
+    """The cross entropy of (1 - e) onehot + e / classes, class by class."""
+    classes = logits.shape[-1]
+    wanted = (1 - e) * np.eye(classes)[labels] + e / classes
+    every = [entropy_in_numpy(logits, np.full_like(labels, c)) for c in range(classes)]
+    return (wanted * np.stack(every, -1)).sum(-1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_smoothed_labels(smoothing: float) -> None:
+    logits, labels = scores(7)
+    losses, metrics = classification(label_smoothing=smoothing)(jnp.asarray(logits), labels)
+    np.testing.assert_allclose(losses, smoothed_in_numpy(logits, labels, smoothing), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], logits.argmax(-1) == labels)
+    assert metrics.keys() == {"accuracy"}
+
+
+def test_without_options_it_is_the_cross_entropy() -> None:
+    logits, labels = (jnp.asarray(a) for a in scores(7))
+    have, wanted = classification()(logits, labels), softmax_cross_entropy(logits, labels)
+    jax.tree.map(np.testing.assert_array_equal, have, wanted)
+
+
+def test_the_auxiliary_head_counts_with_its_weight_and_has_no_metrics() -> None:
+    (main, labels), (side, _) = scores(7), scores(7, seed=1)
+    loss = classification(label_smoothing=0.1, auxiliary_weight=0.4)
+    losses, metrics = loss((jnp.asarray(main), jnp.asarray(side)), labels)
+    parts = [smoothed_in_numpy(logits, labels, 0.1) for logits in (main, side)]
+    np.testing.assert_allclose(losses, parts[0] + 0.4 * parts[1], rtol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], main.argmax(-1) == labels)
+
+
+@pytest.mark.parametrize("classes", [99, 100, 101])
+def test_top_five_from_a_hundred_classes(classes: int) -> None:
+    logits, _ = scores(classes)
+    ranked = np.argsort(-logits, axis=-1)
+    labels = ranked[np.arange(40), np.arange(40) % 10]  # the k-th best, k from 0 to 9
+    _, metrics = classification()(jnp.asarray(logits), labels)
+    assert ("top5_accuracy" in metrics) == (classes >= 100)
+    np.testing.assert_array_equal(metrics["accuracy"], np.arange(40) % 10 == 0)
+    if classes >= 100:
+        np.testing.assert_array_equal(metrics["top5_accuracy"], np.arange(40) % 10 < 5)
+        assert metrics["top5_accuracy"].dtype == jnp.float32
+
+
+def test_scores_that_say_nothing_are_not_in_the_top_five() -> None:
+    """Neither equal scores nor NaN put a label there that is not among the first classes."""
+    labels = jnp.full(2, 50)
+    for value in (0.0, jnp.nan):
+        _, metrics = classification()(jnp.full((2, 100), value), labels)
+        np.testing.assert_array_equal(metrics["top5_accuracy"], 0)
+
+
+def test_equal_arguments_give_equal_losses() -> None:
+    """Compiled programs are looked up by the loss function."""
+    one, same = (classification(label_smoothing=0.1, auxiliary_weight=0.4) for _ in range(2))
+    assert one == same and hash(one) == hash(same)
+    assert one != classification(label_smoothing=0.1)
+    assert one != classification(label_smoothing=0.2, auxiliary_weight=0.4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "outputs", "said"),
+    [
+        (0.4, 1, r"0.4 the network must return a pair \(logits, aux.*\), got 1 output; .* both"),
+        (0.4, 3, r"0.4 the network must return a pair \(logits, aux.*\), got 3 outputs; .* both"),
+        (0.0, 2, "0.0 the network must return logits alone, got 2 outputs; .* use both or neither"),
+    ],
+)
+def test_outputs_must_go_with_the_weight(weight: float, outputs: int, said: str) -> None:
+    logits = jnp.zeros((3, 7))
+    given = logits if outputs == 1 else (logits,) * outputs
+    with pytest.raises(ValueError, match=said):
+        classification(auxiliary_weight=weight)(given, jnp.zeros(3, jnp.int32))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_arguments_of_classification(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"label_smoothing is {value}: use a number in \[0, 1\)"):
+        classification(label_smoothing=value)
+    if value != 1.0:
+        with pytest.raises(ValueError, match=rf"auxiliary_weight is {value}: use 0 .* or more"):
+            classification(auxiliary_weight=value)
+
+
+# --- other losses, and sums ----------------------------------------------------------------------
 
 
 def test_squared_error_of_every_output() -> None:

@@ -32,64 +32,85 @@ def run(config: OptimizerConfig, steps: int = 100) -> dict:
         return jax.tree.map(np.asarray, params)
 
 
-def by_hand(precondition, rates, *, weight_decay=0.0, clip_norm=np.inf) -> dict:
-    """The same by hand: `precondition(gradient, memory)` changes the dict `memory` of its array."""
+def by_hand(step, rates, *, weight_decay=0.0, l2=0.0, clip_norm=np.inf) -> dict:
+    """The same by hand: `step(gradient, memory, rate)` changes the dict `memory` of its array."""
     params = {name: a.copy() for name, a in PARAMS.items()}
-    memory: dict = {name: {"t": 0, "v": 0.0, "m": 0.0} for name in params}
+    memory: dict = {name: {"t": 0, "v": 0.0, "m": 0.0, "ms": 1.0} for name in params}
     for rate, grads in zip(rates, GRADIENTS, strict=True):
+        decays = {name: float(p.ndim > 1) for name, p in params.items()}
+        grads = {name: g + l2 * decays[name] * params[name] for name, g in grads.items()}
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         for name, p in params.items():
             memory[name]["t"] += 1
-            direction = precondition(grads[name] * min(1.0, clip_norm / norm), memory[name])
-            decay = weight_decay * p if p.ndim > 1 else 0.0
-            params[name] = p - rate * (direction + decay)
+            taken = step(grads[name] * min(1.0, clip_norm / norm), memory[name], rate)
+            params[name] = p - taken - rate * weight_decay * decays[name] * p
     return params
 
 
-def momentum(g, memory, mu=0.8):
+def momentum(g, memory, rate, mu=0.8):
     memory["m"] = g + mu * memory["m"]
-    return memory["m"]
+    return rate * memory["m"]
 
 
-def nesterov(g, memory, mu=0.8):
-    return g + mu * momentum(g, memory, mu)
+def nesterov(g, memory, rate, mu=0.8):
+    return rate * g + mu * momentum(g, memory, rate, mu)
 
 
-def adam(g, memory, b1=0.7, b2=0.9, eps=1e-3):
+def adam(g, memory, rate, b1=0.7, b2=0.9, eps=1e-3):
     memory["m"] = b1 * memory["m"] + (1 - b1) * g
     memory["v"] = b2 * memory["v"] + (1 - b2) * g**2
     mean, square = memory["m"] / (1 - b1 ** memory["t"]), memory["v"] / (1 - b2 ** memory["t"])
-    return mean / (np.sqrt(square) + eps)
+    return rate * mean / (np.sqrt(square) + eps)
 
 
-def rmsprop(g, memory, decay=0.6, eps=1e-3, mu=0.8):
-    memory["v"] = decay * memory["v"] + (1 - decay) * g**2
-    return momentum(g / np.sqrt(memory["v"] + eps), memory, mu)
+def rmsprop(g, memory, rate, decay=0.6, eps=0.2, mu=0.8):
+    """The update in the documentation of TensorFlow's optimizer, whose mean square starts at 1."""
+    memory["ms"] = decay * memory["ms"] + (1 - decay) * g**2
+    memory["m"] = mu * memory["m"] + rate * g / np.sqrt(memory["ms"] + eps)
+    return memory["m"]
 
 
 KINDS = {
     "momentum": (SgdConfig, {"momentum": 0.8}, momentum),
     "nesterov": (SgdConfig, {"momentum": 0.8, "nesterov": True}, nesterov),
     "adamw": (AdamConfig, {"b1": 0.7, "b2": 0.9, "eps": 1e-3}, adam),
-    "rmsprop": (RmsPropConfig, {"decay": 0.6, "eps": 1e-3, "momentum": 0.8}, rmsprop),
+    "rmsprop": (RmsPropConfig, {"decay": 0.6, "eps": 0.2, "momentum": 0.8}, rmsprop),
 }
-EXTRAS = {"plain": {}, "decay": {"weight_decay": 0.3}, "clipped": {"clip_norm": 0.5}}
+EXTRAS = {
+    "plain": {},
+    "decay": {"weight_decay": 0.3},
+    "l2": {"l2": 0.3},
+    "clipped": {"clip_norm": 0.5},
+    "all": {"weight_decay": 0.2, "l2": 0.3, "clip_norm": 0.5},
+}
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps_by_hand(kind, extra):
-    model, arguments, precondition = KINDS[kind]
-    config = model(learning_rate=0.1, schedule="constant", **arguments, **EXTRAS[extra])
-    wanted = by_hand(precondition, [0.1] * STEPS, **EXTRAS[extra])
+    """With a rate that falls: whether it is taken in or outside the velocity makes a difference."""
+    model, arguments, step = KINDS[kind]
+    falling = {"schedule": "exponential", "decay_rate": 0.5, "decay_steps": 1}
+    config = model(learning_rate=0.1, **falling, **arguments, **EXTRAS[extra])
+    wanted = by_hand(step, [0.1, 0.05, 0.025], **EXTRAS[extra])
     have = run(config)
     for name in wanted:  # optax keeps learning rates in float32, 0.1 too
-        np.testing.assert_allclose(have[name], wanted[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(have[name], wanted[name], rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-def test_weight_decay_leaves_vectors_alone():
+def test_rmsprop_may_start_from_zero():
+    """Then the first step divides by the root of (1 - decay) g^2 + eps."""
+    config = RmsPropConfig(learning_rate=0.1, schedule="constant", initial=0.0, eps=1e-8)
+    with jax.enable_x64(True):
+        tx = optimizer.build(config, 10)
+        update, _ = tx.update(jnp.asarray([2.0]), tx.init(jnp.zeros(1)))
+    np.testing.assert_allclose(np.asarray(update), [-0.1 / np.sqrt(0.1)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["weight_decay", "l2"])
+def test_decay_leaves_vectors_alone(field):
     plain, decayed = (
-        run(SgdConfig(learning_rate=0.1, weight_decay=rate, schedule="constant"))
+        run(SgdConfig.model_validate({"learning_rate": 0.1, "schedule": "constant", field: rate}))
         for rate in (0, 0.5)
     )
     np.testing.assert_array_equal(plain["vector"], decayed["vector"])
@@ -108,7 +129,7 @@ def test_clipping_keeps_gradients_within_the_norm():
 
 def rates(steps: int, **options) -> np.ndarray:
     schedule = optimizer.learning_rate(SgdConfig(learning_rate=0.5, **options), steps)
-    return np.array([float(schedule(jnp.asarray(s))) for s in range(steps)])
+    return np.array([np.asarray(schedule(jnp.asarray(s))) for s in range(steps)])
 
 
 def test_constant_after_a_linear_warm_up():
@@ -132,9 +153,16 @@ def test_exponential_applies_its_factor_once_in_decay_steps():
     np.testing.assert_allclose(have, [0, *(0.5 * 0.25 ** (np.arange(6) / 2))], rtol=1e-5)
 
 
+def test_a_staircase_applies_its_factor_at_once():
+    have = rates(
+        7, schedule="exponential", warmup_steps=1, decay_rate=0.25, decay_steps=2, staircase=True
+    )
+    np.testing.assert_allclose(have, [0, 0.5, 0.5, 0.125, 0.125, 0.03125, 0.03125], rtol=1e-6)
+
+
 def test_a_run_follows_its_schedule():
     config = SgdConfig(learning_rate=0.5, momentum=0, schedule="constant", warmup_steps=2)
-    wanted = by_hand(lambda g, _: g, [0, 0.25, 0.5])
+    wanted = by_hand(lambda g, _, rate: rate * g, [0, 0.25, 0.5])
     np.testing.assert_allclose(run(config)["matrix"], wanted["matrix"], rtol=1e-6)
 
 
@@ -175,6 +203,10 @@ ACCEPTED = {
     "adam": lambda: optax.adam(1e-3),
     "rmsprop": lambda: optax.rmsprop(1e-3, momentum=0.9),
     "adamw of ours": lambda: optimizer.build(AdamConfig(weight_decay=0.1, clip_norm=1), 10**6),
+    "rmsprop of ours": lambda: optimizer.build(
+        RmsPropConfig(weight_decay=0.1, l2=0.1, clip_norm=1), 10**6
+    ),
+    "sgd of ours": lambda: optimizer.build(SgdConfig(l2=0.1, clip_norm=1, nesterov=True), 10**6),
     "a long warm-up": lambda: optimizer.build(AdamConfig(warmup_steps=10**5), 10**6),
     "clip": lambda: optax.chain(optax.clip(0.1), optax.sgd(0.1)),
     "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
@@ -211,6 +243,31 @@ def test_what_depends_on_the_grouping_is_refused(name):
 def test_a_transformation_that_makes_nan_is_refused():
     with pytest.raises(ValueError, match="use elementwise transformations"):
         optimizer.check_elementwise(optax.scale(float("nan")))
+
+
+# --- moving average ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
+def test_the_moving_average_by_hand(decay):
+    """(1 + 8) / (10 + 8) is 0.5: that decay holds from step 8 on, the other one much later."""
+    rng = np.random.default_rng(0)
+    start, *values = rng.normal(size=(13, 3)).astype(np.float32)
+    have, wanted = {"w": jnp.asarray(start)}, start.astype(np.float64)
+    update = jax.jit(optimizer.moving_average, static_argnames="decay")
+    for step, value in enumerate(values):
+        have = update(have, {"w": jnp.asarray(value)}, jnp.uint32(step), decay=decay)
+        now = min(decay, (1 + step) / (10 + step))
+        wanted = now * wanted + (1 - now) * value
+        np.testing.assert_allclose(have["w"], wanted, rtol=1e-5, atol=1e-6, err_msg=str(step))
+
+
+def test_the_moving_average_keeps_its_type():
+    """The average of bfloat16 parameters is more exact than they are."""
+    average, params = jnp.full(2, 1.003, jnp.float32), jnp.full(2, 3, jnp.bfloat16)
+    moved = optimizer.moving_average(average, params, jnp.uint32(10**8), 0.99)
+    assert moved.dtype == jnp.float32
+    np.testing.assert_allclose(moved - average, 0.01 * (3 - 1.003), rtol=1e-4)
 
 
 # --- parts of a state ----------------------------------------------------------------------------

@@ -2,64 +2,101 @@
 
 XLA:CPU rewrites a convolution's gradients to its fast path only in the entry computation of a
 program; inside the pipeline's scan they would run tens of times slower. So on CPU the gradients are
-written as convolutions that need no rewriting; elsewhere they are XLA's own.
+written as convolutions that need no rewriting, and depthwise convolutions are sums of
+shifted products (see `pool`). Elsewhere all are XLA's own.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+
+from gpipe_jax.layers.pool import Windows, fast_on_cpu, total
 
 AXES = ("NHWC", "HWIO", "NHWC")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolution of x [B, H, W, C] with kernel [h, w, C, F], padding "SAME"."""
-    return _plain(x, kernel, stride)
+def conv2d(
+    x: jax.Array, kernel: jax.Array, stride: int | tuple[int, int] = 1, padding: str = "SAME"
+) -> jax.Array:
+    """Convolution of x [B, H, W, C] with kernel [h, w, C, F]; padding "SAME" or "VALID"."""
+    h, w = kernel.shape[:2]
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    windows = Windows((h, w), strides, padding=padding)
+    windows.axes(x.shape)  # an error if not one window fits
+    return _conv2d(windows, x, kernel)
 
 
-def _plain(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=AXES)
+def depthwise_conv2d(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
+) -> jax.Array:
+    """Convolution of each channel of x [B, H, W, C] with its own kernel, of [h, w, C]; "SAME"."""
+    h, w, channels = kernel.shape
+    if channels != x.shape[3]:
+        raise ValueError(
+            f"`kernel` is for {channels} channels and `x` has {x.shape[3]}; "
+            f"a depthwise convolution needs one kernel for each channel"
+        )
+    return _depthwise(Windows((h, w), (stride, stride), dilation), x, kernel)
 
 
-def _conv2d_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
-    return _plain(x, kernel, stride), (x, kernel)
-
-
-def _conv2d_backward(stride: int, saved: tuple, dy: jax.Array) -> tuple:
-    def plain(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple:
-        return jax.vjp(functools.partial(_plain, stride=stride), x, kernel)[1](dy)
-
-    canonical = functools.partial(_canonical_gradients, stride)
-    platforms: dict = {"cpu": canonical, "default": plain}
-    return lax.platform_dependent(*saved, dy, **platforms)
-
-
-conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+def _plain(windows: Windows, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    stride, padding = windows.stride, windows.padding
+    return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=AXES)
 
 
 def _canonical_gradients(
-    stride: int, x: jax.Array, kernel: jax.Array, dy: jax.Array
+    windows: Windows, dy: jax.Array, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients as two forward convolutions in the layout that XLA:CPU computes fast."""
-    sizes = list(zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True))
-    low = [max((o - 1) * stride + k - n, 0) // 2 for n, k, o in sizes]  # of "SAME" padding
-    spread = [(o - 1) * stride + 1 for _, _, o in sizes]  # dy with stride - 1 zeros between
+    axes, stride = windows.axes(x.shape), windows.stride
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    pad_x = [(k - 1 - p, n - s + p) for (n, k, _), p, s in zip(sizes, low, spread, strict=True)]
+    pads = [axis.transposed_padding for axis in axes]
     dx = lax.conv_general_dilated(
-        dy, flipped, (1, 1), pad_x, lhs_dilation=(stride,) * 2, dimension_numbers=AXES
+        dy, flipped, (1, 1), pads, lhs_dilation=stride, dimension_numbers=AXES
     )
-    pad_w = [(p, s + k - 1 - n - p) for (n, k, _), p, s in zip(sizes, low, spread, strict=True)]
     dw = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pad_w,
-        rhs_dilation=(stride,) * 2, dimension_numbers=AXES,
+        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), [axis.padding for axis in axes],
+        rhs_dilation=stride, dimension_numbers=AXES,
     )  # fmt: skip
     return dx, dw.transpose(1, 2, 0, 3)
+
+
+def _plain_depthwise(windows: Windows, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel[:, :, None], windows.stride, windows.padding,
+        rhs_dilation=(windows.dilation,) * 2, dimension_numbers=AXES,
+        feature_group_count=x.shape[3],
+    )  # fmt: skip
+
+
+def _shifted_products(windows: Windows, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    weights = kernel.reshape(-1, x.shape[3])
+    return total(view * weight for view, weight in zip(windows.views(x), weights, strict=True))
+
+
+def _depthwise_gradients(
+    windows: Windows, dy: jax.Array, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    weights = kernel.reshape(-1, x.shape[3])
+    viewers = windows.viewers(dy, x.shape)
+    dx = total(viewer * weight for viewer, weight in zip(viewers, weights, strict=True))
+    padded = windows.pad(x)
+
+    # A loop, which reuses one buffer: unrolled, each position would fill its own, and take longer.
+    def weight_gradient(position: jax.Array) -> jax.Array:
+        view = windows.at(padded, *position)
+        return (view * dy).sum((0, 1, 2))
+
+    dw = lax.map(weight_gradient, jnp.array(list(np.ndindex(windows.size))))
+    return dx, dw.reshape(kernel.shape)
+
+
+_conv2d = fast_on_cpu(_plain, _canonical_gradients)
+_depthwise = fast_on_cpu(_plain_depthwise, _depthwise_gradients, _shifted_products)
 
 
 class Conv(nnx.Module):

@@ -9,34 +9,96 @@ found and share one compiled body.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import jax
 from flax import nnx
 
+from gpipe_jax.layers import statistics
+
 PyTree = Any
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer is told about the call: one micro-batch of one step."""
+
+    key: jax.Array  # of this layer, micro-batch and step: the only source of randomness
+    train: bool
+    progress: jax.Array | float = 1.0  # of the training run, 0 to 1
 
 
 @dataclass(frozen=True)
 class Layer:
     """A description of a layer; see `layer`. Subclasses say how it is made and applied."""
 
+    stashes: tuple[str, ...] = field(default=(), kw_only=True)
+    pops: tuple[str, ...] = field(default=(), kw_only=True)
+    ties: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # (path, name)
+
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
         """Fresh parameters, a tree of arrays, for an input like `x`."""
         raise NotImplementedError
 
-    def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
-        """The output for input `x`. `key` is the only source of randomness."""
+    def init_statistics(self) -> PyTree:
+        """Fresh running statistics of batch norms; no leaves for a layer without."""
+        return {}
+
+    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
+        """Parameters and statistics as trees of `jax.ShapeDtypeStruct`, for an input like `x`."""
+        params = jax.eval_shape(lambda x: self.init(jax.random.key(0), x), x)
+        return params, jax.eval_shape(self.init_statistics)
+
+    def apply(
+        self, params: PyTree, stats: PyTree, x: PyTree, context: Context
+    ) -> tuple[PyTree, PyTree]:
+        """The output for input `x`, and in training the moments of this micro-batch.
+
+        Moments have the form of `stats`. The pipeline averages them over all micro-batches and
+        gives the average to `commit`, once a step.
+        """
         raise NotImplementedError
+
+    def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
+        """The running statistics after a step, from the average moments of its micro-batches."""
+        del moments
+        return stats
+
+    def stash(self, *names: str) -> Self:
+        """This layer, whose output is (y, *kept): y goes on, the rest waits to be popped by name.
+
+        The kept tensors may cross any number of stages; no stage in between computes with them.
+        """
+        return replace(self, stashes=(*self.stashes, *names))
+
+    def pop(self, *names: str) -> Self:
+        """This layer, whose input is (x, *popped): what earlier layers stashed by these names."""
+        return replace(self, pops=(*self.pops, *names))
+
+    def tie(self, name: str, path: str) -> Self:
+        """This layer, whose parameter at `path` ("linear.kernel") is the one called `name`.
+
+        All layers that tie the same name share one parameter, which the first of them makes.
+        """
+        return replace(self, ties=(*self.ties, (path, name)))
+
+    def linked(self, description: str) -> str:
+        """`description` with the names of what is stashed, popped and tied."""
+        ties = [f"{path} as {name}" for path, name in self.ties]
+        words = {"stash": self.stashes, "pop": self.pops, "tie": ties}
+        parts = [f"{verb} {', '.join(names)}" for verb, names in words.items() if names]
+        return " ".join([description, *(f"[{part}]" for part in parts)])
 
 
 def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer:
     """Describe one layer of the network.
 
     `layer(Module, **kwargs)` is the `nnx.Module` that `Module(**kwargs, rngs=...)` builds (`rngs`
-    only if it takes them); it is called as `module(x)`, with `rngs=` if it takes them. Modules that
-    keep their own `nnx.Rngs` (Dropout) get theirs reseeded for every micro-batch.
+    only if it takes them); it is called as `module(x)`, with `rngs=` if it takes them, and with
+    `progress=` (of the training run, 0 to 1) if it takes that. Modules that keep their own
+    `nnx.Rngs` (Dropout) get theirs reseeded for every micro-batch. An `nnx.BatchNorm` normalises
+    with the statistics of the micro-batch; its running ones change once a step.
 
     `layer(init, apply)` is a pair of functions, as of Linen or plain JAX: `init(key, x)` returns
     parameters and `apply(params, x)` the output. If it takes `rngs`, it gets the key in training
@@ -83,23 +145,33 @@ class FunctionLayer(Layer):
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
         return self.init_fn(key, x)
 
-    def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
-        known = {"rngs": key if train else None, "train": train}
+    def apply(
+        self, params: PyTree, stats: PyTree, x: PyTree, context: Context
+    ) -> tuple[PyTree, PyTree]:
+        del stats
+        known = {
+            "rngs": context.key if context.train else None,
+            "train": context.train,
+            "progress": context.progress,
+        }
         wanted = {name: value for name, value in known.items() if _takes(self.apply_fn, name)}
-        return self.apply_fn(params, x, **wanted)
+        return self.apply_fn(params, x, **wanted), {}
 
     def __str__(self) -> str:
         owner = getattr(self.apply_fn, "__self__", None)
         name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))
-        return name if owner is None else type(owner).__name__
+        return self.linked(name if owner is None else type(owner).__name__)
 
 
 class Template(NamedTuple):
-    """The static half of a module: its graph in both modes, and the paths of its random streams."""
+    """The static half of a module: its graph in both modes, and what it holds beside parameters."""
 
+    params: PyTree  # as shapes
+    stats: PyTree  # likewise
     train: nnx.GraphDef
     evaluate: nnx.GraphDef
-    rng_state: tuple[tuple[tuple, type], ...]
+    rng_state: tuple[tuple[tuple, type], ...]  # paths of its random streams
+    norms: tuple[statistics.Norm, ...]
 
 
 @dataclass(frozen=True)
@@ -119,18 +191,41 @@ class ModuleLayer(Layer):
         del x  # nnx modules know the shape of their input
         return nnx.to_pure_dict(nnx.split(self.build(key), nnx.Param, ...)[1])
 
-    def apply(self, params: PyTree, x: PyTree, key: jax.Array, *, train: bool) -> PyTree:
-        template = _template(self)
+    def init_statistics(self) -> PyTree:
+        return nnx.to_pure_dict(nnx.split(self.build(jax.random.key(0)), nnx.BatchStat, ...)[1])
+
+    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
+        del x
+        return _template(self).params, _template(self).stats
+
+    def apply(
+        self, params: PyTree, stats: PyTree, x: PyTree, context: Context
+    ) -> tuple[PyTree, PyTree]:
+        template, key = _template(self), context.key
         streams = [(path, _stream_value(kind, key, i)) for i, (path, kind) in _streams(template)]
-        graph = template.train if train else template.evaluate
-        module = nnx.merge(graph, params, nnx.to_pure_dict(nnx.from_flat_state(streams)))
-        if _takes(self.module.__call__, "rngs"):
-            return module(x, rngs=nnx.Rngs(key))
-        return module(x)
+        graph = template.train if context.train else template.evaluate
+        rng_state = nnx.to_pure_dict(nnx.from_flat_state(streams))
+        module = nnx.merge(graph, params, stats, rng_state)
+        known = {"rngs": nnx.Rngs(key), "progress": context.progress}
+        call = self.module.__call__
+        y = module(x, **{name: value for name, value in known.items() if _takes(call, name)})
+        if not (context.train and template.norms):
+            return y, {}
+        seen = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+        return y, statistics.moments(template.norms, stats, seen)
+
+    def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
+        return statistics.commit(_template(self).norms, stats, moments)
 
     def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={value}" for name, value in self.kwargs)
-        return f"{self.module.__name__}({arguments})"
+        arguments = ", ".join(f"{name}={_brief(value)}" for name, value in self.kwargs)
+        return self.linked(f"{self.module.__name__}({arguments})")
+
+
+def _brief(value: Any) -> str:
+    """The value itself if that is short, else its type."""
+    text = str(value)
+    return text if len(text) <= 24 and "\n" not in text else type(value).__name__
 
 
 def _streams(template: Template) -> list:
@@ -146,18 +241,21 @@ def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
 def _template(description: ModuleLayer) -> Template:
     """Built abstractly: no array of the module ever exists."""
     module = nnx.eval_shape(lambda: description.build(jax.random.key(0)))
-    train, _, rng_state, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    norms = statistics.prepare(module, str(description))
+    kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+    train, params, stats, rng_state, rest = nnx.split(module, *kinds)
     unknown = nnx.to_flat_state(rest)
     if unknown:
         found = ", ".join(sorted({type(v).__name__ for _, v in unknown}))
         raise ValueError(
             f"layer {description} has variables of type {found}; a pipeline layer may hold "
-            f"nnx.Param and random streams only (for normalisation use GroupNorm or LayerNorm)"
+            f"nnx.Param, random streams, and the statistics of nnx.BatchNorm only"
         )
     module.eval()
     evaluate = nnx.split(module, nnx.Param, ...)[0]
     flat = tuple((path, type(variable)) for path, variable in nnx.to_flat_state(rng_state))
-    return Template(train, evaluate, flat)
+    pure = [nnx.to_pure_dict(state) for state in (params, stats)]
+    return Template(*pure, train, evaluate, flat, norms)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,12 +1,15 @@
 """What each layer of a network looks like, found without building anything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers import links
+from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.links import Boundary
+from gpipe_jax.mesh import DATA
 
 PyTree = Any
 
@@ -15,35 +18,53 @@ class LayerShape(NamedTuple):
     """What one layer of a network looks like: trees of `jax.ShapeDtypeStruct`."""
 
     layer: Layer
-    input: PyTree
-    params: PyTree
-    output: PyTree
+    boundary: Boundary  # what passes a cut in front of the layer
+    input: PyTree  # what the layer is applied to: with what it pops
+    params: PyTree  # its own: None in place of what it borrows from the owner of a tied name
+    borrowed: dict[str, PyTree]  # tied name -> the parameter
+    stats: PyTree  # running statistics
+    output: PyTree  # of the layer: with what it stashes
 
 
 def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
     """The shapes of every layer's parameters and output for an input like `x`; builds nothing.
 
-    Raises ValueError, naming both layers, where an output does not fit the next layer's input.
+    Raises ValueError, naming both layers, where an output does not fit the next layer's input, and
+    where what is stashed, popped or tied does not match.
     """
+    links.check_names(layers)
     shapes: list[LayerShape] = []
     known: dict = {}
+    boundary, shared = Boundary(x, {}), {}
     for i, layer in enumerate(layers):
-        question = layer, signature(x)
+        taken, rest = links.take(layer, boundary)
+        question = layer, signature(taken)
         if question not in known:
-            known[question] = _infer_one(layers, i, x)
-        shapes.append(LayerShape(layer, x, *known[question]))
-        x = shapes[-1].output
+            known[question] = _infer_one(layers, i, taken)
+        params, stats, output = known[question]
+        links.check_tied(i, layer, params, shared)
+        own, borrowed = links.borrow(layer, params, shared)
+        shared = {**shared, **links.offered(layer, own)}
+        shapes.append(LayerShape(layer, boundary, taken, own, borrowed, stats, output))
+        boundary = links.give(layer, output, rest)
     return shapes
 
 
-def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree]:
+def as_replica(function: Callable) -> Callable:
+    """`function` of one micro-batch as the only replica, so that it may name the replicas' axis."""
+    return jax.vmap(function, in_axes=None, out_axes=None, axis_name=DATA, axis_size=1)
+
+
+def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     layer, key = layers[i], jax.eval_shape(lambda: jax.random.key(0))
+
+    def output(params: PyTree, stats: PyTree, key: jax.Array, train: bool) -> PyTree:
+        y = lambda p, s, x, k: layer.apply(p, s, x, Context(k, train))[0]  # noqa: E731
+        return jax.eval_shape(as_replica(y), params, stats, x, key)
+
     try:
-        params = jax.eval_shape(layer.init, key, x)
-        output, evaluated = (
-            jax.eval_shape(lambda p, x, k, t=t: layer.apply(p, x, k, train=t), params, x, key)
-            for t in (True, False)
-        )
+        params, stats = layer.shapes(x)
+        trained, evaluated = (output(params, stats, key, t) for t in (True, False))
     except Exception as error:
         source = f"the output of layer {i - 1}, {layers[i - 1]}" if i else "the network's inputs"
         raise ValueError(
@@ -51,12 +72,23 @@ def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTr
             f"make the two agree ({type(error).__name__}: {_first_line(error)})"
         ) from error
     _check_parameters(i, layer, params)
-    if describe(output) != describe(evaluated):
+    if describe(trained) != describe(evaluated):
         raise ValueError(
-            f"layer {i}, {layer}, gives {describe(output)} in training but {describe(evaluated)} "
+            f"layer {i}, {layer}, gives {describe(trained)} in training but {describe(evaluated)} "
             f"in evaluation; make the two agree"
         )
-    return params, output
+    links.check_stashed(i, layer, trained)
+    return params, stats, trained
+
+
+def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
+    """The number of parameters of a network for inputs like `example`; tied ones count once.
+
+    `example` is a tree of arrays or `jax.ShapeDtypeStruct`s, the first axis being the examples.
+    Nothing is built.
+    """
+    shapes = infer_shapes(layers, example)
+    return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
 
 
 def _check_parameters(i: int, layer: Layer, params: PyTree) -> None:

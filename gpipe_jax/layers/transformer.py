@@ -1,6 +1,10 @@
-"""The parts of a decoder-only Transformer: embedding, pre-norm block, head.
+"""The parts of Transformers: embeddings, pre-norm blocks, heads.
 
-Letters: B examples, S positions, D width, H heads, V vocabulary.
+What the layers of an encoder-decoder give to the next one is a dict: "x", and what later layers
+need beside it.
+
+Letters: B examples, S positions, T target positions, D width, H heads, K features of a head,
+V vocabulary.
 """
 
 import math
@@ -28,30 +32,114 @@ class Embedding(nnx.Module):
         return (self.tokens[...][tokens_BS] + positions[None]).astype(self.dtype)
 
 
-class CausalAttention(nnx.Module):
-    """Multi-head self-attention in which no position sees a later one."""
+class SinusoidalEmbedding(nnx.Module):
+    """Tokens int [B, S] to vectors [B, S, D]: sqrt(D) times a learned vector, plus `sinusoids`.
 
-    def __init__(self, width: int, heads: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs) -> None:
+    Vaswani et al., Attention Is All You Need, 3.4 and 3.5. S has no limit.
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
+    ) -> None:
+        unit = nnx.initializers.normal(1 / math.sqrt(width))  # variance 1 after the scaling
+        self.tokens = nnx.Param(unit(rngs.params(), (vocabulary, width)))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, tokens_BS: jax.Array) -> jax.Array:
+        tokens = self.tokens[...]
+        x_BSD = tokens[tokens_BS] * math.sqrt(tokens.shape[1])
+        positions = sinusoids(tokens_BS.shape[1], tokens.shape[1])
+        return (x_BSD + positions[None].astype(tokens.dtype)).astype(self.dtype)
+
+
+def sinusoids(length: int, width: int) -> jax.Array:
+    """Positions as vectors [S, D]: sin(p / 10000^(2i/D)) at 2i, the cosine at 2i + 1.
+
+    Vaswani et al., 3.5.
+    """
+    position_S = jnp.arange(length, dtype=float)
+    angle = position_S[:, None] * 10000.0 ** (-jnp.arange(0, width, 2, dtype=float) / width)[None]
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, width)
+
+
+def attend(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, *, causal: bool) -> jax.Array:
+    """Scaled dot-product attention [B, S, H, K]; if causal, no position sees a later one."""
+    # Scores in float32 at least; jax.nn.dot_product_attention would make float64 ones float32.
+    kind = jnp.promote_types(q_BSHK.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q_BSHK, k_BTHK, preferred_element_type=kind)
+    scores = scores / math.sqrt(q_BSHK.shape[-1])
+    if causal:
+        seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
+        scores = jnp.where(seen, scores, jnp.finfo(kind).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BTHK.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v_BTHK)
+
+
+def split_heads(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
+    """The last axis cut into parts, and each of them into heads: arrays [B, S, H, K]."""
+    return [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x, parts, axis=-1)]
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention of x [B, S, D] to itself; K is `head_width`, or else D / H."""
+
+    causal = False
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dtype: Dtype = "float32",
+        head_width: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        inner = heads * (head_width or width // heads)
         self.heads = heads
-        self.qkv = nnx.Linear(width, 3 * width, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * inner, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.out = nnx.Linear(inner, width, dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        B, S, D = x_BSD.shape
-        split = lambda a: a.reshape(B, S, self.heads, D // self.heads)  # noqa: E731
-        q, k, v = map(split, jnp.split(self.qkv(x_BSD), 3, axis=-1))
-        # Scores in float32 at least; jax.nn.dot_product_attention would make float64 ones float32.
-        kind = jnp.promote_types(q.dtype, jnp.float32)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=kind)
-        seen = jnp.tril(jnp.ones((S, S), bool))[None, None]
-        scores = jnp.where(seen, scores / math.sqrt(D // self.heads), jnp.finfo(kind).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return self.out(y.reshape(B, S, D))
+        q, k, v = split_heads(self.qkv(x_BSD), 3, self.heads)
+        y = attend(q, k, v, causal=self.causal)
+        return self.out(y.reshape(*y.shape[:2], -1))
+
+
+class CausalAttention(SelfAttention):
+    """Multi-head self-attention in which no position sees a later one."""
+
+    causal = True
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of x [B, T, D] to all positions of a memory [B, S, D]."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dtype: Dtype = "float32",
+        head_width: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        inner = heads * (head_width or width // heads)
+        self.heads = heads
+        self.q = nnx.Linear(width, inner, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.kv = nnx.Linear(width, 2 * inner, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.out = nnx.Linear(inner, width, dtype=jnp.dtype(dtype), rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, memory_BSD: jax.Array) -> jax.Array:
+        (q,) = split_heads(self.q(x_BTD), 1, self.heads)
+        k, v = split_heads(self.kv(memory_BSD), 2, self.heads)
+        y = attend(q, k, v, causal=False)
+        return self.out(y.reshape(*y.shape[:2], -1))
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)) (Transformer, pre-norm)."""
+
+    attention_type: type[SelfAttention] = CausalAttention
 
     def __init__(
         self,
@@ -60,19 +148,27 @@ class Block(nnx.Module):
         feed_forward: int,
         dropout: float = 0.0,
         dtype: Dtype = "float32",
+        head_width: int | None = None,
         *,
         rngs: nnx.Rngs,
     ) -> None:
         kind = jnp.dtype(dtype)
         self.norm1 = nnx.LayerNorm(width, dtype=kind, rngs=rngs)
-        self.attention = CausalAttention(width, heads, dtype, rngs=rngs)
+        self.attention = self.attention_type(width, heads, dtype, head_width, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, dtype=kind, rngs=rngs)
         self.up = nnx.Linear(width, feed_forward, dtype=kind, rngs=rngs)
         self.down = nnx.Linear(feed_forward, width, dtype=kind, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x_BSD: jax.Array, *, rngs: nnx.Rngs) -> jax.Array:
-        x_BSD = x_BSD + self.dropout(self.attention(self.norm1(x_BSD)), rngs=rngs)
+        return self.feed_forward(self.attend(x_BSD, rngs), rngs)
+
+    def attend(self, x_BSD: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+        """x + attention(norm(x))."""
+        return x_BSD + self.dropout(self.attention(self.norm1(x_BSD)), rngs=rngs)
+
+    def feed_forward(self, x_BSD: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+        """x + down(gelu(up(norm(x))))."""
         y_BSD = self.down(jax.nn.gelu(self.up(self.norm2(x_BSD))))
         return x_BSD + self.dropout(y_BSD, rngs=rngs)
 
@@ -81,8 +177,109 @@ class LanguageHead(nnx.Module):
     """Vectors [B, S, D] to token scores [B, S, V], after a last layer norm."""
 
     def __init__(self, width: int, vocabulary: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs):
-        self.norm = nnx.LayerNorm(width, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.norm = plain_norm(width, dtype, rngs)
         self.linear = nnx.Linear(width, vocabulary, dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         return self.linear(self.norm(x_BSD))
+
+
+def plain_norm(width: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm without parameters.
+
+    For norms that only linear maps with a bias read: these can express any scale and bias
+    themselves, so nothing is lost.
+    """
+    kind = jnp.dtype(dtype)
+    return nnx.LayerNorm(width, use_bias=False, use_scale=False, dtype=kind, rngs=rngs)
+
+
+class TiedHead(nnx.Module):
+    """Vectors [B, S, D] to token scores [B, S, V]: products with an embedding's `tokens` [V, D].
+
+    To be tied by `layer(TiedHead, ...).tie(name, "tokens")`. The norm keeps its scale: the table is
+    not the head's alone, so it cannot express one.
+    """
+
+    def __init__(self, width: int, vocabulary: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs):
+        kind = jnp.dtype(dtype)
+        self.norm = nnx.LayerNorm(width, use_bias=False, dtype=kind, rngs=rngs)
+        self.tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocabulary, width)))
+        self.bias = nnx.Param(jnp.zeros(vocabulary))
+        self.dtype = kind
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        tokens_VD, bias_V = (a[...].astype(self.dtype) for a in (self.tokens, self.bias))
+        return self.norm(x_BSD) @ tokens_VD.T + bias_V[None, None]
+
+
+# --- encoder-decoder ------------------------------------------------------------------------------
+
+
+class SourceEmbedding(nnx.Module):
+    """{"source": int [B, S], "target": int [B, T]} to {"x": [B, S, D], "target"}."""
+
+    def __init__(
+        self, vocabulary: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
+    ) -> None:
+        self.embedding = SinusoidalEmbedding(vocabulary, width, dtype, rngs=rngs)
+
+    def __call__(self, tree: dict) -> dict:
+        return {"x": self.embedding(tree["source"]), "target": tree["target"]}
+
+
+class EncoderBlock(Block):
+    """A block on "x" [B, S, D] of {"x", "target"} in which all positions see each other."""
+
+    attention_type = SelfAttention
+
+    def __call__(self, tree: dict, *, rngs: nnx.Rngs) -> dict:
+        return {**tree, "x": super().__call__(tree["x"], rngs=rngs)}
+
+
+class TargetEmbedding(nnx.Module):
+    """{"x": [B, S, D], "target": int [B, T]} to {"x": [B, T, D], "memory": norm(x) [B, S, D]}."""
+
+    def __init__(
+        self, vocabulary: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
+    ) -> None:
+        self.embedding = SinusoidalEmbedding(vocabulary, width, dtype, rngs=rngs)
+        self.norm = plain_norm(width, dtype, rngs)
+
+    def __call__(self, tree: dict) -> dict:
+        return {"x": self.embedding(tree["target"]), "memory": self.norm(tree["x"])}
+
+
+class DecoderBlock(Block):
+    """A causal block on "x" [B, T, D] of {"x", "memory"} that also attends to the memory.
+
+    x + self_attention(norm(x)), x + cross_attention(norm(x), memory), x + feed_forward(norm(x)).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feed_forward: int,
+        dropout: float = 0.0,
+        dtype: Dtype = "float32",
+        head_width: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(width, heads, feed_forward, dropout, dtype, head_width, rngs=rngs)
+        self.cross_norm = nnx.LayerNorm(width, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.cross_attention = CrossAttention(width, heads, dtype, head_width, rngs=rngs)
+
+    def __call__(self, tree: dict, *, rngs: nnx.Rngs) -> dict:
+        x_BTD = self.attend(tree["x"], rngs)
+        y_BTD = self.cross_attention(self.cross_norm(x_BTD), tree["memory"])
+        x_BTD = x_BTD + self.dropout(y_BTD, rngs=rngs)
+        return {**tree, "x": self.feed_forward(x_BTD, rngs)}
+
+
+class Decoded(nnx.Module):
+    """{"x", "memory"} to x: what the decoder gives to a head."""
+
+    def __call__(self, tree: dict) -> jax.Array:
+        return tree["x"]

@@ -1,4 +1,4 @@
-"""Networks as lists of layers, ready to be cut into stages."""
+"""Small networks for small images."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,7 +6,6 @@ from itertools import pairwise
 from gpipe_jax.layers.conv import ConvHead, ConvStem, ResidualBlock
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import Layer, layer
-from gpipe_jax.layers.transformer import Block, Embedding, LanguageHead
 
 
 def convnet(
@@ -33,33 +32,6 @@ def convnet(
     return [*layers, layer(ConvHead, in_features=widths[-1], classes=classes)]
 
 
-def transformer_lm(
-    *,
-    vocabulary: int = 256,
-    length: int = 128,
-    width: int = 128,
-    heads: int = 4,
-    feed_forward: int = 512,
-    layers: int = 4,
-    dropout: float = 0.0,
-    dtype: str = "float32",
-) -> list[Layer]:
-    """A decoder-only language model: tokens int [B, length] to scores [B, length, vocabulary].
-
-    An embedding, pre-norm blocks, and a head with its own weights. `dtype` is what the layers
-    compute in; parameters are float32.
-    """
-    if width % heads:
-        raise ValueError(f"`width` {width} is not a multiple of `heads` {heads}")
-    kind = {"width": width, "dtype": dtype}
-    block = layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **kind)
-    return [
-        layer(Embedding, vocabulary=vocabulary, length=length, **kind),
-        *[block] * layers,
-        layer(LanguageHead, vocabulary=vocabulary, **kind),
-    ]
-
-
 def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
     """Dense layers between these widths, from input to output; inputs are flattened."""
     pairs = list(pairwise(features))
@@ -67,6 +39,3 @@ def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
         layer(Dense, in_features=a, out_features=b, last=i == len(pairs) - 1)
         for i, (a, b) in enumerate(pairs)
     ]
-
-
-MODELS = {"convnet": convnet, "transformer_lm": transformer_lm, "mlp": mlp}

@@ -1,0 +1,139 @@
+"""The data sets, and whether a model can read them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from gpipe_jax.config.fields import Count, CountOrZero, Fraction, Section, Text
+from gpipe_jax.config.model import MlpConfig, ModelConfig, TransformerConfig
+
+
+class DigitsConfig(Section):
+    """The 1797 images of handwritten digits (8 x 8 pixels) that come with scikit-learn."""
+
+    kind: Literal["digits"] = "digits"
+    batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
+    test_fraction: Fraction = Field(
+        default=0.2, gt=0, description="part of the data kept for evaluation, in (0, 1)"
+    )
+    shift: CountOrZero = Field(
+        default=1, lt=8, description="training images are moved by up to this many pixels each way"
+    )
+
+
+class TextConfig(Section):
+    """Bytes of text, cut into sequences of `model.length`."""
+
+    kind: Literal["text"] = "text"
+    source: Text = Field(
+        default="topics",
+        description="topics (Python's help texts), stdlib (the standard library's sources), "
+        "or the path of a file",
+    )
+    batch_size: Count = Field(default=32, description="sequences in a step, over all replicas")
+    test_fraction: Fraction = Field(
+        default=0.1, gt=0, description="part of the text kept for evaluation, in (0, 1)"
+    )
+
+
+class Cifar10Config(Section):
+    """CIFAR-10: 60,000 colour images of 32 x 32 pixels in ten classes, from a local folder."""
+
+    kind: Literal["cifar10"] = "cifar10"
+    folder: Text | None = Field(
+        default=None,
+        description="folder of the downloaded files; default: the environment variable "
+        "GPIPE_JAX_DATA",
+    )
+    batch_size: Count = Field(default=128, description="examples in a step, over all replicas")
+    validation: CountOrZero = Field(
+        default=0,
+        lt=50_000,
+        description="training images to evaluate on in place of the test images; 0: the latter",
+    )
+    cutout: CountOrZero = Field(
+        default=0,
+        lt=33,
+        description="a square of this many pixels each way is cut out of training images",
+    )
+
+
+class SyntheticImagesConfig(Section):
+    """Noise of any size, to see whether a large network fits and how fast it is."""
+
+    kind: Literal["synthetic_images"] = "synthetic_images"
+    image: Count = Field(default=224, description="pixels each way; there are three channels")
+    classes: Count = Field(default=1000, description="number of classes")
+    batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
+
+
+class SyntheticTokensConfig(Section):
+    """Random tokens, in sequences of `model.length`, for the same purpose."""
+
+    kind: Literal["synthetic_tokens"] = "synthetic_tokens"
+    vocabulary: Count = Field(
+        default=256, description="number of tokens; at most the model's vocabulary"
+    )
+    batch_size: Count = Field(default=32, description="sequences in a step, over all replicas")
+
+
+DataConfig = (
+    DigitsConfig | TextConfig | Cifar10Config | SyntheticImagesConfig | SyntheticTokensConfig
+)
+
+
+def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
+    """(pixels each way, channels, classes) of a data set of images; None for one of tokens."""
+    if isinstance(data, DigitsConfig):
+        return 8, 1, 10
+    if isinstance(data, Cifar10Config):
+        return 32, 3, 10
+    if isinstance(data, SyntheticImagesConfig):
+        return data.image, 3, data.classes
+    return None
+
+
+def data_problems(model: ModelConfig, data: DataConfig) -> list[tuple[str, str]]:
+    """Why the model cannot read the data: (dotted name, message) of each reason."""
+    shape = image_shape(data)
+    if isinstance(model, TransformerConfig) != (shape is None):
+        message = (
+            f"model {model.kind!r} cannot read data {data.kind!r}; data.kind text and "
+            f"synthetic_tokens go with transformer_lm, all others with the other models"
+        )
+        return [("model.kind", message)]
+    if shape is not None:
+        return _image_problems(model, data.kind, *shape)
+    known, drawn = getattr(model, "vocabulary", 0), getattr(data, "vocabulary", 0)
+    message = f"vocabulary {drawn} is more than model.vocabulary {known}; use {known} or less"
+    return [("data.vocabulary", message)] if drawn > known else []
+
+
+def _image_problems(
+    model: ModelConfig, data: str, size: int, channels: int, classes: int
+) -> list[tuple[str, str]]:
+    """Why the model does not take these images, or does not know these classes."""
+    images, kinds = f"{size} x {size} x {channels} images", f"{classes} classes"
+    if isinstance(model, MlpConfig):
+        first, last = model.features[0], model.features[-1]
+        rules = [
+            ("features", "first of features", first, size * size * channels, images),
+            ("features", "last of features", last, classes, kinds),
+        ]
+    else:  # a model without the setting takes any
+        rules = [
+            (name, name, getattr(model, name, legal), legal, reason)
+            for name, legal, reason in [
+                ("image", size, images),
+                ("in_channels", channels, images),
+                ("classes", classes, kinds),
+            ]
+        ]
+    return [
+        (
+            f"model.{name}",
+            f"{what} {value} does not fit data {data!r} ({reason}); make it {legal}",
+        )
+        for name, what, value, legal, reason in rules
+        if value != legal
+    ]

@@ -1,0 +1,74 @@
+"""Running statistics of batch norm, committed once a step (GPipe, section 2.2).
+
+In training a batch norm normalises with the statistics of its micro-batch. What it sees there is
+returned as moments about the running mean r:
+
+    E[x - r]   and   E[(x - r)^2] = var + (mean - r)^2
+
+Their averages over the micro-batches of a step, which are equally large, are the moments of the
+whole mini-batch, and give its mean and variance. About r rather than zero, because the difference
+of large numbers would lose what matters when the mean is far from zero.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+PyTree = Any
+
+
+class Norm(NamedTuple):
+    """One `nnx.BatchNorm` of a module: its path there, and the decay of its running statistics."""
+
+    path: tuple
+    momentum: float
+
+
+def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
+    """The batch norms of a module, which from now on keep what they see as it is.
+
+    With momentum 0 the values after a call are the statistics of that call's input.
+    """
+    norms = []
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.BatchNorm):
+            norms.append(Norm(tuple(path), part.momentum))
+            part.momentum = 0.0
+    stats = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
+    known = {(*norm.path, leaf) for norm in norms for leaf in ("mean", "var")}
+    other = [".".join(map(str, path)) for path, _ in stats if path not in known]
+    if other:
+        raise ValueError(
+            f"layer {name} has statistics that are not of an nnx.BatchNorm: {', '.join(other)}; "
+            f"a pipeline knows how to add up those of nnx.BatchNorm only"
+        )
+    return tuple(norms)
+
+
+def moments(norms: tuple[Norm, ...], stats: PyTree, seen: PyTree) -> PyTree:
+    """The moments about the running means, from the `seen` means and variances."""
+    for norm in norms:
+        running, here = _at(stats, norm.path), _at(seen, norm.path)
+        shift = here["mean"] - running["mean"]
+        here["mean"], here["var"] = shift, here["var"] + shift**2
+    return seen
+
+
+def commit(norms: tuple[Norm, ...], stats: PyTree, moments: PyTree) -> PyTree:
+    """Running statistics moved towards the mean and variance that these moments stand for."""
+    result = jax.tree.map(lambda a: a, stats)
+    for norm in norms:
+        running, new, seen = (_at(tree, norm.path) for tree in (stats, result, moments))
+        keep, shift = norm.momentum, seen["mean"]
+        variance = jnp.maximum(seen["var"] - shift**2, 0)
+        new["mean"] = running["mean"] + (1 - keep) * shift
+        new["var"] = keep * running["var"] + (1 - keep) * variance
+    return result
+
+
+def _at(tree: PyTree, path: tuple) -> dict:
+    for key in path:
+        tree = tree[key]
+    return tree

@@ -1,0 +1,316 @@
+"""What a cut must not change: batch norm, dropout, skips and tied weights, in every schedule.
+
+The network of `linked.everything` has all of them at once; it is compared with the sequential
+program over the same micro-batches after three steps, leaf by leaf.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import linked
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import assert_trees_close, widened
+from linked import CLASSES
+
+import gpipe_jax as gpipe
+from gpipe_jax import executor, keys, sequential
+
+QUICK = {"xla_backend_optimization_level": 0}  # for compiling, not for running
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
+STEPS, COUNT = 3, 32
+GRID = [(K, D, *s) for K, D, s in itertools.product((1, 2, 4), (1, 2), SCHEDULES)]
+# A diagonal: every schedule, every K and D.
+FAST = [
+    (2, 2, "interleaved", 2),
+    (4, 1, "1f1b", 1),
+    (1, 2, "interleaved", 2),
+    (4, 2, "gpipe", 1),
+    (2, 1, "eager_1f1b", 1),
+]
+CROSS_ENTROPY = gpipe.losses.softmax_cross_entropy
+
+
+def batches(count: int = STEPS) -> list[dict]:
+    return [linked.make_batch(COUNT, i) for i in range(count)]
+
+
+@functools.cache
+def wanted(double: bool, M: int = 4, D: int = 1, axis: str | None = None) -> tuple:
+    """What the sequential program makes of the batches in 4 micro-batches."""
+    with jax.enable_x64(double):
+        layers = widened(linked.everything(axis=axis))
+        return linked.run_sequential(layers, batches(), M=M, D=D, steps=4)
+
+
+def make(K: int, D: int, M: int, kind: str = "1f1b", V: int = 1, **options: Any) -> gpipe.Pipeline:
+    layers = options.pop("layers", None) or linked.everything(axis=options.pop("axis", None))
+    return gpipe.Pipeline(
+        widened(layers),
+        loss=CROSS_ENTROPY,
+        mesh=gpipe.make_mesh(stages=K, data=D),
+        micro_batches=M,
+        schedule=kind,
+        chunks=V,
+        example=linked.make_batch(COUNT),
+        steps=4,
+        **options,
+    )
+
+
+def run(pipe: gpipe.Pipeline, params: Any, data: list[dict], **options: Any) -> tuple:
+    """((loss, metrics), grads, statistics) of the last step, by layer."""
+    state, result, grads = pipe.from_layers(params, 1), None, None
+    gradients = jax.jit(functools.partial(pipe.gradients, **options))
+    lowered = gradients.lower(state, pipe.split(data[0]), jnp.uint32(0))
+    step = lowered.compile(compiler_options=QUICK)
+    for i, batch in enumerate(data):
+        result, grads, stats = step(state, pipe.split(batch), jnp.uint32(i))
+        state = state._replace(stats=stats)
+    return result, pipe.to_layers(grads), pipe.statistics(state)
+
+
+def check(pipe: gpipe.Pipeline, reference: tuple, tolerance: float, **options: Any) -> None:
+    params, _, result, grads, stats = reference
+    our_result, our_grads, our_stats = run(pipe, params, batches(), **options)
+    assert_trees_close(our_result, result, tolerance)
+    assert_trees_close(our_grads, grads, tolerance)
+    assert_trees_close(our_stats, stats, min(tolerance, 1e-6))
+
+
+def marked(fast: list) -> list:
+    return [pytest.param(*c, marks=() if c in fast else pytest.mark.slow) for c in GRID]
+
+
+@pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST))
+def test_batch_norm_dropout_skip_tied_float32(K: int, D: int, kind: str, V: int) -> None:
+    pipe = make(K, D, 4 // D, kind, V)
+    assert len(pipe.stages.cuts) == K * V
+    check(pipe, wanted(False), 1e-5)
+
+
+@pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST[:2]))
+def test_batch_norm_dropout_skip_tied_float64(K: int, D: int, kind: str, V: int) -> None:
+    with jax.enable_x64(True):
+        check(make(K, D, 4 // D, kind, V), wanted(True), 1e-12)
+
+
+@pytest.mark.parametrize(("K", "M"), [(4, 3), (2, 5)])
+def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
+    """Fewer than devices, and not divisible by them; three chunks on each; NaN where idle."""
+    data = [linked.make_batch(8 * M)]
+    params, _, result, grads, _ = linked.run_sequential(linked.everything(), data, M=M, D=1)
+    pipe = gpipe.Pipeline(
+        linked.everything(),
+        loss=CROSS_ENTROPY,
+        mesh=gpipe.make_mesh(stages=K),
+        micro_batches=M,
+        schedule="interleaved",
+        chunks=3,
+        example=data[0],
+    )
+    assert len(pipe.stages.cuts) == 3 * K
+    our_result, our_grads, _ = run(pipe, params, data, idle_fill=float("nan"))
+    assert_trees_close(our_result, result, 1e-5)
+    assert_trees_close(our_grads, grads, 1e-5)
+
+
+@pytest.mark.parametrize(("K", "D"), [(2, 2), (1, 4)])
+def test_batch_norm_over_replicas(K: int, D: int) -> None:
+    """With the replicas' axis named, one micro-batch of all replicas is normalised together."""
+    together = wanted(False, 4 // D, D, "data")
+    apart = wanted(False)
+    assert abs(float(together[2][0]) - float(apart[2][0])) > 1e-3
+    check(make(K, D, 4 // D, axis="data"), together, 1e-5)
+
+
+def test_batch_norm_evaluates_with_the_running_statistics() -> None:
+    params, fresh, _, _, stats = wanted(False)
+    pipe, batch = make(2, 1, 4), linked.make_batch(COUNT)
+    inputs = jnp.asarray(batch["inputs"], jnp.float32)
+    outputs = {}
+    for name, used in (("fresh", fresh), ("running", stats)):
+        plain, _ = sequential.forward(
+            pipe.layers, params, used, inputs, jax.random.key(0), train=False
+        )
+        state = pipe.from_layers(params, statistics=used)
+        outputs[name] = pipe.apply(state, inputs)
+        assert_trees_close(outputs[name], np.asarray(plain), 1e-5)
+    assert np.abs(outputs["fresh"] - outputs["running"]).max() > 0.01
+
+
+def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
+    """After one step: mean and variance over all examples, not over micro-batches."""
+
+    class Bare(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.norm = nnx.BatchNorm(CLASSES, momentum=0.75, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.norm(x)
+
+    batch = linked.make_batch(COUNT)
+    batch["inputs"] = batch["inputs"] + 5.0
+    pipe = make(1, 2, 4, layers=[gpipe.layer(Bare)])
+    _, _, state = pipe.value_and_grad(pipe.init(0), batch)
+    (stats,) = pipe.statistics(state)
+    x = batch["inputs"]
+    np.testing.assert_allclose(stats["norm"]["mean"], 0.25 * x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats["norm"]["var"], 0.75 + 0.25 * x.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("K", "D", "M"), [(1, 1, 1), (2, 2, 2), (4, 1, 8)])
+def test_dropout_keyed_per_example_is_independent_of_the_micro_batches(
+    K: int, D: int, M: int
+) -> None:
+    reference = wanted_without_norm("example", 1)
+    options = {"layers": linked.without_norm(), "keys_per": "example"}
+    check(make(K, D, M, **options), reference, 1e-5)
+
+
+def test_dropout_keyed_per_micro_batch_depends_on_them() -> None:
+    losses = [float(wanted_without_norm("micro_batch", M)[2][0]) for M in (1, 4)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@functools.cache
+def wanted_without_norm(keys_per: str, M: int) -> tuple:
+    layers = linked.without_norm()
+    return linked.run_sequential(layers, batches(), M=M, D=1, keys_per=keys_per, steps=4)
+
+
+def test_dropout_follows_the_progress_of_training() -> None:
+    """The share of dropout is 0 in step 0 of 4 and grows."""
+    params, batch = wanted(False)[0], linked.make_batch(COUNT)
+    plain = make(2, 1, 4, layers=linked.everything(rate=0.0))
+    without = float(run(plain, params, [batch])[0][0])
+    first, last = (float(run(make(2, 1, 4), params, [batch] * n)[0][0]) for n in (1, 3))
+    assert first == pytest.approx(without, rel=1e-6)
+    assert abs(last - without) > 1e-3
+
+
+def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
+    """Its sine is computed once, forward, and its derivative once, in the stage that stashed it."""
+    layers = [gpipe.layer(linked.Stem).tie("table", "table"), gpipe.layer(linked.Keep).stash("a")]
+    layers += [gpipe.layer(linked.Normed)] * 3
+    layers += [gpipe.layer(linked.Use).pop("a"), gpipe.layer(linked.Head).tie("table", "table")]
+    pipe = make(6, 1, 4, layers=layers, partition=(2, 3, 4, 5, 6))
+    assert [bool(pipe.stages.passing(s)) for s in range(6)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    text = pipe.lower().as_text()
+    assert text.count("stablehlo.sine") == text.count("stablehlo.cosine") == 1
+    assert (
+        text.count("stablehlo.collective_permute") == 2 * 3 + 2 * 2
+    )  # 3 wire arrays, 2 with gradients
+
+
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (4, 1), (2, 2)])
+def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
+    """Clipping by the global norm, momentum and weight decay see it once; so do counts."""
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9), optax.scale(-0.5))
+    pipe = make(K, 1, 4, "interleaved", V)
+    trainer = gpipe.Trainer(pipe, tx)
+    current = trainer.start(pipe.from_layers(wanted(False)[0], 1))
+    params, stats = wanted(False)[:2]
+    optimizer = tx.init(params)
+    step = jax.jit(sequential.value_and_grad(pipe.layers, CROSS_ENTROPY, 4))
+    for i, batch in enumerate(batches()):
+        current, _ = trainer.step(current, batch)
+        arrays = jax.tree.map(jnp.asarray, batch)
+        _, grads, stats = step(params, stats, arrays, keys.step_key(1, i), i / 4)
+        updates, optimizer = tx.update(grads, optimizer)
+        params = optax.apply_updates(params, updates)
+    ours = trainer.to_layers(current)
+    assert ours["params"][-1]["table"] is None and ours["params"][0]["table"] is not None
+    assert_trees_close(ours["params"], jax.device_get(params), 1e-5)
+    sizes = [a.size for a in jax.tree.leaves(ours["params"])]
+    assert gpipe.count_parameters(pipe.layers, linked.make_batch(1)["inputs"]) == sum(sizes)
+
+
+def test_tied_parameter_crosses_devices_once_each_way() -> None:
+    """One sum over stages spreads it before the ticks, one collects its gradient after them."""
+    tied = make(4, 1, 4).lower().as_text()
+    free = [dataclasses.replace(a, ties=()) for a in linked.everything()]
+    apart = make(4, 1, 4, layers=free).lower().as_text()
+    assert tied.count("stablehlo.all_reduce") == apart.count("stablehlo.all_reduce") + 2
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 8])
+def test_losses_of_fifty_steps_with_batch_norm_dropout_skip_and_tied(K: int) -> None:
+    curve = losses_of_fifty_steps(K)
+    np.testing.assert_allclose(curve, losses_of_fifty_steps(1), rtol=1e-5)
+    assert curve[-1] < 0.9 * curve[0]
+
+
+@functools.cache
+def losses_of_fifty_steps(K: int) -> np.ndarray:
+    pipe = make(K, 1, 4)
+    trainer = gpipe.Trainer(pipe, optax.sgd(0.02, momentum=0.9), ema=0.9)
+    current, losses = trainer.init(0), []
+    for _ in range(50):
+        current, metrics = trainer.step(current, linked.make_batch(COUNT))
+        losses.append(float(metrics["loss"]))
+    held_out, _ = pipe.evaluate(trainer.evaluated(current), linked.make_batch(COUNT, 9))
+    return np.asarray([*losses, float(held_out)])
+
+
+FAULTS = {
+    "moments of a recomputation counted too": "relative error",
+    "gradient of a tied parameter forgotten": "relative error",
+    "gradient of a crossing skip forgotten": "relative error",
+    "key of a tick": "relative error",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_batch_norm_skip_tied_dropout_faults_are_seen(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, stages = executor._Device, executor.Stages
+    if fault.startswith("moments"):
+        with_gradients = device._with_gradients
+
+        def counted_again(self: Any, s: int, sums: Any, *args: Any) -> Any:
+            again = jax.tree.map(lambda a: 1.5 * a, sums.moments)
+            return with_gradients(self, s, sums._replace(moments=again), *args)
+
+        monkeypatch.setattr(device, "_with_gradients", counted_again)
+    elif "tied" in fault:
+        monkeypatch.setattr(stages, "add_shared", lambda self, grads, shared: grads)
+    elif "skip" in fault:
+        gradient = device._gradient
+
+        def forgets(self: Any, s: int, *args: Any) -> Any:
+            found = gradient(self, s, *args)
+            passing = self.stages.passing(s)
+            zero = {
+                n: jax.tree.map(lambda a, n=n: a * (n not in passing), t)
+                for n, t in found.skips.items()
+            }
+            return found._replace(skips=zero)
+
+        monkeypatch.setattr(device, "_gradient", forgets)
+    else:
+        apply = device._apply
+
+        def ticks(self: Any, s: int, params: Any, shared: Any, x: Any, entry: Any) -> Any:
+            return apply(
+                self, s, params, shared, x, entry._replace(micro_batch=entry.micro_batch + s)
+            )
+
+        monkeypatch.setattr(device, "_apply", ticks)
+    with pytest.raises(AssertionError, match=FAULTS[fault]):
+        check(make(4, 1, 4), wanted(False), 1e-5)
