@@ -93,13 +93,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, action: str) -> int:
     config = loader.load(options.config, options.overrides)
-    from gpipe_jax import run
+    from gpipe_jax import build, run
     from gpipe_jax.trainer import DivergedError
 
     workdir = Path(config.train.workdir or run.default_workdir(options.config))
     try:
         parts = run.assemble(config, workdir)
-    except run.SectionError as error:
+    except build.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
     print(parts.trainer.pipe, flush=True)

@@ -21,24 +21,28 @@ def blank(width: float, height: float) -> Any:
 
 
 def schedule(plan: Schedule, path: Path) -> None:
-    """Draw a schedule: a row for each stage, a box for each forward and backward."""
+    """Draw a schedule: a row for each device, a box for each forward and backward.
+
+    The later a chunk is in the network, the paler is its box.
+    """
     figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
     for t in range(plan.ticks):
         for k in range(plan.stages):
-            op, m, _ = plan.table[t, k].tolist()
+            op, m, chunk = plan.table[t, k].tolist()
             if op in COLOURS:
-                box = Rectangle((t, k - 0.45), 1, 0.9, facecolor=COLOURS[op], edgecolor="white")
+                face = (COLOURS[op], 1 - 0.6 * chunk / plan.chunks)
+                box = Rectangle((t, k - 0.45), 1, 0.9, facecolor=face, edgecolor="white")
                 axes.add_patch(box)
                 if plan.ticks <= 120:
                     axes.text(t + 0.5, k, str(m), ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, plan.ticks), ylim=(plan.stages - 0.4, -0.6), xlabel="tick", ylabel="stage")
+    axes.set(xlim=(0, plan.ticks), ylim=(plan.stages - 0.4, -0.6), xlabel="tick", ylabel="device")
     axes.set_yticks(range(plan.stages))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(
-        f"{plan.kind}: {plan.stages} stages, {plan.micro_batches} micro-batches, "
+        f"{plan.kind}: {plan.stages} devices, {plan.micro_batches} micro-batches, "
         f"bubble {plan.bubble_fraction:.1%}",
         fontsize=10,
     )

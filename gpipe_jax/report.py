@@ -78,7 +78,8 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
         "stash": f"{rows.x_slots} boundary inputs, {_bytes(rows.x_slots * wire)} on each device",
-        "parameters": f"{_bytes(device)} on each device, "
+        "parameters": f"{sum(_elements(pipe, i) for i in range(len(pipe.layers))):,}, "
+        f"{_bytes(device)} on each device, "
         f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
         "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",
     }

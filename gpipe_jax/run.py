@@ -4,7 +4,6 @@ A run writes into its working folder: `config.yaml` (as resolved), `metrics.json
 each logged step and each evaluation), `checkpoints/`, `curves.png`. The same folder continues it.
 """
 
-import contextlib
 import json
 import statistics
 import time
@@ -15,17 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpipe_jax import checkpoint, data, losses, optimizer, plots, zoo
-from gpipe_jax.config import (
-    AmoebaNetConfig,
-    Config,
-    ModelConfig,
-    SyntheticTokensConfig,
-    TextConfig,
-    TransformerConfig,
-)
-from gpipe_jax.genotype import GENOTYPES, Genotype
-from gpipe_jax.layers.layer import Layer
+from gpipe_jax import build, checkpoint, data, optimizer, plots
+from gpipe_jax.build import section
+from gpipe_jax.config import Config, TextConfig
 from gpipe_jax.loader import ConfigError, compare, dump, load
 from gpipe_jax.mesh import make_mesh, simulate_devices
 from gpipe_jax.pipeline import Pipeline
@@ -48,100 +39,29 @@ class Summary(NamedTuple):
     note: str  # where the curves are, or why there are none
 
 
-class SectionError(ValueError):
-    """What the config's `section` asks for cannot be had."""
-
-    def __init__(self, section: str, problem: str) -> None:
-        named = problem.startswith(f"{section}.")
-        super().__init__(problem if named else f"{section}: {problem}")
-        self.section = section
-
-
-@contextlib.contextmanager
-def _section(name: str) -> Iterator[None]:
-    """Until the first step, what is wrong is the input: sizes, shapes, files, devices."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise SectionError(name, str(error)) from error
-
-
 def assemble(config: Config, workdir: Path) -> Parts:
-    """Data, network, mesh, pipeline and optimizer of a config. Trains nothing.
+    """Data, network, mesh, pipeline and optimizer of a config; trains nothing.
 
-    Raises SectionError.
+    Raises `build.SectionError`: until the first step, what is wrong is the config.
     """
     if config.mesh.simulate:
         simulate_devices(config.mesh.simulate)
-    with _section("data"):
-        dataset = _dataset(config)
+    with section("data"):
+        dataset = build.dataset(config)
         example = next(dataset.train(0))
-    with _section("model"):
-        layers, loss = network(config.model), _loss(config.model)
-    with _section("mesh"):
+    with section("model"):
+        layers, loss = build.network(config.model), build.loss(config.model)
+    with section("mesh"):
         mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
-    with _section("pipeline"):
+    with section("pipeline"):
         options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
         limit = config.pipeline.memory_limit_gib
-        pipe = Pipeline(
-            layers,
-            loss=loss,
-            mesh=mesh,
-            example=example,
-            memory_limit=None if limit is None else limit * 2**30,
-            steps=config.train.steps,
-            **options,
-        )
-    with _section("optimizer"):
+        options["memory_limit"] = None if limit is None else limit * 2**30
+        steps = config.train.steps
+        pipe = Pipeline(layers, loss=loss, mesh=mesh, example=example, steps=steps, **options)
+    with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
         return Parts(config, workdir, dataset, Trainer(pipe, tx, ema=config.optimizer.ema))
-
-
-_DATASETS: dict[str, Callable[..., data.Dataset]] = {
-    "digits": data.digits,
-    "text": data.text,
-    "cifar10": data.cifar10,
-    "synthetic_images": data.synthetic_images,
-    "synthetic_tokens": data.synthetic_tokens,
-}
-
-
-def _dataset(config: Config) -> data.Dataset:
-    options = config.data.model_dump(exclude={"kind"})
-    if isinstance(config.data, TextConfig | SyntheticTokensConfig):
-        options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
-    return _DATASETS[config.data.kind](seed=config.train.seed, **options)
-
-
-def network(model: ModelConfig) -> list[Layer]:
-    """The layers of a config's model."""
-    options = model.model_dump(exclude={"kind", "auxiliary_weight", "label_smoothing"})
-    if isinstance(model, AmoebaNetConfig):
-        options["genotype"] = _genotype(model.genotype)
-        options["auxiliary"] = model.auxiliary_weight > 0
-    return zoo.MODELS[model.kind](**options)
-
-
-def _genotype(source: str) -> Genotype:
-    if source in GENOTYPES:
-        return GENOTYPES[source]
-    try:
-        return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"`genotype` {source} cannot be read ({reason}); give a file that Genotype.to_json "
-            f"wrote, or one of {', '.join(GENOTYPES)}"
-        ) from error
-
-
-def _loss(model: ModelConfig) -> Callable:
-    if isinstance(model, TransformerConfig):
-        return losses.softmax_cross_entropy
-    return losses.classification(
-        label_smoothing=getattr(model, "label_smoothing", 0.0),
-        auxiliary_weight=getattr(model, "auxiliary_weight", 0.0),
-    )
 
 
 def train(parts: Parts, show: Callable[[dict], None]) -> Summary:

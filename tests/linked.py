@@ -12,6 +12,7 @@ from gpipe_jax import keys, sequential
 
 PyTree = Any
 WIDTH, CLASSES = 6, 5
+QUICK = {"xla_backend_optimization_level": 0}  # for compiling, not for running
 
 
 class Normed(nnx.Module):
@@ -141,10 +142,14 @@ def run_sequential(
     """
     batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
     first = jax.tree.map(lambda a: a[:1], batches[0]["inputs"])
-    params, fresh = jax.jit(lambda: sequential.init(layers, first, seed=1))()
-    step = jax.jit(sequential.value_and_grad(layers, loss, M, replicas=D, keys_per=keys_per))
+    init = jax.jit(lambda: sequential.init(layers, first, seed=1), compiler_options=QUICK)
+    params, fresh = init()
+    step = jax.jit(
+        sequential.value_and_grad(layers, loss, M, replicas=D, keys_per=keys_per),
+        compiler_options=QUICK,
+    )
     stats, result, grads = fresh, None, None
     for i, batch in enumerate(batches):
-        progress = 1.0 if steps is None else min(i / steps, 1.0)
+        progress = jnp.asarray(1.0 if steps is None else min(i / steps, 1.0))
         result, grads, stats = step(params, stats, batch, keys.step_key(1, i), progress)
     return jax.device_get((params, fresh, result, grads, stats))

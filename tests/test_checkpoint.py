@@ -29,6 +29,38 @@ def test_roundtrip_is_exact(tmp_path, tree):
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, tree)
 
 
+@pytest.fixture
+def averaged(tree) -> dict:
+    """With running statistics, a moving average, and None in place of a borrowed parameter."""
+    params = [*tree["params"], {"linear": {"kernel": None, "bias": np.arange(3.0)}}]
+    norm = {"mean": np.linspace(0, 1, 3, dtype=np.float32), "var": np.full(3, 1 / 3, np.float32)}
+    average = jax.tree.map(lambda a: (a / 3).astype(np.float32), params)
+    stats = [{"norm": norm, "rest": {0: norm}}, {}, {}]
+    return {**tree, "params": params, "statistics": stats, "average": average}
+
+
+def test_averages_and_statistics_come_back_exactly(tmp_path, averaged):
+    checkpoint.save(tmp_path, 5, averaged)
+    found = checkpoint.restore(tmp_path, 5, shapes(averaged))
+    assert jax.tree.structure(found) == jax.tree.structure(averaged)
+    jax.tree.map(np.testing.assert_array_equal, found, averaged)
+    assert found["params"][2]["linear"]["kernel"] is None
+
+
+def test_an_average_is_neither_dropped_nor_made_up(tmp_path, averaged):
+    without = {**averaged, "average": None}
+    checkpoint.save(tmp_path / "with", 1, averaged)
+    with pytest.raises(
+        ValueError, match=r"unknown average.0.linear.bias; unknown average.0.linear"
+    ):
+        checkpoint.restore(tmp_path / "with", 1, shapes(without))
+    checkpoint.save(tmp_path / "without", 1, without)
+    with pytest.raises(
+        ValueError, match=r"missing average.0.linear.bias; missing average.0.linear"
+    ):
+        checkpoint.restore(tmp_path / "without", 1, shapes(averaged))
+
+
 def test_the_newest_of_several(tmp_path, tree):
     for step in (2, 10, 20):
         checkpoint.save(tmp_path, step, {**tree, "seed": np.uint32(step)})

@@ -9,6 +9,7 @@ import pytest
 
 from gpipe_jax.config import (
     AdamConfig,
+    AmoebaNetConfig,
     Cifar10Config,
     Config,
     ConvNetConfig,
@@ -16,6 +17,7 @@ from gpipe_jax.config import (
     MeshConfig,
     MlpConfig,
     PipelineConfig,
+    ResNetConfig,
     RmsPropConfig,
     SgdConfig,
     SyntheticImagesConfig,
@@ -80,6 +82,18 @@ def test_jax_is_not_imported():
         (MlpConfig, {"features": [3]}),
         (TransformerConfig, {"dropout": 1.0}),
         (TransformerConfig, {"dtype": "float16"}),
+        (TransformerConfig, {"positions": "none"}),
+        (ResNetConfig, {"depths": []}),
+        (ResNetConfig, {"width": 0}),
+        (ResNetConfig, {"label_smoothing": 1.0}),
+        (AmoebaNetConfig, {"genotype": ""}),
+        (AmoebaNetConfig, {"stem": "none"}),
+        (AmoebaNetConfig, {"filters": 0}),
+        (AmoebaNetConfig, {"auxiliary_weight": -0.4}),
+        (AmoebaNetConfig, {"drop_path": 1.0}),
+        (AmoebaNetConfig, {"batch_norm_momentum": 1.0}),
+        (AmoebaNetConfig, {"label_smoothing": -0.1}),
+        (AmoebaNetConfig, {"sync_batch_norm": 2}),
         (DigitsConfig, {"test_fraction": 0.0}),
         (DigitsConfig, {"test_fraction": 1.0}),
         (DigitsConfig, {"shift": 8}),
@@ -88,6 +102,8 @@ def test_jax_is_not_imported():
         (MeshConfig, {"stages": True}),
         (MeshConfig, {"stages": 2**31}),
         (PipelineConfig, {"partition": [0]}),
+        (PipelineConfig, {"chunks": 0}),
+        (PipelineConfig, {"keys_per": "step"}),
         (PipelineConfig, {"cost": [-1.0]}),
         (PipelineConfig, {"memory_limit_gib": 0}),
         (SgdConfig, {"learning_rate": 0}),
@@ -125,6 +141,32 @@ def test_heads_divide_width():
         TransformerConfig(width=130)
 
 
+def test_layers_of_an_amoebanet_are_three_stacks():
+    assert AmoebaNetConfig(layers=6).layers == 6
+    with pytest.raises(pydantic.ValidationError, match=r"multiple of 3.*, got 7; .*: 6, 9"):
+        AmoebaNetConfig(layers=7)
+
+
+@pytest.mark.parametrize("genotype", ["A", "D", "found/best.json", "./C.json"])
+def test_a_genotype_is_a_letter_or_a_file(genotype: str):
+    assert AmoebaNetConfig(genotype=genotype).genotype == genotype
+
+
+@pytest.mark.parametrize("genotype", ["E", "a", "best.yaml"])
+def test_other_genotypes_are_refused(genotype: str):
+    match = f"got '{genotype}', but the published ones are A, B, C, D; give .* path of a .json file"
+    with pytest.raises(pydantic.ValidationError, match=match):
+        AmoebaNetConfig(genotype=genotype)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "eager_1f1b"])
+def test_several_chunks_are_interleaved(schedule: str):
+    match = f"chunks 2 need pipeline.schedule 'interleaved', got '{schedule}'; use that schedule"
+    with pytest.raises(pydantic.ValidationError, match=match):
+        PipelineConfig.model_validate({"schedule": schedule, "chunks": 2})
+    assert PipelineConfig(schedule="interleaved", chunks=2).chunks == 2
+
+
 @pytest.mark.parametrize("partition", [(3, 2), (2, 2), (1, 4, 4)])
 def test_boundaries_increase(partition: tuple[int, ...]):
     with pytest.raises(pydantic.ValidationError, match=r"increasing, got [24] after [324]"):
@@ -159,6 +201,15 @@ CROSS_CHECKS = [
         {"mesh": {"stages": 3}, "pipeline": {"partition": [1]}},
         "pipeline.partition",
         r"mesh.stages 3 needs 2 boundaries, got 1: \[1\]; give 2, or 'auto'",
+    ),
+    (
+        DIGITS,
+        {
+            "mesh": {"stages": 2},
+            "pipeline": {"partition": [1, 2], "chunks": 2, "schedule": "interleaved"},
+        },
+        "pipeline.partition",
+        r"mesh.stages 2 x pipeline.chunks 2 needs 3 boundaries, got 2: \[1, 2\]; give 3, or",
     ),
     (
         DIGITS,
@@ -214,6 +265,21 @@ CROSS_CHECKS = [
         r"classes 10 does not fit data 'synthetic_images' \(7 classes\); make it 7",
     ),
     (
+        DIGITS,
+        {
+            "model": {"kind": "amoebanet", "classes": 10, "image": 28},
+            "data": {"kind": "cifar10"},
+        },
+        "model.image",
+        r"image 28 does not fit data 'cifar10' \(32 x 32 x 3 images\); make it 32",
+    ),
+    (
+        DIGITS,
+        {"model": {"kind": "resnet"}, "data": {"kind": "cifar10"}},
+        "model.classes",
+        r"classes 1000 does not fit data 'cifar10' \(10 classes\); make it 10",
+    ),
+    (
         TEXT,
         {"data": {"kind": "synthetic_images"}},
         "model.kind",
@@ -241,6 +307,10 @@ def test_cross_checks(base: dict[str, Any], sections: dict[str, Any], name: str,
     [
         {"mesh": {"stages": 3, "data": 2, "simulate": 6}, "pipeline": {"partition": [1, 2]}},
         {"pipeline": {"partition": []}},
+        {
+            "mesh": {"stages": 2},
+            "pipeline": {"partition": [1, 2, 3], "chunks": 2, "schedule": "interleaved"},
+        },
         {"model": {"kind": "convnet"}},
     ],
 )
@@ -254,6 +324,9 @@ def test_what_agrees_is_accepted(sections: dict[str, Any]):
         ({"kind": "transformer_lm"}, {"kind": "text"}),
         ({"kind": "transformer_lm"}, {"kind": "synthetic_tokens", "vocabulary": 7}),
         ({"kind": "convnet", "in_channels": 3}, {"kind": "cifar10"}),
+        ({"kind": "resnet", "classes": 10}, {"kind": "cifar10"}),
+        ({"kind": "amoebanet", "classes": 10, "image": 32}, {"kind": "cifar10"}),
+        ({"kind": "amoebanet"}, {"kind": "synthetic_images"}),
         ({"kind": "mlp", "features": [3072, 10]}, {"kind": "cifar10"}),
         (
             {"kind": "mlp", "features": [75, 2]},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gpipe_jax import cost, zoo
 from gpipe_jax.cost import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_bytes
@@ -64,23 +65,71 @@ def test_equal_layers_are_measured_once(
 
 
 def test_one_layer_on_two_inputs_is_measured_twice() -> None:
-    shapes = [
-        LayerShape(layer(Dense, in_features=16, out_features=16), x, *_of_dense(x))
-        for x in (jax.ShapeDtypeStruct((b, 16), jnp.float32) for b in (8, 64))
-    ]
-    small, large = measure(shapes, "flops", "cpu")
+    one = layer(Dense, in_features=16, out_features=16)
+    inputs = (jax.ShapeDtypeStruct((b, 16), jnp.float32) for b in (8, 64))
+    small, large = measure([infer_shapes([one], x)[0] for x in inputs], "flops", "cpu")
     assert large.compute_s == pytest.approx(8 * small.compute_s, rel=0.1)
-
-
-def _of_dense(x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
-    shape = infer_shapes([layer(Dense, in_features=16, out_features=16)], x)[0]
-    return shape.params, shape.output
 
 
 def test_bytes_of_parameters_and_output() -> None:
     first, second = measure(dense_shapes(8, 16, 4), [1, 2], "cpu")
     assert first.parameter_bytes == 4 * (8 * 16 + 16) and first.boundary_bytes == 4 * B * 16
     assert second.parameter_bytes == 4 * (16 * 4 + 4) and second.boundary_bytes == 4 * B * 4
+
+
+def matrix(key: jax.Array, x: Any) -> dict:
+    return {"w": jnp.ones((4, 4))}
+
+
+def keep(params: dict, x: jax.Array) -> tuple:
+    """Keeps eight columns, and its boolean ones."""
+    return x @ params["w"], {"twice": jnp.concatenate([x, x], axis=1), "mask": x > 0}
+
+
+def use(params: dict, pair: tuple) -> jax.Array:
+    return pair[0] @ params["w"] + pair[1]["twice"][:, :4]
+
+
+def matmul(params: dict, x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+def linked_shapes() -> list[LayerShape]:
+    layers = [
+        layer(matrix, keep).stash("a").tie("w", "w"),
+        layer(matrix, matmul),
+        layer(matrix, matmul).tie("w", "w"),
+        layer(matrix, use).pop("a").tie("w", "w"),
+    ]
+    return infer_shapes(layers, jax.ShapeDtypeStruct((B, 4), jnp.float32))
+
+
+def test_boundary_bytes_include_the_skips_that_pass() -> None:
+    costs = measure(linked_shapes(), [1, 1, 1, 1], "cpu")
+    x, skip = 4 * B * 4, 4 * B * 8 + B * 4
+    assert [one.boundary_bytes for one in costs] == [x + skip, x + skip, x + skip, x]
+
+
+def test_tied_parameters_are_held_once_and_cost_where_they_are_used() -> None:
+    shapes = linked_shapes()
+    for kind in ("flops", "time"):
+        costs = measure(shapes, kind, "cpu")
+        assert [one.parameter_bytes for one in costs] == [64, 64, 0, 0]
+        assert min(one.compute_s for one in costs) > 0
+    owner, free, borrower, _ = measure(shapes, "flops", "cpu")
+    assert borrower.compute_s == free.compute_s
+    assert borrower.working_bytes == free.working_bytes == 4 * B * 4
+    assert owner.working_bytes == 4 * B * 4
+
+
+def test_running_statistics_are_held_too() -> None:
+    norm = layer(nnx.BatchNorm, num_features=4)
+    (one,) = measure(
+        infer_shapes([norm], jax.ShapeDtypeStruct((B, 4), jnp.float32)), "flops", "cpu"
+    )
+    assert one.parameter_bytes == 4 * (4 + 4) + 4 * (4 + 4) and one.compute_s > 0
+    # Its input and what it normalised, and a few vectors.
+    assert 4 * B * 4 <= one.working_bytes <= 2 * 4 * B * 4 + 10 * 4 * 4
 
 
 def test_working_bytes_are_what_the_backward_keeps_without_the_parameters() -> None:

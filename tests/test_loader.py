@@ -104,6 +104,10 @@ def test_a_byte_order_mark_and_windows_lines():
         ["model={kind: mlp}", "optimizer={kind: rmsprop, eps: 1e-10}", "pipeline.cost=[1, 0.5]"],
         ["model={kind: transformer_lm}", "data={kind: text, source: '1: # é'}", "optimizer="],
         ["mesh.stages=3", "pipeline.partition=[1, 2]", "train.workdir='null'", "mesh.simulate=9"],
+        [
+            "model={kind: amoebanet, genotype: 'my A.json', image: 8, in_channels: 1, classes: 10}",
+            "pipeline={schedule: interleaved, chunks: 2, keys_per: example}",
+        ],
     ],
 )
 def test_dump_and_load_round_trip(overrides: list[str]):
@@ -174,11 +178,13 @@ MESSAGES = [
     ("train: {workdir: 3}", "train.workdir: expected text, got 3; put it in quotes"),
     ("train: {workdir: [3]}", "train.workdir: expected text, got [3]"),
     ("train: {workdir: ''}", "train.workdir: expected text, not nothing, got ''"),
-    ("pipeline: {schedule: 1f1}", "pipeline.schedule: expected 'gpipe', '1f1b' or 'eager_1f1b', got '1f1'; did you mean '1f1b'?"),  # noqa: E501
+    ("pipeline: {schedule: 1f1}", "pipeline.schedule: expected 'gpipe', '1f1b', 'eager_1f1b' or 'interleaved', got '1f1'; did you mean '1f1b'?"),  # noqa: E501
     ("pipeline: {partition: 3}", "pipeline.partition: expected 'auto' or a list, got 3"),
     ("pipeline: {partition: aut}", "pipeline.partition: expected 'auto' or a list, got 'aut'; did you mean 'auto'?"),  # noqa: E501
     ("pipeline: {partition: [1, x]}", "pipeline.partition[1]: expected a whole number, got 'x'"),
     ("pipeline: {partition: [2, 1]}", "pipeline.partition: boundaries must be strictly increasing, got 1 after 2 in [2, 1]"),  # noqa: E501
+    ("pipeline: {chunks: 2}", "pipeline.chunks: chunks 2 need pipeline.schedule 'interleaved', got '1f1b'; use that schedule, or one chunk"),  # noqa: E501
+    ("pipeline: {keys_per: batch}", "pipeline.keys_per: expected 'micro_batch' or 'example', got 'batch'; did you mean 'micro_batch'?"),  # noqa: E501
     ("pipeline: {cost: [1, -2]}", "pipeline.cost[1]: expected at least 0, got -2"),
     # structure
     ("mesh: 3", "mesh: expected a mapping (lines of 'key: value'), got 3"),
@@ -230,10 +236,10 @@ def test_messages(text: str, message: str | None):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "x.yaml:1: model.kind: required; give 'convnet', 'transformer_lm' or 'mlp'"),
+        ("", "x.yaml:1: model.kind: required; give 'convnet', 'resnet', 'amoebanet', "),
         ("", "x.yaml:1: data.kind: required; give 'digits', 'text', 'cifar10', "),
         ("# only a comment", "x.yaml:1: data.kind: required; give 'digits', 'text', 'cifar10', "),
-        ("\nmodel:\n", "x.yaml:2: model.kind: required; give 'convnet', 'transformer_lm' or 'mlp'"),
+        ("\nmodel:\n", "x.yaml:2: model.kind: required; give 'convnet', 'resnet', 'amoebanet', "),
         ("- a", "x.yaml:1: expected sections such as 'model:' and 'data:', got a list"),
         ("\nfoo", "x.yaml:2: expected sections such as 'model:' and 'data:', got a single value"),
         ("!mine {a: 1}", "x.yaml:1: the file: tag !mine is not supported; remove it"),
@@ -251,6 +257,23 @@ def test_messages(text: str, message: str | None):
         (
             "model:\n  kind: transformer_lm\n  width: 130\n  heads: 4\ndata: {kind: text}",
             "x.yaml:4: model.heads: must divide model.width: width 130 is not a multiple",
+        ),
+        (
+            "data: {kind: digits}\nmodel:\n  kind: amoebanet\n  genotype: E",
+            "x.yaml:4: model.genotype: got 'E', but the published ones are A, B, C, D; give one",
+        ),
+        (
+            "data: {kind: digits}\nmodel:\n  kind: amoebanet\n  layers: 8",
+            "x.yaml:4: model.layers: must be a multiple of 3, as there are three equal stacks, got "
+            "8; nearest legal values: 6, 9",
+        ),
+        (
+            "data: {kind: digits}\nmodel:\n  kind: resnet\n  stem: smal",
+            "x.yaml:4: model.stem: expected 'imagenet' or 'small', got 'smal'; did you mean",
+        ),
+        (
+            "data: {kind: digits}\nmodel: {kind: amoebanet, classes: 10, in_channels: 1}",
+            "x.yaml:2: model.image: image 224 does not fit data 'digits' (8 x 8 x 1 images); make",
         ),
     ],
 )
@@ -281,9 +304,9 @@ def test_messages_of_other_files(text: str, message: str):
         ("mesh.stages=\udcff", r"character '\udcff' is not legal in YAML; remove it; try quotes"),
         ("mesh.stages=*a", "aliases are not supported, got *a; write the value out"),
         ("mesh.stages=!!python/name:a", "mesh.stages: tag !!python/name:a is not supported"),
-        ("model.kind=mpl", "model.kind: expected 'convnet', 'transformer_lm' or 'mlp', got 'mpl'"),
-        ("model.kind=", "model.kind: expected 'convnet', 'transformer_lm' or 'mlp', got nothing"),
-        ("model=", "model.kind: required; give 'convnet', 'transformer_lm' or 'mlp'"),
+        ("model.kind=mpl", "model.kind: expected 'convnet', 'resnet', 'amoebanet', "),
+        ("model.kind=", "model.kind: expected 'convnet', 'resnet', 'amoebanet', "),
+        ("model=", "model.kind: required; give 'convnet', 'resnet', 'amoebanet', "),
         ("mesh.simulate=1.5", "mesh.simulate: expected a whole number, got 1.5"),
     ],
 )
@@ -337,6 +360,20 @@ def test_cross_checks_have_places():
         "override 'pipeline.partition=[1]': pipeline.partition: mesh.stages 1 needs 0 boundaries, "
         "got 1: [1]; give 0, or 'auto'",
     ]
+
+
+def test_places_of_what_is_found_later():
+    """The network and the pipeline find more errors: where is what they speak of?"""
+    Path("x.yaml").write_text("model:\n  kind: mlp\n  features: [64, 10]\n" + "mesh: {data: 2}\n")
+    overrides = ["mesh.stages=3"]
+    for section, message, found in [
+        ("model", "`unknown` or `features` of 3", "x.yaml:3"),
+        ("model", "nothing in backticks", "x.yaml:1"),
+        ("mesh", "lower `stages` or `data`", "override 'mesh.stages=3'"),
+        ("mesh", "`features` is of another section", "x.yaml:4"),
+        ("train", "`steps` is nowhere in the file", "x.yaml:1"),
+    ]:
+        assert loader.place("x.yaml", overrides, section, message) == found
 
 
 def test_files_that_cannot_be_read():

@@ -125,16 +125,21 @@ DEFINITIONS = {
 def randomized(module: nnx.Module, seed: int = 0) -> dict:
     """Puts float64 values into all parameters, also scales and biases; returns them."""
     rng = np.random.default_rng(seed)
-    state = nnx.state(module, nnx.Param)
-    values = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), state)
-    nnx.update(module, values)
+    params, stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
+    values = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), params)
+    nnx.update(module, values, jax.tree.map(lambda a: a.astype("float64"), stats))
     return jax.tree.map(np.asarray, nnx.to_pure_dict(values))
 
 
-def apply(module: nnx.Module, *args: Any) -> Any:
-    """The module's output, compiled; batch norms use the batch."""
+def apply(module: nnx.Module, x: Any, seed: int | None = None, **kwargs: Any) -> Any:
+    """The module's output, compiled; batch norms use the batch. With a seed it is given `rngs`."""
     graph, state = nnx.split(module)
-    return jax.jit(lambda state, *args: nnx.merge(graph, state)(*args))(state, *args)
+
+    def call(state: Any, x: Any) -> Any:
+        rngs = {} if seed is None else {"rngs": nnx.Rngs(seed)}
+        return nnx.merge(graph, state)(x, **rngs, **kwargs)
+
+    return jax.jit(call)(state, x)
 
 
 def test_there_is_every_operation_of_a_genotype() -> None:
@@ -198,7 +203,9 @@ def test_batch_norm_over_replicas_is_that_of_their_joint_batch() -> None:
         for name in ("data", None)
     )
     graph, state = nnx.split(joint)
-    each = jax.vmap(lambda x: nnx.merge(graph, state)(x), axis_name="data")(x)
+    each = jax.vmap(
+        lambda state, x: nnx.merge(graph, state)(x), in_axes=(None, 0), axis_name="data"
+    )(state, x)
     whole = apply(alone, x.reshape(6, 4, 4, 2))
     np.testing.assert_allclose(each.reshape(whole.shape), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(each[0] - apply(alone, x[0])).max() > 0.01

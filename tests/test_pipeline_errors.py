@@ -5,7 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import gpipe_jax as gpipe
 
@@ -72,6 +74,68 @@ def test_examples_that_do_not_split(examples, data, message):
 def test_an_unknown_remat(remat):
     with pytest.raises(ValueError, match=f"`remat` must be 'stage' or 'layer', got {remat!r}"):
         build(remat=remat)
+
+
+@pytest.mark.parametrize("keys_per", ["batch", "", None])
+def test_unknown_owners_of_keys(keys_per):
+    message = f"`keys_per` must be 'micro_batch' or 'example', got {keys_per!r}"
+    with pytest.raises(ValueError, match=message):
+        build(keys_per=keys_per)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "eager_1f1b"])
+def test_chunks_with_a_schedule_that_has_none(schedule):
+    message = f"'{schedule}' has one chunk on each device, got `chunks` 2; use 'interleaved'"
+    with pytest.raises(ValueError, match=message):
+        build(schedule=schedule, chunks=2)
+
+
+def test_chunks_below_one():
+    with pytest.raises(ValueError, match="`chunks` must be at least 1, got 0"):
+        build(schedule="interleaved", chunks=0)
+
+
+def test_more_chunks_than_layers():
+    with pytest.raises(ValueError, match=r"cut 3 layers into 4 stages.*use 1 to 3 stages"):
+        build(schedule="interleaved", chunks=2)
+
+
+def test_boundaries_of_all_chunks():
+    layers = gpipe.zoo.mlp((4, 6, 6, 6, 3))
+    with pytest.raises(ValueError, match="4 stages need 3 boundaries, got 1"):
+        build(layers, schedule="interleaved", chunks=2, partition=[2])
+    message = "`partition` must be 'auto' or the first layer of stages 1 to 3, got 'even'"
+    with pytest.raises(ValueError, match=message):
+        build(layers, schedule="interleaved", chunks=2, partition="even")
+
+
+def test_no_layers():
+    with pytest.raises(ValueError, match="`layers` is empty; give at least one layer"):
+        gpipe.Pipeline(
+            [],
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=gpipe.make_mesh(stages=1),
+            example=make_example(),
+        )
+
+
+def test_a_mesh_of_other_axes():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    message = r"`mesh` has the axes \('x',\); it needs 'stage' and 'data', as gpipe_jax.make_mesh"
+    with pytest.raises(ValueError, match=message):
+        gpipe.Pipeline(
+            gpipe.zoo.mlp((4, 3)),
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=mesh,
+            example=make_example(),
+        )
+
+
+def test_links_that_do_not_match():
+    layers = gpipe.zoo.mlp((4, 6, 6, 3))
+    layers[2] = layers[2].pop("a")
+    with pytest.raises(ValueError, match=r"layer 2, Dense\(.*\) \[pop a\], pops 'a', but no layer"):
+        build(layers)
 
 
 def test_an_unknown_schedule():
@@ -188,6 +252,60 @@ def test_a_malformed_batch(pipe, batch, message):
         pipe.split(batch)
 
 
+class Normed(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(x)
+
+
+class Square(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+@pytest.fixture(scope="module")
+def normed() -> gpipe.Pipeline:
+    return build([gpipe.layer(Normed), *gpipe.zoo.mlp((4, 3))])
+
+
+def test_batch_norm_would_count_padding(normed, pipe):
+    """In training only; a network without batch norm is padded."""
+    message = (
+        r"a batch of 11 examples cannot be padded to 12 in training: batch norm would count the "
+        r"padding; give full batches"
+    )
+    state = normed.init(0)
+    with pytest.raises(ValueError, match=message):
+        normed.training_split(make_example(11))
+    with pytest.raises(ValueError, match=message):
+        normed.value_and_grad(state, make_example(11))
+    with pytest.raises(ValueError, match=message):
+        trainer = gpipe.Trainer(normed, optax.sgd(0.1))
+        trainer.step(trainer.start(state), make_example(11))
+    assert normed.training_split(make_example(12))["weights"].shape == (3, 4)
+    assert pipe.training_split(make_example(11))["weights"].shape == (3, 4)
+    assert normed.split(make_example(11))["weights"].shape == (3, 4), "for evaluation"
+
+
+def test_draws_that_are_not_of_examples():
+    """Where each example has keys of its own."""
+
+    def noise(params, x, rngs):
+        return x if rngs is None else x + jax.random.normal(rngs, (1, 4))
+
+    layers = [gpipe.layer(lambda key, x: {}, noise), *gpipe.zoo.mlp((4, 3))]
+    message = r"first axis of what is drawn must be the 4 examples .*, got shape \[1, 4\]"
+    pipe = build(layers, keys_per="example")
+    with pytest.raises(ValueError, match=message):
+        pipe.lower()
+    build(layers).lower()
+
+
 def test_apply_checks_its_inputs(pipe):
     with pytest.raises(ValueError, match=r"batch\['inputs'\] has shape \[2, 3\]"):
         pipe.apply(None, np.zeros((2, 3)))
@@ -197,7 +315,7 @@ def test_apply_checks_its_inputs(pipe):
 
 
 def test_parameters_for_another_number_of_layers(pipe, trees):
-    with pytest.raises(ValueError, match="2 parameter trees for 3 layers"):
+    with pytest.raises(ValueError, match="2 trees of parameters for 3 layers"):
         pipe.from_layers(trees[:2])
 
 
@@ -217,3 +335,29 @@ def test_parameters_of_another_structure(pipe, trees, change):
         trees[2]["linear"]["bios"] = bias
     with pytest.raises(ValueError, match=re.escape("layer 2, Dense(")):
         pipe.from_layers(trees)
+
+
+def test_statistics_that_do_not_fit(normed):
+    params = [jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), s.params) for s in normed.shapes]
+    with pytest.raises(ValueError, match="1 trees of statistics for 2 layers"):
+        normed.from_layers(params, statistics=[{}])
+    fits = {"norm": {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)}}
+    wider = {"norm": {**fits["norm"], "var": np.ones(5, np.float32)}}
+    message = r"layer 0, Normed\(\), has statistics .*var: float32\[4\].*, got .*float32\[5\]"
+    with pytest.raises(ValueError, match=message):
+        normed.from_layers(params, statistics=[wider, {}])
+    with pytest.raises(ValueError, match=r"layer 1, Dense\(.*\), has statistics {}, got {norm: "):
+        normed.from_layers(params, statistics=[fits, fits])
+
+
+def test_parameters_where_a_tied_one_is_borrowed():
+    """A tied parameter is in its first layer, and None in the others."""
+    tied = gpipe.layer(Square).tie("w", "linear.kernel")
+    pipe = build([tied, tied], example=make_example(labels=np.zeros(EXAMPLES, int)))
+    trees = pipe.to_layers(pipe.init(0))
+    assert trees[1]["linear"]["kernel"] is None
+    pipe.from_layers(trees)
+    full = [trees[0], {"linear": {**trees[1]["linear"], "kernel": trees[0]["linear"]["kernel"]}}]
+    message = r"layer 1, Square\(\) \[tie linear.kernel as w\], has parameters .*kernel: None"
+    with pytest.raises(ValueError, match=message):
+        pipe.from_layers(full)

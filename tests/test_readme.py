@@ -24,7 +24,7 @@ def test_the_example_runs() -> None:
         [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "4 stages x 2 replicas" in done.stdout
+    assert "4 devices x 2 replicas" in done.stdout
 
 
 def test_nothing_is_left_to_fill_in() -> None:

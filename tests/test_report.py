@@ -34,7 +34,7 @@ def test_a_row_for_each_stage(pipe):
 
 def test_facts_of_the_whole(pipe):
     facts = report.facts(pipe)
-    assert facts["mesh"] == "2 stages x 2 replicas"
+    assert facts["mesh"] == "2 devices x 2 replicas"
     assert facts["batch"] == "24 examples in 3 micro-batches of 4 on each replica"
     assert "slowest stage 1.500 of the mean" in facts["balance"]
     assert "lower bound 0.667 of the slowest" in facts["balance"]
@@ -45,6 +45,33 @@ def test_facts_of_the_whole(pipe):
     assert padding and float(padding[1]) == pytest.approx(100 - 50 * sum(own) / device, abs=0.06)
     assert facts["boundaries"] == "all alike, as they are"
     assert str(pipe).endswith("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+
+
+def test_stages_of_several_chunks():
+    """Four stages on two devices, one of which shares the first one's parameters."""
+    layers = gpipe.zoo.mlp((4, 4, 4, 4, 4))
+    layers[0], layers[2] = (a.tie("w", "linear.kernel") for a in (layers[0], layers[2]))
+    pipe = gpipe.Pipeline(
+        layers,
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        example={"inputs": np.zeros((24, 4), np.float32), "labels": np.zeros(24, np.int32)},
+        micro_batches=4,
+        schedule="interleaved",
+        chunks=2,
+        cost=[1, 1, 1, 1],
+    )
+    _, _, *rows = str(pipe).splitlines()
+    cells = [re.split(r"  +", row) for row in rows[:4]]
+    assert [cell[:2] for cell in cells] == [["0", "0"], ["1", "1"], ["2", "2"], ["3", "3"]]
+    assert [cell[4] for cell in cells] == ["20", "20", "4", "20"]
+    facts = report.facts(pipe)
+    assert facts["mesh"] == "2 devices x 1 replicas, 2 stages on each device"
+    assert facts["schedule"].startswith("interleaved, 18 ticks, bubble 11.1% of the slots")
+    assert facts["stash"] == "4 boundary inputs, 384 B on each device"
+    own, device = [4 * (20 + 4), 4 * (20 + 20)], pipe.stages.device_bytes()
+    assert f"{1 - sum(own) / (2 * device):.1%} of it padding" in facts["parameters"]
+    assert device >= max(own)
 
 
 def test_html_says_the_same(pipe):

@@ -1,4 +1,4 @@
-"""Schedules: the tables as they look, what holds for every (K, M), and a replay of the buffers."""
+"""Schedules: the tables as they look, and what holds for every K, M and number of chunks V."""
 
 import itertools
 from collections.abc import Callable
@@ -12,17 +12,19 @@ from gpipe_jax.schedule import (
     FORWARD,
     IDLE,
     KINDS,
+    TRAINING,
     Schedule,
+    interleaved,
     make,
     simulate,
+    training_schedule,
     validate,
 )
-from gpipe_jax.slots import Rows, lower
 
 GRID = list(itertools.product(range(1, 9), range(1, 13)))  # (K, M)
-TRAINING = ("gpipe", "1f1b", "eager_1f1b")
+CHUNKED_GRID = list(itertools.product(range(1, 6), range(1, 13), range(1, 4)))  # (K, M, V)
 
-PICTURES = {
+PICTURES: dict[tuple, str] = {
     # All forwards, then all backwards; M = 4 inputs wait on every stage.
     ("gpipe", 3, 4): """
 tick      0  1  2  3  4  5  6  7  8  9 10 11
@@ -45,65 +47,87 @@ stage 0  F0 F1 F2  . F3  . F4 B0 F5 B1  . B2  . B3 B4 B5
 stage 1   . F0 F1  . F2 B0 F3 B1 F4 B2 F5 B3  . B4 B5  .
 stage 2   .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5  .  .
 """,
+    # Two micro-batches go through both chunks before the next two; F1.0 is the first chunk's.
+    ("interleaved", 2, 4, 2): """
+tick        0    1    2    3    4    5    6    7    8    9   10   11   12   13   14   15   16   17
+stage 0  F0.0 F1.0 F0.1 F1.1    . F2.0 B0.1 F3.0 B1.1 F2.1 B0.0 F3.1 B1.0    . B2.1 B3.1 B2.0 B3.0
+stage 1     . F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 F2.0 B0.0 F3.0 B1.0 F2.1 B2.1 F3.1 B3.1 B2.0 B3.0    .
+""",
     ("forward", 3, 4): """
 tick      0  1  2  3  4  5
 stage 0  F0 F1 F2 F3  .  .
 stage 1   . F0 F1 F2 F3  .
 stage 2   .  . F0 F1 F2 F3
 """,
+    # Fewer micro-batches than devices: the ring's first waits for the first of them to come round.
+    ("forward", 3, 2, 2): """
+tick        0    1    2    3    4    5    6
+stage 0  F0.0 F1.0    . F0.1 F1.1    .    .
+stage 1     . F0.0 F1.0    . F0.1 F1.1    .
+stage 2     .    . F0.0 F1.0    . F0.1 F1.1
+""",
 }
 
 
-@pytest.mark.parametrize(("kind", "stages", "micro_batches"), PICTURES)
-def test_the_table_looks_like_its_picture(kind: str, stages: int, micro_batches: int) -> None:
-    picture = PICTURES[kind, stages, micro_batches]
-    assert str(make(kind, stages, micro_batches)) == picture.strip("\n")
+@pytest.mark.parametrize("arguments", PICTURES)
+def test_the_table_looks_like_its_picture(arguments: tuple) -> None:
+    assert str(make(*arguments)) == PICTURES[arguments].strip("\n")
 
 
-def test_columns_stay_aligned_from_micro_batch_10_on() -> None:
-    lines = str(make("1f1b", 2, 12)).splitlines()
+@pytest.mark.parametrize(
+    ("arguments", "last"), [(("1f1b", 2, 12), "B11"), (("interleaved", 2, 12, 2), "B11.0")]
+)
+def test_columns_stay_aligned_from_micro_batch_10_on(arguments: tuple, last: str) -> None:
+    lines = str(make(*arguments)).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[1].split()[-1] == "B11"
+    assert lines[1].split()[-1] == last
 
 
 # ---- for every K and M --------------------------------------------------------------------------
 
 
 def entries(table: np.ndarray) -> dict[tuple[int, int, int], int]:
-    """(operation, stage, micro-batch) -> tick; each must occur once."""
+    """(operation, stage c K + k, micro-batch) -> tick; each must occur once."""
     found: dict[tuple[int, int, int], int] = {}
     for t, k in itertools.product(range(table.shape[0]), range(table.shape[1])):
         op, m, chunk = table[t, k].tolist()
-        assert chunk == 0
+        s = chunk * table.shape[1] + k
         if op != IDLE:
-            assert (op, k, m) not in found
-            found[op, k, m] = t
+            assert (op, s, m) not in found
+            found[op, s, m] = t
     return found
+
+
+def grid_of(kind: str) -> list[tuple[int, int, int]]:
+    """(K, M, V)."""
+    one = [(K, M, 1) for K, M in GRID]
+    return [*one, *CHUNKED_GRID] if kind in schedule.CHUNKED else one
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_is_done_once_and_when_its_inputs_are_there(kind: str) -> None:
     operations = (FORWARD, BACKWARD) if kind in TRAINING else (FORWARD,)
-    for K, M in GRID:
-        table = make(kind, K, M)
+    for K, M, V in grid_of(kind):
+        table = make(kind, K, M, V)
         tick = entries(table.table)
-        assert set(tick) == set(itertools.product(operations, range(K), range(M)))
-        assert (table.stages, table.micro_batches) == (K, M)
-        for (op, k, m), t in tick.items():
+        assert set(tick) == set(itertools.product(operations, range(V * K), range(M)))
+        assert (table.stages, table.micro_batches, table.chunks) == (K, M, V)
+        validate(table.table)
+        for (op, s, m), t in tick.items():
             needs = {
-                FORWARD: [(FORWARD, k - 1, m)] if k > 0 else [],
-                BACKWARD: [(BACKWARD, k + 1, m)] if k < K - 1 else [(FORWARD, k, m)],
+                FORWARD: [(FORWARD, s - 1, m)] if s > 0 else [],
+                BACKWARD: [(BACKWARD, s + 1, m)] if s < V * K - 1 else [(FORWARD, s, m)],
             }
-            assert all(tick[need] < t for need in needs[op]), (K, M, k, m)
+            assert all(tick[need] < t for need in needs[op]), (K, M, V, s, m)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_go_in_order_on_every_device(kind: str) -> None:
     """The order of the losses' and gradients' sums does not depend on the schedule."""
-    for K, M in GRID:
-        tick = entries(make(kind, K, M).table)
-        for (op, k, m), t in tick.items():
-            assert m == 0 or tick[op, k, m - 1] < t
+    for K, M, V in grid_of(kind):
+        tick = entries(make(kind, K, M, V).table)
+        for (op, s, m), t in tick.items():
+            assert m == 0 or tick[op, s, m - 1] < t
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,6 +143,7 @@ PEAK_STASH: dict[str, Callable[[int, int, int], int]] = {
     "gpipe": lambda K, M, k: M,
     "1f1b": lambda K, M, k: min(M, K - k),
     "eager_1f1b": lambda K, M, k: min(M, 2 * (K - k) - 1),
+    "interleaved": lambda K, M, k: min(M, 2 * (K - k) - 1),  # with one chunk
     "forward": lambda K, M, k: 1,
 }
 
@@ -130,12 +155,43 @@ def test_peak_stash(kind: str) -> None:
         assert make(kind, K, M).peak_stash == wanted, (K, M)
 
 
-def test_eager_1f1b_never_mixes_forwards_with_backwards() -> None:
-    for K, M in GRID:
-        operation = make("eager_1f1b", K, M).table[..., 0]
+@pytest.mark.parametrize("kind", ["eager_1f1b", "interleaved"])
+def test_eager_schedules_never_mix_forwards_with_backwards(kind: str) -> None:
+    for K, M, V in grid_of(kind):
+        operation = make(kind, K, M, V).table[..., 0]
         mixed = (operation == FORWARD).any(axis=1) & (operation == BACKWARD).any(axis=1)
         assert not mixed.any()
     assert any(set(row) >= {FORWARD, BACKWARD} for row in make("1f1b", 4, 8).table[..., 0])
+
+
+# ---- several chunks on each device --------------------------------------------------------------
+
+
+def test_interleaved_with_one_chunk_is_eager_1f1b() -> None:
+    for K, M in GRID:
+        same = make("eager_1f1b", K, M).table
+        np.testing.assert_array_equal(make("interleaved", K, M, 1).table, same)
+
+
+def test_the_bubble_of_interleaved_is_a_vth() -> None:
+    """(K-1)/(VM+K-1), against (K-1)/(M+K-1); fewer micro-batches than devices leave more idle."""
+    for K, M, V in CHUNKED_GRID:
+        for kind, both in (("interleaved", 2), ("forward", 1)):
+            table = make(kind, K, M, V)
+            busy = both * V * M
+            wanted = both * (V * M + K - 1)
+            assert (table.ticks == wanted) if M >= K or V == 1 else (table.ticks > wanted)
+            assert table.bubble_fraction == pytest.approx(1 - busy / table.ticks)
+
+
+def test_the_peak_stash_of_interleaved_does_not_depend_on_the_micro_batches() -> None:
+    """K more for each chunk than `eager_1f1b`; groups of up to 2K-1 stash at most V of them."""
+    for K, V in itertools.product(range(1, 6), range(1, 4)):
+        for M in (2 * K, 3 * K, 16 * K):
+            wanted = [(V + 1) * K - 1 - 2 * k for k in range(K)]
+            assert interleaved(K, M, V).peak_stash == wanted, (K, M, V)
+        for M in range(1, 6 * K):
+            assert max(interleaved(K, M, V).peak_stash) <= V * min(M, 2 * K - 1), (K, M, V)
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -256,95 +312,69 @@ def test_numbers_below_one_are_refused(kind: str, K: int, M: int, name: str) -> 
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown schedule '2f2b'; known: gpipe, 1f1b, eager_1f1b"):
+    known = "gpipe, 1f1b, eager_1f1b, interleaved, forward"
+    with pytest.raises(ValueError, match=f"unknown schedule '2f2b'; known: {known}"):
         make("2f2b", 2, 2)
 
 
-# ---- buffers ------------------------------------------------------------------------------------
-
-
-def replay(rows: Rows, K: int, T: int) -> list[tuple[int, int, str]]:
-    """Run the rows as the executor does, on symbols; returns what stage 0 sends back at the end.
-
-    At each tick every device stores what arrived, reads its operands, and sends. A device that has
-    nothing to send sends rubbish, and slots start with rubbish, so that a wrong read is seen.
-    """
-    x_slots = [["never written"] * rows.x_slots for _ in range(K)]
-    g_slots = [["never written"] * rows.g_slots for _ in range(K)]
-    x_wire, g_wire = ["nothing sent"] * K, ["nothing sent"] * K
-    done = []
-    for t in range(T):
-        sent_x, sent_g = [f"rubbish of tick {t}"] * K, [f"rubbish of tick {t}"] * K
-        for k in range(K):
-            assert -1 <= rows.receive_x[t, k] < rows.x_slots
-            assert -1 <= rows.receive_g[t, k] < rows.g_slots
-            if rows.receive_x[t, k] >= 0:
-                x_slots[k][rows.receive_x[t, k]] = x_wire[k]
-            if rows.receive_g[t, k] >= 0:
-                g_slots[k][rows.receive_g[t, k]] = g_wire[k]
-            op, m = int(rows.operation[t, k]), int(rows.micro_batch[t, k])
-            if op == IDLE:
-                continue
-            x = f"x{m}" if k == 0 else x_slots[k][rows.x_slot[t, k]]
-            if op == FORWARD:
-                sent_x[k] = f"F{k}({x})"
-                done.append((op, k, sent_x[k]))
-            else:
-                g = "loss" if k == K - 1 else g_slots[k][rows.g_slot[t, k]]
-                sent_g[k] = f"B{k}({x}, {g})"
-                done.append((op, k, sent_g[k]))
-        x_wire = ["nothing sent", *sent_x[:-1]]
-        g_wire = [*sent_g[1:], "nothing sent"]
-    return done
-
-
-def activation(k: int, m: int) -> str:
-    """Stage k's input for micro-batch m, in the symbols of `replay`."""
-    return f"x{m}" if k == 0 else f"F{k - 1}({activation(k - 1, m)})"
-
-
-def gradient(K: int, k: int, m: int) -> str:
-    """What stage k's backward sends."""
-    after = "loss" if k == K - 1 else gradient(K, k + 1, m)
-    return f"B{k}({activation(k, m)}, {after})"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_operation_reads_the_right_slots(kind: str) -> None:
-    for K, M in GRID:
-        table = make(kind, K, M)
-        wanted = {(FORWARD, k, activation(k + 1, m)) for k in range(K) for m in range(M)}
-        if kind in TRAINING:
-            wanted |= {(BACKWARD, k, gradient(K, k, m)) for k in range(K) for m in range(M)}
-        done = replay(lower(table), K, table.ticks)
-        assert set(done) == wanted and len(done) == len(wanted), (K, M)
-
-
-def test_the_replay_sees_a_slot_that_is_reused_too_early() -> None:
-    table = make("1f1b", 4, 8)
-    rows = lower(table)
-    crowded = rows._replace(
-        receive_x=np.minimum(rows.receive_x, 2), x_slot=np.minimum(rows.x_slot, 2)
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "eager_1f1b"])
+def test_chunks_of_a_schedule_that_has_none_are_refused(kind: str) -> None:
+    message = (
+        f"the schedule '{kind}' has one chunk on each device, got `chunks` 2; use 'interleaved'"
     )
-    wrong = [value for *_, value in replay(crowded, 4, table.ticks)]
-    right = [value for *_, value in replay(rows, 4, table.ticks)]
-    assert wrong != right
+    for function in (make, training_schedule):
+        with pytest.raises(ValueError, match=message):
+            function(kind, 2, 2, 2)
 
 
-X_SLOTS: dict[str, Callable[[int, int], int]] = {
-    "gpipe": lambda K, M: M,
-    "1f1b": lambda K, M: min(M, K),  # one that waits more than stage 1's stash of K - 1
-    "eager_1f1b": lambda K, M: min(M, 2 * (K - 1)),
-    "forward": lambda K, M: 1,
-}
+@pytest.mark.parametrize("kind", schedule.CHUNKED)
+@pytest.mark.parametrize("chunks", [0, -1])
+def test_chunks_below_one_are_refused(kind: str, chunks: int) -> None:
+    with pytest.raises(ValueError, match=f"`chunks` must be at least 1, got {chunks}"):
+        make(kind, 2, 2, chunks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_slots_are_as_few_as_promised(kind: str) -> None:
-    for K, M in GRID:
-        rows = lower(make(kind, K, M))
-        assert rows.x_slots == (X_SLOTS[kind](K, M) if K > 1 else 0), (K, M)
-        assert rows.g_slots == (1 if K > 1 and kind in TRAINING else 0), (K, M)
+def test_a_chunk_missing_on_one_device_is_refused() -> None:
+    table = make("interleaved", 2, 3, 2).table.copy()
+    table[where(table, BACKWARD, 3, 1), 1] = 0
+    with pytest.raises(ValueError, match="the backward of micro-batch 1 at stage 3 is missing"):
+        validate(table)
+    table = make("forward", 2, 3, 2).table.copy()
+    table[(table[..., 2] == 1) & (np.arange(2) == 1)] = 0  # stage 3, so 4 stages are only 3
+    with pytest.raises(ValueError, match="the forward of micro-batch 0 at stage 3 is missing"):
+        validate(table)
+
+
+def test_a_second_chunk_before_the_first_is_through_is_refused() -> None:
+    """Stage 2 is on device 0 again, and waits for stage 1 on the last device."""
+    table = make("forward", 2, 2, 2).table.copy()
+    swap(table, 0, where(table, FORWARD, 2, 0), where(table, FORWARD, 0, 1))
+    with pytest.raises(ValueError, match="stage 2 goes forward on micro-batch 0 before it arrives"):
+        validate(table)
+
+
+# ---- for training -------------------------------------------------------------------------------
+
+
+def test_a_pipelines_schedule_is_made_by_name_or_is_ones_own() -> None:
+    made = training_schedule("interleaved", 2, 4, 3)
+    np.testing.assert_array_equal(made.table, interleaved(2, 4, 3).table)
+    mine = make("gpipe", 2, 4)
+    assert training_schedule(mine, 2, 4) is mine
+
+
+def test_a_schedule_that_does_not_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown schedule 'forward' for training: gpipe, 1f1b"):
+        training_schedule("forward", 2, 2)
+    with pytest.raises(ValueError, match="the schedule 'forward' has no backwards; it cannot"):
+        training_schedule(make("forward", 2, 2), 2, 2)
+
+
+@pytest.mark.parametrize(("K", "M"), [(3, 4), (2, 5)])
+def test_a_schedule_for_another_pipeline_is_refused(K: int, M: int) -> None:
+    message = f"is for 2 stages and 4 micro-batches, the pipeline has {K} and {M}"
+    with pytest.raises(ValueError, match=message):
+        training_schedule(make("gpipe", 2, 4), K, M)
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -409,11 +439,40 @@ def test_lockstep_never_helps_and_no_device_is_faster_than_its_own_work(kind: st
         assert locked >= free * (1 - 1e-12) and free >= work * (1 - 1e-12)
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_equal_chunks_take_a_vth_of_the_bubbles_time(lockstep: bool) -> None:
+    """A stage of a V-th of the layers takes a V-th of the time."""
+    for K, M, V in CHUNKED_GRID:
+        if M >= K:
+            times = [1 / V] * (K * V), [3 / V] * (K * V)
+            result = simulate(interleaved(K, M, V), *times, lockstep=lockstep)
+            assert result.time == pytest.approx(4 * (M + (K - 1) / V)), (K, M, V)
+            assert result.bubble_fraction == pytest.approx((K - 1) / (V * M + K - 1))
+
+
+def test_simulated_times_of_chunks_by_hand() -> None:
+    """forward(2, 2) of two chunks: stages 0 and 2 on device 0, stages 1 and 3 on device 1.
+
+        tick        0    1    2    3    4
+        stage 0  F0.0 F1.0 F0.1 F1.1    .      stage 0 takes 1, stage 2 takes 5
+        stage 1     . F0.0 F1.0 F0.1 F1.1      stage 1 takes 2, stage 3 takes 3
+
+    In lockstep its ticks last 1 2 5 5 3. Otherwise device 0 has F0.1 from 3 to 8, F1.1 to 13, and
+    device 1 ends with F1.1 from 13 to 16. 22 of the 2 x 16 are work.
+    """
+    for lockstep in (True, False):
+        result = simulate(make("forward", 2, 2, 2), [1, 2, 5, 3], [0] * 4, lockstep=lockstep)
+        assert (result.time, result.bubble_fraction) == (16.0, pytest.approx(1 - 22 / 32))
+
+
 def test_one_time_for_each_stage() -> None:
     with pytest.raises(ValueError, match="2 stage times for a schedule of 3 stages"):
         simulate(make("gpipe", 3, 2), [1, 1, 1], [3, 3])
+    with pytest.raises(ValueError, match="3 stage times for a schedule of 6 stages"):
+        simulate(interleaved(3, 3, 2), [1, 1, 1], [3] * 6)
 
 
 def test_every_generator_is_known_by_name() -> None:
     assert [make(kind, 2, 2).kind for kind in KINDS] == list(KINDS)
+    assert interleaved(2, 3).kind == "interleaved"
     assert schedule.gpipe(2, 3).kind == "gpipe" and schedule.one_f_one_b(2, 3).kind == "1f1b"

@@ -187,16 +187,6 @@ def test_parameters_depend_on_the_seed_and_the_layers_place_only() -> None:
     assert not np.array_equal(kernel, made(seed=6)[1]["linear"]["kernel"])
 
 
-def test_all_keys_differ() -> None:
-    """Of layers, of steps, and of every (step, layer, micro-batch)."""
-    all_keys = [keys.layer_key(seed, i) for seed in (0, 1) for i in range(3)]
-    steps = [keys.step_key(seed, s) for seed in (0, 1) for s in range(3)]
-    all_keys += steps
-    all_keys += [keys.apply_key(s, i, m) for s in steps for i in range(3) for m in range(3)]
-    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in all_keys}
-    assert len(data) == len(all_keys)
-
-
 def test_every_layer_and_micro_batch_draws_its_own_numbers() -> None:
     layers, key = [layer(Noise)] * 2, jax.random.key(0)
     x = jnp.zeros((1, 1))

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import gpipe_jax as gpipe
 from gpipe_jax import optimizer, trainer
@@ -159,7 +161,7 @@ def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, 
     one = trainers[2]
     current = one.from_layers(fresh, 0)
     parts = one.pipe.split(next(make_batches()))
-    args = (current.state, current.optimizer, parts, jnp.uint32(0))
+    args = (current.state, current.optimizer, current.average, parts, jnp.uint32(0))
     text = one._step.lower(*args).compile().as_text()
     aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
     assert aliases >= len(jax.tree.leaves((current.state.params, current.optimizer)))
@@ -186,6 +188,12 @@ def test_an_optimizer_that_depends_on_the_cut_is_refused():
 
 
 # --- the queue -----------------------------------------------------------------------------------
+
+
+def not_started() -> TrainState:
+    """Of a step that is replaced, so that nobody looks at the arrays."""
+    nothing: Any = None
+    return TrainState(nothing, None, 0)
 
 
 class Waited:
@@ -215,7 +223,7 @@ def without_devices(monkeypatch, one: Trainer, values=None) -> list:
 
 def test_at_most_eight_steps_are_under_way(trainers, monkeypatch):
     one = trainers[1]
-    current = TrainState(None, None, 0)
+    current = not_started()
     log = without_devices(monkeypatch, one)
     _, records = fit(one, current, 30)
     under_way = np.cumsum([1 if what == "started" else -1 for what, _ in log])
@@ -227,7 +235,7 @@ def test_at_most_eight_steps_are_under_way(trainers, monkeypatch):
 def test_step_times_add_up_also_where_the_host_is_slower(trainers, monkeypatch):
     """Steps done before anyone waits for them have taken at least what starting them took."""
     one = trainers[1]
-    current = TrainState(None, None, 0)
+    current = not_started()
     without_devices(monkeypatch, one)
     clock = itertools.count()
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))
@@ -239,7 +247,7 @@ def test_batches_that_end_are_an_error(trainers, monkeypatch):
     one = trainers[1]
     without_devices(monkeypatch, one)
     with pytest.raises(ValueError, match="`batches` ended after 2 of 5 steps"):
-        fit(one, TrainState(None, None, 0), 5, itertools.islice(make_batches(), 2))
+        fit(one, not_started(), 5, itertools.islice(make_batches(), 2))
 
 
 # --- divergence ----------------------------------------------------------------------------------
@@ -248,7 +256,7 @@ def test_batches_that_end_are_an_error(trainers, monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_training(trainers, monkeypatch, bad):
     one = trainers[1]
-    current = TrainState(None, None, 0)
+    current = not_started()
     without_devices(monkeypatch, one, [2.0, 1.25, bad, 1.0, 1.0])
     message = f"loss became {bad} at step 3 .*finite loss was 1.25.*lower optimizer.learning_rate"
     with pytest.raises(DivergedError, match=message):
@@ -257,7 +265,7 @@ def test_a_loss_that_is_not_finite_ends_training(trainers, monkeypatch, bad):
 
 def test_the_last_good_loss_is_known_across_calls(trainers, monkeypatch):
     one = trainers[1]
-    current = TrainState(None, None, 0)
+    current = not_started()
     without_devices(monkeypatch, one, [2.0, 1.5, float("nan")])
     current, _ = fit(one, current, 2)
     with pytest.raises(DivergedError, match=r"at step 3 \(the last finite loss was 1.5\)"):
@@ -269,7 +277,7 @@ def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
     monkeypatch.setattr(one, "_last_loss", float("nan"))
     without_devices(monkeypatch, one, [float("nan"), 1.0])
     with pytest.raises(DivergedError, match=r"nan at step 1 \(there was no step before it"):
-        fit(one, TrainState(None, None, 0), 2)
+        fit(one, not_started(), 2)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -305,3 +313,161 @@ def test_evaluation_weighs_the_examples(trainers, fresh):
 def test_nothing_to_evaluate_is_an_error(trainers):
     with pytest.raises(ValueError, match="nothing to evaluate"):
         trainers[1].evaluate(None, iter([]))
+
+
+# --- the moving average, statistics and progress -------------------------------------------------
+
+
+class Normed(nnx.Module):
+    """linear without bias, batch norm, tanh."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.75, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(self.norm(self.linear(x)))
+
+
+def averaging(K: int, *, ema: float | None = 0.6, **options) -> Trainer:
+    """Batch norms, a matrix shared by the first and the fourth layer, and a moving average."""
+    tied = gpipe.layer(Normed).tie("w", "linear.kernel")
+    normed = gpipe.layer(Normed)
+    pipe = gpipe.Pipeline(
+        [tied, normed, normed, tied, normed],
+        loss=gpipe.losses.squared_error,
+        mesh=gpipe.make_mesh(stages=K),
+        example=regression(0),
+        micro_batches=2,
+        cost=[1, 1, 1, 1, 1],
+        **options,
+    )
+    return Trainer(pipe, optax.sgd(0.5, momentum=0.9), ema=ema)
+
+
+def regression(step: int) -> dict:
+    rng = np.random.default_rng(step)
+    return {
+        "inputs": rng.normal(1.0, 2.0, (EXAMPLES, 3)).astype(np.float32),
+        "labels": rng.normal(size=(EXAMPLES, 3)).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def averaged() -> tuple:
+    """(trainer, state after five steps, parameters by layer after 0 to 5 of them)."""
+    one = averaging(2)
+    current = one.init(seed=1)
+    seen = [one.pipe.to_layers(current.state)]
+    for step in range(5):
+        current, _ = one.step(current, regression(step))
+        seen.append(one.pipe.to_layers(current.state))
+    return one, current, seen
+
+
+def test_evaluated_are_the_averages_of_the_parameters(averaged):
+    """a <- d a + (1 - d) p, with d = min(0.6, (1 + t) / (10 + t)) after t updates before it."""
+    one, current, seen = averaged
+    wanted = seen[0]
+    for t, params in enumerate(seen[1:]):
+        d = min(0.6, (1 + t) / (10 + t))
+        wanted = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, wanted, params)
+    evaluated = one.evaluated(current)
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
+    jax.tree.map(assert_close, one.pipe.to_layers(evaluated), wanted)
+    assert not np.allclose(wanted[1]["linear"]["kernel"], seen[-1][1]["linear"]["kernel"], 1e-2)
+    assert evaluated.stats is current.state.stats and evaluated.seed is current.state.seed
+
+
+def test_what_is_evaluated_has_the_parameters_type(averaged):
+    one, current, _ = averaged
+    found, wanted = one.evaluated(current).params, current.state.params
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), wanted
+    )
+    assert {a.dtype for a in jax.tree.leaves(current.average)} == {jnp.dtype("float32")}
+
+
+def test_without_an_average_the_parameters_themselves_are_evaluated(trainers, fresh):
+    current = trainers[1].from_layers(fresh, 0)
+    assert current.average is None
+    assert trainers[1].evaluated(current) is current.state
+
+
+def test_the_average_starts_as_the_parameters_and_is_given_up_too(averaged):
+    one, *_ = averaged
+    current = one.init(seed=1)
+    jax.tree.map(np.testing.assert_array_equal, current.average, current.state.params)
+    old = jax.tree.leaves((current.state.params, current.state.stats, current.average))
+    one.step(current, regression(0))
+    assert all(a.is_deleted() for a in old)
+    assert one._step._cache_size() == 1
+
+
+def test_statistics_move_with_every_step(averaged):
+    """Those of the last micro-batches weigh most; evaluation uses them."""
+    one, current, _ = averaged
+    stats = one.pipe.statistics(current.state)
+    fresh = one.pipe.statistics(one.init(seed=1).state)
+    for new, old in zip(stats, fresh, strict=True):
+        assert np.abs(new["norm"]["mean"] - old["norm"]["mean"]).max() > 1e-3
+        assert np.abs(new["norm"]["var"] - old["norm"]["var"]).max() > 1e-3
+    params = one.pipe.to_layers(current.state)
+    losses = [
+        one.evaluate(one.pipe.from_layers(params, statistics=s), iter([regression(9)]))["test_loss"]
+        for s in (stats, fresh)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("K", "options"), [(1, {}), (5, {}), (2, {"schedule": "interleaved", "chunks": 2})]
+)
+def test_averages_and_statistics_are_the_same_bits_for_every_cut(averaged, K, options):
+    one, current, _ = averaged
+    saved = one.to_layers(current)
+    other = averaging(K, **options)
+    moved = other.from_layers(saved, 5)
+    assert moved.step == 5
+    again = other.to_layers(moved)
+    assert jax.tree.structure(again) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, again, saved)
+    shapes = other.layer_shapes()
+    assert jax.tree.structure(shapes) == jax.tree.structure(saved)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), saved
+    )
+    assert saved["statistics"][3]["norm"]["mean"].any() and len(saved["average"]) == 5
+    assert saved["average"][3]["linear"]["kernel"] is None, "kept by the first layer of that name"
+
+
+def test_a_saved_average_goes_on_elsewhere(averaged):
+    one, current, _ = averaged
+    saved, other = one.to_layers(current), averaging(5)
+    there, metrics_there = other.step(other.from_layers(saved, 5), regression(5))
+    here, metrics_here = one.step(one.from_layers(saved, 5), regression(5))
+    assert float(metrics_there["loss"]) == pytest.approx(float(metrics_here["loss"]), rel=1e-5)
+    wanted = one.to_layers(here)
+    for name, found in other.to_layers(there).items():
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
+        jax.tree.map(close, found, wanted[name])
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(4, [0.0, 0.25, 0.5, 1.0, 1.0]), (None, [1.0] * 5)])
+def test_the_progress_of_training_is_the_share_of_steps_done(steps, wanted):
+    """And 1 from the end on, in evaluation, and where no length is given."""
+    told = gpipe.layer(lambda key, x: {}, lambda params, x, progress: 0 * x + progress)
+    same = gpipe.layer(lambda key, x: {}, lambda params, x: x)
+    batch = {"inputs": np.zeros((4, 1), np.float32), "labels": np.zeros((4, 1), np.float32)}
+    pipe = gpipe.Pipeline(
+        [same, told],
+        loss=lambda outputs, labels: outputs,
+        mesh=gpipe.make_mesh(stages=2),
+        example=batch,
+        micro_batches=2,
+        steps=steps,
+    )
+    state = pipe.init(0)
+    found = [float(pipe.value_and_grad(state, batch, step)[0][0]) for step in (0, 1, 2, 4, 9)]
+    assert found == wanted
+    assert float(pipe.evaluate(state, batch)[0]) == 1.0

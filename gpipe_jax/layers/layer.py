@@ -192,7 +192,8 @@ class ModuleLayer(Layer):
         return nnx.to_pure_dict(nnx.split(self.build(key), nnx.Param, ...)[1])
 
     def init_statistics(self) -> PyTree:
-        return nnx.to_pure_dict(nnx.split(self.build(jax.random.key(0)), nnx.BatchStat, ...)[1])
+        template = _template(self)
+        return statistics.fresh(template.norms, template.stats)
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
         del x

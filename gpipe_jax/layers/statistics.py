@@ -47,6 +47,15 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     return tuple(norms)
 
 
+def fresh(norms: tuple[Norm, ...], shapes: PyTree) -> PyTree:
+    """Running statistics as `nnx.BatchNorm` starts them: mean 0, variance 1."""
+    result = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    for norm in norms:
+        new = _at(result, norm.path)
+        new["var"] = jnp.ones_like(new["var"])
+    return result
+
+
 def moments(norms: tuple[Norm, ...], stats: PyTree, seen: PyTree) -> PyTree:
     """The moments about the running means, from the `seen` means and variances."""
     for norm in norms:

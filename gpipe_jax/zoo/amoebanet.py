@@ -196,8 +196,8 @@ def _lack(sizes: Sequence[int], spots: Sequence[Spot], head: int | None) -> str:
     """What these sizes are too small for, or nothing."""
     for i, (size, spot) in enumerate(zip(sizes, spots, strict=False), 1):
         if spot.stride > 1 and size < 2:
-            return f"cell {i} of {len(spots)} halves its input, which is {size}x{size} then"
+            return f"cell {i} of {len(spots)} halves its input, which would be {size}x{size} there"
     if head is not None and sizes[head] < POOL:
-        pool = f"a pool of {POOL}x{POOL}"
-        return f"the auxiliary head has {pool}, and {sizes[head]}x{sizes[head]} features then"
+        size = f"{sizes[head]}x{sizes[head]}"
+        return f"the auxiliary head pools {POOL}x{POOL} of its input, which would be {size} there"
     return ""

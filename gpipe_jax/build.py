@@ -1,0 +1,83 @@
+"""What the sections of a config describe: the data set, the network and its loss."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpipe_jax import data, losses, zoo
+from gpipe_jax.config import (
+    AmoebaNetConfig,
+    Config,
+    ModelConfig,
+    SyntheticTokensConfig,
+    TextConfig,
+    TransformerConfig,
+)
+from gpipe_jax.genotype import GENOTYPES, Genotype
+from gpipe_jax.layers.layer import Layer
+
+DATASETS: dict[str, Callable[..., data.Dataset]] = {
+    "digits": data.digits,
+    "text": data.text,
+    "cifar10": data.cifar10,
+    "synthetic_images": data.synthetic_images,
+    "synthetic_tokens": data.synthetic_tokens,
+}
+
+
+class SectionError(ValueError):
+    """What a section of the config asks for cannot be had."""
+
+    def __init__(self, section: str, problem: str) -> None:
+        named = problem.startswith(f"{section}.")
+        super().__init__(problem if named else f"{section}: {problem}")
+        self.section = section
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+    """Say of which section it is, if sizes, shapes, files or devices in here are wrong."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SectionError(name, str(error)) from error
+
+
+def dataset(config: Config) -> data.Dataset:
+    """The data set of a config."""
+    options = config.data.model_dump(exclude={"kind"})
+    if isinstance(config.data, TextConfig | SyntheticTokensConfig):
+        options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
+    return DATASETS[config.data.kind](seed=config.train.seed, **options)
+
+
+def network(model: ModelConfig) -> list[Layer]:
+    """The layers of a config's model."""
+    options = model.model_dump(exclude={"kind", "auxiliary_weight", "label_smoothing"})
+    if isinstance(model, AmoebaNetConfig):
+        options["genotype"] = _genotype(model.genotype)
+        options["auxiliary"] = model.auxiliary_weight > 0
+    return zoo.MODELS[model.kind](**options)
+
+
+def loss(model: ModelConfig) -> Callable:
+    """The loss function of a config's model."""
+    if isinstance(model, TransformerConfig):
+        return losses.softmax_cross_entropy
+    return losses.classification(
+        label_smoothing=getattr(model, "label_smoothing", 0.0),
+        auxiliary_weight=getattr(model, "auxiliary_weight", 0.0),
+    )
+
+
+def _genotype(source: str) -> Genotype:
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    try:
+        return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"`genotype` {source} cannot be read ({reason}); give a file that Genotype.to_json "
+            f"wrote, or one of {', '.join(GENOTYPES)}"
+        ) from error

@@ -1,0 +1,212 @@
+"""Every file in configs/: what it says of itself is true; and how sections become a run."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpipe_jax import build, cli, losses, optimizer, run, zoo
+from gpipe_jax.config import AmoebaNetConfig, Config, TransformerConfig, image_shape, section_models
+from gpipe_jax.layers.shapes import LayerShape, infer_shapes
+from gpipe_jax.loader import load
+
+FOLDER = Path(__file__).parent.parent / "configs"
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+
+
+def head(name: str) -> list[str]:
+    """The lines of the comment that a file opens with."""
+    text = (FOLDER / name).read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert all(line.startswith("#") for line in text.splitlines())
+    return [line.removeprefix("#").strip() for line in text.splitlines()]
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def micro_batch(config: Config) -> dict:
+    """The shapes of one micro-batch."""
+    size = config.data.batch_size // (config.pipeline.micro_batches * config.mesh.data)
+    shape = image_shape(config.data)
+    if shape is None:
+        assert isinstance(config.model, TransformerConfig)
+        tokens = jax.ShapeDtypeStruct((size, config.model.length), jnp.int32)
+        return {"inputs": tokens, "labels": tokens}
+    pixels, channels, _ = shape
+    return {
+        "inputs": jax.ShapeDtypeStruct((size, pixels, pixels, channels), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+
+def infer(config: Config) -> list[LayerShape]:
+    model = config.model
+    if isinstance(model, AmoebaNetConfig):
+        # It changes no shape, but makes layers unequal, and each unequal one takes its time.
+        model = model.model_copy(update={"drop_path": 0.0})
+    return infer_shapes(build.network(model), micro_batch(config)["inputs"])
+
+
+def count(shapes: list[LayerShape]) -> int:
+    return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
+
+
+def claimed(what: str, name: str) -> int | None:
+    found = re.search(rf"([\d,]+) {what}", " ".join(head(name)))
+    return int(found[1].replace(",", "")) if found else None
+
+
+def test_there_are_files() -> None:
+    assert "digits.yaml" in FILES and "transformer_128_stages.yaml" in FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_opens_with_its_command_and_says_what_was_checked(name: str) -> None:
+    config, text = load(FOLDER / name), " ".join(head(name))
+    assert ("not run" in text) == (config.mesh.simulate is None)
+    assert "https://" in text or config.mesh.simulate, "no source"
+    command = head(name)[2].split()
+    assert command[:3] == ["gpipe", "train", f"configs/{name}"]
+    asked = load(FOLDER / name, command[3:])
+    optimizer.build(asked.optimizer, asked.train.steps)  # the warm-up fits into the steps
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_parameters_and_shapes(name: str) -> None:
+    config = load(FOLDER / name)
+    shapes, one = infer(config), micro_batch(config)
+    assert count(shapes) == claimed("parameters", name)
+    auxiliary = sum(count([s]) for s in shapes if "AuxiliaryHead" in str(s.layer))
+    assert claimed("without the auxiliary head", name) == (
+        count(shapes) - auxiliary if auxiliary else None
+    )
+    values, metrics = jax.eval_shape(build.loss(config.model), shapes[-1].output, one["labels"])
+    assert values.shape == metrics["accuracy"].shape == one["labels"].shape
+    assert len(shapes) >= config.mesh.stages * config.pipeline.chunks
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_bubble_of_large_pipelines_is_small(name: str) -> None:
+    """M >= 4K makes it negligible (GPipe, 2.3); simulated pipelines are there to be looked at."""
+    config = load(FOLDER / name)
+    if config.mesh.simulate is None:
+        assert config.pipeline.micro_batches >= 4 * config.mesh.stages
+
+
+# --- from sections to a run -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", section_models("model"))
+def test_a_model_has_the_arguments_of_its_network_with_the_same_defaults(kind: str) -> None:
+    model = section_models("model")[kind]()
+    parameters = inspect.signature(zoo.MODELS[kind]).parameters
+    known = {name: p.default for name, p in parameters.items() if name != "auxiliary"}
+    loss_only = {"kind", "auxiliary_weight", "label_smoothing"}
+    assert {k: v for k, v in dict(model).items() if k not in loss_only} == known
+    assert build.network(model) == zoo.MODELS[kind]()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", section_models("data"))
+def test_a_data_set_has_the_arguments_of_its_function(kind: str) -> None:
+    known = set(inspect.signature(build.DATASETS[kind]).parameters)
+    fields = set(section_models("data")[kind].model_fields) - {"kind"}
+    assert known - fields <= {"seed", "length", "augment"} and not fields - known
+
+
+@pytest.mark.parametrize("genotype", ["B", "C.json"])
+def test_genotypes(genotype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("C.json").write_text(zoo.AMOEBANET_C.to_json())
+    options: dict[str, Any] = {"layers": 3, "filters": 8}
+    found = build.network(AmoebaNetConfig(genotype=genotype, auxiliary_weight=0.4, **options))
+    cells = zoo.AMOEBANET_B if genotype == "B" else zoo.AMOEBANET_C
+    assert found == zoo.amoebanet(cells, auxiliary=True, **options)
+    assert found != zoo.amoebanet("D", auxiliary=True, **options)
+
+
+def test_losses() -> None:
+    assert build.loss(TransformerConfig()) is losses.softmax_cross_entropy
+    model = AmoebaNetConfig(label_smoothing=0.1, auxiliary_weight=0.5)
+    assert build.loss(model) == losses.classification(label_smoothing=0.1, auxiliary_weight=0.5)
+    convnet = section_models("model")["convnet"]()
+    assert build.loss(convnet) == losses.classification()  # type: ignore[arg-type]
+
+
+def test_tokens_have_the_length_of_the_model() -> None:
+    config = load({"model": {"kind": "transformer_lm", "length": 6}, "data": TOKENS})
+    batch = next(build.dataset(config).train(0))
+    assert batch["inputs"].shape == batch["labels"].shape == (4, 6)
+    assert batch["inputs"].max() < 3
+
+
+TOKENS = {"kind": "synthetic_tokens", "vocabulary": 3, "batch_size": 4}
+CHUNKS = {
+    "model": {"kind": "mlp", "features": [64, 12, 12, 12, 10]},
+    "data": {"kind": "digits", "batch_size": 24},
+    "mesh": {"stages": 2},
+    "pipeline": {
+        "micro_batches": 2,
+        "schedule": "interleaved",
+        "chunks": 2,
+        "keys_per": "example",
+    },
+    "train": {"steps": 2, "eval_every": 2},
+}
+
+
+def test_a_run_of_chunks(tmp_path: Path) -> None:
+    parts = run.assemble(load(CHUNKS), tmp_path)
+    pipe = parts.trainer.pipe
+    assert (pipe.schedule.kind, pipe.schedule.chunks) == ("interleaved", 2)
+    assert (pipe.keys_per, pipe.steps) == ("example", 2)
+    figures = run.train(parts, lambda record: None).figures
+    assert (figures["stages"], figures["steps"]) == (4, 2)
+    assert figures["parameters"] == 65 * 12 + 13 * 12 + 13 * 12 + 13 * 10
+    assert "test_accuracy" in figures and "bits_per_byte" not in figures
+
+
+# --- what is found later than the config's own checks ---------------------------------------------
+
+AMOEBANET = """\
+model:
+  kind: amoebanet
+  image: 8
+  classes: 10
+  in_channels: 1
+  stem: cifar
+  filters: 8
+  layers: 3
+data: {kind: digits}
+"""
+LATE = [
+    (["model.auxiliary_weight=0.4"], r"x.yaml:3: model: `image` is 8, but the auxiliary head"),
+    (["model.filters=1"], r"override 'model.filters=1': model: `filters` is 1, but the narrowest"),
+    (
+        ["model.genotype=a.json"],
+        r"override 'model.genotype=a.json': model: `genotype` a.json cannot be read \(No such file",
+    ),
+    (["model.genotype=bad.json"], r"`genotype` bad.json cannot be read \(genotype: not JSON"),
+    (["mesh.stages=99"], r"override 'mesh.stages=99': mesh: a mesh of 99 stages"),
+    (["data={kind: digits, batch_size: 1500}"], r"override 'data=.*': data: batch_size 1500 is"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "pattern"), LATE, ids=[o[0] for o, _ in LATE])
+def test_late_errors_have_a_place(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    pattern: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(AMOEBANET)
+    Path("bad.json").write_text("{")
+    assert cli.main(["train", "x.yaml", *overrides]) == 2
+    first, second, *rest = capsys.readouterr().err.splitlines()
+    assert (first, rest) == ("gpipe: 1 problem in x.yaml:", [])
+    assert re.search(pattern, second), second

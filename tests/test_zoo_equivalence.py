@@ -1,0 +1,162 @@
+"""The papers' networks through the pipeline: as the sequential program, with everything on.
+
+Batch norm, dropout, drop-path, skips over stages and tied weights, against the sequential program
+over the same micro-batches: loss, every gradient leaf, and the running statistics.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import linked
+import numpy as np
+import pytest
+from helpers import assert_trees_close, widened
+from linked import QUICK
+
+import gpipe_jax as gpipe
+from gpipe_jax import zoo
+
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
+CUTS = [(K, D, *s) for K, D, s in itertools.product((1, 2, 4), (1, 2), SCHEDULES)]
+COUNT, MICRO_BATCHES = 32, 4  # examples; micro-batches on all replicas together
+
+
+def amoebanet(genotype: str) -> list[gpipe.Layer]:
+    return zoo.amoebanet(
+        genotype,
+        layers=3,
+        filters=8,
+        image=8,
+        classes=5,
+        in_channels=2,
+        stem="cifar",
+        drop_path=0.3,
+        dropout=0.2,
+        batch_norm_momentum=0.9,
+    )
+
+
+def images(*labels: int) -> dict:
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(COUNT, 8, 8, 2)) + rng.normal(size=(COUNT, 1, 1, 2))
+    return {
+        "inputs": inputs,
+        "labels": rng.integers(0, 5, (COUNT, *labels)),
+        "weights": rng.uniform(0.5, 2.0, COUNT),
+    }
+
+
+def tokens() -> dict:
+    rng = np.random.default_rng(1)
+    tokens, weights = rng.integers(0, 11, (COUNT, 6)), rng.uniform(0.5, 2.0, COUNT)
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+
+
+def pairs() -> dict:
+    batch = tokens()
+    source = np.random.default_rng(2).integers(0, 11, (COUNT, 7))
+    return {**batch, "inputs": {"source": source, "target": batch["inputs"]}}
+
+
+TRANSFORMER = dict(vocabulary=11, width=8, heads=2, feed_forward=12, dropout=0.2, tied=True)
+
+
+def transformer() -> list[gpipe.Layer]:
+    dtype = str(jnp.zeros(()).dtype)
+    return zoo.transformer_lm(
+        length=5, layers=6, positions="sinusoidal", dtype=dtype, **TRANSFORMER
+    )  # type: ignore[arg-type]
+
+
+def encoder_decoder() -> list[gpipe.Layer]:
+    return zoo.encoder_decoder(layers=3, dtype=str(jnp.zeros(()).dtype), **TRANSFORMER)  # type: ignore[arg-type]
+
+
+# Layers and a batch. The U-Net's skips cross up to 8 layers: 1 to 3 stages in the cuts below.
+NETWORKS: dict[str, tuple[Callable, Callable]] = {
+    **{f"amoebanet {g}": (functools.partial(amoebanet, g), images) for g in "ABCD"},
+    "resnet": (
+        lambda: zoo.resnet((2, 2), width=4, classes=5, in_channels=2, stem="small"),
+        images,
+    ),
+    "unet": (
+        lambda: zoo.unet(depth=2, convolutions=1, channels=4, in_channels=2, classes=5),
+        functools.partial(images, 8, 8),
+    ),
+    "tied transformer": (transformer, tokens),
+    "tied encoder-decoder": (encoder_decoder, pairs),
+}
+# One cut for each network, all different, by default; the rest of the grid is slow.
+FAST = {
+    ("amoebanet D", 4, 1, "1f1b", 1),
+    ("resnet", 4, 2, "eager_1f1b", 1),
+    ("unet", 4, 1, "gpipe", 1),
+    ("unet", 2, 2, "interleaved", 2),
+    ("tied transformer", 4, 1, "interleaved", 2),
+    ("tied encoder-decoder", 4, 2, "1f1b", 1),
+}
+FAST_DOUBLE = {
+    ("unet", 4, 2, "1f1b", 1),
+    ("tied transformer", 2, 2, "interleaved", 2),
+}
+
+
+@functools.cache
+def reference(name: str, double: bool) -> tuple:
+    with jax.enable_x64(double):
+        make_layers, make_batch = NETWORKS[name]
+        batch = make_batch()
+        return linked.run_sequential(widened(make_layers()), [batch], M=MICRO_BATCHES, D=1)
+
+
+def check(name: str, K: int, D: int, kind: str, V: int, double: bool, tolerance: float) -> None:
+    params, _, result, grads, stats = reference(name, double)
+    make_layers, make_batch = NETWORKS[name]
+    pipe = gpipe.Pipeline(
+        widened(make_layers()),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=K, data=D),
+        micro_batches=MICRO_BATCHES // D,
+        schedule=kind,
+        chunks=V,
+        example=make_batch(),
+        cost=[1.0] * len(make_layers()),
+    )
+    assert len(pipe.stages.cuts) == K * V
+    if name == "unet" and K * V > 1:
+        assert max(crossed(pipe).values()) >= min(K * V - 2, 2)
+    step = pipe.lower().compile(compiler_options=QUICK)
+    state = pipe.from_layers(params, 1)
+    ours = step(state, pipe.split(make_batch()), jnp.uint32(0))
+    assert_trees_close(ours[0], result, tolerance)
+    assert_trees_close(pipe.to_layers(ours[1]), grads, tolerance)
+    assert_trees_close(pipe.statistics(state._replace(stats=ours[2])), stats, max(tolerance, 1e-12))
+
+
+def crossed(pipe: gpipe.Pipeline) -> dict[str, int]:
+    """Skip -> how many stages it crosses without being used there."""
+    count: dict[str, int] = {}
+    for s in range(len(pipe.stages.cuts)):
+        for name in pipe.stages.input(s).skips:
+            count[name] = count.get(name, 0) + (name in pipe.stages.passing(s))
+    return count
+
+
+def grid(fast: set) -> list[Any]:
+    cases = [(name, *cut) for name, cut in itertools.product(NETWORKS, CUTS)]
+    return [pytest.param(*c, marks=() if c in fast else pytest.mark.slow) for c in cases]
+
+
+@pytest.mark.parametrize(("name", "K", "D", "kind", "V"), grid(FAST))
+def test_equivalence_float32(name: str, K: int, D: int, kind: str, V: int) -> None:
+    check(name, K, D, kind, V, double=False, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "K", "D", "kind", "V"), grid(FAST_DOUBLE))
+def test_equivalence_float64(name: str, K: int, D: int, kind: str, V: int) -> None:
+    with jax.enable_x64(True):
+        check(name, K, D, kind, V, double=True, tolerance=1e-12)
