@@ -9,7 +9,6 @@ import functools
 import itertools
 from typing import Any
 
-import helpers
 import jax
 import jax.numpy as jnp
 import linked
