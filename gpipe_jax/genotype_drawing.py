@@ -250,7 +250,7 @@ def _svg_box(box: Box) -> str:
 
 def figure(genotype: "Genotype", path: str | Path | None = None) -> "Figure":
     """Both cells side by side, in a matplotlib figure; written to `path` where given."""
-    from gpipe_jax.plots import blank
+    from gpipe_jax.figure import blank
 
     drawn = _pictures(genotype)
     width, height = sum(d.width for d in drawn), max(d.height for d in drawn)

@@ -87,6 +87,8 @@ class Pipeline:
         for name, value, known in (("remat", remat, REMAT), ("keys_per", keys_per, keys.PER)):
             if value not in known:
                 raise ValueError(f"`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"`steps` of the training run must be at least 1, got {steps}")
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
         if not self.layers:
@@ -111,6 +113,7 @@ class Pipeline:
             chunks=self.schedule.chunks,
             remat_layers=remat == "layer",
         )
+        self._check_memory(memory_limit)
 
     # --- cutting ---------------------------------------------------------------------------------
 
@@ -163,6 +166,7 @@ class Pipeline:
         working = [sum(self.costs[i].working_bytes for i in cut) for cut in self.stages.cuts]
         return {
             "parameters, gradients, optimizer": 4 * self.stages.device_bytes(),
+            "tied parameters and gradients": 2 * self.stages.shared_bytes(),
             # Arrived and sent arrays are held beside the slots.
             "boundaries": (rows.x_slots + rows.g_slots + 4) * wire,
             "working set": max(working),

@@ -2,22 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from gpipe_jax.figure import blank
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 
 COLOURS = {FORWARD: "#7fb3e6", BACKWARD: "#f2b36b"}
-
-
-def blank(width: float, height: float) -> Any:
-    """An empty figure, in inches. Not of pyplot's, so a notebook keeps its own settings."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def schedule(plan: Schedule, path: Path) -> None:

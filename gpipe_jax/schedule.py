@@ -48,7 +48,7 @@ class Schedule:
     @property
     def chunks(self) -> int:
         """V, the number of chunks on each device."""
-        return int(self.table[..., 2].max()) + 1
+        return int(self.table[self.table[..., 0] != IDLE][:, 2].max()) + 1
 
     @property
     def bubble_fraction(self) -> float:
@@ -202,6 +202,11 @@ def training_schedule(
         raise ValueError(
             f"the schedule is for {sizes[0]} stages and {sizes[1]} micro-batches, the pipeline has "
             f"{stages} and {micro_batches}"
+        )
+    if chunks not in (1, wanted.chunks):
+        raise ValueError(
+            f"the schedule has {wanted.chunks} chunks on each device, got `chunks` {chunks}; "
+            f"leave `chunks` out, as your own table says it"
         )
     return wanted
 

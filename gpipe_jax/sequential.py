@@ -29,7 +29,8 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
     """
     params, shared = [], {}
     for i, shape in enumerate(infer_shapes(layers, x)):
-        fresh = shape.layer.init(layer_key(seed, i), shape.input)
+        like = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
+        fresh = shape.layer.init(layer_key(seed, i), like)
         own, _ = links.borrow(shape.layer, fresh, shared)
         shared = {**shared, **links.offered(shape.layer, own)}
         params.append(own)

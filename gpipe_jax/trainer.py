@@ -99,7 +99,10 @@ class Trainer:
         return state, optimizer, average, {"loss": loss, **metrics}
 
     def evaluated(self, current: TrainState) -> State:
-        """What is evaluated: the moving average of the parameters, if there is one."""
+        """What is evaluated: the moving average of the parameters, if there is one.
+
+        Running statistics of batch norms are moving averages already and are taken as they are.
+        """
         if self.ema is None:
             return current.state
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), current.average, current.state.params)

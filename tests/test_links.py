@@ -275,3 +275,18 @@ def test_moments_pass_through_a_call() -> None:
     params, stats = norm.init(CONTEXT.key, x), norm.init_statistics()
     _, moments = links.call(norm, params, stats, Boundary(x, {}), {}, CONTEXT)
     np.testing.assert_allclose(moments["mean"], x.mean(0), atol=1e-6)
+
+
+def small_weights(key, x):
+    return {"w": jax.random.normal(key, (3, 3))}
+
+
+def small_matmul(params, x):
+    return x @ params["w"]
+
+
+def test_one_parameter_under_two_names_is_refused():
+    one = layer(small_weights, small_matmul)
+    layers = [one.tie("a", "w"), one.tie("a", "w").tie("b", "w"), one.tie("b", "w")]
+    with pytest.raises(ValueError, match=r"layer 1, .*, ties 'w' as 'a' and as 'b'"):
+        links.check_names(layers)

@@ -361,3 +361,30 @@ def test_parameters_where_a_tied_one_is_borrowed():
     message = r"layer 1, Square\(\) \[tie linear.kernel as w\], has parameters .*kernel: None"
     with pytest.raises(ValueError, match=message):
         pipe.from_layers(full)
+
+
+def build_deep(**options):
+    batch = {"inputs": np.ones((64, 32), np.float32), "labels": np.zeros(64, np.int32)}
+    return gpipe.Pipeline(
+        gpipe.zoo.mlp((32,) * 9),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        example=batch,
+        micro_batches=16,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": "gpipe"}, {"schedule": "interleaved", "chunks": 2}]
+)
+def test_a_device_that_needs_more_than_the_limit(options):
+    need = sum(build_deep(**options).device_bytes.values())
+    build_deep(**options, memory_limit=need)
+    with pytest.raises(ValueError, match=r"a device needs .* but `memory_limit` is"):
+        build_deep(**options, memory_limit=need - 1)
+
+
+def test_a_training_run_of_no_steps():
+    with pytest.raises(ValueError, match="`steps` of the training run must be at least 1, got 0"):
+        build_deep(steps=0)

@@ -476,3 +476,14 @@ def test_every_generator_is_known_by_name() -> None:
     assert [make(kind, 2, 2).kind for kind in KINDS] == list(KINDS)
     assert interleaved(2, 3).kind == "interleaved"
     assert schedule.gpipe(2, 3).kind == "gpipe" and schedule.one_f_one_b(2, 3).kind == "1f1b"
+
+
+def test_idle_entries_have_no_chunk():
+    table = make("gpipe", 2, 3).table.copy()
+    table[0, 1, 2] = 4
+    assert Schedule("mine", table).chunks == 1
+
+
+def test_a_schedule_of_other_chunks_is_refused():
+    with pytest.raises(ValueError, match=r"2 chunks .* 3"):
+        training_schedule(interleaved(2, 4, 2), 2, 4, 3)

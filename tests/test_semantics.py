@@ -240,16 +240,21 @@ def test_tied_parameter_crosses_devices_once_each_way() -> None:
     assert tied.count("stablehlo.all_reduce") == apart.count("stablehlo.all_reduce") + 2
 
 
-@pytest.mark.parametrize("K", [1, 2, 4, 8])
-def test_losses_of_fifty_steps_with_batch_norm_dropout_skip_and_tied(K: int) -> None:
-    curve = losses_of_fifty_steps(K)
-    np.testing.assert_allclose(curve, losses_of_fifty_steps(1), rtol=1e-5)
-    assert curve[-1] < 0.9 * curve[0]
+@pytest.mark.parametrize(
+    ("K", "D", "kind", "V"),
+    [(2, 1, "1f1b", 1), (4, 1, "gpipe", 1), (8, 1, "1f1b", 1), (2, 2, "interleaved", 2)],
+)
+def test_losses_of_fifty_steps_with_batch_norm_dropout_skip_and_tied(
+    K: int, D: int, kind: str, V: int
+) -> None:
+    whole = losses_of_fifty_steps(1, 1, "gpipe", 1)
+    assert whole[-1] < 0.9 * whole[0]
+    np.testing.assert_allclose(losses_of_fifty_steps(K, D, kind, V), whole, rtol=1e-5)
 
 
 @functools.cache
-def losses_of_fifty_steps(K: int) -> np.ndarray:
-    pipe = make(K, 1, 4)
+def losses_of_fifty_steps(K: int, D: int, kind: str, V: int) -> np.ndarray:
+    pipe = make(K, D, 4 // D, kind, V)
     trainer = gpipe.Trainer(pipe, optax.sgd(0.02, momentum=0.9), ema=0.9)
     current, losses = trainer.init(0), []
     for _ in range(50):

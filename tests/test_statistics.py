@@ -220,3 +220,32 @@ def test_commit_leaves_its_arguments_alone() -> None:
     statistics.commit(norms, stats, {"norm": {"mean": jnp.ones(F), "var": jnp.full(F, 3.0)}})
     np.testing.assert_array_equal(stats["norm"]["mean"], np.zeros(F))
     np.testing.assert_array_equal(stats["norm"]["var"], np.ones(F))
+
+
+def test_a_frozen_norm_stays_as_it_is_after_many_micro_batches():
+    class Frozen(nnx.Module):
+        def __init__(self, *, rngs):
+            self.norm = nnx.BatchNorm(1000, use_running_average=True, momentum=0.9, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    one, M = layer(Frozen), 64
+    rng = np.random.default_rng(0)
+    values = {"mean": rng.normal(size=1000), "var": rng.uniform(0.1, 2, 1000)}
+    stats = {"norm": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), values)}
+    x = jnp.ones((2, 1000))
+    params = one.init(jax.random.key(0), x)
+
+    @jax.jit
+    def step(stats):
+        _, seen = one.apply(params, stats, x, Context(jax.random.key(0), train=True))
+        total = jax.tree.map(jnp.zeros_like, seen)
+        for _ in range(M):
+            total = jax.tree.map(jnp.add, total, seen)
+        return one.commit(stats, jax.tree.map(lambda a: a / M, total))
+
+    new = stats
+    for _ in range(100):
+        new = step(new)
+    jax.tree.map(np.testing.assert_array_equal, new, stats)

@@ -60,6 +60,7 @@ def test_defaults_fit_together(name: str) -> None:
         "encoder_decoder": {"source": tokens, "target": tokens},
         "unet": images,
         "resnet": images,
+        "amoebanet": jnp.zeros((2, 224, 224, 3)),
     }[name]
     shapes = infer_shapes(zoo.MODELS[name](), inputs)
     assert shapes[-1].output.shape[0] == 2

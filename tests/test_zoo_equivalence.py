@@ -134,7 +134,7 @@ def check(name: str, K: int, D: int, kind: str, V: int, double: bool, tolerance:
     ours = step(state, pipe.split(make_batch()), jnp.uint32(0))
     assert_trees_close(ours[0], result, tolerance)
     assert_trees_close(pipe.to_layers(ours[1]), grads, tolerance)
-    assert_trees_close(pipe.statistics(state._replace(stats=ours[2])), stats, max(tolerance, 1e-12))
+    assert_trees_close(pipe.statistics(state._replace(stats=ours[2])), stats, min(tolerance, 1e-6))
 
 
 def crossed(pipe: gpipe.Pipeline) -> dict[str, int]:

@@ -104,9 +104,14 @@ def data_problems(model: ModelConfig, data: DataConfig) -> list[tuple[str, str]]
         return [("model.kind", message)]
     if shape is not None:
         return _image_problems(model, data.kind, *shape)
-    known, drawn = getattr(model, "vocabulary", 0), getattr(data, "vocabulary", 0)
-    message = f"vocabulary {drawn} is more than model.vocabulary {known}; use {known} or less"
-    return [("data.vocabulary", message)] if drawn > known else []
+    known = getattr(model, "vocabulary", 0)
+    if isinstance(data, SyntheticTokensConfig) and data.vocabulary > known:
+        message = f"vocabulary {data.vocabulary} is more than model.vocabulary {known}"
+        return [("data.vocabulary", f"{message}; use {known} or less")]
+    if isinstance(data, TextConfig) and known < 256:
+        message = f"vocabulary {known} is less than the 256 values of a byte; use 256 or more"
+        return [("model.vocabulary", message)]
+    return []
 
 
 def _image_problems(

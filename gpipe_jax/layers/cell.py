@@ -94,7 +94,7 @@ class AmoebaCell(nnx.Module):
         norm: Normalization,
         rngs: nnx.Rngs,
     ) -> None:
-        self.cell, self.first = cell, skip_features is None
+        self.cell, self.first, self.stride = cell, skip_features is None, stride
         widths, made = [features] * cell.states, {"norm": norm, "rngs": rngs}
         self.enter = ConvNorm(in_features, features, **made)
         if skip_features is None:
@@ -114,6 +114,11 @@ class AmoebaCell(nnx.Module):
         self, inputs: PyTree, *, rngs: nnx.Rngs, progress: jax.Array | float
     ) -> tuple[jax.Array, jax.Array]:
         x, skip = (inputs, inputs) if self.first else inputs
+        if self.stride > 1 and min(x.shape[1:3]) < 2:
+            raise ValueError(
+                f"a cell that halves its features needs 2x2 of them, got "
+                f"{x.shape[1]}x{x.shape[2]}; give larger images, or fewer reductions"
+            )
         states, operations = [self.enter(x), self.match(skip)], iter(self.operations)
 
         def element(name: str, state: int) -> jax.Array:
@@ -137,6 +142,7 @@ class AuxiliaryHead(nnx.Module):
         self, in_features: int, size: int, classes: int, *, norm: Normalization, rngs: nnx.Rngs
     ) -> None:
         narrow, wide = AUXILIARY_WIDTHS
+        self.size = size
         rest = (size - POOL) // POOL_STRIDE + 1
         made = {"norm": norm, "rngs": rngs}
         self.project = ConvNorm(in_features, narrow, relu=False, **made)
@@ -144,6 +150,11 @@ class AuxiliaryHead(nnx.Module):
         self.linear = nnx.Linear(wide, classes, kernel_init=INIT, rngs=rngs)
 
     def __call__(self, boundary: Boundary) -> tuple[Boundary, jax.Array]:
+        if boundary[0].shape[1:3] != (self.size, self.size):
+            raise ValueError(
+                f"the auxiliary head was made for features of {self.size}x{self.size}, got "
+                f"{boundary[0].shape[1]}x{boundary[0].shape[2]}; give `image` as the images are"
+            )
         y = avg_pool(jax.nn.relu(boundary[0]), POOL, POOL_STRIDE, "VALID")
         y = jax.nn.relu(self.whole(self.project(y)))
         return boundary, self.linear(y[:, 0, 0])

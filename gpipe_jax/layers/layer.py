@@ -98,7 +98,8 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
     only if it takes them); it is called as `module(x)`, with `rngs=` if it takes them, and with
     `progress=` (of the training run, 0 to 1) if it takes that. Modules that keep their own
     `nnx.Rngs` (Dropout) get theirs reseeded for every micro-batch. An `nnx.BatchNorm` normalises
-    with the statistics of the micro-batch; its running ones change once a step.
+    with the statistics of the micro-batch, whatever the examples' weights; its running ones change
+    once a step, by what its last call in the layer saw.
 
     `layer(init, apply)` is a pair of functions, as of Linen or plain JAX: `init(key, x)` returns
     parameters and `apply(params, x)` the output. If it takes `rngs`, it gets the key in training
@@ -192,8 +193,7 @@ class ModuleLayer(Layer):
         return nnx.to_pure_dict(nnx.split(self.build(key), nnx.Param, ...)[1])
 
     def init_statistics(self) -> PyTree:
-        template = _template(self)
-        return statistics.fresh(template.norms, template.stats)
+        return statistics.fresh(_template(self).stats)
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
         del x
@@ -257,6 +257,13 @@ def _template(description: ModuleLayer) -> Template:
     flat = tuple((path, type(variable)) for path, variable in nnx.to_flat_state(rng_state))
     pure = [nnx.to_pure_dict(state) for state in (params, stats)]
     return Template(*pure, train, evaluate, flat, norms)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError unless each of a network's numbers is a whole number of at least one."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1")
 
 
 @functools.lru_cache(maxsize=4096)

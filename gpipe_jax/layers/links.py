@@ -82,18 +82,25 @@ def _at(tree: PyTree, path: Sequence[str]) -> PyTree:
 
 
 def _replaced(tree: PyTree, path: Sequence[str], value: PyTree) -> PyTree:
-    """A tree of dicts with another value at `path`."""
+    """A tree of dicts and sequences with another value at `path`."""
     if not path:
         return value
     key = _key(tree, path[0])
-    return {**tree, key: _replaced(tree[key], path[1:], value)}
+    new = _replaced(tree[key], path[1:], value)
+    if isinstance(tree, dict):
+        return {**tree, key: new}
+    return type(tree)(new if i == key else a for i, a in enumerate(tree))
 
 
 def _key(tree: PyTree, name: str) -> Any:
-    """The key called `name`; a module's list has integers."""
-    if not isinstance(tree, dict):
-        raise KeyError(name)
-    return next((key for key in tree if str(key) == name), name)
+    """The key called `name`, of a dict or a sequence."""
+    keys = (
+        tree if isinstance(tree, dict) else range(len(tree)) if type(tree) in (list, tuple) else ()
+    )
+    for key in keys:
+        if str(key) == name:
+            return key
+    raise KeyError(name)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -122,6 +129,13 @@ def check_names(layers: Sequence[Layer]) -> None:
             users.setdefault(name, []).append(i)
             if users[name].count(i) > 1:
                 raise ValueError(f"layer {i}, {layer}, ties {name!r} twice; tie it once in a layer")
+        for path, _ in layer.ties:
+            names = [repr(name) for p, name in layer.ties if p == path]
+            if len(names) > 1:
+                raise ValueError(
+                    f"layer {i}, {layer}, ties {path!r} as {' and as '.join(names)}; "
+                    f"tie a parameter by one name"
+                )
     for name, i in waiting.items():
         raise ValueError(
             f"layer {i}, {layers[i]}, stashes {name!r}, but no later layer pops it; "

@@ -84,9 +84,11 @@ def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTr
 def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
     """The number of parameters of a network for inputs like `example`; tied ones count once.
 
-    `example` is a tree of arrays or `jax.ShapeDtypeStruct`s, the first axis being the examples.
-    Nothing is built.
+    `example` is a tree of arrays or `jax.ShapeDtypeStruct`s, the first axis being the examples; or
+    a whole batch {"inputs": ..., "labels": ...}. Nothing is built.
     """
+    if isinstance(example, dict) and {"inputs", "labels"} <= set(example):
+        example = example["inputs"]
     shapes = infer_shapes(layers, example)
     return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
 

@@ -31,13 +31,14 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
 
     With momentum 0 the values after a call are the statistics of that call's input.
     """
-    norms = []
+    norms, known = [], set()
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
-            norms.append(Norm(tuple(path), part.momentum))
-            part.momentum = 0.0
+            known |= {(*path, "mean"), (*path, "var")}
+            if not part.use_running_average:  # else it is frozen
+                norms.append(Norm(tuple(path), part.momentum))
+                part.momentum = 0.0
     stats = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
-    known = {(*norm.path, leaf) for norm in norms for leaf in ("mean", "var")}
     other = [".".join(map(str, path)) for path, _ in stats if path not in known]
     if other:
         raise ValueError(
@@ -47,13 +48,13 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     return tuple(norms)
 
 
-def fresh(norms: tuple[Norm, ...], shapes: PyTree) -> PyTree:
+def fresh(shapes: PyTree) -> PyTree:
     """Running statistics as `nnx.BatchNorm` starts them: mean 0, variance 1."""
-    result = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    for norm in norms:
-        new = _at(result, norm.path)
-        new["var"] = jnp.ones_like(new["var"])
-    return result
+
+    def one(path: tuple, a: Any) -> jax.Array:
+        return jnp.full(a.shape, float(path[-1].key == "var"), a.dtype)
+
+    return jax.tree.map_with_path(one, shapes)
 
 
 def moments(norms: tuple[Norm, ...], stats: PyTree, seen: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gpipe_jax.genotype import GENOTYPES, Cell, Genotype
 from gpipe_jax.layers.cell import POOL, AmoebaCell, AuxiliaryHead, Classifier, Stem
 from gpipe_jax.layers.conv_norm import Normalization
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.mesh import DATA
 
 
@@ -72,7 +72,7 @@ def amoebanet(
     those of all replicas; AmoebaNet's code has the momentum 0.9997 and NASNet's 0.9 for CIFAR-10.
     Layers compute in `dtype`; parameters and scores are float32.
     """
-    _check_counts(layers, classes=classes, in_channels=in_channels, image=image)
+    _check_counts(layers, classes=classes, in_channels=in_channels, image=image, filters=filters)
     _check_fractions(drop_path=drop_path, dropout=dropout, batch_norm_momentum=batch_norm_momentum)
     first = _stem(stem, filters)
     spots = _spots(_genotype(genotype), first, layers // 3, filters)
@@ -153,9 +153,7 @@ def _stem(name: str, filters: int) -> StemPlan:
 
 
 def _check_counts(layers: int, **counts: int) -> None:
-    for name, value in {"layers": layers, **counts}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}, but there must be at least one; give more")
+    check_counts(layers=layers, **counts)
     if layers % 3:
         raise ValueError(
             f"`layers` is {layers}, but the normal cells are in three equal stacks; "

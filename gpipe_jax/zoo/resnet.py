@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from gpipe_jax.layers.conv import ConvHead
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.layers.resnet import BottleneckEnd, BottleneckStart, ConvNormRelu, MaxPool
 
 EXPANSION = 4  # output features of a bottleneck over its inner ones
@@ -30,6 +30,11 @@ def resnet(
     """
     if stem not in ("imagenet", "small"):
         raise ValueError(f"`stem` is {stem!r}: use 'imagenet' or 'small'")
+    check_counts(width=width, classes=classes, in_channels=in_channels)
+    if not depths:
+        raise ValueError("`depths` is empty; give the bottlenecks of at least one group")
+    for depth in depths:
+        check_counts(depths=depth)
     large = stem == "imagenet"
     size, stride = (7, 2) if large else (3, 1)
     first = {"in_features": in_channels, "features": width}

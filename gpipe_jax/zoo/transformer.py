@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.layers.transformer import (
     Block,
     Decoded,
@@ -42,6 +42,10 @@ def transformer_lm(
     width=2048, heads=32, feed_forward=8192, layers=L, positions="sinusoidal")`; its Transformer-24
     and Transformer-48 too.
     """
+    check_counts(
+        vocabulary=vocabulary, length=length, width=width, heads=heads, feed_forward=feed_forward,
+        layers=layers,
+    )  # fmt: skip
     _check_heads(width, heads)
     kind = {"width": width, "dtype": dtype}
     if positions == "learned":

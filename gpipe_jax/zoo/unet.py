@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.layers.resnet import ConvNormRelu
 from gpipe_jax.layers.unet import Down, SegmentationHead, Up
 
@@ -25,6 +25,7 @@ def unet(
     torchgpipe has instance norm without parameters, leaky relu and dropout in place of batch norm
     and relu. The numbers of parameters agree but for the batch norms', about one in 5000.
     """
+    check_counts(depth=depth, convolutions=convolutions, channels=channels, classes=classes)
     if channels % 2:
         raise ValueError(f"`channels` is {channels}, but the last level has half of them: use even")
     level = [channels * 2**i for i in range(depth)]
