@@ -255,8 +255,8 @@ def _template(description: ModuleLayer) -> Template:
     module.eval()
     evaluate = nnx.split(module, nnx.Param, ...)[0]
     flat = tuple((path, type(variable)) for path, variable in nnx.to_flat_state(rng_state))
-    pure = [nnx.to_pure_dict(state) for state in (params, stats)]
-    return Template(*pure, train, evaluate, flat, norms)
+    pure_params, pure_stats = (nnx.to_pure_dict(state) for state in (params, stats))
+    return Template(pure_params, pure_stats, train, evaluate, flat, norms)
 
 
 def check_counts(**counts: int) -> None:
