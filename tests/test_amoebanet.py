@@ -179,9 +179,9 @@ def test_a_letter_stands_for_the_published_genotype() -> None:
 ERRORS = [
     ({"genotype": "E"}, "`genotype` is 'E', but the published ones are A, B, C, D; give one"),
     ({"layers": 17}, "`layers` is 17, but .* three equal stacks; give a multiple of 3, as 18"),
-    ({"layers": 0}, "`layers` is 0, but there must be at least one"),
-    ({"classes": 0}, "`classes` is 0, but there must be at least one"),
-    ({"in_channels": 0}, "`in_channels` is 0, but there must be at least one"),
+    ({"layers": 0}, "`layers` is 0, but must be a whole number of at least 1"),
+    ({"classes": 0}, "`classes` is 0, but must be a whole number of at least 1"),
+    ({"in_channels": 0}, "`in_channels` is 0, but must be a whole number of at least 1"),
     ({"stem": "mnist"}, "`stem` is 'mnist', but there are imagenet, torchgpipe, cifar"),
     ({"filters": 7}, "`filters` is 7, but .* stem 'imagenet' means 8 filters; give at least 8"),
     ({"filters": 3, "stem": "torchgpipe"}, "stem 'torchgpipe' means 4 filters"),
@@ -189,7 +189,7 @@ ERRORS = [
     ({"drop_path": 1.0}, r"`drop_path` is 1.0, but it is a fraction; use 0 or more, below 1"),
     ({"dropout": -0.1}, "`dropout` is -0.1, but it is a fraction"),
     ({"batch_norm_momentum": 1.5}, "`batch_norm_momentum` is 1.5, but it is a fraction"),
-    ({"image": 0}, "`image` is 0, but there must be at least one"),
+    ({"image": 0}, "`image` is 0, but must be a whole number of at least 1"),
     (
         {"image": 18},
         "`image` is 18, but cell 16 of 22 halves its input, which would be 1x1 there; give 19 or",
