@@ -36,9 +36,9 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def is_in_default(K: int, D: int, M: int, kind: str) -> bool:
-    """A diagonal sixth of the grid."""
+    """A diagonal tenth of the grid."""
     k, m = (1, 2, 4, 8).index(K), (1, 2, 3, 4, 8).index(M)
-    return (k + m + 2 * (D - 1) + (kind == "gpipe")) % 6 == 0
+    return (2 * k + 2 * m + (D - 1) + (kind == "gpipe")) % 10 == 0
 
 
 def grid(names: tuple[str, ...]) -> list:
@@ -48,7 +48,7 @@ def grid(names: tuple[str, ...]) -> list:
     ]
 
 
-def test_the_default_sixth_has_every_value() -> None:
+def test_the_default_tenth_has_every_value() -> None:
     cases = [case for case in GRID if is_in_default(*case)]
     assert len(cases) <= len(GRID) // 4
     for i, values in enumerate(((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b"))):
@@ -262,7 +262,7 @@ class Scores(nnx.Module):
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-@pytest.mark.parametrize(("K", "D", "M"), [(2, 2, 8), (4, 1, 3), (8, 1, 2)])
+@pytest.mark.parametrize(("K", "D", "M"), [(2, 2, 8), (4, 1, 3)])
 def test_equivalence_of_the_eager_schedule(name: str, K: int, D: int, M: int) -> None:
     check(make_pipeline(name, K, D, M, "eager_1f1b"), name, double=False, tolerance=1e-5)
 
