@@ -122,10 +122,12 @@ def canonical_ratio(repeats: int) -> float:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
     def step() -> Callable:
-        _, batch = amoebanet()
-        layers = gpipe.zoo.amoebanet("A", layers=3, filters=16, image=16, classes=10, stem="cifar")
-        pipe = pipeline(layers, {n: a[:16] for n, a in batch.items()}, 4, 1, 4, "1f1b")
-        arguments = pipe.init(0), pipe.split({n: a[:16] for n, a in batch.items()}), jnp.uint32(0)
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(16, 32, 32, 3)).astype(np.float32)
+        batch = {"inputs": images, "labels": rng.integers(0, 10, 16)}
+        layers = gpipe.zoo.amoebanet("A", layers=3, filters=32, image=32, classes=10, stem="cifar")
+        pipe = pipeline(layers, batch, 4, 1, 4, "gpipe")
+        arguments = pipe.init(0), pipe.split(batch), jnp.uint32(0)
         compiled = pipe.lower().compile()
         return lambda: compiled(*arguments)
 
