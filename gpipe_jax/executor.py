@@ -11,7 +11,6 @@ s stage.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,13 +22,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax.composite import Call, Composite
+from gpipe_jax.gradients import float_leaves, vjp, with_floats
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.slots import Rows, lower
-from gpipe_jax.stages import Call, Stages
+from gpipe_jax.stages import Stages
 from gpipe_jax.storage import Storage
 
 PyTree = Any
@@ -187,11 +188,11 @@ class _Device:
         """All ticks, segment by segment, and the sums over devices after them."""
         carry = self._start()
         columns = self.rows[1:6]
-        for begin, end in self._segments():
-            names = self._names()[begin:end]
+        for ticks in self._segments():
+            names = self._names()[ticks]
             known = sorted(set(names.ravel().tolist()))
             branch = np.searchsorted(known, names)
-            table = np.stack([*(column[begin:end] for column in columns), branch], axis=-1)
+            table = np.stack([*(column[ticks] for column in columns), branch], axis=-1)
             tick = functools.partial(self._tick, known)
             carry, _ = lax.scan(tick, carry, jnp.asarray(table, jnp.int32))
         return self._finish(carry.sums)
@@ -259,18 +260,22 @@ class _Device:
 
     # --- the table -------------------------------------------------------------------------------
 
-    def _segments(self) -> list[tuple[int, int]]:
-        """Ticks [begin, end): before the first backward, after the last forward, and between.
+    def _segments(self) -> list[np.ndarray]:
+        """The ticks before the first backward, those after the last forward, and those between.
 
-        So a stretch of forwards carries no backward code and no gradient traffic.
+        So a stretch of forwards carries no backward code and no gradient traffic. Ticks at which
+        nothing happens are left out: with one stage all forwards, as backwards compute them.
         """
         operation = self.schedule.table[..., 0]
         forward = np.nonzero((operation == FORWARD).any(axis=1))[0]
         backward = np.nonzero((operation == BACKWARD).any(axis=1))[0]
         first_b = int(backward[0]) if len(backward) else len(operation)
         last_f = max(int(forward[-1]) + 1, first_b)
-        cuts = [0, first_b, last_f, len(operation)]
-        return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+        arrives = (self.rows.receive_x >= 0) | (self.rows.receive_g >= 0)
+        busy = ((self._names() != "idle") | arrives).any(axis=1)
+        cuts = [first_b, last_f] if len(self.stages.cuts) > 1 else []
+        segments = np.split(np.arange(len(operation)), cuts)
+        return [ticks[busy[ticks]] for ticks in segments if busy[ticks].any()]
 
     def _names(self) -> np.ndarray:
         """[T, K]: the branch that does each slot of the table, as "operation stage"."""
@@ -292,8 +297,14 @@ class _Device:
             stash=_store(carry.stash, carry.arrived_x, receive_x),
             gradients=_store(carry.gradients, carry.arrived_g, receive_g),
         )
-        branches = [functools.partial(self._work, name) for name in known]
-        work = lax.switch(branch, branches, carry, Entry(m, x_slot, g_slot))
+        work = Work(
+            send_x=[self._filled(s) for s in self.stages.wire.shapes],
+            send_g=[self._filled(s) for s in self._gradient_shapes()],
+            sums=carry.sums,
+        )
+        for n, name in enumerate(known):
+            one = functools.partial(self._work, name, carry, Entry(m, x_slot, g_slot))
+            work = _if(branch == n, one, work) if len(known) > 1 else one(work)
         carry = carry._replace(sums=work.sums)
         if any(name.startswith("forward") for name in known):
             carry = carry._replace(arrived_x=_permute(work.send_x, self._neighbours()))
@@ -313,85 +324,75 @@ class _Device:
 
     # --- one operation on one micro-batch --------------------------------------------------------
 
-    def _work(self, name: str, carry: Carry, entry: Entry) -> Work:
-        """The branch `name`, on the buffers of `carry`."""
+    def _work(self, name: str, carry: Carry, entry: Entry, work: Work) -> Work:
+        """The branch `name`, on the buffers of `carry`; adds to the sums of `work`."""
         operation, _, stage = name.partition(" ")
-        nothing = Work(
-            send_x=[self._filled(s) for s in self.stages.wire.shapes],
-            send_g=[self._filled(s) for s in self._gradient_shapes()],
-            sums=carry.sums,
-        )
         if operation == "idle":
-            return nothing
+            return work
         method = {"forward": self._forward, "backward": self._backward, "evaluate": self._evaluate}
-        return method[operation](int(stage), carry, entry, nothing)
+        return method[operation](int(stage), carry, entry, work)
 
-    def _forward(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
-        x = self._input(s, carry, entry)
-        y, moments = self._apply(s, self.stages.read(s, self.params), self.shared, x, entry)
+    def _forward(self, s: int, carry: Carry, entry: Entry, work: Work) -> Work:
+        y, moments = self._stage(s, entry).forward(self._input(s, carry, entry))
         wire = self.stages.wire
-        return nothing._replace(
+        return work._replace(
             send_x=wire.encode(jax.tree.leaves(y), wire.shapes),
-            sums=self._with_moments(s, carry.sums, moments),
+            sums=self._with_moments(s, work.sums, moments),
         )
 
-    def _evaluate(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
-        x = self._input(s, carry, entry)
-        y, _ = self._apply(s, self.stages.read(s, self.params), self.shared, x, entry)
+    def _evaluate(self, s: int, carry: Carry, entry: Entry, work: Work) -> Work:
+        y, _ = self._stage(s, entry).forward(self._input(s, carry, entry))
         if self.loss is None:
             put = lambda a, b: _put(a, b, entry.micro_batch)  # noqa: E731
-            result = jax.tree.map(put, carry.sums.result, y.x)
+            result = jax.tree.map(put, work.sums.result, y.x)
         else:
-            result = jax.tree.map(jnp.add, carry.sums.result, self._loss(y.x, entry))
-        return nothing._replace(sums=carry.sums._replace(result=result))
+            result = jax.tree.map(jnp.add, work.sums.result, self._loss(y.x, entry))
+        return work._replace(sums=work.sums._replace(result=result))
 
-    def _backward(self, s: int, carry: Carry, entry: Entry, nothing: Work) -> Work:
-        """Recompute the stage from its input, then its gradients; the last one starts at the loss.
+    def _backward(self, s: int, carry: Carry, entry: Entry, work: Work) -> Work:
+        """Recompute the stage from its input, and add its gradients to the sums.
 
-        Only what the stage reads is differentiated: of the parameters, what it uses; of the input,
-        the floating-point leaves of a boundary. Skips that cross the stage are handed on, forward
-        and backward, and take no part in it.
+        Skips that cross the stage are handed on, forward and backward, and take no part in it.
         """
-        last, passing = s == self.stages.last, self.stages.passing(s)
+        passing, (c, _) = self.stages.passing(s), self.stages.at(s)
         x, _ = _part(self._input(s, carry, entry), passing)
-        leaves, structure = jax.tree.flatten(x)
-        moving = [i for i, a in enumerate(leaves) if s > 0 and differentiable(a)]
-        tied = {name: self.shared[name] for name in self.stages.shared_names(s)}
-
-        def run(params: list, tied: dict, floats: list) -> tuple[Any, Any]:
-            x = jax.tree.unflatten(structure, _replace_at(leaves, moving, floats))
-            y, moments = self._apply(s, params, tied, x, entry)
-            if last:
-                loss, metrics = self._loss(y.x, entry)
-                return loss, ((loss, metrics), moments)
-            return [a for a in jax.tree.leaves(y) if differentiable(a)], None
-
-        floats = [leaves[i] for i in moving]
-        y, pull, aux = jax.vjp(run, self.stages.read(s, self.params), tied, floats, has_aux=True)
-        arrived, passed = (None, {}) if last else _part(self._gradient(s, carry, entry), passing)
-        d_params, d_tied, d_x = pull(jnp.ones_like(y) if last else jax.tree.leaves(arrived))
-        sums = self._with_gradients(s, carry.sums, d_params, d_tied)
-        if last:
-            result, moments = aux
+        if s == self.stages.last:
+            passed, start = {}, functools.partial(self._start_of_backward, entry)
+        else:
+            arrived, passed = _part(self._gradient(s, carry, entry), passing)
+            start = lambda _: (jax.tree.leaves(arrived), None)  # noqa: E731
+        sums = work.sums
+        backward = self._stage(s, entry).backward
+        back, moments, result = backward(x, start, sums.grads[c], sums.shared)
+        grads = [back.params if i == c else g for i, g in enumerate(sums.grads)]
+        sums = sums._replace(grads=grads, shared=back.shared)
+        if s == self.stages.last:
             sums = sums._replace(result=jax.tree.map(jnp.add, sums.result, result))
             sums = self._with_moments(s, sums, moments)
         if s == 0:
-            return nothing._replace(sums=sums)
-        d_leaves = _replace_at([None] * len(leaves), moving, d_x)
-        d_inner = jax.tree.unflatten(structure, d_leaves)
-        d_boundary = Boundary(d_inner.x, {**d_inner.skips, **passed})
-        sent = self.stages.wire.encode(jax.tree.leaves(d_boundary), self._gradient_shapes())
-        return nothing._replace(send_g=sent, sums=sums)
+            return work._replace(sums=sums)
+        inner = with_floats(x, back.x, rest=lambda _: None)
+        boundary = Boundary(inner.x, {**inner.skips, **passed})
+        sent = self.stages.wire.encode(jax.tree.leaves(boundary), self._gradient_shapes())
+        return work._replace(send_g=sent, sums=sums)
 
-    def _with_gradients(self, s: int, sums: Sums, d_params: list, d_tied: dict) -> Sums:
-        (c, k), grads = self.stages.at(s), list(sums.grads)
-        storage = self.stages.params[c]
-        new = storage.write(k, d_params)
-        used = storage.used(k)
-        grads[c] = {name: _add_at(grads[c][name], used[name], new[name]) for name in used}
-        shared = {n: a + d_tied[n].astype(a.dtype) if n in d_tied else a
-                  for n, a in sums.shared.items()}  # fmt: skip
-        return sums._replace(grads=grads, shared=shared)
+    def _start_of_backward(self, entry: Entry, y: Boundary) -> tuple[list, tuple]:
+        """The gradient of the loss in the network's outputs, and (loss, metrics)."""
+
+        def loss(_: None, y: Boundary) -> tuple:
+            value, metrics = self._loss(y.x, entry)
+            return value, metrics
+
+        value, pull, metrics = vjp(loss, None, y)
+        return pull([jnp.ones_like(value)])[1], (value, metrics)
+
+    def _stage(self, s: int, entry: Entry) -> Composite:
+        c, _ = self.stages.at(s)
+        examples = self.batch_rows if self.per_example else None
+        micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
+        call = Call(self.key, micro_batch, examples, self.trains, self.progress)
+        arrays = (self.params[c], self.stats[c], self.shared)
+        return Composite(self.stages, s, *arrays, self.ids[c], call)
 
     def _with_moments(self, s: int, sums: Sums, moments: list) -> Sums:
         """Each micro-batch's moments are added in one forward: that of a recomputation is not."""
@@ -412,21 +413,10 @@ class _Device:
 
     def _gradient(self, s: int, carry: Carry, entry: Entry) -> Boundary:
         """The gradient of what stage s handed on; None in place of leaves that have none."""
-        leaves, structure = jax.tree.flatten(self.stages.input(s + 1))
-        moving = [i for i, a in enumerate(leaves) if differentiable(a)]
+        like = self.stages.input(s + 1)
         arrays = [_get(a, entry.g) for a in carry.gradients]
-        values = self.stages.wire.decode(arrays, [leaves[i] for i in moving])
-        return jax.tree.unflatten(structure, _replace_at([None] * len(leaves), moving, values))
-
-    def _apply(
-        self, s: int, params: list, shared: dict, x: Boundary, entry: Entry
-    ) -> tuple[Boundary, list]:
-        c, k = self.stages.at(s)
-        examples = self.batch_rows if self.per_example else None
-        micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
-        call = Call(self.key, micro_batch, examples, self.trains, self.progress)
-        stats = self.stages.stats[c].read(k, self.stats[c])
-        return self.stages.forward(s, params, stats, shared, x, self.ids, call)
+        values = self.stages.wire.decode(arrays, float_leaves(like))
+        return with_floats(like, values, rest=lambda _: None)
 
     @property
     def batch_rows(self) -> int:
@@ -456,6 +446,16 @@ def _store(buffers: list, arrived: list, slot: jax.Array) -> list:
     ]
 
 
+def _if(condition: jax.Array, function: Callable, work: Work) -> Work:
+    """`function(work)` if the condition holds, else `work`: as a loop of one or no turns.
+
+    XLA updates what a loop carries in place, but copies what passes through a conditional: the sums
+    of all gradients, at every tick.
+    """
+    once = lambda state: (jnp.bool_(False), function(state[1]))  # noqa: E731
+    return lax.while_loop(lambda state: state[0], once, (condition, work))[1]
+
+
 def _get(array: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
 
@@ -466,14 +466,3 @@ def _put(array: jax.Array, value: jax.Array, i: jax.Array) -> jax.Array:
 
 def _permute(arrays: list, pairs: list) -> list:
     return [lax.ppermute(a, STAGE, pairs) for a in arrays]
-
-
-def _replace_at(items: list, indices: list[int], values: list) -> list:
-    new = dict(zip(indices, values, strict=True))
-    return [new.get(i, item) for i, item in enumerate(items)]
-
-
-def _add_at(items: list, indices: list[int], values: list) -> list:
-    """`items` + `values` where the index is one of `indices`; elsewhere the values are zero."""
-    pairs = enumerate(zip(items, values, strict=True))
-    return [a + b.astype(a.dtype) if i in indices else a for i, (a, b) in pairs]

@@ -16,9 +16,8 @@ import numpy as np
 from jax import lax
 
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.keys import apply_key
 from gpipe_jax.layers import links
-from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
 from gpipe_jax.mesh import STAGE
@@ -29,7 +28,8 @@ PyTree = Any
 
 # Longer runs of equal layers are a `lax.scan`. Shorter ones are unrolled: a scan stacks what its
 # backward pass keeps, which cost 1.3 times the time on CPU and 1.25 times the memory on TPU v5p,
-# while unrolling five layers a stage took 3.7 times as long to compile.
+# while unrolling five layers a stage took 3.7 times as long to compile. With `remat_layers` there
+# is little to keep, and every run of equal layers is a scan.
 MAX_UNROLL = 8
 
 
@@ -39,21 +39,7 @@ class Run(NamedTuple):
     layer: Layer
     start: int  # position in the stage
     count: int
-
-    @property
-    def scanned(self) -> bool:
-        """Whether the layers are one `lax.scan`."""
-        return self.count > MAX_UNROLL
-
-
-class Call(NamedTuple):
-    """What a stage is told about a call: one micro-batch of one step."""
-
-    key: jax.Array  # of the step
-    micro_batch: Any  # its global id
-    examples: int | None  # of a micro-batch, if each of them has random keys of its own
-    train: bool
-    progress: Any  # of the training run, 0 to 1
+    scanned: bool  # whether the layers are one `lax.scan`
 
 
 class Owner(NamedTuple):
@@ -83,7 +69,8 @@ class Stages:
         self.remat_layers = remat_layers
         self.devices = len(cuts) // chunks
         self.wire = Wire([shapes[cut[0]].boundary for cut in cuts[1:]])
-        self.runs = [_find_runs(shapes, cut) for cut in cuts]
+        longest = 1 if remat_layers else MAX_UNROLL
+        self.runs = [_find_runs(shapes, cut, longest) for cut in cuts]
         self.params = self._store(lambda shape: shape.params)
         self.stats = self._store(lambda shape: shape.stats)
         self.owners = self._find_owners()
@@ -133,11 +120,6 @@ class Stages:
         return ids
 
     # --- parameters -------------------------------------------------------------------------------
-
-    def read(self, s: int, params: list) -> list[PyTree]:
-        """Stage s's parameters from one device's arrays, in the form that `forward` takes."""
-        c, k = self.at(s)
-        return self.params[c].read(k, params[c])
 
     def build(
         self,
@@ -211,49 +193,7 @@ class Stages:
             grads[c] = self.params[c].add_leaf(owner.place, grads[c], mine)
         return grads
 
-    def shared_names(self, s: int) -> list[str]:
-        """The tied parameters that stage s uses."""
-        return sorted({name for run in self.runs[s] for _, name in run.layer.ties})
-
-    # --- computation ------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        s: int,
-        params: list,
-        stats: list,
-        shared: dict,
-        x: Boundary,
-        ids: jax.Array,
-        call: Call,
-    ) -> tuple[Boundary, list[PyTree]]:
-        """What stage s hands on for `x`, and the moments of its batch norms, run by run.
-
-        `params` and `stats` are as `Storage.read` gives them; a scanned run is one `lax.scan`.
-        """
-        moments = []
-        for run, p, st in zip(self.runs[s], params, stats, strict=True):
-            one = self._one_layer(run.layer, shared, call)
-            body = jax.checkpoint(one) if self.remat_layers else one
-            run_ids = ids[self.at(s)[0], run.start : run.start + run.count]
-            if run.scanned:
-                x, seen = lax.scan(body, x, (p, st, run_ids))
-            else:
-                seen = []
-                for layer in zip(p, st, run_ids, strict=True):
-                    x, new = body(x, layer)
-                    seen.append(new)
-            moments.append(seen)
-        return x, moments
-
-    def _one_layer(self, layer: Layer, shared: dict, call: Call) -> Callable:
-        def one(x: Boundary, variables: tuple) -> tuple[Boundary, PyTree]:
-            params, stats, layer_id = variables
-            key = apply_key(call.key, layer_id, call.micro_batch, call.examples)
-            context = Context(key, call.train, call.progress)
-            return links.call(layer, params, stats, x, shared, context)
-
-        return one
+    # --- running statistics -----------------------------------------------------------------------
 
     def commit(self, s: int, stats: dict, moments: dict) -> dict:
         """Stage s's running statistics after a step, as one chunk's arrays on its device."""
@@ -285,11 +225,12 @@ class Stages:
         return tree_bytes([jax.ShapeDtypeStruct(place.shape, place.dtype) for place in places])
 
 
-def _find_runs(shapes: Sequence[LayerShape], cut: range) -> list[Run]:
+def _find_runs(shapes: Sequence[LayerShape], cut: range, longest_unrolled: int) -> list[Run]:
     runs = []
     for _, group in itertools.groupby(cut, key=lambda i: _run_key(shapes, i)):
         ids = list(group)
-        runs.append(Run(shapes[ids[0]].layer, ids[0] - cut[0], len(ids)))
+        scanned = len(ids) > longest_unrolled
+        runs.append(Run(shapes[ids[0]].layer, ids[0] - cut[0], len(ids), scanned))
     return runs
 
 

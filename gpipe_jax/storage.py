@@ -4,18 +4,20 @@ One SPMD program runs on every device, so every device holds arrays of the same 
 
 - a *slot* `[K, n, ...]` holds one leaf of a run of up to n equal layers, for every stage that has
   a leaf of that shape (the body of a Transformer: nothing wasted, no relayout);
-- a *pack* `[K, P]` of each dtype holds the rest of a stage's leaves end to end, padded to the
-  largest stage (convolution stages, an embedding or a head).
+- a *pack* of P elements of each dtype, [K, P] or [K, P / 128, 128], holds the rest of a stage's
+  leaves end to end, padded to the largest stage (convolution stages, an embedding or a head).
 
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gpipe_jax.wire import like, pack
 
@@ -25,6 +27,9 @@ PyTree = Any
 # copies that reading a matrix out of a pack costs on TPU.
 SLOT_SLACK = 0.05
 
+TILE = (8, 128)  # of a TPU's memory
+LARGE_PACK = 2**17  # elements
+
 
 class Place(NamedTuple):
     """Where one leaf of a run of layers is kept."""
@@ -33,6 +38,11 @@ class Place(NamedTuple):
     dtype: np.dtype
     slot: int | None  # index of the slot, or None if packed
     offset: int  # of the first element within the pack
+
+    @property
+    def size(self) -> int:
+        """Elements of one layer's leaf."""
+        return math.prod(self.shape)
 
 
 class Group(NamedTuple):
@@ -54,7 +64,7 @@ class Slot(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes on each device."""
-        return self.depth * int(np.prod(self.shape)) * self.dtype.itemsize
+        return self.depth * math.prod(self.shape) * self.dtype.itemsize
 
 
 class Storage:
@@ -75,52 +85,68 @@ class Storage:
 
     def device_bytes(self) -> int:
         """Bytes that every device holds, padding included."""
-        packs = sum(p.shape[0] * p.dtype.itemsize for p in self.packs)
+        packs = sum(p.size * p.dtype.itemsize for p in self.packs)
         return packs + sum(s.size for s in self.slots)
-
-    def used(self, k: int) -> dict[str, list[int]]:
-        """Indices of the slots and packs that stage k reads: nothing else gets a gradient there."""
-        places = [place for group in self.groups[k] for place in group.places]
-        dtypes = {p.dtype for p in places if p.slot is None}
-        return {
-            "slots": sorted({p.slot for p in places if p.slot is not None}),
-            "packs": [i for i, p in enumerate(self.packs) if p.dtype in dtypes],
-        }
 
     def read(self, k: int, arrays: dict) -> list[PyTree]:
         """For each run of stage k a list of its layers' trees; if scanned, one tree [n, ...]."""
         runs = []
-        for group in self.groups[k]:
-            rows = [self._rows(place, group.count, arrays) for place in group.places]
-            if group.scanned:
-                runs.append(jax.tree.unflatten(group.treedef, rows))
-            else:
-                each = [[a[i] for a in rows] for i in range(group.count)]
-                runs.append([jax.tree.unflatten(group.treedef, leaves) for leaves in each])
+        for r, group in enumerate(self.groups[k]):
+            rows = self.read_run(k, r, arrays)
+            if not group.scanned:
+                rows = [jax.tree.map(lambda a, i=i: a[i], rows) for i in range(group.count)]
+            runs.append(rows)
         return runs
+
+    def read_run(self, k: int, r: int, arrays: dict) -> PyTree:
+        """The trees of all layers of run r of stage k, as one tree [n, ...]."""
+        group = self.groups[k][r]
+        rows = [self._rows(place, 0, group.count, arrays) for place in group.places]
+        return group.treedef.unflatten(rows)
+
+    def read_layer(self, k: int, r: int, i: Any, arrays: dict) -> PyTree:
+        """The tree of layer i of run r of stage k; `i` may be traced."""
+        group = self.groups[k][r]
+        return group.treedef.unflatten([self._rows(p, i, 1, arrays)[0] for p in group.places])
 
     def read_leaf(self, place: Place, arrays: dict) -> Any:
         """The leaf kept at `place`, of a single layer."""
-        return self._rows(place, 1, arrays)[0]
+        return self._rows(place, 0, 1, arrays)[0]
 
-    def _rows(self, place: Place, count: int, arrays: dict) -> Any:
+    def _rows(self, place: Place, i: Any, count: int, arrays: dict) -> Any:
+        """A leaf of `count` layers of a run from layer i on, [count, ...]."""
         if place.slot is not None:
-            return arrays["slots"][place.slot][:count]
-        flat = arrays["packs"][self._pack(place)]
-        size = count * int(np.prod(place.shape))
-        return flat[place.offset : place.offset + size].reshape((count, *place.shape))
+            return _part(arrays["slots"][place.slot], i, count)
+        flat, size = arrays["packs"][self._pack(place)].reshape(-1), place.size
+        return _part(flat, place.offset + i * size, count * size).reshape(count, *place.shape)
 
     def _pack(self, place: Place) -> int:
         return [spec.dtype for spec in self.packs].index(place.dtype)
 
+    def add(self, k: int, r: int, i: Any, arrays: dict, tree: PyTree) -> dict:
+        """Traced: `arrays` with `tree` added to layer i of run r, or [n, ...] to all if i is None.
+
+        Everything else stays as it is, so that the compiler can do it in place.
+        """
+        group = self.groups[k][r]
+        rows = tree if i is None else jax.tree.map(lambda a: a[None], tree)
+        for place, value in zip(group.places, group.treedef.flatten_up_to(rows), strict=True):
+            arrays = self._add_rows(place, 0 if i is None else i, arrays, value)
+        return arrays
+
     def add_leaf(self, place: Place, arrays: dict, value: jax.Array) -> dict:
-        """`arrays` with `value` added to the leaf kept at `place`, of a single layer."""
+        """Traced: `arrays` with `value` added to the leaf kept at `place`, of a single layer."""
+        return self._add_rows(place, 0, arrays, value[None])
+
+    def _add_rows(self, place: Place, i: Any, arrays: dict, value: jax.Array) -> dict:
+        """Add to a leaf of some layers of a run from layer i on; `value` is [some, ...]."""
         slots, packs = list(arrays["slots"]), list(arrays["packs"])
         if place.slot is not None:
-            slots[place.slot] = slots[place.slot].at[0].add(value)
+            slots[place.slot] = _add_part(slots[place.slot], i, value)
         else:
-            i, end = self._pack(place), place.offset + value.size
-            packs[i] = packs[i].at[place.offset : end].add(value.ravel())
+            pack = packs[self._pack(place)]
+            flat = _add_part(pack.reshape(-1), place.offset + i * place.size, value.reshape(-1))
+            packs[self._pack(place)] = flat.reshape(pack.shape)
         return {"slots": slots, "packs": packs}
 
     def write(self, k: int, runs: Sequence[PyTree], xp: Any = jnp) -> dict:
@@ -137,7 +163,8 @@ class Storage:
                 else:
                     rest = slots[place.slot][group.count :]
                     slots[place.slot] = xp.concatenate([rows, rest])
-        return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
+        packs = [_packed(packed[spec.dtype], spec, xp) for spec in self.packs]
+        return {"slots": slots, "packs": packs}
 
     def split_layers(self, k: int, arrays: dict) -> list[PyTree]:
         """Stage k's trees, one for each of its layers."""
@@ -156,6 +183,32 @@ class Storage:
             runs.append(jax.tree.map(lambda *a: np.stack(a), *some) if group.scanned else some)
             start += group.count
         return self.write(k, runs, np)
+
+
+def _pack_shape(elements: int) -> tuple[int, ...]:
+    """The shape of a pack of so many elements; a large one is padded to whole tiles.
+
+    A TPU keeps the last two axes in tiles of 8 x 128: a large [K, P] would take twice its size.
+    """
+    if elements < LARGE_PACK:
+        return (elements,)
+    return (-(-elements // math.prod(TILE)) * TILE[0], TILE[1])
+
+
+def _packed(arrays: Sequence, spec: Any, xp: Any) -> Any:
+    return pack(arrays, jax.ShapeDtypeStruct((spec.size,), spec.dtype), xp).reshape(spec.shape)
+
+
+def _part(array: Any, start: Any, size: int) -> Any:
+    """`size` entries from `start`, which may be traced; of numpy arrays too."""
+    if isinstance(start, int):
+        return array[start : start + size]
+    return lax.dynamic_slice_in_dim(array, start, size)
+
+
+def _add_part(array: jax.Array, start: Any, value: jax.Array) -> jax.Array:
+    part = _part(array, start, value.shape[0])
+    return lax.dynamic_update_slice_in_dim(array, part + value.astype(array.dtype), start, 0)
 
 
 def _group(count: int, scanned: bool, tree: PyTree) -> Group:
@@ -189,7 +242,7 @@ def _choose_storage(
     for _, used in placed:
         for dtype, size in used.items():
             widths[dtype] = max(widths.get(dtype, 0), size)
-    packs = [jax.ShapeDtypeStruct((widths[d],), d) for d in sorted(widths, key=str)]
+    packs = [jax.ShapeDtypeStruct(_pack_shape(widths[d]), d) for d in sorted(widths, key=str)]
     return slots, packs, [runs for runs, _ in placed]
 
 
@@ -206,7 +259,7 @@ def _candidates(runs: list[Group]) -> dict:
 
 def _affordable(names: list[dict], depth: dict) -> list[tuple]:
     """The candidates worth a slot, largest first."""
-    bytes_of = {name: int(np.prod(name[0])) * name[1].itemsize for name in depth}
+    bytes_of = {name: math.prod(name[0]) * name[1].itemsize for name in depth}
     packed: dict = {}  # dtype -> bytes of each stage's pack
     share = {name: np.zeros(len(names)) for name in depth}
     for k, candidates in enumerate(names):
@@ -236,7 +289,7 @@ def _place(runs: list[Group], candidates: dict, index: dict) -> tuple[tuple[Grou
             offset = 0
             if slot is None:
                 offset = used.get(place.dtype, 0)
-                used[place.dtype] = offset + run.count * int(np.prod(place.shape))
+                used[place.dtype] = offset + run.count * place.size
             places.append(place._replace(slot=slot, offset=offset))
         placed.append(run._replace(places=tuple(places)))
     return tuple(placed), used

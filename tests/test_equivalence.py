@@ -372,8 +372,6 @@ def test_equivalence_of_both_rematerialisations(remat: str) -> None:
     )
     batch = present(make_batch("transformer", FULL))
     state = pipe.from_layers(params, 1)
-    jaxpr = str(jax.make_jaxpr(pipe.gradients)(state, pipe.split(batch), jnp.uint32(0)))
-    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat == "layer")
     result, our_grads, _ = pipe.value_and_grad(state, batch)
     assert_trees_close(result, (loss, metrics), 1e-5)
     assert_trees_close(pipe.to_layers(our_grads), grads, 1e-5)

@@ -1,5 +1,6 @@
 """The rectangular form of ragged stages: nothing lost, nothing mixed up, little wasted."""
 
+import functools
 import random
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.storage import SLOT_SLACK, Storage
+from gpipe_jax.storage import LARGE_PACK, SLOT_SLACK, TILE, Storage
 
 PyTree = Any
 Stage = list[tuple[int, bool, PyTree]]  # runs: number of layers, scanned, tree of one
@@ -112,17 +113,49 @@ def test_read_and_write_under_jit_are_those_of_numpy() -> None:
             assert_equal(jax.device_get(again), arrays)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_what_a_stage_does_not_use_is_zero_and_what_it_uses_is_all_it_has(seed: int) -> None:
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("seed", SEEDS[::10])
+def test_reading_and_adding_touches_one_layer(seed: int, traced: bool) -> None:
+    """Whether the layer's index is a number or traced, as in a scan."""
     stages, rng = random_stages(seed), np.random.default_rng(seed)
     storage = Storage(stages)
     for k, stage in enumerate(stages):
-        layers = filled(stage, rng)
-        arrays, used = storage.join_layers(k, layers), storage.used(k)
-        nonzero = sum(int((a != 0).sum()) for a in jax.tree.leaves(arrays))
-        assert nonzero == sum(a.size for a in jax.tree.leaves(layers))
-        for name in ("slots", "packs"):
-            assert [i for i, a in enumerate(arrays[name]) if a.any()] == used[name]
+        layers, start = filled(stage, rng), 0
+        for r, (count, _, _) in enumerate(stage):
+            arrays, i = storage.join_layers(k, layers), count - 1
+            more = jax.tree.map(lambda a: fill(a, rng), layers[start + i])
+
+            def both(i: Any, arrays: dict, more: PyTree, k: int = k, r: int = r) -> tuple:
+                read = storage.read_layer(k, r, i, arrays)
+                return read, storage.add(k, r, i, arrays, more)
+
+            run = jax.jit(both) if traced else functools.partial(jax.jit(both, static_argnums=0))
+            read, changed = jax.device_get(run(i, arrays, more))
+            assert_equal(read, layers[start + i])
+            layers[start + i] = jax.tree.map(np.add, layers[start + i], more)
+            assert_equal(changed, storage.join_layers(k, layers))
+            start += count
+
+
+@pytest.mark.parametrize("seed", SEEDS[::10])
+def test_adding_to_a_run_as_a_whole(seed: int) -> None:
+    stages, rng = random_stages(seed), np.random.default_rng(seed)
+    storage = Storage(stages)
+    for k, stage in enumerate(stages):
+        layers, start = filled(stage, rng), 0
+        for r, (count, _, _) in enumerate(stage):
+            arrays, part = storage.join_layers(k, layers), slice(start, start + count)
+            more = [jax.tree.map(lambda a: fill(a, rng), tree) for tree in layers[part]]
+            stacked = jax.tree.map(lambda *a: np.stack(a), *more)
+            assert_equal(
+                storage.read_run(k, r, arrays), jax.tree.map(lambda *a: np.stack(a), *layers[part])
+            )
+            changed = storage.add(k, r, None, jax.tree.map(jnp.asarray, arrays), stacked)
+            layers[part] = [
+                jax.tree.map(np.add, *pair) for pair in zip(layers[part], more, strict=True)
+            ]
+            assert_equal(jax.device_get(changed), storage.join_layers(k, layers))
+            start += count
 
 
 # ---- one leaf -----------------------------------------------------------------------------------
@@ -190,11 +223,6 @@ def test_stages_unlike_are_packed_to_the_largest() -> None:
     assert storage.slots == [] and storage.packs == [spec(10)]
     offsets = [place.offset for group in storage.groups[1] for place in group.places]
     assert offsets == [0, 4]
-    assert [storage.used(k) for k in range(3)] == [
-        {"slots": [], "packs": [0]},
-        {"slots": [], "packs": [0]},
-        {"slots": [], "packs": []},
-    ]
 
 
 def test_slots_cost_no_more_than_their_slack() -> None:
@@ -250,4 +278,20 @@ def test_trees_without_leaves_need_no_arrays() -> None:
     arrays = storage.join_layers(0, [{}, {}, {}, {"borrowed": None}])
     assert arrays == {"slots": [], "packs": []} and storage.device_bytes() == 0
     assert storage.split_layers(0, arrays) == [{}, {}, {}, {"borrowed": None}]
-    assert storage.used(0) == {"slots": [], "packs": []}
+
+
+def test_a_large_pack_is_whole_tiles() -> None:
+    """A TPU pads the last two axes of [K, P] to tiles, and would take twice the bytes."""
+    stages = [[(1, False, [spec(LARGE_PACK + 1)])], [(1, False, [spec(2**8, 2**9)])]]
+    storage, rng = Storage(stages), np.random.default_rng(0)
+    (pack,) = storage.packs
+    assert pack.shape[1] == TILE[1] and pack.shape[0] % TILE[0] == 0
+    assert 0 < pack.size - LARGE_PACK - 1 < TILE[0] * TILE[1]
+    for k, stage in enumerate(stages):
+        layers = filled(stage, rng)
+        arrays = storage.join_layers(k, layers)
+        assert shapes_of(arrays) == storage.local_shapes()
+        assert_equal(storage.split_layers(k, arrays), layers)
+        added = jax.jit(functools.partial(storage.add, k, 0, 0))(arrays, layers[0])
+        doubled = [jax.tree.map(lambda a: 2 * a, layers[0])]
+        assert_equal(jax.device_get(added), storage.join_layers(k, doubled))

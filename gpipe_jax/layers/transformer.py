@@ -174,14 +174,26 @@ class Block(nnx.Module):
 
 
 class LanguageHead(nnx.Module):
-    """Vectors [B, S, D] to token scores [B, S, V], after a last layer norm."""
+    """Vectors [B, S, D] to token scores [B, S, V], after a last layer norm.
+
+    Its table has an embedding's shape [V, D], so that the pipeline's first and last stage share a
+    slot for them.
+    """
 
     def __init__(self, width: int, vocabulary: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs):
         self.norm = plain_norm(width, dtype, rngs)
-        self.linear = nnx.Linear(width, vocabulary, dtype=jnp.dtype(dtype), rngs=rngs)
+        unit = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
+        self.tokens = nnx.Param(unit(rngs.params(), (vocabulary, width)))
+        self.bias = nnx.Param(jnp.zeros(vocabulary))
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return self.linear(self.norm(x_BSD))
+        return scores(self.norm(x_BSD), self.tokens[...], self.bias[...], self.dtype)
+
+
+def scores(x_BSD: jax.Array, tokens_VD: jax.Array, bias_V: jax.Array, dtype: Dtype) -> jax.Array:
+    """Token scores [B, S, V]: products of vectors with the tokens' own, and a bias."""
+    return x_BSD @ tokens_VD.astype(dtype).T + bias_V.astype(dtype)[None, None]
 
 
 def plain_norm(width: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -209,8 +221,7 @@ class TiedHead(nnx.Module):
         self.dtype = kind
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        tokens_VD, bias_V = (a[...].astype(self.dtype) for a in (self.tokens, self.bias))
-        return self.norm(x_BSD) @ tokens_VD.T + bias_V[None, None]
+        return scores(self.norm(x_BSD), self.tokens[...], self.bias[...], self.dtype)
 
 
 # --- encoder-decoder ------------------------------------------------------------------------------
