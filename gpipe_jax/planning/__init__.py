@@ -1,0 +1,1 @@
+"""Plan a run with the real TPU compiler, before renting a pod."""

@@ -1,0 +1,76 @@
+"""What is compiled, and what comes of it: memory, cycles and communication, or why it failed."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax.export
+
+from gpipe_jax.planning.hlo import Collective
+
+GIB = 2**30
+
+
+class Program(NamedTuple):
+    """Something to compile: what `jax.export.export(jitted, platforms=["tpu"])(*specs)` gives."""
+
+    name: str
+    exported: jax.export.Exported
+    donate: tuple[int, ...] = ()  # which of the flattened arguments; an export forgets it
+    mesh_shape: tuple[int, int] = (1, 1)  # stages, data replicas
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program, per device; or why it can't be compiled."""
+
+    name: str
+    compile_s: float
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0  # of outputs that take the place of donated arguments
+    temporary_bytes: int = 0
+    code_bytes: int = 0
+    peak_bytes: int = 0  # the most at any one time, without code; XLA's own estimate
+    needed_bytes: int = 0  # arguments + outputs - aliased + temporaries + code
+    cycles: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    text_bytes: int = 0
+    error: str | None = None
+    usable_bytes: int | None = None  # only of a program that does not fit
+    short_by_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiled; a program that does not fit has no cycles and no collectives."""
+        return self.error is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self._asdict(), "collectives": [c._asdict() for c in self.collectives]}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "Compiled":
+        """The inverse of `to_dict`."""
+        collectives = tuple(Collective(**c) for c in found["collectives"])
+        return cls(**{**found, "collectives": collectives})
+
+
+# Out of memory. The compiler has two ways to say it; the second also counts arguments.
+_OUT_OF_MEMORY = (
+    re.compile(r"Used ([\d.]+)([BKMGT]?) of ([\d.]+)([BKMGT]?) hbm"),
+    re.compile(r"memory required for .*?\(([\d.]+)([BKMGT]?)\) exceeds .*?\(([\d.]+)([BKMGT]?)\)"),
+)
+
+
+def failed(name: str, compile_s: float, text: str) -> Compiled:
+    """The result of a compilation that ended with this error."""
+    for pattern in _OUT_OF_MEMORY:
+        if match := pattern.search(text):
+            need, usable = (
+                round(float(match[i]) * 1024 ** "BKMGT".index(match[i + 1] or "B")) for i in (1, 3)
+            )
+            error = f"does not fit by {(need - usable) / GIB:.2f} GiB"
+            return Compiled(name, compile_s, needed_bytes=need, error=error)._replace(
+                usable_bytes=usable, short_by_bytes=need - usable
+            )
+    lines = [line.strip() for line in text.splitlines()]
+    return Compiled(name, compile_s, error=next((x for x in lines if x), "no message")[:500])
