@@ -4,6 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from gpipe_jax import data, losses, zoo
 from gpipe_jax.config import (
     AmoebaNetConfig,
@@ -12,6 +15,7 @@ from gpipe_jax.config import (
     SyntheticTokensConfig,
     TextConfig,
     TransformerConfig,
+    image_shape,
 )
 from gpipe_jax.genotype import GENOTYPES, Genotype
 from gpipe_jax.layers.layer import Layer
@@ -49,6 +53,17 @@ def dataset(config: Config) -> data.Dataset:
     if isinstance(config.data, TextConfig | SyntheticTokensConfig):
         options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
     return DATASETS[config.data.kind](seed=config.train.seed, **options)
+
+
+def example(config: Config) -> dict:
+    """The shapes of a batch of a config's data, of which nothing is read."""
+    count, images = config.data.batch_size, image_shape(config.data)
+    if images is None:
+        tokens = jax.ShapeDtypeStruct((count, config.model.length), np.int32)  # type: ignore[union-attr]
+        return {"inputs": tokens, "labels": tokens}
+    size, channels, _ = images
+    inputs = jax.ShapeDtypeStruct((count, size, size, channels), np.float32)
+    return {"inputs": inputs, "labels": jax.ShapeDtypeStruct((count,), np.int32)}
 
 
 def network(model: ModelConfig) -> list[Layer]:

@@ -1,10 +1,11 @@
-"""The command line: `gpipe train | eval | schedule | config`.
+"""The command line: `gpipe train | eval | plan | schedule | config`.
 
 Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, text in (
         ("train", _train, "train a config's network; the same folder continues a run"),
         ("eval", _evaluate, "evaluate the newest checkpoint of a config's run"),
+        ("plan", _plan, "say whether a config's run fits a TPU slice, and how fast it would be"),
         ("config", _config, "show a config as resolved"),
     ):
         one = _command(commands, name, command, text)
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "overrides", metavar="a.b=c", nargs="*", help="values that replace the file's"
         )
+        if name == "train":
+            one.add_argument("--plan", type=Path, metavar="FILE", help="lay it out as planned")
+        if name == "plan":
+            _plan_options(one)
         if name == "config":
             one.add_argument(
                 "--diff", action="store_true", help="differences from the defaults only"
@@ -72,6 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
     one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
     return parser
+
+
+def _plan_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        *("--topology", "--accelerator"),
+        metavar="T",
+        help="as v3:4x4, or a Cloud name as v3-32; without one nothing is compiled",
+    )
+    one.add_argument("--slices", type=int, default=1, metavar="N", help="how many such slices")
+    one.add_argument("--search", action="store_true", help="try other layouts, the best first")
+    one.add_argument(
+        "--compile-best", type=int, default=3, metavar="N", help="how many of them to compile"
+    )
+    one.add_argument(
+        "--cost", choices=["cycles"], help="balance the stages by their layers' compiled times"
+    )
+    one.add_argument("--timeout", type=float, metavar="S", help="of each compilation, in seconds")
+    one.add_argument("--out", type=Path, metavar="FILE", help="write the (best) plan, for train")
+    one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
 
 
 def _command(
@@ -92,6 +117,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, action: str) -> int:
+    if getattr(options, "plan", None):
+        from gpipe_jax.planning import layouts
+
+        options.overrides = layouts.overrides(options.plan, options.config, options.overrides)
     config = loader.load(options.config, options.overrides)
     from gpipe_jax import build, run
     from gpipe_jax.trainer import DivergedError
@@ -115,6 +144,47 @@ def _run(options: argparse.Namespace, action: str) -> int:
     print(summary.note)
     if options.json:
         print(json.dumps(summary.figures))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = loader.load(options.config, options.overrides)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used here; a TPU's library says much
+    from gpipe_jax import build, planning
+    from gpipe_jax.planning import layouts
+
+    if options.search and options.topology is None:
+        raise ConfigError(["--search needs a --topology to search for"], options.config)
+    named = {"slices": options.slices, "timeout_s": options.timeout, "show": progress.passing()}
+    try:
+        if options.search:
+            found = planning.search(
+                config, topology=options.topology, compile_best=options.compile_best, **named
+            )
+            best = found.plans[0]
+        else:
+            best = found = planning.plan(
+                config, topology=options.topology, cost=options.cost, **named
+            )
+    except build.SectionError as error:
+        place = loader.place(options.config, options.overrides, error.section, str(error))
+        raise ConfigError([f"{place}: {error}"], options.config) from error
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError([str(error)], options.config) from error
+    except TimeoutError as error:
+        return _fail(error, 1)
+    print(found)
+    try:
+        if options.out:
+            layouts.save(best, options.out)
+            print(f"plan: {options.out}")
+        if options.png:
+            best.plot(options.png)
+            print(f"picture: {options.png}")
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([str(error)], str(options.out or options.png)) from error
+    if options.json:
+        print(json.dumps(found.to_dict()))
     return 0
 
 

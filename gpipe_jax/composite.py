@@ -26,6 +26,7 @@ from gpipe_jax.keys import apply_key
 from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.links import Boundary
+from gpipe_jax.losses import weighted_sums
 from gpipe_jax.stages import Stages
 from gpipe_jax.storage import Storage
 
@@ -218,3 +219,12 @@ class Composite:
     @property
     def _storage(self) -> Storage:
         return self.stages.params[self._c]
+
+
+def start_of_backward(
+    loss: Callable, labels: PyTree, weights: jax.Array, y: Boundary
+) -> tuple[list, tuple]:
+    """The gradients of the loss in the floating-point leaves of y, and (loss, metrics)."""
+    of_outputs = lambda _, y: weighted_sums(loss, y.x, labels, weights)  # noqa: E731
+    value, pull, metrics = vjp(of_outputs, None, y)
+    return pull([jnp.ones_like(value)])[1], (value, metrics)

@@ -14,9 +14,11 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.gradients import float_leaves, vjp
 from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Context
-from gpipe_jax.layers.shapes import LayerShape, as_replica, differentiable, signature
+from gpipe_jax.layers.shapes import LayerShape, as_replica, signature
+from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA
 
 PyTree = Any
@@ -89,7 +91,7 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 
     def program(*arguments: Any) -> PyTree:
         y, pull = _vjp(shape, *arguments)
-        return y, pull(jax.tree.map(jnp.ones_like, y))
+        return y, pull([jnp.ones_like(a) for a in y])
 
     return as_replica(program), _arguments(shape)
 
@@ -104,16 +106,13 @@ def _vjp(
     shape: LayerShape, params: PyTree, stats: PyTree, x: PyTree, seed: jax.Array
 ) -> tuple[list, Callable]:
     """Differentiate in the parameters and in the floating-point inputs."""
-    leaves, structure = jax.tree.flatten(x)
-    moving = [i for i, a in enumerate(leaves) if differentiable(a)]
 
-    def run(params: PyTree, floats: list) -> list:
-        new = dict(zip(moving, floats, strict=True))
-        x = jax.tree.unflatten(structure, [new.get(i, a) for i, a in enumerate(leaves)])
-        y, _ = shape.layer.apply(params, stats, x, Context(jax.random.key(seed), train=True))
-        return [a for a in jax.tree.leaves(y) if differentiable(a)]
+    def run(params: PyTree, x: PyTree) -> tuple[PyTree, None]:
+        context = Context(jax.random.key(seed), train=True)
+        return shape.layer.apply(params, stats, x, context)[0], None
 
-    return jax.vjp(run, params, [leaves[i] for i in moving])
+    y, pull, _ = vjp(run, params, x)
+    return float_leaves(y), pull
 
 
 def _flops(program: Callable, specs: tuple) -> float:
@@ -137,8 +136,22 @@ def _measured_time(program: Callable, specs: tuple) -> float:
 def _working_bytes(shape: LayerShape) -> int:
     """Bytes of what the backward pass needs from the forward pass, parameters aside."""
     arguments = _arguments(shape)
-    kept = lambda *arguments: _vjp(shape, *arguments)[1]  # noqa: E731
-    traced = jax.make_jaxpr(kept, axis_env=[(DATA, 1)])(*arguments).jaxpr
+    return _kept_bytes(lambda *arguments: _vjp(shape, *arguments)[1], arguments)
+
+
+def loss_bytes(loss: Callable, outputs: PyTree, labels: PyTree, weights: PyTree) -> int:
+    """Bytes of what the loss keeps for its backward, and of the gradient of the outputs."""
+
+    def pull(_: None, outputs: PyTree, labels: PyTree, weights: PyTree) -> Callable:
+        of_outputs = lambda _, y: weighted_sums(loss, y, labels, weights)  # noqa: E731
+        return vjp(of_outputs, None, outputs)[1]
+
+    return _kept_bytes(pull, (None, outputs, labels, weights)) + tree_bytes(outputs)
+
+
+def _kept_bytes(pull: Callable, arguments: tuple) -> int:
+    """Bytes of what `pull(*arguments)` returns and is not among its first argument's leaves."""
+    traced = jax.make_jaxpr(pull, axis_env=[(DATA, 1)])(*arguments).jaxpr
     parameters = set(traced.invars[: len(jax.tree.leaves(arguments[0]))])
     variables = {v for v in traced.outvars if not isinstance(v, jax.extend.core.Literal)}
     return tree_bytes([v.aval for v in variables - parameters])

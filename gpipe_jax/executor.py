@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.composite import Call, Composite
-from gpipe_jax.gradients import float_leaves, vjp, with_floats
+from gpipe_jax.composite import Call, Composite, start_of_backward
+from gpipe_jax.gradients import float_leaves, with_floats
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.losses import weighted_sums
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 def build(
     stages: Stages,
     schedule: Schedule,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     loss: Callable | None,
     *,
     keys_per: str = "micro_batch",
@@ -128,7 +128,9 @@ def build(
     return lambda variables, batch: mapped(variables, ids, batch)
 
 
-def _on_every_device(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+def _on_every_device(
+    body: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
+) -> Callable:
     """`jax.shard_map` over all axes, without its check of which values differ between devices.
 
     The check would refuse any layer with a loop that starts from a constant (`nnx.RNN`), because
@@ -139,7 +141,7 @@ def _on_every_device(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) 
 
 
 def build_arrays(
-    stages: Stages, storages: Sequence[Storage], mesh: Mesh, make: Callable
+    stages: Stages, storages: Sequence[Storage], mesh: Mesh | AbstractMesh, make: Callable
 ) -> list[PyTree]:
     """Traced: the rectangular form of what `make(shape, layer id)` returns for each layer.
 
@@ -357,7 +359,10 @@ class _Device:
         passing, (c, _) = self.stages.passing(s), self.stages.at(s)
         x, _ = _part(self._input(s, carry, entry), passing)
         if s == self.stages.last:
-            passed, start = {}, functools.partial(self._start_of_backward, entry)
+            passed, start = (
+                {},
+                functools.partial(start_of_backward, self.loss, *self._targets(entry)),
+            )
         else:
             arrived, passed = _part(self._gradient(s, carry, entry), passing)
             start = lambda _: (jax.tree.leaves(arrived), None)  # noqa: E731
@@ -375,16 +380,6 @@ class _Device:
         boundary = Boundary(inner.x, {**inner.skips, **passed})
         sent = self.stages.wire.encode(jax.tree.leaves(boundary), self._gradient_shapes())
         return work._replace(send_g=sent, sums=sums)
-
-    def _start_of_backward(self, entry: Entry, y: Boundary) -> tuple[list, tuple]:
-        """The gradient of the loss in the network's outputs, and (loss, metrics)."""
-
-        def loss(_: None, y: Boundary) -> tuple:
-            value, metrics = self._loss(y.x, entry)
-            return value, metrics
-
-        value, pull, metrics = vjp(loss, None, y)
-        return pull([jnp.ones_like(value)])[1], (value, metrics)
 
     def _stage(self, s: int, entry: Entry) -> Composite:
         c, _ = self.stages.at(s)
@@ -424,10 +419,13 @@ class _Device:
         return jax.tree.leaves(self.batch["inputs"])[0].shape[1]
 
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
-        targets = (self.batch["labels"], self.batch["weights"])
-        labels, weights = jax.tree.map(lambda a: _get(a, entry.micro_batch), targets)
         assert self.loss is not None  # nothing asks for a loss in a program of outputs
-        return weighted_sums(self.loss, outputs, labels, weights)
+        return weighted_sums(self.loss, outputs, *self._targets(entry))
+
+    def _targets(self, entry: Entry) -> tuple:
+        """Labels and weights of a micro-batch."""
+        targets = (self.batch["labels"], self.batch["weights"])
+        return jax.tree.map(lambda a: _get(a, entry.micro_batch), targets)
 
 
 def _part(boundary: Boundary, passing: set[str]) -> tuple[Boundary, dict]:

@@ -9,7 +9,7 @@ import jax
 import jax.extend.backend
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 STAGE, DATA = "stage", "data"
 
@@ -69,3 +69,13 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
     )
     # make_mesh's Explicit axes would make shard_map assert instead of resharding its inputs.
     return Mesh(np.asarray(grid), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+
+
+def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:
+    """A mesh of TPU devices that are nowhere: programs for it can be traced and exported only."""
+    return AbstractMesh((stages, data), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """ "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
+    return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

@@ -11,21 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import batch as batches
 from gpipe_jax import cost as costs
-from gpipe_jax import executor, keys, partition, report
+from gpipe_jax import executor, keys, memory, partition, report
 from gpipe_jax.executor import Variables
 from gpipe_jax.keys import layer_key, step_key
 from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shapes import LayerShape, describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
-from gpipe_jax.mesh import DATA, STAGE
+from gpipe_jax.mesh import DATA, STAGE, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
-from gpipe_jax.slots import lower
 from gpipe_jax.stages import Stages
 from gpipe_jax.storage import Storage
 
@@ -64,7 +63,8 @@ class Pipeline:
     which makes it independent of the number of micro-batches and replicas too. `steps` is the
     length of the training run, for what changes on the way (drop-path); None is its end.
 
-    Building a pipeline allocates nothing on any device, so the mesh may be a compile-only one.
+    Building a pipeline allocates nothing on any device, so the mesh may be a compile-only or an
+    abstract one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pipeline:
         layers: Sequence[Layer],
         *,
         loss: Callable,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         example: dict,
         micro_batches: int = 1,
         schedule: str | Schedule = "1f1b",
@@ -101,11 +101,12 @@ class Pipeline:
         self.keys_per, self.steps = keys_per, steps
         self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches, chunks)
         self.example = batches.shapes_of(example, mesh.shape[DATA], micro_batches)
-        self._one = jax.tree.map(self._micro_batch_shape, self.example)
-        self.shapes = infer_shapes(self.layers, self._one["inputs"])
+        self.one_micro_batch = jax.tree.map(self._micro_batch_shape, self.example)
+        self.shapes = infer_shapes(self.layers, self.one_micro_batch["inputs"])
         self._check_loss()
-        platform = mesh.devices.flat[0].platform
+        platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform)
+        self.remat = remat
         self.partition = self._cut(partition, cost, platform, memory_limit)
         self.stages = Stages(
             self.shapes,
@@ -123,7 +124,7 @@ class Pipeline:
 
     def _check_loss(self) -> None:
         """Evaluate the loss abstractly, so that a mismatch is found before anything compiles."""
-        one, outputs = self._one, self.shapes[-1].output
+        one, outputs = self.one_micro_batch, self.shapes[-1].output
         try:
             jax.eval_shape(
                 lambda *a: weighted_sums(self.loss, *a), outputs, one["labels"], one["weights"]
@@ -142,8 +143,7 @@ class Pipeline:
         options: dict = dict(
             # Costs that the caller gave are in a unit of their own: nothing to add to them.
             transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
-            # Value, gradient and two optimizer slots for each parameter.
-            memory=[4 * c.parameter_bytes + c.working_bytes for c in self.costs],
+            memory=self._layer_bytes(),
             memory_limit=memory_limit,
             names=[str(layer) for layer in self.layers],
         )
@@ -158,33 +158,57 @@ class Pipeline:
         padding = [c.parameter_bytes for c in self.costs]
         return partition.partition(times, count, padding=padding, **options)
 
-    @property
-    def device_bytes(self) -> dict[str, int]:
-        """What every device holds, by part, estimated from shapes: bytes."""
-        wire = costs.tree_bytes(self.stages.wire.shapes)
-        rows = lower(self.schedule)
-        working = [sum(self.costs[i].working_bytes for i in cut) for cut in self.stages.cuts]
-        return {
-            "parameters, gradients, optimizer": 4 * self.stages.device_bytes(),
-            "tied parameters and gradients": 2 * self.stages.shared_bytes(),
-            # Arrived and sent arrays are held beside the slots.
-            "boundaries": (rows.x_slots + rows.g_slots + 4) * wire,
-            "working set": max(working),
-        }
+    def _layer_bytes(self) -> list[int]:
+        """What each layer adds to what its device holds."""
+        # With its own recomputation a layer's input is all that is kept of it.
+        kept = [
+            costs.tree_bytes(shape.boundary) if self.remat == "layer" else c.working_bytes
+            for c, shape in zip(self.costs, self.shapes, strict=True)
+        ]
+        # Value, gradient and two optimizer slots for each parameter.
+        return [4 * c.parameter_bytes + k for c, k in zip(self.costs, kept, strict=True)]
+
+    def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
+        """What every device holds, by part, estimated from shapes: bytes. See `memory`.
+
+        The optimizer is taken for one with two slots for each parameter, if nothing is said.
+        """
+        parameters = self.stages.device_bytes()
+        return memory.of_device(
+            self.stages,
+            self.costs,
+            self.schedule,
+            optimizer_bytes=2 * parameters if optimizer_bytes is None else optimizer_bytes,
+            loss_bytes=self.loss_bytes(),
+            batch_bytes=self.micro_batches * costs.tree_bytes(self.one_micro_batch),
+        )
+
+    def loss_bytes(self) -> int:
+        """Bytes that the loss of a micro-batch works with, on one replica."""
+        one, outputs = self.one_micro_batch, self.shapes[-1].output
+        return costs.loss_bytes(self.loss, outputs, one["labels"], one["weights"])
 
     def _check_memory(self, limit: float | None) -> None:
-        need = sum(self.device_bytes.values())
-        if limit is not None and need > limit:
-            parts = ", ".join(f"{name} {n / 2**30:.3g}" for name, n in self.device_bytes.items())
+        if limit is None:
+            return
+        parts = self.device_bytes()
+        need = sum(parts.values())
+        if need > limit:
             raise ValueError(
-                f"a device needs {need / 2**30:.3g} GiB ({parts}), but `memory_limit` is "
-                f"{limit / 2**30:.3g} GiB; use more stages or micro-batches, or raise it"
+                f"a device needs {need / 2**30:.3g} GiB ({memory.describe(parts)}), but "
+                f"`memory_limit` is {limit / 2**30:.3g} GiB; use more stages or micro-batches, "
+                f"or raise it"
             )
 
     @property
     def replicas(self) -> int:
         """D, the number of data-parallel replicas."""
         return self.mesh.shape[DATA]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """B, the examples of a micro-batch on one replica."""
+        return self.one_micro_batch["weights"].shape[0]
 
     @property
     def batch_size(self) -> int:
@@ -196,7 +220,7 @@ class Pipeline:
     def init(self, seed: int = 0) -> State:
         """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
         # It runs once, and on CPU its code takes six times as long to optimize as to compile.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        on_cpu = platform_of(self.mesh) == "cpu"
         options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
         places = self.state_shardings()
         init = jax.jit(self._init, out_shardings=places, compiler_options=options)

@@ -35,6 +35,14 @@ def show(steps: int, every: int, console: Console | None = None) -> Iterator[Sho
         yield update
 
 
+def passing(console: Console | None = None) -> Callable[[str], None] | None:
+    """A function that shows what is going on, each time in place of the last; a terminal's only."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    return lambda text: console.print(text.ljust(console.width - 1), end="\r", highlight=False)
+
+
 def _line(record: dict, steps: int, every: int) -> None:
     step = record["step"]
     if "loss" not in record or step % every == 0 or step in (1, steps):

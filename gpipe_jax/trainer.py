@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax.cost import tree_bytes
 from gpipe_jax.mesh import STAGE
 from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
 from gpipe_jax.pipeline import Pipeline, State
@@ -89,14 +91,27 @@ class Trainer:
         self, state: State, optimizer: PyTree, average: PyTree, parts: dict, step: jax.Array
     ) -> tuple:
         (loss, metrics), grads, stats = self.pipe.gradients(state, parts, step)
-        updates, optimizer = self.tx.update(
-            grads, optimizer, state.params, decaying=self._decaying()
+        optimizer, average, params = self.apply_gradients(
+            optimizer, average, state.params, grads, step, self._decaying()
         )
-        params = optax.apply_updates(state.params, updates)
-        if self.ema is not None:
-            average = moving_average(average, params, step, self.ema)
         state = state._replace(params=params, stats=stats)
         return state, optimizer, average, {"loss": loss, **metrics}
+
+    def apply_gradients(
+        self,
+        optimizer: PyTree,
+        average: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        step: jax.Array,
+        decaying: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """Traced: optimizer, average and parameters after the update."""
+        updates, optimizer = self.tx.update(grads, optimizer, params, decaying=decaying)
+        params = optax.apply_updates(params, updates)
+        if self.ema is not None:
+            average = moving_average(average, params, step, self.ema)
+        return optimizer, average, params
 
     def evaluated(self, current: TrainState) -> State:
         """What is evaluated: the moving average of the parameters, if there is one.
@@ -108,15 +123,34 @@ class Trainer:
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), current.average, current.state.params)
         return current.state._replace(params=params)
 
-    def lower(self) -> jax.stages.Lowered:
-        """The whole training step lowered from shapes, to compile and to measure."""
+    def device_bytes(self) -> dict[str, int]:
+        """What every device holds, by part, estimated from shapes: bytes. See `memory`."""
+        slots = jax.eval_shape(self._begin, self._local_params())
+        return self.pipe.device_bytes(tree_bytes(slots))
+
+    def local_update_arguments(self) -> tuple:
+        """The shapes on one device of optimizer, average, parameters and gradients."""
+        params = self._local_params()
+        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
+        return *jax.eval_shape(self._begin, params), params, jax.tree.map(wide, params)
+
+    def abstract_arguments(self) -> tuple:
+        """The shapes and places of the training step's arguments; the first three are updated."""
         state, parts, step = self.pipe.abstract_arguments()
         optimizer, average = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
             jax.eval_shape(self._begin, state.params),
             self._shardings()[1:],
         )
-        return self._step.lower(state, optimizer, average, parts, step)
+        return state, optimizer, average, parts, step
+
+    def lower(self) -> jax.stages.Lowered:
+        """The whole training step lowered from shapes, to compile and to measure."""
+        return self._step.lower(*self.abstract_arguments())
+
+    def export(self) -> export.Exported:
+        """The whole training step for TPUs, which need not be there."""
+        return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 
     def _decaying(self) -> PyTree:
         return self.pipe.spread([decaying(shape.params) for shape in self.pipe.shapes])

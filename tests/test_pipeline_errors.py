@@ -379,7 +379,7 @@ def build_deep(**options):
     "options", [{"schedule": "gpipe"}, {"schedule": "interleaved", "chunks": 2}]
 )
 def test_a_device_that_needs_more_than_the_limit(options):
-    need = sum(build_deep(**options).device_bytes.values())
+    need = sum(build_deep(**options).device_bytes().values())
     build_deep(**options, memory_limit=need)
     with pytest.raises(ValueError, match=r"a device needs .* but `memory_limit` is"):
         build_deep(**options, memory_limit=need - 1)

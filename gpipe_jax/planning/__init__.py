@@ -1,1 +1,97 @@
-"""Plan a run with the real TPU compiler, before renting a pod."""
+"""Plan a run with the real TPU compiler, before renting a pod.
+
+accelerators -> compiled -> compiler (a process of its own: compile_child)
+job -> programs -> compute (with memory and timing) -> report
+                   search
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpipe_jax.config import Config
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.planning import accelerators, compute, job, searching
+from gpipe_jax.planning.compute import Compiling
+from gpipe_jax.planning.job import Job, Layout
+from gpipe_jax.planning.report import Plan
+from gpipe_jax.planning.searching import Ranking
+
+__all__ = ["Plan", "Ranking", "plan", "search"]
+
+
+def plan(
+    network: Config | str | Path | Sequence[Layer],
+    *,
+    topology: str | None = None,
+    slices: int = 1,
+    cost: Any = None,
+    timeout_s: float | None = None,
+    show: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Whether a run fits a TPU slice, how fast it would be, and why; nothing is run.
+
+        print(plan("configs/transformer_48.yaml", topology="v3:4x4"))
+        plan(layers, loss=loss, example=batch, tx=optax.adam(1e-3), stages=8, micro_batches=32)
+
+    `network` is a config, its file, or layers; with layers, `options` are `loss`, `example`, `tx`
+    and what `Layout` and `Job` have beside. `topology` is "v3:4x4" or a Cloud name as "v3-32";
+    without one the compiler is not asked, and there is no time. `cost` is what the partition
+    balances: that of the config, or "cycles", each layer's time as compiled for the topology.
+    Compilations longer than `timeout_s` raise TimeoutError; `show` is told how they go on.
+    """
+    work, layout, config = _describe(network, options)
+    cost = cost or (config.pipeline.cost if config else "flops")
+    if topology is None:
+        if cost == "cycles":
+            raise ValueError("`cost` 'cycles' needs a `topology` to compile for, as 'v3:4x4'")
+        found = compute.analyse(work, layout, "flops" if cost == "time" else cost)
+    else:
+        compiling = Compiling(accelerators.parse(topology, slices), timeout_s, show)
+        found = compute.with_compiler(work, layout, compiling, "flops" if cost == "time" else cost)
+    return _of(config, found)
+
+
+def search(
+    network: Config | str | Path | Sequence[Layer],
+    *,
+    topology: str,
+    slices: int = 1,
+    compile_best: int = 3,
+    timeout_s: float | None = None,
+    show: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Ranking:
+    """Plans of other layouts of a run on all of a slice's devices, the fastest first.
+
+    Every legal number of stages, replicas, micro-batches and chunks, with every schedule and both
+    kinds of recomputation, is looked at by analysis; the `compile_best` fastest that should fit are
+    compiled. The results of training are the same for all.
+    """
+    work, _, config = _describe(network, options)
+    compiling = Compiling(accelerators.parse(topology, slices), timeout_s, show)
+    ranking = searching.search(work, compiling, compile_best)
+    return ranking._replace(plans=[_of(config, p) for p in ranking.plans])
+
+
+def _describe(network: Any, options: dict) -> tuple[Job, Layout, Config | None]:
+    if isinstance(network, str | Path):
+        from gpipe_jax import loader
+
+        network = loader.load(network)
+    if isinstance(network, Config):
+        if options:
+            raise TypeError(f"a config says everything itself; unexpected {sorted(options)}")
+        return *job.from_config(network), network
+    layout = {k: options.pop(k) for k in Layout._fields if k in options}
+    missing = [k for k in ("loss", "example", "tx") if k not in options]
+    if missing:
+        raise TypeError(f"a plan of layers needs {', '.join(missing)} too")
+    return Job(layers=list(network), **options), Layout(**layout), None
+
+
+def _of(config: Config | None, found: Plan) -> Plan:
+    from dataclasses import replace
+
+    return replace(found, config=config.model_dump(mode="json") if config else None)

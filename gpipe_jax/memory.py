@@ -1,0 +1,67 @@
+"""What a device holds during a training step, from shapes: the sum that a compiler should be near.
+
+    parameters + optimizer + gradients + stash + working set + batch
+
+The working set is that of the stage that has the largest: what its layers keep for their backward
+pass (of all layers, or with `remat_layers` of one, and the inputs of all), and one layer's gradient
+before it is added to the sums.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from gpipe_jax.cost import LayerCost, tree_bytes
+from gpipe_jax.schedule import Schedule
+from gpipe_jax.slots import lower
+from gpipe_jax.stages import Stages
+
+GIB = 2**30
+
+
+def of_device(
+    stages: Stages,
+    costs: Sequence[LayerCost],
+    schedule: Schedule,
+    *,
+    optimizer_bytes: int,
+    loss_bytes: int,
+    batch_bytes: int,
+) -> dict[str, int]:
+    """Bytes by part. `loss_bytes` is the working set of the loss, `batch_bytes` one device's."""
+    rows = lower(schedule)
+    wire, back = tree_bytes(stages.wire.shapes), tree_bytes(stages.wire.gradient_shapes)
+    statistics = sum(storage.device_bytes() for storage in stages.stats)
+    working = [_working_set(stages, costs, s) for s in range(len(stages.cuts))]
+    working[-1] += loss_bytes
+    return {
+        # A tied parameter is copied to every device for the step, as is its gradient.
+        "parameters": stages.device_bytes() + statistics + stages.shared_bytes(),
+        "optimizer": optimizer_bytes,
+        "gradients": float32_bytes(stages) + statistics + stages.shared_bytes(),
+        # What has arrived and what is sent is held beside the slots.
+        "stash": (rows.x_slots + 2) * wire + (rows.g_slots + 2) * back,
+        "working_set": max(working),
+        "batch": batch_bytes,
+    }
+
+
+def float32_bytes(stages: Stages) -> int:
+    """Bytes of a device's gradients, which are float32 at least."""
+    leaves = jax.tree.leaves([storage.local_shapes() for storage in stages.params])
+    return sum(a.size * max(a.dtype.itemsize, 4) for a in leaves)
+
+
+def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
+    cut = stages.cuts[s]
+    kept = [costs[i].working_bytes for i in cut]
+    gradient = max(costs[i].parameter_bytes for i in cut)
+    if not stages.remat_layers:
+        return sum(kept) + gradient
+    inputs = sum(tree_bytes(stages.shapes[i].boundary) for i in cut)
+    return inputs + max(kept) + gradient
+
+
+def describe(parts: dict[str, int]) -> str:
+    """The parts in GiB, in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {n / GIB:.3g}" for name, n in parts.items())
