@@ -113,7 +113,10 @@ def test_the_table_is_consistent(generation) -> None:
 
 
 def test_it_needs_no_jax() -> None:
-    code = "import sys, gpipe_jax.planning.accelerators as a; a.parse('v3-8'); print('jax' in sys.modules)"
+    code = (
+        "import sys, gpipe_jax.planning.accelerators as a; a.parse('v3-8'); "
+        "print('jax' in sys.modules)"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -11,7 +11,7 @@ from gpipe_jax.memory import GIB
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import libtpu, programs, timing
 from gpipe_jax.planning.accelerators import Topology
-from gpipe_jax.planning.compiled import Compiled
+from gpipe_jax.planning.compiled import Compiled, Program
 from gpipe_jax.planning.compiler import compile_programs
 from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.planning.report import Plan, StagePlan, gib
@@ -26,7 +26,7 @@ class Compiling(NamedTuple):
     timeout_s: float | None = None
     show: Callable[[str], None] | None = None
 
-    def __call__(self, wanted: Sequence[programs.Program]) -> dict[str, Compiled]:
+    def __call__(self, wanted: Sequence[Program]) -> dict[str, Compiled]:
         """The results of programs, by name."""
         found = compile_programs(wanted, self.topology, timeout_s=self.timeout_s, show=self.show)
         return {compiled.name: compiled for compiled in found}
@@ -43,34 +43,53 @@ def analyse(job: Job, layout: Layout, cost: Any = "flops") -> Plan:
     return _plan(job.trainer(layout, cost), layout)
 
 
-def with_compiler(job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops") -> Plan:
-    """The whole step compiled, and its time predicted from its parts."""
-    predicted = predict(job, layout, compiling, cost)
-    trainer = predicted.trainer
-    whole = compiling([programs.whole_step(trainer)])["step"]
-    return _plan(trainer, layout, compiling.topology, whole, predicted.stages, predicted.step)
-
-
 class Prediction(NamedTuple):
     """How long a layout's step takes."""
 
-    trainer: Trainer
     stages: StageTimes
     step: StepTime
 
 
-def predict(job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops") -> Prediction:
+def with_compiler(job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops") -> Plan:
+    """The whole step compiled, and its time predicted from its parts if these fit alone."""
+    trainer = _trainer(job, layout, compiling, cost)
+    found = compiling([programs.whole_step(trainer), *_parts(trainer)])
+    whole = found.pop("step")
+    predicted = None
+    if all(part.fits for part in found.values()):
+        predicted = _prediction(trainer, found, compiling)
+    return _plan(trainer, layout, compiling.topology, whole, predicted)
+
+
+def predict(
+    job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops"
+) -> tuple[Trainer, Prediction]:
     """From the cycles of each stage and of the update; the whole step is not compiled.
 
     `cost` is what the partition balances; "cycles" is the time of each layer, compiled alone.
     """
+    trainer = _trainer(job, layout, compiling, cost)
+    return trainer, _prediction(trainer, compiling(_parts(trainer)), compiling)
+
+
+def _trainer(job: Job, layout: Layout, compiling: Compiling, cost: Any) -> Trainer:
     check_mesh(layout, compiling.topology)
     if isinstance(cost, str) and cost == "cycles":
         cost = layer_seconds(job, layout, compiling)
-    trainer = job.trainer(layout, cost)
+    return job.trainer(layout, cost)
+
+
+def _parts(trainer: Trainer) -> list[Program]:
+    return [*programs.of_stages(trainer.pipe), programs.update(trainer)]
+
+
+def _prediction(trainer: Trainer, found: dict[str, Compiled], compiling: Compiling) -> Prediction:
     pipe = trainer.pipe
-    found = compiling([*programs.of_stages(pipe), programs.update(trainer)])
-    times = _stage_times(pipe, found, compiling)
+    forward, backward = (
+        [compiling.seconds(found[f"{name} {kind}"]) for kind in pipe.stages.kind]
+        for name in ("forward", "backward")
+    )
+    times = timing.stage_times(forward, backward, remat_layers=pipe.stages.remat_layers)
     step = timing.step_time(
         pipe.stages,
         pipe.schedule,
@@ -79,7 +98,7 @@ def predict(job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops")
         replicas=pipe.replicas,
         update_s=compiling.seconds(found["update"]),
     )
-    return Prediction(trainer, times, step)
+    return Prediction(times, step)
 
 
 def layer_seconds(job: Job, layout: Layout, compiling: Compiling) -> list[float]:
@@ -101,22 +120,14 @@ def check_mesh(layout: Layout, topology: Topology) -> None:
         )
 
 
-def _stage_times(pipe: Pipeline, found: dict[str, Compiled], compiling: Compiling) -> StageTimes:
-    forward, backward = (
-        [compiling.seconds(found[f"{name} {kind}"]) for kind in pipe.stages.kind]
-        for name in ("forward", "backward")
-    )
-    return timing.stage_times(forward, backward, remat_layers=pipe.stages.remat_layers)
-
-
 def _plan(
     trainer: Trainer,
     layout: Layout,
     topology: Topology | None = None,
     compiled: Compiled | None = None,
-    times: StageTimes | None = None,
-    step: StepTime | None = None,
+    predicted: Prediction | None = None,
 ) -> Plan:
+    step = predicted.step if predicted else None
     pipe, memory = trainer.pipe, gib(trainer.device_bytes())
     analysed = sum(memory.values())
     permutes = _permutes(compiled)
@@ -141,7 +152,7 @@ def _plan(
         collectives=_count(compiled, in_loop=False),
         collectives_in_loops=_count(compiled, in_loop=True),
         asynchronous=all(permutes) if permutes else None,
-        stages=_stages(pipe, times),
+        stages=_stages(pipe, predicted.stages if predicted else None),
         versions=libtpu.versions(),
         compile_s=compiled.compile_s if compiled else None,
         problem=compiled.error if compiled else None,

@@ -38,7 +38,8 @@ def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:
         layout = {**found["layout"], "partition": found["layout"]["partition"] or "auto"}
         chosen = [f"{name}={json.dumps(layout[k])}" for k, name in SETTINGS.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read as a plan ({error!r}); write one with gpipe plan ... --out FILE"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problem = f"cannot be read as a plan ({reason}); write one with gpipe plan ... --out FILE"
         raise ConfigError([problem], str(path)) from error
     config = loader.load(source, given)
     lines = loader.compare(planned, config)

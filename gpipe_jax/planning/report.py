@@ -157,7 +157,6 @@ def _draw(blank: Callable, panels: list, limit: float | None, path: str | Path |
         ax.set_yticks([])
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.15))
-    picture.tight_layout()
     if path is None:
         return picture
     picture.savefig(path, dpi=150)
