@@ -31,13 +31,13 @@ from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.slots import Rows, lower
 from gpipe_jax.stages import Stages
-from gpipe_jax.storage import Storage
+from gpipe_jax.storage import Storage, from_block, to_block
 
 PyTree = Any
 
 
 class Variables(NamedTuple):
-    """What a step reads beside the batch; arrays [K, ...]."""
+    """What a step reads beside the batch."""
 
     params: list  # of each chunk, in the form of its `Storage`
     stats: list  # running statistics, likewise
@@ -100,7 +100,7 @@ def build(
     trains = bool((schedule.table[..., 0] == BACKWARD).any())
 
     def body(variables: Variables, ids: jax.Array, batch: dict) -> PyTree:
-        here = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+        here = lambda chunks: [from_block(arrays) for arrays in chunks]  # noqa: E731
         device = _Device(
             stages=stages,
             schedule=schedule,
@@ -151,7 +151,7 @@ def build_arrays(
     def body(ids: jax.Array) -> list:
         build = lambda s: stages.build(storages, s, ids[0], make)  # noqa: E731
         chunks = [_by_device(stages, c, build) for c in range(stages.chunks)]
-        return jax.tree.map(lambda a: a[None], chunks)
+        return [to_block(arrays) for arrays in chunks]
 
     mapped = _on_every_device(body, mesh, P(STAGE), P(STAGE))
     return mapped(jnp.asarray(stages.layer_ids()))
@@ -245,7 +245,8 @@ class _Device:
         grads = self.stages.add_shared(sums.grads, sums.shared)
         grads, moments = lax.psum((grads, sums.moments), DATA)
         stats = self._committed(moments)
-        return result, *jax.tree.map(lambda a: a[None], (grads, stats))
+        grads, stats = ([to_block(arrays) for arrays in chunks] for chunks in (grads, stats))
+        return result, grads, stats
 
     def _committed(self, moments: list) -> list:
         """The running statistics after this step, from the sums of its micro-batches' moments."""

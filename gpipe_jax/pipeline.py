@@ -35,7 +35,7 @@ REMAT = ("stage", "layer")
 class State(NamedTuple):
     """What a pipeline carries from step to step."""
 
-    params: PyTree  # rectangular: axis 0 of every array is the device; see `Pipeline.to_layers`
+    params: PyTree  # rectangular, axis 0 is cut over the devices; see `Pipeline.to_layers`
     stats: PyTree  # running statistics of batch norms, likewise; see `Pipeline.statistics`
     seed: jax.Array  # of all randomness in training; uint32 []
 
@@ -287,14 +287,30 @@ class Pipeline:
     def _join(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[PyTree]:
         sharding = NamedSharding(self.mesh, P(STAGE))
 
-        def place(*parts: np.ndarray) -> jax.Array:
-            shape = (len(parts), *parts[0].shape)
+        def slot(*parts: np.ndarray) -> jax.Array:
             rows = lambda index: np.stack(parts[index[0]])  # noqa: E731
-            return jax.make_array_from_callback(shape, sharding, rows)  # type: ignore[arg-type]
+            return make((len(parts), *parts[0].shape), rows)
+
+        def pack(*parts: np.ndarray) -> jax.Array:
+            size = parts[0].size
+
+            def some(index: tuple) -> np.ndarray:
+                start, stop, _ = index[0].indices(size * len(parts))
+                return np.concatenate(parts[start // size : stop // size])
+
+            return make((size * len(parts),), some)
+
+        def make(shape: tuple, part: Callable) -> jax.Array:
+            return jax.make_array_from_callback(shape, sharding, part)
 
         layers = jax.tree.map(np.asarray, list(layers))
-        chunks = self.stages.join_layers(storages, layers)
-        return [jax.tree.map(place, *devices) for devices in chunks]
+        return [
+            {
+                "slots": jax.tree.map(slot, *(d["slots"] for d in devices)),
+                "packs": jax.tree.map(pack, *(d["packs"] for d in devices)),
+            }
+            for devices in self.stages.join_layers(storages, layers)
+        ]
 
     def _check_layers(self, what: str, trees: Sequence[PyTree], wanted: Sequence[PyTree]) -> None:
         if len(trees) != len(self.layers):

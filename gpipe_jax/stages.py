@@ -21,7 +21,7 @@ from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
 from gpipe_jax.mesh import STAGE
-from gpipe_jax.storage import Place, Storage
+from gpipe_jax.storage import Place, Storage, of_device
 from gpipe_jax.wire import Wire
 
 PyTree = Any
@@ -142,12 +142,11 @@ class Stages:
         return storages[c].write(k, trees)
 
     def split_layers(self, storages: Sequence[Storage], arrays: list) -> list[PyTree]:
-        """All arrays [K, ...] as one tree for each layer of the network, in numpy."""
+        """The arrays of all devices as one tree for each layer of the network, in numpy."""
         layers = []
         for s in range(len(self.cuts)):
             c, k = self.at(s)
-            local = jax.tree.map(lambda a, k=k: np.asarray(a[k]), arrays[c])
-            layers += storages[c].split_layers(k, local)
+            layers += storages[c].split_layers(k, of_device(k, self.devices, arrays[c]))
         return layers
 
     def join_layers(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[list]:

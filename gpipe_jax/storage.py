@@ -4,8 +4,8 @@ One SPMD program runs on every device, so every device holds arrays of the same 
 
 - a *slot* `[K, n, ...]` holds one leaf of a run of up to n equal layers, for every stage that has
   a leaf of that shape (the body of a Transformer: nothing wasted, no relayout);
-- a *pack* of P elements of each dtype, [K, P] or [K, P / 128, 128], holds the rest of a stage's
-  leaves end to end, padded to the largest stage (convolution stages, an embedding or a head).
+- a *pack* `[K P]` of each dtype holds the rest of a stage's leaves end to end, padded to the
+  largest stage (convolution stages).
 
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
@@ -24,11 +24,9 @@ from gpipe_jax.wire import like, pack
 PyTree = Any
 
 # Slots may make what a device holds this much larger than packing everything would: they spare the
-# copies that reading a matrix out of a pack costs on TPU.
-SLOT_SLACK = 0.05
-
-TILE = (8, 128)  # of a TPU's memory
-LARGE_PACK = 2**17  # elements
+# copies that reading a matrix out of a pack costs on TPU. A fifth is enough for Transformers, whose
+# first and last stages have fewer blocks and an embedding or a head.
+SLOT_SLACK = 0.2
 
 
 class Place(NamedTuple):
@@ -117,7 +115,7 @@ class Storage:
         """A leaf of `count` layers of a run from layer i on, [count, ...]."""
         if place.slot is not None:
             return _part(arrays["slots"][place.slot], i, count)
-        flat, size = arrays["packs"][self._pack(place)].reshape(-1), place.size
+        flat, size = arrays["packs"][self._pack(place)], place.size
         return _part(flat, place.offset + i * size, count * size).reshape(count, *place.shape)
 
     def _pack(self, place: Place) -> int:
@@ -144,9 +142,8 @@ class Storage:
         if place.slot is not None:
             slots[place.slot] = _add_part(slots[place.slot], i, value)
         else:
-            pack = packs[self._pack(place)]
-            flat = _add_part(pack.reshape(-1), place.offset + i * place.size, value.reshape(-1))
-            packs[self._pack(place)] = flat.reshape(pack.shape)
+            n, start = self._pack(place), place.offset + i * place.size
+            packs[n] = _add_part(packs[n], start, value.reshape(-1))
         return {"slots": slots, "packs": packs}
 
     def write(self, k: int, runs: Sequence[PyTree], xp: Any = jnp) -> dict:
@@ -163,8 +160,7 @@ class Storage:
                 else:
                     rest = slots[place.slot][group.count :]
                     slots[place.slot] = xp.concatenate([rows, rest])
-        packs = [_packed(packed[spec.dtype], spec, xp) for spec in self.packs]
-        return {"slots": slots, "packs": packs}
+        return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
 
     def split_layers(self, k: int, arrays: dict) -> list[PyTree]:
         """Stage k's trees, one for each of its layers."""
@@ -185,18 +181,27 @@ class Storage:
         return self.write(k, runs, np)
 
 
-def _pack_shape(elements: int) -> tuple[int, ...]:
-    """The shape of a pack of so many elements; a large one is padded to whole tiles.
+def from_block(arrays: dict) -> dict:
+    """One device's arrays, from its block of those of all devices: slots are [K, ...] there.
 
-    A TPU keeps the last two axes in tiles of 8 x 128: a large [K, P] would take twice its size.
+    Packs of all devices lie end to end, [K P]: a TPU keeps the last two axes of an array in tiles,
+    in which [1, P] takes twice its size, and changing the shape within a step means a copy.
     """
-    if elements < LARGE_PACK:
-        return (elements,)
-    return (-(-elements // math.prod(TILE)) * TILE[0], TILE[1])
+    return {"slots": [a[0] for a in arrays["slots"]], "packs": arrays["packs"]}
 
 
-def _packed(arrays: Sequence, spec: Any, xp: Any) -> Any:
-    return pack(arrays, jax.ShapeDtypeStruct((spec.size,), spec.dtype), xp).reshape(spec.shape)
+def to_block(arrays: dict) -> dict:
+    """The inverse of `from_block`."""
+    return {"slots": [a[None] for a in arrays["slots"]], "packs": arrays["packs"]}
+
+
+def of_device(k: int, devices: int, arrays: dict) -> dict:
+    """The arrays of device k, of so many, in numpy."""
+    parts = [(a, a.shape[0] // devices) for a in arrays["packs"]]
+    return {
+        "slots": [np.asarray(a[k]) for a in arrays["slots"]],
+        "packs": [np.asarray(a[k * size : (k + 1) * size]) for a, size in parts],
+    }
 
 
 def _part(array: Any, start: Any, size: int) -> Any:
@@ -242,7 +247,7 @@ def _choose_storage(
     for _, used in placed:
         for dtype, size in used.items():
             widths[dtype] = max(widths.get(dtype, 0), size)
-    packs = [jax.ShapeDtypeStruct(_pack_shape(widths[d]), d) for d in sorted(widths, key=str)]
+    packs = [jax.ShapeDtypeStruct((widths[d],), d) for d in sorted(widths, key=str)]
     return slots, packs, [runs for runs, _ in placed]
 
 

@@ -20,7 +20,7 @@ from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 from gpipe_jax.mesh import STAGE, make_mesh
 from gpipe_jax.stages import MAX_UNROLL, Stages
-from gpipe_jax.storage import SLOT_SLACK
+from gpipe_jax.storage import SLOT_SLACK, from_block, of_device, to_block
 from gpipe_jax.wire import Wire
 
 PyTree = Any
@@ -98,13 +98,13 @@ def join(stages: Stages, layers: list[PyTree], *, statistics: bool = False) -> l
     """All devices' arrays [K, ...] of each chunk."""
     storages = stages.stats if statistics else stages.params
     return [
-        jax.tree.map(lambda *a: np.stack(a), *devices)
+        jax.tree.map(lambda *a: np.concatenate(a), *map(to_block, devices))
         for devices in stages.join_layers(storages, layers)
     ]
 
 
-def on_device(k: int, arrays: list[PyTree]) -> list[PyTree]:
-    return jax.tree.map(lambda a: a[k], arrays)
+def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
+    return [of_device(k, stages.devices, chunk) for chunk in arrays]
 
 
 def even_cuts(layers: int, stages: int) -> list[range]:
@@ -123,13 +123,13 @@ def test_layers_survive_the_rectangular_form(seed: int) -> None:
     layers = [fill(shape.params, rng) for shape in shapes]
     arrays = join(stages, layers)
     assert len(arrays) == chunks
-    for local, storage in zip(on_device(0, arrays), stages.params, strict=True):
+    for local, storage in zip(on_device(stages, 0, arrays), stages.params, strict=True):
         spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), local)
         assert spec == storage.local_shapes()
     assert_equal(stages.split_layers(stages.params, arrays), layers)
     for s, cut in enumerate(cuts):
         c, k = stages.at(s)
-        read = stages.params[c].read(k, on_device(k, arrays)[c])
+        read = stages.params[c].read(k, on_device(stages, k, arrays)[c])
         assert_equal([tree for run in read for tree in run], [layers[i] for i in cut])
 
 
@@ -312,17 +312,20 @@ def test_shared_parameters_are_gathered_and_their_gradients_added_where_they_are
     K = stages.devices
 
     def body(params: list) -> tuple:
-        local = jax.tree.map(lambda a: a[0], params)
+        local = [from_block(arrays) for arrays in params]
         shared = stages.gather_shared(local)
         part = 10.0 * (jax.lax.axis_index(STAGE) + 1)
         d_shared = {"w": jnp.full((3, 3), part), "beta": jnp.full(3, -part)}
         added = stages.add_shared(local, d_shared)
-        return jax.tree.map(lambda a: a[None], (shared, added))
+        return jax.tree.map(lambda a: a[None], shared), [to_block(arrays) for arrays in added]
 
     mapped = jax.shard_map(body, mesh=make_mesh(stages=K), in_specs=P(STAGE), out_specs=P(STAGE))
     shared, added = jax.device_get(jax.jit(mapped)(join(stages, layers)))
     for k in range(K):
-        assert_equal(on_device(k, shared), {"w": layers[0]["w"], "beta": layers[10]["b"]})
+        assert_equal(
+            jax.tree.map(lambda a, k=k: a[k], shared),
+            {"w": layers[0]["w"], "beta": layers[10]["b"]},
+        )
     total = np.float32(10 * sum(range(1, K + 1)))
     layers[0]["w"] = layers[0]["w"] + total
     layers[10]["b"] = layers[10]["b"] - total
@@ -358,7 +361,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, rema
         boundary, moments = Boundary(x, {}), []
         for s in range(4):
             (c, k), ids = stages.at(s), jnp.asarray(stages.layer_ids())
-            p, st = on_device(k, arrays)[c], on_device(k, running)[c]
+            p, st = on_device(stages, k, arrays)[c], on_device(stages, k, running)[c]
             stage = Composite(stages, s, p, st, shared, ids[k, c], call)
             boundary, seen = stage.forward(boundary)
             moments.append(seen)
@@ -388,7 +391,7 @@ def test_keys_of_examples_and_of_micro_batches_reach_every_layer(count: int) -> 
     layers = [layer(lambda key, x: {}, noise)] * count
     stages = Stages(infer_shapes(layers, X), [range(count)])
     ids = jnp.asarray(stages.layer_ids()[0])
-    (params,) = on_device(0, join(stages, [{}] * count))
+    (params,) = on_device(stages, 0, join(stages, [{}] * count))
 
     def run(micro_batch: int, examples: int | None) -> np.ndarray:
         call = Call(jax.random.key(0), micro_batch, examples, train=True, progress=1.0)
@@ -433,7 +436,7 @@ def test_commit_moves_every_layers_own_statistics(chunks: int) -> None:
     arrays, seen = (join(stages, trees, statistics=True) for trees in (stats, moments))
     for s, cut in enumerate(stages.cuts):
         c, k = stages.at(s)
-        local = (on_device(k, arrays)[c], on_device(k, seen)[c])
+        local = (on_device(stages, k, arrays)[c], on_device(stages, k, seen)[c])
         new = jax.device_get(jax.jit(stages.commit, static_argnums=0)(s, *local))
         wanted = [jax.tree.map(np.add, stats[i], moments[i]) for i in cut]
         assert_equal(stages.stats[c].split_layers(k, new), wanted)

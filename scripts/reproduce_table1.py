@@ -1,0 +1,349 @@
+"""The largest models for a number of partitions: the GPipe paper's table 1, and ours beside it.
+
+    python scripts/reproduce_table1.py                    # Transformer on TPU v3
+    python scripts/reproduce_table1.py --rows amoebanet   # AmoebaNet-D on TPU v2
+    python scripts/reproduce_table1.py --stages 1 8 --csv table1.csv --png table1.png --json
+
+Needs the TPU compiler (`pip install 'gpipe-jax[tpu]'`, Linux x86-64) and no TPU: whole training
+steps are compiled for the paper's TPU generations, and the compiler says whether they fit. Nothing
+ran on a TPU. A step takes minutes to compile and is remembered for the next time.
+
+The paper is https://arxiv.org/abs/1811.06965. As there: RMSProp with two slots, recomputation, 32
+sequences of 1024 tokens or 128 images of 224 pixels; here in 32 micro-batches with the schedule
+1F1B, recomputing layer by layer. A partition is a core, which is what JAX calls a device.
+"""
+
+import functools
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from tables import aligned, amoebanet, arguments, compiling, finish, transformer
+
+from gpipe_jax import figure
+from gpipe_jax.cost import tree_bytes
+from gpipe_jax.memory import GIB, describe
+from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.planning import accelerators, programs
+from gpipe_jax.planning.compiled import Compiled
+from gpipe_jax.planning.compute import Compiling
+from gpipe_jax.planning.job import Job, Layout
+from gpipe_jax.trainer import Trainer
+
+MICRO_BATCHES = 32
+SEQUENCES, IMAGES = 32, 128  # in a batch
+STEP_FILTERS = 32  # by which AmoebaNet gets wider beyond the paper
+
+
+class Paper(NamedTuple):
+    """A column of the paper's table 1: "Pipeline-K"."""
+
+    topology: str  # ours, with at least as many devices as partitions
+    size: tuple[int, ...]  # (L,) or (L, D)
+    parameters: float
+    memory_gib: float  # model parameters and peak activations, of all partitions together
+
+
+PAPER = {
+    "transformer": {  # memory as printed, in GiB
+        1: Paper("v3:2x2", (13,), 785.8e6, 8.8 + 6.4),
+        8: Paper("v3:2x2", (103,), 5.3e9, 59.5 + 50.9),
+        32: Paper("v3:4x4", (415,), 21.0e9, 235.1 + 199.9),
+        128: Paper("v3:8x8", (1663,), 83.9e9, 937.9 + 796.1),
+    },
+    "amoebanet": {  # memory as printed, in 1e9 bytes
+        1: Paper("v2:2x2", (18, 416), 318e6, (3.8 + 3.46) * 1e9 / GIB),
+        2: Paper("v2:2x2", (18, 544), 542e6, (6.45 + 8.11) * 1e9 / GIB),
+        4: Paper("v2:2x2", (36, 544), 1.05e9, (12.53 + 15.21) * 1e9 / GIB),
+        8: Paper("v2:2x2", (72, 512), 1.8e9, (24.62 + 26.24) * 1e9 / GIB),
+    },
+}
+
+
+class Measured(NamedTuple):
+    """A training step as compiled."""
+
+    size: tuple[int, ...]
+    parameters: int
+    memory: dict[str, int]  # bytes of a device by analysis, by part
+    compiled_bytes: int  # of a device, 0 if unknown
+    fits: bool | None  # None: the compiler has not said
+    compile_s: float = 0.0
+    problem: str | None = None
+
+    @property
+    def analysed_gib(self) -> float:
+        """What a device holds by analysis."""
+        return sum(self.memory.values()) / GIB
+
+    @property
+    def compiled_gib(self) -> float:
+        """What the compiler says that a device needs."""
+        return self.compiled_bytes / GIB
+
+    @property
+    def ratio(self) -> float:
+        """Compiled over analysed."""
+        return self.compiled_gib / self.analysed_gib
+
+    def __str__(self) -> str:
+        fits = {True: "fits", False: "does not fit", None: "unknown"}[self.fits]
+        problem = f" ({self.problem})" if self.problem else ""
+        return (
+            f"{named(self.size)}: {fits}{problem}, {self.compiled_gib:.2f} GiB compiled, "
+            f"{self.analysed_gib:.2f} by analysis: {describe(self.memory)}"
+        )
+
+
+class Row(NamedTuple):
+    """A number of partitions."""
+
+    stages: int
+    paper: Paper
+    same: Measured  # the paper's size
+    largest: Measured | None  # None if nothing fits
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def measure(trainer: Trainer, size: tuple[int, ...], compiling: Compiling) -> Measured:
+    """Compile a training step; a time-out is a result too."""
+    pipe, problem = trainer.pipe, None
+    count = sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params))
+    step = Compiled("step", 0.0)
+    try:
+        step = compiling([programs.whole_step(trainer)])["step"]
+    except (TimeoutError, RuntimeError) as error:
+        problem = str(error).splitlines()[0]
+    unknown = problem or (step.error and step.short_by_bytes is None)
+    found = Measured(
+        size,
+        count,
+        trainer.device_bytes(),
+        step.needed_bytes,
+        None if unknown else step.fits,
+        step.compile_s,
+        problem or step.error,
+    )
+    print(f"K {pipe.stages.devices}, {found}", flush=True)
+    return found
+
+
+def largest(start: int, fits: Callable[[int], bool | None]) -> int:
+    """The largest n that fits, tried one by one from `start` on; 0 if there is none."""
+    if not fits(start):
+        return next((n for n in range(start - 1, 0, -1) if fits(n)), 0)
+    n = start
+    while fits(n + 1):
+        n += 1
+    return n
+
+
+def layout(stages: int) -> Layout:
+    """How a step is done on so many partitions."""
+    return Layout(stages, micro_batches=MICRO_BATCHES, schedule="1f1b", remat="layer")
+
+
+def analysed_gib(trainer: Trainer) -> float:
+    """What a device holds by analysis."""
+    return sum(trainer.device_bytes().values()) / GIB
+
+
+# --- Transformer ----------------------------------------------------------------------------------
+
+
+def blocks(depth: int, stages: int) -> int:
+    """L with `depth` layers on each partition: as in the paper one less in all, but for K = 1."""
+    return depth * stages - (stages > 1)
+
+
+def transformer_row(K: int, paper: Paper, compiling: Compiling) -> Row:
+    """The paper's L, and the largest: from where the analysis stops, up or down by the compiler."""
+    limit = compiling.topology.generation.hbm_gib
+    size = lambda depth: (blocks(depth, K),)  # noqa: E731
+    trainer = functools.cache(lambda n: transformer(*size(n), SEQUENCES).trainer(layout(K)))
+    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiling))
+    depth = -(-paper.size[0] // K)
+    same = compiled(depth)
+    guess = largest(depth, lambda n: analysed_gib(trainer(n)) <= limit)
+    best = largest(max(guess, 1), lambda n: compiled(n).fits)
+    return Row(K, paper, same, compiled(best) if best else None)
+
+
+# --- AmoebaNet ------------------------------------------------------------------------------------
+
+
+def layer_bytes(pipe: Pipeline) -> list[float]:
+    """What each layer adds to its device: value, gradient and two slots, and its input."""
+    pairs = zip(pipe.costs, pipe.shapes, strict=True)
+    return [float(4 * c.parameter_bytes + tree_bytes(s.boundary)) for c, s in pairs]
+
+
+def cut_by_memory(job: Job, stages: int) -> Trainer:
+    """Stages of equal memory: most parameters are in the last cells, most work in the first."""
+    even = job.trainer(layout(stages), [1.0] * len(job.layers))
+    return job.trainer(layout(stages), layer_bytes(even.pipe))
+
+
+def amoebanet_same(K: int, size: tuple[int, ...], compiling: Compiling) -> Measured:
+    """The paper's size, cut into stages of equal work, or if that does not fit of equal memory."""
+    layers, filters = size
+    job = amoebanet(layers, filters, IMAGES)
+    trainer = job.trainer(layout(K))
+    if K == 1:
+        return measure(trainer, size, compiling)
+    if analysed_gib(trainer) <= compiling.topology.generation.hbm_gib:
+        found = measure(trainer, size, compiling)
+        if found.fits:
+            return found
+    return measure(cut_by_memory(job, K), size, compiling)
+
+
+def amoebanet_row(K: int, paper: Paper, compiling: Compiling) -> Row:
+    """The paper's size, and with the most partitions the widest that fits."""
+    same = amoebanet_same(K, paper.size, compiling)
+    if max(PAPER["amoebanet"]) > K:
+        return Row(K, paper, same, same if same.fits else None)
+    limit, (layers, filters) = compiling.topology.generation.hbm_gib, paper.size
+    size = lambda n: (layers, filters + STEP_FILTERS * (n - 1))  # noqa: E731
+    trainer = functools.cache(lambda n: cut_by_memory(amoebanet(*size(n), IMAGES), K))
+    analysed = lambda n: analysed_gib(trainer(n)) <= limit  # noqa: E731
+    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiling))
+    best = largest(largest(1, analysed) or 1, lambda n: analysed(n) and compiled(n).fits)
+    return Row(K, paper, same, compiled(best) if best else None)
+
+
+ROWS = {"transformer": transformer_row, "amoebanet": amoebanet_row}
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def named(size: Sequence[int]) -> str:
+    """`103`, or `(72, 512)`."""
+    return str(size[0]) if len(size) == 1 else f"({', '.join(map(str, size))})"
+
+
+def counted(parameters: float) -> str:
+    """`786M`, `5.32B`."""
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def table(model: str, rows: Sequence[Row]) -> str:
+    """The paper's columns, the same sizes here, and the largest here; memory is of one device."""
+    size = "L" if model == "transformer" else "(L, D)"
+    measured = ("fits", "GiB", "analysis", "ratio")
+    head = ("K", f"paper {size}", "parameters", "GiB", "ours", *measured, "compile s")
+    found: list[tuple[str, ...]] = [(*head, f"largest {size}", "parameters", "of paper", *measured)]
+    for row in rows:
+        K, paper, same, best = row
+        ours = (counted(same.parameters), *_figures(same), f"{same.compile_s:.0f}")
+        theirs = (named(paper.size), counted(paper.parameters), f"{paper.memory_gib / K:.2f}")
+        found.append((str(K), *theirs, *ours, *_largest(row, best)))
+    return aligned(found)
+
+
+def _largest(row: Row, best: Measured | None) -> tuple[str, ...]:
+    if best is None:
+        return ("none", *[""] * 6)
+    share = f"{growth(row):.2f}"
+    return (named(best.size), counted(best.parameters), share, *_figures(best))
+
+
+def _figures(found: Measured) -> tuple[str, ...]:
+    fits = {True: "yes", False: "no", None: "unknown"}[found.fits]
+    gib = f"{found.compiled_gib:.2f}" if found.compiled_bytes else ""
+    ratio = f"{found.ratio:.2f}" if found.compiled_bytes else ""
+    return fits, gib, f"{found.analysed_gib:.2f}", ratio
+
+
+def growth(row: Row) -> float:
+    """The largest L over the paper's; of AmoebaNet's parameters, as it grows in width."""
+    if row.largest is None:
+        return 0.0
+    if len(row.paper.size) == 1:
+        return row.largest.size[0] / row.paper.size[0]
+    return row.largest.parameters / row.paper.parameters
+
+
+def records(model: str, rows: Sequence[Row]) -> Iterator[dict]:
+    """A record of each compiled size, for CSV and JSON."""
+    for row in rows:
+        for which, found in (("the paper's", row.same), ("largest", row.largest)):
+            if found is None:
+                continue
+            yield {
+                "model": model,
+                "stages": row.stages,
+                "topology": row.paper.topology,
+                "which": which,
+                "size": named(found.size),
+                "parameters": found.parameters,
+                "paper_size": named(row.paper.size),
+                "paper_parameters": row.paper.parameters,
+                "paper_gib": row.paper.memory_gib / row.stages,
+                "growth": growth(row) if which == "largest" else 1.0,
+                "fits": found.fits,
+                "compiled_gib": found.compiled_gib or None,
+                "analysed_gib": found.analysed_gib,
+                "ratio": found.ratio or None,
+                "compile_s": found.compile_s,
+                "problem": found.problem,
+                **{f"{name}_gib": size / GIB for name, size in found.memory.items()},
+            }
+
+
+def draw(model: str, rows: Sequence[Row], path: Path) -> None:
+    """Bars: parameters of the paper's and of our largest model, by the number of partitions."""
+    picture = figure.blank(6.5, 3.8)
+    axes = picture.subplots()
+    paper = [row.paper.parameters for row in rows]
+    ours = [row.largest.parameters if row.largest else 0 for row in rows]
+    for shift, label, values in ((-0.2, "GPipe paper", paper), (0.2, "gpipe-jax", ours)):
+        bars = axes.bar([i + shift for i in range(len(rows))], values, 0.4, label=label)
+        axes.bar_label(bars, [counted(v) if v else "none" for v in values], fontsize=8)
+    axes.set_xticks(range(len(rows)), [str(row.stages) for row in rows])
+    axes.set(yscale="log", xlabel="partitions (TPU cores)", ylabel="parameters")
+    axes.set_title(f"{model}: largest model that fits, compiled, not run", fontsize=10)
+    axes.legend(fontsize=8)
+    picture.savefig(path, dpi=150)
+
+
+def host_gib() -> float:
+    """The most memory that one process of this run had: this one, or a compiler's."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(each).ru_maxrss for each in who) * unit / GIB
+
+
+def main() -> None:
+    """Print the table."""
+    assert __doc__ is not None
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--rows", choices=PAPER, default="transformer", help="which of its halves")
+    parser.add_argument("--stages", type=int, nargs="+", metavar="K", help="only these columns")
+    options = parser.parse_args()
+    paper = PAPER[options.rows]
+    wanted = options.stages or list(paper)
+    if unknown := set(wanted) - set(paper):
+        parser.error(f"--stages: {min(unknown)} is none of {', '.join(map(str, paper))}")
+    jax.config.update("jax_platforms", "cpu")  # no device is used here
+    rows = []
+    for K in wanted:
+        target = compiling(accelerators.parse(paper[K].topology), options.timeout)
+        rows.append(ROWS[options.rows](K, paper[K], target))
+    print(f"\n{table(options.rows, rows)}\n")
+    for row in rows:
+        if not row.same.fits:
+            print(f"K {row.stages}, {row.same}")
+    print(f"memory of the host: at most {host_gib():.1f} GiB a process, if anything was compiled")
+    found = list(records(options.rows, rows))
+    finish(options, found, lambda path: draw(options.rows, rows, path))
+
+
+if __name__ == "__main__":
+    main()

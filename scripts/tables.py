@@ -1,0 +1,104 @@
+"""What the scripts that reproduce the GPipe paper's tables 1 and 2 share: models, tables, files."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gpipe_jax import losses, optimizer, zoo
+from gpipe_jax.config import RmsPropConfig
+from gpipe_jax.planning import libtpu
+from gpipe_jax.planning.accelerators import Topology
+from gpipe_jax.planning.compute import Compiling
+from gpipe_jax.planning.job import Job
+from gpipe_jax.planning.report import COMPILED
+
+LENGTH = 1024  # tokens in a sequence
+IMAGE, CLASSES = 224, 1000
+
+
+def transformer(layers: int, batch: int) -> Job:
+    """Transformer-L of the paper's table 1, section 3, on a batch of sequences."""
+    network = zoo.transformer_lm(
+        vocabulary=32000,
+        length=LENGTH,
+        width=2048,
+        heads=32,
+        feed_forward=8192,
+        layers=layers,
+        positions="sinusoidal",
+        dtype="bfloat16",
+    )
+    tokens = jax.ShapeDtypeStruct((batch, LENGTH), np.int32)
+    return _job(network, losses.softmax_cross_entropy, tokens, tokens)
+
+
+def amoebanet(layers: int, filters: int, batch: int) -> Job:
+    """AmoebaNet-D (layers, filters) of the paper's table 1, on a batch of images."""
+    network = zoo.amoebanet(
+        "D", layers=layers, filters=filters, image=IMAGE, classes=CLASSES, dtype="bfloat16"
+    )
+    images = jax.ShapeDtypeStruct((batch, IMAGE, IMAGE, 3), np.float32)
+    labels = jax.ShapeDtypeStruct((batch,), np.int32)
+    return _job(network, losses.classification(), images, labels)
+
+
+def _job(network: list, loss: Callable, inputs: jax.ShapeDtypeStruct, labels: object) -> Job:
+    """With RMSProp, whose two slots make 12 bytes a parameter, as the paper counts them."""
+    tx = optimizer.build(RmsPropConfig(learning_rate=1e-4, momentum=0.9), 100)
+    return Job(network, loss, {"inputs": inputs, "labels": labels}, tx)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table as text, its first row being the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that both scripts have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds for one compilation")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    return parser
+
+
+def compiling(topology: Topology, timeout_s: float | None) -> Compiling:
+    """With its progress on standard error; RuntimeError if there is no compiler."""
+    libtpu.check_installed()
+    show = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731
+    return Compiling(topology, timeout_s, show)
+
+
+def finish(options: argparse.Namespace, records: Sequence[dict], draw: Callable) -> None:
+    """Write what is asked for; `draw` is told the picture's path."""
+    print(COMPILED)
+    if options.csv:
+        write_csv(options.csv, records)
+    if options.png:
+        draw(options.png)
+    if options.json:
+        print(json.dumps({"rows": records, "versions": libtpu.versions(), "note": COMPILED}))
+
+
+def write_csv(path: Path, records: Sequence[dict]) -> None:
+    """A line for each record; columns in the order in which they first occur."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(records)
