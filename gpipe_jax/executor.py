@@ -1,9 +1,9 @@
 """One program that executes any schedule table: a `shard_map` over all devices, a scan over ticks.
 
-At each tick a device stores what has arrived, does what the table says (a branch: an idle device
-computes nothing), and passes its results to its neighbours with one permute each way. The backward
-branch recomputes its stage from the stashed input (GPipe, section 2.3) and adds its parameters'
-gradients, in float32, to what it has. After the last tick the gradients are summed over the data
+At each tick a device stores what has arrived, does what the table says (an idle device computes
+nothing), and passes its results to its neighbours with one permute each way. A backward recomputes
+its stage from the stashed input (GPipe, section 2.3) and adds its parameters' gradients, in
+float32, to what it has: see `composite`. After the last tick the gradients are summed over the data
 replicas, once, and the running statistics are committed, from forwards only, once.
 
 Letters: K devices, M micro-batches, B examples of a micro-batch on one replica, t tick, k device,
@@ -305,9 +305,11 @@ class _Device:
             send_g=[self._filled(s) for s in self._gradient_shapes()],
             sums=carry.sums,
         )
+        # A conditional for each, not one switch: then XLA adds to the sums in place on TPU, where
+        # it copies what passes through a switch (1.5 GiB for 2.7 GiB of gradients on v3).
         for n, name in enumerate(known):
             one = functools.partial(self._work, name, carry, Entry(m, x_slot, g_slot))
-            work = _if(branch == n, one, work) if len(known) > 1 else one(work)
+            work = lax.cond(branch == n, one, lambda w: w, work) if len(known) > 1 else one(work)
         carry = carry._replace(sums=work.sums)
         if any(name.startswith("forward") for name in known):
             carry = carry._replace(arrived_x=_permute(work.send_x, self._neighbours()))
@@ -443,16 +445,6 @@ def _store(buffers: list, arrived: list, slot: jax.Array) -> list:
         _put(b, jnp.where(slot >= 0, a, _get(b, at)), at)
         for b, a in zip(buffers, arrived, strict=True)
     ]
-
-
-def _if(condition: jax.Array, function: Callable, work: Work) -> Work:
-    """`function(work)` if the condition holds, else `work`: as a loop of one or no turns.
-
-    XLA updates what a loop carries in place, but copies what passes through a conditional: the sums
-    of all gradients, at every tick.
-    """
-    once = lambda state: (jnp.bool_(False), function(state[1]))  # noqa: E731
-    return lax.while_loop(lambda state: state[0], once, (condition, work))[1]
 
 
 def _get(array: jax.Array, i: jax.Array) -> jax.Array:

@@ -170,6 +170,18 @@ def test_a_compiled_plan_says_what_it_is_made_of(compiled: planning.Plan) -> Non
 
 
 @TPU
+def test_the_compiler_needs_what_the_analysis_says() -> None:
+    """No copies of parameters or gradients: each of the five arrays of their size is held once."""
+    sizes = {"width": 1024, "heads": 8, "feed_forward": 4096, "vocabulary": 1024}
+    work = small_job(8, layers=8, dtype="bfloat16", **sizes)
+    layout = Layout(stages=2, micro_batches=8, remat="layer")
+    found = compute.with_compiler(work, layout, compute.Compiling(V3))
+    share = sum(found.memory_gib[name] for name in ("parameters", "optimizer", "gradients"))
+    assert share > 0.9 * found.hbm_analysed_gib
+    assert 0.9 < found.hbm_needed_gib / found.hbm_analysed_gib < 1.15
+
+
+@TPU
 def test_a_plan_is_drawn(compiled: planning.Plan, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     compiled.plot(tmp_path / "plan.png")
