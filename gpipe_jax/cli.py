@@ -151,10 +151,11 @@ def _plan(options: argparse.Namespace) -> int:
     config = loader.load(options.config, options.overrides)
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used here; a TPU's library says much
     from gpipe_jax import build, planning
-    from gpipe_jax.planning import layouts
+    from gpipe_jax.planning import layouts, libtpu
 
-    if options.search and options.topology is None:
-        raise ConfigError(["--search needs a --topology to search for"], options.config)
+    problem = _misused(options)
+    if problem:
+        raise ConfigError([problem], options.config)
     named = {"slices": options.slices, "timeout_s": options.timeout, "show": progress.passing()}
     try:
         if options.search:
@@ -169,11 +170,13 @@ def _plan(options: argparse.Namespace) -> int:
     except build.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, libtpu.NotInstalledError) as error:
         raise ConfigError([str(error)], options.config) from error
-    except TimeoutError as error:
+    except (TimeoutError, RuntimeError) as error:
         return _fail(error, 1)
     print(found)
+    if options.search and best.fits is not True:
+        return _fail("none of the compiled layouts fits; try a larger topology", 1)
     try:
         if options.out:
             layouts.save(best, options.out)
@@ -186,6 +189,20 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.to_dict()))
     return 0
+
+
+def _misused(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options of a plan, found before minutes are spent on it."""
+    if options.search and options.topology is None:
+        return "--search needs a --topology to search for"
+    if options.search and options.cost:
+        return "--cost does not go with --search, which compiles what it has cut by operations"
+    if options.slices != 1 and options.topology is None:
+        return f"--slices {options.slices} needs a --topology, of which they are"
+    for name, path in (("--out", options.out), ("--png", options.png)):
+        if path and not path.absolute().parent.is_dir():
+            return f"{name} {path}: there is no folder {path.absolute().parent}; make it first"
+    return None
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@
         gradients[i] += d_params                      # in place, before the next layer's are made
 
 So no more than one layer's parameter gradients exist beside the sums. With `remat_layers` only the
-layers' inputs are kept between the two loops, else what each `vjp` needs. A run of equal layers is
-a `lax.scan`.
+layers' inputs are kept between the two loops, else what each `vjp` needs. A long run of equal
+layers is a `lax.scan`, and without `remat_layers` a single step of these loops: the gradients of
+all its layers exist at once.
 """
 
 import functools

@@ -3,8 +3,8 @@
     parameters + optimizer + gradients + stash + working set + batch
 
 The working set is that of the stage that has the largest: what its layers keep for their backward
-pass (of all layers, or with `remat_layers` of one, and the inputs of all), and one layer's gradient
-before it is added to the sums.
+pass (of all layers, or with `remat_layers` of one, and the inputs of all), and the gradients of one
+layer (or scanned run) before they are added to the sums.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def of_device(
         # A tied parameter is copied to every device for the step, as is its gradient.
         "parameters": stages.device_bytes() + statistics + stages.shared_bytes(),
         "optimizer": optimizer_bytes,
-        "gradients": float32_bytes(stages) + statistics + stages.shared_bytes(),
+        "gradients": float32_bytes(stages) + statistics + stages.shared_bytes(4),
         # What has arrived and what is sent is held beside the slots.
         "stash": (rows.x_slots + 2) * wire + (rows.g_slots + 2) * back,
         "working_set": max(working),
@@ -55,11 +55,13 @@ def float32_bytes(stages: Stages) -> int:
 def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
     cut = stages.cuts[s]
     kept = [costs[i].working_bytes for i in cut]
-    gradient = max(costs[i].parameter_bytes for i in cut)
-    if not stages.remat_layers:
-        return sum(kept) + gradient
-    inputs = sum(tree_bytes(stages.shapes[i].boundary) for i in cut)
-    return inputs + max(kept) + gradient
+    own = [costs[i].parameter_bytes for i in cut]
+    if stages.remat_layers:
+        inputs = sum(tree_bytes(stages.shapes[i].boundary) for i in cut)
+        return inputs + max(kept) + max(own)
+    # A run that is one scan has the gradients of all its layers before they are added.
+    scanned = [run.count * own[run.start] for run in stages.runs[s] if run.scanned]
+    return sum(kept) + max([*scanned, *own])
 
 
 def describe(parts: dict[str, int]) -> str:

@@ -35,12 +35,11 @@ def show(steps: int, every: int, console: Console | None = None) -> Iterator[Sho
         yield update
 
 
-def passing(console: Console | None = None) -> Callable[[str], None] | None:
-    """A function that shows what is going on, each time in place of the last; a terminal's only."""
+def passing(console: Console | None = None) -> Callable[[str], None]:
+    """A function that shows what is going on, on a terminal each time in place of the last."""
     console = console or Console(stderr=True)
-    if not console.is_terminal:
-        return None
-    return lambda text: console.print(text.ljust(console.width - 1), end="\r", highlight=False)
+    end = "\r" if console.is_terminal else "\n"
+    return lambda text: console.print(text.ljust(console.width - 1), end=end, highlight=False)
 
 
 def _line(record: dict, steps: int, every: int) -> None:

@@ -218,10 +218,13 @@ class Stages:
         """Bytes of the parameters that every device holds, padding included."""
         return sum(storage.device_bytes() for storage in self.params)
 
-    def shared_bytes(self) -> int:
-        """Bytes of the tied parameters, of which every device has a copy during a step."""
+    def shared_bytes(self, least: int = 0) -> int:
+        """Bytes of the tied parameters, of which every device has a copy during a step.
+
+        In `least` bytes an element at least, as gradients are.
+        """
         places = [owner.place for owner in self.owners.values()]
-        return tree_bytes([jax.ShapeDtypeStruct(place.shape, place.dtype) for place in places])
+        return sum(place.size * max(place.dtype.itemsize, least) for place in places)
 
 
 def _find_runs(shapes: Sequence[LayerShape], cut: range, longest_unrolled: int) -> list[Run]:

@@ -343,8 +343,9 @@ def run_model(model: str, options: argparse.Namespace) -> tuple[list[Cell], list
     print(f"\n{model}, {options.schedule}, the {options.hold} held: throughput / the first\n")
     print(throughput_table(cells))
     print("* does not fit, by analysis; the paper adjusts the batch until it does")
-    print(f"\n{breakdown_table([*many, *whole])}")
-    print(f"the paper: {PAPER_IMBALANCE:.1%} of AmoebaNet's step is imbalance at K = 2\n")
+    print(f"\n{breakdown_table([*many, *whole])}\n")
+    if model == "amoebanet":
+        print(f"in the paper imbalance takes {PAPER_IMBALANCE:.1%} of the step at K = 2\n")
     return cells, whole
 
 

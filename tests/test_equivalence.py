@@ -21,6 +21,7 @@ import gpipe_jax as gpipe
 from gpipe_jax import executor, keys, sequential, stages
 from gpipe_jax.schedule import BACKWARD, FORWARD
 from gpipe_jax.slots import Rows
+from gpipe_jax.storage import Storage
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_equivalence_float32(name: str, K: int, D: int, M: int, kind: str) -> No
     check(make_pipeline(name, K, D, M, kind), name, double=False, tolerance=1e-5)
 
 
-DOUBLE = [(1, 1, 2, "gpipe"), (2, 2, 3, "1f1b"), (4, 1, 8, "gpipe"), (8, 2, 4, "1f1b")]
+DOUBLE = [(2, 2, 3, "1f1b"), (8, 1, 4, "gpipe")]
 
 
 @pytest.mark.parametrize(
@@ -343,9 +344,9 @@ def test_equivalence_would_see_a_fault(faulty: str, monkeypatch: pytest.MonkeyPa
             lambda self, b: {**parts(self, b), "weights": parts(self, b)["weights"].at[1].set(0)},
         )
     elif faulty == "flip a sign":
-        add = executor._add_at
+        add = Storage.add
         monkeypatch.setattr(
-            executor, "_add_at", lambda i, j, v: add(i, j, jax.tree.map(jnp.negative, v))
+            Storage, "add", lambda *args: add(*args[:-1], jax.tree.map(jnp.negative, args[-1]))
         )
     else:
         whole = gpipe.Pipeline.from_layers

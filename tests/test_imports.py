@@ -30,9 +30,12 @@ READING_ORDER = [
     "wire",
     "storage",
     "stages",
+    "composite",
+    "memory",
     "executor",
     "pipeline",
     "trainer",
+    "planning",
 ]
 NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule", "slots"]
 

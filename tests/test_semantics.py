@@ -204,7 +204,8 @@ def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
     whole = make(2, 1, 4, "gpipe", layers=layers, partition=(6,))
     texts = [pipe.lower().as_text() for pipe in (crossed, whole)]
     for operation in ("stablehlo.sine", "stablehlo.cosine"):
-        assert [text.count(operation) for text in texts] == [1, 1]
+        count, as_often = (text.count(operation) for text in texts)
+        assert 1 <= count == as_often
     # It travels with the boundary: a permute for floats and one for integers, these only forward.
     assert texts[0].count("stablehlo.collective_permute") == 2 + 1
 
@@ -234,10 +235,14 @@ def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
 
 def test_tied_parameter_crosses_devices_once_each_way() -> None:
     """One sum over stages spreads it before the ticks, one collects its gradient after them."""
-    tied = make(4, 1, 4).lower().as_text()
     free = [dataclasses.replace(a, ties=()) for a in linked.everything()]
-    apart = make(4, 1, 4, layers=free).lower().as_text()
-    assert tied.count("stablehlo.all_reduce") == apart.count("stablehlo.all_reduce") + 2
+
+    def sums(pipe: gpipe.Pipeline) -> int:
+        """But those over replicas: of gradients and of moments, array by array."""
+        held = [s.local_shapes() for s in (*pipe.stages.params, *pipe.stages.stats)]
+        return pipe.lower().as_text().count("stablehlo.all_reduce") - len(jax.tree.leaves(held))
+
+    assert sums(make(4, 1, 4)) == sums(make(4, 1, 4, layers=free)) + 2
 
 
 @pytest.mark.parametrize(
@@ -278,13 +283,14 @@ def test_batch_norm_skip_tied_dropout_faults_are_seen(
 ) -> None:
     device, stages = executor._Device, executor.Stages
     if fault.startswith("moments"):
-        with_gradients = device._with_gradients
+        backward = device._backward
 
-        def counted_again(self: Any, s: int, sums: Any, *args: Any) -> Any:
-            again = jax.tree.map(lambda a: 1.5 * a, sums.moments)
-            return with_gradients(self, s, sums._replace(moments=again), *args)
+        def counted_again(self: Any, *args: Any) -> Any:
+            work = backward(self, *args)
+            again = jax.tree.map(lambda a: 1.5 * a, work.sums.moments)
+            return work._replace(sums=work.sums._replace(moments=again))
 
-        monkeypatch.setattr(device, "_with_gradients", counted_again)
+        monkeypatch.setattr(device, "_backward", counted_again)
     elif "tied" in fault:
         monkeypatch.setattr(stages, "add_shared", lambda self, grads, shared: grads)
     elif "skip" in fault:
@@ -301,13 +307,11 @@ def test_batch_norm_skip_tied_dropout_faults_are_seen(
 
         monkeypatch.setattr(device, "_gradient", forgets)
     else:
-        apply = device._apply
+        stage = device._stage
 
-        def ticks(self: Any, s: int, params: Any, shared: Any, x: Any, entry: Any) -> Any:
-            return apply(
-                self, s, params, shared, x, entry._replace(micro_batch=entry.micro_batch + s)
-            )
+        def ticks(self: Any, s: int, entry: Any) -> Any:
+            return stage(self, s, entry._replace(micro_batch=entry.micro_batch + s))
 
-        monkeypatch.setattr(device, "_apply", ticks)
+        monkeypatch.setattr(device, "_stage", ticks)
     with pytest.raises(AssertionError, match=FAULTS[fault]):
         check(make(4, 1, 4), wanted(False), 1e-5)

@@ -98,7 +98,6 @@ LOSSES = {
 }
 # One cut for each network, all different, by default; the rest of the grid is slow.
 FAST = {
-    ("amoebanet D", 4, 1, "1f1b", 1),
     ("resnet", 4, 2, "eager_1f1b", 1),
     ("unet", 4, 1, "gpipe", 1),
     ("unet", 2, 2, "interleaved", 2),

@@ -6,6 +6,7 @@ job -> programs -> compute (with memory and timing) -> report
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def search(
 ) -> Ranking:
     """Plans of other layouts of a run on all of a slice's devices, the fastest first.
 
-    Every legal number of stages, replicas, micro-batches and chunks, with every schedule and both
-    kinds of recomputation, is looked at by analysis; the `compile_best` fastest that should fit are
-    compiled. The results of training are the same for all.
+    Looked at by analysis are all numbers of stages, replicas and micro-batches (of a power of two
+    of examples) that use all devices, every schedule, 2 and 4 chunks, and recomputation layer by
+    layer where that of whole stages is too large. The fastest that should fit are compiled, until
+    `compile_best` do. The results of training are the same for all.
     """
     work, _, config = _describe(network, options)
     compiling = Compiling(accelerators.parse(topology, slices), timeout_s, show)
@@ -92,6 +94,4 @@ def _describe(network: Any, options: dict) -> tuple[Job, Layout, Config | None]:
 
 
 def _of(config: Config | None, found: Plan) -> Plan:
-    from dataclasses import replace
-
     return replace(found, config=config.model_dump(mode="json") if config else None)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -55,10 +56,12 @@ def with_compiler(job: Job, layout: Layout, compiling: Compiling, cost: Any = "f
     trainer = _trainer(job, layout, compiling, cost)
     found = compiling([programs.whole_step(trainer), *_parts(trainer)])
     whole = found.pop("step")
-    predicted = None
-    if all(part.fits for part in found.values()):
-        predicted = _prediction(trainer, found, compiling)
-    return _plan(trainer, layout, compiling.topology, whole, predicted)
+    failed = [
+        f"no time, as {part.name} alone {part.error}" for part in found.values() if part.error
+    ]
+    predicted = None if failed else _prediction(trainer, found, compiling)
+    plan = _plan(trainer, layout, compiling.topology, whole, predicted)
+    return replace(plan, warnings=[*plan.warnings, *failed[:1]])
 
 
 def predict(

@@ -41,6 +41,7 @@ class Job(NamedTuple):
     ema: float | None = None
     steps: int | None = None
     keys_per: str = "micro_batch"
+    memory_limit: float | None = None  # bytes of a device that the partition keeps within
 
     def trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
         """The training of this job so laid out, on devices that are nowhere."""
@@ -52,6 +53,7 @@ class Job(NamedTuple):
             example=self.example,
             steps=self.steps,
             keys_per=self.keys_per,
+            memory_limit=self.memory_limit,
             cost=cost,
             **{k: v for k, v in layout._asdict().items() if k not in ("stages", "data")},
         )
@@ -67,8 +69,16 @@ def from_config(config: Config) -> tuple[Job, Layout]:
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
     pipeline = config.pipeline
+    limit = pipeline.memory_limit_gib
     job = Job(
-        layers, loss, example, tx, config.optimizer.ema, config.train.steps, pipeline.keys_per
+        layers,
+        loss,
+        example,
+        tx,
+        ema=config.optimizer.ema,
+        steps=config.train.steps,
+        keys_per=pipeline.keys_per,
+        memory_limit=None if limit is None else limit * 2**30,
     )
     chosen = {name: getattr(pipeline, name) for name in Layout._fields if hasattr(pipeline, name)}
     return job, Layout(stages=config.mesh.stages, data=config.mesh.data, **chosen)

@@ -7,6 +7,10 @@ from contextlib import suppress
 INSTALL = "pip install 'gpipe-jax[tpu]'"
 
 
+class NotInstalledError(RuntimeError):
+    """The TPU compiler is not there."""
+
+
 def versions() -> dict[str, str | None]:
     """jax, jaxlib, libtpu, and the libtpu that this jax asks for; None for what isn't there."""
     found: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", "libtpu"))
@@ -19,9 +23,9 @@ def versions() -> dict[str, str | None]:
 
 
 def check_installed() -> None:
-    """RuntimeError unless the TPU compiler is there."""
+    """NotInstalledError unless the TPU compiler is there."""
     if versions()["libtpu"] is None:
-        raise RuntimeError(
+        raise NotInstalledError(
             f"compiling for a TPU needs its compiler, libtpu, which is not installed: {INSTALL} "
             f"(Linux x86-64; no TPU is needed)"
         )

@@ -15,10 +15,12 @@ from jax import export
 from gpipe_jax.composite import Call, Composite, start_of_backward
 from gpipe_jax.gradients import float_leaves
 from gpipe_jax.keys import step_key
+from gpipe_jax.layers import links
 from gpipe_jax.layers.shapes import as_replica
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning.compiled import Program
 from gpipe_jax.stages import Stages
+from gpipe_jax.storage import Storage
 from gpipe_jax.trainer import Trainer
 
 PyTree = Any
@@ -44,13 +46,34 @@ def of_layers(pipe: Pipeline) -> dict[int, list[Program]]:
 
     By the number of the first layer like it; see `first_alike`.
     """
-    alone = Stages(pipe.shapes, [range(i, i + 1) for i in range(len(pipe.shapes))])
-    return {i: [_forward(pipe, i, alone), _backward(pipe, i, alone)] for i in set(alone.kind)}
+    found = {}
+    for i in sorted(set(first_alike(pipe))):
+        alone = _alone(pipe, i)
+        found[i] = [_forward(pipe, i, alone), _backward(pipe, i, alone)]
+    return found
 
 
 def first_alike(pipe: Pipeline) -> list[int]:
     """For each layer the first one with the same programs."""
-    return Stages(pipe.shapes, [range(i, i + 1) for i in range(len(pipe.shapes))]).kind
+    return _singly(pipe).kind
+
+
+def _singly(pipe: Pipeline) -> Stages:
+    cuts = [range(i, i + 1) for i in range(len(pipe.shapes))]
+    return Stages(pipe.shapes, cuts, remat_layers=pipe.stages.remat_layers)
+
+
+def _alone(pipe: Pipeline, i: int) -> Stages:
+    """Each layer a stage, with the parameters of layer i stored as if it had a device to itself.
+
+    Its matrices are then slots, as those of a stage of several such layers are.
+    """
+    stages = _singly(pipe)
+    for name in ("params", "stats"):
+        own = Storage([[(1, False, getattr(pipe.shapes[i], name))]])
+        own.groups = own.groups * len(pipe.shapes)
+        setattr(stages, name, [own])
+    return stages
 
 
 def update(trainer: Trainer) -> Program:
@@ -66,9 +89,9 @@ def update(trainer: Trainer) -> Program:
 def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     """A function that makes a stage from its arrays, and the shapes of these."""
     c, _ = stages.at(s)
-    borrowed: dict = {}
-    for i in stages.cuts[s]:
-        borrowed |= stages.shapes[i].borrowed
+    borrowed: dict = {}  # the tied parameters that it uses
+    for shape in (stages.shapes[i] for i in stages.cuts[s]):
+        borrowed |= links.offered(shape.layer, shape.params) | shape.borrowed
     params, stats = (x[c].local_shapes() for x in (stages.params, stages.stats))
 
     def make(params: dict, stats: dict, shared: dict, micro_batch: jax.Array) -> Composite:

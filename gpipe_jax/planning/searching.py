@@ -1,5 +1,6 @@
 """Looking for the best layout: all are analysed, the few best compiled."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from gpipe_jax.schedule import make
 from gpipe_jax.stages import Stages
 
 CHUNKS = (2, 4)  # of the interleaved schedule
+MOST_TRIED = 3  # times as many are compiled at most, if some do not fit after all
 SHARE_OF_PEAK = 0.5  # what compiled layers reach of it, about; only the ranking depends on it
 
 
@@ -51,11 +53,9 @@ class Ranking(NamedTuple):
         chosen = plan.layout
         names = ("stages", "data", "micro_batches", "chunks", "schedule", "remat")
         fits = {True: "yes", False: "no", None: "unknown"}[plan.fits]
-        figures = (
-            f"{plan.hbm_needed_gib:.2f}",
-            f"{plan.step_time_s:.4g} s",
-            f"{plan.throughput:.4g}",
-        )
+        figures = (f"{plan.hbm_needed_gib:.2f}", "unknown", "unknown")
+        if plan.step_time_s is not None:
+            figures = (figures[0], f"{plan.step_time_s:.4g} s", f"{plan.throughput:.4g}")
         return (str(n), *(str(chosen[name]) for name in names), fits, *figures)
 
     def to_dict(self) -> dict:
@@ -66,16 +66,19 @@ class Ranking(NamedTuple):
 
 def search(job: Job, compiling: Compiling, compile_best: int) -> Ranking:
     """Compile the best of all candidates that should fit; ValueError if none does."""
+    if compile_best < 1:
+        raise ValueError(f"`compile_best` must be at least 1, got {compile_best}")
     limit = compiling.topology.generation.hbm_gib
     found = list(candidates(job, compiling.topology))
     fitting = sorted((c for c in found if c.needed_gib <= limit), key=lambda c: c.step_s)
     if not fitting:
         raise ValueError(_nothing_fits(found, compiling.topology))
-    plans = [
-        compute.with_compiler(job, c.layout, compiling, cost="flops")
-        for c in fitting[:compile_best]
-    ]
-    plans.sort(key=lambda p: (not p.fits, p.step_time_s))
+    plans: list[Plan] = []
+    for candidate in fitting[: MOST_TRIED * compile_best]:
+        plans.append(compute.with_compiler(job, candidate.layout, compiling, cost="flops"))
+        if sum(plan.fits is True for plan in plans) == compile_best:
+            break
+    plans.sort(key=lambda p: (not p.fits, p.step_time_s or math.inf))
     return Ranking(plans, len(found), len(found) - len(fitting))
 
 
