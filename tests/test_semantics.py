@@ -195,7 +195,7 @@ def test_dropout_follows_the_progress_of_training() -> None:
 
 
 def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
-    """The sine in it, and its derivative, are computed as often as when it crosses nothing."""
+    """The sine in it, and its derivative, are in no more places than when it crosses nothing."""
     layers = [gpipe.layer(linked.Stem).tie("table", "table"), gpipe.layer(linked.Keep).stash("a")]
     layers += [gpipe.layer(linked.Normed)] * 3
     layers += [gpipe.layer(linked.Use).pop("a"), gpipe.layer(linked.Head).tie("table", "table")]
@@ -205,7 +205,7 @@ def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
     texts = [pipe.lower().as_text() for pipe in (crossed, whole)]
     for operation in ("stablehlo.sine", "stablehlo.cosine"):
         count, as_often = (text.count(operation) for text in texts)
-        assert 1 <= count == as_often
+        assert 1 <= count <= as_often
     # It travels with the boundary: a permute for floats and one for integers, these only forward.
     assert texts[0].count("stablehlo.collective_permute") == 2 + 1
 

@@ -39,6 +39,7 @@ def amoebanet(genotype: str) -> list[gpipe.Layer]:
         drop_path=0.3,
         dropout=0.2,
         batch_norm_momentum=0.9,
+        dtype=str(jnp.zeros(()).dtype),
     )
 
 
