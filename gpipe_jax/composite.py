@@ -136,9 +136,9 @@ class Composite:
         A unit is a layer, or a scanned run as a whole.
         """
         pulls, moments = [], []
+        params, x = self._after(x)
         for r, run in enumerate(self.stages.runs[self.s]):
             if run.scanned:
-                params, x = self._after(x)
                 variables = (self._storage.read_run(self._k, r, params), self._tied(r))
                 x, pull, seen = vjp(functools.partial(self._scan, r), variables, x)
                 pulls.append(pull)
@@ -147,9 +147,8 @@ class Composite:
             pulls.append([])
             moments.append([])
             for i in range(run.count):
-                params, x = self._read(r, i, x)
-                layer = functools.partial(self._layer, r, i)
-                x, pull, seen = vjp(layer, (params, self._tied(r)), x)
+                variables = (self._storage.read_layer(self._k, r, i, params), self._tied(r))
+                x, pull, seen = vjp(functools.partial(self._layer, r, i), variables, x)
                 pulls[r].append(pull)
                 moments[r].append(seen)
         return x, pulls, moments
