@@ -2,8 +2,8 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    config -> zoo (list of layers) -> cost -> partition -> stages -> composite --+
-                                             schedule (who, what, when) ---------+-> executor
+    config -> zoo (list of layers) -> cost -> partition -> stages -> composite -> device --+
+                                             schedule (who, what, when) -------------------+-> executor
     executor -> pipeline -> trainer -> run, planning
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
