@@ -3,7 +3,7 @@
 Reading order, which is also the order of the imports and of the data:
 
     config -> zoo (list of layers) -> cost -> partition -> stages -> composite -> device --+
-                                             schedule (who, what, when) -------------------+-> executor
+                                               schedule (who, what, when) -----------------+->
     executor -> pipeline -> trainer -> run, planning
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
