@@ -11,7 +11,8 @@ TPU: times are the compiler's cycle estimates for TPU v3, at the clock and with 
 
 The paper (https://arxiv.org/abs/1811.06965) trains Transformer-48 and AmoebaNet-D (18, 256) on K
 partitions with M micro-batches, and adjusts the batch to memory. Here a batch is 32 sequences or
-128 images, or with `--hold micro-batch` a micro-batch is 1 sequence or 4 images, whatever M.
+128 images, or with `--hold micro-batch` a micro-batch is 1 sequence or 4 images, whatever M. Each
+block of Transformer-48 is two layers, attention and feed-forward, which can be cut more evenly.
 A layout need not fit into memory to be timed, as a step is summed up from its layers, each compiled
 alone (marked * where it would not fit). For the largest M whole stages are compiled too, where they
 fit (`compute.predict`).
@@ -40,7 +41,7 @@ TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)
 BATCH = {"transformer": 32, "amoebanet": 128}
 MODELS: dict[str, Callable[[int], Job]] = {
-    "transformer": lambda batch: tables.transformer(48, batch),
+    "transformer": lambda batch: tables.transformer(48, batch, halves=True),
     "amoebanet": lambda batch: tables.amoebanet(18, 256, batch),
 }
 PAPER = {  # by (K, M); table 2's TPU columns
