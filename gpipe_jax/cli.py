@@ -150,8 +150,8 @@ def _run(options: argparse.Namespace, action: str) -> int:
 def _plan(options: argparse.Namespace) -> int:
     config = loader.load(options.config, options.overrides)
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used here; a TPU's library says much
-    from gpipe_jax import build, planning
-    from gpipe_jax.planning import layouts, libtpu
+    from gpipe_jax import build
+    from gpipe_jax.planning import layouts, libtpu, planner
 
     problem = _misused(options)
     if problem:
@@ -159,12 +159,12 @@ def _plan(options: argparse.Namespace) -> int:
     named = {"slices": options.slices, "timeout_s": options.timeout, "show": progress.passing()}
     try:
         if options.search:
-            found = planning.search(
+            found = planner.search(
                 config, topology=options.topology, compile_best=options.compile_best, **named
             )
             best = found.plans[0]
         else:
-            best = found = planning.plan(
+            best = found = planner.plan(
                 config, topology=options.topology, cost=options.cost, **named
             )
     except build.SectionError as error:

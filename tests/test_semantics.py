@@ -21,6 +21,7 @@ from linked import CLASSES, QUICK
 
 import gpipe_jax as gpipe
 from gpipe_jax import executor, keys, sequential
+from gpipe_jax.device import Device
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
 STEPS, COUNT = 3, 32
@@ -282,7 +283,7 @@ FAULTS = {
 def test_batch_norm_skip_tied_dropout_faults_are_seen(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, stages = executor._Device, executor.Stages
+    device, stages = Device, executor.Stages
     if fault.startswith("moments"):
         backward = device._backward
 
