@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.mesh import STAGE
+from gpipe_jax.mesh import DATA, STAGE
 
 PyTree = Any
 
@@ -77,3 +77,32 @@ def replicate(mesh: Mesh, value: Any) -> Any:
     value = np.asarray(value)
     places = NamedSharding(mesh, P())
     return jax.make_array_from_callback(value.shape, places, lambda index: value[index])
+
+
+def columns(mesh: Mesh) -> list[int]:
+    """The replicas with a device of this process."""
+    here, replicas = jax.process_index(), enumerate(mesh.devices.T)
+    return [d for d, column in replicas if any(one.process_index == here for one in column)]
+
+
+def place_batch(mesh: Mesh, parts: PyTree, replicas: list[int]) -> PyTree:
+    """Arrays [M, D*B, ...] over the replicas, of this process's part, [M, B of each of them, ...].
+
+    Which is all of it where this process has a device of every replica.
+    """
+    places = NamedSharding(mesh, P(None, DATA))
+    if jax.process_count() == 1:
+        return jax.device_put(parts, places)
+
+    def one(array: np.ndarray) -> jax.Array:
+        size = array.shape[1] // len(replicas)
+
+        def part(index: tuple) -> np.ndarray:
+            first = (index[1].start or 0) // size
+            start = replicas.index(first) * size
+            return array[:, start : start + size]
+
+        whole = (array.shape[0], mesh.devices.shape[1] * size, *array.shape[2:])
+        return jax.make_array_from_callback(whole, places, part)
+
+    return jax.tree.map(one, parts)

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import errno
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +25,7 @@ from gpipe_jax.trainer import Layers
 WRITERS = 4  # files that a process writes at once
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written."""
 
 
@@ -61,7 +62,7 @@ class _Files(ocp.AsyncCheckpointHandler):
         checkpoint.write_manifest(directory, parts, self._about)
 
 
-ocp.args.register_with_handler(_Files, for_save=True)(_Save)
+ocp.args.register_with_handler(_Files, for_save=True, for_restore=True)(_Save)
 
 
 def _write(directory: epath.Path, args: _Save) -> None:
@@ -86,6 +87,8 @@ class Saver:
     """
 
     def __init__(self, folder: epath.Path, *, keep: int, keep_best: int = 0) -> None:
+        # Orbax logs what it raises too, as a traceback, and what it thinks of its settings.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}

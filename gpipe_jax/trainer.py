@@ -1,5 +1,6 @@
 """The training loop: pipeline step, optimizer update, evaluation. Knows nothing of config files."""
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import blocks
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
 from gpipe_jax.names import by_name, from_names
 from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
@@ -64,6 +66,7 @@ class Trainer:
         check_elementwise(tx)
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
         self._params_structure = jax.tree.structure(self._local_params())
+        self.ledger, self._compiled = Ledger(), set[str]()
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
         # of one device) would compile the second step anew.
@@ -170,15 +173,29 @@ class Trainer:
     def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; `current` must not be used again. Metrics are arrays not yet waited for."""
         parts = self.pipe.training_split(batch)
-        state, optimizer, average, metrics = self._step(
-            current.state, current.optimizer, current.average, parts, jnp.uint32(current.step)
-        )
+        with self._compiling("step"):
+            state, optimizer, average, metrics = self._step(
+                current.state, current.optimizer, current.average, parts, np.uint32(current.step)
+            )
         return TrainState(state, optimizer, current.step + 1, average), metrics
 
+    def _compiling(self, program: str) -> contextlib.AbstractContextManager:
+        """Books the first call of a program on compiling."""
+        first = program not in self._compiled
+        self._compiled.add(program)
+        return self.ledger.spend("compile") if first else contextlib.nullcontext()
+
     def fit(
-        self, current: TrainState, batches: Iterator[dict], steps: int, record: Record
+        self,
+        current: TrainState,
+        batches: Iterator[dict],
+        steps: int,
+        record: Record,
+        stopped: Callable[[int], bool] = lambda step: False,
     ) -> TrainState:
         """Train until `steps` steps are done in all; `record` gets each step's metrics in order.
+
+        Before each step `stopped(steps done)` may end it early.
 
         A record has "step" (from 1), "loss", the loss function's metrics and "step_time_s", the
         time since the step before was done, or what it took to start the step, if that is longer
@@ -196,9 +213,10 @@ class Trainer:
             record({"step": step, **values, "step_time_s": max(now - clock, start_s)})
             clock = now
 
-        while current.step < steps:
+        while current.step < steps and not stopped(current.step):
             begun = time.perf_counter()
-            batch = next(batches, None)
+            with self.ledger.spend("data"):
+                batch = next(batches, None)
             if batch is None:
                 raise ValueError(f"`batches` ended after {current.step} of {steps} steps")
             current, metrics = self.step(current, batch)
@@ -216,7 +234,8 @@ class Trainer:
         for batch in batches:
             count = jax.tree.leaves(batch["inputs"])[0].shape[0]
             weight = float(np.sum(batch.get("weights", count)))
-            loss, metrics = self.pipe.evaluate(state, batch)
+            with self._compiling("evaluation"):
+                loss, metrics = self.pipe.evaluate(state, batch)
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + weight * float(value)
             total += weight
