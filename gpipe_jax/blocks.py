@@ -9,22 +9,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.mesh import DATA, STAGE
 
 PyTree = Any
+AnyMesh = Any  # with devices: one that is abstract has no blocks
 
 
-def held(mesh: Mesh) -> list[int]:
+def held(mesh: AnyMesh) -> list[int]:
     """The rows with a device of this process."""
     here = jax.process_index()
     rows = enumerate(mesh.devices)
     return [k for k, row in rows if any(device.process_index == here for device in row)]
 
 
-def owned(mesh: Mesh) -> list[int]:
+def owned(mesh: AnyMesh) -> list[int]:
     """The rows that this process saves: each has one owner, and replicas take turns."""
     here, replicas = jax.process_index(), mesh.devices.shape[1]
     rows = enumerate(mesh.devices)
@@ -38,7 +39,7 @@ def start_copies(tree: PyTree) -> None:
             shard.data.copy_to_host_async()
 
 
-def take(mesh: Mesh, tree: PyTree, k: int) -> PyTree:
+def take(mesh: AnyMesh, tree: PyTree, k: int) -> PyTree:
     """The block of row k of arrays cut along their first axis over the rows, as copies."""
     row = set(mesh.devices[k])
 
@@ -50,7 +51,7 @@ def take(mesh: Mesh, tree: PyTree, k: int) -> PyTree:
     return jax.tree.map(block, tree)
 
 
-def place(mesh: Mesh, make: Callable[[int], PyTree]) -> PyTree:
+def place(mesh: AnyMesh, make: Callable[[int], PyTree]) -> PyTree:
     """Arrays over all devices, of `make(k)`, the block of row k, for each row held here."""
     here, places = jax.process_index(), NamedSharding(mesh, P(STAGE))
     blocks, treedef = [], None
@@ -72,20 +73,20 @@ def place(mesh: Mesh, make: Callable[[int], PyTree]) -> PyTree:
     return treedef.unflatten([join(list(parts)) for parts in zip(*blocks, strict=True)])
 
 
-def replicate(mesh: Mesh, value: Any) -> Any:
+def replicate(mesh: AnyMesh, value: Any) -> Any:
     """`value`, which every process has, on every device."""
     value = np.asarray(value)
     places = NamedSharding(mesh, P())
     return jax.make_array_from_callback(value.shape, places, lambda index: value[index])
 
 
-def columns(mesh: Mesh) -> list[int]:
+def columns(mesh: AnyMesh) -> list[int]:
     """The replicas with a device of this process."""
     here, replicas = jax.process_index(), enumerate(mesh.devices.T)
     return [d for d, column in replicas if any(one.process_index == here for one in column)]
 
 
-def place_batch(mesh: Mesh, parts: PyTree, replicas: list[int]) -> PyTree:
+def place_batch(mesh: AnyMesh, parts: PyTree, replicas: list[int]) -> PyTree:
     """Arrays [M, D*B, ...] over the replicas, of this process's part, [M, B of each of them, ...].
 
     Which is all of it where this process has a device of every replica.
@@ -97,7 +98,7 @@ def place_batch(mesh: Mesh, parts: PyTree, replicas: list[int]) -> PyTree:
     def one(array: np.ndarray) -> jax.Array:
         size = array.shape[1] // len(replicas)
 
-        def part(index: tuple) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first = (index[1].start or 0) // size
             start = replicas.index(first) * size
             return array[:, start : start + size]

@@ -11,7 +11,7 @@ class Ledger:
     """Seconds by part; what is no part is training. Parts within parts count once, as the inner."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     @contextlib.contextmanager
     def spend(self, part: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +38,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 class Summed:
     """A file that is being written, and the size and checksum of what was."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.crc32 = file, 0, 0
 
     def write(self, data: Any) -> None:
@@ -57,7 +57,7 @@ class Summed:
 
 
 def write(
-    file: BinaryIO | Summed,
+    file: IO[bytes] | Summed,
     shapes: Mapping[str, Shape],
     arrays: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
@@ -77,10 +77,10 @@ def write(
     file.write(text)
     for array in arrays:
         if array.size:
-            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def write_all(file: BinaryIO | Summed, arrays: Mapping[str, np.ndarray]) -> None:
+def write_all(file: IO[bytes] | Summed, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name."""
     write(file, {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.values())
 
