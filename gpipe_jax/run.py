@@ -6,6 +6,7 @@ each logged step and each evaluation), `checkpoints/`, `curves.png`. The same fo
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +128,8 @@ class _Run:
         self.saved: int | None = restored.manifest.step if restored else None
         self.evaluated = restored.manifest.metrics if restored else None
         if restored and hosts.is_first():
+            for line in restoring.describe(restored):
+                print(f"gpipe: {line}", file=sys.stderr)
             restoring.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if hosts.is_first() else None
         done = self.evaluated is not None
