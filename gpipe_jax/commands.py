@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from etils import epath
@@ -14,6 +14,8 @@ from gpipe_jax.config import Config
 from gpipe_jax.interrupt import PREEMPTED, StoppedError
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.trainer import DivergedError
+
+Work = Callable[[run.Parts], run.Summary]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -49,15 +51,13 @@ def evaluate(options: argparse.Namespace) -> int:
     return _run(options, run.evaluate)
 
 
-def _run(options: argparse.Namespace, work: Any) -> int:
+def _run(options: argparse.Namespace, work: Work) -> int:
     config = loader.load(options.config, options.overrides)
+    cluster = _cluster(options, config)
     try:
-        cluster = _cluster(options, config)
         with hosts.together(cluster):
-            return _alone(options, config, work, cluster.count if cluster else 1)
-    except StoppedError as error:
-        return _fail(error, PREEMPTED)
-    except (DivergedError, hosts.MissingError, OSError) as error:
+            return _one_of(options, config, work, cluster.count if cluster else 1)
+    except (hosts.MissingError, OSError) as error:
         return _fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if cluster is None:
@@ -75,18 +75,23 @@ def _cluster(options: argparse.Namespace, config: Config) -> hosts.Cluster | Non
         raise ConfigError([str(error)], "the command line") from error
 
 
-def _alone(options: argparse.Namespace, config: Config, work: Any, processes: int) -> int:
+def _one_of(options: argparse.Namespace, config: Config, work: Work, processes: int) -> int:
+    """The command in one of so many processes. What all of them find is no error to the others."""
     workdir = config.train.workdir or run.default_workdir(options.config)
     try:
         parts = run.assemble(config, workdir, processes)
     except build.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
-    first = hosts.is_first()
-    if first:
+    if hosts.is_first():
         print(parts.trainer.pipe, flush=True)
-    summary = work(parts)
-    if first:
+    try:
+        summary = work(parts)
+    except StoppedError as error:
+        return _fail(error, PREEMPTED)
+    except DivergedError as error:
+        return _fail(error, 1)
+    if hosts.is_first():
         print(progress.table(summary.figures))
         print(summary.note)
         if options.json:

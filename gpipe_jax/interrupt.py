@@ -27,7 +27,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.requested, self.unsaved = False, True
+        self.requested, self.unsaved = False, False
 
     @property
     def now(self) -> bool:

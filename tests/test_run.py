@@ -301,6 +301,48 @@ def test_a_run_goes_on_with_another_layout(whole, tmp_path, overrides):
         assert found == pytest.approx(there, rel=1e-5) and found
 
 
+GRID = {
+    "K 1": ["mesh.stages=1"],
+    "K 2, D 2": ["mesh.stages=2", "mesh.data=2"],
+    "K 3, gpipe": ["mesh.stages=3", "pipeline.schedule=gpipe"],
+    "K 5, M 8, eager": ["mesh.stages=5", "pipeline.micro_batches=8", "pipeline.schedule=eager_1f1b"],
+    "K 2, V 2": ["mesh.stages=2", "pipeline.schedule=interleaved", "pipeline.chunks=2"],
+    "K 1, V 3, D 4": [
+        "mesh.stages=1", "mesh.data=4", "pipeline.schedule=interleaved", "pipeline.chunks=3",
+    ],
+    "layer by layer": ["pipeline.remat=layer"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """A convolution network of 4 stages, 40 steps, with a checkpoint of step 20."""
+    config = {
+        **CONFIG,
+        "model": {"kind": "convnet", "widths": [4, 8], "depths": [2, 2]},
+        "data": {"kind": "digits", "batch_size": 32, "shift": 1},
+        "mesh": {"stages": 4},
+        "pipeline": {"micro_batches": 4},
+        "optimizer": {**CONFIG["optimizer"], "ema": 0.9},
+        "train": {"steps": 40, "eval_every": 20},
+    }
+    workdir, shown = tmp_path_factory.mktemp("forty"), []
+    run.train(run.assemble(gpipe.load(config), workdir), shown.append)
+    return config, workdir, [r["loss"] for r in shown if r["step"] > 20 and "loss" in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", GRID.values(), ids=GRID)
+def test_the_next_twenty_losses_with_another_layout(forty, tmp_path, overrides):
+    config, workdir, wanted = forty
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    shown: list[dict] = []
+    run.train(run.assemble(gpipe.load(config, overrides), tmp_path / "run"), shown.append)
+    found = [r["loss"] for r in shown if "loss" in r]
+    assert len(found) == 20 and found == pytest.approx(wanted, rel=1e-5)
+
+
 # --- folders that cannot be used -----------------------------------------------------------------
 
 
