@@ -11,7 +11,8 @@ TPU: times are the compiler's cycle estimates for TPU v3, at the clock and with 
 
 The paper (https://arxiv.org/abs/1811.06965) trains Transformer-48 and AmoebaNet-D (18, 256) on K
 partitions with M micro-batches, and adjusts the batch to memory. Here a batch is 32 sequences or
-128 images, or with `--hold micro-batch` a micro-batch is 1 sequence or 4 images, whatever M.
+128 images, or with `--hold micro-batch` a micro-batch is 1 sequence or 4 images, whatever M. Each
+block of Transformer-48 is two layers, attention and feed-forward, which can be cut more evenly.
 A layout need not fit into memory to be timed, as a step is summed up from its layers, each compiled
 alone (marked * where it would not fit). For the largest M whole stages are compiled too, where they
 fit (`compute.predict`).
@@ -40,7 +41,7 @@ TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)
 BATCH = {"transformer": 32, "amoebanet": 128}
 MODELS: dict[str, Callable[[int], Job]] = {
-    "transformer": lambda batch: tables.transformer(48, batch),
+    "transformer": lambda batch: tables.transformer(48, batch, halves=True),
     "amoebanet": lambda batch: tables.amoebanet(18, 256, batch),
 }
 PAPER = {  # by (K, M); table 2's TPU columns
@@ -196,19 +197,29 @@ def batch_of(model: str, micro_batches: int, hold: str) -> int:
 
 def normalised(cells: Sequence[Cell]) -> dict[tuple[int, int], float]:
     """Throughput by (K, M), over that of the smallest K with the smallest M."""
-    base = min(cells, key=lambda cell: cell.key).throughput
+    base = base_of(cells)
     return {cell.key: cell.throughput / base for cell in cells}
 
 
-def throughput_table(cells: Sequence[Cell]) -> str:
-    """A row for each M: ours beside the paper's, for each K."""
-    paper, ours = PAPER[cells[0].model], normalised(cells)
-    beyond = {cell.key for cell in cells if not cell.fits}
-    stages, counts = (sorted({cell.key[i] for cell in cells}) for i in (0, 1))
+def base_of(cells: Sequence[Cell]) -> float:
+    """The throughput that counts as 1: of the smallest K with the smallest M."""
+    return min(cells, key=lambda cell: cell.key).throughput
+
+
+def throughput_table(cells: Sequence[Cell], interleaved: Sequence[Cell] = ()) -> str:
+    """A row for each M: ours beside the paper's, for each K. The last row is not in the paper."""
+    paper, base = PAPER[cells[0].model], base_of(cells)
+    stages = sorted({cell.key[0] for cell in cells})
     rows = [("M", *(name for K in stages for name in (f"K {K}", "paper")))]
-    for M in counts:
-        pairs = [(f"{ours[K, M]:.2f}{'*' * ((K, M) in beyond)}", paper.get((K, M))) for K in stages]
-        rows.append((str(M), *(t for mine, theirs in pairs for t in (mine, f"{theirs or ''}"))))
+    named: dict[str, dict[int, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.key[::-1]):
+        named.setdefault(str(cell.key[1]), {})[cell.key[0]] = cell
+    for cell in interleaved:
+        named.setdefault(f"{cell.key[1]}, V {cell.layout.chunks}", {})[cell.key[0]] = cell
+    for name, row in named.items():
+        ours = [f"{row[K].throughput / base:.2f}{'' if row[K].fits else '*'}" for K in stages]
+        theirs = [f"{paper.get(row[K].key, '')}" * (row[K].layout.chunks == 1) for K in stages]
+        rows.append((name, *(text for pair in zip(ours, theirs, strict=True) for text in pair)))
     return as_text(rows, right=True)
 
 
@@ -220,13 +231,13 @@ def shares(step: StepTime) -> dict[str, float]:
 def breakdown_table(cells: Sequence[Cell]) -> str:
     """Where the time of a step goes, in per cent, and how even the stages are."""
     names = ("compute", "recompute", "imbalance", "bubble", "transfer", "update")
-    head = ("K", "M", "by", "step s", "examples/s", *(f"{name} %" for name in names))
+    head = ("K", "M", "V", "by", "step s", "examples/s", *(f"{name} %" for name in names))
     rows: list[tuple[str, ...]] = [(*head, "slowest/mean", "optimum", "GiB", "fits")]
     for cell in cells:
         parts = shares(cell.step)
         rows.append(
             (
-                *map(str, cell.key),
+                *map(str, (*cell.key, cell.layout.chunks)),
                 cell.basis,
                 f"{cell.step.total:.4g}",
                 f"{cell.throughput:.4g}",
@@ -330,24 +341,28 @@ def draw_interleaved(cells: Sequence[Cell], path: Path) -> None:
 
 
 def run_model(model: str, options: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
-    """Print one model's tables: (its cells by layers, those of the largest M by stages)."""
+    """Print one model's tables: (its cells by layers, those with more of the largest M)."""
     predictor = Predictor(model, compiling(accelerators.parse(TOPOLOGY), options.timeout))
     one = functools.partial(Layout, schedule=options.schedule, remat="stage")
     cells, whole = [], []
+    many = max(options.micro_batches)
     for M in options.micro_batches:
         batch = batch_of(model, M, options.hold)
         for K in options.stages:
             cells.append(predictor.by_layers(one(K, micro_batches=M), batch))
-    many = [cell for cell in cells if cell.key[1] == max(options.micro_batches)]
+    largest = [cell for cell in cells if cell.key[1] == many]
+    two = [Layout(K, 1, many, "interleaved", 2) for K in options.stages]
+    twice = [predictor.by_layers(each, batch_of(model, many, options.hold)) for each in two]
     if not options.layers_only:
-        whole = list(_whole_stages(predictor, many))
+        whole = list(_whole_stages(predictor, largest))
     print(f"\n{model}, {options.schedule}, the {options.hold} held: throughput / the first\n")
-    print(throughput_table(cells))
+    print(throughput_table(cells, twice))
+    print("V 2: interleaved, two chunks a device")
     print("* does not fit, by analysis; the paper adjusts the batch until it does")
-    print(f"\n{breakdown_table([*many, *whole])}\n")
+    print(f"\n{breakdown_table([*largest, *twice, *whole])}\n")
     if model == "amoebanet":
         print(f"in the paper imbalance takes {PAPER_IMBALANCE:.1%} of the step at K = 2\n")
-    return cells, whole
+    return cells, [*twice, *whole]
 
 
 def _whole_stages(predictor: Predictor, cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -395,9 +410,8 @@ def main() -> None:
         return finish(options, found, lambda path: draw_interleaved(cells, path))
     found, drawn = [], []
     for model in options.models:
-        cells, whole = run_model(model, options)
-        base = min(cells, key=lambda cell: cell.key).throughput
-        found += records([*cells, *whole], base)
+        cells, more = run_model(model, options)
+        found += records([*cells, *more], base_of(cells))
         drawn += cells
     return finish(options, found, lambda path: draw(drawn, path))
 

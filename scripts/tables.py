@@ -22,7 +22,7 @@ LENGTH = 1024  # tokens in a sequence
 IMAGE, CLASSES = 224, 1000
 
 
-def transformer(layers: int, batch: int) -> Job:
+def transformer(layers: int, batch: int, *, halves: bool = False) -> Job:
     """Transformer-L of the paper's table 1, section 3, on a batch of sequences."""
     network = zoo.transformer_lm(
         vocabulary=32000,
@@ -32,6 +32,7 @@ def transformer(layers: int, batch: int) -> Job:
         feed_forward=8192,
         layers=layers,
         positions="sinusoidal",
+        halves=halves,
         dtype="bfloat16",
     )
     tokens = jax.ShapeDtypeStruct((batch, LENGTH), np.int32)

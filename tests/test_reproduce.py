@@ -84,13 +84,16 @@ def test_table_2(two: ModuleType) -> None:
     cells = [cell(two, 4, 32, 2.5), cell(two, 2, 1, 10.0, fits=False), cell(two, 4, 1, 8.0),
              cell(two, 2, 32, 5.0)]  # fmt: skip
     assert two.normalised(cells) == {(2, 1): 1, (4, 1): 1.25, (2, 32): 2, (4, 32): 4}
-    assert words(two.throughput_table(cells))[2:] == [
+    interleaved = [cell(two, K, 32, seconds, V=2) for K, seconds in ((2, 5.0), (4, 2.0))]
+    lines = two.throughput_table(cells, interleaved).splitlines()
+    assert [line.split() for line in lines][2:] == [
         ["1", "1.00*", "1.0", "1.25", "1.07"],
         ["32", "2.00", "1.8", "4.00", "3.4"],
+        ["32,", "V", "2", "2.00", "5.00"],
     ]
     row = words(two.breakdown_table(cells))[2]
-    assert row[:5] == ["4", "32", "layers", "2.5", "12.8"]
-    assert row[5:] == ["50.0", "20.0", "10.0", "20.0", "0.0", "0.0", "1.100", "1.050", "20.00",
+    assert row[:6] == ["4", "32", "1", "layers", "2.5", "12.8"]
+    assert row[6:] == ["50.0", "20.0", "10.0", "20.0", "0.0", "0.0", "1.100", "1.050", "20.00",
                        "yes"]  # fmt: skip
     assert [r["normalised"] for r in two.records(cells, 3.2)] == [4, 1, 1.25, 2]
 
