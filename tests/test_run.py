@@ -305,7 +305,9 @@ GRID = {
     "K 1": ["mesh.stages=1"],
     "K 2, D 2": ["mesh.stages=2", "mesh.data=2"],
     "K 3, gpipe": ["mesh.stages=3", "pipeline.schedule=gpipe"],
-    "K 5, M 8, eager": ["mesh.stages=5", "pipeline.micro_batches=8", "pipeline.schedule=eager_1f1b"],
+    "K 5, M 8, eager": [
+        "mesh.stages=5", "pipeline.micro_batches=8", "pipeline.schedule=eager_1f1b",
+    ],
     "K 2, V 2": ["mesh.stages=2", "pipeline.schedule=interleaved", "pipeline.chunks=2"],
     "K 1, V 3, D 4": [
         "mesh.stages=1", "mesh.data=4", "pipeline.schedule=interleaved", "pipeline.chunks=3",
