@@ -135,8 +135,7 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
         _say(f"{cluster.me}, waiting for the others (time-out {timeout_s:g} s); {hint}")
         return [_answer(cluster, deadline, hint)]
     here: dict[int, Peer] = {}
-    port = int(cluster.coordinator.rpartition(":")[2])
-    with socket.create_server(("", port), backlog=cluster.count) as server:
+    with _server(cluster) as server:
         said = 0.0
         while len(here) < cluster.count - 1:
             missing = [i for i in range(1, cluster.count) if i not in here]
@@ -150,12 +149,26 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
                 _say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
                 said = time.monotonic()
             server.settimeout(1)
-            with contextlib.suppress(TimeoutError):
+            # Nobody yet, or somebody who has no business here.
+            with contextlib.suppress(OSError, ValueError):
                 peer = _greet(server.accept()[0])
-                here[peer.index] = peer
+                here |= {peer.index: peer} if 0 < peer.index < cluster.count else {}
     for peer in here.values():
         peer.socket.sendall(READY)
     return list(here.values())
+
+
+def _server(cluster: Cluster) -> socket.socket:
+    port = int(cluster.coordinator.rpartition(":")[2])
+    both: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    options = both if socket.has_dualstack_ipv6() else {}
+    try:
+        return socket.create_server(("", port), backlog=cluster.count, **options)
+    except OSError as error:
+        problem = f"port {port} of --coordinator {cluster.coordinator} cannot be opened here"
+        raise MissingError(f"{problem} ({error.strerror}); use another, the same everywhere") from (
+            error
+        )
 
 
 def _greet(connection: socket.socket) -> Peer:

@@ -200,6 +200,31 @@ def test_those_who_are_missing_are_named_everywhere(capsys):
     assert "host 1 of 4, waiting for hosts 2, 3, 4 (time-out 2 s); did you start" in said
 
 
+def test_strangers_are_not_counted():
+    """Such as a port scanner, or another run's process."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+
+    def disturb() -> None:
+        for text in (b"GET / HTTP/1.1\r\n", b"9 somewhere\n", b""):
+            time.sleep(0.2)
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(text)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    (found,) = call(Cluster(address, 2, 0), timeout_s=2)
+    thread.join()
+    assert found.startswith("host 2 of 2 did not come within 2 s")
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        (found,) = call(Cluster(f"127.0.0.1:{port}", 2, 0), timeout_s=1)
+    assert f"port {port} of --coordinator 127.0.0.1:{port} cannot be opened here" in found
+
+
 def test_the_first_is_missing():
     address = f"127.0.0.1:{free_port()}"
     (found,) = call(Cluster(address, 2, 1), timeout_s=1)
