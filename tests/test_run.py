@@ -231,6 +231,14 @@ def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
     with pytest.raises(StoppedError, match="after step 4, which is saved"):
         run.train(parts._replace(dataset=dataset), lambda record: None)
     assert not any("test_loss" in r for r in records_of(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.train(parts, show)
+    assert any("test_loss" in r for r in records_of(tmp_path)), "of step 4, which is done again"
     train_to_the_end(whole[0], tmp_path)
 
 
