@@ -26,7 +26,7 @@ from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.stages import Stages
-from gpipe_jax.storage import Storage
+from gpipe_jax.storage import Storage, of_all_devices
 
 PyTree = Any
 REMAT = ("stage", "layer")
@@ -434,8 +434,12 @@ class Pipeline:
     def abstract_arguments(self) -> tuple:
         """The shapes and places of `gradients`' arguments: state, micro-batches and step."""
         shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        state = jax.eval_shape(self._init, jnp.uint32(0))
-        state = jax.tree.map(shape, state, self.state_shardings())
+        params, stats = (
+            [of_all_devices(s.local_shapes(), self.stages.devices) for s in storages]
+            for storages in (self.stages.params, self.stages.stats)
+        )
+        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
+        state = jax.tree.map(shape, State(params, stats, seed), self.state_shardings())
         split = NamedSharding(self.mesh, P(None, DATA))
         M = self.micro_batches
         parts = jax.tree.map(

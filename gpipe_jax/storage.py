@@ -195,6 +195,13 @@ def to_block(arrays: dict) -> dict:
     return {"slots": [a[None] for a in arrays["slots"]], "packs": arrays["packs"]}
 
 
+def of_all_devices(local: dict, devices: int) -> dict:
+    """The shapes of the arrays of all devices together, from those of one."""
+    packs = [jax.ShapeDtypeStruct((devices * a.size,), a.dtype) for a in local["packs"]]
+    slots = [jax.ShapeDtypeStruct((devices, *a.shape), a.dtype) for a in local["slots"]]
+    return {"slots": slots, "packs": packs}
+
+
 def _part(array: Any, start: Any, size: int) -> Any:
     """`size` entries from `start`, which may be traced; of numpy arrays too."""
     if isinstance(start, int):

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_batch, network
 
+import gpipe_jax as gpipe
 from gpipe_jax import storage as storages
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.storage import SLOT_SLACK, Storage, from_block, to_block
@@ -294,3 +296,19 @@ def test_a_device_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equal(from_block(block), arrays)
         assert all(a.shape[0] == 1 for a in block["slots"])
         assert all(a.ndim == 1 for a in block["packs"])
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_shapes_of_all_devices_are_those_of_a_fresh_state(chunks: int) -> None:
+    pipe = gpipe.Pipeline(
+        network("pytree_mlp"),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        micro_batches=2,
+        schedule="interleaved",
+        chunks=chunks,
+        example=make_batch("pytree_mlp", 4),
+    )
+    shape = lambda a: (a.shape, a.dtype, a.sharding)  # noqa: E731
+    expected = jax.tree.map(shape, pipe.init(0))
+    assert jax.tree.map(shape, pipe.abstract_arguments()[0]) == expected
