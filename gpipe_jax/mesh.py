@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.extend.backend
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from gpipe_jax.placement import arrange
 
 STAGE, DATA = "stage", "data"
 
@@ -49,7 +49,8 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
     """A mesh with axes `stage` (outermost) and `data`; stage k lives on `mesh.devices[k]`.
 
     `stage` is outermost so that on several slices only boundary activations cross the data-centre
-    network, and device order follows the interconnect, so that neighbouring stages are neighbours.
+    network, and device order follows the interconnect, so that neighbouring stages are neighbours
+    (see `placement`).
     `devices` default to all of this process's devices; they may be compile-only ones.
     """
     for name, value in (("stages", stages), ("data", data)):
@@ -64,11 +65,21 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
             f"on CPU with gpipe_jax.simulate_devices({need}) before anything else "
             f"(in a config file: mesh.simulate={need})"
         )
-    grid = mesh_utils.create_device_mesh(
-        (stages, data), found[:need], allow_split_physical_axes=True
-    )
+    if devices is None:
+        _check_processes(found[:need], stages, data)
+    grid = arrange(found[:need], stages, data)
     # make_mesh's Explicit axes would make shard_map assert instead of resharding its inputs.
-    return Mesh(np.asarray(grid), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+
+
+def _check_processes(chosen: Sequence[Any], stages: int, data: int) -> None:
+    idle = set(range(jax.process_count())) - {device.process_index for device in chosen}
+    if idle:
+        raise ValueError(
+            f"a mesh of {stages} stages x {data} data replicas uses {len(chosen)} of "
+            f"{jax.device_count()} devices, and none of process {min(idle)}; raise `stages` or "
+            f"`data`, or start fewer processes"
+        )
 
 
 def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
 
 from gpipe_jax import cli, progress
@@ -97,7 +100,56 @@ def test_eval_gives_the_last_evaluation(trained, gpipe):
     code, out, _ = gpipe("eval", f"train.workdir={folder / 'run 1'}", "--json")
     found, wanted = json.loads(out[-1]), json.loads(lines[-1])
     assert code == 0 and found.keys() >= JSON_KEYS
-    assert {**found, "wall_s": 0} == {**wanted, "wall_s": 0}
+    assert {**wanted, **found, "wall_s": 0} == {**wanted, "wall_s": 0}
+
+
+@pytest.mark.parametrize("more", [[], ["--stages", "1"]])
+def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
+    """Which may have been moved, and on other stages."""
+    folder, lines = trained
+    shutil.copytree(folder / "run 1", tmp_path / "moved")
+    code, out, _ = gpipe("eval", "--json", *more, config=tmp_path / "moved")
+    found, wanted = json.loads(out[-1]), json.loads(lines[-1])
+    assert code == 0 and found["workdir"] == str(tmp_path / "moved")
+    assert found["stages"] == (1 if more else 2)
+    assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-5)
+
+
+def test_eval_of_a_folder_that_is_no_run(gpipe, tmp_path):
+    refuses(gpipe("eval", config=tmp_path), "no config.yaml here; give the folder of a run")
+
+
+def test_export_writes_plain_files(trained, gpipe, tmp_path):
+    run = trained[0] / "run 1"
+    for suffix in ("safetensors", "npz"):
+        code, out, _ = gpipe("export", "--out", f"a file.{suffix}", "--json", config=run)
+        assert code == 0 and json.loads(out[-1])["out"] == f"a file.{suffix}"
+    found = safetensors.numpy.load_file("a file.safetensors")
+    other = dict(np.load("a file.npz"))
+    assert (
+        list(found)
+        == list(other)
+        == [f"layers.{i}.linear.{name}" for i in (0, 1) for name in ("bias", "kernel")]
+    )
+    layer = safetensors.numpy.load_file(run / "checkpoints" / "5" / "state" / "1.safetensors")
+    for some in (found, other):
+        kernel = some["layers.1.linear.kernel"]
+        np.testing.assert_array_equal(kernel, layer["params.linear.kernel"])
+        assert kernel.dtype == np.float32 and kernel.shape == (12, 10)
+    assert json.loads(out[-1])["numbers"] == 64 * 12 + 12 + 12 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("run", "out", "text"),
+    [
+        ("run 1", "a.pt", "--out a.pt must end in .safetensors or .npz"),
+        ("run 1", "missing/a.npz", "--out missing/a.npz cannot be written"),
+        (".", "a.npz", "there is no checkpoint to export; give the folder of a run"),
+    ],
+)
+def test_exports_that_cannot_be(trained, gpipe, tmp_path, run, out, text):
+    refuses(gpipe("export", "--out", out, config=trained[0] / run), text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_saved_config_names_its_run(trained, gpipe):
@@ -114,13 +166,13 @@ def test_eval_without_a_checkpoint(gpipe, tmp_path):
 
 
 def test_another_config_in_the_folder(trained, gpipe):
-    arguments = [f"train.workdir={trained[0] / 'run 1'}", "train.steps=3", "mesh.stages=1"]
+    arguments = [f"train.workdir={trained[0] / 'run 1'}", "train.steps=3", "train.seed=1"]
     code, _, err = gpipe("train", *arguments)
     assert code == 2
     assert err.splitlines()[1:] == [
         "this folder holds a run of another config; use another (train.workdir=...)",
-        "mesh.stages: 2 there, 1 here",
         "train.steps: 5 there, 3 here",
+        "train.seed: 0 there, 1 here",
     ]
 
 
@@ -268,7 +320,7 @@ def test_bad_usage(capsys, arguments):
     assert "usage: gpipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["config"], ["schedule"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["export"], ["config"], ["schedule"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as error:
         cli.main([*command, "--help"])

@@ -58,6 +58,18 @@ def make(request, counter, small):
     }[request.param]
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 4, 5], [2, 3], list(range(8))])
+def test_a_process_reads_its_rows_of_every_batch(make, rows):
+    """What it reads, and how that is augmented, is what the others would read there."""
+    dataset = make(8, 3)
+    whole, part = dataset.train(2), dataset.train(2, np.asarray(rows))
+    for _ in range(3):
+        batch, some = next(whole), next(part)
+        assert batch.keys() == some.keys()
+        for name, array in batch.items():
+            np.testing.assert_array_equal(some[name], array[rows])
+
+
 def take(batches, count):
     return list(itertools.islice(batches, count))
 

@@ -1,13 +1,19 @@
 """Whole runs: what they write, and that an interrupted one ends as if it had not been."""
 
+import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
+import time
 
-import jax
-import numpy as np
 import pytest
+from etils import epath
 
 import gpipe_jax as gpipe
-from gpipe_jax import checkpoint, run
+from gpipe_jax import checkpoint, run, trainer
+from gpipe_jax.interrupt import StoppedError, listening
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.trainer import DivergedError
 
@@ -34,9 +40,14 @@ def without_times(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.endswith("_s")} for r in records]
 
 
-def saved(parts: run.Parts, step: int) -> dict:
-    folder = parts.workdir / "checkpoints"
-    return checkpoint.restore(folder, step, parts.trainer.layer_shapes())
+def saved(workdir, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint by name, without the manifest, which has the folder's name."""
+    files = (workdir / "checkpoints" / str(step) / "state").glob("*.safetensors")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def latest_step(workdir) -> int | None:
+    return max(checkpoint.steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 class Interrupted(Exception):
@@ -76,7 +87,7 @@ def test_the_summary(whole):
     assert figures["workdir"] == str(parts.workdir)
     assert 0 < figures["step_time_s"] < figures["wall_s"]
     assert summary.note == f"curves: {parts.workdir / 'curves.png'}"
-    assert (parts.workdir / "curves.png").stat().st_size > 5000
+    assert len((parts.workdir / "curves.png").read_bytes()) > 5000
 
 
 def test_the_two_newest_checkpoints_are_kept(whole):
@@ -116,7 +127,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
     """Cut off after the first checkpoint, and again after the second, with half a line written."""
     parts, reference, _ = whole
     workdir = tmp_path / "interrupted"
-    again = run.Parts(parts.config, workdir, parts.dataset, parts.trainer)
+    again = parts._replace(workdir=epath.Path(workdir))
     for last in (6, 10):
 
         def show(record, last=last):
@@ -125,13 +136,13 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
 
         with pytest.raises(Interrupted):
             run.train(again, show)
-        assert checkpoint.latest_step(workdir / "checkpoints") == last // 4 * 4
+        assert latest_step(workdir) == last // 4 * 4
         with (workdir / "metrics.jsonl").open("a") as file:
             file.write('{"step": 9, "lo')
     shown: list[dict] = []
     summary = run.train(again, shown.append)
     assert shown[0]["step"] == 9, "it continues from step 8"
-    jax.tree.map(np.testing.assert_array_equal, saved(again, STEPS), saved(parts, STEPS))
+    assert len(saved(workdir, STEPS)) == 4 and saved(workdir, STEPS) == saved(parts.workdir, STEPS)
     there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
     assert here == there
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
@@ -143,14 +154,14 @@ def test_a_finished_run_only_repeats_its_summary(whole):
     shown: list[dict] = []
     summary = run.train(parts, shown.append)
     assert not shown and summary.note == reference.note
-    ignored = {"wall_s"}
+    ignored = {"wall_s", "compile_s", "data_s", "checkpoint_s", "evaluation_s"}
     assert {k: v for k, v in summary.figures.items() if k not in ignored} == {
         k: v for k, v in reference.figures.items() if k not in ignored
     }
     assert (parts.workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_without_its_metrics_evaluates_again(whole):
+def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
     parts, reference, _ = whole
     path = parts.workdir / "metrics.jsonl"
     before = path.read_bytes()
@@ -162,6 +173,184 @@ def test_a_finished_run_without_its_metrics_evaluates_again(whole):
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
     assert summary.figures["step_time_s"] is None
     assert summary.note.startswith("no curves")
+
+
+def train_to_the_end(parts, workdir) -> None:
+    """As often as it takes; the result is that of the run that was left alone."""
+    run.train(parts._replace(workdir=epath.Path(workdir)), lambda record: None)
+    assert saved(workdir, STEPS) == saved(parts.workdir, STEPS)
+    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert here == there
+
+
+def signal_now(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # the thread that hears it
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+def test_preempted_during_a_step(whole, tmp_path, last, capsys):
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == last and "loss" in record:
+            signal_now()
+
+    with pytest.raises(StoppedError, match=r"stopped after step (\d+), which is saved") as error:
+        run.train(parts, show)
+    assert "SIGTERM: saving after this step" in capsys.readouterr().err
+    done = int(str(error.value).split()[3].strip(","))
+    assert last <= done <= last + trainer.IN_FLIGHT and latest_step(tmp_path) == done
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
+    write, told = checkpoint.write_part, []
+
+    def once(*args):
+        if not told:
+            told.append(signal_now())
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "write_part", once)
+    with pytest.raises(StoppedError):
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
+    assert told and 4 <= latest_step(tmp_path) <= 8
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
+    """Which is left, and done again by the run that goes on."""
+    parts, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
+
+    def test():
+        signal_now()
+        yield from batches()
+
+    dataset = dataclasses.replace(parts.dataset, test=test)
+    with pytest.raises(StoppedError, match="after step 4, which is saved"):
+        run.train(parts._replace(dataset=dataset), lambda record: None)
+    assert not any("test_loss" in r for r in records_of(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.train(parts, show)
+    assert any("test_loss" in r for r in records_of(tmp_path)), "of step 4, which is done again"
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_signals_are_as_before_a_run(whole):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_steps_between_saves(whole, tmp_path):
+    config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
+    run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
+    folder = epath.Path(tmp_path) / "checkpoints"
+    assert checkpoint.steps(folder) == [11, 9, 6, 3]
+    evaluated = [m.step for m in checkpoint.manifests(folder) if m.metrics]
+    assert evaluated == [11], "the others were not due for an evaluation"
+    assert saved(tmp_path, STEPS) == saved(whole[0].workdir, STEPS)
+
+
+def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, capsys):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    part = tmp_path / "run" / "checkpoints" / "11" / "state" / "1.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    note = run.evaluate(parts).note.splitlines()
+    assert re.search(r"11 is damaged \(1.safetensors has .*\); taking that of step 8", note[0])
+    assert note[1] == "checkpoint: step 8"
+    train_to_the_end(whole[0], tmp_path / "run")
+    assert "11 is damaged" in capsys.readouterr().err
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["11", "11.damaged", "8"]
+
+
+def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    for step in (8, 11):
+        (tmp_path / "run" / "checkpoints" / str(step) / "state" / "manifest.json").unlink()
+    with pytest.raises(ConfigError) as error:
+        run.train(parts, lambda record: None)
+    assert error.value.problems == (
+        "none of the checkpoints here is whole; to start anew, remove or rename the folder",
+        "step 11: manifest.json is missing",
+        "step 8: manifest.json is missing",
+    )
+
+
+OTHER = {
+    "fewer stages": ["mesh.stages=1"],
+    "more replicas and micro-batches": ["mesh.data=2", "pipeline.micro_batches=4"],
+    "chunks": ["mesh.stages=1", "pipeline.chunks=3", "pipeline.schedule=interleaved"],
+    "another schedule and cut": ["pipeline.schedule=gpipe", "pipeline.partition=[2]"],
+}
+
+
+@pytest.mark.parametrize("overrides", OTHER.values(), ids=OTHER)
+def test_a_run_goes_on_with_another_layout(whole, tmp_path, overrides):
+    """From step 8 of the run; the losses are those of the run that kept its layout."""
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "11")
+    shown: list[dict] = []
+    run.train(assemble(tmp_path / "run", *overrides), shown.append)
+    assert [r["step"] for r in shown] == [9, 10, 11, 11]
+    wanted = [r for r in whole[2] if r["step"] > 8]
+    for name in ("loss", "test_loss"):
+        found, there = ([r[name] for r in some if name in r] for some in (shown, wanted))
+        assert found == pytest.approx(there, rel=1e-5) and found
+
+
+GRID = {
+    "K 1": ["mesh.stages=1"],
+    "K 2, D 2": ["mesh.stages=2", "mesh.data=2"],
+    "K 3, gpipe": ["mesh.stages=3", "pipeline.schedule=gpipe"],
+    "K 5, M 8, eager": [
+        "mesh.stages=5", "pipeline.micro_batches=8", "pipeline.schedule=eager_1f1b",
+    ],
+    "K 2, V 2": ["mesh.stages=2", "pipeline.schedule=interleaved", "pipeline.chunks=2"],
+    "K 1, V 3, D 4": [
+        "mesh.stages=1", "mesh.data=4", "pipeline.schedule=interleaved", "pipeline.chunks=3",
+    ],
+    "layer by layer": ["pipeline.remat=layer"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """A convolution network of 4 stages, 40 steps, with a checkpoint of step 20."""
+    config = {
+        **CONFIG,
+        "model": {"kind": "convnet", "widths": [4, 8], "depths": [2, 2]},
+        "data": {"kind": "digits", "batch_size": 32, "shift": 1},
+        "mesh": {"stages": 4},
+        "pipeline": {"micro_batches": 4},
+        "optimizer": {**CONFIG["optimizer"], "ema": 0.9},
+        "train": {"steps": 40, "eval_every": 20},
+    }
+    workdir, shown = tmp_path_factory.mktemp("forty"), []
+    run.train(run.assemble(gpipe.load(config), workdir), shown.append)
+    return config, workdir, [r["loss"] for r in shown if r["step"] > 20 and "loss" in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", GRID.values(), ids=GRID)
+def test_the_next_twenty_losses_with_another_layout(forty, tmp_path, overrides):
+    config, workdir, wanted = forty
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    shown: list[dict] = []
+    run.train(run.assemble(gpipe.load(config, overrides), tmp_path / "run"), shown.append)
+    found = [r["loss"] for r in shown if "loss" in r]
+    assert len(found) == 20 and found == pytest.approx(wanted, rel=1e-5)
 
 
 # --- folders that cannot be used -----------------------------------------------------------------
@@ -201,7 +390,7 @@ def test_evaluate_refuses_other_held_out_data_or_another_network(whole, override
 
 def test_evaluate_without_a_checkpoint(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"no checkpoint to evaluate; train it first"):
-        run.evaluate(whole[0]._replace(workdir=tmp_path / "nothing"))
+        run.evaluate(whole[0]._replace(workdir=epath.Path(tmp_path) / "nothing"))
     assert not (tmp_path / "nothing").exists()
 
 
@@ -209,7 +398,7 @@ def test_a_folder_that_is_a_file(whole, tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"cannot write here .*train.workdir"):
-            run.train(whole[0]._replace(workdir=workdir), lambda record: None)
+            run.train(whole[0]._replace(workdir=epath.Path(workdir)), lambda record: None)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -217,16 +406,18 @@ def test_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "config.yaml")
 
-    monkeypatch.setattr("pathlib.Path.write_text", refuse)  # root may write anywhere
+    monkeypatch.setattr(run.metrics, "replace", refuse)  # root may write anywhere
     with pytest.raises(ConfigError, match=r"cannot write here .*Permission denied"):
-        run.train(whole[0]._replace(workdir=tmp_path), lambda record: None)
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
 
 
-def test_a_checkpoint_that_does_not_fit(whole, tmp_path):
-    parts = whole[0]._replace(workdir=tmp_path)
-    checkpoint.save(tmp_path / "checkpoints", 4, {"params": np.zeros(3)})
+def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
+    parts, shapes = whole[0], whole[0].trainer.layer_shapes()
+    more = shapes._replace(layers={**shapes.layers, 3: shapes.layers[2]})
+    monkeypatch.setattr(parts.trainer, "layer_shapes", lambda: more)
+    monkeypatch.setattr(parts.trainer.pipe, "layers", (*parts.trainer.pipe.layers, "another"))
     for action in (run.evaluate, lambda p: run.train(p, lambda record: None)):
-        with pytest.raises(ConfigError, match="does not fit this run: missing optimizer"):
+        with pytest.raises(ConfigError, match="does not fit this run: missing layer 3"):
             action(parts)
 
 
@@ -235,9 +426,9 @@ def test_a_checkpoint_that_does_not_fit(whole, tmp_path):
 
 def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
     """The last update may ruin the parameters after the training loss was still good."""
-    parts = whole[0]._replace(workdir=tmp_path)
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
     monkeypatch.setattr(parts.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
     with pytest.raises(DivergedError, match=r"held-out loss became nan at step 4 \(the last fin"):
         run.train(parts, lambda record: None)
-    assert checkpoint.latest_step(tmp_path / "checkpoints") is None
+    assert latest_step(tmp_path) is None
     assert all("test_loss" not in r for r in records_of(tmp_path))

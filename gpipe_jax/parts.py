@@ -1,0 +1,63 @@
+"""What a config describes, put together: data, network, mesh, pipeline, optimizer."""
+
+from typing import NamedTuple
+
+from etils import epath
+
+from gpipe_jax import build, data, optimizer
+from gpipe_jax.build import section
+from gpipe_jax.config import Config
+from gpipe_jax.mesh import make_mesh, simulate_devices
+from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.trainer import Trainer
+
+
+class Parts(NamedTuple):
+    """What a config describes."""
+
+    config: Config
+    workdir: epath.Path
+    dataset: data.Dataset
+    trainer: Trainer
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of the run's checkpoints."""
+        return self.workdir / "checkpoints"
+
+
+def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Parts:
+    """Data, network, mesh, pipeline and optimizer of a config; trains nothing.
+
+    Simulated devices are shared among so many processes. Raises `build.SectionError`: until the
+    first step, what is wrong is the config.
+    """
+    if config.mesh.simulate:
+        with section("mesh"):
+            simulate_devices(_share(config.mesh.simulate, processes))
+    with section("data"):
+        dataset = build.dataset(config)
+        example = next(dataset.train(0))
+    with section("model"):
+        layers, loss = build.network(config.model), build.loss(config.model)
+    with section("mesh"):
+        mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
+    with section("pipeline"):
+        options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
+        limit = config.pipeline.memory_limit_gib
+        options["memory_limit"] = None if limit is None else limit * 2**30
+        steps = config.train.steps
+        pipe = Pipeline(layers, loss=loss, mesh=mesh, example=example, steps=steps, **options)
+    with section("optimizer"):
+        tx = optimizer.build(config.optimizer, config.train.steps)
+        trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
+        return Parts(config, epath.Path(workdir), dataset, trainer)
+
+
+def _share(simulated: int, processes: int) -> int:
+    if simulated % processes:
+        raise ValueError(
+            f"`simulate` {simulated} devices do not split over {processes} processes; use a "
+            f"multiple of {processes}"
+        )
+    return simulated // processes

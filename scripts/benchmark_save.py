@@ -1,0 +1,69 @@
+"""What saving costs a run: time of a step, saving every ten steps, over not saving.
+
+    python scripts/benchmark_save.py                       # configs/digits.yaml, a few minutes
+    python scripts/benchmark_save.py configs/text.yaml --steps 50 --json
+
+Runs of one compiled program in turn, with checkpoints every ten steps and without; each from its
+eleventh step to the end of its last, saves and waits for them included; the ratio is that of the
+medians. On simulated CPU devices writing and training share the cores.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from etils import epath
+
+from gpipe_jax import loader, run
+
+WARM_UP = 10
+
+
+def step_time_s(parts: run.Parts, steps: int, save_every: int, folder: Path) -> float:
+    """The mean time of a step of one run."""
+    settings = {"steps": steps, "save_every": save_every, "eval_every": 10**6}
+    train = parts.config.train.model_copy(update=settings)
+    config = parts.config.model_copy(update={"train": train})
+    started: list[float] = []
+
+    def show(record: dict) -> None:
+        if record["step"] == WARM_UP:
+            started.append(time.perf_counter())
+
+    run.train(parts._replace(config=config, workdir=epath.Path(folder)), show)
+    return (time.perf_counter() - started[0]) / (steps - WARM_UP)
+
+
+def main() -> int:
+    """Print the two times and their ratio."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config", nargs="?", default="configs/digits.yaml")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    options = parser.parse_args()
+    parts = run.assemble(loader.load(options.config), "unused")
+    times: dict[str, list[float]] = {"saving": [], "not saving": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds + 1):  # the first one compiles
+            for name, every in (("saving", 10), ("not saving", 10**6)):
+                path = Path(folder) / f"{name} {number}"
+                times[name].append(step_time_s(parts, options.steps, every, path))
+    medians = {name: statistics.median(each[1:]) for name, each in times.items()}
+    ratio = medians["saving"] / medians["not saving"]
+    for name, value in medians.items():
+        print(f"{name}: {value:.4f} s a step")
+    print(f"ratio: {ratio:.3f}")
+    if options.json:
+        print(json.dumps({**medians, "ratio": ratio}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
