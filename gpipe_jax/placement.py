@@ -17,7 +17,7 @@ def arrange(devices: Sequence[Any], stages: int, data: int) -> np.ndarray:
     Slices of TPUs, between which only the data-centre network is, follow each other along the
     stages, for only boundary activations cross from stage to stage; along the replicas only if the
     stages do not split over them. Within a slice the stages go back and forth through the torus.
-    Raises ValueError if neither splits, or the devices of a slice are no block of it.
+    Raises ValueError if neither splits, or the devices of several slices are no blocks of them.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if stages % slices and data % slices:
@@ -51,12 +51,12 @@ def _through_torus(
             best, least = rows, cost
         if least[0] <= 1:
             break
-    if best is None:
+    if best is None and slices > 1:
         raise ValueError(
             f"{K} stages x {D} replicas cannot be laid over {len(devices) // slices} devices of a "
             f"slice; use all devices of it"
         )
-    return best
+    return np.asarray(devices).reshape(1, K, D) if best is None else best  # no block of it
 
 
 def _factors(number: int) -> Iterator[tuple[int, int, int]]:

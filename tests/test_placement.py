@@ -82,7 +82,8 @@ def test_neither_splits_over_the_slices() -> None:
 
 def test_a_part_of_a_slice_that_is_no_block() -> None:
     devices = slices_of(*SLICES["v4"])
-    with pytest.raises(
-        ValueError, match="7 stages x 1 replicas cannot be laid over 7 devices of a"
-    ):
-        arrange(devices[:7], 7, 1)
+    assert [row[0] for row in arrange(devices[:7], 7, 1)] == devices[:7]
+    two = slices_of(*SLICES["v4"], count=2)
+    message = "7 stages x 1 replicas cannot be laid over 7 devices of a slice; use all devices"
+    with pytest.raises(ValueError, match=message):
+        arrange([*two[:7], *two[64:71]], 14, 1)

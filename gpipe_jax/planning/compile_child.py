@@ -12,15 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.export
-import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpipe_jax.mesh import DATA, STAGE, make_mesh
+from gpipe_jax.mesh import make_mesh
 from gpipe_jax.planning.compiled import Compiled, failed
 from gpipe_jax.planning.hlo import Module
 
@@ -36,7 +34,7 @@ def main(folder: Path) -> None:
         began = time.monotonic()
         try:
             exported = jax.export.deserialize(bytearray((folder / f"{i}.bin").read_bytes()))
-            mesh = mesh_of(devices, mesh_shape, job["slices"])
+            mesh = make_mesh(stages=mesh_shape[0], data=mesh_shape[1], devices=devices)
             result = _compile(name, exported, donate, mesh)
         except Exception as e:
             result = failed(name, time.monotonic() - began, str(e))
@@ -46,25 +44,6 @@ def main(folder: Path) -> None:
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
-
-
-def mesh_of(devices: Sequence[Any], shape: tuple[int, int], slices: int) -> Mesh:
-    """A mesh of the first devices, with `stage` going across slices."""
-    stages, data = shape
-    need = stages * data
-    if need < len(devices):
-        return _mesh(np.asarray(devices[:need]).reshape(shape))  # may be no rectangle of chips
-    if slices == 1:
-        return make_mesh(stages=stages, data=data, devices=devices)
-    return _mesh(
-        mesh_utils.create_hybrid_device_mesh(
-            (stages // slices, data), (slices, 1), devices, allow_split_physical_axes=True
-        )
-    )
-
-
-def _mesh(grid: np.ndarray) -> Mesh:
-    return Mesh(grid, (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
 def _compile(

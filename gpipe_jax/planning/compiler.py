@@ -142,7 +142,6 @@ def _write_job(folder: Path, programs: Sequence[Program], topology: Topology) ->
         (folder / f"{i}.bin").write_bytes(_flat(program.exported).serialize())
     job = {
         "options": topology.options(),
-        "slices": topology.slices,
         "programs": [(p.name, p.donate, p.mesh_shape) for p in programs],
     }
     (folder / "job.json").write_text(json.dumps(job))
