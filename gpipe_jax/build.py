@@ -1,6 +1,7 @@
 """What the sections of a config describe: the data set, the network and its loss."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gpipe_jax.config import (
     TransformerConfig,
     image_shape,
 )
+from gpipe_jax.cost import tree_bytes
 from gpipe_jax.genotype import GENOTYPES, Genotype
 from gpipe_jax.layers.layer import Layer
 
@@ -49,10 +51,22 @@ def section(name: str) -> Iterator[None]:
 
 def dataset(config: Config) -> data.Dataset:
     """The data set of a config."""
+    _check_memory(config)
     options = config.data.model_dump(exclude={"kind"})
     if isinstance(config.data, TextConfig | SyntheticTokensConfig):
         options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
     return DATASETS[config.data.kind](seed=config.train.seed, **options)
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse a batch that this machine cannot hold: it would end the process, saying nothing."""
+    need = tree_bytes(example(config))
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(
+            f"`batch_size` {config.data.batch_size} takes {need / 2**30:.3g} GiB, and this machine "
+            f"has {have / 2**30:.3g} GiB of memory; use a smaller batch"
+        )
 
 
 def example(config: Config) -> dict:

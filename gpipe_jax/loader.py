@@ -133,6 +133,7 @@ def _read(path: Path) -> Draft:
 
 
 def _text(path: Path) -> str:
+    line = ""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -144,10 +145,12 @@ def _text(path: Path) -> str:
     except IsADirectoryError:
         reason = "is a directory; give the path of a YAML file"
     except UnicodeDecodeError as error:
+        lines = error.object.count(b"\n", 0, error.start) + 1
+        line = f":{lines}"
         reason = f"not UTF-8 text, at byte {error.start}; save it as UTF-8"
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise ConfigError([f"{path}: {reason}"], str(path))
+    raise ConfigError([f"{path}{line}: {reason}"], str(path))
 
 
 def _validate(draft: Draft) -> Config:

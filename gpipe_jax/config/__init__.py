@@ -25,6 +25,7 @@ from gpipe_jax.config.data import (
 from gpipe_jax.config.fields import (
     Count,
     CountOrZero,
+    Depth,
     Positive,
     PositiveOrZero,
     Section,
@@ -90,6 +91,7 @@ class MeshConfig(Section):
     )
     simulate: Count | None = Field(
         default=None,
+        lt=1025,
         description="number of CPU devices to simulate, for a machine without accelerators",
     )
 
@@ -101,7 +103,7 @@ class PipelineConfig(Section):
     schedule: Literal["gpipe", "1f1b", "eager_1f1b", "interleaved"] = Field(
         default="1f1b", description="order of the work"
     )
-    chunks: Count = Field(
+    chunks: Depth = Field(
         default=1,
         description="stages of the network on each device; more than one with interleaved only",
     )
