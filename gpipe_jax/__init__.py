@@ -2,8 +2,8 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    config -> zoo (list of layers) -> cost -> partition -> stages -> composite --+
-                                             schedule (who, what, when) ---------+-> executor
+    config -> zoo (list of layers) -> cost -> partition -> stages -> composite -> device --+
+                                               schedule (who, what, when) -----------------+->
     executor -> pipeline -> trainer -> run, planning
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gpipe_jax.loader import ConfigError, load
     from gpipe_jax.mesh import make_mesh, simulate_devices
     from gpipe_jax.pipeline import Pipeline, State
-    from gpipe_jax.planning import plan
+    from gpipe_jax.planning.planner import plan
     from gpipe_jax.trainer import Trainer
 
 _HOME = {
@@ -35,7 +35,7 @@ _HOME = {
     "layer": "layers.layer",
     "load": "loader",
     "make_mesh": "mesh",
-    "plan": "planning",
+    "plan": "planning.planner",
     "simulate_devices": "mesh",
 }
 _MODULES = ("data", "losses", "optimizer", "plots", "schedule", "sequential", "zoo")

@@ -1,6 +1,7 @@
-"""The command line: `gpipe train | eval | plan | schedule | config`.
+"""The command line: `gpipe train | eval | export | plan | schedule | config`.
 
-Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
+Exit codes: 0 done, 2 bad input (do not retry), 75 preempted after a save (start it again), 1
+anything else.
 """
 
 import argparse
@@ -52,18 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("train", _train, "train a config's network; the same folder continues a run"),
-        ("eval", _evaluate, "evaluate the newest checkpoint of a config's run"),
+        ("eval", _evaluate, "evaluate the newest checkpoint of a run"),
         ("plan", _plan, "say whether a config's run fits a TPU slice, and how fast it would be"),
         ("config", _config, "show a config as resolved"),
     ):
         one = _command(commands, name, command, text)
         needed = None if name != "config" else "?"
-        one.add_argument("config", metavar="CONFIG", nargs=needed, help="a YAML file")
+        source = "a YAML file, or the folder of a run" if name == "eval" else "a YAML file"
+        one.add_argument("config", metavar="CONFIG", nargs=needed, help=source)
         one.add_argument(
             "overrides", metavar="a.b=c", nargs="*", help="values that replace the file's"
         )
         if name == "train":
             one.add_argument("--plan", type=Path, metavar="FILE", help="lay it out as planned")
+        if name == "eval":
+            one.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
+        if name in ("train", "eval"):
+            _host_options(one)
         if name == "plan":
             _plan_options(one)
         if name == "config":
@@ -71,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--diff", action="store_true", help="differences from the defaults only"
             )
             one.add_argument("--schema", action="store_true", help="the JSON schema of all configs")
+    one = _command(commands, "export", _export, "write a run's parameters as one plain file")
+    one.add_argument("run", metavar="RUN", help="the folder of a run")
+    one.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
+    )
     one = _command(commands, "schedule", _schedule, "draw a schedule")
     one.add_argument("--stages", type=int, required=True, metavar="K")
     one.add_argument("--micro-batches", type=int, required=True, metavar="M")
@@ -78,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
     one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
     return parser
+
+
+def _host_options(one: argparse.ArgumentParser) -> None:
+    """On TPU pods, with Slurm and MPI, JAX finds these itself."""
+    one.add_argument("--coordinator", metavar="HOST:PORT", help="of the first of several processes")
+    one.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    one.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
 
 
 def _plan_options(one: argparse.ArgumentParser) -> None:
@@ -109,49 +127,28 @@ def _command(
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _run(options, "train")
+    from gpipe_jax import commands
+
+    return commands.train(options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    return _run(options, "evaluate")
+    from gpipe_jax import commands
+
+    return commands.evaluate(options)
 
 
-def _run(options: argparse.Namespace, action: str) -> int:
-    if getattr(options, "plan", None):
-        from gpipe_jax.planning import layouts
+def _export(options: argparse.Namespace) -> int:
+    from gpipe_jax import commands
 
-        options.overrides = layouts.overrides(options.plan, options.config, options.overrides)
-    config = loader.load(options.config, options.overrides)
-    from gpipe_jax import build, run
-    from gpipe_jax.trainer import DivergedError
-
-    workdir = Path(config.train.workdir or run.default_workdir(options.config))
-    try:
-        parts = run.assemble(config, workdir)
-    except build.SectionError as error:
-        place = loader.place(options.config, options.overrides, error.section, str(error))
-        raise ConfigError([f"{place}: {error}"], options.config) from error
-    print(parts.trainer.pipe, flush=True)
-    try:
-        if action == "evaluate":
-            summary = run.evaluate(parts)
-        else:
-            with progress.show(config.train.steps, config.train.log_every) as show:
-                summary = run.train(parts, show)
-    except DivergedError as error:
-        return _fail(error, 1)
-    print(progress.table(summary.figures))
-    print(summary.note)
-    if options.json:
-        print(json.dumps(summary.figures))
-    return 0
+    return commands.export_run(options)
 
 
 def _plan(options: argparse.Namespace) -> int:
     config = loader.load(options.config, options.overrides)
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used here; a TPU's library says much
-    from gpipe_jax import build, planning
-    from gpipe_jax.planning import layouts, libtpu
+    from gpipe_jax import build
+    from gpipe_jax.planning import layouts, libtpu, planner
 
     problem = _misused(options)
     if problem:
@@ -159,12 +156,12 @@ def _plan(options: argparse.Namespace) -> int:
     named = {"slices": options.slices, "timeout_s": options.timeout, "show": progress.passing()}
     try:
         if options.search:
-            found = planning.search(
+            found = planner.search(
                 config, topology=options.topology, compile_best=options.compile_best, **named
             )
             best = found.plans[0]
         else:
-            best = found = planning.plan(
+            best = found = planner.plan(
                 config, topology=options.topology, cost=options.cost, **named
             )
     except build.SectionError as error:

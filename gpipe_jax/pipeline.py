@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import batch as batches
+from gpipe_jax import blocks, executor, keys, memory, partition, report
 from gpipe_jax import cost as costs
-from gpipe_jax import executor, keys, memory, partition, report
 from gpipe_jax.executor import Variables
 from gpipe_jax.keys import layer_key, step_key
 from gpipe_jax.layers import links
@@ -224,7 +224,7 @@ class Pipeline:
         options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
         places = self.state_shardings()
         init = jax.jit(self._init, out_shardings=places, compiler_options=options)
-        return init(jnp.uint32(seed))
+        return init(np.uint32(seed))
 
     def _init(self, seed: jax.Array) -> State:
         def params(shape: LayerShape, i: jax.Array) -> PyTree:
@@ -256,14 +256,25 @@ class Pipeline:
         """Parameters or gradients as L trees of numpy arrays in layer order, for any K the same.
 
         `tree` is a `State`, or anything in the form of its `params`. A tied parameter is in its
-        first layer, and None in the others.
+        first layer, and None in the others. Every stage must be on a device of this process.
         """
         params = tree.params if isinstance(tree, State) else tree
-        return self.stages.split_layers(self.stages.params, params)
+        return self._split(self.stages.params, params)
 
     def statistics(self, state: State) -> list[PyTree]:
         """Running statistics as L trees of numpy arrays in layer order, for any K the same."""
-        return self.stages.split_layers(self.stages.stats, state.stats)
+        return self._split(self.stages.stats, state.stats)
+
+    def _split(self, storages: Sequence[Storage], tree: PyTree) -> list[PyTree]:
+        layers: dict[int, PyTree] = {}
+        for k in blocks.held(self.mesh):
+            layers |= self.stages.split_block(storages, k, blocks.take(self.mesh, tree, k))
+        if len(layers) < len(self.layers):
+            raise ValueError(
+                f"this process's devices hold {len(layers)} of {len(self.layers)} layers; save a "
+                f"checkpoint, which every process writes a part of"
+            )
+        return [layers[i] for i in range(len(self.layers))]
 
     def from_layers(
         self,
@@ -280,37 +291,12 @@ class Pipeline:
             statistics = [shape.layer.init_statistics() for shape in self.shapes]
         self._check_layers("parameters", params, [shape.params for shape in self.shapes])
         self._check_layers("statistics", statistics, [shape.stats for shape in self.shapes])
-        whole = jax.device_put(np.uint32(seed), NamedSharding(self.mesh, P()))
-        stages = self.stages
+        stages, whole = self.stages, blocks.replicate(self.mesh, np.uint32(seed))
         return State(self._join(stages.params, params), self._join(stages.stats, statistics), whole)
 
     def _join(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[PyTree]:
-        sharding = NamedSharding(self.mesh, P(STAGE))
-
-        def slot(*parts: np.ndarray) -> jax.Array:
-            rows = lambda index: np.stack(parts[index[0]])  # noqa: E731
-            return make((len(parts), *parts[0].shape), rows)
-
-        def pack(*parts: np.ndarray) -> jax.Array:
-            size = parts[0].size
-
-            def some(index: tuple) -> np.ndarray:
-                start, stop, _ = index[0].indices(size * len(parts))
-                return np.concatenate(parts[start // size : stop // size])
-
-            return make((size * len(parts),), some)
-
-        def make(shape: tuple, part: Callable) -> jax.Array:
-            return jax.make_array_from_callback(shape, sharding, part)
-
-        layers = jax.tree.map(np.asarray, list(layers))
-        return [
-            {
-                "slots": jax.tree.map(slot, *(d["slots"] for d in devices)),
-                "packs": jax.tree.map(pack, *(d["packs"] for d in devices)),
-            }
-            for devices in self.stages.join_layers(storages, layers)
-        ]
+        make = lambda k: self.stages.join_block(storages, k, layers.__getitem__)  # noqa: E731
+        return blocks.place(self.mesh, make)
 
     def _check_layers(self, what: str, trees: Sequence[PyTree], wanted: Sequence[PyTree]) -> None:
         if len(trees) != len(self.layers):
@@ -347,8 +333,13 @@ class Pipeline:
         return self._place(batches.split(batch, self.example, self.micro_batches))
 
     def training_split(self, batch: dict) -> dict:
-        """`split`, for training: refuses padding where batch norm would count it."""
+        """`split`, for training: refuses padding where batch norm would count it.
+
+        If this process has devices of some replicas only, `batch` holds their examples, `rows`.
+        """
         count = batches.count_examples(batch["inputs"])
+        if len(self.rows) < self.batch_size:
+            return self._split_rows(batch, count)
         if count < self.batch_size and any(jax.tree.leaves(s.stats) for s in self.shapes):
             raise ValueError(
                 f"a batch of {count} examples cannot be padded to {self.batch_size} in training: "
@@ -356,8 +347,27 @@ class Pipeline:
             )
         return self.split(batch)
 
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Positions in a batch of the examples that this process's devices work on."""
+        N, M, D = self.batch_size, self.micro_batches, self.replicas
+        return np.arange(N).reshape(M, D, -1)[:, blocks.columns(self.mesh)].reshape(-1)
+
+    def _split_rows(self, batch: dict, count: int) -> dict:
+        if count != len(self.rows) or "weights" in batch:
+            raise ValueError(
+                f"this process works on {len(self.rows)} of the {self.batch_size} examples of a "
+                f"batch, got {count} with keys {sorted(batch)}; give all of `rows`, unweighted"
+            )
+        example = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), self.example
+        )
+        parts = batches.split(batch, example, self.micro_batches)
+        parts["weights"] *= count / self.batch_size
+        return blocks.place_batch(self.mesh, parts, blocks.columns(self.mesh))
+
     def _place(self, parts: PyTree) -> PyTree:
-        return jax.device_put(parts, NamedSharding(self.mesh, P(None, DATA)))
+        return blocks.place_batch(self.mesh, parts, list(range(self.replicas)))
 
     def gradients(self, state: State, parts: dict, step: Any, *, idle_fill: float = 0.0) -> tuple:
         """Traced: ((loss, metrics), gradients, stats) of the micro-batches that `split` made.
@@ -402,7 +412,7 @@ class Pipeline:
         seeds dropout. The returned state has the running statistics after this step.
         """
         parts = self.training_split(batch)
-        result, grads, stats = self._jitted["gradients"](state, parts, jnp.uint32(step))
+        result, grads, stats = self._jitted["gradients"](state, parts, np.uint32(step))
         return result, grads, state._replace(stats=stats)
 
     def evaluate(self, state: State, batch: dict) -> tuple[jax.Array, dict]:

@@ -11,8 +11,13 @@ Show = Callable[[dict], None]
 
 
 @contextlib.contextmanager
-def show(steps: int, every: int, console: Console | None = None) -> Iterator[Show]:
+def show(
+    steps: int, every: int, console: Console | None = None, *, quiet: bool = False
+) -> Iterator[Show]:
     """A function that shows records of a run of `steps` steps; plain lines come `every` steps."""
+    if quiet:
+        yield lambda record: None
+        return
     console = console or Console()
     if not console.is_terminal:
         yield lambda record: _line(record, steps, every)

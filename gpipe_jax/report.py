@@ -1,8 +1,8 @@
 """A pipeline as a table: stages, costs, balance, bubble, stash, padding."""
 
-import html
 from typing import TYPE_CHECKING
 
+from gpipe_jax import table
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.schedule import simulate
 from gpipe_jax.slots import lower
@@ -15,24 +15,13 @@ HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
 
 def as_text(pipe: "Pipeline") -> str:
     """The table in plain text, with the facts of the whole pipeline below it."""
-    rows = [HEADER, *_rows(pipe)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in facts(pipe).items())])
+    found = (f"{name}: {value}" for name, value in facts(pipe).items())
+    return "\n".join([table.as_text([HEADER, *_rows(pipe)]), *found])
 
 
 def as_html(pipe: "Pipeline") -> str:
     """The same for a notebook."""
-    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"  # noqa: E731
-    head = "".join(cell("th", text) for text in HEADER)
-    body = "".join(
-        "<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in _rows(pipe)
-    )
-    rest = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in facts(pipe).items())
-    return f"<table><tr>{head}</tr>{body}</table><ul>{rest}</ul>"
+    return table.as_html([HEADER, *_rows(pipe)], facts(pipe))
 
 
 def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
 from gpipe_jax.mesh import STAGE
-from gpipe_jax.storage import Place, Storage, of_device
+from gpipe_jax.storage import Place, Storage, from_block, to_block
 from gpipe_jax.wire import Wire
 
 PyTree = Any
@@ -141,20 +141,27 @@ class Stages:
             trees.append(lax.map(one, each) if run.scanned else [one(i) for i in each])
         return storages[c].write(k, trees)
 
-    def split_layers(self, storages: Sequence[Storage], arrays: list) -> list[PyTree]:
-        """The arrays of all devices as one tree for each layer of the network, in numpy."""
-        layers = []
-        for s in range(len(self.cuts)):
-            c, k = self.at(s)
-            layers += storages[c].split_layers(k, of_device(k, self.devices, arrays[c]))
-        return layers
+    def layers_of(self, k: int) -> list[int]:
+        """Global ids of device k's layers, in all its chunks."""
+        return [i for cut in self.cuts[k :: self.devices] for i in cut]
 
-    def join_layers(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[list]:
-        """The inverse of `split_layers`: for each chunk the arrays of each device."""
-        cuts, K = self.cuts, self.devices
+    def split_block(self, storages: Sequence[Storage], k: int, block: list) -> dict[int, PyTree]:
+        """Device k's arrays, in numpy, as one tree for each of its layers, by global id."""
+        layers = [
+            tree
+            for storage, arrays in zip(storages, block, strict=True)
+            for tree in storage.split_layers(k, from_block(arrays))
+        ]
+        return dict(zip(self.layers_of(k), layers, strict=True))
+
+    def join_block(
+        self, storages: Sequence[Storage], k: int, layer: Callable[[int], PyTree]
+    ) -> list[dict]:
+        """The inverse of `split_block`, of `layer(i)` for each of device k's layers."""
+        cuts = self.cuts[k :: self.devices]
         return [
-            [storages[c].join_layers(k, [layers[i] for i in cuts[c * K + k]]) for k in range(K)]
-            for c in range(self.chunks)
+            to_block(storage.join_layers(k, [jax.tree.map(np.asarray, layer(i)) for i in cut]))
+            for storage, cut in zip(storages, cuts, strict=True)
         ]
 
     # --- tied parameters --------------------------------------------------------------------------

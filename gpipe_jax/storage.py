@@ -195,15 +195,6 @@ def to_block(arrays: dict) -> dict:
     return {"slots": [a[None] for a in arrays["slots"]], "packs": arrays["packs"]}
 
 
-def of_device(k: int, devices: int, arrays: dict) -> dict:
-    """The arrays of device k, of so many, in numpy."""
-    parts = [(a, a.shape[0] // devices) for a in arrays["packs"]]
-    return {
-        "slots": [np.asarray(a[k]) for a in arrays["slots"]],
-        "packs": [np.asarray(a[k * size : (k + 1) * size]) for a, size in parts],
-    }
-
-
 def _part(array: Any, start: Any, size: int) -> Any:
     """`size` entries from `start`, which may be traced; of numpy arrays too."""
     if isinstance(start, int):

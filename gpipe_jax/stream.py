@@ -8,6 +8,7 @@ all batches have the same size, and no example is left out. Letters: B batch_siz
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Dataset:
     """A training stream and the held-out examples beside it."""
 
     name: str
-    train: Callable[[int], Iterator[Batch]]  # batches from this step on, without end
+    train: Callable[..., Iterator[Batch]]  # batches from this step on, without end; see `dataset`
     test: Callable[[], Iterator[Batch]]  # each held-out example once, in order; the last B' <= B
     train_examples: int
     test_examples: int
@@ -35,7 +36,8 @@ def dataset(
 ) -> Dataset:
     """The data set of two parts, each a function of example indices [B] and its size.
 
-    `augment` changes training batches only.
+    `augment` changes training batches only. `train(step, rows)` gives these positions of every
+    batch only, for a process that works on them; what they hold does not depend on the others.
     """
     (gather_train, train_examples), (gather_test, test_examples) = train_part, test_part
     if batch_size > train_examples:
@@ -44,10 +46,11 @@ def dataset(
             f"use {train_examples} or fewer"
         )
 
-    def train(start_step: int) -> Iterator[Batch]:
+    def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}: steps count from 0")
-        return _train_batches(train_examples, batch_size, seed, start_step, gather_train, augment)
+        steps = _train_indices(train_examples, batch_size, seed)
+        return _batches(steps, start_step, gather_train, augment, rows)
 
     def test() -> Iterator[Batch]:
         for start in range(0, test_examples, batch_size):
@@ -56,27 +59,30 @@ def dataset(
     return Dataset(name, train, test, train_examples, test_examples)
 
 
-def _train_batches(
-    examples: int,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    gather: Callable[[np.ndarray], Batch],
-    augment: Callable[[Batch, np.random.Generator], Batch] | None,
-) -> Iterator[Batch]:
+def _train_indices(examples: int, batch_size: int, seed: int) -> Any:
     import grain  # takes 1.5 s
 
     # Indices are batched before the lookup: one numpy gather per batch, not one per example.
-    steps = (
-        grain.MapDataset.range(examples)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .map(gather)
-    )
+    order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
+    return order.batch(batch_size, drop_remainder=True)
+
+
+def _batches(
+    steps: Any,
+    start_step: int,
+    gather: Callable[[np.ndarray], Batch],
+    augment: Callable[[Batch, np.random.Generator], Batch] | None,
+    rows: np.ndarray | None,
+) -> Iterator[Batch]:
+    import grain
+
     if augment is not None:
-        steps = steps.random_map(augment)  # its generator is a function of (seed, step)
+        # Its generator is a function of (seed, step), and draws for the whole batch.
+        steps = steps.map(gather).random_map(augment)
+        if rows is not None:
+            steps = steps.map(lambda batch: {name: a[rows] for name, a in batch.items()})
+    else:
+        steps = steps.map(lambda index_B: gather(index_B if rows is None else index_B[rows]))
     steps = steps.slice(slice(start_step, None))
     # One thread works ahead while the devices are busy; grain's default is 16, and 500 batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -1,9 +1,10 @@
 """The training loop: pipeline step, optimizer update, evaluation. Knows nothing of config files."""
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,14 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpipe_jax import blocks
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
+from gpipe_jax.names import by_name, from_names
 from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
 from gpipe_jax.pipeline import Pipeline, State
+from gpipe_jax.storage import Storage
 
 PyTree = Any
 Record = Callable[[dict], None]
@@ -36,6 +41,14 @@ class TrainState(NamedTuple):
     average: PyTree = None  # moving average of the parameters, in float32, if there is one
 
 
+class Layers(NamedTuple):
+    """A training state by layer, in numpy: the same for any K, V, D and schedule."""
+
+    common: Mapping[str, Any]  # what no layer has: "seed", and the optimizer's counts
+    # By global id: "params", "statistics", "average" and, say, "optimizer.0.mu", each a tree.
+    layers: Mapping[int, dict[str, PyTree]]
+
+
 class DivergedError(RuntimeError):
     """The loss became infinite or NaN."""
 
@@ -52,6 +65,8 @@ class Trainer:
     ) -> None:
         check_elementwise(tx)
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
+        self._params_structure = jax.tree.structure(self._local_params())
+        self.ledger, self._compiled = Ledger(), set[str]()
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
         # of one device) would compile the second step anew.
@@ -158,15 +173,29 @@ class Trainer:
     def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; `current` must not be used again. Metrics are arrays not yet waited for."""
         parts = self.pipe.training_split(batch)
-        state, optimizer, average, metrics = self._step(
-            current.state, current.optimizer, current.average, parts, jnp.uint32(current.step)
-        )
+        with self._compiling("step"):
+            state, optimizer, average, metrics = self._step(
+                current.state, current.optimizer, current.average, parts, np.uint32(current.step)
+            )
         return TrainState(state, optimizer, current.step + 1, average), metrics
 
+    def _compiling(self, program: str) -> contextlib.AbstractContextManager:
+        """Books the first call of a program on compiling."""
+        first = program not in self._compiled
+        self._compiled.add(program)
+        return self.ledger.spend("compile") if first else contextlib.nullcontext()
+
     def fit(
-        self, current: TrainState, batches: Iterator[dict], steps: int, record: Record
+        self,
+        current: TrainState,
+        batches: Iterator[dict],
+        steps: int,
+        record: Record,
+        stopped: Callable[[int], bool] = lambda step: False,
     ) -> TrainState:
         """Train until `steps` steps are done in all; `record` gets each step's metrics in order.
+
+        Before each step `stopped(steps done)` may end it early.
 
         A record has "step" (from 1), "loss", the loss function's metrics and "step_time_s", the
         time since the step before was done, or what it took to start the step, if that is longer
@@ -184,9 +213,10 @@ class Trainer:
             record({"step": step, **values, "step_time_s": max(now - clock, start_s)})
             clock = now
 
-        while current.step < steps:
+        while current.step < steps and not stopped(current.step):
             begun = time.perf_counter()
-            batch = next(batches, None)
+            with self.ledger.spend("data"):
+                batch = next(batches, None)
             if batch is None:
                 raise ValueError(f"`batches` ended after {current.step} of {steps} steps")
             current, metrics = self.step(current, batch)
@@ -204,7 +234,8 @@ class Trainer:
         for batch in batches:
             count = jax.tree.leaves(batch["inputs"])[0].shape[0]
             weight = float(np.sum(batch.get("weights", count)))
-            loss, metrics = self.pipe.evaluate(state, batch)
+            with self._compiling("evaluation"):
+                loss, metrics = self.pipe.evaluate(state, batch)
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + weight * float(value)
             total += weight
@@ -226,46 +257,73 @@ class Trainer:
 
     # --- layer by layer, for checkpoints ----------------------------------------------------------
 
-    def to_layers(self, current: TrainState) -> dict:
-        """Everything that training changes, by layer: trees of numpy arrays, the same for any K."""
-        params = current.state.params
-        optimizer, average = map_parameters(
-            self.pipe.to_layers, (current.optimizer, current.average), params
-        )
-        return {
-            "params": self.pipe.to_layers(params),
-            "statistics": self.pipe.statistics(current.state),
-            "average": average,
-            "optimizer": jax.tree.map(np.asarray, optimizer),
-            "seed": np.asarray(current.state.seed),
-        }
+    def to_layers(self, current: TrainState) -> Layers:
+        """Copies of everything that training changes, of the layers that this process saves."""
+        pipe = self.pipe
+        trees, common = self._named(current.state, current.optimizer, current.average)
+        blocks.start_copies(trees)
+        layers: dict[int, dict[str, PyTree]] = {}
+        for k in blocks.owned(pipe.mesh):
+            for name, tree in trees.items():
+                block = blocks.take(pipe.mesh, tree, k)
+                for i, one in pipe.stages.split_block(self._storages(name), k, block).items():
+                    layers.setdefault(i, {})[name] = one
+        return Layers({name: np.array(value) for name, value in common.items()}, layers)
 
-    def from_layers(self, saved: dict, step: int) -> TrainState:
-        """The inverse of `to_layers`."""
-        state = self.pipe.from_layers(
-            saved["params"], int(saved["seed"]), statistics=saved["statistics"]
-        )
-        fresh = self.start(state, step)
-        layered = jax.tree.structure(saved["params"])
-        is_layers = lambda node: jax.tree.structure(node) == layered  # noqa: E731
-        nodes = jax.tree.leaves((saved["optimizer"], saved["average"]), is_leaf=is_layers)
-        values = [self.pipe.from_layers(n).params if is_layers(n) else n for n in nodes]
-        like, structure = jax.tree.flatten((fresh.optimizer, fresh.average))
-        flat = zip(jax.tree.leaves(values), like, strict=True)
-        placed = [jax.device_put(a, b.sharding) for a, b in flat]
-        optimizer, average = jax.tree.unflatten(structure, placed)
-        return fresh._replace(optimizer=optimizer, average=average)
+    def from_layers(self, saved: Layers, step: int) -> TrainState:
+        """The inverse of `to_layers`; asks for the layers of this process's devices only."""
+        pipe = self.pipe
+        shapes = self._local_shapes()
+        trees, common = self._named(*shapes)
 
-    def layer_shapes(self) -> dict:
-        """What `to_layers` returns, as shapes."""
-        params = [shape.params for shape in self.pipe.shapes]
-        local = self._local_params()
-        parts = jax.eval_shape(self._begin, local)
-        optimizer, average = map_parameters(lambda _: params, parts, local)
-        return {
-            "params": params,
-            "statistics": [shape.stats for shape in self.pipe.shapes],
-            "average": average,
-            "optimizer": optimizer,
-            "seed": jax.ShapeDtypeStruct((), jnp.uint32),
-        }
+        def block(k: int) -> dict[str, PyTree]:
+            layers = {i: saved.layers[i] for i in pipe.stages.layers_of(k)}
+            made = {
+                name: pipe.stages.join_block(
+                    self._storages(name), k, lambda i, name=name: layers[i][name]
+                )
+                for name in trees
+            }
+            # Where a stage has nothing of a parameter's type, the optimizer's may be another.
+            return jax.tree.map(lambda a, s: a.astype(s.dtype, copy=False), made, trees)
+
+        placed = blocks.place(pipe.mesh, block)
+        placed |= {name: blocks.replicate(pipe.mesh, saved.common[name]) for name in common}
+        parts = {"optimizer": shapes[1], "average": shapes[2]}
+        rest = from_names(parts, placed, self._is_like_parameters)
+        state = State(placed["params"], placed["statistics"], placed["seed"])
+        return TrainState(state, rest["optimizer"], step, rest["average"])
+
+    def layer_shapes(self) -> Layers:
+        """What all processes' `to_layers` come to, as shapes."""
+        trees, common = self._named(*self._local_shapes())
+        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
+        layers = {}
+        for i, shape in enumerate(self.pipe.shapes):
+            slots = jax.tree.map(wide, shape.params)
+            own = {"params": shape.params, "statistics": shape.stats}
+            layers[i] = {name: own.get(name, slots) for name in trees}
+        return Layers(common, layers)
+
+    def _local_shapes(self) -> tuple[State, PyTree, PyTree]:
+        """One device's state, optimizer and average."""
+        params = self._local_params()
+        stats = [storage.local_shapes() for storage in self.pipe.stages.stats]
+        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
+        return State(params, stats, seed), *jax.eval_shape(self._begin, params)
+
+    def _named(self, state: State, optimizer: PyTree, average: PyTree) -> tuple[dict, dict]:
+        """By name what is cut over the devices, and what they all have."""
+        alike = self._is_like_parameters
+        named = by_name({"optimizer": optimizer, "average": average}, alike)
+        trees = {name: tree for name, tree in named.items() if alike(tree)}
+        common = {name: value for name, value in named.items() if name not in trees}
+        trees |= {"params": state.params, "statistics": state.stats}
+        return trees, {**common, "seed": state.seed}
+
+    def _is_like_parameters(self, node: PyTree) -> bool:
+        return jax.tree.structure(node) == self._params_structure
+
+    def _storages(self, name: str) -> list[Storage]:
+        stages = self.pipe.stages
+        return stages.stats if name == "statistics" else stages.params

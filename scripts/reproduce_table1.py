@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tables import aligned, amoebanet, arguments, compiling, finish, transformer
+from tables import amoebanet, arguments, compiling, finish, transformer
 
 from gpipe_jax import figure
 from gpipe_jax.cost import tree_bytes
@@ -31,6 +31,7 @@ from gpipe_jax.planning import accelerators, programs
 from gpipe_jax.planning.compiled import Compiled
 from gpipe_jax.planning.compute import Compiling
 from gpipe_jax.planning.job import Job, Layout
+from gpipe_jax.table import as_text
 from gpipe_jax.trainer import Trainer
 
 MICRO_BATCHES = 32
@@ -244,7 +245,7 @@ def table(model: str, rows: Sequence[Row]) -> str:
         ours = (counted(same.parameters), *_figures(same), f"{same.compile_s:.0f}")
         theirs = (named(paper.size), counted(paper.parameters), f"{paper.memory_gib / K:.2f}")
         found.append((str(K), *theirs, *ours, *_largest(row, best)))
-    return aligned(found)
+    return as_text(found, right=True)
 
 
 def _largest(row: Row, best: Measured | None) -> tuple[str, ...]:

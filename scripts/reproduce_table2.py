@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import jax
 import tables
-from tables import aligned, arguments, compiling, finish
+from tables import arguments, compiling, finish
 
 from gpipe_jax import figure, partition
 from gpipe_jax.memory import GIB
@@ -33,6 +33,7 @@ from gpipe_jax.planning import accelerators, compute, programs, timing
 from gpipe_jax.planning.compute import Compiling
 from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.planning.timing import StageTimes, StepTime
+from gpipe_jax.table import as_text
 from gpipe_jax.trainer import Trainer
 
 TOPOLOGY = "v3:2x2"
@@ -208,7 +209,7 @@ def throughput_table(cells: Sequence[Cell]) -> str:
     for M in counts:
         pairs = [(f"{ours[K, M]:.2f}{'*' * ((K, M) in beyond)}", paper.get((K, M))) for K in stages]
         rows.append((str(M), *(t for mine, theirs in pairs for t in (mine, f"{theirs or ''}"))))
-    return aligned(rows)
+    return as_text(rows, right=True)
 
 
 def shares(step: StepTime) -> dict[str, float]:
@@ -236,7 +237,7 @@ def breakdown_table(cells: Sequence[Cell]) -> str:
                 "yes" if cell.fits else "no",
             )
         )
-    return aligned(rows)
+    return as_text(rows, right=True)
 
 
 def theoretical_speedup(stages: int, micro_batches: int, chunks: int) -> float:
@@ -264,7 +265,7 @@ def interleaved_table(cells: Sequence[Cell]) -> str:
                 "yes" if cell.fits else "no",
             )
         )
-    return aligned(rows)
+    return as_text(rows, right=True)
 
 
 def records(cells: Sequence[Cell], base: float) -> Iterator[dict]:

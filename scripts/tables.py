@@ -54,17 +54,6 @@ def _job(network: list, loss: Callable, inputs: jax.ShapeDtypeStruct, labels: ob
     return Job(network, loss, {"inputs": inputs, "labels": labels}, tx)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table as text, its first row being the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that both scripts have."""
     parser = argparse.ArgumentParser(description=description)

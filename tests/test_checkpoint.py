@@ -1,88 +1,262 @@
-"""Saved states come back exactly, or an error says what does not fit."""
+"""Saved states come back exactly, or an error says what does not fit or is damaged."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
+from etils import epath
 
-from gpipe_jax import checkpoint
+from gpipe_jax import checkpoint, tensorfile
+from gpipe_jax.checkpoint import DamagedError
+from gpipe_jax.saving import SaveError, Saver
+from gpipe_jax.trainer import Layers
 
-
-@pytest.fixture
-def tree() -> dict:
-    rng = np.random.default_rng(0)
-    return {
-        "params": [{"linear": {"kernel": rng.normal(size=(3, 2)), "bias": np.arange(2.0)}}, {}],
-        "optimizer": (np.int32(7), [rng.normal(size=2).astype(np.float32)]),
-        "seed": np.asarray(3, np.uint32),
-    }
+NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
 
 
-def shapes(tree):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)
-
-
-def test_roundtrip_is_exact(tmp_path, tree):
-    checkpoint.save(tmp_path / "with a space", 5, tree)
-    found = checkpoint.restore(tmp_path / "with a space", 5, shapes(tree))
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
-    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, tree)
-
-
-@pytest.fixture
-def averaged(tree) -> dict:
+def make_state(seed: int = 0, size: int = 4) -> Layers:
     """With running statistics, a moving average, and None in place of a borrowed parameter."""
-    params = [*tree["params"], {"linear": {"kernel": None, "bias": np.arange(3.0)}}]
-    norm = {"mean": np.linspace(0, 1, 3, dtype=np.float32), "var": np.full(3, 1 / 3, np.float32)}
-    average = jax.tree.map(lambda a: (a / 3).astype(np.float32), params)
-    stats = [{"norm": norm, "rest": {0: norm}}, {}, {}]
-    return {**tree, "params": params, "statistics": stats, "average": average}
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    trees = [
+        {"linear": {"kernel": draw(size, 2), "bias": np.arange(2, dtype=ml_dtypes.bfloat16)}},
+        {},
+        {"linear": {"kernel": None, "scale": np.float32(seed), "flags": np.array([True])}},
+    ]
+    norm = {"mean": draw(3), "count": np.array([], np.int32), "rest": {0: draw(1)}}
+    stats = [{}, {"norm": norm}, {}]
+    layers = {
+        i: {"params": tree, "statistics": stats[i], "optimizer.0.mu": tree}
+        for i, tree in enumerate(trees)
+    }
+    common = {"seed": np.uint32(seed), "optimizer.1.count": np.int32(7)}
+    return Layers(common, layers)
 
 
-def test_averages_and_statistics_come_back_exactly(tmp_path, averaged):
-    checkpoint.save(tmp_path, 5, averaged)
-    found = checkpoint.restore(tmp_path, 5, shapes(averaged))
-    assert jax.tree.structure(found) == jax.tree.structure(averaged)
-    jax.tree.map(np.testing.assert_array_equal, found, averaged)
-    assert found["params"][2]["linear"]["kernel"] is None
+def shapes(state: Layers) -> Layers:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), state)
 
 
-def test_an_average_is_neither_dropped_nor_made_up(tmp_path, averaged):
-    without = {**averaged, "average": None}
-    checkpoint.save(tmp_path / "with", 1, averaged)
-    with pytest.raises(
-        ValueError, match=r"unknown average.0.linear.bias; unknown average.0.linear"
-    ):
-        checkpoint.restore(tmp_path / "with", 1, shapes(without))
-    checkpoint.save(tmp_path / "without", 1, without)
-    with pytest.raises(
-        ValueError, match=r"missing average.0.linear.bias; missing average.0.linear"
-    ):
-        checkpoint.restore(tmp_path / "without", 1, shapes(averaged))
+def save(folder, *steps: int, state=None, losses=(), **options) -> epath.Path:
+    saver = Saver(epath.Path(folder), **{"keep": 9, **options})
+    for i, step in enumerate(steps):
+        metrics = {"test_loss": losses[i]} if losses else None
+        one = make_state(step) if state is None else state
+        saver.save(one, step, descriptions=NAMES, config={"a": 1}, metrics=metrics)
+    saver.close()
+    return epath.Path(folder)
 
 
-def test_the_newest_of_several(tmp_path, tree):
-    for step in (2, 10, 20):
-        checkpoint.save(tmp_path, step, {**tree, "seed": np.uint32(step)})
-    assert checkpoint.latest_step(tmp_path) == 20
-    assert int(checkpoint.restore(tmp_path, 10, tree)["seed"]) == 10
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20"]
+def load(folder, step: int, like: Layers, names=NAMES) -> Layers:
+    saved = checkpoint.load(checkpoint.read_manifest(folder, step), like, names)
+    return Layers(saved.common, {i: saved.layers[i] for i in saved.layers})
+
+
+def newest_whole(folder) -> int | None:
+    """The step that a reader would take, which must then be as it was saved."""
+    for found in checkpoint.manifests(folder):
+        if isinstance(found, checkpoint.Manifest):
+            try:
+                state = load(folder, found.step, shapes(make_state()))
+            except DamagedError:
+                continue
+            jax.tree.map(np.testing.assert_array_equal, state, make_state(found.step))
+            return found.step
+    return None
+
+
+# --- what is saved -------------------------------------------------------------------------------
+
+
+def test_roundtrip_is_exact(tmp_path):
+    folder, state = save(tmp_path / "with a space", 5), make_state(5)
+    found = load(folder, 5, shapes(state))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, state)
+    assert found.layers[2]["params"]["linear"]["kernel"] is None
+
+
+def test_the_manifest_says_what_it_is(tmp_path):
+    manifest = checkpoint.read_manifest(save(tmp_path, 5, losses=[0.5]), 5)
+    assert (manifest.step, manifest.config, manifest.metrics) == (5, {"a": 1}, {"test_loss": 0.5})
+    assert set(manifest.parts) == {"0", "1", "2", "common"}
+    first = manifest.parts["0"]
+    assert first["description"] == NAMES[0]
+    assert first["arrays"]["params.linear.kernel"] == ["float32", [4, 2]]
+    assert first["arrays"]["params.linear.bias"] == ["bfloat16", [2]]
+    assert manifest.versions["jax"] == jax.__version__
+    data = (manifest.path / "0.safetensors").read_bytes()
+    assert (first["bytes"], first["crc32"]) == (len(data), zlib.crc32(data))
+
+
+def test_files_are_safetensors(tmp_path):
+    """As its own library reads and writes them."""
+    path = save(tmp_path, 5) / "5" / "state" / "2.safetensors"
+    found = safetensors.numpy.load_file(path)
+    wanted = {k: v for k, v in make_state(5).layers[2]["params"]["linear"].items() if k != "kernel"}
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[f"params.linear.{name}"], value)
+    theirs = tensorfile.read(safetensors.numpy.save(found))
+    jax.tree.map(np.testing.assert_array_equal, theirs, found)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = [0.5, 0.1, 0.4, 0.3, 0.2]
+    save(tmp_path, 2, 10, 20, losses=losses, keep=2, keep_best=1)
+    assert checkpoint.steps(epath.Path(tmp_path)) == [20, 10]
+    save(tmp_path, 30, 40, losses=losses[3:], keep=2, keep_best=1)
+    assert checkpoint.steps(epath.Path(tmp_path)) == [40, 30, 10], "10 was the best"
 
 
 def test_no_checkpoint_yet(tmp_path):
-    assert checkpoint.latest_step(tmp_path / "nothing") is None
+    assert checkpoint.steps(epath.Path(tmp_path / "nothing")) == []
     assert not (tmp_path / "nothing").exists()
-    assert checkpoint.latest_step(tmp_path) is None
+    assert list(checkpoint.manifests(epath.Path(tmp_path))) == []
 
 
-def test_everything_that_does_not_fit_is_listed(tmp_path, tree):
-    checkpoint.save(tmp_path, 1, tree)
-    linear = {"kernel": np.zeros((3, 4)), "gain": np.zeros(2)}
-    other = {**tree, "params": [{"linear": linear}, {}]}
+def test_everything_that_does_not_fit_is_listed(tmp_path):
+    folder, state = save(tmp_path, 1), make_state(1)
+    linear = {"kernel": np.zeros((4, 5)), "gain": np.zeros(2)}
+    params = {**state.layers[0], "params": {"linear": linear}}
+    layers = {0: params, 1: state.layers[1], 3: state.layers[2]}
     wanted = (
-        r"checkpoint .*1 does not fit this run: missing params.0.linear.gain; "
-        r"params.0.linear.kernel has shape \[3, 2\], wanted \[3, 4\]; "
-        r"unknown params.0.linear.bias"
+        r"checkpoint .*1 does not fit this run: missing layer 3; unknown layer 2; "
+        r"layer 0: missing params.linear.gain; layer 0: unknown params.linear.bias; "
+        r"layer 0: params.linear.kernel is float32\[4, 2\] there, float64\[4, 5\] here; "
+        r"layer 1: is Norm\(\) there, Scale\(\) here$"
     )
     with pytest.raises(ValueError, match=wanted):
-        checkpoint.restore(tmp_path, 1, shapes(other))
+        load(folder, 1, shapes(Layers(state.common, layers)), [NAMES[0], "Scale()", "", "Head()"])
+
+
+def test_an_average_is_neither_dropped_nor_made_up(tmp_path):
+    folder, state = save(tmp_path, 1), make_state(1)
+    add = lambda one: {**one, "average": one["params"]}  # noqa: E731
+    more = Layers(state.common, {i: add(one) for i, one in state.layers.items()})
+    with pytest.raises(ValueError, match=r"layer 0: missing average.linear.kernel"):
+        load(folder, 1, shapes(more))
+    folder = save(tmp_path / "more", 1, state=more)
+    with pytest.raises(ValueError, match=r"layer 0: unknown average.linear.kernel"):
+        load(folder, 1, shapes(state))
+
+
+def test_a_format_of_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    folder = save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"has format 99, this version reads 1; use the version"):
+        checkpoint.read_manifest(folder, 1)
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, kind: str, rng: random.Random) -> None:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    path = rng.choice(files)
+    if kind == "deleted manifest":
+        path = folder / "manifest.json"
+    data = bytearray(path.read_bytes())
+    if kind == "truncated file":
+        path.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "flipped byte":
+        data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    return Path(save(tmp_path_factory.mktemp("three"), 10, 20, 30))
+
+
+KINDS = ["truncated file"] * 20 + ["flipped byte"] * 20 + ["deleted file"] * 5
+KINDS += ["deleted manifest"] * 5
+
+
+@pytest.mark.parametrize(("case", "kind"), list(enumerate(KINDS)))
+def test_damage_is_noticed_and_the_newest_whole_one_is_read(three, tmp_path, case, kind):
+    subprocess.run(["cp", "-r", f"{three}/.", str(tmp_path)], check=True)
+    folder, rng = epath.Path(tmp_path), random.Random(case)
+    assert newest_whole(folder) == 30
+    damage(tmp_path / "30" / "state", kind, rng)
+    assert newest_whole(folder) == 20
+    if case % 5 == 0:
+        damage(tmp_path / "20" / "state", kind, rng)
+        assert newest_whole(folder) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.with_name("0.safetensors").unlink(), r"^0.safetensors is missing$"),
+        (lambda p: os.truncate(p.with_name("0.safetensors"), 9), r"has 9 bytes, not \d"),
+        (lambda p: p.unlink(), r"^manifest.json is missing$"),
+        (lambda p: p.write_text("{}"), r"^manifest.json cannot be read$"),
+        (lambda p: p.write_text('{"crc32": 1, "content": "{}"}'), "does not have its checksum"),
+        (lambda p: p.write_bytes(
+            (p.parents[2] / "10" / "state" / p.name).read_bytes()), "that of step 10$"),
+    ],
+)  # fmt: skip
+def test_the_words_for_damage(three, tmp_path, change, message):
+    subprocess.run(["cp", "-r", f"{three}/.", str(tmp_path)], check=True)
+    change(tmp_path / "30" / "state" / "manifest.json")
+    with pytest.raises(DamagedError, match=message):
+        load(epath.Path(tmp_path), 30, shapes(make_state()))
+
+
+def test_one_that_was_never_finished_is_cleared_away(tmp_path):
+    """What SIGKILL leaves of a save is no checkpoint, and is gone after the next start."""
+    folder = save(tmp_path, 10)
+    half = tmp_path / "20.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    (half / "0.safetensors").write_bytes(b"half")
+    assert newest_whole(folder) == 10
+    save(tmp_path, 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(small_disk):
+    folder = small_disk / "checkpoints"
+    save(folder, 10)
+    message = r"cannot save into .*: No space left on device; free space there, or lower train.keep"
+    with pytest.raises(SaveError, match=message):
+        save(folder, 20, state=make_state(20, size=100_000))
+    assert checkpoint.steps(epath.Path(folder)) == [10] and newest_whole(epath.Path(folder)) == 10
+    save(folder, 30)
+    assert newest_whole(epath.Path(folder)) == 30
+
+
+def test_reading_needs_no_orbax(three):
+    code = f"""
+import sys
+from etils import epath
+from gpipe_jax import checkpoint
+checkpoint.check_whole(checkpoint.read_manifest(epath.Path({str(three)!r}), 30))
+print("orbax" in sys.modules, "orbax.checkpoint" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.lower().split()[1]) is False

@@ -32,6 +32,7 @@ READING_ORDER = [
     "stages",
     "composite",
     "memory",
+    "device",
     "executor",
     "pipeline",
     "trainer",
@@ -88,7 +89,7 @@ def reachable(name: str) -> set[str]:
 
 
 def test_the_graph_is_that_of_the_package() -> None:
-    assert "gpipe_jax.losses" in GRAPH["gpipe_jax.executor"]
+    assert "gpipe_jax.losses" in GRAPH["gpipe_jax.device"]
     assert "gpipe_jax.layers.layer" in reachable("gpipe_jax.trainer")
     assert "gpipe_jax.pipeline" not in reachable("gpipe_jax.report")  # TYPE_CHECKING only
 

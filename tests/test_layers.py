@@ -15,10 +15,11 @@ import pytest
 from flax import nnx
 
 from gpipe_jax import sequential, zoo
+from gpipe_jax.layers.attention import CausalAttention
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shapes import infer_shapes
-from gpipe_jax.layers.transformer import Block, CausalAttention, Embedding, LanguageHead
+from gpipe_jax.layers.transformer import Block, Embedding, LanguageHead
 
 KEYS = [jax.random.key(seed) for seed in range(3)]
 

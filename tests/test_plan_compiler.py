@@ -212,6 +212,19 @@ def test_what_does_not_fit_is_a_result(compiled: dict[str, Compiled]) -> None:
 
 
 @TPU
+@pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False)])
+def test_what_compiles_but_adds_up_to_more_does_not_fit(cache: Path, over: int, fits: bool) -> None:
+    """The TPU compiler lets programs pass that need some more than it calls usable."""
+    usable = round(GENERATIONS["v3"].hbm_gib * 2**30)
+    program = product(1024 + over)
+    known = Compiled("known", 1.0, needed_bytes=usable + over, cycles=5.0)
+    cache_files.save(cache_files.key_of(program, V3), known)
+    result = compile_programs([program], V3)[0]
+    assert result.fits is fits and result.cycles == 5.0
+    assert (result.short_by_bytes or 0) == over
+
+
+@TPU
 def test_several_slices(cache: Path) -> None:
     """Stages go across them: the permutes do, the reduction does not."""
     result = compile_programs([training_step((4, 2))], parse("v5e:2x2", slices=2))[0]

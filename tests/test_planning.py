@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import gpipe_jax as gpipe
-from gpipe_jax import build, cli, loader, memory, planning, schedule
+from gpipe_jax import build, cli, loader, memory, schedule
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.planning import (
     accelerators,
@@ -25,6 +25,7 @@ from gpipe_jax.planning import (
     timing,
 )
 from gpipe_jax.planning.job import Layout
+from gpipe_jax.planning.report import Plan
 from gpipe_jax.slots import lower
 
 TPU = pytest.mark.skipif(
@@ -146,7 +147,7 @@ def test_between_slices_the_network_is_the_slowest_link() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> planning.Plan:
+def compiled() -> Plan:
     work = small_job()
     return gpipe.plan(
         work.layers,
@@ -162,7 +163,7 @@ def compiled() -> planning.Plan:
 
 
 @TPU
-def test_a_compiled_plan_says_what_it_is_made_of(compiled: planning.Plan) -> None:
+def test_a_compiled_plan_says_what_it_is_made_of(compiled: Plan) -> None:
     assert compiled.fits and compiled.topology == "v3:2x2"
     assert compiled.step_time_s == pytest.approx(sum(compiled.time_s.values())) and (
         compiled.throughput == pytest.approx(16 / compiled.step_time_s)
@@ -191,7 +192,7 @@ def test_the_compiler_needs_what_the_analysis_says() -> None:
 
 
 @TPU
-def test_a_plan_is_drawn(compiled: planning.Plan, tmp_path: Path) -> None:
+def test_a_plan_is_drawn(compiled: Plan, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     compiled.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_a_plan_too() -> None:
 def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(work: job.Job, layout: Layout, compiling: Any, cost: Any) -> planning.Plan:
+    def fake(work: job.Job, layout: Layout, compiling: Any, cost: Any) -> Plan:
         seen.append(layout)
         plan = compute.analyse(work, layout)
         if len(seen) == 2:

@@ -20,7 +20,7 @@ from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 from gpipe_jax.mesh import STAGE, make_mesh
 from gpipe_jax.stages import MAX_UNROLL, Stages
-from gpipe_jax.storage import SLOT_SLACK, from_block, of_device, to_block
+from gpipe_jax.storage import SLOT_SLACK, from_block, to_block
 from gpipe_jax.wire import Wire
 
 PyTree = Any
@@ -97,14 +97,24 @@ def assert_equal(actual: PyTree, wanted: PyTree) -> None:
 def join(stages: Stages, layers: list[PyTree], *, statistics: bool = False) -> list[PyTree]:
     """All devices' arrays [K, ...] of each chunk."""
     storages = stages.stats if statistics else stages.params
-    return [
-        jax.tree.map(lambda *a: np.concatenate(a), *map(to_block, devices))
-        for devices in stages.join_layers(storages, layers)
-    ]
+    blocks = [stages.join_block(storages, k, layers.__getitem__) for k in range(stages.devices)]
+    return jax.tree.map(lambda *a: np.concatenate(a), *blocks)
+
+
+def block_of(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
+    return jax.tree.map(lambda a: np.split(np.asarray(a), stages.devices)[k], arrays)
 
 
 def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
-    return [of_device(k, stages.devices, chunk) for chunk in arrays]
+    return [from_block(chunk) for chunk in block_of(stages, k, arrays)]
+
+
+def split(stages: Stages, arrays: list[PyTree]) -> list[PyTree]:
+    """All layers' parameters, in order."""
+    layers: dict[int, PyTree] = {}
+    for k in range(stages.devices):
+        layers |= stages.split_block(stages.params, k, block_of(stages, k, arrays))
+    return [layers[i] for i in range(len(layers))]
 
 
 def even_cuts(layers: int, stages: int) -> list[range]:
@@ -126,7 +136,7 @@ def test_layers_survive_the_rectangular_form(seed: int) -> None:
     for local, storage in zip(on_device(stages, 0, arrays), stages.params, strict=True):
         spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), local)
         assert spec == storage.local_shapes()
-    assert_equal(stages.split_layers(stages.params, arrays), layers)
+    assert_equal(split(stages, arrays), layers)
     for s, cut in enumerate(cuts):
         c, k = stages.at(s)
         read = stages.params[c].read(k, on_device(stages, k, arrays)[c])
@@ -329,7 +339,7 @@ def test_shared_parameters_are_gathered_and_their_gradients_added_where_they_are
     total = np.float32(10 * sum(range(1, K + 1)))
     layers[0]["w"] = layers[0]["w"] + total
     layers[10]["b"] = layers[10]["b"] - total
-    assert_equal(stages.split_layers(stages.params, added), layers)
+    assert_equal(split(stages, added), layers)
 
 
 # ---- computation --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax import optimizer, trainer
 from gpipe_jax.config import AdamConfig
-from gpipe_jax.trainer import DivergedError, Trainer, TrainState
+from gpipe_jax.trainer import DivergedError, Layers, Trainer, TrainState
 
 EXAMPLES = 12
 
@@ -61,13 +61,17 @@ def trainers() -> dict[int, Trainer]:
 
 
 @pytest.fixture(scope="module")
-def fresh(trainers) -> dict:
+def fresh(trainers) -> Layers:
     """The state that all tests start from, as layers."""
     one = trainers[2]
     current = one.init(seed=3)
     saved = one.to_layers(current)
     one.step(current, next(make_batches()))  # compiled for what `init` returns
     return saved
+
+
+def params_of(saved: Layers) -> list:
+    return [saved.layers[i]["params"] for i in range(len(saved.layers))]
 
 
 def fit(one: Trainer, current, steps: int, batches=None):
@@ -123,7 +127,7 @@ def test_layers_roundtrip_exactly(trainers, fifty):
     saved = fifty[4][0]
     again = trainers[4].to_layers(trainers[4].from_layers(saved, 20))
     jax.tree.map(np.testing.assert_array_equal, again, saved)
-    assert int(saved["seed"]) == 3 and len(saved["params"]) == 10
+    assert int(saved.common["seed"]) == 3 and sorted(saved.layers) == list(range(10))
 
 
 def test_layer_shapes_are_those_of_the_layers(trainers, fifty):
@@ -137,9 +141,9 @@ def test_weight_decay_skips_vectors_in_every_form(fresh):
     """After a step without gradient, matrices are half of what they were and vectors the same."""
     tx = optax.chain(optax.scale(0.0), optimizer.weight_decay(1.0), optax.scale(-0.5))
     one = make_trainer(4, tx=tx)
-    current = one.start(one.pipe.from_layers(fresh["params"]))
+    current = one.start(one.pipe.from_layers(params_of(fresh)))
     current, _ = one.step(current, next(make_batches()))
-    for old, new in zip(fresh["params"], one.pipe.to_layers(current.state), strict=True):
+    for old, new in zip(params_of(fresh), one.pipe.to_layers(current.state), strict=True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(b, a * (0.5 if a.ndim > 1 else 1.0)), old, new
         )
@@ -177,7 +181,7 @@ def test_one_compilation_of_the_step(trainers, fresh, fifty):
 @pytest.mark.parametrize("K", [1, 4])
 def test_a_ragged_batch_is_the_mean_over_its_examples(trainers, fresh, K):
     batch = next(make_batches(size=5))
-    wanted = plain_losses(fresh["params"], batch)[0].mean()
+    wanted = plain_losses(params_of(fresh), batch)[0].mean()
     _, metrics = trainers[K].step(trainers[K].from_layers(fresh, 0), batch)
     assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
 
@@ -286,10 +290,10 @@ def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
 @pytest.mark.parametrize("sizes", [(12, 12, 5), (3,), (12,), (1, 1)])
 def test_evaluation_is_the_mean_over_all_examples(trainers, fresh, sizes):
     one = trainers[4]
-    state = one.pipe.from_layers(fresh["params"])
+    state = one.pipe.from_layers(params_of(fresh))
     batches = [next(make_batches(i, size)) for i, size in enumerate(sizes)]
     found = one.evaluate(state, iter(batches))
-    each = [plain_losses(fresh["params"], batch) for batch in batches]
+    each = [plain_losses(params_of(fresh), batch) for batch in batches]
     loss, accuracy = (np.concatenate(values).mean() for values in zip(*each, strict=True))
     assert found == {
         "test_loss": pytest.approx(loss, rel=1e-5),
@@ -302,8 +306,8 @@ def test_evaluation_weighs_the_examples(trainers, fresh):
     rng = np.random.default_rng(0)
     batches = [next(make_batches(i, size)) for i, size in enumerate((12, 5))]
     batches = [{**b, "weights": rng.uniform(0.1, 5.0, len(b["labels"]))} for b in batches]
-    found = one.evaluate(one.pipe.from_layers(fresh["params"]), iter(batches))
-    each = [plain_losses(fresh["params"], batch)[0] for batch in batches]
+    found = one.evaluate(one.pipe.from_layers(params_of(fresh)), iter(batches))
+    each = [plain_losses(params_of(fresh), batch)[0] for batch in batches]
     wanted = np.average(
         np.concatenate(each), weights=np.concatenate([b["weights"] for b in batches])
     )
@@ -437,8 +441,9 @@ def test_averages_and_statistics_are_the_same_bits_for_every_cut(averaged, K, op
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
         lambda a: (a.shape, a.dtype), saved
     )
-    assert saved["statistics"][3]["norm"]["mean"].any() and len(saved["average"]) == 5
-    assert saved["average"][3]["linear"]["kernel"] is None, "kept by the first layer of that name"
+    last = saved.layers[3]
+    assert last["statistics"]["norm"]["mean"].any() and sorted(saved.layers) == list(range(5))
+    assert last["average"]["linear"]["kernel"] is None, "kept by the first layer of that name"
 
 
 def test_a_saved_average_goes_on_elsewhere(averaged):
@@ -447,10 +452,8 @@ def test_a_saved_average_goes_on_elsewhere(averaged):
     there, metrics_there = other.step(other.from_layers(saved, 5), regression(5))
     here, metrics_here = one.step(one.from_layers(saved, 5), regression(5))
     assert float(metrics_there["loss"]) == pytest.approx(float(metrics_here["loss"]), rel=1e-5)
-    wanted = one.to_layers(here)
-    for name, found in other.to_layers(there).items():
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
-        jax.tree.map(close, found, wanted[name])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, other.to_layers(there), one.to_layers(here))
 
 
 @pytest.mark.parametrize(("steps", "wanted"), [(4, [0.0, 0.25, 0.5, 1.0, 1.0]), (None, [1.0] * 5)])

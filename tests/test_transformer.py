@@ -10,16 +10,14 @@ import pytest
 from flax import nnx
 
 from gpipe_jax import keys, losses, sequential, zoo
+from gpipe_jax.layers.attention import CausalAttention, CrossAttention, SelfAttention, attend
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shapes import count_parameters, infer_shapes
 from gpipe_jax.layers.transformer import (
     Block,
-    CrossAttention,
     DecoderBlock,
     EncoderBlock,
-    SelfAttention,
     SinusoidalEmbedding,
-    attend,
     sinusoids,
 )
 
@@ -82,16 +80,29 @@ def test_counts_of_the_language_models_in_the_gpipe_paper(layers: int, printed: 
 
 def test_counts_look_at_equal_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    original = Block.attention_type.__init__
+    original = CausalAttention.__init__
 
     def counted(*args: Any, **kwargs: Any) -> None:
         built.append(1)
         original(*args, **kwargs)
 
-    monkeypatch.setattr(Block.attention_type, "__init__", counted)
+    monkeypatch.setattr(CausalAttention, "__init__", counted)
     layers = zoo.transformer_lm(layers=1663, width=6, heads=3)
     count_parameters(layers, jax.ShapeDtypeStruct((1, 128), jnp.int32))
     assert 1 <= len(built) <= 8
+
+
+def test_halves_are_the_same_network_in_more_layers() -> None:
+    options: dict = dict(vocabulary=11, length=5, width=8, heads=2, feed_forward=12, layers=3)
+    whole, halves = (zoo.transformer_lm(**options, halves=halves) for halves in (False, True))
+    assert len(halves) == len(whole) + 3
+    tokens = jnp.asarray(RNG.integers(0, 11, (2, 5)))
+    params, scores = scores_of(whole, tokens)
+    embedding, *blocks, head = params
+    split = [block[half] for block in blocks for half in ("attend", "feed_forward")]
+    np.testing.assert_array_equal(
+        scores_of(halves, tokens)[1]([embedding, *split, head], tokens), scores(params, tokens)
+    )
 
 
 def translator_count(V: int, D: int, A: int, F: int, L: int, tables: int) -> int:

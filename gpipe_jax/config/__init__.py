@@ -159,6 +159,13 @@ class TrainConfig(Section):
     steps: Count = Field(default=1000, description="optimizer steps in all")
     eval_every: Count = Field(default=200, description="steps between evaluations")
     log_every: Count = Field(default=10, description="steps between lines of metrics")
+    save_every: Count | None = Field(
+        default=None, description="steps between checkpoints; default: as evaluations"
+    )
+    keep: Count = Field(default=2, description="newest checkpoints that are kept")
+    keep_best: CountOrZero = Field(
+        default=0, description="checkpoints of lowest held-out loss that are kept too"
+    )
     seed: CountOrZero = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )

@@ -148,6 +148,10 @@ class TransformerConfig(Section):
     tied: bool = Field(
         default=False, description="the head uses the embedding's table and has none of its own"
     )
+    halves: bool = Field(
+        default=False,
+        description="a block is two layers, attention and feed-forward, for more even stages",
+    )
     dropout: Fraction = Field(
         default=0.0, description="probability of dropping an activation, in [0, 1)"
     )

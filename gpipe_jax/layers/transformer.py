@@ -3,8 +3,7 @@
 What the layers of an encoder-decoder give to the next one is a dict: "x", and what later layers
 need beside it.
 
-Letters: B examples, S positions, T target positions, D width, H heads, K features of a head,
-V vocabulary.
+Letters: B examples, S positions, T target positions, D width, V vocabulary.
 """
 
 import math
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Dtype = jnp.dtype | str
+from gpipe_jax.layers.attention import CausalAttention, CrossAttention, Dtype, SelfAttention
 
 
 class Embedding(nnx.Module):
@@ -62,84 +61,62 @@ def sinusoids(length: int, width: int) -> jax.Array:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, width)
 
 
-def attend(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, *, causal: bool) -> jax.Array:
-    """Scaled dot-product attention [B, S, H, K]; if causal, no position sees a later one."""
-    # Scores in float32 at least; jax.nn.dot_product_attention would make float64 ones float32.
-    kind = jnp.promote_types(q_BSHK.dtype, jnp.float32)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_BSHK, k_BTHK, preferred_element_type=kind)
-    scores = scores / math.sqrt(q_BSHK.shape[-1])
-    if causal:
-        seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
-        scores = jnp.where(seen, scores, jnp.finfo(kind).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BTHK.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v_BTHK)
+class AttentionHalf(nnx.Module):
+    """x + attention(norm(x)): the first half of a block."""
 
-
-def split_heads(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
-    """The last axis cut into parts, and each of them into heads: arrays [B, S, H, K]."""
-    return [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x, parts, axis=-1)]
-
-
-class SelfAttention(nnx.Module):
-    """Multi-head attention of x [B, S, D] to itself; K is `head_width`, or else D / H."""
-
-    causal = False
+    attention_type: type[SelfAttention] = CausalAttention
 
     def __init__(
         self,
         width: int,
         heads: int,
+        dropout: float = 0.0,
         dtype: Dtype = "float32",
         head_width: int | None = None,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        inner = heads * (head_width or width // heads)
-        self.heads = heads
-        self.qkv = nnx.Linear(width, 3 * inner, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.out = nnx.Linear(inner, width, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.norm = nnx.LayerNorm(width, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.attention = self.attention_type(width, heads, dtype, head_width, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        q, k, v = split_heads(self.qkv(x_BSD), 3, self.heads)
-        y = attend(q, k, v, causal=self.causal)
-        return self.out(y.reshape(*y.shape[:2], -1))
+    def __call__(self, x_BSD: jax.Array, *, rngs: nnx.Rngs) -> jax.Array:
+        return x_BSD + self.dropout(self.attention(self.norm(x_BSD)), rngs=rngs)
 
 
-class CausalAttention(SelfAttention):
-    """Multi-head self-attention in which no position sees a later one."""
+class EncoderAttentionHalf(AttentionHalf):
+    """The same, with all positions seeing each other."""
 
-    causal = True
+    attention_type = SelfAttention
 
 
-class CrossAttention(nnx.Module):
-    """Multi-head attention of x [B, T, D] to all positions of a memory [B, S, D]."""
+class FeedForwardHalf(nnx.Module):
+    """x + down(gelu(up(norm(x)))): the second half of a block."""
 
     def __init__(
         self,
         width: int,
-        heads: int,
+        feed_forward: int,
+        dropout: float = 0.0,
         dtype: Dtype = "float32",
-        head_width: int | None = None,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        inner = heads * (head_width or width // heads)
-        self.heads = heads
-        self.q = nnx.Linear(width, inner, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.kv = nnx.Linear(width, 2 * inner, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.out = nnx.Linear(inner, width, dtype=jnp.dtype(dtype), rngs=rngs)
+        kind = jnp.dtype(dtype)
+        self.norm = nnx.LayerNorm(width, dtype=kind, rngs=rngs)
+        self.up = nnx.Linear(width, feed_forward, dtype=kind, rngs=rngs)
+        self.down = nnx.Linear(feed_forward, width, dtype=kind, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
 
-    def __call__(self, x_BTD: jax.Array, memory_BSD: jax.Array) -> jax.Array:
-        (q,) = split_heads(self.q(x_BTD), 1, self.heads)
-        k, v = split_heads(self.kv(memory_BSD), 2, self.heads)
-        y = attend(q, k, v, causal=False)
-        return self.out(y.reshape(*y.shape[:2], -1))
+    def __call__(self, x_BSD: jax.Array, *, rngs: nnx.Rngs) -> jax.Array:
+        y_BSD = self.down(jax.nn.gelu(self.up(self.norm(x_BSD))))
+        return x_BSD + self.dropout(y_BSD, rngs=rngs)
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)) (Transformer, pre-norm)."""
 
-    attention_type: type[SelfAttention] = CausalAttention
+    attention_half: type[AttentionHalf] = AttentionHalf
 
     def __init__(
         self,
@@ -152,25 +129,11 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        kind = jnp.dtype(dtype)
-        self.norm1 = nnx.LayerNorm(width, dtype=kind, rngs=rngs)
-        self.attention = self.attention_type(width, heads, dtype, head_width, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, dtype=kind, rngs=rngs)
-        self.up = nnx.Linear(width, feed_forward, dtype=kind, rngs=rngs)
-        self.down = nnx.Linear(feed_forward, width, dtype=kind, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.attend = self.attention_half(width, heads, dropout, dtype, head_width, rngs=rngs)
+        self.feed_forward = FeedForwardHalf(width, feed_forward, dropout, dtype, rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array, *, rngs: nnx.Rngs) -> jax.Array:
-        return self.feed_forward(self.attend(x_BSD, rngs), rngs)
-
-    def attend(self, x_BSD: jax.Array, rngs: nnx.Rngs) -> jax.Array:
-        """x + attention(norm(x))."""
-        return x_BSD + self.dropout(self.attention(self.norm1(x_BSD)), rngs=rngs)
-
-    def feed_forward(self, x_BSD: jax.Array, rngs: nnx.Rngs) -> jax.Array:
-        """x + down(gelu(up(norm(x))))."""
-        y_BSD = self.down(jax.nn.gelu(self.up(self.norm2(x_BSD))))
-        return x_BSD + self.dropout(y_BSD, rngs=rngs)
+        return self.feed_forward(self.attend(x_BSD, rngs=rngs), rngs=rngs)
 
 
 class LanguageHead(nnx.Module):
@@ -242,7 +205,7 @@ class SourceEmbedding(nnx.Module):
 class EncoderBlock(Block):
     """A block on "x" [B, S, D] of {"x", "target"} in which all positions see each other."""
 
-    attention_type = SelfAttention
+    attention_half = EncoderAttentionHalf
 
     def __call__(self, tree: dict, *, rngs: nnx.Rngs) -> dict:
         return {**tree, "x": super().__call__(tree["x"], rngs=rngs)}
@@ -281,12 +244,13 @@ class DecoderBlock(Block):
         super().__init__(width, heads, feed_forward, dropout, dtype, head_width, rngs=rngs)
         self.cross_norm = nnx.LayerNorm(width, dtype=jnp.dtype(dtype), rngs=rngs)
         self.cross_attention = CrossAttention(width, heads, dtype, head_width, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, tree: dict, *, rngs: nnx.Rngs) -> dict:
-        x_BTD = self.attend(tree["x"], rngs)
+        x_BTD = self.attend(tree["x"], rngs=rngs)
         y_BTD = self.cross_attention(self.cross_norm(x_BTD), tree["memory"])
         x_BTD = x_BTD + self.dropout(y_BTD, rngs=rngs)
-        return {**tree, "x": self.feed_forward(x_BTD, rngs)}
+        return {**tree, "x": self.feed_forward(x_BTD, rngs=rngs)}
 
 
 class Decoded(nnx.Module):

@@ -5,6 +5,7 @@ the versions.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -12,17 +13,16 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from gpipe_jax.planning import compile_child, compiled, hlo
 from gpipe_jax.planning.accelerators import Topology
 from gpipe_jax.planning.compiled import Compiled, Program
 from gpipe_jax.planning.libtpu import versions
-
-FORMAT = 1  # count up when what is read from a program changes
 
 
 def key_of(program: Program, topology: Topology) -> str:
     """A name for the result: a hash of all that it depends on."""
     parts = (
-        FORMAT,
+        *(inspect.getsource(module) for module in (hlo, compiled, compile_child)),  # who read it
         _without_locations(program.exported.mlir_module()),
         program.donate,
         program.mesh_shape,

@@ -94,7 +94,6 @@ def _compile(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
         needed_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -102,7 +101,7 @@ def _compile(
         + memory.generated_code_size_in_bytes,
         cycles=module.cycles(),
         collectives=tuple(module.collectives()),
-        text_bytes=len(text),
+        endless_loops=sum(loop.trips is None for loop in module.loops()),
     )
 
 

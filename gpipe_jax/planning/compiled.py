@@ -29,18 +29,17 @@ class Compiled(NamedTuple):
     alias_bytes: int = 0  # of outputs that take the place of donated arguments
     temporary_bytes: int = 0
     code_bytes: int = 0
-    peak_bytes: int = 0  # the most at any one time, without code; XLA's own estimate
     needed_bytes: int = 0  # arguments + outputs - aliased + temporaries + code
     cycles: float = 0.0
     collectives: tuple[Collective, ...] = ()
-    text_bytes: int = 0
+    endless_loops: int = 0  # whose length is not known: `cycles` has one round of each
     error: str | None = None
     usable_bytes: int | None = None  # only of a program that does not fit
     short_by_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether it compiled; a program that does not fit has no cycles and no collectives."""
+        """Whether it compiled, and its sizes add up to what a device has."""
         return self.error is None
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +51,13 @@ class Compiled(NamedTuple):
         """The inverse of `to_dict`."""
         collectives = tuple(Collective(**c) for c in found["collectives"])
         return cls(**{**found, "collectives": collectives})
+
+
+def too_large(result: Compiled, usable_bytes: int) -> Compiled:
+    """The result of a program that needs more than a device has."""
+    short = result.needed_bytes - usable_bytes
+    error = f"does not fit by {short / GIB:.2f} GiB"
+    return result._replace(error=error, usable_bytes=usable_bytes, short_by_bytes=short)
 
 
 # Out of memory. The compiler has two ways to say it; the second also counts arguments.
@@ -68,9 +74,6 @@ def failed(name: str, compile_s: float, text: str) -> Compiled:
             need, usable = (
                 round(float(match[i]) * 1024 ** "BKMGT".index(match[i + 1] or "B")) for i in (1, 3)
             )
-            error = f"does not fit by {(need - usable) / GIB:.2f} GiB"
-            return Compiled(name, compile_s, needed_bytes=need, error=error)._replace(
-                usable_bytes=usable, short_by_bytes=need - usable
-            )
+            return too_large(Compiled(name, compile_s, needed_bytes=need), usable)
     lines = [line.strip() for line in text.splitlines()]
     return Compiled(name, compile_s, error=next((x for x in lines if x), "no message")[:500])

@@ -24,7 +24,7 @@ import jax.export
 import gpipe_jax
 from gpipe_jax.planning import cache
 from gpipe_jax.planning.accelerators import Topology
-from gpipe_jax.planning.compiled import Compiled, Program
+from gpipe_jax.planning.compiled import GIB, Compiled, Program, too_large
 from gpipe_jax.planning.libtpu import check_installed
 
 SHOW_EVERY_S = 3.0
@@ -68,7 +68,11 @@ def compile_programs(
                 results[key] = result
                 if result.error is None or result.short_by_bytes is not None:
                     cache.save(key, result)
-    return [results[k]._replace(name=p.name) for k, p in zip(keys, programs, strict=True)]
+    found = [results[k]._replace(name=p.name) for k, p in zip(keys, programs, strict=True)]
+    # The compiler lets programs pass that need a little more than it calls usable: we don't.
+    usable = round(topology.generation.hbm_gib * GIB)
+    fits = lambda x: x.error is not None or x.needed_bytes <= usable  # noqa: E731
+    return [result if fits(result) else too_large(result, usable) for result in found]
 
 
 def _check(program: Program, topology: Topology) -> None:

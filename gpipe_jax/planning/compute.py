@@ -59,9 +59,15 @@ def with_compiler(job: Job, layout: Layout, compiling: Compiling, cost: Any = "f
     failed = [
         f"no time, as {part.name} alone {part.error}" for part in found.values() if part.error
     ]
+    endless = [
+        f"{part.name} has {part.endless_loops} loop(s) of unknown length: its predicted time "
+        f"counts one round of each"
+        for part in found.values()
+        if part.endless_loops
+    ]
     predicted = None if failed else _prediction(trainer, found, compiling)
     plan = _plan(trainer, layout, compiling.topology, whole, predicted)
-    return replace(plan, warnings=[*plan.warnings, *failed[:1]])
+    return replace(plan, warnings=[*plan.warnings, *failed[:1], *endless])
 
 
 def predict(

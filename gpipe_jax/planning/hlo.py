@@ -238,16 +238,6 @@ class Module:
         return self._by_name[scope]
 
 
-def computations(text: str) -> dict[str, list[str]]:
-    """Computation name -> its lines."""
-    return Module(text).computations
-
-
-def cycles(text: str) -> float:
-    """The compiler's estimate of the cycles that one run of the program takes."""
-    return Module(text).cycles()
-
-
 def _opcode(line: str) -> str:
     match = _OPCODE.search(line)
     return match[1] if match else ""

@@ -27,6 +27,11 @@ def save(plan: Plan, path: Path) -> None:
     path.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def step_time_s(path: Path) -> float | None:
+    """The time of a step that a plan file predicts, if it does; the file must be one."""
+    return json.loads(path.read_text(encoding="utf-8"))["step_time_s"]
+
+
 def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:
     """`given`, and before them the overrides that lay the run of config `source` out as planned.
 

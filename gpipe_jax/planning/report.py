@@ -1,11 +1,11 @@
 """What a plan says: as a table, in a notebook, as JSON, as a picture."""
 
-import html
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax import table
 from gpipe_jax.memory import GIB
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
@@ -60,20 +60,11 @@ class Plan:
         return {**asdict(self), "note": ANALYSED if self.topology is None else COMPILED}
 
     def __str__(self) -> str:
-        rows = [list(row) for row in self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.facts().items())])
+        found = (f"{name}: {value}" for name, value in self.facts().items())
+        return "\n".join([table.as_text(self._rows()), *found])
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
-        row = lambda tag, r: f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"  # noqa: E731
-        table = row("th", head) + "".join(row("td", r) for r in body)
-        facts = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in self.facts().items())
-        return f"<table>{table}</table><ul>{facts}</ul>"
+        return table.as_html(self._rows(), self.facts())
 
     def _rows(self) -> list[tuple[str, ...]]:
         head = ["stage", "layers", "first layer", "cost", "parameters", "boundary", "padding"]
@@ -104,8 +95,9 @@ class Plan:
             "bubble": f"{self.bubble_fraction:.1%} of the slots",
             "memory": f"{_size(self.hbm_analysed_gib)} by analysis: {_sizes(self.memory_gib)}",
         }
+        warnings = {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
         if self.topology is None:
-            return {**found, "note": ANALYSED}
+            return {**found, **warnings, "note": ANALYSED}
         found = {"topology": self.topology, **found, "fits": self._fit()}
         if self.compiled_gib is not None:
             found["compiled memory"] = (
@@ -121,9 +113,7 @@ class Plan:
             inside, outside = map(_counts, (self.collectives_in_loops, self.collectives))
             found["collectives"] = f"in loops {inside} (permutes {kind}); outside {outside}"
         found["versions"] = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-        for i, warning in enumerate(self.warnings):
-            found[f"warning {i + 1}"] = warning
-        return {**found, "note": COMPILED}
+        return {**found, **warnings, "note": COMPILED}
 
     def _fit(self) -> str:
         if self.fits is None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from gpipe_jax import memory, partition
+from gpipe_jax import memory, partition, table
 from gpipe_jax.cost import NOMINAL_RATES, LayerCost, tree_bytes
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import compute, timing
@@ -26,6 +26,7 @@ class Candidate(NamedTuple):
     """A layout, as analysed."""
 
     layout: Layout
+    boundaries: tuple[int, ...]  # the cut that was analysed
     needed_gib: float
     step_s: float
 
@@ -41,12 +42,8 @@ class Ranking(NamedTuple):
         head = ("", "stages", "data", "micro-batches", "chunks", "schedule", "remat", "fits",
                 "GiB", "step", "examples/s")  # fmt: skip
         rows = [head, *(self._row(n, p) for n, p in enumerate(self.plans, 1))]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
         looked = f"{self.looked_at} layouts analysed, {self.too_large} of them too large"
-        return "\n".join([*lines, f"{looked}; {len(self.plans)} compiled, not run"])
+        return f"{table.as_text(rows)}\n{looked}; {len(self.plans)} compiled, not run"
 
     @staticmethod
     def _row(n: int, plan: Plan) -> tuple[str, ...]:
@@ -75,7 +72,8 @@ def search(job: Job, compiling: Compiling, compile_best: int) -> Ranking:
         raise ValueError(_nothing_fits(found, compiling.topology))
     plans: list[Plan] = []
     for candidate in fitting[: MOST_TRIED * compile_best]:
-        plans.append(compute.with_compiler(job, candidate.layout, compiling, cost="flops"))
+        layout = candidate.layout._replace(partition=list(candidate.boundaries))
+        plans.append(compute.with_compiler(job, layout, compiling))
         if sum(plan.fits is True for plan in plans) == compile_best:
             break
     plans.sort(key=lambda p: (not p.fits, p.step_time_s or math.inf))
@@ -165,7 +163,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     step = timing.step_time(
         stages, schedule, times, topology, replicas=layout.data, update_s=update_s
     )
-    return Candidate(layout, sum(held.values()) / memory.GIB, step.total)
+    return Candidate(layout, cut.boundaries, sum(held.values()) / memory.GIB, step.total)
 
 
 def _layer_s(cost: LayerCost, generation: Generation) -> float:

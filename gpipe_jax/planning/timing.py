@@ -78,7 +78,7 @@ def step_time(
         imbalance=float(busy.max() - busy.mean()),
         bubble=float(ticks - busy.max()),
         transfer=_transfer(stages, schedule, topology),
-        gradient_reduction=_reduction(replicas, float32_bytes(stages), topology),
+        gradient_reduction=_reduction(stages, replicas, topology),
         update=update_s,
     )
 
@@ -87,18 +87,29 @@ def _transfer(stages: Stages, schedule: Schedule, topology: Topology) -> float:
     """Every tick of a segment sends, needed or not: see `executor`."""
     if stages.last == 0:
         return 0.0
-    speed = topology.generation.link_bytes_s
-    if topology.slices > 1:  # a tick waits for the slowest of its links
-        speed = min(speed, topology.generation.dcn_bytes_s)
     operation = schedule.table[..., 0]
     forwards = np.nonzero((operation == FORWARD).any(axis=1))[0]
     backwards = np.nonzero((operation == BACKWARD).any(axis=1))[0]
     wire = stages.wire
     sent = (int(forwards[-1]) + 1) * tree_bytes(wire.shapes)
     sent += (schedule.ticks - int(backwards[0])) * tree_bytes(wire.gradient_shapes)
-    return float(sent / speed)
+    return float(sent / _speed_between_stages(topology))
 
 
-def _reduction(replicas: int, size: int, topology: Topology) -> float:
-    """A ring all-reduce over the replicas, on one link."""
-    return 2 * (replicas - 1) / replicas * size / topology.generation.link_bytes_s
+def _reduction(stages: Stages, replicas: int, topology: Topology) -> float:
+    """Sums over the replicas; and over the stages of tied parameters, and of their gradients."""
+    tied = stages.shared_bytes() + stages.shared_bytes(4)
+    return _all_reduce(
+        replicas, float32_bytes(stages), topology.generation.link_bytes_s
+    ) + _all_reduce(stages.devices, tied, _speed_between_stages(topology))
+
+
+def _all_reduce(devices: int, size: int, bytes_s: float) -> float:
+    """In a ring, on one link."""
+    return 2 * (devices - 1) / devices * size / bytes_s
+
+
+def _speed_between_stages(topology: Topology) -> float:
+    speed = topology.generation.link_bytes_s
+    # All wait for the slowest link.
+    return min(speed, topology.generation.dcn_bytes_s) if topology.slices > 1 else speed

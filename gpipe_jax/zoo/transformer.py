@@ -4,11 +4,13 @@ from typing import Literal
 
 from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.layers.transformer import (
+    AttentionHalf,
     Block,
     Decoded,
     DecoderBlock,
     Embedding,
     EncoderBlock,
+    FeedForwardHalf,
     LanguageHead,
     SinusoidalEmbedding,
     SourceEmbedding,
@@ -31,12 +33,14 @@ def transformer_lm(
     dtype: str = "float32",
     positions: Literal["learned", "sinusoidal"] = "learned",
     tied: bool = False,
+    halves: bool = False,
 ) -> list[Layer]:
     """A decoder-only language model: tokens int [B, length] to scores [B, length, vocabulary].
 
     An embedding, pre-norm blocks, and a head. Learned positions are parameters, sinusoidal ones are
-    not. The head has its own weights, or the embedding's table if `tied`. `dtype` is what the
-    layers compute in; parameters are float32.
+    not. The head has its own weights, or the embedding's table if `tied`. With `halves` a block is
+    two layers, attention and feed-forward, so that stages can be cut more evenly. `dtype` is what
+    the layers compute in; parameters are float32.
 
     The GPipe paper's Transformer-L (table 1) is `transformer_lm(vocabulary=32000, length=1024,
     width=2048, heads=32, feed_forward=8192, layers=L, positions="sinusoidal")`; its Transformer-24
@@ -55,10 +59,15 @@ def transformer_lm(
         embedding = layer(SinusoidalEmbedding, vocabulary=vocabulary, **kind)
     else:
         raise ValueError(f"`positions` is {positions!r}: use 'learned' or 'sinusoidal'")
-    block = layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **kind)
+    block = [layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **kind)]
+    if halves:
+        block = [
+            layer(AttentionHalf, heads=heads, dropout=dropout, **kind),
+            layer(FeedForwardHalf, feed_forward=feed_forward, dropout=dropout, **kind),
+        ]
     if tied:
         embedding = embedding.tie(TOKENS, "tokens")
-    return [embedding, *[block] * layers, _head(vocabulary, tied, kind)]
+    return [embedding, *block * layers, _head(vocabulary, tied, kind)]
 
 
 def encoder_decoder(

@@ -1,0 +1,108 @@
+"""`gpipe train`, `eval` and `export`: from the command line's options to an exit code."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from gpipe_jax import build, export, hosts, loader, progress, run
+from gpipe_jax.config import Config
+from gpipe_jax.interrupt import PREEMPTED, StoppedError
+from gpipe_jax.loader import ConfigError
+from gpipe_jax.trainer import DivergedError
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a config's network, or go on with it."""
+    predicted_s = None
+    if options.plan:
+        from gpipe_jax.planning import layouts
+
+        options.overrides = layouts.overrides(options.plan, options.config, options.overrides)
+        predicted_s = layouts.step_time_s(options.plan)
+
+    def work(parts: run.Parts) -> run.Summary:
+        config = parts.config.train
+        with progress.show(config.steps, config.log_every, quiet=not hosts.is_first()) as show:
+            summary = run.train(parts, show)
+        return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})
+
+    return _run(options, work)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate the newest whole checkpoint of a config's run, or of a run's folder."""
+    folder = epath.Path(options.config)
+    if folder.is_dir():
+        if not (folder / "config.yaml").exists():
+            problem = "there is no config.yaml here; give the folder of a run, or a YAML file"
+            raise ConfigError([problem], options.config)
+        options.config = str(folder / "config.yaml")
+        options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
+    if options.stages is not None:
+        stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
+        options.overrides = [*stages, *options.overrides]
+    return _run(options, run.evaluate)
+
+
+def _run(options: argparse.Namespace, work: Any) -> int:
+    config = loader.load(options.config, options.overrides)
+    try:
+        cluster = _cluster(options, config)
+        with hosts.together(cluster):
+            return _alone(options, config, work, cluster.count if cluster else 1)
+    except StoppedError as error:
+        return _fail(error, PREEMPTED)
+    except (DivergedError, hosts.MissingError, OSError) as error:
+        return _fail(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if cluster is None:
+            raise
+        return _fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
+
+
+def _cluster(options: argparse.Namespace, config: Config) -> hosts.Cluster | None:
+    asked = (options.coordinator, options.processes, options.process)
+    try:
+        # Simulated devices are for one machine, whatever that is a part of.
+        alone = config.mesh.simulate is not None and not hosts.is_asked(*asked)
+        return None if alone else hosts.find(*asked)
+    except ValueError as error:
+        raise ConfigError([str(error)], "the command line") from error
+
+
+def _alone(options: argparse.Namespace, config: Config, work: Any, processes: int) -> int:
+    workdir = config.train.workdir or run.default_workdir(options.config)
+    try:
+        parts = run.assemble(config, workdir, processes)
+    except build.SectionError as error:
+        place = loader.place(options.config, options.overrides, error.section, str(error))
+        raise ConfigError([f"{place}: {error}"], options.config) from error
+    first = hosts.is_first()
+    if first:
+        print(parts.trainer.pipe, flush=True)
+    summary = work(parts)
+    if first:
+        print(progress.table(summary.figures))
+        print(summary.note)
+        if options.json:
+            print(json.dumps(summary.figures))
+    return 0
+
+
+def export_run(options: argparse.Namespace) -> int:
+    """Write a run's parameters as one plain file."""
+    figures = export.export(epath.Path(options.run), Path(options.out))
+    print(progress.table(figures))
+    if options.json:
+        print(json.dumps(figures))
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"gpipe: {error}", file=sys.stderr)
+    return code

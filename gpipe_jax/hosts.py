@@ -1,0 +1,258 @@
+"""Several processes as one run: who they are, whether all have come, and whether one is gone.
+
+Before JAX connects them, and aborts without a word of who is missing, the processes hold a roll
+call on the coordinator's port. They keep its connections: one that breaks without a goodbye is a
+process that died, and the others end too, so that a supervisor can start them all again.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+TIMEOUT_S = 300
+HEARTBEAT_S = 30  # without a sign of life a host counts as gone; JAX's own limit is 100 s
+GOODBYE, READY = b"goodbye\n", b"ready\n"
+
+
+class Cluster(NamedTuple):
+    """The processes of a run, as one of them sees it."""
+
+    coordinator: str  # host:port of process 0
+    count: int
+    index: int
+
+    @property
+    def me(self) -> str:
+        """This process, in messages, which count from 1."""
+        return f"host {self.index + 1} of {self.count}"
+
+
+class MissingError(RuntimeError):
+    """Not all processes have come."""
+
+
+def find(coordinator: str | None, count: int | None, index: int | None) -> Cluster | None:
+    """The cluster asked for, or the one that JAX detects (TPU pods, Slurm, MPI); None if alone.
+
+    Raises ValueError if something is missing to it.
+    """
+    given = _asked(coordinator, count, index)
+    if any(value is not None for value in given):
+        return _check(*given)
+    from jax._src.clusters import ClusterEnv  # what initialize() does, which fails when alone
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT_S)
+    coordinator, count, index, _ = found
+    if coordinator is None or count is None or index is None or count == 1:
+        return None
+    return Cluster(coordinator, count, index)
+
+
+def is_asked(coordinator: str | None, count: int | None, index: int | None) -> bool:
+    """Whether several processes are asked for, by options or environment variables."""
+    return any(value is not None for value in _asked(coordinator, count, index))
+
+
+def _asked(*options: str | int | None) -> list[str | int | None]:
+    environment = (os.environ.get(f"JAX_{name}") for name in _VARIABLES)
+    return [a if a is not None else b for a, b in zip(options, environment, strict=True)]
+
+
+_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+
+
+def _check(coordinator: Any, count: Any, index: Any) -> Cluster:
+    if coordinator is None or count is None or index is None:
+        raise ValueError(
+            "several processes need --coordinator HOST:PORT (of the first), --processes N and "
+            "--process I, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; give "
+            "all three"
+        )
+    try:
+        cluster = Cluster(coordinator, int(count), int(index))
+    except ValueError as error:
+        raise ValueError(
+            f"JAX_NUM_PROCESSES {count} and JAX_PROCESS_ID {index} must be numbers"
+        ) from error
+    if not 0 <= cluster.index < cluster.count:
+        raise ValueError(
+            f"--process {index} of --processes {count}: processes count from 0 to "
+            f"{cluster.count - 1}"
+        )
+    if not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"--coordinator {coordinator} has no port; write it as HOST:PORT")
+    return cluster
+
+
+@contextlib.contextmanager
+def together(cluster: Cluster | None, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    """Run the block as one of the cluster's processes, or alone. Before any device is touched.
+
+    Raises MissingError if not all come in time.
+    """
+    if cluster is None or cluster.count == 1:
+        yield
+        return
+    peers = roll_call(cluster, timeout_s)
+    watch = Watch(cluster, peers)
+    jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.count,
+        cluster.index,
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(timeout_s),
+    )
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        # The likely reason, a process that is gone, says its name and ends this one.
+        time.sleep(HEARTBEAT_S)
+        raise
+    watch.goodbye()
+
+
+class Peer(NamedTuple):
+    """A connection to another process."""
+
+    index: int
+    name: str  # of its machine
+    socket: socket.socket
+
+
+def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
+    """Wait for all processes. Raises MissingError, which names those that are not here."""
+    deadline = time.monotonic() + timeout_s
+    hint = "did you start the same command on every host (--worker=all)?"
+    if cluster.index:
+        _say(f"{cluster.me}, waiting for the others (time-out {timeout_s:g} s); {hint}")
+        return [_answer(cluster, deadline, hint)]
+    here: dict[int, Peer] = {}
+    port = int(cluster.coordinator.rpartition(":")[2])
+    with socket.create_server(("", port), backlog=cluster.count) as server:
+        said = 0.0
+        while len(here) < cluster.count - 1:
+            missing = [i for i in range(1, cluster.count) if i not in here]
+            names = f"host{'s' * (len(missing) > 1)} {', '.join(str(i + 1) for i in missing)}"
+            if time.monotonic() > deadline:
+                problem = f"{names} of {cluster.count} did not come within {timeout_s:g} s; {hint}"
+                for peer in here.values():
+                    peer.socket.sendall(f"{problem}\n".encode())
+                raise MissingError(problem)
+            if time.monotonic() - said > 30:
+                _say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
+                said = time.monotonic()
+            server.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                peer = _greet(server.accept()[0])
+                here[peer.index] = peer
+    for peer in here.values():
+        peer.socket.sendall(READY)
+    return list(here.values())
+
+
+def _greet(connection: socket.socket) -> Peer:
+    connection.settimeout(10)
+    index, name = _line(connection).decode().split(" ", 1)
+    return Peer(int(index), name.strip(), _kept_alive(connection))
+
+
+def _answer(cluster: Cluster, deadline: float, hint: str) -> Peer:
+    host, _, port = cluster.coordinator.rpartition(":")
+    while True:
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=5)
+            connection.sendall(f"{cluster.index} {socket.gethostname()}\n".encode())
+            connection.settimeout(max(deadline + 5 - time.monotonic(), 1))
+            answer = _line(connection)
+        except OSError:  # not there yet
+            answer = b""
+        if answer == READY:
+            return Peer(0, host, _kept_alive(connection))
+        if answer:
+            raise MissingError(answer.decode().strip())
+        if time.monotonic() > deadline:
+            raise MissingError(
+                f"host 1 of {cluster.count} ({cluster.coordinator}) did not come; {hint}"
+            )
+        time.sleep(0.5)
+
+
+def _line(connection: socket.socket) -> bytes:
+    """What comes up to the end of a line, or of the connection."""
+    text = b""
+    while not text.endswith(b"\n"):
+        more = connection.recv(1)
+        if not more:
+            break
+        text += more
+    return text
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    """A connection that breaks if the other machine is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("IDLE", HEARTBEAT_S // 2), ("INTVL", 5), ("CNT", HEARTBEAT_S // 10)):
+        if hasattr(socket, f"TCP_KEEP{name}"):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
+    return connection
+
+
+class Watch:
+    """Ends this process, with a message, when another one dies.
+
+    Process 0 hears it from the system and tells the others; the others hear of process 0's end.
+    """
+
+    def __init__(self, cluster: Cluster, peers: list[Peer]) -> None:
+        self.cluster, self.peers = cluster, peers
+        for peer in peers:
+            threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
+
+    def goodbye(self) -> None:
+        """This process is done; nobody need end for it."""
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.socket.sendall(GOODBYE)
+
+    def _listen(self, peer: Peer) -> None:
+        try:
+            heard = _line(peer.socket)
+        except OSError:
+            heard = b""
+        if heard == GOODBYE:
+            return
+        lost = f"host {peer.index + 1} of {self.cluster.count} ({peer.name}) is gone"
+        lost = heard.decode().strip() or lost
+        for other in self.peers:
+            with contextlib.suppress(OSError):
+                other.socket.sendall(f"{lost}\n".encode())
+        _say(f"{lost}; {self.cluster.me} ends too: start all of them again, to continue")
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _say(text: str) -> None:
+    print(f"gpipe: {text}", file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all share."""
+    return jax.process_index() == 0
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether all processes say yes; every one must ask."""
+    if jax.process_count() == 1:
+        return yes
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(yes)).all())

@@ -1,0 +1,98 @@
+"""SIGTERM and Ctrl-C as a wish: finish the step under way, save, and end with exit code 75.
+
+A thread hears the signals, for Python's own handlers wait while the main thread compiles.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+
+PREEMPTED = 75  # exit code: saved, start it again
+INTERRUPTED = 130
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop, and everything is saved."""
+
+
+class Stop:
+    """Whether the run is to stop.
+
+    While `unsaved` is false there is nothing to save, and a signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested, self.unsaved = False, True
+
+    @property
+    def now(self) -> bool:
+        """Whether to leave an evaluation; several processes stay together and finish it."""
+        return self.requested and jax.process_count() == 1
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after `step` steps; with several processes the same in all of them."""
+        if jax.process_count() == 1:
+            return self.requested
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _hear(self, number: int) -> None:
+        if self.requested and number == signal.SIGINT:
+            _end(INTERRUPTED, "stopped at once; the newest checkpoint is as it was")
+        if self.requested:
+            return
+        self.requested = True
+        name = signal.Signals(number).name
+        if not self.unsaved:
+            _end(PREEMPTED, f"{name}: ends at once, there is nothing to save")
+        _say(f"{name}: saving after this step (Ctrl-C: stop at once)")
+        if jax.process_count() > 1 and number == signal.SIGINT:
+            # To JAX's preemption service, which makes all processes stop after the same step.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    print(f"gpipe: {text}", file=sys.stderr, flush=True)
+
+
+def _end(code: int, text: str) -> None:
+    _say(text)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Stop]:
+    """A `Stop` that hears signals while the block runs; in the main thread only."""
+    stop = Stop()
+    # With several processes SIGTERM is for JAX's preemption service, which has its own handler.
+    numbers = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_listen, args=(read, stop), daemon=True)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write)
+        thread.join()
+        os.close(read)
+
+
+def _listen(read: int, stop: Stop) -> None:
+    while heard := os.read(read, 1):
+        stop._hear(heard[0])

@@ -1,0 +1,168 @@
+"""Writing checkpoints while training goes on; Orbax's types stay in this file.
+
+Orbax gives the background thread, the barriers between processes, the temporary folder that gets
+its name only when everything is in it, and the removal of old checkpoints. The files are those of
+`checkpoint`: Orbax's own have no checksums.
+"""
+
+import asyncio
+import dataclasses
+import errno
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import future
+
+from gpipe_jax import checkpoint
+from gpipe_jax.trainer import Layers
+
+WRITERS = 4  # files that a process writes at once
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
+@dataclasses.dataclass
+class _Save(ocp.args.CheckpointArgs):
+    state: Layers
+    descriptions: Sequence[str]
+    about: Mapping[str, Any]
+
+
+class _Files(ocp.AsyncCheckpointHandler):
+    """Every process writes its layers, then what it wrote; the first one makes the manifest."""
+
+    def __init__(self) -> None:
+        self._about: Mapping[str, Any] = {}
+
+    async def async_save(self, directory: epath.Path, args: _Save) -> list[future.Future]:
+        self._about = args.about
+        write = asyncio.to_thread(_write, directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(write, name="layers")]
+
+    def save(self, directory: epath.Path, args: _Save) -> None:
+        _write(directory, args)
+
+    def restore(self, directory: epath.Path, args: Any = None) -> None:
+        raise NotImplementedError("see `checkpoint.load`")
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Called in the first process, when all have written."""
+        parts: dict[str, dict] = {}
+        for path in sorted(directory.glob("process_*.json")):
+            parts |= json.loads(path.read_text())
+            path.unlink()
+        checkpoint.write_manifest(directory, parts, self._about)
+
+
+ocp.args.register_with_handler(_Files, for_save=True, for_restore=True)(_Save)
+
+
+def _write(directory: epath.Path, args: _Save) -> None:
+    here = jax.process_index()
+
+    def one(i: int) -> tuple[str, dict]:
+        tree = args.state.layers[i]
+        return str(i), checkpoint.write_part(directory, str(i), tree, args.descriptions[i])
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        parts = dict(pool.map(one, args.state.layers))
+    if here == 0:
+        common = checkpoint.write_part(directory, checkpoint.COMMON, args.state.common)
+        parts[checkpoint.COMMON] = common
+    (directory / f"process_{here}.json").write_text(json.dumps(parts))
+
+
+class Saver:
+    """The checkpoints that a run writes into `folder`.
+
+    The newest `keep` are kept, and the `keep_best` of the lowest held-out loss.
+    """
+
+    def __init__(self, folder: epath.Path, *, keep: int, keep_best: int = 0) -> None:
+        # Orbax logs what it raises too, as a traceback, and what it thinks of its settings.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.folder = folder
+        self._keep, self._keep_best = keep, keep_best
+        self._losses: dict[int, float] = {}
+        for found in checkpoint.manifests(folder) if keep_best else ():
+            if isinstance(found, checkpoint.Manifest):
+                self._note(found.step, found.metrics)
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            preservation_policy=self,
+            save_root_metadata=False,
+            lightweight_initialize=True,
+        )
+        handlers = {checkpoint.STATE: _Files()}
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question; the checkpoints come in the order of their steps."""
+        steps = [one.step for one in checkpoints]
+        known = [step for step in steps if step in self._losses]
+        best = sorted(known, key=self._losses.__getitem__)[: self._keep_best]
+        return [step in steps[-self._keep :] or step in best for step in steps]
+
+    def _note(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        if metrics and "test_loss" in metrics:
+            self._losses[step] = metrics["test_loss"]
+
+    def save(
+        self,
+        state: Layers,
+        step: int,
+        *,
+        descriptions: Sequence[str],
+        config: dict,
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Begin to write; `state` must not change. Waits for the checkpoint before to be written.
+
+        Raises SaveError for what went wrong with that one, or goes wrong now.
+        """
+        self._note(step, metrics)
+        about = {"step": step, "config": config, "metrics": metrics}
+        args = ocp.args.Composite(**{checkpoint.STATE: _Save(state, descriptions, about)})
+        with _Failure(self):
+            self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Return when everything is written. Raises SaveError."""
+        with _Failure(self):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and stop. Raises SaveError."""
+        with _Failure(self):
+            self._manager.close()
+
+
+class _Failure:
+    """Turns what can go wrong with files into a SaveError, and removes what is half written."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.folder = saver.folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, OSError):
+            return
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                path.rmtree()
+        remedy = "the checkpoints before it are as they were"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free space there, or lower train.keep; {remedy}"
+        reason = error.strerror or error
+        raise SaveError(f"cannot save into {self.folder}: {reason}; {remedy}") from error
