@@ -11,7 +11,10 @@ import numpy as np
 from gpipe_jax import data, losses, zoo
 from gpipe_jax.config import (
     AmoebaNetConfig,
+    ArraysConfig,
     Config,
+    FromFiles,
+    MlpConfig,
     ModelConfig,
     SyntheticTokensConfig,
     TextConfig,
@@ -26,6 +29,9 @@ DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "digits": data.digits,
     "text": data.text,
     "cifar10": data.cifar10,
+    "arrays": data.arrays,
+    "array_record": data.array_record,
+    "python": data.python,
     "synthetic_images": data.synthetic_images,
     "synthetic_tokens": data.synthetic_tokens,
 }
@@ -51,11 +57,20 @@ def section(name: str) -> Iterator[None]:
 
 def dataset(config: Config) -> data.Dataset:
     """The data set of a config."""
-    _check_memory(config)
+    if not isinstance(config.data, FromFiles):
+        _check_memory(config)
     options = config.data.model_dump(exclude={"kind"})
     if isinstance(config.data, TextConfig | SyntheticTokensConfig):
         options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
+    if isinstance(config.data, ArraysConfig):
+        options["rules"] = _rules(config.model)
     return DATASETS[config.data.kind](seed=config.train.seed, **options)
+
+
+def _rules(model: ModelConfig) -> data.Rules:
+    if isinstance(model, TransformerConfig):
+        return data.Rules(tokens=True, classes=model.vocabulary)
+    return data.Rules(classes=model.features[-1] if isinstance(model, MlpConfig) else model.classes)
 
 
 def _check_memory(config: Config) -> None:
@@ -70,7 +85,10 @@ def _check_memory(config: Config) -> None:
 
 
 def example(config: Config) -> dict:
-    """The shapes of a batch of a config's data, of which nothing is read."""
+    """The shapes of a batch of a config's data, of which nothing is read if that can be."""
+    if isinstance(config.data, FromFiles):
+        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+        return jax.tree.map(like, next(dataset(config).train(0)))
     count, images = config.data.batch_size, image_shape(config.data)
     if images is None:
         tokens = jax.ShapeDtypeStruct((count, config.model.length), np.int32)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from gpipe_jax import build, export, hosts, loader, progress, run
+from gpipe_jax import build, data, export, hosts, loader, progress, run
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import PREEMPTED, StoppedError
 from gpipe_jax.loader import ConfigError
@@ -85,7 +85,11 @@ def _alone(options: argparse.Namespace, config: Config, work: Any, processes: in
     first = hosts.is_first()
     if first:
         print(parts.trainer.pipe, flush=True)
-    summary = work(parts)
+    try:
+        summary = work(parts)
+    except data.DataError as error:
+        place = loader.place(options.config, options.overrides, "data", str(error))
+        raise ConfigError([f"{place}: {error}"], options.config) from error
     if first:
         print(progress.table(summary.figures))
         print(summary.note)

@@ -70,13 +70,14 @@ def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     """
     found = {}
     for name, section in config:
-        defaults = dict(type(section)())
+        defaults = dict(type(section).model_construct())  # without those that are required
         if "kind" in defaults:
             usual = Config.model_fields[name].default
             defaults["kind"] = getattr(usual, "kind", section.kind)
         for field, value in section:
-            if value != defaults[field]:
-                found[f"{name}.{field}"] = (defaults[field], value)
+            default = defaults.get(field)
+            if value != default:
+                found[f"{name}.{field}"] = (default, value)
     return found
 
 
@@ -184,7 +185,7 @@ def _by_path(error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
         has_kinds = section in Config.model_fields and "" not in section_models(str(section))
         if has_kinds and item["type"] != "cross_check":
             rest = rest[1:]
-        if item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):
+        if not rest and item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):
             rest = ["kind"]
         path = (section, *rest[:1], *(part for part in rest[1:] if isinstance(part, int)))
         groups.setdefault(path, []).append(item)
