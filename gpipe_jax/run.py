@@ -1,13 +1,14 @@
 """A whole run from a config: the only place that sees all of it.
 
 A run writes into its working folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for
-each logged step and each evaluation), `checkpoints/`, `curves.png`. The same folder continues it.
+each logged step and each evaluation), `checkpoints/`, `curves.png`; if asked for, `tensorboard/`
+and `profile/`. The same folder continues it.
 """
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from gpipe_jax import build, checkpoint, data, hosts, metrics, optimizer, plots, restoring
+from gpipe_jax import build, checkpoint, data, hosts, metrics, optimizer, plots, restoring, writers
 from gpipe_jax.build import section
 from gpipe_jax.config import Config, TextConfig
 from gpipe_jax.interrupt import Stop, StoppedError, listening
 from gpipe_jax.loader import ConfigError, compare, dump
 from gpipe_jax.mesh import make_mesh, simulate_devices
 from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.profile import Profile
 from gpipe_jax.trainer import Trainer, TrainState
 
 # What may differ from the run that wrote a checkpoint: where and how the work is done, and what is
@@ -34,7 +36,7 @@ FREE = (
     ),
     "pipeline.remat:",
     *(f"train.{name}:" for name in ("workdir", "log_every", "eval_every", "save_every")),
-    *("train.keep:", "train.keep_best:"),
+    *("train.keep:", "train.keep_best:", "train.writers:", "profile."),
 )
 
 
@@ -63,6 +65,8 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
     if config.mesh.simulate:
         with section("mesh"):
             simulate_devices(_share(config.mesh.simulate, processes))
+    with section("train"):
+        writers.check(config.train.writers)
     with section("data"):
         dataset = build.dataset(config)
         example = next(dataset.train(0))
@@ -100,14 +104,22 @@ def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
     started = time.perf_counter()
     restored = restoring.newest(_checkpoints(parts), parts.trainer, _same_run(parts))
     claim(parts)
-    with listening() as stop:
-        run = _Run(parts, restored, show, stop)
+    with listening() as stop, _writers(parts, restored) as told:
+        run = _Run(parts, restored, show, stop, told)
         with contextlib.closing(run.saver):
             run.to_the_end()
     final = run.evaluated or {}
     times = {**_figures(parts, final, run.log.records, run.current.step), **_lost(parts.trainer)}
     times["wall_s"] = time.perf_counter() - started
     return Summary(times, _draw(parts, run.log.records))
+
+
+def _writers(
+    parts: Parts, restored: restoring.Restored | None
+) -> contextlib.AbstractContextManager:
+    names = parts.config.train.writers if hosts.is_first() else ()
+    step = restored.state.step if restored else 0
+    return writers.opened(names, parts.workdir, parts.config.model_dump(mode="json"), step)
 
 
 class _Run:
@@ -119,6 +131,7 @@ class _Run:
         restored: restoring.Restored | None,
         show: Callable[[dict], None],
         stop: Stop,
+        told: Sequence[writers.Writer],
     ) -> None:
         from gpipe_jax.saving import Saver  # Orbax takes two seconds
 
@@ -130,7 +143,9 @@ class _Run:
             restoring.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if hosts.is_first() else None
         done = self.evaluated is not None
-        self.log = metrics.Log(path, config.log_every, self.current.step, done, show)
+        self.log = metrics.Log(path, config.log_every, self.current.step, done, show, told)
+        traces = parts.workdir / "profile" if hosts.is_first() else None
+        self.profile = Profile(parts.config.profile.start, parts.config.profile.steps, traces)
         self.saver = Saver(_checkpoints(parts), keep=config.keep, keep_best=config.keep_best)
 
     def to_the_end(self) -> None:
@@ -156,7 +171,9 @@ class _Run:
                 raise self._stopped()
             due = self._next(step, config.eval_every)
             due = min(due, self._next(step, config.save_every or config.eval_every))
-            self.current = trainer.fit(self.current, batches, due, self.log.step, stopped)
+            due = min(due, self.profile.until(step) or due)
+            with self.profile.over(step):
+                self.current = trainer.fit(self.current, batches, due, self.log.step, stopped)
             if self.current.step > step:
                 self.evaluated = None
             if self.current.step < due:

@@ -58,9 +58,7 @@ def dataset(
         steps = order.map(lambda index_B: gather_train(index_B if rows is None else index_B[rows]))
         if augment is not None:
             # Its generator is a function of (seed, step).
-            steps = steps.random_map(
-                lambda batch, rng: augment(batch, Draws(rng, batch_size, rows))
-            )
+            steps = steps.random_map(_drawing(augment, batch_size, rows))
         return _read_ahead(steps.slice(slice(start_step, None)))
 
     def test() -> Iterator[Batch]:

@@ -68,6 +68,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PipelineConfig",
+    "ProfileConfig",
     "PythonConfig",
     "ResNetConfig",
     "RmsPropConfig",
@@ -177,9 +178,19 @@ class TrainConfig(Section):
     seed: CountOrZero = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="what else is told the metrics: tensorboard, wandb"
+    )
     workdir: Text | None = Field(
         default=None, description="folder of the run; default: runs/<name of the config file>"
     )
+
+
+class ProfileConfig(Section):
+    """Steps that are traced with jax.profiler, into the folder of the run."""
+
+    start: Count = Field(default=10, description="first step that is traced")
+    steps: CountOrZero = Field(default=0, description="how many are; 0: none")
 
 
 class Config(Section):
@@ -193,6 +204,7 @@ class Config(Section):
         default=AdamConfig(), discriminator="kind", description="the optimizer"
     )
     train: TrainConfig = Field(default=TrainConfig(), description="the run")
+    profile: ProfileConfig = Field(default=ProfileConfig(), description="a trace of the run")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
