@@ -7,6 +7,7 @@ and `profile/`. The same folder continues it.
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -140,6 +141,8 @@ class _Run:
         self.saved: int | None = restored.manifest.step if restored else None
         self.evaluated = restored.manifest.metrics if restored else None
         if restored and hosts.is_first():
+            for line in restoring.describe(restored):
+                print(f"gpipe: {line}", file=sys.stderr)
             restoring.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if hosts.is_first() else None
         done = self.evaluated is not None

@@ -1,12 +1,19 @@
 """Whole runs: what they write, and that an interrupted one ends as if it had not been."""
 
+import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
+import time
 
 import pytest
 from etils import epath
 
 import gpipe_jax as gpipe
-from gpipe_jax import checkpoint, run
+from gpipe_jax import checkpoint, run, trainer
+from gpipe_jax.interrupt import StoppedError, listening
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.trainer import DivergedError
 
@@ -166,6 +173,132 @@ def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
     assert summary.figures["step_time_s"] is None
     assert summary.note.startswith("no curves")
+
+
+def train_to_the_end(parts, workdir) -> None:
+    """As often as it takes; the result is that of the run that was left alone."""
+    run.train(parts._replace(workdir=epath.Path(workdir)), lambda record: None)
+    assert saved(workdir, STEPS) == saved(parts.workdir, STEPS)
+    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert here == there
+
+
+def signal_now(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # the thread that hears it
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+def test_preempted_during_a_step(whole, tmp_path, last, capsys):
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == last and "loss" in record:
+            signal_now()
+
+    with pytest.raises(StoppedError, match=r"stopped after step (\d+), which is saved") as error:
+        run.train(parts, show)
+    assert "SIGTERM: saving after this step" in capsys.readouterr().err
+    done = int(str(error.value).split()[3].strip(","))
+    assert last <= done <= last + trainer.IN_FLIGHT and latest_step(tmp_path) == done
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
+    write, told = checkpoint.write_part, []
+
+    def once(*args):
+        if not told:
+            told.append(signal_now())
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "write_part", once)
+    with pytest.raises(StoppedError):
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
+    assert told and 4 <= latest_step(tmp_path) <= 8
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
+    """Which is left, and done again by the run that goes on."""
+    parts, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
+
+    def test():
+        signal_now()
+        yield from batches()
+
+    dataset = dataclasses.replace(parts.dataset, test=test)
+    with pytest.raises(StoppedError, match="after step 4, which is saved"):
+        run.train(parts._replace(dataset=dataset), lambda record: None)
+    assert not any("test_loss" in r for r in records_of(tmp_path))
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_signals_are_as_before_a_run(whole):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_steps_between_saves(whole, tmp_path):
+    config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
+    run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
+    folder = epath.Path(tmp_path) / "checkpoints"
+    assert checkpoint.steps(folder) == [11, 9, 6, 3]
+    evaluated = [m.step for m in checkpoint.manifests(folder) if m.metrics]
+    assert evaluated == [11], "the others were not due for an evaluation"
+    assert saved(tmp_path, STEPS) == saved(whole[0].workdir, STEPS)
+
+
+def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, capsys):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    part = tmp_path / "run" / "checkpoints" / "11" / "state" / "1.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    note = run.evaluate(parts).note.splitlines()
+    assert re.search(r"11 is damaged \(1.safetensors has .*\); taking that of step 8", note[0])
+    assert note[1] == "checkpoint: step 8"
+    train_to_the_end(whole[0], tmp_path / "run")
+    assert "11 is damaged" in capsys.readouterr().err
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["11", "11.damaged", "8"]
+
+
+def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    for step in (8, 11):
+        (tmp_path / "run" / "checkpoints" / str(step) / "state" / "manifest.json").unlink()
+    with pytest.raises(ConfigError) as error:
+        run.train(parts, lambda record: None)
+    assert error.value.problems == (
+        "none of the checkpoints here is whole; to start anew, remove or rename the folder",
+        "step 11: manifest.json is missing",
+        "step 8: manifest.json is missing",
+    )
+
+
+OTHER = {
+    "fewer stages": ["mesh.stages=1"],
+    "more replicas and micro-batches": ["mesh.data=2", "pipeline.micro_batches=4"],
+    "chunks": ["mesh.stages=1", "pipeline.chunks=3", "pipeline.schedule=interleaved"],
+    "another schedule and cut": ["pipeline.schedule=gpipe", "pipeline.partition=[2]"],
+}
+
+
+@pytest.mark.parametrize("overrides", OTHER.values(), ids=OTHER)
+def test_a_run_goes_on_with_another_layout(whole, tmp_path, overrides):
+    """From step 8 of the run; the losses are those of the run that kept its layout."""
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "11")
+    shown: list[dict] = []
+    run.train(assemble(tmp_path / "run", *overrides), shown.append)
+    assert [r["step"] for r in shown] == [9, 10, 11, 11]
+    wanted = [r for r in whole[2] if r["step"] > 8]
+    for name in ("loss", "test_loss"):
+        found, there = ([r[name] for r in some if name in r] for some in (shown, wanted))
+        assert found == pytest.approx(there, rel=1e-5) and found
 
 
 # --- folders that cannot be used -----------------------------------------------------------------
