@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from gpipe_jax import cli, loader
+from gpipe_jax import build, cli, loader
 from gpipe_jax.config import Config
 from gpipe_jax.planning import accelerators
 
@@ -65,6 +66,29 @@ def test_extras_and_links(path: Path) -> None:
         assert set("".join(extras).split(",")) <= set(EXTRAS)
     for target in re.findall(r"\]\((\w+\.\w+)\)|docs/(\w+\.(?:md|yaml))", text):
         assert (DOCS / "".join(target)).exists(), target
+
+
+def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of data.md, as they stand."""
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "data.md").read_text()
+    writing, making = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sections = re.findall(r"```yaml\n(data: .*?)```", page, re.DOTALL)
+    kinds = {one["data"]["kind"]: one["data"] for one in map(yaml.safe_load, sections)}
+    exec(writing, {})
+    Path("my_data.py").write_text(making)
+    own = {name: kinds[name] for name in ("array_record", "python")}
+    models = {"array_record": {"kind": "convnet"}, "python": {"kind": "mlp", "features": [64, 2]}}
+    for name, section in own.items():
+        section["batch_size"] = 32
+        config = loader.load({"model": models[name], "data": section})
+        data = build.dataset(config)
+        batch, *_ = data.train(3, np.arange(4))
+        assert len(batch["labels"]) == 4 and len(next(data.test())["labels"])
+    assert set(kinds) == {"text", "arrays", "array_record", "python"}
+    values = {"model": models["python"], "data": kinds["python"], "train": {"steps": 2}}
+    Path("x.yaml").write_text(yaml.safe_dump(values))
+    assert cli.main(["train", "x.yaml"]) == 0
 
 
 def commands(page: Path) -> list[list[str]]:
