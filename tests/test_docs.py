@@ -83,7 +83,7 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         section["batch_size"] = 32
         config = loader.load({"model": models[name], "data": section})
         data = build.dataset(config)
-        batch, *_ = data.train(3, np.arange(4))
+        batch = next(data.train(3, np.arange(4)))
         assert len(batch["labels"]) == 4 and len(next(data.test())["labels"])
     assert set(kinds) == {"text", "arrays", "array_record", "python"}
     values = {"model": models["python"], "data": kinds["python"], "train": {"steps": 2}}
