@@ -1,6 +1,7 @@
 """What the sections of a config describe: the data set, the network and its loss."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import numpy as np
 from gpipe_jax import data, losses, zoo
 from gpipe_jax.config import (
     AmoebaNetConfig,
+    ArraysConfig,
     Config,
+    FromFiles,
+    MlpConfig,
     ModelConfig,
     SyntheticTokensConfig,
     TextConfig,
     TransformerConfig,
     image_shape,
 )
+from gpipe_jax.cost import tree_bytes
 from gpipe_jax.genotype import GENOTYPES, Genotype
 from gpipe_jax.layers.layer import Layer
 
@@ -24,6 +29,9 @@ DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "digits": data.digits,
     "text": data.text,
     "cifar10": data.cifar10,
+    "arrays": data.arrays,
+    "array_record": data.array_record,
+    "python": data.python,
     "synthetic_images": data.synthetic_images,
     "synthetic_tokens": data.synthetic_tokens,
 }
@@ -49,14 +57,38 @@ def section(name: str) -> Iterator[None]:
 
 def dataset(config: Config) -> data.Dataset:
     """The data set of a config."""
+    if not isinstance(config.data, FromFiles):
+        _check_memory(config)
     options = config.data.model_dump(exclude={"kind"})
     if isinstance(config.data, TextConfig | SyntheticTokensConfig):
         options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
+    if isinstance(config.data, ArraysConfig):
+        options["rules"] = _rules(config.model)
     return DATASETS[config.data.kind](seed=config.train.seed, **options)
 
 
+def _rules(model: ModelConfig) -> data.Rules:
+    if isinstance(model, TransformerConfig):
+        return data.Rules(tokens=True, classes=model.vocabulary)
+    return data.Rules(classes=model.features[-1] if isinstance(model, MlpConfig) else model.classes)
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse a batch that this machine cannot hold: it would end the process, saying nothing."""
+    need = tree_bytes(example(config))
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(
+            f"`batch_size` {config.data.batch_size} takes {need / 2**30:.3g} GiB, and this machine "
+            f"has {have / 2**30:.3g} GiB of memory; use a smaller batch"
+        )
+
+
 def example(config: Config) -> dict:
-    """The shapes of a batch of a config's data, of which nothing is read."""
+    """The shapes of a batch of a config's data, of which nothing is read if that can be."""
+    if isinstance(config.data, FromFiles):
+        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+        return jax.tree.map(like, next(dataset(config).train(0)))
     count, images = config.data.batch_size, image_shape(config.data)
     if images is None:
         tokens = jax.ShapeDtypeStruct((count, config.model.length), np.int32)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from gpipe_jax import build, export, hosts, loader, progress, run
+from gpipe_jax import build, data, export, hosts, loader, progress, run
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import PREEMPTED, StoppedError
 from gpipe_jax.loader import ConfigError
@@ -91,6 +91,9 @@ def _one_of(options: argparse.Namespace, config: Config, work: Work, processes: 
         return _fail(error, PREEMPTED)
     except DivergedError as error:
         return _fail(error, 1)
+    except data.DataError as error:
+        place = loader.place(options.config, options.overrides, "data", str(error))
+        raise ConfigError([f"{place}: {error}"], options.config) from error
     if hosts.is_first():
         print(progress.table(summary.figures))
         print(summary.note)

@@ -4,6 +4,7 @@ Costs feed the partitioner. Times are estimates in seconds, from XLA's count of 
 operations at a nominal rate, or measured; only their ratios matter.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
 
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of all arrays of a tree (of arrays or shapes)."""
-    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:

@@ -3,15 +3,45 @@
 Letters: B batch_size, T length, S pixels each way.
 """
 
+import errno
 import functools
+import glob
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from gpipe_jax.files import Rules, array_record, arrays, expand, python
 from gpipe_jax.images import Images, cut_out, flipped, normalised, read_cifar10, shifted
-from gpipe_jax.stream import Batch, Dataset, check_arguments, check_counts, dataset
+from gpipe_jax.stream import (
+    Batch,
+    DataError,
+    Dataset,
+    Draws,
+    check_arguments,
+    check_counts,
+    check_fraction,
+    dataset,
+    iterable,
+)
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Rules",
+    "array_record",
+    "arrays",
+    "cifar10",
+    "dataset",
+    "digits",
+    "iterable",
+    "python",
+    "synthetic_images",
+    "synthetic_tokens",
+    "text",
+]
 
 
 def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
@@ -29,7 +59,7 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
             "the digits come with scikit-learn: run pip install 'gpipe-jax[examples]'"
         ) from error
     check_arguments("digits", batch_size, seed)
-    _check_fraction("digits", test_fraction)
+    check_fraction("digits", test_fraction)
     images, targets = load_digits(return_X_y=True)
     inputs = (images / 8 - 1).reshape(-1, 8, 8, 1).astype(np.float32)
     labels = targets.astype(np.int32)
@@ -50,7 +80,7 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
     )
 
 
-def _digits_augmented(shift: int, batch: Batch, rng: np.random.Generator) -> Batch:
+def _digits_augmented(shift: int, batch: Batch, rng: Draws) -> Batch:
     return {**batch, "inputs": shifted(batch["inputs"], rng, most=shift, fill=-1.0)}
 
 
@@ -108,7 +138,7 @@ def _hold_out(images: Images, count: int) -> tuple[Images, Images]:
     return Images(*(a[train] for a in images)), Images(*(a[held_out] for a in images))
 
 
-def _cifar10_augmented(cutout: int, batch: Batch, rng: np.random.Generator) -> Batch:
+def _cifar10_augmented(cutout: int, batch: Batch, rng: Draws) -> Batch:
     inputs = flipped(shifted(batch["inputs"], rng, most=4), rng)
     return {**batch, "inputs": cut_out(inputs, rng, size=cutout) if cutout else inputs}
 
@@ -167,7 +197,7 @@ def text(
     - "topics": the help texts of `pydoc_data.topics`, 0.5 MB, in the order of their keys;
     - "stdlib": the standard library's .py files, without tests and site-packages, 13 MB, in the
       order of their paths. Both differ between Python versions: compare losses on one only;
-    - the path of a file.
+    - the path of a file, or a glob (books/**/*.txt) of files, which are read as one, in order.
 
     The last `test_fraction` of the bytes is held out, in one piece: windows overlap, so windows
     held out at random would have been read in training. It depends on neither seed nor length. It
@@ -175,8 +205,8 @@ def text(
     what is left of a window at the end is dropped. A training example starts at any byte.
     """
     check_arguments(f"text {source}", batch_size, seed)
-    _check_fraction(f"text {source}", test_fraction)
-    data = np.frombuffer(_read(source), np.uint8)
+    check_fraction(f"text {source}", test_fraction)
+    data = _read(source)
     held_out = round(len(data) * test_fraction)
     split = len(data) - held_out
     longest = min(split - 1, held_out)
@@ -202,29 +232,38 @@ def text(
     )
 
 
-def _check_fraction(name: str, test_fraction: float) -> None:
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction of {name} is {test_fraction}: use a number in (0, 1)")
-
-
-def _read(source: str | Path) -> bytes:
+def _read(source: str | Path) -> np.ndarray:
+    """Its bytes; those of a single file are mapped, and read where they are needed."""
     if source == "topics":
         from pydoc_data.topics import topics
 
-        return "".join(topics[key] for key in sorted(topics)).encode()
+        return _bytes("".join(topics[key] for key in sorted(topics)).encode())
     if source == "stdlib":
-        return b"".join(path.read_bytes() for path in _stdlib_files())
+        return _bytes(b"".join(path.read_bytes() for path in _stdlib_files()))
+    path = Path(source).expanduser()
     try:
-        content = Path(source).read_bytes()
+        if glob.has_magic(str(path)) and not path.exists():
+            paths = expand(str(path))
+            if not paths:
+                raise FileNotFoundError(errno.ENOENT, "no file matches it")
+            data = _bytes(b"".join(Path(each).read_bytes() for each in paths))
+        elif path.stat().st_size:
+            data = np.memmap(path, np.uint8, mode="r")
+        else:
+            data = _bytes(path.read_bytes())
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot read text file {source}: {error.strerror}; give the path of a readable file, "
-            "'topics' or 'stdlib'",
+            f"`source`: cannot read text file {source}: {error.strerror}; give the path of a "
+            "readable file, a glob of such, 'topics' or 'stdlib'",
         ) from error
-    if not content:
-        raise ValueError(f"text file {source} is empty: give a file with text")
-    return content
+    if not len(data):
+        raise ValueError(f"`source`: text file {source} is empty: give a file with text")
+    return data
+
+
+def _bytes(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
 
 
 def _stdlib_files() -> list[Path]:

@@ -70,13 +70,14 @@ def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     """
     found = {}
     for name, section in config:
-        defaults = dict(type(section)())
+        defaults = dict(type(section).model_construct())  # without those that are required
         if "kind" in defaults:
             usual = Config.model_fields[name].default
             defaults["kind"] = getattr(usual, "kind", section.kind)
         for field, value in section:
-            if value != defaults[field]:
-                found[f"{name}.{field}"] = (defaults[field], value)
+            default = defaults.get(field)
+            if value != default:
+                found[f"{name}.{field}"] = (default, value)
     return found
 
 
@@ -133,6 +134,7 @@ def _read(path: Path) -> Draft:
 
 
 def _text(path: Path) -> str:
+    line = ""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -144,10 +146,12 @@ def _text(path: Path) -> str:
     except IsADirectoryError:
         reason = "is a directory; give the path of a YAML file"
     except UnicodeDecodeError as error:
+        lines = error.object.count(b"\n", 0, error.start) + 1
+        line = f":{lines}"
         reason = f"not UTF-8 text, at byte {error.start}; save it as UTF-8"
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise ConfigError([f"{path}: {reason}"], str(path))
+    raise ConfigError([f"{path}{line}: {reason}"], str(path))
 
 
 def _validate(draft: Draft) -> Config:
@@ -181,7 +185,7 @@ def _by_path(error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
         has_kinds = section in Config.model_fields and "" not in section_models(str(section))
         if has_kinds and item["type"] != "cross_check":
             rest = rest[1:]
-        if item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):
+        if not rest and item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):
             rest = ["kind"]
         path = (section, *rest[:1], *(part for part in rest[1:] if isinstance(part, int)))
         groups.setdefault(path, []).append(item)

@@ -1,14 +1,15 @@
 """The loop of a training run: steps, evaluations and checkpoints, each when it is due."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from gpipe_jax import hosts, metrics, restoring
+from gpipe_jax import hosts, metrics, restoring, writers
 from gpipe_jax.config import TextConfig
 from gpipe_jax.interrupt import Stop, StoppedError
 from gpipe_jax.parts import Parts
+from gpipe_jax.profile import Profile
 from gpipe_jax.trainer import TrainState
 
 
@@ -21,6 +22,7 @@ class Loop:
         restored: restoring.Restored | None,
         show: Callable[[dict], None],
         stop: Stop,
+        told: Sequence[writers.Writer] = (),
     ) -> None:
         from gpipe_jax.saving import Saver  # Orbax takes two seconds
 
@@ -34,7 +36,9 @@ class Loop:
             restoring.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if hosts.is_first() else None
         done = self.evaluated is not None
-        self.log = metrics.Log(path, config.log_every, self.current.step, done, show)
+        self.log = metrics.Log(path, config.log_every, self.current.step, done, show, told)
+        traces = parts.workdir / "profile" if hosts.is_first() else None
+        self.profile = Profile(parts.config.profile.start, parts.config.profile.steps, traces)
         self.saver = Saver(parts.checkpoints, keep=config.keep, keep_best=config.keep_best)
 
     def to_the_end(self) -> None:
@@ -59,7 +63,9 @@ class Loop:
                 return self._finish()
             due = self._next(step, config.eval_every)
             due = min(due, self._next(step, config.save_every or config.eval_every))
-            self.current = trainer.fit(self.current, batches, due, self.log.step, stopped)
+            due = min(due, self.profile.until(step) or due)
+            with self.profile.over(step):
+                self.current = trainer.fit(self.current, batches, due, self.log.step, stopped)
             if self.current.step > step:
                 self.evaluated, self.stop.unsaved = None, True
             if self.current.step < due:

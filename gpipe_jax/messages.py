@@ -24,6 +24,9 @@ def describe(values: dict[Any, Any], path: KeyPath, errors: list[Any]) -> str:
         return unknown_key(path, values[path[0]]["kind"] if has_kinds else "")
     if kind == "invalid_key":
         return f"{name}: expected a name as key, got {show(path[-1])}; correct it"
+    if kind == "missing" and path[1] != "kind":
+        model = section_models(path[0])[values[path[0]]["kind"]]
+        return f"{name}: required; give {model.model_fields[path[1]].description}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{name}: required; give {_one_of(section_models(path[0]))}"
     if kind == "union_tag_invalid":

@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
+
+from gpipe_jax.writers import Writer
 
 Show = Callable[[dict], None]
 
@@ -14,12 +16,19 @@ class Log:
 
     What lies after `step`, where the run continues, is dropped, for it is written again; as is its
     evaluation, unless it is `evaluated`. Without a `path` nothing is written, but all is shown.
+    What is written, the `writers` are told too.
     """
 
     def __init__(
-        self, path: epath.Path | None, every: int, step: int, evaluated: bool, show: Show
+        self,
+        path: epath.Path | None,
+        every: int,
+        step: int,
+        evaluated: bool,
+        show: Show,
+        writers: Sequence[Writer] = (),
     ) -> None:
-        self.path, self.every, self.show = path, every, show
+        self.path, self.every, self.show, self.writers = path, every, show, writers
         self.records = [
             r
             for r in (read(path) if path else ())
@@ -41,6 +50,8 @@ class Log:
 
     def _write(self, record: dict) -> None:
         self.records.append(record)
+        for writer in self.writers:
+            writer.write(record)
         if self.path and is_local(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from gpipe_jax import build, data, optimizer
+from gpipe_jax import build, data, optimizer, writers
 from gpipe_jax.build import section
 from gpipe_jax.config import Config
 from gpipe_jax.mesh import make_mesh, simulate_devices
@@ -35,6 +35,8 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
     if config.mesh.simulate:
         with section("mesh"):
             simulate_devices(_share(config.mesh.simulate, processes))
+    with section("train"):
+        writers.check(config.train.writers)
     with section("data"):
         dataset = build.dataset(config)
         example = next(dataset.train(0))

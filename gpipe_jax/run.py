@@ -1,7 +1,8 @@
 """A whole run from a config, and its working folder.
 
 A run writes into its working folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for
-each logged step and each evaluation), `checkpoints/`, `curves.png`. The same folder continues it.
+each logged step and each evaluation), `checkpoints/`, `curves.png`; if asked for, `tensorboard/`
+and `profile/`. The same folder continues it.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring
+from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring, writers
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import listening
 from gpipe_jax.loader import ConfigError, compare, dump
@@ -33,7 +34,7 @@ FREE = (
     ),
     "pipeline.remat:",
     *(f"train.{name}:" for name in ("workdir", "log_every", "eval_every", "save_every")),
-    *("train.keep:", "train.keep_best:"),
+    *("train.keep:", "train.keep_best:", "train.writers:", "profile."),
 )
 
 
@@ -53,14 +54,22 @@ def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
     started = time.perf_counter()
     restored = restoring.newest(parts.checkpoints, parts.trainer, _same_run(parts))
     claim(parts)
-    with listening() as stop:
-        run = Loop(parts, restored, show, stop)
+    with listening() as stop, _writers(parts, restored) as told:
+        run = Loop(parts, restored, show, stop, told)
         with contextlib.closing(run.saver):
             run.to_the_end()
     final = run.evaluated or {}
     times = {**_figures(parts, final, run.log.records, run.current.step), **_lost(parts.trainer)}
     times["wall_s"] = time.perf_counter() - started
     return Summary(times, _draw(parts, run.log.records))
+
+
+def _writers(
+    parts: Parts, restored: restoring.Restored | None
+) -> contextlib.AbstractContextManager:
+    names = parts.config.train.writers if hosts.is_first() else ()
+    step = restored.state.step if restored else 0
+    return writers.opened(names, parts.workdir, parts.config.model_dump(mode="json"), step)
 
 
 def evaluate(parts: Parts) -> Summary:

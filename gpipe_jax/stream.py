@@ -1,18 +1,24 @@
 """Seeded streams of batches that can start at any step, and the held-out examples beside them.
 
 Training is endless: the batch of step s depends on (seed, s) only, so a restored run continues
-with `train(s)`, which looks nothing up before step s. Each epoch is its own seeded permutation and
-epochs follow each other without a gap: a batch may hold the end of one and the start of the next,
-all batches have the same size, and no example is left out. Letters: B batch_size.
+with `train(s)`, which looks nothing up before step s. A process that works on some positions of
+every batch asks for these, `train(s, rows)`, and looks up no others. Each epoch is its own seeded
+permutation and epochs follow each other without a gap: a batch may hold the end of one and the
+start of the next, all batches have the same size, and no example is left out. Letters: B
+batch_size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
+
+
+class DataError(ValueError):
+    """What was read while training is not what the data set was to hold."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Dataset:
     name: str
     train: Callable[..., Iterator[Batch]]  # batches from this step on, without end; see `dataset`
     test: Callable[[], Iterator[Batch]]  # each held-out example once, in order; the last B' <= B
-    train_examples: int
-    test_examples: int
+    train_examples: int | None = None  # if they are counted
+    test_examples: int | None = None
 
 
 def dataset(
@@ -32,25 +38,28 @@ def dataset(
     seed: int,
     train_part: tuple[Callable[[np.ndarray], Batch], int],
     test_part: tuple[Callable[[np.ndarray], Batch], int],
-    augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
+    augment: "Callable[[Batch, Draws], Batch] | None" = None,
 ) -> Dataset:
     """The data set of two parts, each a function of example indices [B] and its size.
 
-    `augment` changes training batches only. `train(step, rows)` gives these positions of every
-    batch only, for a process that works on them; what they hold does not depend on the others.
+    `augment` changes training batches only, of the rows that are read.
     """
     (gather_train, train_examples), (gather_test, test_examples) = train_part, test_part
     if batch_size > train_examples:
         raise ValueError(
-            f"batch_size {batch_size} is above the {train_examples} training examples of {name}: "
+            f"`batch_size` {batch_size} is above the {train_examples} training examples of {name}: "
             f"use {train_examples} or fewer"
         )
 
     def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}: steps count from 0")
-        steps = _train_indices(train_examples, batch_size, seed)
-        return _batches(steps, start_step, gather_train, augment, rows)
+        order = _order(train_examples, batch_size, seed)
+        steps = order.map(lambda index_B: gather_train(index_B if rows is None else index_B[rows]))
+        if augment is not None:
+            # Its generator is a function of (seed, step).
+            steps = steps.random_map(_drawing(augment, batch_size, rows))
+        return _read_ahead(steps.slice(slice(start_step, None)))
 
     def test() -> Iterator[Batch]:
         for start in range(0, test_examples, batch_size):
@@ -59,7 +68,7 @@ def dataset(
     return Dataset(name, train, test, train_examples, test_examples)
 
 
-def _train_indices(examples: int, batch_size: int, seed: int) -> Any:
+def _order(examples: int, batch_size: int, seed: int) -> Any:
     import grain  # takes 1.5 s
 
     # Indices are batched before the lookup: one numpy gather per batch, not one per example.
@@ -67,26 +76,60 @@ def _train_indices(examples: int, batch_size: int, seed: int) -> Any:
     return order.batch(batch_size, drop_remainder=True)
 
 
-def _batches(
-    steps: Any,
-    start_step: int,
-    gather: Callable[[np.ndarray], Batch],
-    augment: Callable[[Batch, np.random.Generator], Batch] | None,
-    rows: np.ndarray | None,
-) -> Iterator[Batch]:
+def _drawing(
+    augment: "Callable[[Batch, Draws], Batch]", batch_size: int, rows: np.ndarray | None
+) -> Callable[[Batch, np.random.Generator], Batch]:
+    return lambda batch, rng: augment(batch, Draws(rng, batch_size, rows))
+
+
+def _read_ahead(steps: Any) -> Iterator[Batch]:
     import grain
 
-    if augment is not None:
-        # Its generator is a function of (seed, step), and draws for the whole batch.
-        steps = steps.map(gather).random_map(augment)
-        if rows is not None:
-            steps = steps.map(lambda batch: {name: a[rows] for name, a in batch.items()})
-    else:
-        steps = steps.map(lambda index_B: gather(index_B if rows is None else index_B[rows]))
-    steps = steps.slice(slice(start_step, None))
     # One thread works ahead while the devices are busy; grain's default is 16, and 500 batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(steps.to_iter_dataset(options))
+    try:
+        yield from steps.to_iter_dataset(options)
+    except DataError as error:  # to which grain has added lines about itself
+        raise DataError(str(error).partition("\n")[0]) from error
+
+
+class Draws:
+    """Random numbers for the rows of a batch that are read, drawn as for the whole batch.
+
+    So an example is changed alike whichever process reads it.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, batch_size: int, rows: np.ndarray | None = None
+    ) -> None:
+        self._rng, self._count = rng, batch_size
+        self._rows = slice(None) if rows is None else rows
+
+    def integers(self, low: int, high: int, each: int) -> np.ndarray:
+        """So many whole numbers for each example, from `low` to below `high`: [rows, each]."""
+        return self._rng.integers(low, high, (self._count, each))[self._rows]
+
+    def random(self) -> np.ndarray:
+        """A number in [0, 1) for each example: [rows]."""
+        return self._rng.random(self._count)[self._rows]
+
+
+def iterable(
+    name: str,
+    batches: Callable[[int], Iterable[Batch]],
+    test: Callable[[], Iterable[Batch]],
+) -> Dataset:
+    """A data set of anything that iterates.
+
+    `batches(step)` gives the batches from that step on, each time the same ones, and without end;
+    `test()` each held-out example once, in batches that are no larger.
+    """
+
+    def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        for batch in batches(start_step):
+            yield batch if rows is None else {key: a[rows] for key, a in batch.items()}
+
+    return Dataset(name, train, lambda: iter(test()))
 
 
 def check_arguments(name: str, batch_size: int, seed: int) -> None:
@@ -101,3 +144,9 @@ def check_counts(name: str, **counts: int) -> None:
     for argument, count in counts.items():
         if count < 1:
             raise ValueError(f"{argument} of {name} is {count}: use 1 or more")
+
+
+def check_fraction(name: str, test_fraction: float) -> None:
+    """Raise ValueError for a part that is none, or all."""
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction of {name} is {test_fraction}: use a number in (0, 1)")

@@ -14,6 +14,7 @@ from gpipe_jax.config import (
     Config,
     ConvNetConfig,
     DigitsConfig,
+    FromFiles,
     MeshConfig,
     MlpConfig,
     PipelineConfig,
@@ -59,7 +60,12 @@ def test_models_are_frozen():
 def test_every_section_has_defaults_and_every_field_a_description():
     for section in Config.model_fields:
         for kind, model in section_models(section).items():
-            assert model() == model.model_validate({"kind": kind} if kind else {}) or kind == "adam"
+            own = {  # a file of one's own has no default
+                name: "x" for name, field in model.model_fields.items() if field.is_required()
+            }
+            assert not own or issubclass(model, FromFiles)
+            named = {"kind": kind, **own} if kind else {}
+            assert model(**own) == model.model_validate(named) or kind == "adam"
             for name, field in model.model_fields.items():
                 assert name == "kind" or field.description, f"{section}.{name}"
 

@@ -114,7 +114,7 @@ def test_a_model_has_the_arguments_of_its_network_with_the_same_defaults(kind: s
 def test_a_data_set_has_the_arguments_of_its_function(kind: str) -> None:
     known = set(inspect.signature(build.DATASETS[kind]).parameters)
     fields = set(section_models("data")[kind].model_fields) - {"kind"}
-    assert known - fields <= {"seed", "length", "augment"} and not fields - known
+    assert known - fields <= {"seed", "length", "augment", "rules", "decode"} and not fields - known
 
 
 @pytest.mark.parametrize("genotype", ["B", "C.json"])
@@ -191,7 +191,7 @@ LATE = [
     ),
     (["model.genotype=bad.json"], r"`genotype` bad.json cannot be read \(genotype: not JSON"),
     (["mesh.stages=99"], r"override 'mesh.stages=99': mesh: a mesh of 99 stages"),
-    (["data={kind: digits, batch_size: 1500}"], r"override 'data=.*': data: batch_size 1500 is"),
+    (["data={kind: digits, batch_size: 1500}"], r"override 'data=.*': data: `batch_size` 1500 is"),
 ]
 
 

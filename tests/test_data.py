@@ -7,11 +7,14 @@ from pathlib import Path
 
 import cifar10_files
 import numpy as np
+import own_files
 import pytest
 
-from gpipe_jax import images
+from gpipe_jax import images, stream
 from gpipe_jax.data import (
     _stdlib_files,
+    array_record,
+    arrays,
     cifar10,
     digits,
     synthetic_images,
@@ -44,9 +47,12 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.fixture(
-    params=["digits", "topics", "file", "cifar10", "synthetic_images", "synthetic_tokens"]
+    params=[
+        *("digits", "topics", "file", "cifar10", "synthetic_images", "synthetic_tokens"),
+        *("npz", "npy", "array_record"),
+    ]
 )
-def make(request, counter, small):
+def make(request, counter, small, tmp_path):
     """A data set as a function of batch size and seed."""
     return {
         "digits": digits,
@@ -55,6 +61,9 @@ def make(request, counter, small):
         "cifar10": lambda batch_size, seed: cifar10(batch_size, seed, folder=small, cutout=8),
         "synthetic_images": lambda b, seed: synthetic_images(b, seed, image=5, classes=3),
         "synthetic_tokens": lambda b, seed: synthetic_tokens(b, LENGTH, 9, seed),
+        "npz": lambda b, seed: arrays(own_files.npz(tmp_path), b, seed),
+        "npy": lambda b, seed: arrays(own_files.npy(tmp_path), b, seed),
+        "array_record": lambda b, seed: array_record(own_files.records(tmp_path), b, seed),
     }[request.param]
 
 
@@ -96,6 +105,33 @@ def test_batches_are_a_function_of_seed_and_step(make):
 def test_starting_late_looks_nothing_up_before(make):
     late = take(make(8, seed=1).train(10**12), 2)  # iterating would take years
     assert_equal(late[1:], take(make(8, seed=1).train(10**12 + 1), 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_rows_are_those_of_the_batch_for_any_number_of_processes(make, processes):
+    whole, dataset = take(make(8, seed=1).train(3), 3), make(8, seed=1)
+    rows = np.random.default_rng(processes).permutation(8).reshape(processes, -1)
+    parts = [take(dataset.train(3, some), 3) for some in rows]
+    for step, batch in enumerate(whole):
+        for key in batch:
+            read = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(read, batch[key][rows.ravel()])
+
+
+def test_rows_of_other_processes_are_not_looked_up():
+    looked_up = []
+
+    def gather(index):
+        looked_up.extend(index)
+        return {"inputs": index, "labels": index}
+
+    change = lambda batch, draws: {**batch, "inputs": draws.random()}  # noqa: E731
+    parts = (gather, 100), (gather, 10)
+    batches = stream.dataset("counted", 10, 0, *parts, augment=change).train(0, np.array([2, 7]))
+    assert all(len(a) == 2 for a in next(batches).values())
+    batches = list(itertools.islice(batches, 20))
+    assert set(looked_up[:42]) >= {i for batch in batches for i in batch["labels"]}
+    assert len(looked_up) <= 2 * (21 + 8)  # those that were read ahead
 
 
 def test_streams_are_independent(make):
@@ -382,10 +418,12 @@ def test_argument_errors(change, message):
 
 
 def test_batch_size_above_the_examples(counter):
-    message = "batch_size 2000 is above the 1437 training examples of digits: use 1437 or fewer"
+    message = "`batch_size` 2000 is above the 1437 training examples of digits: use 1437 or fewer"
     with pytest.raises(ValueError, match=message):
         digits(2000, 0)
-    with pytest.raises(ValueError, match="batch_size 2000 is above the 1784 training examples of"):
+    with pytest.raises(
+        ValueError, match="`batch_size` 2000 is above the 1784 training examples of"
+    ):
         text(counter, 2000, LENGTH, 0)
 
 
@@ -397,7 +435,7 @@ def test_negative_step():
 def test_file_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot read text file .*gone.txt: No such file"):
         text(tmp_path / "gone.txt", 8, LENGTH, 0)
-    with pytest.raises(IsADirectoryError, match="give the path of a readable file, 'topics' or"):
+    with pytest.raises(IsADirectoryError, match="a readable file, a glob of such, 'topics' or"):
         text(tmp_path, 8, LENGTH, 0)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"text file .*empty.txt is empty: give a file with text"):
@@ -425,3 +463,18 @@ def test_missing_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'gpipe-jax\[examples\]'"):
         digits(8, 0)
+
+
+def test_text_of_many_files(tmp_path, counter):
+    whole = counter.read_bytes()
+    folder = tmp_path / "books" / "of one"
+    folder.mkdir(parents=True)
+    (tmp_path / "books" / "a.txt").write_bytes(whole[:700])
+    (folder / "b.txt").write_bytes(whole[700:])
+    many, one = (text(source, 8, LENGTH, 0) for source in (tmp_path / "books/**/*.txt", counter))
+    assert_equal(take(many.train(0), 3), take(one.train(0), 3))
+    assert_equal(many.test(), one.test())
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot read text file .*\*.text: no file matches"
+    ):
+        text(tmp_path / "books" / "*.text", 8, LENGTH, 0)

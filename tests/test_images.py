@@ -13,6 +13,7 @@ import pytest
 
 from gpipe_jax import images
 from gpipe_jax.images import cut_out, flipped, normalised, read_cifar10, shifted
+from gpipe_jax.stream import Draws
 
 FILES = written.draw()
 
@@ -198,8 +199,12 @@ def test_pixels_are_normalised_channel_by_channel() -> None:
 NUMBERED = np.arange(1, 1 + 400 * 6 * 6 * 2, dtype=np.float32).reshape(400, 6, 6, 2)
 
 
+def draws(seed: int, rows: np.ndarray | None = None) -> Draws:
+    return Draws(np.random.default_rng(seed), len(NUMBERED), rows)
+
+
 def test_images_are_moved_as_wholes_by_every_amount() -> None:
-    moved = shifted(NUMBERED, np.random.default_rng(0), most=2, fill=-1.0)
+    moved = shifted(NUMBERED, draws(0), most=2, fill=-1.0)
     assert moved.shape == NUMBERED.shape and moved.dtype == np.float32
     seen = set()
     for before, after in zip(NUMBERED, moved, strict=True):
@@ -217,7 +222,7 @@ def test_images_are_moved_as_wholes_by_every_amount() -> None:
 
 
 def test_half_of_the_images_are_mirrored_left_to_right() -> None:
-    after = flipped(NUMBERED, np.random.default_rng(0))
+    after = flipped(NUMBERED, draws(0))
     same = (after == NUMBERED).all((1, 2, 3))
     mirrored = (after == NUMBERED[:, :, ::-1]).all((1, 2, 3))
     assert np.all(same ^ mirrored) and 160 < mirrored.sum() < 240
@@ -225,7 +230,7 @@ def test_half_of_the_images_are_mirrored_left_to_right() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_squares_are_cut_out_around_every_pixel(size: int) -> None:
-    after = cut_out(NUMBERED, np.random.default_rng(0), size=size)
+    after = cut_out(NUMBERED, draws(0), size=size)
     assert after.dtype == np.float32
     holes = after == 0
     np.testing.assert_array_equal(after[~holes], NUMBERED[~holes])
@@ -245,6 +250,8 @@ def test_squares_are_cut_out_around_every_pixel(size: int) -> None:
     [lambda a, rng: shifted(a, rng, most=2), flipped, lambda a, rng: cut_out(a, rng, size=3)],
 )
 def test_changes_are_those_of_the_generator(change) -> None:
-    first, again, other = (change(NUMBERED, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (change(NUMBERED, draws(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+    rows = np.array([5, 3, 300])
+    np.testing.assert_array_equal(change(NUMBERED[rows], draws(0, rows)), first[rows])

@@ -13,9 +13,13 @@ from pydantic import ValidationError as PydanticError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gpipe_jax.config.data import (
+    ArrayRecordConfig,
+    ArraysConfig,
     Cifar10Config,
     DataConfig,
     DigitsConfig,
+    FromFiles,
+    PythonConfig,
     SyntheticImagesConfig,
     SyntheticTokensConfig,
     TextConfig,
@@ -25,6 +29,7 @@ from gpipe_jax.config.data import (
 from gpipe_jax.config.fields import (
     Count,
     CountOrZero,
+    Depth,
     Positive,
     PositiveOrZero,
     Section,
@@ -50,16 +55,21 @@ from gpipe_jax.config.optimizer import (
 __all__ = [
     "AdamConfig",
     "AmoebaNetConfig",
+    "ArrayRecordConfig",
+    "ArraysConfig",
     "Cifar10Config",
     "Config",
     "ConvNetConfig",
     "DataConfig",
     "DigitsConfig",
+    "FromFiles",
     "MeshConfig",
     "MlpConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PipelineConfig",
+    "ProfileConfig",
+    "PythonConfig",
     "ResNetConfig",
     "RmsPropConfig",
     "Section",
@@ -90,6 +100,7 @@ class MeshConfig(Section):
     )
     simulate: Count | None = Field(
         default=None,
+        lt=1025,
         description="number of CPU devices to simulate, for a machine without accelerators",
     )
 
@@ -101,7 +112,7 @@ class PipelineConfig(Section):
     schedule: Literal["gpipe", "1f1b", "eager_1f1b", "interleaved"] = Field(
         default="1f1b", description="order of the work"
     )
-    chunks: Count = Field(
+    chunks: Depth = Field(
         default=1,
         description="stages of the network on each device; more than one with interleaved only",
     )
@@ -167,9 +178,19 @@ class TrainConfig(Section):
     seed: CountOrZero = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="what else is told the metrics: tensorboard, wandb"
+    )
     workdir: Text | None = Field(
         default=None, description="folder of the run; default: runs/<name of the config file>"
     )
+
+
+class ProfileConfig(Section):
+    """Steps that are traced with jax.profiler, into the folder of the run."""
+
+    start: Count = Field(default=10, description="first step that is traced")
+    steps: CountOrZero = Field(default=0, description="how many are; 0: none")
 
 
 class Config(Section):
@@ -183,6 +204,7 @@ class Config(Section):
         default=AdamConfig(), discriminator="kind", description="the optimizer"
     )
     train: TrainConfig = Field(default=TrainConfig(), description="the run")
+    profile: ProfileConfig = Field(default=ProfileConfig(), description="a trace of the run")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

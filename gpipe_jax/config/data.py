@@ -28,7 +28,7 @@ class TextConfig(Section):
     source: Text = Field(
         default="topics",
         description="topics (Python's help texts), stdlib (the standard library's sources), "
-        "or the path of a file",
+        "the path of a file, or a glob",
     )
     batch_size: Count = Field(default=32, description="sequences in a step, over all replicas")
     test_fraction: Fraction = Field(
@@ -77,9 +77,52 @@ class SyntheticTokensConfig(Section):
     batch_size: Count = Field(default=32, description="sequences in a step, over all replicas")
 
 
+class ArraysConfig(Section):
+    """Arrays from files: `inputs` and `labels`, whose first axis is the examples."""
+
+    kind: Literal["arrays"] = "arrays"
+    train: Text = Field(
+        description="a .npz file with arrays inputs and labels, or a folder with inputs.npy and "
+        "labels.npy, which are memory-mapped"
+    )
+    test: Text | None = Field(
+        default=None, description="the same for evaluation; default: test_fraction of train"
+    )
+    batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
+    test_fraction: Fraction = Field(
+        default=0.1, gt=0, description="part of train kept for evaluation if there is no test"
+    )
+
+
+class ArrayRecordConfig(ArraysConfig):
+    """array_record files whose records are .npz files of one example each."""
+
+    kind: Literal["array_record"] = "array_record"  # type: ignore[assignment]
+    train: Text = Field(description="the path of an array_record file, or a glob")
+
+
+class PythonConfig(Section):
+    """What a function of a Python file makes: anything that iterates."""
+
+    kind: Literal["python"] = "python"
+    source: Text = Field(
+        description="the file and the function, as my_data.py:make; it is called with batch_size "
+        "and seed, and makes a gpipe_jax.data.Dataset"
+    )
+    batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
+
+
 DataConfig = (
-    DigitsConfig | TextConfig | Cifar10Config | SyntheticImagesConfig | SyntheticTokensConfig
+    DigitsConfig
+    | TextConfig
+    | Cifar10Config
+    | ArraysConfig
+    | ArrayRecordConfig
+    | PythonConfig
+    | SyntheticImagesConfig
+    | SyntheticTokensConfig
 )
+FromFiles = ArraysConfig | ArrayRecordConfig | PythonConfig  # what they hold is in the files
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
@@ -95,11 +138,13 @@ def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
 
 def data_problems(model: ModelConfig, data: DataConfig) -> list[tuple[str, str]]:
     """Why the model cannot read the data: (dotted name, message) of each reason."""
+    if isinstance(data, FromFiles):
+        return []
     shape = image_shape(data)
     if isinstance(model, TransformerConfig) != (shape is None):
         message = (
             f"model {model.kind!r} cannot read data {data.kind!r}; data.kind text and "
-            f"synthetic_tokens go with transformer_lm, all others with the other models"
+            f"synthetic_tokens go with transformer_lm, those of images with the other models"
         )
         return [("model.kind", message)]
     if shape is not None:

@@ -24,6 +24,8 @@ def _real(value: Any) -> Any:
 # A field bounds a count further with `lt`: pydantic would let the `le` here win over another one.
 Count = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(_whole)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(_whole)]
+# Of layers and the like, each of which is an object here.
+Depth = Annotated[int, Field(ge=1, le=100_000), BeforeValidator(_whole)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_real)]
 PositiveOrZero = Annotated[float, Field(ge=0), BeforeValidator(_real)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_real)]

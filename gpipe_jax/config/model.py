@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from gpipe_jax.config.fields import (
     Count,
+    Depth,
     Fraction,
     PositiveOrZero,
     Section,
@@ -22,7 +23,7 @@ class ConvNetConfig(Section):
     widths: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
         default=(16, 32, 64), description="channels of each group of residual blocks"
     )
-    depths: tuple[Count, ...] = Field(
+    depths: tuple[Depth, ...] = Field(
         default=(2, 3, 2), description="residual blocks in each group; as many entries as widths"
     )
     classes: Count = Field(default=10, description="number of classes")
@@ -44,7 +45,7 @@ class ResNetConfig(Section):
     """ResNet-101, or of other depths, with batch norm."""
 
     kind: Literal["resnet"] = "resnet"
-    depths: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+    depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
         default=(3, 4, 23, 3), description="bottlenecks in each group; [3, 4, 6, 3] is ResNet-50"
     )
     width: Count = Field(
@@ -68,7 +69,7 @@ class AmoebaNetConfig(Section):
         default="D",
         description="A, B, C or D, or the path of a .json file that Genotype.to_json wrote",
     )
-    layers: Count = Field(
+    layers: Depth = Field(
         default=18, description="normal cells, in three equal stacks; a multiple of 3"
     )
     filters: Count = Field(
@@ -139,7 +140,7 @@ class TransformerConfig(Section):
     feed_forward: Count = Field(
         default=512, description="hidden features of the feed-forward block"
     )
-    layers: Count = Field(default=4, description="number of transformer blocks")
+    layers: Depth = Field(default=4, description="number of transformer blocks")
     positions: Literal["learned", "sinusoidal"] = Field(
         default="learned",
         description="how a token knows its place: learned has parameters, sinusoidal none",
