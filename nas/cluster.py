@@ -1,0 +1,72 @@
+"""Workers that are processes, by dask.distributed: on this machine, or wherever a scheduler is.
+
+A nanny restarts a worker that dies; its job is reported as dead, and tried again by the search's
+own rules. A job that takes too long is ended with its worker.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from nas.workers import Pool, WorkersError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+ANSWER_S = 10.0  # how long a scheduler may take to answer
+
+
+def pool(workers: str) -> Pool:
+    """Of `processes`, `processes:4`, or a scheduler's address."""
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise WorkersError(
+            f"workers {workers!r} need dask: pip install 'gpipe-jax[search]'"
+        ) from error
+    if "://" in workers:
+        try:
+            return of_client(Client(workers, timeout=ANSWER_S), owned=True)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise WorkersError(
+                f"workers {workers!r}: no dask scheduler answers there within {ANSWER_S:g} s "
+                f"({error}); start one with `dask scheduler`, or correct the address"
+            ) from error
+    count = _count(workers)
+    # A worker's death is the search's to count, not the scheduler's to try again.
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
+        local = LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None)
+    return of_client(Client(local), local=local, owned=True)
+
+
+def _count(workers: str) -> int:
+    text = workers.removeprefix("processes").removeprefix(":") or str(os.cpu_count() or 1)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"workers {workers!r}: expected such as 'processes' or 'processes:4'")
+    return int(text)
+
+
+def of_client(client: "Client", *, local: Any = None, owned: bool = False) -> Pool:
+    """A pool of a cluster's workers, as many jobs at once as they have threads."""
+    slots = sum(client.nthreads().values())
+    if not slots:
+        raise WorkersError(
+            f"the dask scheduler {client.scheduler.address if client.scheduler else ''} has no "
+            "workers: start some with `dask worker ADDRESS`"
+        )
+
+    def expire(future: Any) -> None:
+        hung = [worker for worker, keys in client.processing().items() if future.key in keys]
+        future.cancel()
+        if hung:
+            client.restart_workers(hung, raise_for_error=False)
+
+    def close() -> None:
+        client.close()
+        if local is not None:
+            local.close()
+
+    def submit(task: Any, job: Any) -> Any:
+        return client.submit(task, job, pure=False)
+
+    return Pool(submit, slots, True, expire, close if owned else lambda: None)

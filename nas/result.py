@@ -1,0 +1,167 @@
+"""What a search has found, also while it goes on: everything here is read from the store."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.records import CandidateRow, Counts, Reader, Study, file_of
+from nas.space import SPACES, Space
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from nas.driver import Running
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture that a search has proposed, and what became of it."""
+
+    number: int
+    architecture: Any
+    fitness: float | None
+    metrics: dict[str, float]
+    row: CandidateRow = field(repr=False)
+    """All that the store has on it."""
+    result: "Result" = field(repr=False, compare=False)
+
+    @property
+    def lineage(self) -> list["Candidate"]:
+        """Its ancestors, from the random one on, and itself last."""
+        return self.result.lineage(self.number)
+
+
+class Result:
+    """A run: a folder with a search's store, and perhaps a driver that is at work on it.
+
+    `result.best.architecture`, `result.history` (a DataFrame), `result.counts`; with a driver in
+    the background also `result.wait()` and `result.stop()`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        space: Space[Any] | None = None,
+        running: "Running | None" = None,
+    ) -> None:
+        self.path = file_of(path).parent
+        self.reader = Reader(path)
+        self.study: Study = self.reader.study()
+        self._space, self._running = space, running
+
+    def __repr__(self) -> str:
+        counts, found = self.counts, next(self.reader.ranked(), None)
+        best = f"best fitness {found.fitness:.6g}" if found else "no result yet"
+        state = ", running" if self.is_running else ""
+        return (
+            f"nas.Result({self.study.name!r}: {counts.results} results, {counts.evaluations} "
+            f"evaluations, {best}{state})"
+        )
+
+    # --- what was found ---------------------------------------------------------------------------
+
+    @property
+    def space(self) -> Space[Any]:
+        """The search's space: one of this package, or else as it was pickled with the run."""
+        if self._space is None:
+            from nas import driver
+
+            known = SPACES.get(self.study.space)
+            self._space = known() if known else driver.setup_of(self.reader).space
+        return self._space
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the best fitness; LookupError if there is none yet."""
+        for found in self.top(1):
+            return found
+        raise LookupError(f"{self.path} has no result yet: wait for the first evaluation")
+
+    def top(self, count: int) -> list[Candidate]:
+        """The best candidates of different networks, the best first."""
+        found: dict[str, CandidateRow] = {}
+        for row in self.reader.ranked():
+            found.setdefault(row.canonical, row)
+            if len(found) == count:
+                break
+        return [self._candidate(row) for row in found.values()]
+
+    def candidate(self, number: int) -> Candidate:
+        """The candidate of that number, as in `history`; KeyError if there is none."""
+        return self._candidate(self.reader.candidate(number))
+
+    def lineage(self, number: int) -> list[Candidate]:
+        """A candidate's ancestors, from the random one on, and itself last."""
+        return [self._candidate(row) for row in self.reader.lineage(number)]
+
+    @property
+    def population(self) -> list[Candidate]:
+        """The members, the one trained least recently first."""
+        return [self._candidate(row) for row in self.reader.population()]
+
+    @property
+    def counts(self) -> Counts:
+        """How many candidates, evaluations, cache hits and failures there are."""
+        return self.reader.counts()
+
+    @property
+    def history(self) -> "DataFrame":
+        """A row for each candidate, by its number, with a column for each metric."""
+        return _frame(
+            {**row._asdict(), **row.metrics, "mutation_kind": _kind(row.mutation)}
+            for row in self.reader.candidates()
+        ).set_index("id")
+
+    @property
+    def evaluations(self) -> "DataFrame":
+        """A row for each evaluation: its candidate, worker, times (seconds since 1970), outcome."""
+        rows = (row._asdict() for row in self.reader.evaluations())
+        return _frame(rows).set_index("id")
+
+    def _candidate(self, row: CandidateRow) -> Candidate:
+        architecture = self.space.decode(row.architecture)
+        return Candidate(row.id, architecture, row.fitness, row.metrics, row, self)
+
+    # --- the driver -------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a driver that this process started is at work."""
+        return self._running is not None and self._running.is_alive
+
+    def wait(self, timeout_s: float | None = None) -> "Result":
+        """Wait for the driver; raises what ended the search, if it was an error."""
+        if self._running is not None:
+            self._running.wait(timeout_s)
+        return self
+
+    def stop(self) -> "Result":
+        """End the search; what is under way is trained anew when the search is resumed."""
+        if self._running is not None:
+            self._running.stop()
+        return self.wait()
+
+    def resume(self, evaluate: Callable[..., Any] | Any = None, **options: Any) -> "Result":
+        """Go on, with the evaluator of the run or another, and other `cycles`, `workers`, ...
+
+        The options are those of `nas.search`, but for what the search is: its space and settings.
+        """
+        from nas import driver
+
+        return driver.resume(self, evaluate, options)
+
+
+def _frame(rows: Any) -> "DataFrame":
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "a DataFrame needs pandas: pip install 'gpipe-jax[search]'; or read `result.reader`"
+        ) from error
+    frame = pandas.DataFrame(list(rows))
+    return frame.drop(columns="metrics", errors="ignore")
+
+
+def _kind(mutation: str | None) -> str | None:
+    return mutation.partition(":")[0] if mutation else None

@@ -1,0 +1,379 @@
+"""The search as a loop that is open: `ask` for what to train, `tell` how good it was.
+
+    search = nas.Search(space=nas.NASNetSpace(), name="first", population=100, sample=25)
+    while (job := search.ask()) is not None:
+        search.tell(job, accuracy(job.architecture))
+
+Any number of jobs may be under way, and reported in any order. All is written to the store before
+it is acted on, so a search of the same name goes on where the last one was, however that ended.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nas import evaluate, opening
+from nas import space as spaces
+from nas.evaluate import Job, Outcome
+from nas.evolution import Evolution, Member, Proposal, Settings
+from nas.limits import MAX_REJECTED, Limit, Retries, measured
+from nas.twins import Twins, digest
+
+
+class FailuresError(RuntimeError):
+    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
+
+
+class Open(NamedTuple):
+    """A candidate without a result."""
+
+    architecture: Any
+    network: str
+    inherit: str | None
+    metrics: dict[str, float]
+
+
+class Tournament(NamedTuple):
+    """Members that are trained again before the best of them has a child."""
+
+    sample: list[Member]  # with their new fitness, as far as it is known
+    missing: set[int]  # candidates
+
+
+class Search:
+    """Evolution with a store, a cache, limits and retries; see the module's first lines.
+
+    `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
+    fitness that ends it before. `cache` says whether equal networks are trained only once, or how
+    many times before the mean answers. The rest are the fields of `nas.evolution.Settings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Any,
+        name: str = "search",
+        folder: str | Path = "runs",
+        cycles: int = 1000,
+        target: float | None = None,
+        cache: bool | int = True,
+        limits: Sequence[Limit] = (),
+        retries: Retries | None = None,
+        max_failures: int = 10,
+        setup: bytes | None = None,
+        **settings: Any,
+    ) -> None:
+        self.space, self.settings = spaces.check(space), Settings(**settings)
+        opening.check_arguments(self.settings, cycles, cache, max_failures)
+        self.cycles, self.target, self.limits = cycles, target, tuple(limits)
+        self.retries, self.max_failures = retries or Retries(), max_failures
+        decisive = {**self.settings.to_dict(), "cache": int(cache)}
+        self.store = opening.open_store(Path(folder) / name, name, self.space, decisive, setup)
+        self.evolution = Evolution(self.space, self.settings)
+        self.twins = Twins(self.store, int(cache))
+        self.best_fitness: float | None = None
+        self._todo: deque[Job] = deque()
+        self._running: dict[int, Job] = {}  # by evaluation
+        self._open: dict[int, Open] = {}  # by candidate, as are these:
+        self._tournaments: dict[int, Tournament] = {}
+        self._failed_in_a_row = self._rejected_in_a_row = 0
+        try:
+            self._restore()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def ask(self) -> Job | None:
+        """The next job; None if there is none now: the search is over, or waits for reports."""
+        while not self.is_over:
+            if self._todo:
+                return self._start(self._todo.popleft())
+            if self.evolution.results + len(self._open) + len(self._tournaments) >= self.cycles:
+                return None
+            self._advance()
+        return None
+
+    def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
+        """The fitness of a job, or a dict with `fitness` and other metrics; NaN is a failure.
+
+        To tell a job twice, or one of a driver that is gone, changes nothing.
+        """
+        self.report(job, evaluate.read(fitness, job))
+
+    def report(self, job: Job, outcome: Outcome) -> None:
+        """What came of a job, also if it failed; FailuresError if that is one too many."""
+        if self._running.pop(job.evaluation, None) is None:
+            with self.store.change("late", job.candidate, evaluation=job.evaluation):
+                return
+        if outcome.kind != "ok":
+            self._failure(job, outcome)
+            return
+        self._failed_in_a_row = 0
+        if job.tournament is None:
+            self._result(job, outcome)
+        else:
+            self._retrained(job, outcome)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there are enough results, or one is as good as the target."""
+        if self.evolution.results >= self.cycles:
+            return True
+        if self.target is None or self.best_fitness is None:
+            return False
+        return not self.settings.better(self.target, self.best_fitness)
+
+    def close(self) -> None:
+        """Let go of the store, for another driver."""
+        self.store.close()
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- proposals --------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """The next proposal, or the tournament that has to come before it."""
+        number, self._next = self._next, self._next + 1
+        if self.settings.fitness_policy == "stored" or self.evolution.is_random:
+            self._propose(self.evolution.propose(number))
+            return
+        sample = self.evolution.tournament(number)
+        detail = json.dumps([[m.candidate, m.fitness, m.last_trained] for m in sample])
+        with self.store.change("tournament", number, detail=detail):
+            self._tournaments[number] = Tournament(sample, {m.candidate for m in sample})
+        for member in dict.fromkeys(m.candidate for m in sample):
+            self._todo.append(self._retraining(number, member))
+
+    def _propose(self, proposal: Proposal) -> None:
+        number, architecture, parent, mutation = proposal
+        metrics, broken = measured(self.limits, architecture)
+        network = digest(self.space.canonical(architecture))
+        with self.store.change("reject" if broken else "propose", number, detail=broken) as event:
+            self.store.insert(
+                "candidates",
+                id=number,
+                architecture=self.space.encode(architecture),
+                canonical=network,
+                parent=parent,
+                mutation=mutation,
+                state="rejected" if broken else "open",
+                proposed=event,
+                metrics=metrics or None,
+            )
+        self._rejected_in_a_row = self._rejected_in_a_row + 1 if broken else 0
+        if self._rejected_in_a_row >= MAX_REJECTED:
+            raise FailuresError(
+                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
+                "raise that limit"
+            )
+        if not broken:
+            self._open[number] = Open(architecture, network, self._values(parent), metrics)
+            self._place(number)
+
+    def _place(self, number: int) -> None:
+        """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
+        found = self._open[number]
+        answer = self.twins.place(found.network, number)
+        if answer == "evaluate":
+            seed = _seed(self.settings.seed, number)
+            job = Job(0, number, found.architecture, seed, inherit=found.inherit)
+            self._todo.append(job)
+        elif answer != "wait":
+            with self.store.change("answer", number, fitness=answer.fitness) as event:
+                self._join(event, number, answer.fitness, answer.metrics, answer.trained_values)
+                self.store.update("candidates", number, answered_by=answer.twin)
+
+    def _retraining(self, tournament: int, member: int) -> Job:
+        architecture = self.space.decode(self.store.candidate(member).architecture)
+        seed = _seed(self.settings.seed, member, tournament)
+        return Job(
+            0, member, architecture, seed, tournament=tournament, inherit=self._values(member)
+        )
+
+    def _values(self, candidate: int | None) -> str | None:
+        """The trained values to start from, a candidate's own or its child's."""
+        if candidate is None or self.settings.fitness_policy != "retrain_warm":
+            return None
+        return self.store.candidate(candidate).trained_values
+
+    def _start(self, job: Job) -> Job:
+        job = replace(job, evaluation=self._next_evaluation)
+        with self.store.change("start", job.candidate, evaluation=job.evaluation):
+            self.store.insert(
+                "evaluations",
+                id=job.evaluation,
+                candidate=job.candidate,
+                tournament=job.tournament,
+                attempt=job.attempt,
+                outcome="running",
+                submitted=time.time(),
+            )
+        self._next_evaluation += 1
+        self._running[job.evaluation] = job
+        return job
+
+    # --- outcomes ---------------------------------------------------------------------------------
+
+    def _result(self, job: Job, outcome: Outcome) -> None:
+        number, fitness = job.candidate, outcome.fitness
+        assert fitness is not None
+        network = self._open[number].network
+        with self.store.change(
+            "result", number, evaluation=job.evaluation, fitness=fitness
+        ) as event:
+            self._record(job, outcome)
+            self._join(event, number, fitness, outcome.metrics, outcome.trained_values)
+        self._end(network)
+
+    def _join(
+        self,
+        event: int,
+        number: int,
+        fitness: float,
+        metrics: Mapping[str, float],
+        values: str | None,
+    ) -> None:
+        """Take a candidate into the population, within a change."""
+        found = self._open.pop(number)
+        removed = self.evolution.add(Member(number, found.architecture, fitness, event))
+        self.store.update(
+            "candidates",
+            number,
+            state="done",
+            fitness=fitness,
+            metrics={**found.metrics, **metrics} or None,
+            last_trained=event,
+            trained_values=values,
+        )
+        if removed:
+            self.store.update("candidates", removed.candidate, removed=event)
+        if self.best_fitness is None or self.settings.better(fitness, self.best_fitness):
+            self.best_fitness = fitness
+
+    def _retrained(self, job: Job, outcome: Outcome) -> None:
+        number, fitness = job.candidate, outcome.fitness
+        assert fitness is not None
+        metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
+        with self.store.change(
+            "retrain", number, evaluation=job.evaluation, fitness=fitness
+        ) as event:
+            self._record(job, outcome)
+            self.evolution.refresh(number, fitness, event)
+            self.store.update(
+                "candidates",
+                number,
+                fitness=fitness,
+                metrics=metrics or None,
+                last_trained=event,
+                trained_values=outcome.trained_values,
+            )
+        self._judge(job, fitness)
+
+    def _judge(self, job: Job, fitness: float | None) -> None:
+        """A retraining has ended; without a fitness the member keeps the one it has."""
+        assert job.tournament is not None
+        sample, missing = self._tournaments[job.tournament]
+        missing.discard(job.candidate)
+        for place, member in enumerate(sample):
+            if member.candidate == job.candidate and fitness is not None:
+                sample[place] = replace(member, fitness=fitness)
+        if not missing:
+            del self._tournaments[job.tournament]
+            self._propose(self.evolution.child(job.tournament, sample))
+
+    def _failure(self, job: Job, outcome: Outcome) -> None:
+        """Try again, or give the candidate up, as the retries of this kind of failure are."""
+        before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
+        again = before < getattr(self.retries, outcome.kind)
+        event = "failure" if again or job.tournament is not None else "fail"
+        with self.store.change(
+            event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
+        ):
+            self._record(job, outcome)
+            if event == "fail":
+                self.store.update("candidates", job.candidate, state="failed")
+        if again:
+            self._todo.appendleft(replace(job, attempt=job.attempt + 1))
+        elif job.tournament is not None:
+            self._judge(job, None)
+        else:
+            self._end(self._open.pop(job.candidate).network)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self.max_failures:
+            raise FailuresError(
+                f"{self._failed_in_a_row} evaluations have failed in a row (max_failures), the "
+                f"last, of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
+            )
+
+    def _record(self, job: Job, outcome: Outcome) -> None:
+        self.store.update(
+            "evaluations",
+            job.evaluation,
+            outcome=outcome.kind,
+            worker=outcome.worker,
+            started=outcome.started,
+            finished=outcome.finished or time.time(),
+            fitness=outcome.fitness,
+            metrics=dict(outcome.metrics) or None,
+            error=outcome.error,
+        )
+
+    def _end(self, network: str) -> None:
+        for waiting in self.twins.end(network):
+            self._place(waiting)
+
+    # --- going on ---------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """The state that the last driver left, from the store."""
+        store, space = self.store, self.space
+        self._next, self._next_evaluation = store.next_numbers()
+        for row in store.population():
+            member = Member(row.id, space.decode(row.architecture), row.fitness, row.last_trained)
+            self.evolution.members.append(member)
+        self.evolution.results = store.counts().results
+        self.best_fitness = next((row.fitness for row in store.ranked()), None)
+        for row in store.candidates("state = 'open'"):
+            architecture, values = space.decode(row.architecture), self._values(row.parent)
+            self._open[row.id] = Open(architecture, row.canonical, values, row.metrics)
+        for number in list(self._open):
+            self._place(number)
+        for number, drawn in store.open_tournaments():
+            self._restore_tournament(number, drawn)
+        self._todo = deque(
+            replace(job, attempt=1 + store.attempts(job.candidate, job.tournament))
+            for job in self._todo
+        )
+
+    def _restore_tournament(self, number: int, drawn: list[tuple[int, float, int]]) -> None:
+        architectures = {c: self.store.candidate(c).architecture for c, _, _ in drawn}
+        known = {
+            row.candidate: row.fitness
+            for row in self.store.evaluations("tournament = ? AND outcome = 'ok'", number)
+        }
+        sample = [
+            Member(c, self.space.decode(architectures[c]), known.get(c, fitness), stamp)
+            for c, fitness, stamp in drawn
+        ]
+        missing = set(architectures) - set(known)
+        if not missing:
+            self._propose(self.evolution.child(number, sample))
+            return
+        self._tournaments[number] = Tournament(sample, missing)
+        self._todo.extend(self._retraining(number, c) for c in architectures if c in missing)
+
+
+def _seed(seed: int, candidate: int, tournament: int | None = None) -> int:
+    """Of a job's own chance: a number of 31 bits."""
+    text = f"{seed} {candidate} {tournament}"
+    return int(digest(text)[:8], 16) >> 1
