@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from nas.driver import load, search
     from nas.evaluate import Job, Repeated, TabularEvaluator
     from nas.evolution import Settings
-    from nas.limits import Limit, Retries
+    from nas.limits import FailuresError, Limit, Retries
     from nas.nasbench201 import NASBench201Space
     from nas.nasnet import NASNetSpace
     from nas.result import Candidate, Result
-    from nas.searching import FailuresError, Search
+    from nas.searching import Search
     from nas.space import Space
 
 _HOME = {
     "Candidate": "result",
-    "FailuresError": "searching",
+    "FailuresError": "limits",
     "Job": "evaluate",
     "Limit": "limits",
     "NASBench201Space": "nasbench201",

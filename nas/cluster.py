@@ -5,12 +5,9 @@ own rules. A job that takes too long is ended with its worker.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nas.workers import Pool, WorkersError
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 ANSWER_S = 10.0  # how long a scheduler may take to answer
 
@@ -18,7 +15,7 @@ ANSWER_S = 10.0  # how long a scheduler may take to answer
 def pool(workers: str) -> Pool:
     """Of `processes`, `processes:4`, or a scheduler's address."""
     try:
-        import dask
+        import dask.config
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise WorkersError(
@@ -35,7 +32,11 @@ def pool(workers: str) -> Pool:
     count = _count(workers)
     # A worker's death is the search's to count, not the scheduler's to try again.
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
-        local = LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None)
+        local = LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            dashboard_address=None,  # type: ignore[arg-type]  # documented: no dashboard
+        )
     return of_client(Client(local), local=local, owned=True)
 
 
@@ -46,7 +47,7 @@ def _count(workers: str) -> int:
     return int(text)
 
 
-def of_client(client: "Client", *, local: Any = None, owned: bool = False) -> Pool:
+def of_client(client: Any, *, local: Any = None, owned: bool = False) -> Pool:
     """A pool of a cluster's workers, as many jobs at once as they have threads."""
     slots = sum(client.nthreads().values())
     if not slots:

@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any, NamedTuple, Protocol
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
@@ -30,6 +31,11 @@ class Job:
     inherit: str | None = None
     """Where there are trained values to start from: what an evaluation returned by the name
     `trained_values`. With `retrain_warm` a re-trained member's own, and a child's parent's."""
+
+
+def seed(search: int, candidate: int, tournament: int | None = None) -> int:
+    """Of a job, from the search's own: a number of 31 bits."""
+    return Random(f"{search} {candidate} {tournament} evaluation").getrandbits(31)
 
 
 class Outcome(NamedTuple):

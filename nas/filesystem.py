@@ -8,35 +8,8 @@ from pathlib import Path
 MOUNTS = Path("/proc/self/mounts")  # Linux; elsewhere nothing is known, and nothing refused
 NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
 NETWORK |= {"nfs", "nfs3", "nfs4", "ocfs2", "smb3", "smbfs"}
-NETWORK |= {
-    f"fuse.{name}"
-    for name in ("gcsfuse", "glusterfs", "goofys", "mount-s3", "rclone", "s3fs", "sshfs")
-}
-    "9p",
-    "afs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "coda",
-    "davfs",
-    "fuse.gcsfuse",
-    "fuse.glusterfs",
-    "fuse.goofys",
-    "fuse.mount-s3",
-    "fuse.rclone",
-    "fuse.s3fs",
-    "fuse.sshfs",
-    "glusterfs",
-    "gpfs",
-    "lustre",
-    "ncpfs",
-    "nfs",
-    "nfs3",
-    "nfs4",
-    "ocfs2",
-    "smb3",
-    "smbfs",
-]
+BUCKETS = ("gcsfuse", "glusterfs", "goofys", "mount-s3", "rclone", "s3fs", "sshfs")
+NETWORK |= {f"fuse.{name}" for name in BUCKETS}
 
 
 class NetworkFileSystemError(OSError):

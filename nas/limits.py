@@ -1,11 +1,15 @@
-"""Hard limits on architectures, and how often an evaluation that failed is tried again."""
+"""Hard limits on architectures, how often failures are tried again, and when they are too many."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MAX_REJECTED = 10_000
 """So many rejections in a row, and it is the limits that are wrong."""
+
+
+class FailuresError(RuntimeError):
+    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
 
 
 class Limit(NamedTuple):
@@ -19,14 +23,30 @@ class Limit(NamedTuple):
     at_most: float
 
 
-def measured(limits: Iterable[Limit], architecture: Any) -> tuple[dict[str, float], str | None]:
-    """What the limits measure, and in words the first that is broken."""
-    found: dict[str, float] = {}
-    for name, measure, at_most in limits:
-        found[name] = float(measure(architecture))
-        if not found[name] <= at_most:
-            return found, f"{name} {found[name]:g} is more than {at_most:g}"
-    return found, None
+class Gate:
+    """Lets candidates pass that keep all limits."""
+
+    def __init__(self, limits: Sequence[Limit]) -> None:
+        self.limits, self._in_a_row = tuple(limits), 0
+
+    def check(self, architecture: Any) -> tuple[dict[str, float], str | None]:
+        """What the limits measure, and in words the first that is broken."""
+        found: dict[str, float] = {}
+        for name, measure, at_most in self.limits:
+            found[name] = float(measure(architecture))
+            if not found[name] <= at_most:
+                return found, f"{name} {found[name]:g} is more than {at_most:g}"
+        self._in_a_row = 0
+        return found, None
+
+    def count(self, broken: str) -> None:
+        """One more is rejected; FailuresError if that is one too many."""
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_REJECTED:
+            raise FailuresError(
+                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
+                "raise that limit"
+            )
 
 
 @dataclass(frozen=True)

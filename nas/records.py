@@ -191,7 +191,7 @@ class Reader:
         numbers = [-1 if number is None else number for number in last]
         return max(numbers[:2]) + 1, max(numbers[2], 0) + 1
 
-    def open_tournaments(self) -> Iterator[tuple[int, list]]:
+    def open_tournaments(self) -> Iterator[tuple[int, list[tuple[int, float, int]]]]:
         """Those without a child as yet: its number, and [candidate, fitness, last_trained] each."""
         where = "kind = 'tournament' AND candidate NOT IN (SELECT id FROM candidates)"
         query = f"SELECT candidate, detail FROM events WHERE {where} ORDER BY seq"

@@ -9,39 +9,19 @@ it is acted on, so a search of the same name goes on where the last one was, how
 """
 
 import json
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nas import evaluate, opening
+from nas import evaluate, opening, state
 from nas import space as spaces
 from nas.evaluate import Job, Outcome
-from nas.evolution import Evolution, Member, Proposal, Settings
-from nas.limits import MAX_REJECTED, Limit, Retries, measured
+from nas.evolution import Member, Proposal, Settings
+from nas.limits import FailuresError, Gate, Limit, Retries
+from nas.state import Open, Tournament
 from nas.twins import Twins, digest
-
-
-class FailuresError(RuntimeError):
-    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
-
-
-class Open(NamedTuple):
-    """A candidate without a result."""
-
-    architecture: Any
-    network: str
-    inherit: str | None
-    metrics: dict[str, float]
-
-
-class Tournament(NamedTuple):
-    """Members that are trained again before the best of them has a child."""
-
-    sample: list[Member]  # with their new fitness, as far as it is known
-    missing: set[int]  # candidates
 
 
 class Search:
@@ -69,18 +49,18 @@ class Search:
     ) -> None:
         self.space, self.settings = spaces.check(space), Settings(**settings)
         opening.check_arguments(self.settings, cycles, cache, max_failures)
-        self.cycles, self.target, self.limits = cycles, target, tuple(limits)
+        self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
         decisive = {**self.settings.to_dict(), "cache": int(cache)}
         self.store = opening.open_store(Path(folder) / name, name, self.space, decisive, setup)
-        self.evolution = Evolution(self.space, self.settings)
+        self.evolution = state.evolution(self.store, self.space, self.settings)
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
         self._todo: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by evaluation
         self._open: dict[int, Open] = {}  # by candidate, as are these:
         self._tournaments: dict[int, Tournament] = {}
-        self._failed_in_a_row = self._rejected_in_a_row = 0
+        self._failed_in_a_row = 0
         try:
             self._restore()
         except BaseException:
@@ -150,34 +130,33 @@ class Search:
         sample = self.evolution.tournament(number)
         detail = json.dumps([[m.candidate, m.fitness, m.last_trained] for m in sample])
         with self.store.change("tournament", number, detail=detail):
-            self._tournaments[number] = Tournament(sample, {m.candidate for m in sample})
-        for member in dict.fromkeys(m.candidate for m in sample):
-            self._todo.append(self._retraining(number, member))
+            pass
+        self._hold(number, Tournament(sample, {m.candidate for m in sample}))
+
+    def _hold(self, number: int, tournament: Tournament) -> None:
+        """Have the members trained again that have not been."""
+        self._tournaments[number] = tournament
+        for member in dict.fromkeys(m.candidate for m in tournament.sample):
+            if member in tournament.missing:
+                self._todo.append(self._retraining(number, member))
 
     def _propose(self, proposal: Proposal) -> None:
-        number, architecture, parent, mutation = proposal
-        metrics, broken = measured(self.limits, architecture)
+        number, architecture, parent, _ = proposal
+        metrics, broken = self.gate.check(architecture)
         network = digest(self.space.canonical(architecture))
         with self.store.change("reject" if broken else "propose", number, detail=broken) as event:
-            self.store.insert(
-                "candidates",
-                id=number,
+            self.store.add_candidate(
+                proposal,
+                event,
                 architecture=self.space.encode(architecture),
                 canonical=network,
-                parent=parent,
-                mutation=mutation,
                 state="rejected" if broken else "open",
-                proposed=event,
-                metrics=metrics or None,
+                metrics=metrics,
             )
-        self._rejected_in_a_row = self._rejected_in_a_row + 1 if broken else 0
-        if self._rejected_in_a_row >= MAX_REJECTED:
-            raise FailuresError(
-                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
-                "raise that limit"
-            )
-        if not broken:
-            self._open[number] = Open(architecture, network, self._values(parent), metrics)
+        if broken:
+            self.gate.count(broken)
+        else:
+            self._open[number] = Open(architecture, network, parent, metrics)
             self._place(number)
 
     def _place(self, number: int) -> None:
@@ -185,17 +164,17 @@ class Search:
         found = self._open[number]
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
-            seed = _seed(self.settings.seed, number)
-            job = Job(0, number, found.architecture, seed, inherit=found.inherit)
-            self._todo.append(job)
+            seed = evaluate.seed(self.settings.seed, number)
+            values = self._values(found.parent)
+            self._todo.append(Job(0, number, found.architecture, seed, inherit=values))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 self._join(event, number, answer.fitness, answer.metrics, answer.trained_values)
-                self.store.update("candidates", number, answered_by=answer.twin)
+                self.store.set_candidate(number, answered_by=answer.twin)
 
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
-        seed = _seed(self.settings.seed, member, tournament)
+        seed = evaluate.seed(self.settings.seed, member, tournament)
         return Job(
             0, member, architecture, seed, tournament=tournament, inherit=self._values(member)
         )
@@ -209,15 +188,7 @@ class Search:
     def _start(self, job: Job) -> Job:
         job = replace(job, evaluation=self._next_evaluation)
         with self.store.change("start", job.candidate, evaluation=job.evaluation):
-            self.store.insert(
-                "evaluations",
-                id=job.evaluation,
-                candidate=job.candidate,
-                tournament=job.tournament,
-                attempt=job.attempt,
-                outcome="running",
-                submitted=time.time(),
-            )
+            self.store.add_evaluation(job)
         self._next_evaluation += 1
         self._running[job.evaluation] = job
         return job
@@ -231,7 +202,7 @@ class Search:
         with self.store.change(
             "result", number, evaluation=job.evaluation, fitness=fitness
         ) as event:
-            self._record(job, outcome)
+            self.store.end_evaluation(job, outcome)
             self._join(event, number, fitness, outcome.metrics, outcome.trained_values)
         self._end(network)
 
@@ -246,17 +217,16 @@ class Search:
         """Take a candidate into the population, within a change."""
         found = self._open.pop(number)
         removed = self.evolution.add(Member(number, found.architecture, fitness, event))
-        self.store.update(
-            "candidates",
+        self.store.set_candidate(
             number,
             state="done",
             fitness=fitness,
-            metrics={**found.metrics, **metrics} or None,
+            metrics={**found.metrics, **metrics},
             last_trained=event,
             trained_values=values,
         )
         if removed:
-            self.store.update("candidates", removed.candidate, removed=event)
+            self.store.set_candidate(removed.candidate, removed=event)
         if self.best_fitness is None or self.settings.better(fitness, self.best_fitness):
             self.best_fitness = fitness
 
@@ -267,13 +237,12 @@ class Search:
         with self.store.change(
             "retrain", number, evaluation=job.evaluation, fitness=fitness
         ) as event:
-            self._record(job, outcome)
+            self.store.end_evaluation(job, outcome)
             self.evolution.refresh(number, fitness, event)
-            self.store.update(
-                "candidates",
+            self.store.set_candidate(
                 number,
                 fitness=fitness,
-                metrics=metrics or None,
+                metrics=metrics,
                 last_trained=event,
                 trained_values=outcome.trained_values,
             )
@@ -299,9 +268,9 @@ class Search:
         with self.store.change(
             event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
         ):
-            self._record(job, outcome)
+            self.store.end_evaluation(job, outcome)
             if event == "fail":
-                self.store.update("candidates", job.candidate, state="failed")
+                self.store.set_candidate(job.candidate, state="failed")
         if again:
             self._todo.appendleft(replace(job, attempt=job.attempt + 1))
         elif job.tournament is not None:
@@ -315,19 +284,6 @@ class Search:
                 f"last, of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
             )
 
-    def _record(self, job: Job, outcome: Outcome) -> None:
-        self.store.update(
-            "evaluations",
-            job.evaluation,
-            outcome=outcome.kind,
-            worker=outcome.worker,
-            started=outcome.started,
-            finished=outcome.finished or time.time(),
-            fitness=outcome.fitness,
-            metrics=dict(outcome.metrics) or None,
-            error=outcome.error,
-        )
-
     def _end(self, network: str) -> None:
         for waiting in self.twins.end(network):
             self._place(waiting)
@@ -335,45 +291,18 @@ class Search:
     # --- going on ---------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        """The state that the last driver left, from the store."""
-        store, space = self.store, self.space
-        self._next, self._next_evaluation = store.next_numbers()
-        for row in store.population():
-            member = Member(row.id, space.decode(row.architecture), row.fitness, row.last_trained)
-            self.evolution.members.append(member)
-        self.evolution.results = store.counts().results
-        self.best_fitness = next((row.fitness for row in store.ranked()), None)
-        for row in store.candidates("state = 'open'"):
-            architecture, values = space.decode(row.architecture), self._values(row.parent)
-            self._open[row.id] = Open(architecture, row.canonical, values, row.metrics)
+        """What the last driver left under way is to be done first, in the order of its numbers."""
+        self._next, self._next_evaluation = self.store.next_numbers()
+        self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
+        self._open = state.open_candidates(self.store, self.space)
         for number in list(self._open):
             self._place(number)
-        for number, drawn in store.open_tournaments():
-            self._restore_tournament(number, drawn)
+        for number, tournament in state.tournaments(self.store, self.space).items():
+            if tournament.missing:
+                self._hold(number, tournament)
+            else:
+                self._propose(self.evolution.child(number, tournament.sample))
         self._todo = deque(
-            replace(job, attempt=1 + store.attempts(job.candidate, job.tournament))
+            replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
-
-    def _restore_tournament(self, number: int, drawn: list[tuple[int, float, int]]) -> None:
-        architectures = {c: self.store.candidate(c).architecture for c, _, _ in drawn}
-        known = {
-            row.candidate: row.fitness
-            for row in self.store.evaluations("tournament = ? AND outcome = 'ok'", number)
-        }
-        sample = [
-            Member(c, self.space.decode(architectures[c]), known.get(c, fitness), stamp)
-            for c, fitness, stamp in drawn
-        ]
-        missing = set(architectures) - set(known)
-        if not missing:
-            self._propose(self.evolution.child(number, sample))
-            return
-        self._tournaments[number] = Tournament(sample, missing)
-        self._todo.extend(self._retraining(number, c) for c in architectures if c in missing)
-
-
-def _seed(seed: int, candidate: int, tournament: int | None = None) -> int:
-    """Of a job's own chance: a number of 31 bits."""
-    text = f"{seed} {candidate} {tournament}"
-    return int(digest(text)[:8], 16) >> 1

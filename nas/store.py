@@ -21,13 +21,15 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nas import filesystem, schema
+from nas.evaluate import Job, Outcome
+from nas.evolution import Proposal
 from nas.records import Reader, file_of
 
 
@@ -109,16 +111,56 @@ class Store(Reader):
         self._connection.execute("COMMIT")
         self._seq = seq
 
-    def insert(self, table: str, **columns: Any) -> int:
-        """Add a row, within a change; returns its id."""
-        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
-        query = f"INSERT INTO {table} ({names}) VALUES ({marks})"
-        found = self._connection.execute(query, tuple(map(_written, columns.values()))).lastrowid
-        assert found is not None
-        return found
+    # --- rows, within a change --------------------------------------------------------------------
 
-    def update(self, table: str, row: int, **columns: Any) -> None:
-        """Set columns of a row, within a change."""
+    def add_candidate(self, proposal: Proposal, event: int, **columns: Any) -> None:
+        """A candidate that is proposed; the columns are architecture, canonical, state, metrics."""
+        _, _, parent, mutation = proposal
+        self._insert(
+            "candidates",
+            id=proposal.candidate,
+            parent=parent,
+            mutation=mutation,
+            proposed=event,
+            **columns,
+        )
+
+    def add_evaluation(self, job: Job) -> None:
+        """An evaluation that begins."""
+        self._insert(
+            "evaluations",
+            id=job.evaluation,
+            candidate=job.candidate,
+            tournament=job.tournament,
+            attempt=job.attempt,
+            outcome="running",
+            submitted=time.time(),
+        )
+
+    def end_evaluation(self, job: Job, outcome: Outcome) -> None:
+        """What came of it."""
+        self._update(
+            "evaluations",
+            job.evaluation,
+            outcome=outcome.kind,
+            worker=outcome.worker,
+            started=outcome.started,
+            finished=outcome.finished or time.time(),
+            fitness=outcome.fitness,
+            metrics=outcome.metrics,
+            error=outcome.error,
+        )
+
+    def set_candidate(self, candidate: int, **columns: Any) -> None:
+        """Change columns of a candidate."""
+        self._update("candidates", candidate, **columns)
+
+    def _insert(self, table: str, **columns: Any) -> None:
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        values = tuple(map(_written, columns.values()))
+        self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+
+    def _update(self, table: str, row: int, **columns: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in columns)
         values = (*map(_written, columns.values()), row)
         self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
@@ -129,7 +171,7 @@ class Store(Reader):
 
 
 def _written(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, dict) else value
+    return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -42,7 +42,7 @@ class Twins:
         if n >= self.limit:
             names = rows[0].metrics
             means = {name: sum(row.metrics.get(name, 0.0) for row in rows) / n for name in names}
-            fitness = sum(row.fitness for row in rows) / n
+            fitness = sum(row.fitness or 0.0 for row in rows) / n
             return Answer(rows[0].id, fitness, means, rows[0].trained_values)
         if self.under_way[network] + n >= self.limit:
             self.waiting[network].append(candidate)

@@ -28,7 +28,7 @@ class WorkersError(RuntimeError):
 class Pool:
     """Where jobs are done. `submit` gives a future; `expire` ends one that takes too long."""
 
-    submit: Callable[[Callable[[Job], Outcome], Job], Any]
+    submit: Callable[..., Any]
     slots: int  # jobs at once
     pickles: bool  # whether jobs go to other processes
     expire: Callable[[Any], None]
