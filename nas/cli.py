@@ -1,4 +1,4 @@
-"""The command line: `nas search | export`.
+"""The command line: `nas search | report | export`.
 
 Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
 import argparse
 import contextlib
 import json
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     one = _command(commands, "search", _search, text)
     one.add_argument("config", metavar="CONFIG", help="a YAML file")
     one.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    one = _command(commands, "report", _report, "say what a run has found, also while it goes on")
+    one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
+    one.add_argument(
+        "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
+    )
     one = _command(commands, "export", _export, "write the best architecture of a run to a file")
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
@@ -111,10 +117,26 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
-    import nas
+def _report(options: argparse.Namespace) -> int:
+    from nas import page, report
+    from nas.reading import Snapshot
 
-    best = nas.load(options.run).best
+    reader = Snapshot(_load(options.run).path)
+    found = report.report(reader)
+    print(found)
+    out = options.out or reader.path.parent / "report.html"
+    try:
+        page.write(reader, out)
+    except ImportError as error:
+        raise ConfigError([str(error)], "--out") from error
+    print(f"\npage: {out}")
+    if options.json:
+        print(json.dumps({**found.to_dict(), "page": str(out)}))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    best = _load(options.run).best
     if options.out.exists():
         raise ConfigError([f"{options.out} is there already; give another name"], "--out")
     genotype = _genotype(best)
@@ -124,6 +146,16 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**figures, "genotype": genotype}))
     return 0
+
+
+def _load(run: str) -> Any:
+    """The run of that name, or in that folder; ConfigError if it cannot be read."""
+    import nas
+
+    try:
+        return nas.load(run)
+    except (ValueError, sqlite3.Error, StopIteration) as error:
+        raise ConfigError([f"it holds no search that can be read ({error})"], run) from error
 
 
 def _genotype(best: Any) -> Any:

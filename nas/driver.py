@@ -222,6 +222,11 @@ class Running:
         self._thread = threading.Thread(target=self._run, name="nas driver", daemon=True)
         self._error: BaseException | None = None
 
+    @property
+    def cycles(self) -> int:
+        """The number of results at which the search is over."""
+        return self._driver.search.cycles
+
     def run(self) -> None:
         """In this thread."""
         self._driver.run()

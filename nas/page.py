@@ -11,7 +11,7 @@ from typing import Any
 
 from gpipe_jax import drawing as drawings
 from gpipe_jax.figure import png
-from nas import drawing, plots, reading, tables
+from nas import drawing, plots, tables
 from nas.records import CandidateRow, Reader
 from nas.report import Report, report
 

@@ -38,7 +38,8 @@ class Report(NamedTuple):
         counts, settings = self.counts, dict(self.study.settings)
         aim = "maximise" if settings.pop("maximise") else "minimise"
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.study.created))
-        under_way = "under way" if self.is_driven else "under way when the last driver ended"
+        under_way = f", {counts.running} under way" * (counts.running > 0)
+        under_way += " when the last driver ended" * (bool(under_way) and not self.is_driven)
         return {
             "run": self.path,
             "state": "a driver is at work" if self.is_driven else "no driver is at work",
@@ -47,8 +48,7 @@ class Report(NamedTuple):
             "begun": f"{began}; {self.work_s:.1f} s at work",
             "candidates": f"{counts.proposed} proposed, {counts.results} with a fitness, "
             f"{counts.rejected} beyond a limit, {counts.failed} given up",
-            "evaluations": f"{counts.evaluations} done, {counts.failures} failed, "
-            f"{counts.running} {under_way}",
+            "evaluations": f"{counts.evaluations} done, {counts.failures} failed{under_way}",
             "cache hits": f"{counts.cache_hits} ({_share(counts.cache_hits, counts.results)} of "
             "the candidates with a fitness)",
         }

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas import reading
 from nas.records import CandidateRow, Counts, Reader, Study, file_of
 from nas.space import SPACES, Space
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from nas.driver import Running
@@ -30,6 +32,17 @@ class Candidate:
     def lineage(self) -> list["Candidate"]:
         """Its ancestors, from the random one on, and itself last."""
         return self.result.lineage(self.number)
+
+    def plot_lineage(self, path: str | Path | None = None) -> "Figure":
+        """Its ancestors, each with what differs from its parent; written to `path` where given."""
+        from nas import lineage_plot
+
+        return lineage_plot.figure(self.result.reader, self.number, path)
+
+    def _repr_html_(self) -> str:
+        from nas import page
+
+        return page.candidate(self.result.reader, self.row)
 
 
 class Result:
@@ -59,6 +72,11 @@ class Result:
             f"evaluations, {best}{state})"
         )
 
+    def _repr_html_(self) -> str:
+        from nas import page
+
+        return page.result(self.reader)
+
     # --- what was found ---------------------------------------------------------------------------
 
     @property
@@ -80,12 +98,7 @@ class Result:
 
     def top(self, count: int) -> list[Candidate]:
         """The best candidates of different networks, the best first."""
-        found: dict[str, CandidateRow] = {}
-        for row in self.reader.ranked():
-            found.setdefault(row.canonical, row)
-            if len(found) == count:
-                break
-        return [self._candidate(row) for row in found.values()]
+        return [self._candidate(row) for row in reading.top(self.reader, count)]
 
     def candidate(self, number: int) -> Candidate:
         """The candidate of that number, as in `history`; KeyError if there is none."""
@@ -119,6 +132,15 @@ class Result:
         rows = (row._asdict() for row in self.reader.evaluations())
         return _frame(rows).set_index("id")
 
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Best so far, fitness by age, what the cache saved, the workers, and Pareto fronts.
+
+        From the store, also while the search goes on; written to `path` where given.
+        """
+        from nas import plots
+
+        return plots.overview(self.reader, path)
+
     def _candidate(self, row: CandidateRow) -> Candidate:
         architecture = self.space.decode(row.architecture)
         return Candidate(row.id, architecture, row.fitness, row.metrics, row, self)
@@ -135,6 +157,17 @@ class Result:
         if self._running is not None:
             self._running.wait(timeout_s)
         return self
+
+    def watch(self, every_s: float = 0.5) -> "Result":
+        """Show how the search comes on until it ends, in a line that is renewed.
+
+        In a notebook this returns at once, and the cell is renewed; elsewhere it waits. Raises what
+        ended the search, if it was an error, as `wait` does.
+        """
+        from nas import live
+
+        live.watch(self.path, self._running.cycles if self._running else None, every_s)
+        return self if live.in_notebook() else self.wait()
 
     def stop(self) -> "Result":
         """End the search; what is under way is trained anew when the search is resumed."""
