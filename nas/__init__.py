@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nas import nasbench201, testing
+    from nas.audit import ReplayError, replay
     from nas.driver import load, search
     from nas.evaluate import Job, Repeated, TabularEvaluator
     from nas.evolution import Settings
@@ -32,6 +33,7 @@ _HOME = {
     "NASBench201Space": "nasbench201",
     "NASNetSpace": "nasnet",
     "Repeated": "evaluate",
+    "ReplayError": "audit",
     "Result": "result",
     "Retries": "limits",
     "Search": "searching",
@@ -39,6 +41,7 @@ _HOME = {
     "Space": "space",
     "TabularEvaluator": "evaluate",
     "load": "driver",
+    "replay": "audit",
     "search": "driver",
 }
 _MODULES = ("nasbench201", "testing")
@@ -51,6 +54,7 @@ __all__ = [
     "NASBench201Space",
     "NASNetSpace",
     "Repeated",
+    "ReplayError",
     "Result",
     "Retries",
     "Search",
@@ -59,6 +63,7 @@ __all__ = [
     "TabularEvaluator",
     "load",
     "nasbench201",
+    "replay",
     "search",
     "testing",
 ]
