@@ -2,9 +2,9 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    space (nasnet, nasbench201) -> evolution --+-> searching -> driver -> cli
-    evaluate -> workers -----------------------+  (ask, tell)  (the loop)
-    schema -> records -> store ----------------+      records -> result
+    space (nasnet, nasbench201) -> evolution --+-> searching --+-> driver ---> result -> cli
+    schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
+    evaluate -> workers, pools --------------------------------+
 
 Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
 """
@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nas import nasbench201, testing
     from nas.audit import ReplayError, replay
-    from nas.driver import load, search
     from nas.evaluate import Job, Repeated, TabularEvaluator
     from nas.evolution import Settings
     from nas.limits import FailuresError, Limit, Retries
     from nas.nasbench201 import NASBench201Space
     from nas.nasnet import NASNetSpace
-    from nas.result import Candidate, Result
+    from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
 
@@ -40,9 +39,9 @@ _HOME = {
     "Settings": "evolution",
     "Space": "space",
     "TabularEvaluator": "evaluate",
-    "load": "driver",
+    "load": "result",
     "replay": "audit",
-    "search": "driver",
+    "search": "result",
 }
 _MODULES = ("nasbench201", "testing")
 
