@@ -2,9 +2,9 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    space (nasnet, nasbench201) -> evolution --+-> searching -> driver -> cli
-    evaluate -> workers -----------------------+  (ask, tell)  (the loop)
-    schema -> records -> store ----------------+      records -> result
+    space (nasnet, nasbench201) -> evolution --+-> searching --+-> driver ---> result -> cli
+    schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
+    evaluate -> workers, pools --------------------------------+
 
 Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
 """
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nas import nasbench201, testing
-    from nas.driver import load, search
+    from nas.audit import ReplayError, replay
     from nas.evaluate import Job, Repeated, TabularEvaluator
     from nas.evolution import Settings
     from nas.limits import FailuresError, Limit, Retries
     from nas.nasbench201 import NASBench201Space
     from nas.nasnet import NASNetSpace
-    from nas.result import Candidate, Result
+    from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
 
@@ -32,14 +32,16 @@ _HOME = {
     "NASBench201Space": "nasbench201",
     "NASNetSpace": "nasnet",
     "Repeated": "evaluate",
+    "ReplayError": "audit",
     "Result": "result",
     "Retries": "limits",
     "Search": "searching",
     "Settings": "evolution",
     "Space": "space",
     "TabularEvaluator": "evaluate",
-    "load": "driver",
-    "search": "driver",
+    "load": "result",
+    "replay": "audit",
+    "search": "result",
 }
 _MODULES = ("nasbench201", "testing")
 
@@ -51,6 +53,7 @@ __all__ = [
     "NASBench201Space",
     "NASNetSpace",
     "Repeated",
+    "ReplayError",
     "Result",
     "Retries",
     "Search",
@@ -59,6 +62,7 @@ __all__ = [
     "TabularEvaluator",
     "load",
     "nasbench201",
+    "replay",
     "search",
     "testing",
 ]

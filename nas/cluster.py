@@ -5,11 +5,27 @@ own rules. A job that takes too long is ended with its worker.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from nas.workers import Pool, WorkersError
-
 ANSWER_S = 10.0  # how long a scheduler may take to answer
+RESTART_S = 5.0  # how long a hung worker has to end by itself
+
+
+class WorkersError(RuntimeError):
+    """The workers cannot be reached or started, or can take no more work."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where jobs are done. `submit` gives a future; `expire` ends one that takes too long."""
+
+    submit: Callable[..., Any]
+    slots: int  # jobs at once
+    pickles: bool  # whether jobs go to other processes
+    expire: Callable[[Any], None]
+    close: Callable[[], None] = lambda: None
 
 
 def pool(workers: str) -> Pool:
@@ -60,7 +76,7 @@ def of_client(client: Any, *, local: Any = None, owned: bool = False) -> Pool:
         hung = [worker for worker, keys in client.processing().items() if future.key in keys]
         future.cancel()
         if hung:
-            client.restart_workers(hung, raise_for_error=False)
+            client.restart_workers(hung, timeout=RESTART_S, raise_for_error=False)
 
     def close() -> None:
         client.close()

@@ -1,130 +1,19 @@
-"""The loop that keeps the workers busy: ask, submit, collect, report; and how it is begun."""
+"""The loop that keeps the workers busy: ask, submit, collect, report."""
 
-import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from nas import evaluate as evaluators
-from nas import space as spaces
-from nas import workers as pools
-from nas.evaluate import Job, Outcome
-from nas.limits import Limit
-from nas.records import FILE, Reader
-from nas.result import Result
+from nas import workers
+from nas.cluster import Pool, WorkersError
+from nas.evaluate import Evaluator, Job, Outcome
 from nas.searching import Search
-from nas.workers import Pool
 
 Callback = Callable[[Search], object]
 POLL_S = 0.5
-
-
-def search(
-    *,
-    space: Any,
-    evaluate: Any,
-    workers: Any = 1,
-    wait: bool = True,
-    timeout_s: float | None = None,
-    time_limit_s: float | None = None,
-    callback: Callback | None = None,
-    limits: Sequence[Limit] = (),
-    name: str = "search",
-    folder: str | Path = "runs",
-    **options: Any,
-) -> Result:
-    """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
-
-    `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluate`.
-    `workers` are a number of threads, `processes`, the address of a dask scheduler, or an executor.
-    With `wait=False` the search goes on in the background. `timeout_s` is for one evaluation,
-    `time_limit_s` for all; `callback(search)` is called after each and ends the search by True.
-    The rest goes to `nas.Search`: population, sample, cycles, target, seed, maximise, cache, ...
-
-    A search of the same name and settings goes on where it was. Raises `nas.FailuresError` if the
-    evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
-    """
-    space, evaluator = spaces.check(space), evaluators.check(evaluate)
-    driving = {"workers": workers, "timeout_s": timeout_s}
-    setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
-    loop = Search(
-        space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
-    )
-    try:
-        pool = pools.pool(workers)
-    except BaseException:
-        loop.close()
-        raise
-    running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
-    result = Result(Path(folder) / name, space, running)
-    if wait:
-        running.run()
-        return result.wait()
-    running.start()
-    return result
-
-
-def load(name: str | Path, folder: str | Path = "runs") -> Result:
-    """The run of that name, or in that folder, as far as it has come; FileNotFoundError if none."""
-    path = Path(name) if (Path(name) / FILE).exists() else Path(folder) / name
-    if not (path / FILE).exists():
-        there = sorted(found.parent.name for found in Path(folder).glob(f"*/{FILE}"))
-        known = f"runs in {folder}: {', '.join(there)}" if there else f"there are none in {folder}"
-        raise FileNotFoundError(f"no run {str(name)!r}: no file {path / FILE}; {known}")
-    return Result(path)
-
-
-def resume(result: Result, evaluate: Any, options: dict[str, Any]) -> Result:
-    """See `Result.resume`."""
-    setup = setup_of(result.reader, needed=evaluate is None)
-    fixed = [name for name in options if name in result.study.settings or name == "space"]
-    if fixed:
-        raise ValueError(f"{', '.join(fixed)}: a search cannot be resumed with other ones")
-    given = {"limits": setup.limits, **setup.options, **result.study.settings, **options}
-    return search(
-        space=setup.space if setup.space is not None else result.space,
-        evaluate=setup.evaluate if evaluate is None else evaluate,
-        name=result.path.name,
-        folder=result.path.parent,
-        **given,
-    )
-
-
-class Setup(NamedTuple):
-    """What a run needs to be resumed, and is not data; pickled, as it is code."""
-
-    space: Any
-    evaluate: Any
-    limits: tuple[Limit, ...]
-    options: dict[str, Any]
-
-    def pickled(self) -> bytes | None:
-        """For the store; None if it cannot be."""
-        simple = {k: v for k, v in self.options.items() if k != "workers" or type(v) in (int, str)}
-        try:
-            return pools.dumps(self._replace(options=simple))
-        except Exception:  # of any object's own pickling
-            return None
-
-
-def setup_of(reader: Reader, *, needed: bool = True) -> Setup:
-    """The run's own setup; ValueError if it is needed and not to be had. Runs what is pickled."""
-    blob = reader.setup()
-    try:
-        if blob is None:
-            raise ValueError("they cannot be pickled")
-        return pickle.loads(blob)
-    except Exception as error:
-        if not needed:
-            return Setup(None, None, (), {})
-        raise ValueError(
-            f"{reader.path} does not have the search's functions ({error}): give the evaluator "
-            "anew, resume(evaluate=...), or call nas.search as before, with the same name"
-        ) from error
 
 
 class Flight(NamedTuple):
@@ -140,7 +29,7 @@ class Driver:
     """Keeps a pool's slots full with a search's jobs, until the search is over."""
 
     search: Search
-    evaluator: evaluators.Evaluator
+    evaluator: Evaluator
     pool: Pool
     timeout_s: float | None = None
     time_limit_s: float | None = None
@@ -148,7 +37,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
-        self._task = pools.task(self.evaluator, self.pool.pickles)
+        self._task = workers.task(self.evaluator, self.pool.pickles)
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._flights: dict[int, Flight] = {}
         self._expired: dict[int, Flight] = {}
@@ -173,7 +62,7 @@ class Driver:
             try:
                 future = self.pool.submit(self._task, job)
             except RuntimeError as error:  # such as BrokenProcessPool, or one that is shut down
-                raise pools.WorkersError(
+                raise WorkersError(
                     f"the workers take no more jobs ({error}): use workers='processes', whose "
                     "workers are restarted, and resume the run"
                 ) from error
@@ -192,7 +81,7 @@ class Driver:
             return
         if number in self._flights:
             flight = self._flights.pop(number)
-            self._report(flight.job, pools.outcome(flight.future))
+            self._report(flight.job, workers.outcome(flight.future))
         else:
             flight = self._expired.pop(number)
             self.search.report(flight.job, Outcome("timeout"))  # late, and only noted

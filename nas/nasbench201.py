@@ -140,7 +140,7 @@ def find(folder: str | Path | None = None) -> Path:
     named = folder or os.environ.get(FOLDER_VARIABLE)
     if not named:
         raise FileNotFoundError(
-            f"`folder` of NAS-Bench-201 is not given and {FOLDER_VARIABLE} is not set: give a folder "
+            f"`folder` of NAS-Bench-201 is not given and {FOLDER_VARIABLE} is not set: give one "
             "that holds nb201.npz"
         )
     root = Path(named).expanduser()

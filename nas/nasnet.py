@@ -22,11 +22,11 @@ class NASNetSpace:
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
-            raise ValueError(f"pairs {self.pairs}: a cell has at least one pair; give 1 or more")
+            raise ValueError(f"`pairs` {self.pairs}: a cell has at least one pair; give 1 or more")
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown or not self.operations:
             raise ValueError(
-                f"operations: expected some of {', '.join(OPERATIONS)}, got "
+                f"`operations`: expected some of {', '.join(OPERATIONS)}, got "
                 f"{unknown or self.operations!r}; correct them"
             )
         object.__setattr__(self, "operations", tuple(self.operations))

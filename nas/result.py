@@ -1,19 +1,26 @@
-"""What a search has found, also while it goes on: everything here is read from the store."""
+"""To search, to load a search of another day, and what either has found.
 
-from collections.abc import Callable
+Everything that is shown of a search is read from its store, also while it goes on.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas import reading
-from nas.records import CandidateRow, Counts, Reader, Study, file_of
+from nas import evaluate as evaluators
+from nas import pools, reading
+from nas import space as spaces
+from nas.driver import Callback, Driver, Running
+from nas.limits import Limit
+from nas.records import FILE, CandidateRow, Counts, Reader, Study, file_of
+from nas.searching import Search
+from nas.setup import Setup, setup_of
 from nas.space import SPACES, Space
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-    from nas.driver import Running
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Result:
         self,
         path: str | Path,
         space: Space[Any] | None = None,
-        running: "Running | None" = None,
+        running: Running | None = None,
     ) -> None:
         self.path = file_of(path).parent
         self.reader = Reader(path)
@@ -83,10 +90,8 @@ class Result:
     def space(self) -> Space[Any]:
         """The search's space: one of this package, or else as it was pickled with the run."""
         if self._space is None:
-            from nas import driver
-
             known = SPACES.get(self.study.space)
-            self._space = known() if known else driver.setup_of(self.reader).space
+            self._space = known() if known else setup_of(self.reader).space
         return self._space
 
     @property
@@ -180,9 +185,73 @@ class Result:
 
         The options are those of `nas.search`, but for what the search is: its space and settings.
         """
-        from nas import driver
+        setup = setup_of(self.reader, needed=evaluate is None)
+        fixed = [name for name in options if name in self.study.settings or name == "space"]
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)}: a search cannot be resumed with other ones")
+        given = {"limits": setup.limits, **setup.options, **self.study.settings, **options}
+        return search(
+            space=setup.space if setup.space is not None else self.space,
+            evaluate=setup.evaluate if evaluate is None else evaluate,
+            name=self.path.name,
+            folder=self.path.parent,
+            **given,
+        )
 
-        return driver.resume(self, evaluate, options)
+
+def search(
+    *,
+    space: Any,
+    evaluate: Any,
+    workers: Any = 1,
+    wait: bool = True,
+    timeout_s: float | None = None,
+    time_limit_s: float | None = None,
+    callback: Callback | None = None,
+    limits: Sequence[Limit] = (),
+    name: str = "search",
+    folder: str | Path = "runs",
+    **options: Any,
+) -> Result:
+    """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
+
+    `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluate`.
+    `workers` are a number of threads, `processes`, the address of a dask scheduler, or an executor.
+    With `wait=False` the search goes on in the background. `timeout_s` is for one evaluation,
+    `time_limit_s` for all; `callback(search)` is called after each and ends the search by True.
+    The rest goes to `nas.Search`: population, sample, cycles, target, seed, maximise, cache, ...
+
+    A search of the same name and settings goes on where it was. Raises `nas.FailuresError` if the
+    evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
+    """
+    space, evaluator = spaces.check(space), evaluators.check(evaluate)
+    driving = {"workers": workers, "timeout_s": timeout_s}
+    setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
+    loop = Search(
+        space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
+    )
+    try:
+        pool = pools.pool(workers)
+    except BaseException:
+        loop.close()
+        raise
+    running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
+    result = Result(Path(folder) / name, space, running)
+    if wait:
+        running.run()
+        return result.wait()
+    running.start()
+    return result
+
+
+def load(name: str | Path, folder: str | Path = "runs") -> Result:
+    """The run of that name, or in that folder, as far as it has come; FileNotFoundError if none."""
+    path = Path(name) if (Path(name) / FILE).exists() else Path(folder) / name
+    if not (path / FILE).exists():
+        there = sorted(found.parent.name for found in Path(folder).glob(f"*/{FILE}"))
+        known = f"runs in {folder}: {', '.join(there)}" if there else f"there are none in {folder}"
+        raise FileNotFoundError(f"no run {str(name)!r}: no file {path / FILE}; {known}")
+    return Result(path)
 
 
 def _frame(rows: Any) -> "DataFrame":
