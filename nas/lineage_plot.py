@@ -92,9 +92,9 @@ def _draw(figure: "Figure", panel: Panel, x: float, y: float) -> None:
     """A panel whose upper left corner is there, in inches from the figure's lower left."""
     width, height = figure.get_size_inches()
     for i, text in enumerate(panel.texts):
-        look = {"fontsize": 7} if i else {"fontsize": 8, "fontweight": "bold"}
+        size, weight = (7, "normal") if i else (8, "bold")
         place = (x / width, (y - LINE * i) / height)
-        figure.text(*place, text, va="top", parse_math=False, **look)
+        figure.text(*place, text, va="top", parse_math=False, fontsize=size, fontweight=weight)
     if panel.drawn is None:
         return
     size = (panel.drawn.width / drawings.PIXELS_PER_INCH * panel.scale, panel.picture_height)

@@ -29,6 +29,8 @@ figure { margin: 1em; max-width: 30em; } figcaption { font-size: 0.85em; }
 
 def write(reader: Reader, path: Path) -> None:
     """The page of a run; FileExistsError if `path` is there and is no such page."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     if path.exists() and not _is_ours(path):
         raise FileExistsError(
             f"{path} is there already, and is no report of this program: give another name"
