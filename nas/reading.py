@@ -125,7 +125,7 @@ def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
         worker = row.worker
         if worker is None:
             k = next((k for k, time in enumerate(free) if time <= start), len(free))
-            free[k : k + 1] = [max(start, end)]
+            free[k : k + 1] = [math.inf if row.outcome == "running" else max(start, end)]
             worker = f"unknown {k + 1}"
         bars.append(Bar(row.id, worker, row.outcome, start, max(start, end)))
     return Timeline(bars, clock.starts, last - len(rows))

@@ -23,7 +23,8 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
 
 def shown(notebook: nbformat.NotebookNode, source: str) -> list[nbformat.NotebookNode]:
     """The outputs of the one cell whose code contains `source`."""
-    (cell,) = (cell for cell in notebook.cells if source in cell.source and "outputs" in cell)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (cell,) = (cell for cell in code if source in f"{cell.source}\n")
     for output in cell.outputs:
         assert output.get("name") != "stderr", output.text
     return cell.outputs
@@ -34,7 +35,7 @@ def value(notebook: nbformat.NotebookNode, source: str, kind: str = "text/plain"
     return shown(notebook, source)[-1].data[kind]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS.glob("*.ipynb"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_is_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -48,9 +49,7 @@ def test_the_notebook_of_a_search(tmp_path):
     live = shown(done, "result.watch()")[0].data["text/html"]
     assert "200/200 results" in live and "no driver is at work" in live
     assert "200 with a fitness" in value(done, "result.wait()", "text/html")
-    assert "#ffe066" in value(done, "result.best  ", "text/html") or "random" in value(
-        done, "result.best", "text/html"
-    )
+    assert "mutation" in value(done, "result.best\n", "text/html")
     for source in ("result.plot()", "plot_lineage()"):
         assert len(value(done, source, "image/png")) > 20_000
     assert "hidden_state" in value(done, "mutation_kind")
@@ -64,7 +63,7 @@ def test_the_notebook_of_a_pipeline(tmp_path):
     assert "mesh: 4 devices x 2 replicas" in printed.text
     assert len(value(done, "plots.schedule(", "image/png")) > 5_000
     (lines,) = shown(done, "peak_stash")
-    assert "gpipe: " in lines.text and "8 stage inputs" in lines.text
+    assert "1f1b: 22 ticks, 4 stage inputs stashed at most" in lines.text
     loss, guess = eval(value(done, "value_and_grad"))
     assert abs(loss - guess) < 1
     assert "4 stages" in value(done, "gpipe.plan(")
