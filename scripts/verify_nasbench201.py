@@ -4,8 +4,8 @@
 
 FOLDER holds nb201.npz and reference_curves.csv, or a folder nasbench201 with them; the default is
 the environment variable GPIPE_JAX_DATA. The curves are the closed form of random search, and means
-of another implementation of regularized evolution over 1,000 runs. All time is simulated. "z" is the
-difference in standard errors of both.
+of another implementation of regularized evolution over 1,000 runs. All time is simulated. "z" is
+the difference in standard errors of both.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nas
 from nas.evaluate import Job, Outcome
@@ -59,7 +59,7 @@ class Lookup:
 
 def best(lookup: Lookup, done: list[Done], counts: list[int]) -> list[float]:
     """Test accuracy of the best cell by what was reported, after so many results."""
-    found, top, n, picked = [], -math.inf, 0, None
+    found, top, n, picked = [], -math.inf, 0, ()
     for each in done:
         if each.outcome.fitness is not None:
             n += 1
@@ -70,9 +70,9 @@ def best(lookup: Lookup, done: list[Done], counts: list[int]) -> list[float]:
     return found
 
 
-def loop(seed: int, cycles: int, population: int = 100, sample: int = 25, **rest: str) -> Loop:
+def loop(seed: int, cycles: int, population: int = 100, sample: int = 25, **rest: Any) -> Loop:
     """A search without a store."""
-    settings = nas.Settings(population=population, sample=sample, seed=seed, **rest)  # type: ignore
+    settings = nas.Settings(population=population, sample=sample, seed=seed, **rest)
     return Loop(Evolution(SPACE, settings), cycles)
 
 
@@ -94,7 +94,7 @@ def against(what: str, values: list[float], wanted: float, error: float = 0.0) -
 
 
 def curves(path: Path) -> dict[tuple, tuple[float, float]]:
-    """(data set, P, S, n) to (mean of test accuracy, its standard error); P is 0 for random search."""
+    """(data set, P, S, n) to test accuracy's mean and standard error; P is 0 of random search."""
     found = {}
     with (path.parent / "reference_curves.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -139,7 +139,7 @@ def evolution(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
 
 
 def budget(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """12,000 simulated seconds on CIFAR-10; published: 93.92 +- 0.30, random search 93.70 +- 0.36."""
+    """12,000 s on CIFAR-10; published are 93.92 +- 0.30, and 93.70 +- 0.36 by random search."""
     for algorithm, published in (("aging", 93.92), ("random", 93.70)):
         found = []
         for seed in range(runs):
@@ -175,7 +175,7 @@ def noisy(lookup: Lookup, runs: int) -> Iterator[Row]:
         yield Row(what, measured, wanted, z >= -2, figures)
 
 
-def search(folder: str, seed: int, cycles: int, **options: bool) -> nas.Search:
+def search(folder: str, seed: int, cycles: int, **options: Any) -> nas.Search:
     """A search with all there is, its store too."""
     return nas.Search(
         space=SPACE, name=f"{seed}", folder=folder, seed=seed, cycles=cycles, **options
@@ -195,7 +195,7 @@ def killed(lookup: Lookup, runs: int) -> Iterator[Row]:
     for seed in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             retries = nas.Retries(worker_death=99)
-            with search(folder, seed, 200, cache=False, retries=retries) as one:  # type: ignore
+            with search(folder, seed, 200, cache=False, retries=retries) as one:
                 found.append(best(lookup, simulate(one, work, slots=8), [150, 200]))
                 counts, members = one.store.counts(), one.store.population()
                 assert counts.results == counts.evaluations == 200 and len(members) == 100
@@ -230,7 +230,7 @@ def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
 
 
 def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """200 proposals by 8 workers, with and without the cache; scores are those of what was trained."""
+    """200 proposals, with and without the cache; every score is that of what was trained."""
     tests: dict[bool, list[float]] = {True: [], False: []}
     evaluations: dict[bool, int] = {True: 0, False: 0}
     for seed in range(runs):
@@ -244,7 +244,9 @@ def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
                 top = next(one.store.ranked())
                 tests[cache].append(lookup.test[SPACE.decode(top.architecture)])
                 for row in one.store.candidates():
-                    trained = one.store.candidate(row.answered_by) if row.answered_by else row
+                    trained = (
+                        row if row.answered_by is None else one.store.candidate(row.answered_by)
+                    )
                     assert row.fitness == lookup.valid[SPACE.decode(trained.architecture)]
     (mean, error), (plain, plain_error) = (mean_and_error(tests[key]) for key in (True, False))
     share = evaluations[True] / evaluations[False]
