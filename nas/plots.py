@@ -112,9 +112,7 @@ def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
     front = [(row.metrics[cost], row.fitness or 0.0) for row in reading.front(reader, cost)][::-1]
     axes.step(*zip(*front, strict=True), where="post", color=ORANGE, lw=1.4)
     axes.plot(*zip(*front, strict=True), "o", color=ORANGE, ms=4, label="Pareto front")
-    fitness = [value for _, value in points]
-    hidden = _focus(axes, fitness, maximise=reader.study().maximise)
-    _finish(axes, f"Pareto front: {len(front)} candidates{hidden}", cost, "fitness")
+    _finish(axes, f"Pareto front: {len(front)} candidates", cost, "fitness")
 
 
 def saved(figure: "Figure", path: str | Path | None) -> "Figure":
@@ -129,7 +127,7 @@ def _focus(axes: "Axes", values: list[float], *, maximise: bool) -> str:
     """Leave out some values that are much worse than the rest; returns how many, in words."""
     order = sorted(values, reverse=not maximise)
     k = int(len(order) * WORST)
-    if not k or abs(order[-1] - order[0]) <= 2 * abs(order[-1] - order[k]):
+    if not k or abs(order[-1] - order[0]) <= 3 * abs(order[-1] - order[k]):
         return ""
     best, limit = order[-1], order[k]
     margin = 0.06 * (best - limit)

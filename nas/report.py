@@ -113,7 +113,8 @@ def _failures(reader: Reader) -> list[Failure]:
 
 
 def _candidates(title: str, rows: list[CandidateRow]) -> Table:
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    names = [n for n in names if any(row.metrics.get(n) != row.fitness for row in rows)]
     header = ("candidate", "fitness", *names, "parent", "mutation")
     return Table(
         title,
