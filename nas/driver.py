@@ -116,6 +116,13 @@ class Running:
         """The number of results at which the search is over."""
         return self._driver.search.cycles
 
+    @property
+    def error(self) -> BaseException | None:
+        """What it has ended with, if an error, until `wait` raises it; waits for the end."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._error
+
     def run(self) -> None:
         """In this thread."""
         self._driver.run()

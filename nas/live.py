@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gpipe_jax import progress
 from nas import reading
+from nas.driver import Running
 from nas.records import Reader
 
 EVERY_S = 0.5
@@ -38,35 +39,41 @@ def line(reader: Reader, cycles: int | None = None) -> str:
     return ", ".join(parts)
 
 
-def watch(path: Path, cycles: int | None = None, every_s: float = EVERY_S) -> None:
-    """Show the line until no driver is at work; a notebook goes on meanwhile, others wait."""
+def watch(path: Path, running: Running | None = None, every_s: float = EVERY_S) -> None:
+    """Show the line until no driver is at work; a notebook goes on meanwhile, others wait.
+
+    `running` is the driver, if it is one of this process.
+    """
+    cycles = running.cycles if running else None
     if in_notebook():
-        show = _notebook_cell()
-        arguments = (path, cycles, every_s, show)
+        arguments = (path, running, every_s, _notebook_cell())
         threading.Thread(target=_follow, args=arguments, name="nas watch", daemon=True).start()
         return
     console = Console()
-    if console.is_terminal:
-        _follow(path, cycles, every_s, _terminal(console))
-    else:
-        _follow(path, cycles, every_s, _plain(cycles))
+    show = _terminal(console) if console.is_terminal else _plain(cycles)
+    _follow(path, running, every_s, show)
 
 
 Show = Callable[[str, int, bool], None]  # of a line, the number of results, and whether it is over
 
 
-def _follow(path: Path, cycles: int | None, every_s: float, show: Show) -> None:
-    reader = Reader(path)  # this thread's own
+def _follow(path: Path, running: Running | None, every_s: float, show: Show) -> None:
+    reader, cycles = Reader(path), running.cycles if running else None  # this thread's own reader
     try:
         while True:
             over = not reading.is_driven(reader)
-            text = line(reader, cycles) + ("; no driver is at work" if over else "")
+            text = line(reader, cycles) + (f"; {_end(running)}" if over else "")
             show(text, reader.counts().results, over)
             if over:
                 return
             time.sleep(every_s)
     finally:
         reader.close()
+
+
+def _end(running: Running | None) -> str:
+    error = running.error if running else None
+    return f"stopped by {type(error).__name__}: {error}" if error else "no driver is at work"
 
 
 def in_notebook() -> bool:

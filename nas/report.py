@@ -4,6 +4,7 @@ All of it is read from the store, at one moment, so that a run can be reported o
 """
 
 import time
+from collections import deque
 from typing import Any, NamedTuple
 
 from nas import reading, tables
@@ -107,7 +108,7 @@ def report(reader: Reader) -> Report:
 def _failures(reader: Reader) -> list[Failure]:
     found = []
     for kind, count in reader.failures_by_kind().items():
-        *_, last = reader.evaluations("outcome = ?", kind)
+        (last,) = deque(reader.evaluations("outcome = ?", kind), maxlen=1)
         found.append(Failure(kind, count, (last.error or "")[:200]))
     return found
 

@@ -171,7 +171,7 @@ class Result:
         """
         from nas import live
 
-        live.watch(self.path, self._running.cycles if self._running else None, every_s)
+        live.watch(self.path, self._running, every_s)
         return self if live.in_notebook() else self.wait()
 
     def stop(self) -> "Result":

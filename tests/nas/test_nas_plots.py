@@ -120,6 +120,21 @@ def test_runs_of_any_state_have_a_picture(tmp_path, state) -> None:
     assert len(rows) == (0 if state == "empty" else 4)
 
 
+def test_pictures_are_made_while_a_search_goes_on(tmp_path) -> None:
+    space = nas.NASNetSpace(pairs=2)
+    result = nas.search(
+        space=space, evaluate=lambda one: len(str(one)), workers=2, population=8, sample=3,
+        cycles=100_000, folder=tmp_path, wait=False, cache=False,
+    )  # fmt: skip
+    shown = []
+    for _ in range(3):
+        axes = panel(result.plot(), "best so far")
+        shown.append(len(line(axes, "best so far")))
+    assert result.is_running and result._repr_html_()
+    result.stop()
+    assert 0 <= shown[0] < shown[1] < shown[2] <= result.counts.results
+
+
 def test_notebooks_show_a_figure_and_keep_their_settings(cells) -> None:
     from matplotlib import pyplot
 

@@ -214,9 +214,15 @@ def test_elsewhere_watching_prints_plain_lines_and_waits(tmp_path, capsys) -> No
     assert 2 < len(lines) <= 12 and lines[-1].endswith("no driver is at work")
     done = [int(line.split("/60 results")[0]) for line in lines]
     assert done == sorted(done) and done[-1] == 60
+    nas.load("search", folder=tmp_path).watch()  # of a search that is over, or of another process
+    assert capsys.readouterr().out.startswith("60 results")
+    again = nas.search(
+        space=Bits(), evaluate=slow, population=8, sample=3, cycles=60, folder=tmp_path, cache=False
+    )
+    assert again.watch() is again
 
 
-def test_watching_raises_what_ended_the_search(tmp_path) -> None:
+def test_watching_raises_what_ended_the_search(tmp_path, capsys) -> None:
     def broken(bits) -> float:
         raise OSError("no disk")
 
@@ -226,6 +232,8 @@ def test_watching_raises_what_ended_the_search(tmp_path) -> None:
     )  # fmt: skip
     with pytest.raises(nas.FailuresError, match="no disk"):
         result.watch(every_s=0.01)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "; stopped by FailuresError: 10 evaluations" in last and "no disk" in last
 
 
 def test_on_a_terminal_the_line_is_renewed_in_place() -> None:
