@@ -13,6 +13,8 @@ from nas import nasbench201_drawing as nasbench201
 from nas.nasbench201 import NASBench201Space
 from nas.records import CandidateRow, Reader
 
+MOST = 60  # ancestors that are drawn
+
 
 class Architecture(NamedTuple):
     """A text of a store, read if its space is known."""
@@ -85,6 +87,14 @@ def _step(row: CandidateRow, one: Architecture, before: Architecture | None) -> 
     old = pictures(before)
     changed = [new for new, was in zip(drawn, old, strict=True) if new != was]
     return Step(row, differences(one, before) or ["nothing has changed"], changed)
+
+
+def drawn(steps: list[Step]) -> tuple[list[Step], str]:
+    """The random ancestor and the last ones, no more than can be looked at; and a note of that."""
+    if len(steps) <= MOST:
+        return steps, ""
+    note = f", of which {len(steps) - MOST} after the first are not drawn"
+    return [steps[0], *steps[1 - MOST :]], note
 
 
 def heading(row: CandidateRow) -> str:

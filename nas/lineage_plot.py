@@ -49,12 +49,15 @@ class Panel(NamedTuple):
 def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figure":
     """Ancestors of a candidate, the random one first, each with what differs from its parent."""
     steps = drawing.steps(reader, number)
-    panels = [panel for step in steps for panel in _panels(step)]
+    shown, note = drawing.drawn(steps)
+    panels = [panel for step in shown for panel in _panels(step)]
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     whole = CURVE + sum(max(panel.height for panel in row) + GAP for row in rows)
     drawn = blank(COLUMNS * (WIDTH + GAP) + GAP, whole)
     drawn.set_layout_engine("none")
-    _curve(drawn.add_axes((0.06, 1 - (CURVE - 0.6) / whole, 0.92, (CURVE - 0.95) / whole)), steps)
+    _curve(
+        drawn.add_axes((0.06, 1 - (CURVE - 0.6) / whole, 0.92, (CURVE - 0.95) / whole)), steps, note
+    )
     y = whole - CURVE
     for row in rows:
         for k, panel in enumerate(row):
@@ -63,14 +66,15 @@ def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figu
     return plots.saved(drawn, path)
 
 
-def _curve(axes: "Axes", steps: list[Step]) -> None:
+def _curve(axes: "Axes", steps: list[Step], note: str) -> None:
     rows = [step.row for step in steps]
     known = [(i, row.fitness) for i, row in enumerate(rows) if row.fitness is not None]
-    axes.plot([i for i, _ in known], [f for _, f in known], "o-", color=plots.BLUE, ms=4, lw=1.2)
+    axes.plot([i for i, _ in known], [f for _, f in known], ".-", color=plots.BLUE, ms=6, lw=1.2)
     every = 1 + len(rows) // 24
     ticks = range(len(rows) - 1, -1, -every)
     axes.set_xticks(ticks, [f"#{rows[k].id}" for k in ticks], fontsize=7)
-    axes.set_title(f"lineage of candidate {rows[-1].id}: {len(rows)} generations", fontsize=10)
+    title = f"lineage of candidate {rows[-1].id}: {len(rows)} generations{note}"
+    axes.set_title(title, fontsize=10)
     axes.set_ylabel("fitness", fontsize=8)
     axes.tick_params(axis="y", labelsize=7)
     axes.grid(alpha=0.3)

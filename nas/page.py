@@ -91,12 +91,14 @@ def candidate(reader: Reader, row: CandidateRow) -> str:
 
 def lineage(reader: Reader, number: int) -> str:
     """A candidate's ancestors, the random one first, each with what differs from its parent."""
+    steps = drawing.steps(reader, number)
+    shown, note = drawing.drawn(steps)
     figures = "".join(
         f"<figure><figcaption><b>{html.escape(drawing.heading(step.row))}</b><br>"
         f"{'<br>'.join(map(html.escape, step.lines))}</figcaption>{_pictures(step.drawn)}</figure>"
-        for step in drawing.steps(reader, number)
+        for step in shown
     )
-    return f'<div class="row">{figures}</div>'
+    return f'<p>{len(steps)} generations{note}.</p><div class="row">{figures}</div>'
 
 
 def _pictures(drawn: Sequence[drawings.Picture]) -> str:

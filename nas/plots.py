@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from gpipe_jax.figure import blank
 from nas import reading
+from nas.reading import UNDER_WAY
 from nas.records import Reader
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def duplicates(axes: "Axes", reader: Reader) -> None:
 
 
 def workers(axes: "Axes", reader: Reader) -> None:
-    """A row for each worker, a bar for each evaluation."""
+    """A row for each worker, a bar for each evaluation; those under way share a row."""
     bars, drivers, left_out = reading.timeline(reader)
     names = sorted({bar.worker for bar in bars}, key=_natural)
+    under_way = sum(bar.worker == UNDER_WAY for bar in bars)
     for outcome, colour in OUTCOMES.items():
         for k, name in enumerate(names):
             spans = [
@@ -95,12 +97,14 @@ def workers(axes: "Axes", reader: Reader) -> None:
     for time in drivers[1:]:
         if time > shown:
             axes.axvline(time, color="black", lw=0.8, ls=":")
-    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    every = 1 + len(names) // 32
+    labels = [f"{under_way} {name}" if name == UNDER_WAY else name for name in names[::every]]
+    axes.set_yticks(range(0, len(names), every), labels, fontsize=7, parse_math=False)
     axes.set_ylim(len(names) * 1.15 - 0.2, -0.6)  # with room for the legend
     title = f"workers, the last {len(bars)} evaluations" if left_out else "workers"
     _finish(axes, title, "seconds at work", "")
     if bars:
-        axes.legend(fontsize=7, loc="lower right", ncols=8)
+        axes.legend(fontsize=6, loc="lower right", ncols=8, handletextpad=0.1, columnspacing=0.8)
 
 
 def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
@@ -112,7 +116,10 @@ def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
     front = [(row.metrics[cost], row.fitness or 0.0) for row in reading.front(reader, cost)][::-1]
     axes.step(*zip(*front, strict=True), where="post", color=ORANGE, lw=1.4)
     axes.plot(*zip(*front, strict=True), "o", color=ORANGE, ms=4, label="Pareto front")
-    _finish(axes, f"Pareto front: {len(front)} candidates", cost, "fitness")
+    maximise = reader.study().maximise
+    worst = min(front, key=lambda point: point[1] if maximise else -point[1])[1]
+    hidden = _focus(axes, [value for _, value in points], maximise=maximise, keep=worst)
+    _finish(axes, f"Pareto front: {len(front)} candidates{hidden}", cost, "fitness")
 
 
 def saved(figure: "Figure", path: str | Path | None) -> "Figure":
@@ -123,13 +130,17 @@ def saved(figure: "Figure", path: str | Path | None) -> "Figure":
     return figure
 
 
-def _focus(axes: "Axes", values: list[float], *, maximise: bool) -> str:
-    """Leave out some values that are much worse than the rest; returns how many, in words."""
+def _focus(axes: "Axes", values: list[float], *, maximise: bool, keep: float | None = None) -> str:
+    """Leave out values much worse than most, and than `keep`; returns how many, in words."""
     order = sorted(values, reverse=not maximise)
     k = int(len(order) * WORST)
-    if not k or abs(order[-1] - order[0]) <= 3 * abs(order[-1] - order[k]):
+    if not k:
         return ""
     best, limit = order[-1], order[k]
+    if keep is not None:
+        limit = min(limit, keep) if maximise else max(limit, keep)
+    if abs(best - order[0]) <= 3 * abs(best - limit):
+        return ""
     margin = 0.06 * (best - limit)
     if not margin:
         return ""

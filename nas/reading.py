@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from nas.records import CandidateRow, Event, Reader
 
+UNDER_WAY = "under way"
 RECENT = 4000  # evaluations that the timeline reaches back
 COSTS = (
     r"(^|_)(params|parameters|flops|madds|macs|latency|memory|time|seconds|size|loss|error)(_|$)"
@@ -113,7 +114,8 @@ class Timeline(NamedTuple):
 def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     """The last evaluations, of each worker; without the time in which no driver was at work.
 
-    Only a report says which worker it came from; the others are put in as few rows as they need.
+    Only a report says which worker it came from; those that ended without one are put in as few
+    rows as they need, and all that are under way in one.
     """
     last = reader.next_numbers()[1] - 1
     rows = list(reader.evaluations("id > ?", last - recent))
@@ -122,10 +124,10 @@ def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     for row in rows:
         start = clock(row.started or row.submitted)
         end = clock(row.finished) if row.finished else clock.end_of_driver(row.submitted)
-        worker = row.worker
+        worker = UNDER_WAY if row.outcome == "running" else row.worker
         if worker is None:
             k = next((k for k, time in enumerate(free) if time <= start), len(free))
-            free[k : k + 1] = [math.inf if row.outcome == "running" else max(start, end)]
+            free[k : k + 1] = [max(start, end)]
             worker = f"unknown {k + 1}"
         bars.append(Bar(row.id, worker, row.outcome, start, max(start, end)))
     return Timeline(bars, clock.starts, last - len(rows))

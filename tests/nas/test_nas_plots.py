@@ -10,7 +10,7 @@ from searches import drive, small
 import nas
 from gpipe_jax import drawing as drawings
 from gpipe_jax import genotype_drawing
-from nas import drawing, lineage_plot, nasbench201_drawing, plots, reading
+from nas import drawing, lineage_plot, nasbench201_drawing, page, plots, reading
 from nas.nasbench201 import EDGES, OPERATIONS
 
 NAMES = ["best so far", "population", "cache", "workers"]
@@ -116,8 +116,10 @@ def test_runs_of_any_state_have_a_picture(tmp_path, state) -> None:
             if state == "failures":
                 [search.tell(job, float("nan")) for job in jobs]
         figure = plots.overview(search.store, tmp_path / "it.png")
-    rows = panel(figure, "workers").get_yticklabels()
-    assert len(rows) == (0 if state == "empty" else 4)
+    rows = [text.get_text() for text in panel(figure, "workers").get_yticklabels()]
+    failed = [f"unknown {k}" for k in range(1, 5)]
+    one, going = ["3 under way", "unknown 1"], ["4 under way"]
+    assert rows == {"empty": [], "one": one, "going": going, "failures": failed}[state]
 
 
 def test_pictures_are_made_while_a_search_goes_on(tmp_path) -> None:
@@ -234,6 +236,20 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
     }
     pictures = sum(len(step.drawn) for step in steps)
     assert len(figure.axes) == 1 + pictures
+
+
+def test_of_a_long_lineage_the_first_and_the_last_are_drawn(cells, monkeypatch) -> None:
+    monkeypatch.setattr(drawing, "MOST", 3)
+    number = next(cells.store.ranked()).id
+    rows = cells.store.lineage(number)
+    figure = lineage_plot.figure(cells.store, number)
+    headings = [text.get_text() for text in figure.texts if text.get_text()[0] == "#"]
+    shown = [drawing.heading(row) for row in (rows[0], *rows[-2:])]
+    assert list(dict.fromkeys(headings)) == shown
+    title = figure.axes[0].get_title()
+    left_out = f"{len(rows)} generations, of which {len(rows) - 3} after the first are not drawn"
+    assert title.endswith(left_out) and len(figure.axes[0].lines[0].get_xydata()) == len(rows)
+    assert left_out in page.lineage(cells.store, number)
 
 
 def test_a_space_of_another_is_shown_as_it_writes_itself(tmp_path) -> None:

@@ -97,7 +97,7 @@ def test_jobs_without_a_report_share_as_few_rows_as_they_need(tmp_path) -> None:
         fourth = search.ask()
         bars = reading.timeline(search.store).bars
     assert [bar.outcome for bar in bars] == ["ok", "ok", "running", "running"]
-    assert [bar.worker for bar in bars] == ["unknown 1", "unknown 2", "unknown 3", "unknown 1"]
+    assert [bar.worker for bar in bars] == ["unknown 1", "unknown 2", "under way", "under way"]
     assert third and fourth and bars[2].end == bars[3].end  # until now
 
 
