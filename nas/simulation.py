@@ -67,8 +67,9 @@ def simulate(
     *,
     slots: int = 1,
     synchronous: bool = False,
+    most: int | None = None,
 ) -> list[Done]:
-    """Every job in the order in which they end. `work` gives a job's outcome and its seconds.
+    """Every job, or the first `most`, in order of their ends. `work` gives outcome and seconds.
 
     Of `slots` workers each takes a new job as soon as it is free; `synchronous` ones wait until all
     are, as in an algorithm of generations.
@@ -77,7 +78,7 @@ def simulate(
     running: list[tuple[float, int, Job, Outcome]] = []
     now, count = 0.0, 0
     while True:
-        while len(running) < slots and (job := loop.ask()) is not None:
+        while len(running) < slots and count != most and (job := loop.ask()) is not None:
             outcome, seconds = work(job)
             heapq.heappush(running, (now + seconds, count, job, outcome))
             count += 1

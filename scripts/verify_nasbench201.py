@@ -208,52 +208,64 @@ def killed(lookup: Lookup, runs: int) -> Iterator[Row]:
 
 
 def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """32 workers, one evaluation in twenty ten times slower: asynchronous or in generations."""
+    """32 workers, one evaluation in twenty ten times slower: asynchronous or in generations.
+
+    An asynchronous search waits for stragglers only once, at its end: it is timed without and with.
+    """
 
     def work(job: Job) -> tuple[Outcome, float]:
         slow = SLOWER if Random(job.seed).random() < STRAGGLERS else 1.0
         outcome, seconds = lookup.work(job)
         return outcome, seconds * slow
 
-    walls = {
-        synchronous: fmean(
-            simulate(loop(seed, 500), work, slots=32, synchronous=synchronous)[-1].at_s
-            for seed in range(runs)
+    def hours(seed: int, cycles: int, results: int, synchronous: bool) -> float:
+        done = simulate(loop(seed, cycles), work, slots=32, synchronous=synchronous)
+        return done[results - 1].at_s / 3600
+
+    for results, more, what in (
+        (500, 32, "500 results of a search that goes on"),
+        (500, 0, "500 to the end"),
+        (2000, 0, "2,000 to the end"),
+    ):
+        quick, slow = (
+            fmean(hours(seed, results + extra, results, synchronous) for seed in range(runs))
+            for synchronous, extra in ((False, more), (True, 0))
         )
-        / 3600
-        for synchronous in (False, True)
-    }
-    ratio = walls[False] / walls[True]
-    measured = f"{walls[False]:.2f} h / {walls[True]:.2f} h = {ratio:.3f}"
-    figures = {"asynchronous_h": walls[False], "synchronous_h": walls[True], "runs": runs}
-    yield Row("stragglers, 32 workers, wall time", measured, "at most 0.2", ratio <= 0.2, figures)
+        ratio, judged = quick / slow, more > 0
+        measured = f"{quick:.2f} h / {slow:.2f} h = {ratio:.3f}"
+        figures = {"asynchronous_h": quick, "synchronous_h": slow, "runs": runs}
+        wanted = "at most 0.2" if judged else ""
+        yield Row(f"stragglers, {what}", measured, wanted, not judged or ratio <= 0.2, figures)
 
 
 def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """200 proposals, with and without the cache; every score is that of what was trained."""
+    """8 workers with and without the cache: evaluations of 200 proposals, and the best of 200.
+
+    Every score is that of the cell that was trained.
+    """
     tests: dict[bool, list[float]] = {True: [], False: []}
-    evaluations: dict[bool, int] = {True: 0, False: 0}
+    made: dict[bool, int] = {True: 0, False: 0}
     for seed in range(runs):
         for cache in (True, False):
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                search(folder, seed, 200, cache=cache) as one,
-            ):
-                simulate(one, lookup.work, slots=8)
-                evaluations[cache] += one.store.counts().evaluations
-                top = next(one.store.ranked())
-                tests[cache].append(lookup.test[SPACE.decode(top.architecture)])
-                for row in one.store.candidates():
-                    trained = (
-                        row if row.answered_by is None else one.store.candidate(row.answered_by)
-                    )
-                    assert row.fitness == lookup.valid[SPACE.decode(trained.architecture)]
+            folder, cycles = tempfile.TemporaryDirectory(), 600 if cache else 200
+            with folder as name, search(name, seed, cycles, cache=cache) as one:
+                done = simulate(one, lookup.work, slots=8, most=200)
+                tests[cache] += best(lookup, done, [len(done)])
+                rows = list(one.store.candidates())
+                made[cache] += sum(row.answered_by is None for row in rows[:200])
+                for row in rows:
+                    trained = row if row.answered_by is None else rows[row.answered_by]
+                    if row.fitness is not None:
+                        cell = SPACE.decode(trained.architecture)
+                        assert row.fitness == trained.fitness == lookup.valid[cell]
     (mean, error), (plain, plain_error) = (mean_and_error(tests[key]) for key in (True, False))
-    share = evaluations[True] / evaluations[False]
-    measured = f"{share:.2f} of the evaluations, {mean:.3f} +- {error:.3f} / {plain:.3f}"
+    share = made[True] / made[False]
     figures = {"evaluations": share, "test200": mean, "test200_without": plain, "runs": runs}
-    ok = share < 1 and mean >= plain - 2 * math.hypot(error, plain_error)
-    yield Row("cache, 8 workers, 200 proposals", measured, "fewer, not lower", ok, figures)
+    yield Row("cache, evaluations of 200 proposals", f"{share:.2f}", "below 1", share < 1, figures)
+    measured = f"{mean:.3f} +- {error:.3f} / {plain:.3f} +- {plain_error:.3f}"
+    yield Row(
+        "cache, test accuracy at 200 evaluations", measured, "not lower", mean >= plain, figures
+    )
 
 
 def main() -> None:
