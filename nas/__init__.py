@@ -6,6 +6,10 @@ Reading order, which is also the order of the imports and of the data:
     schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
     evaluate -> workers, pools --------------------------------+
 
+What a person looks at is made from the store alone:
+
+    records -> reading -> plots, drawing (lineage_plot), report -> page;   live
+
 Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
 """
 

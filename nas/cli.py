@@ -113,7 +113,15 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
     print(progress.table({**best.metrics, **figures}))
     print(best.row.architecture)
     if as_json:
-        print(json.dumps({**figures, "best_metrics": best.metrics, "genotype": _genotype(best)}))
+        print(
+            json.dumps(
+                {
+                    **figures,
+                    "best_metrics": best.metrics,
+                    "genotype": _genotype(best.row.architecture),
+                }
+            )
+        )
     return 0
 
 
@@ -136,12 +144,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    best = _load(options.run).best
+    best = next(_load(options.run).reader.ranked(), None)
+    if best is None:
+        raise ConfigError(["it has no result yet: wait for the first evaluation"], options.run)
     if options.out.exists():
         raise ConfigError([f"{options.out} is there already; give another name"], "--out")
-    genotype = _genotype(best)
+    genotype = _genotype(best.architecture)
     options.out.write_text(json.dumps(genotype) + "\n", encoding="utf-8")
-    figures = {"candidate": best.number, "fitness": best.fitness, "out": str(options.out)}
+    figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
     print(progress.table(figures))
     if options.json:
         print(json.dumps({**figures, "genotype": genotype}))
@@ -158,12 +168,12 @@ def _load(run: str) -> Any:
         raise ConfigError([f"it holds no search that can be read ({error})"], run) from error
 
 
-def _genotype(best: Any) -> Any:
+def _genotype(architecture: str) -> Any:
     """The architecture as its space writes it: an object where that is JSON, or else a text."""
     try:
-        return json.loads(best.row.architecture)
+        return json.loads(architecture)
     except ValueError:
-        return best.row.architecture
+        return architecture
 
 
 @contextlib.contextmanager

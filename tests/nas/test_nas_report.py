@@ -151,6 +151,18 @@ def test_of_bad_runs_a_plain_message(run, tmp_path) -> None:
         assert (code, lines) == (2, []) and f"that can be read ({problem}" in error
 
 
+def test_a_run_without_its_space_s_code_can_be_exported_and_one_without_a_result_not(
+    run, tmp_path, capsys
+) -> None:
+    assert cli.main(["export", "mine", "--out", "best.json"]) == 0
+    best = next(Reader("runs/mine").ranked())
+    assert json.loads((tmp_path / "best.json").read_text()) == json.loads(best.architecture)
+    with small("runs", name="new") as search:
+        search.ask()
+    assert cli.main(["export", "new", "--out", "new.json"]) == 2
+    assert "it has no result yet: wait for the first evaluation" in capsys.readouterr().err
+
+
 def test_a_page_replaces_no_other_file(run, tmp_path) -> None:
     (tmp_path / "mine.html").write_text("my own")
     code, _, error = run("mine", "--out", "mine.html")
