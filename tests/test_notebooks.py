@@ -17,7 +17,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
     """The notebook, executed in an empty folder; a cell that raises is an error."""
     notebook = read(name)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     return notebook
 
 
@@ -64,6 +64,7 @@ def test_the_notebook_of_a_pipeline(tmp_path):
     assert len(value(done, "plots.schedule(", "image/png")) > 5_000
     (lines,) = shown(done, "peak_stash")
     assert "1f1b: 22 ticks, 4 stage inputs stashed at most" in lines.text
-    loss, guess = eval(value(done, "value_and_grad"))
-    assert abs(loss - guess) < 1
-    assert "4 stages" in value(done, "gpipe.plan(")
+    pipelined, plain = eval(value(done, "value_and_grad"))
+    assert pipelined == pytest.approx(plain, rel=1e-5)
+    plan = value(done, "gpipe.plan(", "text/html")
+    assert "stages 4, data 2, micro_batches 8" in plan and "by analysis" in plan
