@@ -1,7 +1,8 @@
 """Workers that are processes, by dask.distributed: on this machine, or wherever a scheduler is.
 
 A nanny restarts a worker that dies; its job is reported as dead, and tried again by the search's
-own rules. A job that takes too long is ended with its worker.
+own rules. A job that takes too long is ended with its worker; its time is from when a worker says
+that it has begun.
 """
 
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ANSWER_S = 10.0  # how long a scheduler may take to answer
+BEGUN = "nas job"  # the topic by which workers say that they have begun one
 RESTART_S = 5.0  # how long a hung worker has to end by itself
 
 
@@ -25,6 +27,7 @@ class Pool:
     slots: int  # jobs at once
     pickles: bool  # whether jobs go to other processes
     expire: Callable[[Any], None]
+    begun: Callable[[Any], bool] = lambda future: True  # whether a job waits for no worker
     close: Callable[[], None] = lambda: None
 
 
@@ -83,7 +86,23 @@ def of_client(client: Any, *, local: Any = None, owned: bool = False) -> Pool:
         if local is not None:
             local.close()
 
-    def submit(task: Any, job: Any) -> Any:
-        return client.submit(task, job, pure=False)
+    begun: set[str] = set()
+    client.subscribe_topic(BEGUN, lambda event: begun.add(event[1]))
 
-    return Pool(submit, slots, True, expire, close if owned else lambda: None)
+    def submit(task: Any, job: Any) -> Any:
+        future = client.submit(task, job, pure=False)
+        future.add_done_callback(lambda done: begun.discard(done.key))
+        return future
+
+    return Pool(
+        submit,
+        slots,
+        True,
+        expire,
+        lambda future: future.key in begun,
+        close if owned else _nothing,
+    )
+
+
+def _nothing() -> None:
+    """A client of the user's is left open."""

@@ -14,6 +14,7 @@ from nas.searching import Search
 
 Callback = Callable[[Search], object]
 POLL_S = 0.5
+BEGIN_S = 120.0  # how long a job may wait for a worker, such as one that is restarted
 
 
 class Flight(NamedTuple):
@@ -22,6 +23,7 @@ class Flight(NamedTuple):
     job: Job
     future: Any
     deadline: float  # of time.monotonic
+    begun: bool = False
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Driver:
                     f"the workers take no more jobs ({error}): use workers='processes', whose "
                     "workers are restarted, and resume the run"
                 ) from error
-            deadline = time.monotonic() + (self.timeout_s or float("inf"))
+            deadline = time.monotonic() + BEGIN_S + (self.timeout_s or float("inf"))
             self._flights[job.evaluation] = Flight(job, future, deadline)
             future.add_done_callback(lambda _, number=job.evaluation: self._done.put(number))
 
@@ -91,6 +93,9 @@ class Driver:
             return
         now = time.monotonic()
         for number, flight in list(self._flights.items()):
+            if not flight.begun and self.pool.begun(flight.future):
+                flight = flight._replace(begun=True, deadline=now + self.timeout_s)
+                self._flights[number] = flight
             if flight.deadline <= now and not flight.future.done():
                 self._expired[number] = self._flights.pop(number)
                 self.pool.expire(flight.future)

@@ -21,7 +21,7 @@ from nas.evaluate import Job, Outcome
 from nas.evolution import Member, Proposal, Settings
 from nas.limits import FailuresError, Gate, Limit, Retries
 from nas.state import Open, Tournament
-from nas.twins import Twins, digest
+from nas.twins import Answer, Twins, digest
 
 
 class Search:
@@ -169,15 +169,14 @@ class Search:
             self._todo.append(Job(0, number, found.architecture, seed, inherit=values))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
-                self._join(event, number, answer.fitness, answer.metrics, answer.trained_values)
+                self._join(event, number, answer)
                 self.store.set_candidate(number, answered_by=answer.twin)
 
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        return Job(
-            0, member, architecture, seed, tournament=tournament, inherit=self._values(member)
-        )
+        values = self._values(member)
+        return Job(0, member, architecture, seed, tournament=tournament, inherit=values)
 
     def _values(self, candidate: int | None) -> str | None:
         """The trained values to start from, a candidate's own or its child's."""
@@ -197,33 +196,25 @@ class Search:
 
     def _result(self, job: Job, outcome: Outcome) -> None:
         number, fitness = job.candidate, outcome.fitness
-        assert fitness is not None
         network = self._open[number].network
-        with self.store.change(
-            "result", number, evaluation=job.evaluation, fitness=fitness
-        ) as event:
+        change = self.store.change("result", number, evaluation=job.evaluation, fitness=fitness)
+        with change as event:
             self.store.end_evaluation(job, outcome)
-            self._join(event, number, fitness, outcome.metrics, outcome.trained_values)
+            self._join(event, number, outcome)
         self._end(network)
 
-    def _join(
-        self,
-        event: int,
-        number: int,
-        fitness: float,
-        metrics: Mapping[str, float],
-        values: str | None,
-    ) -> None:
+    def _join(self, event: int, number: int, result: Outcome | Answer) -> None:
         """Take a candidate into the population, within a change."""
-        found = self._open.pop(number)
+        found, fitness = self._open.pop(number), result.fitness
+        assert fitness is not None
         removed = self.evolution.add(Member(number, found.architecture, fitness, event))
         self.store.set_candidate(
             number,
             state="done",
             fitness=fitness,
-            metrics={**found.metrics, **metrics},
+            metrics={**found.metrics, **result.metrics},
             last_trained=event,
-            trained_values=values,
+            trained_values=result.trained_values,
         )
         if removed:
             self.store.set_candidate(removed.candidate, removed=event)
@@ -234,9 +225,8 @@ class Search:
         number, fitness = job.candidate, outcome.fitness
         assert fitness is not None
         metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
-        with self.store.change(
-            "retrain", number, evaluation=job.evaluation, fitness=fitness
-        ) as event:
+        change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
+        with change as event:
             self.store.end_evaluation(job, outcome)
             self.evolution.refresh(number, fitness, event)
             self.store.set_candidate(
@@ -265,9 +255,8 @@ class Search:
         before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
         again = before < getattr(self.retries, outcome.kind)
         event = "failure" if again or job.tournament is not None else "fail"
-        with self.store.change(
-            event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
-        ):
+        named = {"evaluation": job.evaluation, "detail": outcome.kind}
+        with self.store.change(event, job.candidate, **named):
             self.store.end_evaluation(job, outcome)
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")

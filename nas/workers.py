@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
+from nas.cluster import BEGUN
 from nas.evaluate import Evaluator, Job, Outcome, ReturnError, failure, read
 
 # --- on the worker --------------------------------------------------------------------------------
@@ -17,6 +18,7 @@ from nas.evaluate import Evaluator, Job, Outcome, ReturnError, failure, read
 
 def run(evaluator: Evaluator, job: Job) -> Outcome:
     """Do a job; what the evaluator raises is an outcome. A wrong return is a ReturnError."""
+    _say_begun()
     started = time.time()
     try:
         outcome = read(evaluator.evaluate(job), job)
@@ -52,14 +54,28 @@ def dumps(value: Any) -> bytes:
     return cloudpickle.dumps(value)
 
 
-def _name() -> str:
-    if "distributed" in sys.modules:
-        from distributed import get_worker
+def _worker() -> Any:
+    """The worker of a cluster that this is, or None."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker
 
-        try:
-            return f"worker {get_worker().name}"
-        except ValueError:
-            pass  # not on a worker of a cluster
+    try:
+        return get_worker()
+    except ValueError:
+        return None
+
+
+def _say_begun() -> None:
+    worker = _worker()
+    if worker is not None:
+        worker.log_event(BEGUN, worker.get_current_task())
+
+
+def _name() -> str:
+    worker = _worker()
+    if worker is not None:
+        return f"worker {worker.name}"
     name = threading.current_thread().name
     return name if name.startswith("thread") else f"process {os.getpid()}"
 

@@ -298,7 +298,7 @@ class Perilous:
 def test_processes_that_die_and_hang(tmp_path) -> None:
     """Nannies restart them; the dead are tried again, the hung is ended with its worker."""
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
-    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30, timeout_s=8)
+    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30, timeout_s=4)
     check(result, 30)
     assert result.reader.failures_by_kind() == {"timeout": 1, "worker_death": 3}
     assert [row.state for row in result.reader.candidates("state != 'done'")] == ["failed"]
