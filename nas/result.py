@@ -163,7 +163,7 @@ class Result:
             self._running.wait(timeout_s)
         return self
 
-    def watch(self, every_s: float = 0.5) -> "Result":
+    def watch(self, every_s: float = 0.5) -> None:
         """Show how the search comes on until it ends, in a line that is renewed.
 
         In a notebook this returns at once, and the cell is renewed; elsewhere it waits. Raises what
@@ -172,7 +172,8 @@ class Result:
         from nas import live
 
         live.watch(self.path, self._running, every_s)
-        return self if live.in_notebook() else self.wait()
+        if not live.in_notebook():
+            self.wait()
 
     def stop(self) -> "Result":
         """End the search; what is under way is trained anew when the search is resumed."""
