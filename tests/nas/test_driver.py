@@ -287,21 +287,33 @@ def test_an_address_that_does_not_answer(tmp_path, monkeypatch) -> None:
 class Perilous:
     """By the job: the worker dies, hangs or does its work."""
 
+    def __init__(self, hangs: int | None = None) -> None:
+        self.hangs = hangs
+
     def evaluate(self, job: nas.Job) -> float:
         if job.attempt == 1 and job.candidate in (4, 11, 12):
             os._exit(1)
-        if job.candidate == 20:
+        if job.candidate == self.hangs:
             time.sleep(60)
         return ones(job.architecture)
 
 
-def test_processes_that_die_and_hang(tmp_path) -> None:
-    """Nannies restart them; the dead are tried again, the hung is ended with its worker."""
+def test_processes_that_die(tmp_path) -> None:
+    """Nannies restart them, and what they did is tried again."""
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
-    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30, timeout_s=4)
+    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30)
     check(result, 30)
-    assert result.reader.failures_by_kind() == {"timeout": 1, "worker_death": 3}
-    assert [row.state for row in result.reader.candidates("state != 'done'")] == ["failed"]
-    assert result.reader.candidate(20).state == "failed"
-    names = set(result.evaluations["worker"].dropna())
-    assert len(names) == 2 and all(name.startswith("worker ") for name in names)
+    kinds = result.reader.failures_by_kind()
+    # A job that waits for the worker that another one ends is lost with it.
+    assert set(kinds) == {"worker_death"} and kinds["worker_death"] >= 3
+    assert result.counts.failed == 0
+    assert all(name.startswith("worker ") for name in result.evaluations["worker"].dropna())
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_with_its_worker(tmp_path) -> None:
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    result = run(tmp_path, Perilous(20), workers="processes:2", cycles=30, timeout_s=4)
+    check(result, 30)
+    assert result.reader.failures_by_kind()["timeout"] == 1
+    assert [row.id for row in result.reader.candidates("state = 'failed'")] == [20]
