@@ -61,8 +61,8 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
     check_arguments("digits", batch_size, seed)
     check_fraction("digits", test_fraction)
     images, targets = load_digits(return_X_y=True)
-    inputs = (images / 8 - 1).reshape(-1, 8, 8, 1).astype(np.float32)
-    labels = targets.astype(np.int32)
+    inputs = (np.asarray(images) / 8 - 1).reshape(-1, 8, 8, 1).astype(np.float32)
+    labels = np.asarray(targets, np.int32)
     train, test = train_test_split(
         np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=seed
     )

@@ -1,14 +1,30 @@
 """An empty matplotlib figure, an optional extra."""
 
+import io
 from typing import Any
 
 
 def blank(width: float, height: float) -> Any:
-    """An empty figure, in inches. Not of pyplot's, so a notebook keeps its own settings."""
+    """An empty figure, in inches, that notebooks show as the value of a cell.
+
+    Not of pyplot's, so a notebook keeps its own settings, and nothing is shown twice.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    return Shown(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Any, dpi: int = 110) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    return buffer.getvalue()

@@ -1,17 +1,18 @@
 """Drawings of cells: as text, as SVG for notebooks, and as a matplotlib figure.
 
-The two pictures share one layout. States stand in layers, each below all that it reads. A wire that
-crosses layers runs in a lane between their boxes; all that read the same state share its lanes.
-Coordinates are pixels, x to the right and y down.
+States stand in layers, each below all that it reads. A wire that crosses layers runs in a lane
+between their boxes; all that read the same state share its lanes.
 """
 
-import html as escaping
-from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import accumulate, pairwise, zip_longest
+from typing import TYPE_CHECKING, Any
+
+from gpipe_jax import drawing
+from gpipe_jax.drawing import BOX_HEIGHT, CHARACTER, GREY, MARGIN, TITLE_HEIGHT, Box, Picture, Wire
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
     from gpipe_jax.genotype import Cell, Genotype
@@ -54,42 +55,11 @@ def _output(cell: "Cell") -> str:
     return f"output = concat({', '.join(f'h{state}' for state in cell.concat)})"
 
 
-OPERATION_WIDTH, BOX_HEIGHT, BETWEEN = 96.0, 24.0, 8.0
+OPERATION_WIDTH, BETWEEN = 96.0, 8.0
 PAIR_WIDTH, PAIR_HEIGHT = 2 * OPERATION_WIDTH + BETWEEN, 2 * BOX_HEIGHT + 18.0
-LANE_WIDTH, SIDE_GAP, LAYER_GAP, MARGIN, TITLE_HEIGHT = 4.0, 18.0, 46.0, 16.0, 30.0
-CHARACTER = 7.0  # the width of one
-FONT_SIZE, TITLE_SIZE, PIXELS_PER_INCH = 11, 14, 100
+LANE_WIDTH, SIDE_GAP, LAYER_GAP = 4.0, 18.0, 46.0
 WIRES = ("#1f77b4", "#d9660a", "#2c8f2c", "#c0282a", "#8155b0", "#7a4a3e", "#c2459b", "#0e8f9c")
-GREY = "#666666"
 FILLS = {"pool": "#e3f1dc", "conv": "#dbe9f9", "sep": "#dbe9f9", "identity": "#eeeeee"}
-
-
-class Box(NamedTuple):
-    """A box with one line of text; x is its centre and y its top."""
-
-    x: float
-    y: float
-    width: float
-    text: str
-    fill: str = "#ffffff"
-    edge: str = GREY
-
-
-class Wire(NamedTuple):
-    """A smooth line through points, vertical at each, that ends in an arrow head."""
-
-    points: list[tuple[float, float]]
-    colour: str
-
-
-class Picture(NamedTuple):
-    """All that is drawn of a cell."""
-
-    title: str
-    width: float
-    height: float
-    boxes: list[Box]
-    wires: list[Wire]
 
 
 class _Layout:
@@ -153,148 +123,96 @@ def _spread(wanted: list[float], widths: list[float]) -> list[float]:
     return [(a + b) / 2 + step for a, b, step in zip(right, left, steps, strict=True)]
 
 
-def picture(cell: "Cell", title: str) -> Picture:
-    """The layout of one cell."""
+def picture(cell: "Cell", title: str, before: "Cell | None" = None) -> Picture:
+    """The layout of one cell; marked is where it differs from the cell `before`."""
     layout = _Layout(cell)
     boxes = [
         Box(layout.columns[0][0], layout.top(0), OPERATION_WIDTH, "h0: direct", edge=WIRES[0]),
         Box(layout.columns[0][1], layout.top(0), OPERATION_WIDTH, "h1: skip", edge=WIRES[1]),
     ]
-    wires = []
+    wires: list[Wire] = []
     for made in range(INPUTS, cell.states):
-        _draw_pair(layout, made, boxes, wires)
-    _draw_output(layout, boxes, wires)
-    ends = [box.x + side * box.width / 2 for box in boxes for side in (-1, 1)]
-    ends += [x for wire in wires for x, _ in wire.points]
-    title_width = len(title) * CHARACTER * TITLE_SIZE / FONT_SIZE
-    width = max(max(ends) - min(ends), title_width) + 2 * MARGIN
-    left = (min(ends) + max(ends) - width) / 2
-    boxes = [box._replace(x=box.x - left) for box in boxes]
-    wires = [wire._replace(points=[(x - left, y) for x, y in wire.points]) for wire in wires]
-    return Picture(title, width, layout.top(layout.depth) + BOX_HEIGHT + MARGIN, boxes, wires)
+        _draw_pair(layout, made, before or cell, boxes, wires)
+    _draw_output(layout, before or cell, boxes, wires)
+    return drawing.fitted(title, boxes, wires, layout.top(layout.depth) + BOX_HEIGHT + MARGIN)
 
 
-def _draw_pair(layout: _Layout, made: int, boxes: list[Box], wires: list[Wire]) -> None:
-    k = layout.layer[made]
+def _draw_pair(
+    layout: _Layout, made: int, before: "Cell", boxes: list[Box], wires: list[Wire]
+) -> None:
+    k, i = layout.layer[made], made - INPUTS
     x, top = layout.columns[k][made], layout.top(k)
+    old = before.pairs[i] if i < len(before.pairs) else (None, None)
     elements = sorted(
-        layout.cell.pairs[made - INPUTS], key=lambda element: layout.columns[k - 1][element[1]]
+        ((new, new != was) for new, was in zip(layout.cell.pairs[i], old, strict=True)),
+        key=lambda element: layout.columns[k - 1][element[0][1]],
     )
     sum_top = top + PAIR_HEIGHT - BOX_HEIGHT
-    for (operation, source), side in zip(elements, (-1, 1), strict=True):
+    for ((operation, source), changed), side in zip(elements, (-1, 1), strict=True):
         centre = x + side * (OPERATION_WIDTH + BETWEEN) / 2
         fill = next(colour for part, colour in FILLS.items() if part in operation)
-        boxes.append(Box(centre, top, OPERATION_WIDTH, operation, fill))
-        wires.append(layout.wire(source, (centre, top), k))
+        box = Box(centre, top, OPERATION_WIDTH, operation, fill)
+        wire = layout.wire(source, (centre, top), k)
+        boxes.append(box.marked() if changed else box)
+        wires.append(wire.marked() if changed else wire)
         wires.append(Wire([(centre, top + BOX_HEIGHT), (x + side * 14, sum_top)], GREY))
     edge = WIRES[made % len(WIRES)]
     boxes.append(Box(x, sum_top, OPERATION_WIDTH, f"h{made} = sum", edge=edge))
 
 
-def _draw_output(layout: _Layout, boxes: list[Box], wires: list[Wire]) -> None:
+def _draw_output(layout: _Layout, before: "Cell", boxes: list[Box], wires: list[Wire]) -> None:
     k, cell = layout.depth, layout.cell
     above = layout.columns[k - 1]
     order = sorted(cell.concat, key=lambda state: above[state])
     label, step = _output(cell), 24.0
     x = sum(above[state] for state in order) / len(order)
-    boxes.append(Box(x, layout.top(k), max(len(label) * CHARACTER, len(order) * step), label))
+    box = Box(x, layout.top(k), max(len(label) * CHARACTER, len(order) * step), label)
+    boxes.append(box.marked() if set(cell.concat) != set(before.concat) else box)
     for i, state in enumerate(order):
         end = x + step * (i - (len(order) - 1) / 2)
-        wires.append(layout.wire(state, (end, layout.top(k)), k))
+        wire = layout.wire(state, (end, layout.top(k)), k)
+        wires.append(wire if state in before.concat else wire.marked())
 
 
-def html(genotype: "Genotype") -> str:
-    """Both cells as inline SVG, side by side where the page is wide enough."""
-    cells = "".join(map(_svg, _pictures(genotype)))
-    return f'<div style="display:flex;flex-wrap:wrap">{cells}</div>'
+def html(genotype: "Genotype", before: "Genotype | None" = None) -> str:
+    """Both cells as inline SVG; marked is where they differ from those `before`."""
+    return drawing.side_by_side(pictures(genotype, before))
 
 
-def _pictures(genotype: "Genotype") -> list[Picture]:
+def pictures(genotype: "Genotype", before: "Genotype | None" = None) -> list[Picture]:
+    """The layout of both cells; marked is where they differ from those `before`."""
     name = f"{genotype.name}, " if genotype.name else ""
-    return [picture(getattr(genotype, kind), name + title) for kind, title in TITLES.items()]
+    old = before or genotype
+    return [
+        picture(getattr(genotype, kind), name + title, getattr(old, kind))
+        for kind, title in TITLES.items()
+    ]
 
 
-def _svg(drawn: Picture) -> str:
-    title, width, height = escaping.escape(drawn.title), drawn.width, drawn.height
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" '
-        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.1f} {height:.1f}" '
-        'style="max-width:100%;height:auto;background:#ffffff" '
-        f'font-family="sans-serif" font-size="{FONT_SIZE}" text-anchor="middle">'
-        f"<title>{title}</title>"
-        f'<text x="{width / 2:.1f}" y="{MARGIN + 8}" font-size="{TITLE_SIZE}">{title}</text>'
-        f"{''.join(map(_svg_wire, drawn.wires))}{''.join(map(_svg_box, drawn.boxes))}</svg>"
+def differences(genotype: "Genotype", before: "Genotype") -> list[str]:
+    """What is other than before, in words: `normal h4: sep_3x3(h1) → sep_3x3(h0)`."""
+    return [
+        f"{kind} {line}"
+        for kind in TITLES
+        for line in _differences(getattr(genotype, kind), getattr(before, kind))
+    ]
+
+
+def _differences(cell: "Cell", before: "Cell") -> list[str]:
+    def element(pair: Any, k: int) -> str:
+        return f"{pair[k][0]}(h{pair[k][1]})" if pair else "nothing"
+
+    lines = [
+        f"h{made}: {element(old, k)} → {element(new, k)}"
+        for made, (old, new) in enumerate(zip_longest(before.pairs, cell.pairs), INPUTS)
+        for k in range(2)
+        if element(old, k) != element(new, k)
+    ]
+    return lines + [f"{_output(before)} → {_output(cell)}"] * (
+        sorted(cell.concat) != sorted(before.concat)
     )
 
 
-def _svg_wire(wire: Wire) -> str:
-    (x, y), end = wire.points[0], wire.points[-1]
-    path = f"M{x:.1f} {y:.1f}" + "".join(
-        f"C{x0:.1f} {(y0 + y1) / 2:.1f} {x1:.1f} {(y0 + y1) / 2:.1f} {x1:.1f} {y1:.1f}"
-        for (x0, y0), (x1, y1) in pairwise(wire.points)
-    )
-    head = f"M{end[0]:.1f} {end[1]:.1f}l-3.5 -7h7z"
-    return (
-        f'<path d="{path}" fill="none" stroke="{wire.colour}" stroke-width="1.6"/>'
-        f'<path d="{head}" fill="{wire.colour}"/>'
-    )
-
-
-def _svg_box(box: Box) -> str:
-    return (
-        f'<rect x="{box.x - box.width / 2:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
-        f'height="{BOX_HEIGHT}" rx="4" fill="{box.fill}" stroke="{box.edge}" stroke-width="1.4"/>'
-        f'<text x="{box.x:.1f}" y="{box.y + 16:.1f}" fill="#111111">{box.text}</text>'
-    )
-
-
-def figure(genotype: "Genotype", path: str | Path | None = None) -> "Figure":
+def figure(genotype: "Genotype", path: "str | Path | None" = None) -> "Figure":
     """Both cells side by side, in a matplotlib figure; written to `path` where given."""
-    from gpipe_jax.figure import blank
-
-    drawn = _pictures(genotype)
-    width, height = sum(d.width for d in drawn), max(d.height for d in drawn)
-    drawing = blank(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
-    drawing.set_layout_engine("none")  # the layout is made already
-    axes = drawing.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
-    _draw(axes, drawn[0], 0.0)
-    _draw(axes, drawn[1], drawn[0].width)
-    if path is not None:
-        # Without a format matplotlib would add a suffix to a name that has none.
-        drawing.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
-    return drawing
-
-
-def _draw(axes: "Axes", drawn: Picture, left: float) -> None:
-    from matplotlib import patches
-
-    def write(x: float, y: float, text: str, size: float) -> None:
-        points = size * 72 / PIXELS_PER_INCH
-        axes.text(x, y, text, ha="center", va="center", fontsize=points, parse_math=False)
-
-    write(left + drawn.width / 2, MARGIN + 4, drawn.title, TITLE_SIZE)
-    for wire in drawn.wires:
-        points = [(left + x, y) for x, y in wire.points]
-        (x, y), colour = points[-1], wire.colour
-        axes.add_patch(patches.PathPatch(_curve(points), fill=False, edgecolor=colour, lw=1.2))
-        head = [(x, y), (x - 3.5, y - 7), (x + 3.5, y - 7)]
-        axes.add_patch(patches.Polygon(head, facecolor=colour, edgecolor="none"))
-    rounded = "round,pad=0,rounding_size=4"
-    for box in drawn.boxes:
-        corner = (left + box.x - box.width / 2, box.y)
-        shape = patches.FancyBboxPatch(corner, box.width, BOX_HEIGHT, boxstyle=rounded)
-        shape.set(edgecolor=box.edge, facecolor=box.fill)
-        axes.add_patch(shape)
-        write(left + box.x, box.y + BOX_HEIGHT / 2, box.text, FONT_SIZE)
-
-
-def _curve(points: list[tuple[float, float]]) -> Any:
-    """The wire as matplotlib's path of cubic curves."""
-    from matplotlib.path import Path as Curve
-
-    vertices = [points[0]]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        vertices += [(x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2), (x1, y1)]
-    return Curve(vertices, [Curve.MOVETO, *[Curve.CURVE4] * (len(vertices) - 1)])
+    return drawing.figure(pictures(genotype), path)

@@ -11,16 +11,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
-from gpipe_jax.config import Config, section_models
+from gpipe_jax.config import Config, Section, section_models
 from gpipe_jax.messages import KeyPath, describe, did_you_mean, show
 from gpipe_jax.yaml_source import Draft, Place, TextError, override, parse
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Config
+Source = str | os.PathLike[str] | Mapping[str, Any] | Section
+C = TypeVar("C", bound=Section)
 
 _AFTER_THE_FILE = 10**9  # more than any line number
 
@@ -39,22 +40,35 @@ def load(source: Source, overrides: Iterable[str] = ()) -> Config:
 
     Raises `ConfigError`, and nothing else, for bad input of any kind.
     """
-    return _validate(_draft(source, overrides))
+    return load_as(Config, source, overrides)
 
 
-def place(source: Source, overrides: Iterable[str], section: str, message: str) -> str:
+def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
+    """The same for another kind of configuration, a model whose fields are sections."""
+    config = _validate(_draft(source, overrides, root))
+    assert isinstance(config, root)
+    return config
+
+
+def place(
+    source: Source,
+    overrides: Iterable[str],
+    section: str,
+    message: str,
+    root: type[Section] = Config,
+) -> str:
     """Where it was written what `message` is about: `x.yaml:3`, or the override.
 
     This is the first field of the section that the message has in backticks, or else the section.
     """
-    draft = _draft(source, overrides)
+    draft = _draft(source, overrides, root)
     fields = [(section, name) for name in re.findall(r"`(\w+)`", message)]
     written = [path for path in fields if path in draft.places]
     return draft.find(written[0] if written else (section,)).label
 
 
-def dump(config: Config) -> str:
-    """The configuration as YAML, every default written out; loading it gives an equal `Config`."""
+def dump(config: Section) -> str:
+    """The configuration as YAML, every default written out; loading it gives an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
@@ -104,11 +118,11 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def _draft(source: Source, overrides: Iterable[str]) -> Draft:
+def _draft(source: Source, overrides: Iterable[str], root: type[Section] = Config) -> Draft:
     if isinstance(source, str | os.PathLike):
-        draft = _read(Path(source))
-    elif isinstance(source, Mapping | Config):
-        draft = Draft("")
+        draft = _read(Path(source), root)
+    elif isinstance(source, Mapping | Section):
+        draft = Draft("", root)
         draft.values = {name: _copy(value) for name, value in dict(source).items()}
     else:
         message = f"expected a path, a dict or a Config, got {show(source)}"
@@ -123,8 +137,8 @@ def _copy(section: Any) -> Any:
     return dict(section) if isinstance(section, Mapping | pydantic.BaseModel) else section
 
 
-def _read(path: Path) -> Draft:
-    draft = Draft(str(path))
+def _read(path: Path, root: type[Section]) -> Draft:
+    draft = Draft(str(path), root)
     try:
         parse(draft, _text(path))
     except TextError as error:
@@ -154,26 +168,26 @@ def _text(path: Path) -> str:
     raise ConfigError([f"{path}{line}: {reason}"], str(path))
 
 
-def _validate(draft: Draft) -> Config:
+def _validate(draft: Draft) -> Section:
     # `mesh:` with nothing below it is an empty section, which is to say the defaults.
     given = {
         name: value
         for name, value in draft.values.items()
-        if value is not None or name not in Config.model_fields
+        if value is not None or name not in draft.root.model_fields
     }
     try:
-        config = Config.model_validate(given)
+        config = draft.root.model_validate(given)
     except pydantic.ValidationError as error:
-        for path, group in _by_path(error).items():
+        for path, group in _by_path(error, draft.root).items():
             if not any(path[:end] in draft.unreadable for end in range(len(path) + 1)):
-                draft.report(draft.find(path), describe(draft.values, path, group))
+                draft.report(draft.find(path), describe(draft.values, path, group, draft.root))
     else:
         if not draft.problems:
             return config
     raise _error(draft)
 
 
-def _by_path(error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
+def _by_path(error: pydantic.ValidationError, root: type[Section]) -> dict[KeyPath, list[Any]]:
     """Pydantic's errors by the path of the value in what was given.
 
     Pydantic's own path also names the kind of a section and the branch of a union. A value that may
@@ -182,7 +196,7 @@ def _by_path(error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
     groups: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         section, *rest = item["loc"]
-        has_kinds = section in Config.model_fields and "" not in section_models(str(section))
+        has_kinds = section in root.model_fields and "" not in section_models(str(section), root)
         if has_kinds and item["type"] != "cross_check":
             rest = rest[1:]
         if not rest and item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):

@@ -9,28 +9,30 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpipe_jax.config import Config, section_models
+from gpipe_jax.config import Config, Section, section_models
 
 KeyPath = tuple[Any, ...]  # from the root of the configuration to a value
 
 
-def describe(values: dict[Any, Any], path: KeyPath, errors: list[Any]) -> str:
+def describe(
+    values: dict[Any, Any], path: KeyPath, errors: list[Any], root: type[Section] = Config
+) -> str:
     """One line for what is wrong with the value at `path`."""
     kind, given, name = errors[0]["type"], errors[0]["input"], dotted(path)
     if kind in ("value_error", "cross_check"):
         return f"{name}: {errors[0]['ctx']['error']}"
     if kind == "extra_forbidden":
-        has_kinds = path[0] in Config.model_fields and "" not in section_models(path[0])
-        return unknown_key(path, values[path[0]]["kind"] if has_kinds else "")
+        has_kinds = path[0] in root.model_fields and "" not in section_models(path[0], root)
+        return unknown_key(path, values[path[0]]["kind"] if has_kinds else "", root)
     if kind == "invalid_key":
         return f"{name}: expected a name as key, got {show(path[-1])}; correct it"
     if kind == "missing" and path[1] != "kind":
         model = section_models(path[0])[values[path[0]]["kind"]]
         return f"{name}: required; give {model.model_fields[path[1]].description}"
     if kind in ("missing", "union_tag_not_found"):
-        return f"{name}: required; give {_one_of(section_models(path[0]))}"
+        return f"{name}: required; give {_one_of(section_models(path[0], root))}"
     if kind == "union_tag_invalid":
-        given, legal = given["kind"], list(section_models(path[0]))
+        given, legal = given["kind"], list(section_models(path[0], root))
         rules = _one_of(legal)
     else:
         rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
@@ -72,32 +74,32 @@ def _rule(error: Any) -> str:
     return rule.format_map(words) if rule else error["msg"]
 
 
-def fields_of(section: str) -> list[str]:
+def fields_of(section: str, root: type[Section] = Config) -> list[str]:
     """The fields of a section, of any kind."""
-    models = section_models(section).values()
+    models = section_models(section, root).values()
     return list(dict.fromkeys(field for model in models for field in model.model_fields))
 
 
-def unknown_key(path: KeyPath, kind: str) -> str:
+def unknown_key(path: KeyPath, kind: str, root: type[Section] = Config) -> str:
     """What to do about a key that does not exist, or not in this kind of section."""
     section, field = path[0], path[-1]
     message = f"unknown key '{dotted(path)}'"
-    if section in Config.model_fields:
-        models = section_models(section)
+    if section in root.model_fields:
+        models = section_models(section, root)
         owners = [name for name, model in models.items() if field in model.model_fields]
         if owners:
             message = f"'{dotted(path)}' belongs to {section}.kind {_one_of(owners)}, not {kind!r}"
             return (
                 f"{message}; remove it, or override the whole section: '{section}={{kind: {kind}}}'"
             )
-        near = list(models[kind].model_fields) if kind else fields_of(section)
+        near = list(models[kind].model_fields) if kind else fields_of(section, root)
         legal = ", ".join(near)
         near = {f"{section}.{name}": name for name in near}
     else:
-        near = {name: name for name in Config.model_fields}
+        near = {name: name for name in root.model_fields}
         legal = ", ".join(near)
     everywhere = {
-        f"{name}.{leaf}": leaf for name in Config.model_fields for leaf in fields_of(name)
+        f"{name}.{leaf}": leaf for name in root.model_fields for leaf in fields_of(name, root)
     }
     for names in (near, everywhere):
         for name, leaf in names.items():

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpipe_jax.figure import blank
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLOURS = {FORWARD: "#7fb3e6", BACKWARD: "#f2b36b"}
 
 
-def schedule(plan: Schedule, path: Path) -> None:
+def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
     """Draw a schedule: a row for each device, a box for each forward and backward.
 
-    The later a chunk is in the network, the paler is its box.
+    The later a chunk is in the network, the paler is its box. Written to `path` where given.
     """
     figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
     from matplotlib.patches import Rectangle
@@ -37,8 +41,10 @@ def schedule(plan: Schedule, path: Path) -> None:
     )
     boxes = [Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
     figure.legend(boxes, ["forward", "backward"], loc="outside lower right", ncols=2, fontsize=8)
-    # Without a format matplotlib would add a suffix to a name that has none.
-    figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
+    if path is not None:
+        # Without a format matplotlib would add a suffix to a name that has none.
+        figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
+    return figure
 
 
 def curves(records: Sequence[dict], path: Path) -> None:

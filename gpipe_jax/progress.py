@@ -40,6 +40,27 @@ def show(
         yield update
 
 
+@contextlib.contextmanager
+def counting(total: int, noun: str, console: Console | None = None) -> Iterator[Callable]:
+    """A function of a number done and a text; plain lines come at every tenth of the total."""
+    console = console or Console()
+    if not console.is_terminal:
+        shown = 0
+
+        def line(done: int, text: str) -> None:
+            nonlocal shown
+            if done * 10 // total > shown * 10 // total:
+                print(f"{done}/{total} {noun}: {text}", flush=True)
+                shown = done
+
+        yield line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=f"{noun}, {text}")
+
+
 def passing(console: Console | None = None) -> Callable[[str], None]:
     """A function that shows what is going on, on a terminal each time in place of the last."""
     console = console or Console(stderr=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gpipe_jax.config import Config
+from gpipe_jax.config import Config, Section
 from gpipe_jax.messages import KeyPath, dotted, fields_of, show, unknown_key
 
 _DEPTH = 20  # a configuration is three levels deep; much deeper would exhaust Python's stack
@@ -41,8 +41,9 @@ class Place(NamedTuple):
 class Draft:
     """Plain values of a configuration, the place of each, and the problems found so far."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, root: type[Section] = Config) -> None:
         self.path = path  # of the file; empty if the values did not come from one
+        self.root = root  # what the values are to become
         self.values: dict[Any, Any] = {}
         self.places: dict[KeyPath, Place] = {(): self.line(1)}
         self.unreadable: set[KeyPath] = set()
@@ -74,7 +75,8 @@ def parse(draft: Draft, text: str) -> None:
     if isinstance(node, yaml.MappingNode):
         draft.values = _build(draft, node, (), None) or {}
     elif node is not None:
-        message = f"expected sections such as 'model:' and 'data:', got {_noun(node)}"
+        first, second, *_ = draft.root.model_fields
+        message = f"expected sections such as '{first}:' and '{second}:', got {_noun(node)}"
         raise TextError(node.start_mark.line + 1, message)
 
 
@@ -84,11 +86,12 @@ def override(draft: Draft, text: str, place: Place) -> None:
     path = tuple(name.strip().split("."))
     if not equals or not name.strip():
         draft.report(place, "expected section.field=value, such as mesh.stages=4")
-    elif path[0] not in Config.model_fields:
-        draft.report(place, unknown_key(path, ""))
+    elif path[0] not in draft.root.model_fields:
+        draft.report(place, unknown_key(path, "", draft.root))
     elif len(path) > 2:
         message = f"'{dotted(path[:2])}' is a value, not a section; give it as a whole"
-        draft.report(place, message if path[1] in fields_of(path[0]) else unknown_key(path[:2], ""))
+        known = path[1] in fields_of(path[0], draft.root)
+        draft.report(place, message if known else unknown_key(path[:2], "", draft.root))
     else:
         try:
             node = _compose(value)

@@ -15,7 +15,7 @@ from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 from gpipe_jax.loader import load
 
 FOLDER = Path(__file__).parent.parent / "configs"
-FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if "\nmodel:" in path.read_text())
 
 
 def head(name: str) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpipe_jax import cli, loader, schedule
+from nas import cli as nas_cli
+from nas.config import SearchConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,16 +54,19 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "1f1b"]) == 0
     assert cli.main(["config", str(ROOT / "configs" / "digits.yaml"), "--diff"]) == 0
     assert "stage 3" in capsys.readouterr().out
-    for command in re.findall(r"^gpipe (\w+)", README, re.MULTILINE):
+    for program, command in re.findall(r"^(gpipe|nas) (\w+)", README, re.MULTILINE):
         with pytest.raises(SystemExit, match="0"):
-            cli.main([command, "--help"])
+            (cli if program == "gpipe" else nas_cli).main([command, "--help"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid_and_opens_with_its_command(path: Path) -> None:
-    loader.load(path)
-    head = path.read_text().split("\nmodel:")[0]
-    assert f"gpipe train configs/{path.name}" in head
+    head = re.split(r"\n\w+:", path.read_text())[0]
+    if f"nas search configs/{path.name}" in head:
+        loader.load_as(SearchConfig, path)
+    else:
+        loader.load(path)
+        assert f"gpipe train configs/{path.name}" in head
     assert re.search(r"minute|second", head), "no time"
     assert re.search(r"accuracy|bits per byte", head), "no expected result"
 

@@ -222,9 +222,9 @@ class Config(Section):
         return self
 
 
-def section_models(section: str) -> dict[str, type[Section]]:
+def section_models(section: str, root: type[Section] = Config) -> dict[str, type[Section]]:
     """The models a section may have, by `kind`; by the empty string if it has no kinds."""
-    annotation: Any = Config.model_fields[section].annotation
+    annotation: Any = root.model_fields[section].annotation
     models = get_args(annotation) or (annotation,)
     return {
         kind: model

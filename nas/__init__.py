@@ -1,0 +1,84 @@
+"""Regularized evolution of cell architectures: asynchronous, durable, replayable.
+
+Reading order, which is also the order of the imports and of the data:
+
+    space (nasnet, nasbench201) -> evolution --+-> searching --+-> driver ---> result -> cli
+    schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
+    evaluate -> workers, pools --------------------------------+
+
+What a person looks at is made from the store alone:
+
+    records -> reading -> plots, drawing (lineage_plot), report -> page;   live
+
+Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nas import nasbench201, testing
+    from nas.audit import ReplayError, replay
+    from nas.evaluate import Job, Repeated, TabularEvaluator
+    from nas.evolution import Settings
+    from nas.limits import FailuresError, Limit, Retries
+    from nas.nasbench201 import NASBench201Space
+    from nas.nasnet import NASNetSpace
+    from nas.result import Candidate, Result, load, search
+    from nas.searching import Search
+    from nas.space import Space
+
+_HOME = {
+    "Candidate": "result",
+    "FailuresError": "limits",
+    "Job": "evaluate",
+    "Limit": "limits",
+    "NASBench201Space": "nasbench201",
+    "NASNetSpace": "nasnet",
+    "Repeated": "evaluate",
+    "ReplayError": "audit",
+    "Result": "result",
+    "Retries": "limits",
+    "Search": "searching",
+    "Settings": "evolution",
+    "Space": "space",
+    "TabularEvaluator": "evaluate",
+    "load": "result",
+    "replay": "audit",
+    "search": "result",
+}
+_MODULES = ("nasbench201", "testing")
+
+__all__ = [
+    "Candidate",
+    "FailuresError",
+    "Job",
+    "Limit",
+    "NASBench201Space",
+    "NASNetSpace",
+    "Repeated",
+    "ReplayError",
+    "Result",
+    "Retries",
+    "Search",
+    "Settings",
+    "Space",
+    "TabularEvaluator",
+    "load",
+    "nasbench201",
+    "replay",
+    "search",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"nas.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"nas.{name}")
+    raise AttributeError(f"module 'nas' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

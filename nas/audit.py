@@ -1,0 +1,73 @@
+"""A run gone through again from its log, to see that every proposal is the one it had to be."""
+
+import json
+from typing import Any
+
+from nas.evolution import Evolution, Member, Settings
+from nas.records import CandidateRow, Event, Reader
+from nas.space import Space
+
+
+class ReplayError(AssertionError):
+    """The log does not lead to what the store has."""
+
+
+def replay(reader: Reader, space: Space[Any]) -> Evolution:
+    """The population as of the last event, from the events alone; ReplayError if it is another."""
+    settings = dict(reader.study().settings)
+    settings.pop("cache")
+    evolution = Evolution(space, Settings(**settings))
+    samples: dict[int, list[Member]] = {}
+    for event in reader.events():
+        if event.kind in ("propose", "reject"):
+            _check_proposal(reader, evolution, _row(reader, event), samples)
+        elif event.kind == "tournament":
+            samples[event.candidate or 0] = _sample(reader, evolution, event)
+        elif event.kind in ("result", "answer", "retrain"):
+            _take(reader, evolution, event, samples)
+    there = [(row.id, row.fitness) for row in reader.population()]
+    here = [(member.candidate, member.fitness) for member in evolution.members]
+    if there != here:
+        raise ReplayError(f"population: {there} in the store, {here} by the log")
+    return evolution
+
+
+def _check_proposal(
+    reader: Reader, evolution: Evolution, row: CandidateRow, samples: dict[int, list[Member]]
+) -> None:
+    drawn = samples.pop(row.id, None)
+    made = evolution.propose(row.id) if drawn is None else evolution.child(row.id, drawn)
+    there = (row.architecture, row.parent, row.mutation)
+    here = (evolution.space.encode(made.architecture), made.parent, made.mutation)
+    if there != here:
+        raise ReplayError(f"candidate {row.id}: {there} in the store, {here} by the log")
+
+
+def _sample(reader: Reader, evolution: Evolution, event: Event) -> list[Member]:
+    sample = evolution.tournament(event.candidate or 0)
+    here = [[m.candidate, m.fitness, m.last_trained] for m in sample]
+    there = json.loads(event.detail or "[]")
+    if there != here:
+        raise ReplayError(f"tournament {event.candidate}: {there} in the store, {here} by the log")
+    return sample
+
+
+def _take(
+    reader: Reader, evolution: Evolution, event: Event, samples: dict[int, list[Member]]
+) -> None:
+    row = _row(reader, event)
+    architecture, fitness = evolution.space.decode(row.architecture), event.fitness or 0.0
+    if event.kind != "retrain":
+        evolution.add(Member(row.id, architecture, fitness, event.seq))
+        return
+    evolution.refresh(row.id, fitness, event.seq)
+    done = next(reader.evaluations("id = ?", event.evaluation))
+    sample = samples[done.tournament or 0]
+    for place, member in enumerate(sample):
+        if member.candidate == row.id:
+            sample[place] = Member(row.id, architecture, fitness, member.last_trained)
+
+
+def _row(reader: Reader, event: Event) -> CandidateRow:
+    assert event.candidate is not None
+    return reader.candidate(event.candidate)

@@ -1,0 +1,82 @@
+"""From a configuration to the arguments of `nas.search`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from nas.config import FunctionConfig, LimitsConfig, NASNetConfig, SearchConfig, TableConfig
+from nas.evaluate import TabularEvaluator
+from nas.limits import Limit
+from nas.nasbench201 import NASBench201Space, Table
+from nas.nasnet import NASNetSpace
+
+
+class SectionError(ValueError):
+    """A section's values are legal, but nothing can be made of them."""
+
+    def __init__(self, section: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.section = section
+
+
+def arguments(config: SearchConfig) -> dict[str, Any]:
+    """For `nas.search`, but for name and folder; SectionError says what cannot be made."""
+    run = config.run.model_dump(exclude={"workdir"})
+    evaluate = _made("evaluate", _evaluate, config.evaluate)
+    return {
+        "space": _made("space", _space, config.space),
+        "evaluate": evaluate,
+        "limits": _limits(config.limits, evaluate),
+        **config.evolution.model_dump(),
+        **run,
+    }
+
+
+def _made(section: str, make: Callable[[Any], Any], values: Any) -> Any:
+    try:
+        return make(values)
+    except (ValueError, OSError, ImportError, AttributeError, TypeError) as error:
+        raise SectionError(section, error) from error
+
+
+def _space(space: Any) -> Any:
+    if isinstance(space, NASNetConfig):
+        return NASNetSpace(space.pairs, space.operations)
+    return NASBench201Space()
+
+
+def _evaluate(evaluate: TableConfig | FunctionConfig) -> Any:
+    if isinstance(evaluate, TableConfig):
+        return TabularEvaluator(Table(evaluate.dataset, evaluate.folder), evaluate.fitness)
+    name, colon, attribute = evaluate.function.partition(":")
+    if not (name and colon and attribute):
+        raise ValueError(f"`function` {evaluate.function!r}: expected module:name")
+    if os.getcwd() not in sys.path:  # where the module most likely is
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`function` {evaluate.function!r} cannot be imported ({error}); run in the folder of "
+            f"{name}.py, or install it"
+        ) from error
+
+
+def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:
+    return tuple(
+        Limit(name, _Column(evaluate.table, name), value)
+        for name, value in limits
+        if value is not None
+    )
+
+
+class _Column:
+    """One of a table's columns, as a function of an architecture."""
+
+    def __init__(self, table: Table, name: str) -> None:
+        self.table, self.name = table, name
+
+    def __call__(self, architecture: Any) -> float:
+        return self.table(architecture)[self.name]

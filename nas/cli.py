@@ -1,0 +1,185 @@
+"""The command line: `nas search | report | export`.
+
+Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
+"""
+
+import argparse
+import contextlib
+import json
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpipe_jax import loader, progress
+from gpipe_jax.loader import ConfigError
+from nas.config import SearchConfig
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if "=" not in text]
+    if unknown or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        return options.command(options)
+    except (ConfigError, OSError) as error:
+        return _fail(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", 130)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"nas: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nas", description="Search for architectures by regularized evolution."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "search as a config says; the same folder continues a search"
+    one = _command(commands, "search", _search, text)
+    one.add_argument("config", metavar="CONFIG", help="a YAML file")
+    one.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    one = _command(commands, "report", _report, "say what a run has found, also while it goes on")
+    one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
+    one.add_argument(
+        "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
+    )
+    one = _command(commands, "export", _export, "write the best architecture of a run to a file")
+    one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
+    one.add_argument(
+        "--out", type=Path, metavar="FILE", required=True, help="such as genotype.json"
+    )
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, command: Callable, text: str
+) -> argparse.ArgumentParser:
+    one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    one.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    one.set_defaults(command=command)
+    return one
+
+
+def _search(options: argparse.Namespace) -> int:
+    config = loader.load_as(SearchConfig, options.config, options.overrides)
+    import nas
+    from nas import build
+
+    workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
+    started = time.perf_counter()
+    try:
+        arguments = build.arguments(config)
+        with _progress(config.run.cycles) as callback:
+            result = nas.search(
+                name=workdir.name, folder=workdir.parent, callback=callback, **arguments
+            )
+    except build.SectionError as error:
+        found = (error.section, str(error), SearchConfig)
+        place = loader.place(options.config, options.overrides, *found)
+        raise ConfigError([f"{place}: {error}"], options.config) from error
+    except ValueError as error:
+        raise ConfigError([str(error)], options.config) from error
+    except (RuntimeError, TypeError) as error:
+        return _fail(error, 1)
+    (workdir / "config.yaml").write_text(loader.dump(config), encoding="utf-8")
+    return _summary(result, time.perf_counter() - started, options.json)
+
+
+def _summary(result: Any, wall_s: float, as_json: bool) -> int:
+    counts, best = result.counts, result.best
+    figures = {
+        "best_fitness": best.fitness,
+        "results": counts.results,
+        "evaluations": counts.evaluations,
+        "cache_hits": counts.cache_hits,
+        "rejected": counts.rejected,
+        "failures": counts.failures,
+        "wall_s": wall_s,
+        "run": str(result.path),
+    }
+    print(progress.table({**best.metrics, **figures}))
+    print(best.row.architecture)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    **figures,
+                    "best_metrics": best.metrics,
+                    "genotype": _genotype(best.row.architecture),
+                }
+            )
+        )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from nas import page, report
+    from nas.reading import Snapshot
+
+    reader = Snapshot(_load(options.run).path)
+    found = report.report(reader)
+    print(found)
+    out = options.out or reader.path.parent / "report.html"
+    try:
+        page.write(reader, out)
+    except ImportError as error:
+        raise ConfigError([str(error)], "--out") from error
+    print(f"\npage: {out}")
+    if options.json:
+        print(json.dumps({**found.to_dict(), "page": str(out)}))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    best = next(_load(options.run).reader.ranked(), None)
+    if best is None:
+        raise ConfigError(["it has no result yet: wait for the first evaluation"], options.run)
+    if options.out.exists():
+        raise ConfigError([f"{options.out} is there already; give another name"], "--out")
+    genotype = _genotype(best.architecture)
+    options.out.write_text(json.dumps(genotype) + "\n", encoding="utf-8")
+    figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
+    print(progress.table(figures))
+    if options.json:
+        print(json.dumps({**figures, "genotype": genotype}))
+    return 0
+
+
+def _load(run: str) -> Any:
+    """The run of that name, or in that folder; ConfigError if it cannot be read."""
+    import nas
+
+    try:
+        return nas.load(run)
+    except (ValueError, sqlite3.Error, StopIteration) as error:
+        raise ConfigError([f"it holds no search that can be read ({error})"], run) from error
+
+
+def _genotype(architecture: str) -> Any:
+    """The architecture as its space writes it: an object where that is JSON, or else a text."""
+    try:
+        return json.loads(architecture)
+    except ValueError:
+        return architecture
+
+
+@contextlib.contextmanager
+def _progress(cycles: int) -> Iterator[Callable]:
+    """A callback that shows a bar on a terminal, and ten lines elsewhere."""
+    with progress.counting(cycles, "results") as show:
+        yield lambda search: show(
+            search.evolution.results, f"best {search.best_fitness or float('nan'):.6g}"
+        )

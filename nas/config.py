@@ -1,0 +1,156 @@
+"""What a search can be told by a file: frozen models, one default for each setting.
+
+The loader, and what makes a section, are those of `gpipe_jax`.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic import ValidationError as PydanticError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from gpipe_jax.config.fields import Count, CountOrZero, Positive, Section, Text
+from gpipe_jax.genotype import PAPER_OPERATIONS
+from nas.evolution import Algorithm, FitnessPolicy, Settings
+
+
+class NASNetConfig(Section):
+    """Two cells of pairwise combinations, the space of NASNet and AmoebaNet."""
+
+    kind: Literal["nasnet"] = "nasnet"
+    pairs: Count = Field(default=5, description="pairwise combinations in a cell")
+    operations: tuple[Text, ...] = Field(
+        default=PAPER_OPERATIONS, description="what an element of a pair can do"
+    )
+
+
+class NASBench201Config(Section):
+    """Cells of six edges with five operations, all of which have been trained."""
+
+    kind: Literal["nasbench201"] = "nasbench201"
+
+
+class TableConfig(Section):
+    """Accuracies from the table of NAS-Bench-201."""
+
+    kind: Literal["table"] = "table"
+    folder: Text | None = Field(
+        default=None,
+        description="folder of nb201.npz; default: the environment variable GPIPE_JAX_DATA",
+    )
+    dataset: Literal["cifar10", "cifar100", "imagenet16_120"] = Field(
+        default="cifar10", description="what the cells were trained on"
+    )
+    fitness: Literal["valid12", "test200"] = Field(
+        default="valid12",
+        description="valid12 (validation accuracy after 12 epochs) or test200 (test, after 200)",
+    )
+
+
+class FunctionConfig(Section):
+    """A function of yours."""
+
+    kind: Literal["function"] = "function"
+    function: Text = Field(
+        default="evaluate:evaluate",
+        description="module:name of a function of an architecture that returns its fitness",
+    )
+
+
+class EvolutionConfig(Section):
+    """What decides the proposals: `nas.evolution.Settings`."""
+
+    population: Count = Field(default=100, description="P: members of the population")
+    sample: Count = Field(default=25, description="S: members of which the best is the parent")
+    replacement: bool = Field(
+        default=True, description="whether a sample is drawn with replacement"
+    )
+    algorithm: Algorithm = Field(
+        default="aging",
+        description="aging, non_aging (the worst of a sample leaves), elitist (the worst of all "
+        "leaves) or random",
+    )
+    fitness_policy: FitnessPolicy = Field(
+        default="stored", description="whether sampled members are trained again, and from what"
+    )
+    maximise: bool = Field(default=True, description="whether more fitness is better")
+    seed: CountOrZero = Field(default=0, description="seed of all chance")
+
+    @model_validator(mode="after")
+    def _is_legal(self) -> Self:
+        try:
+            Settings(**dict(self))
+        except ValueError as error:
+            raise _problem("sample", str(error)) from error
+        return self
+
+
+class LimitsConfig(Section):
+    """Architectures beyond these are not evaluated; they need the table."""
+
+    params_m: Positive | None = Field(default=None, description="millions of parameters, at most")
+    flops_m: Positive | None = Field(default=None, description="millions of operations, at most")
+
+
+class RunConfig(Section):
+    """How long a search is, and who does the work."""
+
+    cycles: Count = Field(default=1000, description="results in all")
+    workers: Count | Text = Field(
+        default=1,
+        description="threads, or processes, processes:4, or the address of a dask scheduler",
+    )
+    cache: bool | CountOrZero = Field(
+        default=True,
+        description="evaluate equal networks once only; or so many times before the mean answers",
+    )
+    target: float | None = Field(default=None, description="fitness that ends the search")
+    timeout_s: Positive | None = Field(default=None, description="seconds for one evaluation")
+    time_limit_s: Positive | None = Field(default=None, description="seconds for this command")
+    max_failures: Count = Field(
+        default=10, description="failures in a row that end the search, with the last error"
+    )
+    workdir: Text | None = Field(
+        default=None, description="folder of the run; default: runs/<name of the config file>"
+    )
+
+
+class SearchConfig(Section):
+    """A whole search. `space` and `evaluate` are required, the rest has defaults."""
+
+    space: NASNetConfig | NASBench201Config = Field(
+        discriminator="kind", description="what is searched"
+    )
+    evaluate: TableConfig | FunctionConfig = Field(
+        discriminator="kind", description="what tells how good an architecture is"
+    )
+    evolution: EvolutionConfig = Field(default=EvolutionConfig(), description="the algorithm")
+    limits: LimitsConfig = Field(default=LimitsConfig(), description="what is not evaluated")
+    run: RunConfig = Field(default=RunConfig(), description="the run")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        table = self.evaluate.kind == "table"
+        if table and self.space.kind != "nasbench201":
+            message = (
+                f"evaluate 'table' has no cells of space {self.space.kind!r}; use evaluate.kind "
+                "function, or space.kind nasbench201"
+            )
+            raise _problem("evaluate.kind", message)
+        if not table and (self.limits.params_m or self.limits.flops_m):
+            message = "limits need evaluate.kind table, which knows the sizes; remove them"
+            raise _problem("limits", message)
+        if self.run.cycles < self.evolution.population:
+            message = (
+                f"cycles {self.run.cycles} is less than evolution.population "
+                f"{self.evolution.population}; evolution begins when there are so many results"
+            )
+            raise _problem("run.cycles", message)
+        return self
+
+
+def _problem(name: str, message: str) -> PydanticError:
+    """An error with its own place in the file."""
+    error = PydanticCustomError("cross_check", "{error}", {"error": message})
+    detail = InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)
+    return PydanticError.from_exception_data("SearchConfig", [detail])

@@ -1,0 +1,42 @@
+"""Whether a folder is on a local disk: SQLite's write-ahead log needs memory that is shared.
+
+See https://www.sqlite.org/wal.html, "all processes using a database must be on the same host".
+"""
+
+from pathlib import Path
+
+MOUNTS = Path("/proc/self/mounts")  # Linux; elsewhere nothing is known, and nothing refused
+NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
+NETWORK |= {"nfs", "nfs3", "nfs4", "ocfs2", "smb3", "smbfs"}
+BUCKETS = ("gcsfuse", "glusterfs", "goofys", "mount-s3", "rclone", "s3fs", "sshfs")
+NETWORK |= {f"fuse.{name}" for name in BUCKETS}
+
+
+class NetworkFileSystemError(OSError):
+    """The folder is on another machine, or in a bucket."""
+
+
+def check_local(path: Path) -> None:
+    """Raise NetworkFileSystemError if the file would be on a network file system."""
+    kind, mount = _mount(path)
+    if kind in NETWORK:
+        raise NetworkFileSystemError(
+            f"{path} is on a network file system ({kind}, mounted at {mount}), where SQLite can "
+            "lose data: give a folder on a local disk, and copy the file when the search is over"
+        )
+
+
+def _mount(path: Path) -> tuple[str, str]:
+    """Type and place of the file system that a path is on."""
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "", ""
+    best = ("", "")
+    places = {str(place) for place in (path.resolve(), *path.resolve().parents)}
+    for line in lines:
+        _, mount, kind, *_ = line.split(" ")
+        mount = mount.replace("\\040", " ")
+        if mount in places and len(mount) >= len(best[1]):
+            best = (kind, mount)
+    return best

@@ -1,0 +1,69 @@
+"""Hard limits on architectures, how often failures are tried again, and when they are too many."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MAX_REJECTED = 10_000
+"""So many rejections in a row, and it is the limits that are wrong."""
+
+
+class FailuresError(RuntimeError):
+    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
+
+
+class Limit(NamedTuple):
+    """An architecture for which `measure` gives more than `at_most` is never trained.
+
+    `measure` is any function of an architecture: parameters, operations, latency.
+    """
+
+    name: str
+    measure: Callable[[Any], float]
+    at_most: float
+
+
+class Gate:
+    """Lets candidates pass that keep all limits."""
+
+    def __init__(self, limits: Sequence[Limit]) -> None:
+        self.limits, self._in_a_row = tuple(limits), 0
+
+    def check(self, architecture: Any) -> tuple[dict[str, float], str | None]:
+        """What the limits measure, and in words the first that is broken."""
+        found: dict[str, float] = {}
+        for name, measure, at_most in self.limits:
+            found[name] = float(measure(architecture))
+            if not found[name] <= at_most:
+                return found, f"{name} {found[name]:g} is more than {at_most:g}"
+        self._in_a_row = 0
+        return found, None
+
+    def count(self, broken: str) -> None:
+        """One more is rejected; FailuresError if that is one too many."""
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_REJECTED:
+            raise FailuresError(
+                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
+                "raise that limit"
+            )
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often an evaluation is tried again after each kind of failure.
+
+    An architecture that is too slow, too large or diverges would be so again; a dead worker was
+    most likely not its fault.
+    """
+
+    exception: int = 1
+    timeout: int = 0
+    nan: int = 0
+    out_of_memory: int = 0
+    worker_death: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"retries.{name} {value!r}: expected a whole number, 0 or more")

@@ -1,0 +1,107 @@
+"""The tables of a search's SQLite file, their version, and how files of older versions become new.
+
+    study         one row: what the search is
+    candidates    proposal k is row k: architecture, parent, mutation, state, fitness
+    evaluations   every attempt to train a candidate: worker, times, outcome
+    events        what happened, in order; the rest can be rebuilt from it
+
+An event's `seq` is the search's clock: a candidate was proposed from the population as of the
+events before `proposed`, `last_trained` is the event of its last result, and it is a member of the
+population until the event `removed`.
+"""
+
+import sqlite3
+
+VERSION = 1
+
+TABLES = """
+CREATE TABLE study (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    name TEXT NOT NULL,
+    space TEXT NOT NULL,          -- its name
+    settings TEXT NOT NULL,       -- JSON: evolution.Settings and what else decides the results
+    created REAL NOT NULL,        -- seconds since 1970, as are all times
+    package TEXT NOT NULL,        -- version of gpipe-jax
+    setup BLOB                    -- space, evaluator and limits, pickled; NULL if they cannot be
+);
+CREATE TABLE candidates (
+    id INTEGER PRIMARY KEY,
+    architecture TEXT NOT NULL,   -- as the space encodes it
+    canonical TEXT NOT NULL,      -- digest of its canonical form
+    parent INTEGER REFERENCES candidates,
+    mutation TEXT,                -- 'kind: in words'; NULL if the architecture was drawn at random
+    state TEXT NOT NULL,          -- open, done, failed, rejected
+    proposed INTEGER NOT NULL,    -- event
+    fitness REAL,                 -- the newest
+    metrics TEXT,                 -- JSON
+    answered_by INTEGER REFERENCES candidates,  -- the twin whose evaluation is this one's too
+    last_trained INTEGER,         -- event
+    removed INTEGER,              -- event; NULL while it is a member, or never was
+    trained_values TEXT           -- where the evaluator keeps them
+);
+CREATE INDEX members ON candidates (last_trained) WHERE state = 'done' AND removed IS NULL;
+CREATE INDEX unfinished ON candidates (id) WHERE state = 'open';
+CREATE INDEX twins ON candidates (canonical) WHERE answered_by IS NULL;
+CREATE INDEX by_fitness ON candidates (fitness) WHERE state = 'done';
+CREATE TABLE evaluations (
+    id INTEGER PRIMARY KEY,
+    candidate INTEGER NOT NULL REFERENCES candidates,
+    tournament INTEGER,           -- of a member trained again: whose parent it may become
+    attempt INTEGER NOT NULL,     -- from 1
+    outcome TEXT NOT NULL,        -- running, ok, lost (with its driver), or a kind of failure
+    worker TEXT,
+    submitted REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    fitness REAL,
+    metrics TEXT,                 -- JSON
+    error TEXT
+);
+CREATE INDEX of_candidate ON evaluations (candidate);
+CREATE INDEX running ON evaluations (id) WHERE outcome = 'running';
+CREATE INDEX of_tournament ON evaluations (tournament) WHERE tournament IS NOT NULL;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY,
+    at REAL NOT NULL,
+    kind TEXT NOT NULL,           -- see nas.store
+    candidate INTEGER,
+    evaluation INTEGER,
+    fitness REAL,
+    detail TEXT
+);
+"""
+
+MIGRATIONS: dict[int, str] = {}
+"""Version n to the statements that make a file of it one of version n + 1."""
+
+
+class VersionError(ValueError):
+    """The file was written by a newer version of this package."""
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the tables in an empty file."""
+    connection.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def version(connection: sqlite3.Connection) -> int:
+    """The version of a file; 0 if it has no tables of ours."""
+    return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def migrate(connection: sqlite3.Connection, path: object) -> None:
+    """Bring a file up to `VERSION`, one version at a time."""
+    while (found := version(connection)) < VERSION:
+        steps = f"{MIGRATIONS[found]} PRAGMA user_version = {found + 1};"
+        connection.executescript(f"BEGIN; {steps} COMMIT;")
+    check(connection, path)
+
+
+def check(connection: sqlite3.Connection, path: object) -> None:
+    """Raise VersionError if a file is newer than this package; older ones can be read."""
+    found = version(connection)
+    if found > VERSION:
+        raise VersionError(
+            f"{path} has version {found} of the tables, but this package knows up to {VERSION}: "
+            "install a newer gpipe-jax"
+        )

@@ -1,0 +1,297 @@
+"""The search as a loop that is open: `ask` for what to train, `tell` how good it was.
+
+    search = nas.Search(space=nas.NASNetSpace(), name="first", population=100, sample=25)
+    while (job := search.ask()) is not None:
+        search.tell(job, accuracy(job.architecture))
+
+Any number of jobs may be under way, and reported in any order. All is written to the store before
+it is acted on, so a search of the same name goes on where the last one was, however that ended.
+"""
+
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nas import evaluate, opening, state
+from nas import space as spaces
+from nas.evaluate import Job, Outcome
+from nas.evolution import Member, Proposal, Settings
+from nas.limits import FailuresError, Gate, Limit, Retries
+from nas.state import Open, Tournament
+from nas.twins import Answer, Twins, digest
+
+
+class Search:
+    """Evolution with a store, a cache, limits and retries; see the module's first lines.
+
+    `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
+    fitness that ends it before. `cache` says whether equal networks are trained only once, or how
+    many times before the mean answers. The rest are the fields of `nas.evolution.Settings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Any,
+        name: str = "search",
+        folder: str | Path = "runs",
+        cycles: int = 1000,
+        target: float | None = None,
+        cache: bool | int = True,
+        limits: Sequence[Limit] = (),
+        retries: Retries | None = None,
+        max_failures: int = 10,
+        setup: bytes | None = None,
+        **settings: Any,
+    ) -> None:
+        self.space, self.settings = spaces.check(space), Settings(**settings)
+        opening.check_arguments(self.settings, cycles, cache, max_failures)
+        self.cycles, self.target, self.gate = cycles, target, Gate(limits)
+        self.retries, self.max_failures = retries or Retries(), max_failures
+        decisive = {**self.settings.to_dict(), "cache": int(cache)}
+        self.store = opening.open_store(Path(folder) / name, name, self.space, decisive, setup)
+        self.evolution = state.evolution(self.store, self.space, self.settings)
+        self.twins = Twins(self.store, int(cache))
+        self.best_fitness: float | None = None
+        self._todo: deque[Job] = deque()
+        self._running: dict[int, Job] = {}  # by evaluation
+        self._open: dict[int, Open] = {}  # by candidate, as are these:
+        self._tournaments: dict[int, Tournament] = {}
+        self._failed_in_a_row = 0
+        try:
+            self._restore()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def ask(self) -> Job | None:
+        """The next job; None if there is none now: the search is over, or waits for reports."""
+        while not self.is_over:
+            if self._todo:
+                return self._start(self._todo.popleft())
+            if self.evolution.results + len(self._open) + len(self._tournaments) >= self.cycles:
+                return None
+            self._advance()
+        return None
+
+    def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
+        """The fitness of a job, or a dict with `fitness` and other metrics; NaN is a failure.
+
+        To tell a job twice, or one of a driver that is gone, changes nothing.
+        """
+        self.report(job, evaluate.read(fitness, job))
+
+    def report(self, job: Job, outcome: Outcome) -> None:
+        """What came of a job, also if it failed; FailuresError if that is one too many."""
+        if self._running.pop(job.evaluation, None) is None:
+            with self.store.change("late", job.candidate, evaluation=job.evaluation):
+                return
+        if outcome.kind != "ok":
+            self._failure(job, outcome)
+            return
+        self._failed_in_a_row = 0
+        if job.tournament is None:
+            self._result(job, outcome)
+        else:
+            self._retrained(job, outcome)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there are enough results, or one is as good as the target."""
+        if self.evolution.results >= self.cycles:
+            return True
+        if self.target is None or self.best_fitness is None:
+            return False
+        return not self.settings.better(self.target, self.best_fitness)
+
+    def close(self) -> None:
+        """Let go of the store, for another driver."""
+        self.store.close()
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- proposals --------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """The next proposal, or the tournament that has to come before it."""
+        number, self._next = self._next, self._next + 1
+        if self.settings.fitness_policy == "stored" or self.evolution.is_random:
+            self._propose(self.evolution.propose(number))
+            return
+        sample = self.evolution.tournament(number)
+        detail = json.dumps([[m.candidate, m.fitness, m.last_trained] for m in sample])
+        with self.store.change("tournament", number, detail=detail):
+            pass
+        self._hold(number, Tournament(sample, {m.candidate for m in sample}))
+
+    def _hold(self, number: int, tournament: Tournament) -> None:
+        """Have the members trained again that have not been."""
+        self._tournaments[number] = tournament
+        for member in dict.fromkeys(m.candidate for m in tournament.sample):
+            if member in tournament.missing:
+                self._todo.append(self._retraining(number, member))
+
+    def _propose(self, proposal: Proposal) -> None:
+        number, architecture, parent, _ = proposal
+        metrics, broken = self.gate.check(architecture)
+        network = digest(self.space.canonical(architecture))
+        with self.store.change("reject" if broken else "propose", number, detail=broken) as event:
+            self.store.add_candidate(
+                proposal,
+                event,
+                architecture=self.space.encode(architecture),
+                canonical=network,
+                state="rejected" if broken else "open",
+                metrics=metrics,
+            )
+        if broken:
+            self.gate.count(broken)
+        else:
+            self._open[number] = Open(architecture, network, parent, metrics)
+            self._place(number)
+
+    def _place(self, number: int) -> None:
+        """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
+        found = self._open[number]
+        answer = self.twins.place(found.network, number)
+        if answer == "evaluate":
+            seed = evaluate.seed(self.settings.seed, number)
+            values = self._values(found.parent)
+            self._todo.append(Job(0, number, found.architecture, seed, inherit=values))
+        elif answer != "wait":
+            with self.store.change("answer", number, fitness=answer.fitness) as event:
+                self._join(event, number, answer)
+                self.store.set_candidate(number, answered_by=answer.twin)
+
+    def _retraining(self, tournament: int, member: int) -> Job:
+        architecture = self.space.decode(self.store.candidate(member).architecture)
+        seed = evaluate.seed(self.settings.seed, member, tournament)
+        values = self._values(member)
+        return Job(0, member, architecture, seed, tournament=tournament, inherit=values)
+
+    def _values(self, candidate: int | None) -> str | None:
+        """The trained values to start from, a candidate's own or its child's."""
+        if candidate is None or self.settings.fitness_policy != "retrain_warm":
+            return None
+        return self.store.candidate(candidate).trained_values
+
+    def _start(self, job: Job) -> Job:
+        job = replace(job, evaluation=self._next_evaluation)
+        with self.store.change("start", job.candidate, evaluation=job.evaluation):
+            self.store.add_evaluation(job)
+        self._next_evaluation += 1
+        self._running[job.evaluation] = job
+        return job
+
+    # --- outcomes ---------------------------------------------------------------------------------
+
+    def _result(self, job: Job, outcome: Outcome) -> None:
+        number, fitness = job.candidate, outcome.fitness
+        network = self._open[number].network
+        change = self.store.change("result", number, evaluation=job.evaluation, fitness=fitness)
+        with change as event:
+            self.store.end_evaluation(job, outcome)
+            self._join(event, number, outcome)
+        self._end(network)
+
+    def _join(self, event: int, number: int, result: Outcome | Answer) -> None:
+        """Take a candidate into the population, within a change."""
+        found, fitness = self._open.pop(number), result.fitness
+        assert fitness is not None
+        removed = self.evolution.add(Member(number, found.architecture, fitness, event))
+        self.store.set_candidate(
+            number,
+            state="done",
+            fitness=fitness,
+            metrics={**found.metrics, **result.metrics},
+            last_trained=event,
+            trained_values=result.trained_values,
+        )
+        if removed:
+            self.store.set_candidate(removed.candidate, removed=event)
+        if self.best_fitness is None or self.settings.better(fitness, self.best_fitness):
+            self.best_fitness = fitness
+
+    def _retrained(self, job: Job, outcome: Outcome) -> None:
+        number, fitness = job.candidate, outcome.fitness
+        assert fitness is not None
+        metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
+        change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
+        with change as event:
+            self.store.end_evaluation(job, outcome)
+            self.evolution.refresh(number, fitness, event)
+            self.store.set_candidate(
+                number,
+                fitness=fitness,
+                metrics=metrics,
+                last_trained=event,
+                trained_values=outcome.trained_values,
+            )
+        self._judge(job, fitness)
+
+    def _judge(self, job: Job, fitness: float | None) -> None:
+        """A retraining has ended; without a fitness the member keeps the one it has."""
+        assert job.tournament is not None
+        sample, missing = self._tournaments[job.tournament]
+        missing.discard(job.candidate)
+        for place, member in enumerate(sample):
+            if member.candidate == job.candidate and fitness is not None:
+                sample[place] = replace(member, fitness=fitness)
+        if not missing:
+            del self._tournaments[job.tournament]
+            self._propose(self.evolution.child(job.tournament, sample))
+
+    def _failure(self, job: Job, outcome: Outcome) -> None:
+        """Try again, or give the candidate up, as the retries of this kind of failure are."""
+        before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
+        again = before < getattr(self.retries, outcome.kind)
+        event = "failure" if again or job.tournament is not None else "fail"
+        named = {"evaluation": job.evaluation, "detail": outcome.kind}
+        with self.store.change(event, job.candidate, **named):
+            self.store.end_evaluation(job, outcome)
+            if event == "fail":
+                self.store.set_candidate(job.candidate, state="failed")
+        if again:
+            self._todo.appendleft(replace(job, attempt=job.attempt + 1))
+        elif job.tournament is not None:
+            self._judge(job, None)
+        else:
+            self._end(self._open.pop(job.candidate).network)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self.max_failures:
+            raise FailuresError(
+                f"{self._failed_in_a_row} evaluations have failed in a row (max_failures), the "
+                f"last, of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
+            )
+
+    def _end(self, network: str) -> None:
+        for waiting in self.twins.end(network):
+            self._place(waiting)
+
+    # --- going on ---------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """What the last driver left under way is to be done first, in the order of its numbers."""
+        self._next, self._next_evaluation = self.store.next_numbers()
+        self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
+        self._open = state.open_candidates(self.store, self.space)
+        for number in list(self._open):
+            self._place(number)
+        for number, tournament in state.tournaments(self.store, self.space).items():
+            if tournament.missing:
+                self._hold(number, tournament)
+            else:
+                self._propose(self.evolution.child(number, tournament.sample))
+        self._todo = deque(
+            replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
+            for job in self._todo
+        )

@@ -1,0 +1,58 @@
+"""What a search has under way, and how it is found again in the store of a driver that is gone."""
+
+from typing import Any, NamedTuple
+
+from nas.evolution import Evolution, Member, Settings
+from nas.records import CandidateRow, Reader
+from nas.space import Space
+
+
+class Open(NamedTuple):
+    """A candidate without a result."""
+
+    architecture: Any
+    network: str  # digest of its canonical form
+    parent: int | None
+    metrics: dict[str, float]  # of the limits
+
+
+class Tournament(NamedTuple):
+    """Members that are trained again before the best of them has a child."""
+
+    sample: list[Member]  # with their new fitness, as far as it is known
+    missing: set[int]  # candidates
+
+
+def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolution:
+    """With the population that the store has."""
+    found = Evolution(space, settings)
+    found.members = [_member(space, row) for row in reader.population()]
+    found.results = reader.counts().results
+    return found
+
+
+def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, Open]:
+    """By number, in order."""
+    return {
+        row.id: Open(space.decode(row.architecture), row.canonical, row.parent, row.metrics)
+        for row in reader.candidates("state = 'open'")
+    }
+
+
+def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
+    """Those without a child as yet, by its number; perhaps with nothing missing any more."""
+    found: dict[int, Tournament] = {}
+    for number, drawn in reader.open_tournaments():
+        done = reader.evaluations("tournament = ? AND outcome = 'ok'", number)
+        known: dict[int, float] = {row.candidate: row.fitness or 0.0 for row in done}
+        sample = [
+            Member(c, space.decode(reader.candidate(c).architecture), known.get(c, fitness), stamp)
+            for c, fitness, stamp in drawn
+        ]
+        found[number] = Tournament(sample, {m.candidate for m in sample} - set(known))
+    return found
+
+
+def _member(space: Space[Any], row: CandidateRow) -> Member:
+    assert row.fitness is not None and row.last_trained is not None  # as of all that are done
+    return Member(row.id, space.decode(row.architecture), row.fitness, row.last_trained)

@@ -1,0 +1,216 @@
+"""Writing a search's file: SQLite in WAL mode, written by one driver only.
+
+Each change of state is one transaction that holds its event, so that a driver can be killed at any
+time and another goes on from what is written. Kinds of events:
+
+    driver      a driver has opened the file; what was running before is lost
+    propose     a candidate, from the population as of the events before
+    reject      the same of one beyond a limit, which `detail` names
+    tournament  members (`detail`: a list) are to be trained again, for the candidate to be proposed
+    start       an evaluation
+    result      an evaluation has given a candidate its fitness: it joins the population
+    answer      a candidate has its twin's fitness: it joins the population
+    retrain     an evaluation has given a candidate a new fitness: if a member, it is young again
+    failure     an evaluation has failed; `detail` is the kind
+    fail        a candidate is given up
+    late        a report of an evaluation that has ended before; it changes nothing
+"""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nas import filesystem, schema
+from nas.evaluate import Job, Outcome
+from nas.evolution import Proposal
+from nas.records import Reader, file_of
+
+
+class BusyError(RuntimeError):
+    """Another driver has the file open."""
+
+
+class Store(Reader):
+    """A search's file, to write to, and this driver's alone until it is closed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = file_of(path)
+        self._lock = _lock(self.path)
+        self._connection = _open(self.path)
+        try:
+            schema.migrate(self._connection, self.path)
+        except BaseException:
+            self.close()
+            raise
+        self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM events")[0]
+        with self.change("driver", detail=_who()):
+            self._connection.execute(
+                "UPDATE evaluations SET outcome = 'lost' WHERE outcome = 'running'"
+            )
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        name: str,
+        space: str,
+        settings: dict[str, Any],
+        setup: bytes | None = None,
+    ) -> "Store":
+        """Make the file of a new search, with its folder, and open it."""
+        file = file_of(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.check_local(file)
+        lock = _lock(file)
+        try:
+            if file.exists() and schema.version(connection := _open(file)):
+                raise FileExistsError(f"{file} holds a search already: open it, or use another")
+            connection = _open(file)
+            schema.create(connection)
+            package = metadata.version("gpipe-jax")
+            row = (name, space, json.dumps(settings), time.time(), package, setup)
+            connection.execute("INSERT INTO study VALUES (1, ?, ?, ?, ?, ?, ?)", row)
+            connection.close()
+        finally:
+            lock.close()
+        return cls(file)
+
+    def close(self) -> None:
+        """Let go of the file, for another driver."""
+        self._connection.close()
+        self._lock.close()
+
+    @contextmanager
+    def change(
+        self,
+        kind: str,
+        candidate: int | None = None,
+        *,
+        evaluation: int | None = None,
+        fitness: float | None = None,
+        detail: str | None = None,
+    ) -> Iterator[int]:
+        """A transaction with its event; gives the event's `seq`. All is written, or nothing."""
+        seq = self._seq + 1
+        row = (seq, time.time(), kind, candidate, evaluation, fitness, detail)
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            yield seq
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+        self._seq = seq
+
+    # --- rows, within a change --------------------------------------------------------------------
+
+    def add_candidate(self, proposal: Proposal, event: int, **columns: Any) -> None:
+        """A candidate that is proposed; the columns are architecture, canonical, state, metrics."""
+        _, _, parent, mutation = proposal
+        self._insert(
+            "candidates",
+            id=proposal.candidate,
+            parent=parent,
+            mutation=mutation,
+            proposed=event,
+            **columns,
+        )
+
+    def add_evaluation(self, job: Job) -> None:
+        """An evaluation that begins."""
+        self._insert(
+            "evaluations",
+            id=job.evaluation,
+            candidate=job.candidate,
+            tournament=job.tournament,
+            attempt=job.attempt,
+            outcome="running",
+            submitted=time.time(),
+        )
+
+    def end_evaluation(self, job: Job, outcome: Outcome) -> None:
+        """What came of it."""
+        self._update(
+            "evaluations",
+            job.evaluation,
+            outcome=outcome.kind,
+            worker=outcome.worker,
+            started=outcome.started,
+            finished=outcome.finished or time.time(),
+            fitness=outcome.fitness,
+            metrics=outcome.metrics,
+            error=outcome.error,
+        )
+
+    def set_candidate(self, candidate: int, **columns: Any) -> None:
+        """Change columns of a candidate."""
+        self._update("candidates", candidate, **columns)
+
+    def _insert(self, table: str, **columns: Any) -> None:
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        values = tuple(map(_written, columns.values()))
+        self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+
+    def _update(self, table: str, row: int, **columns: Any) -> None:
+        names = ", ".join(f"{name} = ?" for name in columns)
+        values = (*map(_written, columns.values()), row)
+        self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
+
+    def set_setup(self, setup: bytes | None) -> None:
+        """Replace space, evaluator and limits, as a resumed search may bring other code."""
+        self._connection.execute("UPDATE study SET setup = ?", (setup,))
+
+
+def _written(value: Any) -> Any:
+    return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    filesystem.check_local(path)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    # Safe against a killed process; after a power cut the last changes may be missing, in order.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    """An open transaction in a file of its own: gone with the process, whatever ends it.
+
+    Readers of the search's file do not see it.
+    """
+    lock = sqlite3.connect(
+        path.with_suffix(".lock"), isolation_level=None, timeout=0, check_same_thread=False
+    )
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        raise BusyError(
+            f"{path} is in use by another driver{_holder(path)}: stop that one first, or read the "
+            "run with nas.load"
+        ) from error
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        reader = Reader(path)
+        found = [event.detail for event in reader.events() if event.kind == "driver"]
+        reader.close()
+    except (OSError, ValueError, sqlite3.Error):
+        return ""
+    return f" ({found[-1]})" if found else ""
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -1,0 +1,56 @@
+"""Tables as plain text and as HTML, which escapes all that it shows."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    """A title, names of the columns, and rows of as many values."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def as_text(table: Table) -> str:
+    """Columns as wide as they need."""
+    rows = [[str(name) for name in table.header], *([show(v) for v in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([table.title, *(line.rstrip() for line in lines)])
+
+
+def as_html(table: Table) -> str:
+    """An HTML table with its title as the caption."""
+    head = _row("th", table.header)
+    body = "".join(_row("td", [show(value) for value in row]) for row in table.rows)
+    title = html.escape(table.title)
+    return f'<table><caption style="text-align:left">{title}</caption>{head}{body}</table>'
+
+
+def facts_as_html(facts: Mapping[str, Any]) -> str:
+    """Names and values, one pair a row."""
+    rows = "".join(
+        f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+        f'<td style="text-align:left">{html.escape(show(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _row(tag: str, values: Iterable[str]) -> str:
+    cells = (
+        f'<{tag} style="text-align:left">{html.escape(str(value))}</{tag}>' for value in values
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def show(value: Any) -> str:
+    """A value on one line."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(str(value).split())

@@ -1,0 +1,94 @@
+"""What a worker does with a job, and what the driver makes of one that did not come back."""
+
+import functools
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import Any
+
+from nas.cluster import BEGUN
+from nas.evaluate import Evaluator, Job, Outcome, ReturnError, failure, read
+
+# --- on the worker --------------------------------------------------------------------------------
+
+
+def run(evaluator: Evaluator, job: Job) -> Outcome:
+    """Do a job; what the evaluator raises is an outcome. A wrong return is a ReturnError."""
+    _say_begun()
+    started = time.time()
+    try:
+        outcome = read(evaluator.evaluate(job), job)
+    except ReturnError:
+        raise
+    except Exception as error:
+        outcome = failure(error)
+    return outcome._replace(worker=_name(), started=started, finished=time.time())
+
+
+def task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
+    """What to submit, so that a worker keeps one evaluator, and what that has compiled."""
+    if not pickles:
+        return functools.partial(run, evaluator)
+    return functools.partial(_run_pickled, dumps(evaluator))
+
+
+def _run_pickled(pickled: bytes, job: Job) -> Outcome:
+    return run(_evaluator(pickled), job)
+
+
+@functools.lru_cache(maxsize=4)
+def _evaluator(pickled: bytes) -> Evaluator:
+    return pickle.loads(pickled)
+
+
+def dumps(value: Any) -> bytes:
+    """Pickled, functions of notebooks too where cloudpickle is installed, as it is with dask."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return pickle.dumps(value)
+    return cloudpickle.dumps(value)
+
+
+def _worker() -> Any:
+    """The worker of a cluster that this is, or None."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker
+
+    try:
+        return get_worker()
+    except ValueError:
+        return None
+
+
+def _say_begun() -> None:
+    worker = _worker()
+    if worker is not None:
+        worker.log_event(BEGUN, worker.get_current_task())
+
+
+def _name() -> str:
+    worker = _worker()
+    if worker is not None:
+        return f"worker {worker.name}"
+    name = threading.current_thread().name
+    return name if name.startswith("thread") else f"process {os.getpid()}"
+
+
+# --- on the driver --------------------------------------------------------------------------------
+
+
+def outcome(future: Any) -> Outcome:
+    """Of a future that is done; ReturnError if the evaluator is wrong."""
+    try:
+        return future.result()
+    except ReturnError:
+        raise
+    except (Exception, CancelledError) as error:
+        # `run` lets nothing through, so that the worker, or the way to it, is gone.
+        return Outcome("worker_death", error=f"{type(error).__name__}: {error}"[:2000])

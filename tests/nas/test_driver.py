@@ -1,0 +1,319 @@
+"""Whole searches: workers of every kind, what goes wrong on them, and going on later."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from searches import Bits, ones
+
+import nas
+from nas import cluster, pools
+from nas.evaluate import ReturnError
+
+SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
+
+
+def run(folder, evaluate=ones, **options) -> nas.Result:
+    return nas.search(evaluate=evaluate, folder=folder, **{**SMALL, **options})
+
+
+def check(result: nas.Result, results: int = 60) -> None:
+    """Nothing is lost, nothing counted twice, and the log says the same."""
+    counts = result.counts
+    assert counts.results == results and counts.running == 0
+    assert counts.proposed == results + counts.failed + counts.rejected
+    assert counts.evaluations + counts.cache_hits == results
+    assert len(result.population) == 8
+    nas.replay(result.reader, result.space)
+
+
+def test_threads(tmp_path) -> None:
+    def slow(bits) -> float:
+        names.add(threading.current_thread().name)
+        time.sleep(0.005)
+        return ones(bits)
+
+    names: set[str] = set()
+    result = run(tmp_path, slow, workers=4)
+    check(result)
+    assert len(names) == 4
+    assert set(result.evaluations["worker"]) == names
+    assert all(result.evaluations["finished"] >= result.evaluations["started"])
+
+
+def test_any_executor(tmp_path) -> None:
+    with ThreadPoolExecutor(3) as executor:
+        check(run(tmp_path, workers=executor))
+        assert executor.submit(int).result() == 0  # it is the caller's to shut down
+
+    class Odd(pools.Threads):
+        pass
+
+    with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
+        pools.pool(Odd())
+    check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
+
+
+def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:
+    with ProcessPoolExecutor(1) as executor:
+        check(run(tmp_path, workers=executor, cycles=20), 20)
+        with pytest.raises(cluster.WorkersError, match=r"take no more jobs .*: use workers='proc"):
+            run(tmp_path / "dies", dies, workers=executor)
+
+
+def dies(bits) -> float:
+    os._exit(1)
+
+
+def fails_sometimes(bits) -> float:
+    """By the bits: an exception, NaN, out of memory; otherwise the number of ones."""
+    if bits[:3] == (0, 0, 0):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+    if bits[:3] == (0, 0, 1):
+        return math.nan
+    if bits[:3] == (0, 1, 0):
+        raise KeyError("of the evaluator")
+    return ones(bits)
+
+
+def test_failures_of_evaluations_are_outcomes(tmp_path) -> None:
+    result = run(tmp_path, fails_sometimes, workers=3, max_failures=60, algorithm="random")
+    check(result)
+    kinds = result.reader.failures_by_kind()
+    assert set(kinds) == {"exception", "nan", "out_of_memory"}
+    assert kinds["exception"] % 2 == 0  # each is tried twice
+    errors = {row.outcome: row.error for row in result.reader.evaluations()}
+    assert errors["exception"] == "KeyError: 'of the evaluator'"
+    assert errors["nan"] == "the fitness is nan"
+
+
+def test_a_thread_that_hangs_is_given_up_and_its_late_report_noted(tmp_path) -> None:
+    given_up, seen = threading.Event(), []
+
+    def hangs(bits) -> float:
+        seen.append(bits)
+        if len(seen) == 5:
+            given_up.wait(20)
+            return 99.0
+        return ones(bits)
+
+    def after_each(search) -> None:
+        if search.store.failures_by_kind():
+            given_up.set()
+            time.sleep(0.1)  # for the thread to end
+
+    result = run(tmp_path, hangs, workers=2, timeout_s=0.5, callback=after_each)
+    check(result)
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+    assert result.best.fitness <= 12
+    assert [event.kind for event in result.reader.events()].count("late") == 1
+
+
+def test_an_evaluator_that_always_fails_ends_the_search(tmp_path) -> None:
+    def broken(bits) -> float:
+        raise ImportError("no module named torch")
+
+    with pytest.raises(nas.FailuresError, match=r"5 evaluations .* ImportError: no module named t"):
+        run(tmp_path, broken, workers=2, max_failures=5)
+    result = nas.load("search", tmp_path).resume(evaluate=ones)
+    assert result.counts.results == 60 and result.counts.failures >= 5
+
+
+def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
+    with pytest.raises(ReturnError, match=r"returned '\d+' \(str\) as fitness of candidate 0: exp"):
+        run(tmp_path, lambda bits: str(sum(bits)))
+    check(nas.load("search", tmp_path).resume(evaluate=ones))
+
+
+def test_in_the_background(tmp_path) -> None:
+    go = threading.Event()
+
+    def waits(bits) -> float:
+        go.wait(20)
+        return ones(bits)
+
+    result = run(tmp_path, waits, wait=False, workers=2)
+    assert result.is_running and result.counts.results == 0
+    with pytest.raises(LookupError, match="has no result yet: wait for the first evaluation"):
+        result.best  # noqa: B018
+    with pytest.raises(RuntimeError, match="in use by another driver"):
+        result.resume(evaluate=ones)
+    go.set()
+    assert result.wait().counts.results == 60 and not result.is_running
+    check(result)
+
+
+def test_an_error_in_the_background_is_raised_by_wait(tmp_path) -> None:
+    result = run(tmp_path, lambda bits: "no number", wait=False)
+    with pytest.raises(ReturnError, match="returned 'no number'"):
+        result.wait()
+
+
+def test_stopped_by_a_callback_the_clock_or_the_user_and_resumed(tmp_path) -> None:
+    def slow(bits) -> float:
+        time.sleep(0.01)
+        return ones(bits)
+
+    result = run(tmp_path, slow, callback=lambda search: search.evolution.results >= 10)
+    assert result.counts.results == 10
+    result = run(tmp_path, slow, time_limit_s=0.1)
+    assert 10 < result.counts.results < 60
+    result = run(tmp_path, slow, wait=False).stop()
+    assert result.counts.results < 60
+    check(run(tmp_path, slow))
+
+
+def test_history_and_ranking(tmp_path) -> None:
+    result = run(tmp_path, lambda bits: {"fitness": ones(bits), "zeros": 12 - ones(bits)})
+    history = result.history
+    assert list(history.index) == list(range(60))
+    assert set(history["mutation_kind"].dropna()) == {"flip"}
+    assert (history["fitness"] + history["zeros"] == 12).all()
+    assert result.best.fitness == history["fitness"].max()
+    top = result.top(5)
+    assert [c.fitness for c in top] == sorted((c.fitness for c in top), reverse=True)
+    assert len({Bits().canonical(c.architecture) for c in top}) == 5
+    assert result.best.lineage[-1] == result.best and result.best.lineage[0].row.parent is None
+    assert result.candidate(3).number == 3
+    assert repr(result).startswith("nas.Result('search': 60 results, 60 evaluations, best fitn")
+
+
+def test_a_repeated_evaluator_averages(tmp_path) -> None:
+    class Noisy:
+        def evaluate(self, job: nas.Job) -> dict:
+            return {"fitness": ones(job.architecture) + job.seed % 2, "one": 1.0}
+
+    result = run(tmp_path, nas.Repeated(Noisy(), 4), cycles=10)
+    for candidate in result.population:
+        assert candidate.fitness == ones(candidate.architecture) + 0.5
+        assert candidate.metrics == {"one": 1.0, "fitness_std": 0.5}
+    with pytest.raises(ValueError, match="repeats 0: expected at least 1"):
+        nas.Repeated(Noisy(), 0)
+
+
+# --- another process, another day ----------------------------------------------------------------
+
+LATER = """
+import nas
+result = nas.load("first", {folder!r})
+result.resume(cycles=90)
+print(result.counts.results, result.best.fitness, len(result.population))
+"""
+NOTEBOOK = """
+import sys; sys.path.insert(0, {tests!r})
+import nas
+from searches import Bits
+
+class Mine(Bits):
+    name = "mine"
+
+def evaluate(bits):
+    return float(sum(bits))
+
+nas.search(space=Mine(), evaluate=evaluate, population=8, sample=3, cycles=60, name="first",
+           folder={folder!r}, limits=[nas.Limit("ones", evaluate, 11)])
+"""
+
+
+def test_resumed_in_another_process_without_its_functions(tmp_path) -> None:
+    """As after a restart of a notebook's kernel, whose functions and classes are gone."""
+    tests = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": tests}
+    for code in (NOTEBOOK, LATER):
+        text = code.format(folder=str(tmp_path), tests=tests)
+        done = subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    results, best, members = done.stdout.split()
+    assert (results, members) == ("90", "8") and 9 <= float(best) <= 11
+
+
+def test_functions_that_cannot_be_stored(tmp_path) -> None:
+    lock = threading.Lock()
+    run(tmp_path, lambda bits: ones(bits) if lock else 0.0)
+    with pytest.raises(
+        ValueError, match=r"does not have the search's functions .*: give the evalu"
+    ):
+        nas.load("search", tmp_path).resume(cycles=70)
+    result = nas.search(evaluate=ones, folder=tmp_path, **{**SMALL, "cycles": 70})
+    assert result.counts.results == 70
+
+
+def test_what_cannot_be_resumed(tmp_path) -> None:
+    result = run(tmp_path)
+    with pytest.raises(ValueError, match="population: a search cannot be resumed with other ones"):
+        result.resume(population=9)
+    with pytest.raises(FileNotFoundError, match=r"no run 'serach': .*; runs in .*: search"):
+        nas.load("serach", tmp_path)
+    assert nas.load(tmp_path / "search").counts.results == 60
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0, "workers 0: expected at least 1"),
+        ("threads", "workers 'threads': expected a number of threads, 'processes'"),
+        ("processes:none", "workers 'processes:none': expected such as 'processes' or"),
+    ],
+)
+def test_bad_workers(tmp_path, given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, workers=given)
+    check(run(tmp_path))  # the store was let go of
+
+
+def test_an_evaluator_that_is_none(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"evaluate 0\.9: expected a function of an architecture"):
+        run(tmp_path, 0.9)
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def test_an_address_that_does_not_answer(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
+    with pytest.raises(cluster.WorkersError, match=r"'tcp://127.0.0.1:9': no dask scheduler answ"):
+        run(tmp_path, workers="tcp://127.0.0.1:9")
+
+
+class Perilous:
+    """By the job: the worker dies, hangs or does its work."""
+
+    def __init__(self, hangs: int | None = None) -> None:
+        self.hangs = hangs
+
+    def evaluate(self, job: nas.Job) -> float:
+        if job.attempt == 1 and job.candidate in (4, 11, 12):
+            os._exit(1)
+        if job.candidate == self.hangs:
+            time.sleep(60)
+        return ones(job.architecture)
+
+
+def test_processes_that_die(tmp_path) -> None:
+    """Nannies restart them, and what they did is tried again."""
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30)
+    check(result, 30)
+    kinds = result.reader.failures_by_kind()
+    # A job that waits for the worker that another one ends is lost with it.
+    assert set(kinds) == {"worker_death"} and kinds["worker_death"] >= 3
+    assert result.counts.failed == 0
+    assert all(name.startswith("worker ") for name in result.evaluations["worker"].dropna())
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_with_its_worker(tmp_path) -> None:
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    result = run(tmp_path, Perilous(20), workers="processes:2", cycles=30, timeout_s=4)
+    check(result, 30)
+    assert result.reader.failures_by_kind()["timeout"] == 1
+    assert [row.id for row in result.reader.candidates("state = 'failed'")] == [20]

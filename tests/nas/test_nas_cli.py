@@ -1,0 +1,141 @@
+"""`nas search` and `nas export` as a user runs them."""
+
+import json
+
+import pytest
+from searches import DATA, HAS_TABLE, NO_TABLE
+
+from gpipe_jax.genotype import Genotype
+from gpipe_jax.loader import load_as
+from nas import cli
+from nas.config import SearchConfig
+
+CONFIG = """\
+space: {kind: nasnet, pairs: 3}
+evaluate:
+  kind: function
+  function: mine:evaluate
+evolution: {population: 8, sample: 3}
+run:
+  cycles: 30
+"""
+MINE = """\
+def evaluate(genotype):
+    return {"fitness": str(genotype).count("identity") / 10, "pairs": 3}
+
+def text(genotype):
+    return "good"
+
+def broken(genotype):
+    raise RuntimeError("no accelerator")
+"""
+KEYS = {
+    "best_fitness", "best_metrics", "genotype", "evaluations", "cache_hits", "failures", "wall_s",
+    "run",
+}  # fmt: skip
+
+
+@pytest.fixture
+def nas(tmp_path, monkeypatch, capsys):
+    """`nas(command, ...)` in a folder with mine.yaml and mine.py: (code, lines, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    (tmp_path / "mine.py").write_text(MINE)
+
+    def run(*arguments: str):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), err
+
+    return run
+
+
+def test_search_export_and_search_on(nas, tmp_path) -> None:
+    code, lines, _ = nas("search", "mine.yaml", "--json")
+    figures = json.loads(lines[-1])
+    assert code == 0 and figures.keys() >= KEYS and figures["run"] == "runs/mine"
+    assert lines[0].startswith("3/30 results: best ")
+    assert figures["evaluations"] + figures["cache_hits"] == 30
+    assert figures["best_metrics"] == {"pairs": 3.0}
+    assert load_as(SearchConfig, "runs/mine/config.yaml") == load_as(SearchConfig, "mine.yaml")
+
+    code, lines, _ = nas("export", "mine", "--out", "best.json", "--json")
+    best = Genotype.from_json((tmp_path / "best.json").read_text())
+    assert code == 0 and json.loads(lines[-1])["genotype"] == figures["genotype"]
+    assert str(best).count("identity") / 10 == figures["best_fitness"]
+    assert nas("export", "runs/mine", "--out", "other.json")[0] == 0
+
+    code, lines, _ = nas("search", "mine.yaml", "run.cycles=40", "--json")
+    assert code == 0 and json.loads(lines[-1])["results"] == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (("evolution.popluation=9",), ["did you mean 'evolution.population'?"]),
+        (("space.kind=nasnett",), ["mine.yaml", "space.kind", "did you mean 'nasnet'?"]),
+        (("run.cycles=7",), ["cycles 7 is less than evolution.population 8"]),
+        (
+            ("evolution.sample=9", "evolution.replacement=false"),
+            ["sample 9 is more than population 8, which cannot be drawn without replacement"],
+        ),
+        (("evaluate.function=mine:what",), ["override", "'mine:what' cannot be imported"]),
+        (("evaluate.function=mine",), ["'mine': expected module:name"]),
+        (("evaluate={kind: table}",), ["evaluate 'table' has no cells of space 'nasnet'"]),
+        (("limits.params_m=1",), ["limits need evaluate.kind table"]),
+        (("run.workers=thread",), ["workers 'thread': expected a number of threads, 'processes'"]),
+        (("space.operations=[sep_9x9]",), ["override", "got ['sep_9x9']; correct"]),
+    ],
+)
+def test_bad_input(nas, arguments, messages) -> None:
+    code, out, err = nas("search", "mine.yaml", *arguments)
+    assert (code, out) == (2, []), err
+    for message in messages:
+        assert message in err
+
+
+def test_errors_name_the_line(nas, tmp_path) -> None:
+    (tmp_path / "bad.yaml").write_text(CONFIG.replace("cycles: 30", "cycles: many\n  wrokers: 2"))
+    code, _, err = nas("search", "bad.yaml")
+    assert code == 2 and "2 problems in bad.yaml" in err
+    assert "bad.yaml:7: run.cycles: expected a whole number, got 'many'" in err
+    assert "bad.yaml:8: unknown key 'run.wrokers'; did you mean 'run.workers'?" in err
+
+
+def test_another_search_in_the_folder(nas) -> None:
+    assert nas("search", "mine.yaml")[0] == 0
+    code, _, err = nas("search", "mine.yaml", "evolution.seed=4")
+    assert code == 2 and "seed is 0 there, 4 here; use another name, or the same settings" in err
+
+
+def test_an_evaluator_that_fails_is_no_bad_input(nas) -> None:
+    code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:broken", "run.workdir=a")
+    assert code == 1 and "10 evaluations have failed in a row" in err and "no accelerator" in err
+    code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:text", "run.workdir=b")
+    assert code == 1 and "returned 'good' (str) as fitness of candidate 0" in err
+
+
+def test_bad_export(nas, tmp_path) -> None:
+    code, _, err = nas("export", "nothing", "--out", "x.json")
+    assert code == 2 and "no run 'nothing'" in err
+    nas("search", "mine.yaml")
+    (tmp_path / "x.json").write_text("mine")
+    code, _, err = nas("export", "mine", "--out", "x.json")
+    assert code == 2 and "x.json is there already; give another name" in err
+    assert (tmp_path / "x.json").read_text() == "mine"
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
+def test_the_benchmark(nas, pytestconfig) -> None:
+    config = pytestconfig.rootpath / "configs" / "nasbench201.yaml"
+    arguments = (f"evaluate.folder={DATA}", "limits.params_m=1", "run.cycles=150", "--json")
+    code, lines, _ = nas("search", str(config), *arguments)
+    figures = json.loads(lines[-1])
+    assert code == 0 and figures["best_fitness"] > 80 and figures["rejected"] > 0
+    assert figures["best_metrics"]["params_m"] <= 1
+    assert figures["genotype"].startswith("|")

@@ -1,0 +1,74 @@
+"""Imports of the search point one way; none of them loads JAX; `import nas` is quick."""
+
+import graphlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_imports import imports_of
+
+import nas
+
+ROOT = Path(nas.__file__).parent
+MODULES = {path.stem: path for path in ROOT.glob("*.py") if path.stem != "__init__"}
+GRAPH = {
+    name: {
+        parts[1]
+        for parts in (imported.split(".") for imported in imports_of(path))
+        if parts[0] == "nas" and len(parts) > 1 and parts[1] in MODULES
+    }
+    for name, path in MODULES.items()
+}
+READING_ORDER = ["space", "evolution", "records", "store", "searching", "driver", "result", "cli"]
+
+
+def reachable(name: str) -> set[str]:
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        new = GRAPH[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_imports_have_no_cycle() -> None:
+    """Not even through imports within functions."""
+    assert "searching" in GRAPH["driver"]
+    assert set(graphlib.TopologicalSorter(GRAPH).static_order()) == set(MODULES)
+
+
+@pytest.mark.parametrize("later", range(1, len(READING_ORDER)))
+def test_no_module_imports_one_that_is_read_after_it(later: int) -> None:
+    for earlier in READING_ORDER[:later]:
+        assert READING_ORDER[later] not in reachable(earlier)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_jax(name: str) -> None:
+    packages = {imported.split(".")[0] for imported in imports_of(MODULES[name])}
+    assert not packages & {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def test_importing_is_quick_and_no_name_loads_jax() -> None:
+    code = """
+import nas, sys
+assert not {"jax", "numpy", "pandas", "sqlite3"} & set(sys.modules)
+for name in nas.__all__:
+    assert getattr(nas, name) is not None
+print("jax" in sys.modules, dir(nas) == sorted(nas.__all__))
+"""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(time.perf_counter() - start)
+        assert done.stdout == "False True\n", done.stderr
+    assert min(times) < 1.5
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'nas' has no attribute 'serach'"):
+        nas.serach  # noqa: B018

@@ -1,0 +1,148 @@
+"""The store: all or nothing, one writer, and files of other versions, places and searches."""
+
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from searches import Bits, drive, small
+
+from nas import filesystem, schema
+from nas.opening import MismatchError
+from nas.records import Reader
+from nas.store import BusyError, Store
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The folder of a finished search."""
+    with small(tmp_path) as search:
+        drive(search)
+    return tmp_path / "search"
+
+
+def test_a_change_is_written_whole_or_not_at_all(path) -> None:
+    store = Store(path)
+    before = list(store.events()), store.candidate(3)
+    with pytest.raises(ZeroDivisionError), store.change("result", 3):
+        store.set_candidate(3, state="failed")
+        raise ZeroDivisionError
+    assert (list(store.events()), store.candidate(3)) == before
+    with store.change("late", 3) as seq:
+        pass
+    assert seq == before[0][-1].seq + 1
+    store.close()
+
+
+def test_a_second_driver_is_refused_and_told_who_the_first_is(path, tmp_path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
+from searches import small
+small({str(tmp_path)!r})
+"""
+    with small(tmp_path):
+        with pytest.raises(
+            BusyError, match=r"in use by another driver \(process \d+ on .*\): stop"
+        ):
+            small(tmp_path)
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "BusyError" in other.stderr and other.returncode == 1
+        assert len(list(Reader(path).candidates())) == 60  # reading goes on
+    small(tmp_path).close()
+
+
+def test_a_new_store_is_refused_where_one_is(path) -> None:
+    with pytest.raises(FileExistsError, match="holds a search already: open it, or use another"):
+        Store.create(path, name="x", space="bits", settings={})
+
+
+def test_reading_while_another_writes(tmp_path) -> None:
+    """Counts only grow, and each reading is consistent: members and results of the same moment."""
+    search = small(tmp_path, cycles=400)
+    reader = Reader(tmp_path / "search")
+    with ThreadPoolExecutor(1) as pool:
+        done, counts = pool.submit(drive, search), []
+        while not done.done():
+            counts.append(reader.counts().proposed)
+            assert len(reader.population()) <= 8
+        assert counts == sorted(counts) and done.result().evolution.results == 400
+    search.close()
+
+
+def test_a_network_file_system_is_refused(tmp_path, monkeypatch) -> None:
+    mounts = tmp_path / "mounts"
+    place = str(tmp_path / "far away").replace(" ", "\\040")
+    mounts.write_text(
+        f"disk / ext4 rw 0 0\nhost:/x {place} nfs4 rw 0 0\nd {place}/near ext4 rw 0 0\n"
+    )
+    monkeypatch.setattr(filesystem, "MOUNTS", mounts)
+    with pytest.raises(
+        OSError, match=r"network file system \(nfs4, mounted at .*far away\), where"
+    ):
+        small(tmp_path / "far away")
+    small(tmp_path / "far away" / "near").close()
+    small(tmp_path / "here").close()
+
+
+def test_a_newer_version_is_refused(path) -> None:
+    connection = sqlite3.connect(path / "search.sqlite")
+    connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    connection.close()
+    for opens in (Reader, Store):
+        with pytest.raises(schema.VersionError, match=r"has version 2 .* knows up to 1: install a"):
+            opens(path)
+    with pytest.raises(schema.VersionError):
+        Store(path)  # the lock is free again
+
+
+def test_an_older_version_is_migrated_by_its_driver(path, monkeypatch) -> None:
+    monkeypatch.setattr(schema, "VERSION", 3)
+    monkeypatch.setattr(
+        schema,
+        "MIGRATIONS",
+        {1: "ALTER TABLE events ADD COLUMN a; ", 2: "ALTER TABLE events DROP COLUMN a;"},
+    )
+    assert len(list(Reader(path).candidates())) == 60  # readers take it as it is
+    store = Store(path)
+    assert schema.version(store._connection) == 3 and len(list(store.candidates())) == 60
+    store.close()
+
+
+def test_a_file_that_is_no_database(tmp_path) -> None:
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.sqlite").write_bytes(b"no database, but a text" * 100)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        small(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no search here"):
+        Reader(tmp_path)
+
+
+def test_another_search_in_the_same_place_is_refused(path, tmp_path) -> None:
+    class Longer(Bits):
+        name = "longer bits"
+
+    with pytest.raises(MismatchError, match="space is 'bits' there, 'longer bits' here; use ano"):
+        small(tmp_path, space=Longer())
+    with pytest.raises(MismatchError, match="population is 8 there, 9 here; seed is 0 there, 1 he"):
+        small(tmp_path, population=9, seed=1)
+
+
+def test_lineage_goes_from_the_random_ancestor_to_the_candidate(path) -> None:
+    reader = Reader(path)
+    last = [row.id for row in reader.candidates()][-1]
+    rows = reader.lineage(last)
+    assert rows[0].parent is None and rows[-1].id == last and len(rows) > 2
+    assert [row.parent for row in rows[1:]] == [row.id for row in rows[:-1]]
+    with pytest.raises(KeyError, match="there is no candidate 60 in"):
+        reader.candidate(60)
+
+
+def test_ranking_goes_by_the_direction_and_then_by_number(tmp_path) -> None:
+    for maximise in (True, False):
+        with small(tmp_path / str(maximise), maximise=maximise) as search:
+            drive(search)
+            found = [(row.fitness, row.id) for row in search.store.ranked()]
+            sign = -1 if maximise else 1
+            assert found == sorted(found, key=lambda pair: (sign * pair[0], pair[1]))
+            assert found[0][0] >= 9 if maximise else found[0][0] <= 3

@@ -1,0 +1,70 @@
+"""The notebooks run, each in a kernel of its own, and show what they say."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def run(name: str, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, executed in an empty folder; a cell that raises is an error."""
+    notebook = read(name)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    return notebook
+
+
+def shown(notebook: nbformat.NotebookNode, source: str) -> list[nbformat.NotebookNode]:
+    """The outputs of the one cell whose code contains `source`."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (cell,) = (cell for cell in code if source in f"{cell.source}\n")
+    for output in cell.outputs:
+        assert output.get("name") != "stderr", output.text
+    return cell.outputs
+
+
+def value(notebook: nbformat.NotebookNode, source: str, kind: str = "text/plain") -> str:
+    """What the cell's last output is, as a MIME type."""
+    return shown(notebook, source)[-1].data[kind]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_the_notebook_of_a_search(tmp_path):
+    done = run("search", tmp_path)
+    assert "<svg" in value(done, "space.random", "text/html")
+    live = shown(done, "result.watch()")[0].data["text/html"]
+    assert "/200 results" in live  # its last state, or that of a moment before
+    assert "200 with a fitness" in value(done, "result.wait()", "text/html")
+    assert "mutation" in value(done, "result.best\n", "text/html")
+    for source in ("result.plot()", "plot_lineage()"):
+        assert len(value(done, source, "image/png")) > 20_000
+    assert "hidden_state" in value(done, "mutation_kind")
+    assert "results=300" in value(done, "resume(")
+    assert 10 < float(value(done, "search.ask()")) < 70
+
+
+def test_the_notebook_of_a_pipeline(tmp_path):
+    done = run("pipeline", tmp_path)
+    (printed,) = shown(done, "print(pipe)")
+    assert "mesh: 4 devices x 2 replicas" in printed.text
+    assert len(value(done, "plots.schedule(", "image/png")) > 5_000
+    (lines,) = shown(done, "peak_stash")
+    assert "1f1b: 22 ticks, 4 stage inputs stashed at most" in lines.text
+    pipelined, plain = eval(value(done, "value_and_grad"))
+    assert pipelined == pytest.approx(plain, rel=1e-5)
+    plan = value(done, "gpipe.plan(", "text/html")
+    assert "stages 4, data 2, micro_batches 8" in plan and "by analysis" in plan
