@@ -136,7 +136,7 @@ class Composite:
         A unit is a layer, or a scanned run as a whole.
         """
         pulls, moments = [], []
-        params, x = self._after(x)
+        params, x = self._after(self.params, x)
         for r, run in enumerate(self.stages.runs[self.s]):
             if run.scanned:
                 variables = (self._storage.read_run(self._k, r, params), self._tied(r))
@@ -179,19 +179,20 @@ class Composite:
 
     def _read(self, r: int, i: Any, x: Boundary) -> tuple[PyTree, Boundary]:
         """The parameters of layer i of run r, and its input x."""
-        params, x = self._after(x)
-        return self._storage.read_layer(self._k, r, i, params), x
+        # Not read before x is known either, else what is read may be kept from tick to tick.
+        arrays, x = lax.optimization_barrier((self.params, x))
+        return self._after(self._storage.read_layer(self._k, r, i, arrays), x)
 
-    def _after(self, x: Boundary) -> tuple[dict, Boundary]:
-        """The stage's parameters, for the compiler not known before x is.
+    def _after(self, params: PyTree, x: Boundary) -> tuple[PyTree, Boundary]:
+        """The parameters, for the compiler not known before x is.
 
-        Else it converts all of them to bfloat16 ahead of all loops and keeps them so, for half of
-        the parameters' bytes more. It also moves conversions ahead of a barrier, unless the arrays
-        are used as they are too: here in a case that never happens.
+        Else it converts all of them to bfloat16 ahead of all loops, or a whole pack for each of its
+        layers, and keeps them so. It also moves conversions ahead of a barrier, and of a slice,
+        unless the arrays are used as they are too: here in a case that never happens.
         """
-        params, x = lax.optimization_barrier((self.params, x))
+        params, x = lax.optimization_barrier((params, x))
         never, some = self.call.micro_batch < 0, jnp.float32(0)
-        for a in jax.tree.leaves(params):
+        for a in filter(jnp.size, jax.tree.leaves(params)):
             some += a[(0,) * a.ndim].astype(jnp.float32)
         return params, jax.tree.map(lambda a: jnp.where(never, some.astype(a.dtype), a), x)
 
