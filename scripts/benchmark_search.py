@@ -77,7 +77,7 @@ def ours(folder: str, count: int, workers: int) -> float:
 
 def pyglove(folder: str, count: int, workers: int) -> float:
     """The same of PyGlove's regularized evolution, in memory, as it has no store of its own."""
-    import pyglove as pg
+    import pyglove as pg  # pyright: ignore[reportMissingImports]
 
     space = pg.Dict({f"edge{i}": pg.oneof(list(range(len(OPERATIONS)))) for i in range(EDGES)})
     algorithm = pg.evolution.regularized_evolution(population_size=100, tournament_size=25)
@@ -94,7 +94,7 @@ def pyglove(folder: str, count: int, workers: int) -> float:
 
 def optuna(folder: str, count: int, workers: int) -> float:
     """The same of Optuna's random sampler, its quickest, with SQLite."""
-    import optuna
+    import optuna  # pyright: ignore[reportMissingImports]
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
