@@ -71,7 +71,7 @@ class Device:
     stats: list
     shared: dict  # tied parameters
     ids: jax.Array  # [V, longest stage]: global ids of its stages' layers
-    batch: dict  # leaves [M, B, ...]
+    batch: dict  # inputs [M, elements of a micro-batch], else leaves [M, B, ...]
     key: jax.Array
     progress: jax.Array
 
@@ -165,8 +165,8 @@ class Device:
 
     def _input(self, s: int, kept: Kept, entry: Entry) -> Boundary:
         if s == 0:
-            x = jax.tree.map(lambda a: get(a, entry.micro_batch), self.batch["inputs"])
-            return Boundary(x, {})
+            one = lambda a, like: get(a, entry.micro_batch).reshape(like.shape)  # noqa: E731
+            return Boundary(jax.tree.map(one, self.batch["inputs"], self.stages.input(0).x), {})
         leaves, structure = jax.tree.flatten(self.stages.input(s))
         arrays = [get(a, entry.x) for a in kept.x]
         return jax.tree.unflatten(structure, self.stages.wire.decode(arrays, leaves))
@@ -186,7 +186,7 @@ class Device:
     @property
     def batch_rows(self) -> int:
         """B."""
-        return jax.tree.leaves(self.batch["inputs"])[0].shape[1]
+        return jax.tree.leaves(self.stages.input(0).x)[0].shape[0]
 
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
         assert self.loss is not None  # nothing asks for a loss in a program of outputs

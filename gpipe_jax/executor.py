@@ -10,6 +10,7 @@ s stage.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ def build(
             stats=here(variables.stats),
             shared=stages.gather_shared(here(variables.params)),
             ids=ids[0],
-            batch=batch,
+            batch={**batch, "inputs": jax.tree.map(_flat, batch["inputs"])},
             key=variables.key,
             progress=variables.progress,
         )
@@ -105,6 +106,15 @@ def _on_every_device(
     are taken within a device, and the sums over devices are written out in `_finish`.
     """
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _flat(a: jax.Array) -> jax.Array:
+    """All micro-batches of one input, [M, elements of a micro-batch].
+
+    An array that a loop takes slices of gets the layout that the slices' user prefers: on TPU a
+    convolution's made 3 GiB of 77 MB of images, twice. A reshape within the loop ends that.
+    """
+    return a.reshape(a.shape[0], math.prod(a.shape[1:]))
 
 
 def build_arrays(
