@@ -73,6 +73,6 @@ def test_parameters_that_are_read_late_change_nothing() -> None:
     arrays = stages.params[0].join_layers(0, [{"w": np.full((WIDTH, WIDTH), np.inf, np.float32)}])
     call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
     stage = Composite(stages, 0, arrays, {}, {}, jnp.zeros(1, int), call)
-    _, after = stage._after(Boundary({**x, "x": jnp.ones((2, WIDTH))}, {}))
+    _, after = stage._after(arrays, Boundary({**x, "x": jnp.ones((2, WIDTH))}, {}))
     np.testing.assert_array_equal(after.x["x"], np.ones((2, WIDTH)))
     np.testing.assert_array_equal(after.x["ids"], x["ids"])

@@ -18,6 +18,7 @@ model:
 data:
   kind: digits
 """
+SECTIONS = "model, data, mesh, pipeline, optimizer, train, profile"
 SGD = "optimizer:\n  kind: sgd\n"
 
 
@@ -208,7 +209,7 @@ MESSAGES = [
     ("mesh: *b", "aliases are not supported, got *b; write the value out"),
     # keys
     ("mehs: {stages: 3}", "unknown key 'mehs'; did you mean 'mesh'?"),
-    ("qqq: 3", "unknown key 'qqq'; legal keys: model, data, mesh, pipeline, optimizer, train"),
+    ("qqq: 3", f"unknown key 'qqq'; legal keys: {SECTIONS}"),
     ("learning_rate: 3", "unknown key 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
     ("mesh: {stagse: 3}", "unknown key 'mesh.stagse'; did you mean 'mesh.stages'?"),
     ("mesh: {micro_batches: 3}", "unknown key 'mesh.micro_batches'; did you mean 'pipeline.micro_batches'?"),  # noqa: E501
@@ -288,7 +289,7 @@ def test_messages_of_other_files(text: str, message: str):
         ("mesh.stagse=4", "unknown key 'mesh.stagse'; did you mean 'mesh.stages'?"),
         ("mehs.stages=4", "unknown key 'mehs.stages'; did you mean 'mesh.stages'?"),
         ("stages=4", "unknown key 'stages'; did you mean 'mesh.stages'?"),
-        ("qqq=4", "unknown key 'qqq'; legal keys: model, data, mesh, pipeline, optimizer, train"),
+        ("qqq=4", f"unknown key 'qqq'; legal keys: {SECTIONS}"),
         ("--mesh.stages=x", "mesh.stages: expected a whole number, got 'x'"),
         ("mesh.stages=", "mesh.stages: expected a whole number, got nothing"),
         ("mesh.stages", "expected section.field=value, such as mesh.stages=4"),

@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_a_plan_too() -> None:
 def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(work: job.Job, layout: Layout, compiling: Any, cost: Any) -> Plan:
+    def fake(work: job.Job, layout: Layout, compiling: Any) -> Plan:
         seen.append(layout)
         plan = compute.analyse(work, layout)
         if len(seen) == 2:
@@ -246,6 +246,8 @@ def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ranking.plans[0].step_time_s < ranking.plans[1].step_time_s
     assert ranking.plans[-1].step_time_s is None and "unknown" in str(ranking)
     assert all(layout.stages * layout.data == 8 for layout in seen)
+    # What is compiled is cut as it was analysed.
+    assert all(len(layout.partition) == layout.stages * layout.chunks - 1 for layout in seen)
     assert len(str(ranking).splitlines()) == 6 and ranking.too_large == 0
     json.dumps(ranking.to_dict())
 
