@@ -179,16 +179,20 @@ class Composite:
 
     def _read(self, r: int, i: Any, x: Boundary) -> tuple[PyTree, Boundary]:
         """The parameters of layer i of run r, and its input x."""
-        # Not read before x is known either, else what is read may be kept from tick to tick.
-        arrays, x = lax.optimization_barrier((self.params, x))
-        return self._after(self._storage.read_layer(self._k, r, i, arrays), x)
+        arrays, x = self._after(self.params, x)
+        leaves, tree = jax.tree.flatten(self._storage.read_layer(self._k, r, i, arrays))
+        packed = self._storage.packed(self._k, r)
+        some, x = self._after([leaves[n] for n in packed], x)
+        for n, leaf in zip(packed, some, strict=True):
+            leaves[n] = leaf
+        return tree.unflatten(leaves), x
 
     def _after(self, params: PyTree, x: Boundary) -> tuple[PyTree, Boundary]:
         """The parameters, for the compiler not known before x is.
 
-        Else it converts all of them to bfloat16 ahead of all loops, or a whole pack for each of its
-        layers, and keeps them so. It also moves conversions ahead of a barrier, and of a slice,
-        unless the arrays are used as they are too: here in a case that never happens.
+        Else it converts all of them to bfloat16 ahead of all loops and keeps them so, or converts a
+        whole pack to take one layer out of it. It also moves conversions ahead of a barrier, unless
+        the arrays are used as they are too: here in a case that never happens.
         """
         params, x = lax.optimization_barrier((params, x))
         never, some = self.call.micro_batch < 0, jnp.float32(0)

@@ -107,6 +107,10 @@ class Storage:
         group = self.groups[k][r]
         return group.treedef.unflatten([self._rows(p, i, 1, arrays)[0] for p in group.places])
 
+    def packed(self, k: int, r: int) -> list[int]:
+        """Which leaves of run r of stage k are in a pack."""
+        return [n for n, place in enumerate(self.groups[k][r].places) if place.slot is None]
+
     def read_leaf(self, place: Place, arrays: dict) -> Any:
         """The leaf kept at `place`, of a single layer."""
         return self._rows(place, 0, 1, arrays)[0]
