@@ -52,6 +52,9 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedErro
         yield from checkpoint.manifests(folder)
     except checkpoint.FormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
+    except ImportError as error:
+        problem = f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+        raise ConfigError([problem], str(folder)) from error
 
 
 def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:

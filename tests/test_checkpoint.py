@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from gpipe_jax import checkpoint, cli, restoring, saving, tensorfile
+from gpipe_jax import checkpoint, cli, export, restoring, saving, tensorfile
 from gpipe_jax.checkpoint import DamagedError, FormatError
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.saving import SaveError, Saver
@@ -169,6 +169,18 @@ def test_a_format_of_another_version_is_bad_input(tmp_path, monkeypatch, capsys)
     assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 2
     assert "has format 99, this version reads 1; use the version" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_file_system_whose_package_is_missing_is_bad_input(monkeypatch):
+    def missing(folder):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(checkpoint, "steps", missing)
+    remedy = r"install gcsfs .*; for gs:// run pip install 'gpipe-jax\[tpu\]'"
+    with pytest.raises(ConfigError, match=remedy):
+        restoring.newest(epath.Path("gs://bucket/run"), None, lambda manifest: None)
+    with pytest.raises(ConfigError, match=remedy):
+        export.export(epath.Path("gs://bucket/run"), Path("x.npz"))
 
 
 LAYER = {"0": {}, "common": {}}
