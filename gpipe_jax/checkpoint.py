@@ -30,6 +30,10 @@ class DamagedError(ValueError):
     """A checkpoint is not whole: it was cut off while it was written, or damaged afterwards."""
 
 
+class FormatError(ValueError):
+    """A checkpoint is of a format that this version does not read."""
+
+
 class Manifest(NamedTuple):
     """What a checkpoint says of itself."""
 
@@ -67,6 +71,7 @@ def write_manifest(path: epath.Path, parts: Mapping[str, dict], about: Mapping[s
         summed = tensorfile.Summed(file)
         summed.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": text}).encode())
         summed.sync()
+    tensorfile.sync_folder(path)
 
 
 def _versions() -> dict[str, str]:
@@ -84,7 +89,7 @@ def steps(folder: epath.Path) -> list[int]:
 
 
 def read_manifest(folder: epath.Path, step: int) -> Manifest:
-    """The manifest of a step's checkpoint. Raises DamagedError."""
+    """The manifest of a step's checkpoint. Raises DamagedError or FormatError."""
     path = folder / str(step) / STATE
     try:
         outer = json.loads((path / MANIFEST).read_bytes())
@@ -98,7 +103,7 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
         reason = error if isinstance(error, DamagedError) else f"{MANIFEST} cannot be read"
         raise DamagedError(str(reason)) from error
     if content["format"] != FORMAT:
-        raise ValueError(
+        raise FormatError(
             f"the checkpoint {path} has format {content['format']}, this version reads {FORMAT}; "
             f"use the version that wrote it ({content['versions']['gpipe-jax']})"
         )
@@ -128,12 +133,6 @@ def read_part(manifest: Manifest, part: str) -> dict[str, np.ndarray]:
     if zlib.crc32(data) != entry["crc32"]:
         raise DamagedError(f"{name} does not have its checksum")
     return tensorfile.read(data)
-
-
-def check_whole(manifest: Manifest) -> None:
-    """Read everything. Raises DamagedError."""
-    for part in manifest.parts:
-        read_part(manifest, part)
 
 
 class _Lazy(Mapping[int, Any]):

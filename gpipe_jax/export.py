@@ -37,6 +37,11 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
                     damaged.append(found.step)
             else:
                 damaged.append(found[0])
+    except checkpoint.FormatError as error:
+        raise ConfigError([str(error)], str(run)) from error
+    except ImportError as error:
+        problem = f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+        raise ConfigError([problem], str(run)) from error
     except (OSError, TypeError) as error:
         raise ConfigError([f"--out {out} cannot be written: {error}"], "gpipe export") from error
     finally:

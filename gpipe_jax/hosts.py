@@ -143,7 +143,8 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
             if time.monotonic() > deadline:
                 problem = f"{names} of {cluster.count} did not come within {timeout_s:g} s; {hint}"
                 for peer in here.values():
-                    peer.socket.sendall(f"{problem}\n".encode())
+                    with contextlib.suppress(OSError):  # it has gone again
+                        peer.socket.sendall(f"{problem}\n".encode())
                 raise MissingError(problem)
             if time.monotonic() - said > 30:
                 _say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
@@ -154,7 +155,8 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
                 peer = _greet(server.accept()[0])
                 here |= {peer.index: peer} if 0 < peer.index < cluster.count else {}
     for peer in here.values():
-        peer.socket.sendall(READY)
+        with contextlib.suppress(OSError):  # its broken connection is noticed by the watch
+            peer.socket.sendall(READY)
     return list(here.values())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
+from gpipe_jax import tensorfile
 from gpipe_jax.writers import Writer
 
 Show = Callable[[dict], None]
@@ -89,6 +90,7 @@ def replace(path: epath.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+    tensorfile.sync_folder(path.parent)
 
 
 def is_local(path: epath.Path) -> bool:

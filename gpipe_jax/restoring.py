@@ -1,6 +1,6 @@
 """The newest whole checkpoint of a run, and what became of newer ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from etils import epath
@@ -28,7 +28,7 @@ def newest(
     ConfigError if checkpoints are there, but none that is whole, or it does not fit.
     """
     damaged: dict[int, str] = {}
-    for found in checkpoint.manifests(folder):
+    for found in _manifests(folder):
         state, problem = None, None
         if isinstance(found, Manifest):
             check(found)
@@ -45,6 +45,16 @@ def newest(
         rule = "none of the checkpoints here is whole; to start anew, remove or rename the folder"
         raise ConfigError([rule, *lines], str(folder))
     return None
+
+
+def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedError]]:
+    try:
+        yield from checkpoint.manifests(folder)
+    except checkpoint.FormatError as error:
+        raise ConfigError([str(error)], str(folder)) from error
+    except ImportError as error:
+        problem = f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+        raise ConfigError([problem], str(folder)) from error
 
 
 def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:

@@ -127,6 +127,8 @@ def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[checkpoi
 
 def _draw(parts: Parts, records: list[dict]) -> str:
     picture = parts.workdir / "curves.png"
+    if not hosts.is_first():
+        return "no curves: the first process draws them"
     if not records:
         return "no curves: metrics.jsonl is gone"
     if not metrics.is_local(picture):

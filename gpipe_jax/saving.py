@@ -55,14 +55,26 @@ class _Files(ocp.AsyncCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         """Called in the first process, when all have written."""
-        parts: dict[str, dict] = {}
-        for path in sorted(directory.glob("process_*.json")):
-            parts |= json.loads(path.read_text())
+        paths = sorted(directory.glob("process_*.json"))
+        if len(paths) != jax.process_count():
+            raise OSError(f"{len(paths)} of {jax.process_count()} processes wrote their layers")
+        parts = _all_parts([json.loads(path.read_text()) for path in paths])
+        for path in paths:
             path.unlink()
         checkpoint.write_manifest(directory, parts, self._about)
 
 
 ocp.args.register_with_handler(_Files, for_save=True, for_restore=True)(_Save)
+
+
+def _all_parts(written: Sequence[Mapping[str, dict]]) -> dict[str, dict]:
+    """The parts that the processes wrote; OSError unless each layer is there, and once."""
+    found = sorted(part for one in written for part in one)
+    layers = [part for part in found if part != checkpoint.COMMON]
+    wanted = sorted([checkpoint.COMMON, *map(str, range(len(layers)))])
+    if found != wanted:
+        raise OSError(f"the processes wrote {found}, not each of {wanted} once")
+    return {part: entry for one in written for part, entry in one.items()}
 
 
 def _write(directory: epath.Path, args: _Save) -> None:

@@ -8,7 +8,7 @@ start of the next, all batches have the same size, and no example is left out. L
 batch_size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +126,34 @@ def iterable(
     """
 
     def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        for batch in batches(start_step):
+        for batch in _checked(name, batches(start_step), same=True):
             yield batch if rows is None else {key: a[rows] for key, a in batch.items()}
+        raise DataError(
+            f"the training batches of {name} from step {start_step} on came to an end; `batches` "
+            f"must go on without one: begin the next epoch"
+        )
 
-    return Dataset(name, train, lambda: iter(test()))
+    return Dataset(name, train, lambda: _checked(name, test(), same=False))
+
+
+def _checked(name: str, batches: Iterable[Batch], same: bool) -> Iterator[Batch]:
+    """The batches, if they are some; of the same shapes, or of any number of such examples."""
+    first = None
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not {"inputs", "labels"} <= set(batch):
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise DataError(f"a batch of {name} is {found}; give a dict of inputs and labels")
+        shapes = {key: np.shape(a) for key, a in batch.items()}
+        if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
+            raise DataError(
+                f"a batch of {name} has shapes {shapes}; the first axis of all is the example"
+            )
+        seen = shapes if same else {key: shape[1:] for key, shape in shapes.items()}
+        first = first or seen
+        if seen != first:
+            rule = "all batches have one shape" if same else "all examples have one shape"
+            raise DataError(f"a batch of {name} has shapes {seen}, not {first}: {rule}")
+        yield batch
 
 
 def check_arguments(name: str, batch_size: int, seed: int) -> None:

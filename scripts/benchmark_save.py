@@ -6,7 +6,7 @@
 Runs of one compiled program in turn, with checkpoints every ten steps and without; each from its
 eleventh step to the end of its last, saves and waits for them included; the ratio is that of the
 medians. On simulated CPU devices writing and training share the cores, so the ratio of processor
-time is given too, which other jobs on the machine change less.
+time is given too.
 """
 
 import argparse

@@ -121,7 +121,7 @@ class Process:
         return doing if self.first else "start, compile"
 
     def kill(self) -> None:
-        """SIGKILL, as the system or a power cut would."""
+        """SIGKILL, as the system would."""
         self.process.kill()
         self.process.wait()
 

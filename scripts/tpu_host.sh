@@ -30,6 +30,7 @@ start() { # CONFIG [a.b=c ...]
   [[ -x $python ]] || fail 'not set up: run scripts/tpu_pod.sh setup'
   is_idle || fail 'a run is under way: end it first (scripts/tpu_pod.sh stop)'
   cd "$home"
+  [[ ! -e $1.new ]] || mv "$1.new" "$1" # not before: a run under way starts again with its own
   "$python" -m gpipe_jax.cli config "$@" >/dev/null # a wrong config ends here, saying why
   rm -f "$place/stop"
   # In a session of its own, with nothing of ssh's: it outlives the connection.
@@ -42,7 +43,7 @@ is_idle() { # the lock is held as long as the supervisor or the training process
 }
 
 supervise() { # CONFIG [a.b=c ...]
-  local code began failures=0
+  local code=75 began failures=0
   exec 9>"$place/lock"
   flock --nonblock 9 || fail 'a run is under way'
   while [[ ! -e $place/stop ]]; do
@@ -51,6 +52,7 @@ supervise() { # CONFIG [a.b=c ...]
     "$python" -m gpipe_jax.train "$@" &
     echo $! >"$place/pid"
     wait $! || code=$?
+    rm -f "$place/pid" # the number may become another process's
     ((SECONDS - began < 600)) || failures=0
     case $code in
       0) note 'done (exit code 0)' && return ;;

@@ -210,7 +210,7 @@ run() {
   check "the name of --config" "$file" '[A-Za-z0-9_][-A-Za-z0-9_.]*' 'letters, digits, _, - and .'
   [[ -f $config ]] || fail "there is no file $config: give the path of a config" 2
   step "copying $config to $name" "run setup first (scripts/tpu_pod.sh setup $name); $reach" \
-    scp "$config" "$name:gpipe-jax/configs/$file" --worker=all --node=all
+    scp "$config" "$name:gpipe-jax/configs/$file.new" --worker=all --node=all
   on_every_host "starting the run on $name" \
     "exit code 2 means that the config is wrong; stop a run that is under way \
 (scripts/tpu_pod.sh stop $name)" start "configs/$file" ${overrides[@]+"${overrides[@]}"}

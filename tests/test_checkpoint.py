@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from gpipe_jax import checkpoint, tensorfile
-from gpipe_jax.checkpoint import DamagedError
+from gpipe_jax import checkpoint, cli, export, restoring, saving, tensorfile
+from gpipe_jax.checkpoint import DamagedError, FormatError
+from gpipe_jax.loader import ConfigError
 from gpipe_jax.saving import SaveError, Saver
 from gpipe_jax.trainer import Layers
 
@@ -154,8 +155,53 @@ def test_a_format_of_another_version(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     folder = save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"has format 99, this version reads 1; use the version"):
+    with pytest.raises(FormatError, match=r"has format 99, this version reads 1; use the version"):
         checkpoint.read_manifest(folder, 1)
+
+
+def test_a_format_of_another_version_is_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    save(tmp_path / "checkpoints", 1)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="has format 99"):
+        restoring.newest(epath.Path(tmp_path / "checkpoints"), None, lambda manifest: None)
+    out = tmp_path / "x.safetensors"
+    assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 2
+    assert "has format 99, this version reads 1; use the version" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_system_whose_package_is_missing_is_bad_input(monkeypatch):
+    def missing(folder):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(checkpoint, "steps", missing)
+    remedy = r"install gcsfs .*; for gs:// run pip install 'gpipe-jax\[tpu\]'"
+    with pytest.raises(ConfigError, match=remedy):
+        restoring.newest(epath.Path("gs://bucket/run"), None, lambda manifest: None)
+    with pytest.raises(ConfigError, match=remedy):
+        export.export(epath.Path("gs://bucket/run"), Path("x.npz"))
+
+
+LAYER = {"0": {}, "common": {}}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([LAYER], "1 of 2 processes wrote"),
+        ([LAYER, {"2": {}}], "not each of"),
+        ([LAYER, {"0": {}}], "not each of"),
+        ([{"0": {}}, {"1": {}}], "not each of"),
+    ],
+)
+def test_no_manifest_without_all_layers(tmp_path, monkeypatch, written, message):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for i, parts in enumerate(written):
+        (tmp_path / f"process_{i}.json").write_text(json.dumps(parts))
+    with pytest.raises(OSError, match=message):
+        saving._Files().finalize(epath.Path(tmp_path))
+    assert not (tmp_path / "manifest.json").exists()
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -256,7 +302,9 @@ def test_reading_needs_no_orbax(three):
 import sys
 from etils import epath
 from gpipe_jax import checkpoint
-checkpoint.check_whole(checkpoint.read_manifest(epath.Path({str(three)!r}), 30))
+manifest = checkpoint.read_manifest(epath.Path({str(three)!r}), 30)
+for part in manifest.parts:
+    checkpoint.read_part(manifest, part)
 print("orbax" in sys.modules, "orbax.checkpoint" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -178,9 +178,40 @@ def test_array_record_errors(tmp_path: Path) -> None:
 def test_anything_that_iterates() -> None:
     made = [{"inputs": np.arange(4) + i, "labels": np.arange(4)} for i in range(9)]
     data = iterable("mine", lambda step: iter(made[step:]), lambda: made[:1])
-    assert [b["inputs"][0] for b in data.train(3)] == [3, 4, 5, 6, 7, 8]
-    assert [b["inputs"].tolist() for b in data.train(7, np.array([2, 0]))] == [[9, 7], [10, 8]]
+    assert [b["inputs"][0] for b in itertools.islice(data.train(3), 6)] == [3, 4, 5, 6, 7, 8]
+    some = itertools.islice(data.train(7, np.array([2, 0])), 2)
+    assert [b["inputs"].tolist() for b in some] == [[9, 7], [10, 8]]
     assert list(data.test()) == made[:1]
+
+
+EXAMPLE = {"inputs": np.zeros((4, 3)), "labels": np.zeros(4, int)}
+SHORT = {"inputs": np.zeros((2, 3)), "labels": np.zeros(2, int)}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"the training batches of mine from step 0 on came to an end; .*begin the next epoch"),
+        ([EXAMPLE], "came to an end"),
+        ([{"inputs": np.zeros(4)}], r"is \['inputs'\]; give a dict of inputs and labels"),
+        ([np.zeros(4)], "is ndarray; give a dict"),
+        ([{**EXAMPLE, "labels": np.zeros(3)}], "the first axis of all is the example"),
+        ([{"inputs": 1.0, "labels": 2.0}], "the first axis of all is the example"),
+        ([EXAMPLE, SHORT], r"has shapes .*\(2, 3\).*, not .*\(4, 3\).*all batches have one shape"),
+    ],
+)
+def test_batches_of_ones_own_that_are_none(batches, message):
+    data = iterable("mine", lambda step: batches, lambda: [EXAMPLE, SHORT])
+    with pytest.raises(DataError, match=message):
+        list(data.train(0))
+    assert len(list(data.test())) == 2, "the last may be smaller"
+
+
+def test_held_out_examples_of_ones_own_that_differ():
+    other = {"inputs": np.zeros((4, 5)), "labels": np.zeros(4, int)}
+    data = iterable("mine", lambda step: [], lambda: [EXAMPLE, other])
+    with pytest.raises(DataError, match="all examples have one shape"):
+        list(data.test())
 
 
 # --- from a config --------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def on_host(*words: str) -> str:
 CREATE = ("create", "my-pod", "--type", "v5litepod-16")
 RUN = ("run", "my-pod", "--config", "configs/transformer_48.yaml")
 DESCRIBE = ["describe", "my-pod", "--format=value(state.state)"]
-COPY = ["configs/transformer_48.yaml", "my-pod:gpipe-jax/configs/transformer_48.yaml"]
+COPY = ["configs/transformer_48.yaml", "my-pod:gpipe-jax/configs/transformer_48.yaml.new"]
 V5E = ["--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"]
 UNPACK = "--command=mkdir -p gpipe-jax && tar -xzf gpipe-jax.tgz -C gpipe-jax"
 LINES = [
@@ -430,6 +430,33 @@ def test_one_run_at_a_time_and_stop_lets_it_save(pod: Pod) -> None:
     assert "stopped (exit code 75)" in pod("stop", "my-pod")  # again: nothing is left to stop
     pod(*RUN, CODES="0")
     pod.until("done")
+
+
+def test_a_run_that_is_refused_leaves_the_config_of_the_one_under_way(pod: Pod, tmp_path) -> None:
+    pod.install()
+    (tmp_path / "mine.yaml").write_text("first:")
+    words = ("run", "my-pod", "--config", str(tmp_path / "mine.yaml"))
+    pod(*words, CODES="waits")
+    ready(pod)
+    (tmp_path / "mine.yaml").write_text("second:")
+    assert "a run is under way" in pod(*words, code=1, CODES="0")
+    there = pod.host / "gpipe-jax" / "configs" / "mine.yaml"
+    assert there.read_text() == "first:"
+    pod("stop", "my-pod")
+    assert not (pod.host / "gpipe-jax-run" / "pid").exists(), "another process may get its number"
+    pod(*words, CODES="0")
+    assert there.read_text() == "second:"
+
+
+def test_a_supervisor_that_is_stopped_before_its_first_round(pod: Pod) -> None:
+    pod.install()
+    place = pod.host / "gpipe-jax-run"
+    place.mkdir()
+    (place / "stop").touch()
+    command = ["bash", "scripts/tpu_host.sh", "supervise", "configs/digits.yaml"]
+    environment = {**pod.environment, "HOME": str(pod.host)}
+    subprocess.run(command, cwd=pod.host / "gpipe-jax", env=environment, check=True, timeout=60)
+    assert (place / "status").read_text() == "stopped (exit code 75)\n"
 
 
 def test_a_process_deaf_to_sigterm_is_killed(pod: Pod) -> None:
