@@ -299,3 +299,29 @@ def test_python_files_that_make_no_data(here: Path, capsys, code: str | None, me
         (here / "my_data.py").write_text(code)
     error = train(capsys, "data={kind: python, source: 'my_data.py:make'}", code=2)
     assert message in error
+
+
+FINITE = """
+import numpy as np
+from gpipe_jax import data
+
+def make(batch_size, seed):
+    batch = {"inputs": np.zeros((batch_size, 4), np.float32), "labels": np.zeros(batch_size, int)}
+    return data.iterable("mine", lambda step: [batch] * COUNT, lambda: [batch])
+"""
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_data_of_ones_own_that_ends_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, count: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FINITE.replace("COUNT", str(count)))
+    (tmp_path / "c.yaml").write_text(
+        "model: {kind: mlp, features: [4, 2]}\n"
+        "data: {kind: python, source: mine.py:make, batch_size: 4}\n"
+        "train: {steps: 5}\n"
+    )
+    assert cli.main(["train", "c.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "c.yaml:2: " in error and "the training batches of mine" in error
