@@ -22,7 +22,7 @@ def check_local(path: Path) -> None:
     if kind in NETWORK:
         raise NetworkFileSystemError(
             f"{path} is on a network file system ({kind}, mounted at {mount}), where SQLite can "
-            "lose data: give a folder on a local disk, and copy the file when the search is over"
+            "lose data: give a folder on a local disk, and copy that folder when the search is over"
         )
 
 

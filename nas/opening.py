@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from nas.evolution import Settings
-from nas.records import file_of
 from nas.space import Space
-from nas.store import Store
+from nas.store import ExistsError, Store
 
 
 class MismatchError(ValueError):
@@ -33,9 +32,10 @@ def open_store(
     path: Path, name: str, space: Space[Any], settings: dict[str, Any], setup: bytes | None
 ) -> Store:
     """The store at `path`, new, or of a search with the same settings; MismatchError if not."""
-    if not file_of(path).exists():
+    try:
         return Store.create(path, name=name, space=space.name, settings=settings, setup=setup)
-    store = Store(path)
+    except ExistsError:
+        store = Store(path)
     try:
         _check_same(store, space.name, settings)
     except BaseException:
