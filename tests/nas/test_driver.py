@@ -13,7 +13,7 @@ import pytest
 from searches import Bits, ones
 
 import nas
-from nas import cluster, pools
+from nas import cluster, pools, workers
 from nas.evaluate import ReturnError
 
 SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
@@ -58,6 +58,46 @@ def test_any_executor(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
         pools.pool(Odd())
     check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
+
+
+def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> None:
+    """Four jobs at once on one thread: those that wait do not run out of time."""
+
+    def slow(bits) -> float:
+        time.sleep(0.2)
+        return ones(bits)
+
+    with ThreadPoolExecutor(1, "mine") as executor:
+        pool = pools.of_executor(executor, slots=4)
+        result = run(tmp_path, slow, workers=pool, timeout_s=0.6, cycles=10)
+    check(result, 10)
+    assert result.counts.failures == 0
+    assert set(result.evaluations["worker"]) == {"mine_0"}
+
+
+def test_the_threads_of_a_search_end_with_it(tmp_path) -> None:
+    before = set(threading.enumerate())
+    run(tmp_path, workers=4)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def leaves(bits) -> float:
+    """Ends its process, as scripts do, for some bits."""
+    return sys.exit("no such option") if bits[:2] == (0, 0) else ones(bits)
+
+
+def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
+    result = run(tmp_path, leaves, workers=2, max_failures=60, algorithm="random")
+    check(result)
+    assert set(result.reader.failures_by_kind()) == {"exception"}
+
+
+def test_an_evaluator_that_a_worker_cannot_import_is_no_dead_worker() -> None:
+    pickled = b"cno_such_module\nevaluate\n."
+    outcome = workers._run_pickled(pickled, nas.Job(1, 0, (), 0))
+    assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
 
 
 def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:
