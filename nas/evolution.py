@@ -47,6 +47,9 @@ class Settings:
                 raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed {self.seed!r}: expected a whole number")
+        for name in ("maximise", "replacement"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected True or False")
         if not self.replacement and self.sample > self.population:
             raise ValueError(
                 f"sample {self.sample} is more than population {self.population}, which cannot be "

@@ -14,7 +14,9 @@ class MismatchError(ValueError):
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
     """Raise ValueError for what cannot be; `Settings` has checked itself."""
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < settings.population:
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise ValueError(f"cycles {cycles!r}: expected a whole number of at least 1")
+    if cycles < settings.population and settings.algorithm != "random":
         raise ValueError(
             f"cycles {cycles!r} is less than population {settings.population}: evolution begins "
             "when there are so many results; give more cycles, or a smaller population"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nas import evaluate as evaluators
 from nas import pools, reading
 from nas import space as spaces
-from nas.driver import Callback, Driver, Running
+from nas.driver import Callback, Driver, Running, check_seconds
 from nas.limits import Limit
 from nas.records import FILE, CandidateRow, Counts, Reader, Study, file_of
 from nas.searching import Search
@@ -225,18 +225,22 @@ def search(
     A search of the same name and settings goes on where it was. Raises `nas.FailuresError` if the
     evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
     """
+    check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     space, evaluator = spaces.check(space), evaluators.check(evaluate)
     driving = {"workers": workers, "timeout_s": timeout_s}
     setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
     loop = Search(
         space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
     )
+    pool = None
     try:
         pool = pools.pool(workers)
+        running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
     except BaseException:
         loop.close()
+        if pool is not None:
+            pool.close()
         raise
-    running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
     result = Result(Path(folder) / name, space, running)
     if wait:
         running.run()

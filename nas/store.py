@@ -32,7 +32,6 @@ from nas.evaluate import Job, Outcome
 from nas.evolution import Proposal
 from nas.records import Reader, file_of
 
-
 CLOSE_MS = 1000  # how long closing waits for readers
 LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
 

@@ -30,10 +30,19 @@ def run(evaluator: Evaluator, job: Job) -> Outcome:
 
 
 def task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
-    """What to submit, so that a worker keeps one evaluator, and what that has compiled."""
+    """What to submit, so that a worker keeps one evaluator, and what that has compiled.
+
+    ValueError if jobs are pickled and the evaluator cannot be.
+    """
     if not pickles:
         return functools.partial(run, evaluator)
-    return functools.partial(_run_pickled, dumps(evaluator))
+    try:
+        return functools.partial(_run_pickled, dumps(evaluator))
+    except Exception as error:  # of any object's own pickling
+        raise ValueError(
+            f"evaluate cannot be sent to workers in other processes ({error}): make it a function "
+            "of a module that keeps no lock, file or connection, or use threads, workers=4"
+        ) from error
 
 
 def _run_pickled(pickled: bytes, job: Job) -> Outcome:

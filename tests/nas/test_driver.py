@@ -14,7 +14,8 @@ from searches import Bits, ones
 
 import nas
 from nas import cluster, pools, workers
-from nas.evaluate import ReturnError
+from nas.driver import Driver, Running
+from nas.evaluate import Function, ReturnError
 
 SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
 
@@ -73,6 +74,65 @@ def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> 
     check(result, 10)
     assert result.counts.failures == 0
     assert set(result.evaluations["worker"]) == {"mine_0"}
+
+
+class Few(Bits):
+    """Four networks, so that the cache soon knows all."""
+
+    def canonical(self, bits):
+        return str(bits[:2])
+
+
+@pytest.mark.parametrize("by", ["callback", "time", "stop"])
+def test_a_search_can_be_ended_while_the_cache_answers(tmp_path, by) -> None:
+    def ends(search) -> bool:
+        seen.append(search.evolution.results)
+        if by == "time":
+            time.sleep(0.05)
+        if by == "stop" and len(seen) > 50:
+            running[0].stop()
+        return by == "callback" and len(seen) > 50
+
+    seen: list[int] = []
+    running: list = []
+    options = {"space": Few(), "cache": True, "cycles": 5000, "callback": ends}
+    if by == "time":
+        options["time_limit_s"] = 1.0
+    if by == "stop":
+        search = nas.Search(
+            folder=tmp_path, **{**SMALL, "cache": True, "space": Few(), "cycles": 5000}
+        )
+        pool = pools.pool(1)
+        running.append(Running(Driver(search, Function(lambda bits: 1.0), pool, callback=ends)))
+        running[0].run()
+        assert 50 <= nas.load("search", tmp_path).counts.results < 70
+        return
+    result = run(tmp_path, lambda bits: 1.0, **options)
+    assert 10 <= result.counts.results < 70 and result.counts.cache_hits > 5
+
+
+def test_an_evaluator_that_cannot_be_pickled(tmp_path) -> None:
+    lock = threading.Lock()
+
+    def locked(bits) -> float:
+        with lock:
+            return ones(bits)
+
+    with (
+        ProcessPoolExecutor(1) as executor,
+        pytest.raises(
+            ValueError, match=r"evaluate cannot be sent to .* \(.*\): make it a function"
+        ),
+    ):
+        run(tmp_path, locked, workers=executor)
+    check(run(tmp_path, locked))  # the file is free
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "time_limit_s"])
+def test_limits_that_are_no_time(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match=f"{name} 0: expected seconds, more than 0, or None"):
+        run(tmp_path, **{name: 0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_threads_of_a_search_end_with_it(tmp_path) -> None:

@@ -161,7 +161,9 @@ def test_a_file_that_is_no_database(tmp_path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.sqlite").write_bytes(b"no database, but a text" * 100)
     for opens in (small, lambda folder: Reader(folder / "search")):
-        with pytest.raises(ValueError, match=r"search\.sqlite is not a search's file, nor any SQ.*: "):
+        with pytest.raises(
+            ValueError, match=r"search\.sqlite is not a search's file, nor any SQ.*: "
+        ):
             opens(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no search here"):
         Reader(tmp_path)
