@@ -34,8 +34,9 @@ class Settings:
     """Whether a member can be in a sample twice; the paper draws with replacement."""
     algorithm: Algorithm = "aging"
     """Whom a result removes: the member trained least recently (`aging`, the paper's), the worst
-    of a sample (`non_aging`, the paper's comparison), or the worst of all (`elitist`, that of Ying
-    et al. 2019, https://arxiv.org/abs/1902.09635). `random` proposes random architectures only."""
+    of a sample (`non_aging`: the paper's comparison, except that the sample is drawn anew when the
+    result comes in, and can hold the newcomer), or the worst of all (`elitist`, that of Ying et al.
+    2019, https://arxiv.org/abs/1902.09635). `random` proposes random architectures only."""
     fitness_policy: FitnessPolicy = "stored"
     """What a member of a sample is judged by: its fitness as it is, or after training it again,
     from scratch or from its trained values. Being trained makes a member young again."""
