@@ -4,8 +4,8 @@
     while (job := search.ask()) is not None:
         search.tell(job, accuracy(job.architecture))
 
-Any number of jobs may be under way, and reported in any order, from any thread. All is written to the store before
-it is acted on, so a search of the same name goes on where the last one was, however that ended.
+Any number of jobs may be under way, and reported in any order, from any thread. All is
+written to the store before it is acted on: a search of the same name goes on where the last was.
 """
 
 import json
@@ -52,8 +52,8 @@ class Search:
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
-        decisive = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(Path(folder) / name, name, self.space, decisive, setup)
+        same = {**self.settings.to_dict(), "cache": int(cache)}
+        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
@@ -182,8 +182,7 @@ class Search:
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        values = self._values(member)
-        return Job(0, member, architecture, seed, tournament=tournament, inherit=values)
+        return Job(0, member, architecture, seed, 1, tournament, self._values(member))
 
     def _values(self, candidate: int | None) -> str | None:
         """The trained values to start from, a candidate's own or its child's."""
@@ -202,12 +201,11 @@ class Search:
     # --- outcomes ---------------------------------------------------------------------------------
 
     def _result(self, job: Job, outcome: Outcome) -> None:
-        number, fitness = job.candidate, outcome.fitness
-        network = self._open[number].network
-        change = self.store.change("result", number, evaluation=job.evaluation, fitness=fitness)
-        with change as event:
+        network = self._open[job.candidate].network
+        named = {"evaluation": job.evaluation, "fitness": outcome.fitness}
+        with self.store.change("result", job.candidate, **named) as event:
             self.store.end_evaluation(job, outcome)
-            self._join(event, number, outcome)
+            self._join(event, job.candidate, outcome)
         self._ended(job)
         self._end(network)
 
@@ -233,17 +231,12 @@ class Search:
         number, fitness = job.candidate, outcome.fitness
         assert fitness is not None
         metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
+        kept = {"metrics": metrics, "trained_values": outcome.trained_values}
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
             self.evolution.refresh(number, fitness, event)
-            self.store.set_candidate(
-                number,
-                fitness=fitness,
-                metrics=metrics,
-                last_trained=event,
-                trained_values=outcome.trained_values,
-            )
+            self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
         self._ended(job)
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._judge(job, fitness)
@@ -256,14 +249,11 @@ class Search:
     def _judge(self, job: Job, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
         assert job.tournament is not None
-        sample, missing = self._tournaments[job.tournament]
-        missing.discard(job.candidate)
-        for place, member in enumerate(sample):
-            if member.candidate == job.candidate and fitness is not None:
-                sample[place] = replace(member, fitness=fitness)
-        if not missing:
+        tournament = self._tournaments[job.tournament]
+        tournament.judge(job.candidate, fitness)
+        if not tournament.missing:
             del self._tournaments[job.tournament]
-            self._propose(self.evolution.child(job.tournament, sample))
+            self._propose(self.evolution.child(job.tournament, tournament.sample))
 
     def _failure(self, job: Job, outcome: Outcome) -> None:
         """Try again, or give the candidate up, as the retries of this kind of failure are."""
@@ -283,10 +273,8 @@ class Search:
         else:
             self._end(self._open.pop(job.candidate).network)
         if self._failed_in_a_row >= self.max_failures:
-            raise FailuresError(
-                f"{self._failed_in_a_row} evaluations have failed in a row (max_failures), the "
-                f"last, of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
-            )
+            last = f"of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
+            raise FailuresError.of(self._failed_in_a_row, last)
 
     def _end(self, network: str) -> None:
         for waiting in self.twins.end(network):

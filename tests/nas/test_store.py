@@ -85,6 +85,10 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch) -> None:
     ):
         small(tmp_path / "far away")
     small(tmp_path / "far away" / "near").close()
+    mounts.write_text(f"drive {place} fuse.drive rw 0 0\nx {place}/near fuse.mergerfs rw 0 0\n")
+    with pytest.raises(OSError, match=r"\(fuse\.drive, .*give a folder .* and copy that folder"):
+        small(tmp_path / "far away")
+    small(tmp_path / "far away" / "near").close()
     small(tmp_path / "here").close()
 
 
