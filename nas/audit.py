@@ -1,9 +1,11 @@
 """A run gone through again from its log, to see that every proposal is the one it had to be."""
 
 import json
+from contextlib import closing
 from typing import Any
 
 from nas.evolution import Evolution, Member, Settings
+from nas.reading import Snapshot
 from nas.records import CandidateRow, Event, Reader
 from nas.space import Space
 
@@ -13,7 +15,15 @@ class ReplayError(AssertionError):
 
 
 def replay(reader: Reader, space: Space[Any]) -> Evolution:
-    """The population as of the last event, from the events alone; ReplayError if it is another."""
+    """The population as of the last event, from the events alone; ReplayError if it is another.
+
+    Also of a search that goes on, as of this moment.
+    """
+    with closing(Snapshot(reader.path)) as moment:
+        return _replay(moment, space)
+
+
+def _replay(reader: Reader, space: Space[Any]) -> Evolution:
     settings = dict(reader.study().settings)
     settings.pop("cache")
     evolution = Evolution(space, Settings(**settings))

@@ -16,6 +16,7 @@ from typing import Any
 from gpipe_jax import loader, progress
 from gpipe_jax.loader import ConfigError
 from nas.config import SearchConfig
+from nas.records import FILE
 
 BAD_INPUT = 2
 
@@ -82,6 +83,8 @@ def _search(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         arguments = build.arguments(config)
+        if not (workdir / FILE).exists():  # of a search that is there it is to be checked first
+            _keep(config, workdir)
         with _progress(config.run.cycles) as callback:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
@@ -92,10 +95,20 @@ def _search(options: argparse.Namespace) -> int:
         raise ConfigError([f"{place}: {error}"], options.config) from error
     except ValueError as error:
         raise ConfigError([str(error)], options.config) from error
+    except sqlite3.Error as error:
+        problem = f"the search in {workdir} cannot be read or written ({error})"
+        raise ConfigError([f"{problem}; use another run.workdir"], options.config) from error
     except (RuntimeError, TypeError) as error:
         return _fail(error, 1)
-    (workdir / "config.yaml").write_text(loader.dump(config), encoding="utf-8")
+    _keep(config, workdir)
+    if not result.counts.results:
+        return _fail(f"{workdir} has no result yet; the same command goes on", 1)
     return _summary(result, time.perf_counter() - started, options.json)
+
+
+def _keep(config: SearchConfig, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.yaml").write_text(loader.dump(config), encoding="utf-8")
 
 
 def _summary(result: Any, wall_s: float, as_json: bool) -> int:
@@ -180,6 +193,9 @@ def _genotype(architecture: str) -> Any:
 def _progress(cycles: int) -> Iterator[Callable]:
     """A callback that shows a bar on a terminal, and ten lines elsewhere."""
     with progress.counting(cycles, "results") as show:
-        yield lambda search: show(
-            search.evolution.results, f"best {search.best_fitness or float('nan'):.6g}"
-        )
+
+        def callback(search: Any) -> None:
+            best = search.best_fitness
+            show(search.evolution.results, "no fitness" if best is None else f"best {best:.6g}")
+
+        yield callback

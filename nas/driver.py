@@ -1,5 +1,6 @@
 """The loop that keeps the workers busy: ask, submit, collect, report."""
 
+import math
 import queue
 import threading
 import time
@@ -15,6 +16,16 @@ from nas.searching import Search
 Callback = Callable[[Search], object]
 POLL_S = 0.5
 BEGIN_S = 120.0  # how long a job may wait for a worker, such as one that is restarted
+
+
+def check_seconds(**limits: float | None) -> None:
+    """Raise ValueError for a limit that is no time."""
+    for name, value in limits.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and value > 0):
+            raise ValueError(
+                f"{name} {value!r}: expected seconds, more than 0, or None for no limit"
+            )
 
 
 class Flight(NamedTuple):
@@ -39,6 +50,8 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
+        self._end = math.inf  # of time.monotonic
+        self._told = self.search.evolution.results  # of how many the callback knows
         self._task = workers.task(self.evaluator, self.pool.pickles)
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._flights: dict[int, Flight] = {}
@@ -46,21 +59,30 @@ class Driver:
 
     def run(self) -> None:
         """To the end of the search; the store and the pool are closed then, whatever ends it."""
-        end = time.monotonic() + (self.time_limit_s or float("inf"))
+        self._end = time.monotonic() + (self.time_limit_s or math.inf)
         try:
-            while not self.stopping.is_set() and time.monotonic() < end:
+            while not self._is_to_end():
                 self._fill()
                 if not self._flights or self.search.is_over:
                     break
-                self._collect(end)
+                self._collect()
         finally:
             for flight in self._flights.values():
                 flight.future.cancel()
             self.search.close()
             self.pool.close()
 
+    def _is_to_end(self) -> bool:
+        """Whether it is stopped, or out of time; what the cache has answered is told before."""
+        if self.search.evolution.results != self._told:
+            self._call_back()
+        return self.stopping.is_set() or time.monotonic() >= self._end
+
     def _fill(self) -> None:
-        while len(self._flights) < self.pool.slots and (job := self.search.ask()) is not None:
+        while len(self._flights) < self.pool.slots:
+            job = self.search.ask(until=self._is_to_end)
+            if job is None:
+                return
             try:
                 future = self.pool.submit(self._task, job)
             except RuntimeError as error:  # such as BrokenProcessPool, or one that is shut down
@@ -72,11 +94,11 @@ class Driver:
             self._flights[job.evaluation] = Flight(job, future, deadline)
             future.add_done_callback(lambda _, number=job.evaluation: self._done.put(number))
 
-    def _collect(self, end: float) -> None:
+    def _collect(self) -> None:
         """Report what is done, or wait for it a while."""
         self._expire()
-        first = min((flight.deadline for flight in self._flights.values()), default=end)
-        wait = min(first, end) - time.monotonic()
+        first = min((flight.deadline for flight in self._flights.values()), default=self._end)
+        wait = min(first, self._end) - time.monotonic()
         try:
             number = self._done.get(timeout=max(0.0, min(wait, POLL_S)))
         except queue.Empty:
@@ -104,6 +126,10 @@ class Driver:
 
     def _report(self, job: Job, outcome: Outcome) -> None:
         self.search.report(job, outcome)
+        self._call_back()
+
+    def _call_back(self) -> None:
+        self._told = self.search.evolution.results
         if self.callback is not None and self.callback(self.search) is True:
             self.stopping.set()
 

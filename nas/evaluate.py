@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
+from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
@@ -119,15 +120,20 @@ class Repeated:
         object.__setattr__(self, "_inner", check(self.evaluator))
 
     def evaluate(self, job: Job) -> Mapping[str, float]:
-        """Means over the repeats, of every metric."""
+        """Means over the repeats, of every metric where it is given; the last's trained values."""
         jobs = [replace(job, seed=job.seed + i) for i in range(self.repeats)]
         found = [read(self._inner.evaluate(one), one) for one in jobs]
         values = [each.fitness if each.fitness is not None else math.nan for each in found]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        names = found[0].metrics
-        means = {name: sum(each.metrics[name] for each in found) / len(found) for name in names}
-        return {**means, "fitness": mean, "fitness_std": spread}
+        names = dict.fromkeys(name for each in found for name in each.metrics)
+        means = {
+            name: fmean(each.metrics[name] for each in found if name in each.metrics)
+            for name in names
+        }
+        kept = found[-1].trained_values
+        values_at = {} if kept is None else {TRAINED_VALUES: kept}
+        return {**means, **values_at, "fitness": mean, "fitness_std": spread}
 
 
 def read(returned: Any, job: Job) -> Outcome:

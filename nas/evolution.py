@@ -34,8 +34,9 @@ class Settings:
     """Whether a member can be in a sample twice; the paper draws with replacement."""
     algorithm: Algorithm = "aging"
     """Whom a result removes: the member trained least recently (`aging`, the paper's), the worst
-    of a sample (`non_aging`, the paper's comparison), or the worst of all (`elitist`, that of Ying
-    et al. 2019, https://arxiv.org/abs/1902.09635). `random` proposes random architectures only."""
+    of a sample (`non_aging`: the paper's comparison, except that the sample is drawn anew when the
+    result comes in, and can hold the newcomer), or the worst of all (`elitist`, that of Ying et al.
+    2019, https://arxiv.org/abs/1902.09635). `random` proposes random architectures only."""
     fitness_policy: FitnessPolicy = "stored"
     """What a member of a sample is judged by: its fitness as it is, or after training it again,
     from scratch or from its trained values. Being trained makes a member young again."""
@@ -47,6 +48,9 @@ class Settings:
                 raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed {self.seed!r}: expected a whole number")
+        for name in ("maximise", "replacement"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected True or False")
         if not self.replacement and self.sample > self.population:
             raise ValueError(
                 f"sample {self.sample} is more than population {self.population}, which cannot be "

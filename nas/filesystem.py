@@ -8,8 +8,8 @@ from pathlib import Path
 MOUNTS = Path("/proc/self/mounts")  # Linux; elsewhere nothing is known, and nothing refused
 NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
 NETWORK |= {"nfs", "nfs3", "nfs4", "ocfs2", "smb3", "smbfs"}
-BUCKETS = ("gcsfuse", "glusterfs", "goofys", "mount-s3", "rclone", "s3fs", "sshfs")
-NETWORK |= {f"fuse.{name}" for name in BUCKETS}
+# A program serves it: mostly from a network, such as drives and buckets; these are not.
+LOCAL_FUSE = {"bindfs", "encfs", "fuse-overlayfs", "gocryptfs", "lxcfs", "mergerfs", "unionfs"}
 
 
 class NetworkFileSystemError(OSError):
@@ -19,10 +19,11 @@ class NetworkFileSystemError(OSError):
 def check_local(path: Path) -> None:
     """Raise NetworkFileSystemError if the file would be on a network file system."""
     kind, mount = _mount(path)
-    if kind in NETWORK:
+    served = kind.startswith("fuse.") and kind.removeprefix("fuse.") not in LOCAL_FUSE
+    if kind in NETWORK or served:
         raise NetworkFileSystemError(
             f"{path} is on a network file system ({kind}, mounted at {mount}), where SQLite can "
-            "lose data: give a folder on a local disk, and copy the file when the search is over"
+            "lose data: give a folder on a local disk, and copy that folder when the search is over"
         )
 
 

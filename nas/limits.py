@@ -11,6 +11,11 @@ MAX_REJECTED = 10_000
 class FailuresError(RuntimeError):
     """Too many evaluations have failed, or too many candidates were rejected, in a row."""
 
+    @classmethod
+    def of(cls, in_a_row: int, last: str) -> "FailuresError":
+        """Of evaluations, with the last of them in words."""
+        return cls(f"{in_a_row} evaluations have failed in a row (max_failures), the last, {last}")
+
 
 class Limit(NamedTuple):
     """An architecture for which `measure` gives more than `at_most` is never trained.

@@ -19,6 +19,7 @@ from nas.driver import Running
 from nas.records import Reader
 
 EVERY_S = 0.5
+FINAL_TIMES = 6  # what is sent between two cells can get lost, and nothing comes after the end
 PLAIN_S = 10.0  # between plain lines, where it is not known how many results there will be
 
 
@@ -62,7 +63,8 @@ def _follow(path: Path, running: Running | None, every_s: float, show: Show) -> 
     try:
         while True:
             over = not reading.is_driven(reader)
-            text = line(reader, cycles) + (f"; {_end(running)}" if over else "")
+            end = f"; {_end(running)}" if over else ""  # first: it waits for the driver
+            text = line(reader, cycles) + end
             show(text, reader.counts().results, over)
             if over:
                 return
@@ -86,7 +88,13 @@ def _notebook_cell() -> Show:
     from IPython.display import HTML, display
 
     handle: Any = display(HTML(""), display_id=True)
-    return lambda text, _, __: handle.update(HTML(f"<code>{html.escape(text)}</code>"))
+
+    def show(text: str, _: int, over: bool) -> None:
+        for again in range(FINAL_TIMES if over else 1):
+            time.sleep(EVERY_S * bool(again))
+            handle.update(HTML(f"<code>{html.escape(text)}</code>"))
+
+    return show
 
 
 def _terminal(console: Console) -> Show:

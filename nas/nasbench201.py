@@ -46,7 +46,9 @@ class NASBench201Space:
 
         Skips are written as what they pass on, and what is `none`, or reads nothing else, is left
         out. The authors' `to_unique_str` tells 6,466 apart, as the terms of nested sums keep their
-        order in it, and zeros stay: each of its classes is within one of these.
+        order in it, and zeros stay: each of its classes is within one of these. That zeros give
+        zeros is exact for convolutions without a bias; the benchmark's batch norms have one, so
+        that a convolution of zeros is a constant there, which this takes for nothing.
         """
         nodes = [["x"]]
         for node in (1, 2, 3):

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from nas.evolution import Settings
-from nas.records import file_of
 from nas.space import Space
-from nas.store import Store
+from nas.store import ExistsError, Store
 
 
 class MismatchError(ValueError):
@@ -15,7 +14,9 @@ class MismatchError(ValueError):
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
     """Raise ValueError for what cannot be; `Settings` has checked itself."""
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < settings.population:
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise ValueError(f"cycles {cycles!r}: expected a whole number of at least 1")
+    if cycles < settings.population and settings.algorithm != "random":
         raise ValueError(
             f"cycles {cycles!r} is less than population {settings.population}: evolution begins "
             "when there are so many results; give more cycles, or a smaller population"
@@ -33,9 +34,10 @@ def open_store(
     path: Path, name: str, space: Space[Any], settings: dict[str, Any], setup: bytes | None
 ) -> Store:
     """The store at `path`, new, or of a search with the same settings; MismatchError if not."""
-    if not file_of(path).exists():
+    try:
         return Store.create(path, name=name, space=space.name, settings=settings, setup=setup)
-    store = Store(path)
+    except ExistsError:
+        store = Store(path)
     try:
         _check_same(store, space.name, settings)
     except BaseException:

@@ -45,15 +45,25 @@ def of_executor(executor: Executor, slots: int | None = None) -> Pool:
             "nas.pools.of_executor(executor, slots=8)"
         )
     pickles = isinstance(executor, ProcessPoolExecutor)
-    # A job that runs cannot be taken back from an executor: its report will be late.
-    return Pool(executor.submit, slots, pickles, expire=lambda future: future.cancel())
+    return Pool(
+        executor.submit,
+        slots,
+        pickles,
+        # A job that runs cannot be taken back from an executor: its report will be late.
+        expire=lambda future: future.cancel(),
+        begun=lambda future: future.running() or future.done(),
+        close=executor.close if isinstance(executor, Threads) else lambda: None,
+    )
 
 
 class Threads(Executor):
-    """A thread for each job at once; one that hangs neither blocks others nor the exit."""
+    """A thread for each job at once; one that hangs neither blocks others nor the exit.
+
+    It cannot be ended, so that it goes on beside the one that takes its place.
+    """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future, Callable, tuple]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._count = 0
 
@@ -67,13 +77,22 @@ class Threads(Executor):
             threading.Thread(target=self._work, name=name, daemon=True).start()
         return future
 
+    def close(self) -> None:
+        """Have each thread end when it has nothing left to do."""
+        for _ in range(self._count):
+            self._jobs.put(None)
+        self._count = 0
+
     def _work(self) -> None:
         while True:
-            future, function, arguments = self._jobs.get()
+            job = self._jobs.get()
+            if job is None:
+                return
+            future, function, arguments = job
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(*arguments))
                 except BaseException as error:
                     future.set_exception(error)
-            del future, function, arguments
+            del job, future, function, arguments
             self._idle.release()

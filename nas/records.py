@@ -99,7 +99,11 @@ class Reader:
             raise FileNotFoundError(f"{path}: there is no search here (no file {self.path})")
         uri = f"{self.path.absolute().as_uri()}?mode=ro"
         self._connection = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
-        schema.check(self._connection, self.path)
+        try:
+            schema.check(self._connection, self.path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go of the file."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nas import evaluate as evaluators
 from nas import pools, reading
 from nas import space as spaces
-from nas.driver import Callback, Driver, Running
+from nas.driver import Callback, Driver, Running, check_seconds
 from nas.limits import Limit
-from nas.records import FILE, CandidateRow, Counts, Reader, Study, file_of
+from nas.records import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, file_of
 from nas.searching import Search
 from nas.setup import Setup, setup_of
 from nas.space import SPACES, Space
@@ -125,17 +125,22 @@ class Result:
 
     @property
     def history(self) -> "DataFrame":
-        """A row for each candidate, by its number, with a column for each metric."""
-        return _frame(
-            {**row._asdict(), **row.metrics, "mutation_kind": _kind(row.mutation)}
-            for row in self.reader.candidates()
-        ).set_index("id")
+        """A row for each candidate, by its number, with a column for each metric.
+
+        A metric that is named as a column of the store is in `candidate(number).metrics` only.
+        """
+        rows = list(self.reader.candidates())
+        metrics = [name for row in rows for name in row.metrics]
+        found = [
+            {**row.metrics, **row._asdict(), "mutation_kind": _kind(row.mutation)} for row in rows
+        ]
+        return _frame(found, [*CandidateRow._fields, *metrics, "mutation_kind"])
 
     @property
     def evaluations(self) -> "DataFrame":
         """A row for each evaluation: its candidate, worker, times (seconds since 1970), outcome."""
-        rows = (row._asdict() for row in self.reader.evaluations())
-        return _frame(rows).set_index("id")
+        rows = [row._asdict() for row in self.reader.evaluations()]
+        return _frame(rows, EvaluationRow._fields)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Best so far, fitness by age, what the cache saved, the workers, and Pareto fronts.
@@ -225,18 +230,22 @@ def search(
     A search of the same name and settings goes on where it was. Raises `nas.FailuresError` if the
     evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
     """
+    check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     space, evaluator = spaces.check(space), evaluators.check(evaluate)
     driving = {"workers": workers, "timeout_s": timeout_s}
     setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
     loop = Search(
         space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
     )
+    pool = None
     try:
         pool = pools.pool(workers)
+        running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
     except BaseException:
         loop.close()
+        if pool is not None:
+            pool.close()
         raise
-    running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
     result = Result(Path(folder) / name, space, running)
     if wait:
         running.run()
@@ -255,15 +264,16 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
     return Result(path)
 
 
-def _frame(rows: Any) -> "DataFrame":
+def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":
+    """By the column `id`, each column once, also where there is no row."""
     try:
         import pandas
     except ImportError as error:
         raise ImportError(
             "a DataFrame needs pandas: pip install 'gpipe-jax[search]'; or read `result.reader`"
         ) from error
-    frame = pandas.DataFrame(list(rows))
-    return frame.drop(columns="metrics", errors="ignore")
+    names = [name for name in dict.fromkeys(columns) if name != "metrics"]
+    return pandas.DataFrame(rows, columns=names).set_index("id")  # type: ignore[arg-type]
 
 
 def _kind(mutation: str | None) -> str | None:

@@ -11,6 +11,9 @@ population until the event `removed`.
 """
 
 import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 VERSION = 1
 
@@ -79,19 +82,39 @@ class VersionError(ValueError):
     """The file was written by a newer version of this package."""
 
 
-def create(connection: sqlite3.Connection) -> None:
-    """Make the tables in an empty file."""
-    connection.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+class NotASearchError(ValueError):
+    """The file is something else."""
+
+
+def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:
+    """Make the tables in an empty file, and the row of `study`: all at once, or nothing."""
+    connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION};")
+    connection.execute("INSERT INTO study VALUES (1, ?, ?, ?, ?, ?, ?)", study)
+    connection.execute("COMMIT")
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Raise NotASearchError, with the path, where SQLite finds that a file is none of its."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+            raise
+        raise NotASearchError(
+            f"{path} is not a search's file, nor any SQLite database: give another name or folder, "
+            "or move the file away"
+        ) from error
 
 
 def version(connection: sqlite3.Connection) -> int:
-    """The version of a file; 0 if it has no tables of ours."""
+    """The version of a file; 0 if it is empty, as while it is being made."""
     return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 def migrate(connection: sqlite3.Connection, path: object) -> None:
     """Bring a file up to `VERSION`, one version at a time."""
-    while (found := version(connection)) < VERSION:
+    while 0 < (found := version(connection)) < VERSION:
         steps = f"{MIGRATIONS[found]} PRAGMA user_version = {found + 1};"
         connection.executescript(f"BEGIN; {steps} COMMIT;")
     check(connection, path)
@@ -99,7 +122,10 @@ def migrate(connection: sqlite3.Connection, path: object) -> None:
 
 def check(connection: sqlite3.Connection, path: object) -> None:
     """Raise VersionError if a file is newer than this package; older ones can be read."""
-    found = version(connection)
+    with naming(path):
+        found = version(connection)
+    if not found:
+        raise NotASearchError(f"{path} holds no search: give the name of another run")
     if found > VERSION:
         raise VersionError(
             f"{path} has version {found} of the tables, but this package knows up to {VERSION}: "

@@ -4,13 +4,14 @@
     while (job := search.ask()) is not None:
         search.tell(job, accuracy(job.architecture))
 
-Any number of jobs may be under way, and reported in any order. All is written to the store before
-it is acted on, so a search of the same name goes on where the last one was, however that ended.
+Any number of jobs may be under way, and reported in any order, from any thread. All is
+written to the store before it is acted on: a search of the same name goes on where the last was.
 """
 
 import json
+import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,9 @@ class Search:
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
-        decisive = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(Path(folder) / name, name, self.space, decisive, setup)
-        self.evolution = state.evolution(self.store, self.space, self.settings)
+        same = {**self.settings.to_dict(), "cache": int(cache)}
+        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
         self._todo: deque[Job] = deque()
@@ -62,6 +63,7 @@ class Search:
         self._tournaments: dict[int, Tournament] = {}
         self._failed_in_a_row = 0
         try:
+            self.evolution = state.evolution(self.store, self.space, self.settings)
             self._restore()
         except BaseException:
             self.close()
@@ -69,14 +71,19 @@ class Search:
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def ask(self) -> Job | None:
-        """The next job; None if there is none now: the search is over, or waits for reports."""
-        while not self.is_over:
-            if self._todo:
-                return self._start(self._todo.popleft())
-            if self.evolution.results + len(self._open) + len(self._tournaments) >= self.cycles:
-                return None
-            self._advance()
+    def ask(self, until: Callable[[], bool] = lambda: False) -> Job | None:
+        """The next job; None if there is none now: the search is over, or waits for reports.
+
+        The cache may answer many candidates before one is to be trained; between them `until` is
+        called, and by True makes this return None.
+        """
+        with self._lock:
+            while not self.is_over and not until():
+                if self._todo:
+                    return self._start(self._todo.popleft())
+                if self.evolution.results + len(self._open) + len(self._tournaments) >= self.cycles:
+                    return None
+                self._advance()
         return None
 
     def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
@@ -88,17 +95,16 @@ class Search:
 
     def report(self, job: Job, outcome: Outcome) -> None:
         """What came of a job, also if it failed; FailuresError if that is one too many."""
-        if self._running.pop(job.evaluation, None) is None:
-            with self.store.change("late", job.candidate, evaluation=job.evaluation):
-                return
-        if outcome.kind != "ok":
-            self._failure(job, outcome)
-            return
-        self._failed_in_a_row = 0
-        if job.tournament is None:
-            self._result(job, outcome)
-        else:
-            self._retrained(job, outcome)
+        with self._lock:
+            if job.evaluation not in self._running:
+                with self.store.change("late", job.candidate, evaluation=job.evaluation):
+                    return
+            if outcome.kind != "ok":
+                self._failure(job, outcome)
+            elif job.tournament is None:
+                self._result(job, outcome)
+            else:
+                self._retrained(job, outcome)
 
     @property
     def is_over(self) -> bool:
@@ -111,7 +117,8 @@ class Search:
 
     def close(self) -> None:
         """Let go of the store, for another driver."""
-        self.store.close()
+        with self._lock:
+            self.store.close()
 
     def __enter__(self) -> "Search":
         return self
@@ -175,8 +182,7 @@ class Search:
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        values = self._values(member)
-        return Job(0, member, architecture, seed, tournament=tournament, inherit=values)
+        return Job(0, member, architecture, seed, 1, tournament, self._values(member))
 
     def _values(self, candidate: int | None) -> str | None:
         """The trained values to start from, a candidate's own or its child's."""
@@ -195,12 +201,12 @@ class Search:
     # --- outcomes ---------------------------------------------------------------------------------
 
     def _result(self, job: Job, outcome: Outcome) -> None:
-        number, fitness = job.candidate, outcome.fitness
-        network = self._open[number].network
-        change = self.store.change("result", number, evaluation=job.evaluation, fitness=fitness)
-        with change as event:
+        network = self._open[job.candidate].network
+        named = {"evaluation": job.evaluation, "fitness": outcome.fitness}
+        with self.store.change("result", job.candidate, **named) as event:
             self.store.end_evaluation(job, outcome)
-            self._join(event, number, outcome)
+            self._join(event, job.candidate, outcome)
+        self._ended(job)
         self._end(network)
 
     def _join(self, event: int, number: int, result: Outcome | Answer) -> None:
@@ -225,30 +231,29 @@ class Search:
         number, fitness = job.candidate, outcome.fitness
         assert fitness is not None
         metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
+        kept = {"metrics": metrics, "trained_values": outcome.trained_values}
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
             self.evolution.refresh(number, fitness, event)
-            self.store.set_candidate(
-                number,
-                fitness=fitness,
-                metrics=metrics,
-                last_trained=event,
-                trained_values=outcome.trained_values,
-            )
+            self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
+        self._ended(job)
+        self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._judge(job, fitness)
+
+    def _ended(self, job: Job, *, failed: bool = False) -> None:
+        """The outcome is written, so that the job is no longer under way."""
+        del self._running[job.evaluation]
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
     def _judge(self, job: Job, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
         assert job.tournament is not None
-        sample, missing = self._tournaments[job.tournament]
-        missing.discard(job.candidate)
-        for place, member in enumerate(sample):
-            if member.candidate == job.candidate and fitness is not None:
-                sample[place] = replace(member, fitness=fitness)
-        if not missing:
+        tournament = self._tournaments[job.tournament]
+        tournament.judge(job.candidate, fitness)
+        if not tournament.missing:
             del self._tournaments[job.tournament]
-            self._propose(self.evolution.child(job.tournament, sample))
+            self._propose(self.evolution.child(job.tournament, tournament.sample))
 
     def _failure(self, job: Job, outcome: Outcome) -> None:
         """Try again, or give the candidate up, as the retries of this kind of failure are."""
@@ -260,18 +265,16 @@ class Search:
             self.store.end_evaluation(job, outcome)
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")
+        self._ended(job, failed=True)
         if again:
             self._todo.appendleft(replace(job, attempt=job.attempt + 1))
         elif job.tournament is not None:
             self._judge(job, None)
         else:
             self._end(self._open.pop(job.candidate).network)
-        self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.max_failures:
-            raise FailuresError(
-                f"{self._failed_in_a_row} evaluations have failed in a row (max_failures), the "
-                f"last, of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
-            )
+            last = f"of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
+            raise FailuresError.of(self._failed_in_a_row, last)
 
     def _end(self, network: str) -> None:
         for waiting in self.twins.end(network):

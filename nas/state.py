@@ -1,5 +1,6 @@
 """What a search has under way, and how it is found again in the store of a driver that is gone."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from nas.evolution import Evolution, Member, Settings
@@ -21,6 +22,13 @@ class Tournament(NamedTuple):
 
     sample: list[Member]  # with their new fitness, as far as it is known
     missing: set[int]  # candidates
+
+    def judge(self, candidate: int, fitness: float | None) -> None:
+        """A retraining has ended; without a fitness the member keeps the one it has."""
+        self.missing.discard(candidate)
+        for place, member in enumerate(self.sample):
+            if member.candidate == candidate and fitness is not None:
+                self.sample[place] = replace(member, fitness=fitness)
 
 
 def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolution:

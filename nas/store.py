@@ -22,7 +22,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,37 @@ from nas.evaluate import Job, Outcome
 from nas.evolution import Proposal
 from nas.records import Reader, file_of
 
+CLOSE_MS = 1000  # how long closing waits for readers
+LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
+
 
 class BusyError(RuntimeError):
     """Another driver has the file open."""
 
 
+class ExistsError(FileExistsError):
+    """A search is there already."""
+
+
 class Store(Reader):
     """A search's file, to write to, and this driver's alone until it is closed."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, lock: sqlite3.Connection | None = None) -> None:
         self.path = file_of(path)
-        self._lock = _lock(self.path)
-        self._connection = _open(self.path)
+        self._lock = lock or _lock(self.path)
         try:
-            schema.migrate(self._connection, self.path)
+            self._connection = _open(self.path)
+        except BaseException:
+            self._lock.close()
+            raise
+        try:
+            self._take_over()
         except BaseException:
             self.close()
             raise
+
+    def _take_over(self) -> None:
+        schema.migrate(self._connection, self.path)
         self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM events")[0]
         with self.change("driver", detail=_who()):
             self._connection.execute(
@@ -65,28 +79,38 @@ class Store(Reader):
         settings: dict[str, Any],
         setup: bytes | None = None,
     ) -> "Store":
-        """Make the file of a new search, with its folder, and open it."""
+        """Make the file of a new search, with its folder, and open it; ExistsError if it has one.
+
+        A file whose driver was killed before all of that was written counts as none.
+        """
         file = file_of(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         filesystem.check_local(file)
+        package = metadata.version("gpipe-jax")
+        row = (name, space, json.dumps(settings), time.time(), package, setup)
         lock = _lock(file)
         try:
-            if file.exists() and schema.version(connection := _open(file)):
-                raise FileExistsError(f"{file} holds a search already: open it, or use another")
-            connection = _open(file)
-            schema.create(connection)
-            package = metadata.version("gpipe-jax")
-            row = (name, space, json.dumps(settings), time.time(), package, setup)
-            connection.execute("INSERT INTO study VALUES (1, ?, ?, ?, ?, ?, ?)", row)
-            connection.close()
-        finally:
+            with closing(_open(file)) as connection:
+                if schema.version(connection):
+                    raise ExistsError(f"{file} holds a search already: open it, or use another")
+                schema.create(connection, row)
+        except BaseException:
             lock.close()
-        return cls(file)
+            raise
+        return cls(file, lock)
 
     def close(self) -> None:
-        """Let go of the file, for another driver."""
-        self._connection.close()
-        self._lock.close()
+        """Let go of the file, for another driver.
+
+        All is in the one file then, also while readers have it open, unless one reads just now.
+        """
+        try:
+            with suppress(sqlite3.Error):  # closed before, or not a database
+                self._connection.execute(f"PRAGMA busy_timeout = {CLOSE_MS}")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self._connection.close()
+            self._lock.close()
 
     @contextmanager
     def change(
@@ -177,7 +201,12 @@ def _written(value: Any) -> Any:
 def _open(path: Path) -> sqlite3.Connection:
     filesystem.check_local(path)
     connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
+    try:
+        with schema.naming(path):
+            connection.execute("PRAGMA journal_mode = WAL")
+    except BaseException:
+        connection.close()
+        raise
     # Safe against a killed process; after a power cut the last changes may be missing, in order.
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
@@ -189,7 +218,7 @@ def _lock(path: Path) -> sqlite3.Connection:
     Readers of the search's file do not see it.
     """
     lock = sqlite3.connect(
-        path.with_suffix(".lock"), isolation_level=None, timeout=0, check_same_thread=False
+        path.with_suffix(".lock"), isolation_level=None, timeout=LOCK_S, check_same_thread=False
     )
     try:
         lock.execute("BEGIN EXCLUSIVE")

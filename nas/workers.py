@@ -24,20 +24,33 @@ def run(evaluator: Evaluator, job: Job) -> Outcome:
         outcome = read(evaluator.evaluate(job), job)
     except ReturnError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # not the user's interrupt
         outcome = failure(error)
     return outcome._replace(worker=_name(), started=started, finished=time.time())
 
 
 def task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
-    """What to submit, so that a worker keeps one evaluator, and what that has compiled."""
+    """What to submit, so that a worker keeps one evaluator, and what that has compiled.
+
+    ValueError if jobs are pickled and the evaluator cannot be.
+    """
     if not pickles:
         return functools.partial(run, evaluator)
-    return functools.partial(_run_pickled, dumps(evaluator))
+    try:
+        return functools.partial(_run_pickled, dumps(evaluator))
+    except Exception as error:  # of any object's own pickling
+        raise ValueError(
+            f"evaluate cannot be sent to workers in other processes ({error}): make it a function "
+            "of a module that keeps no lock, file or connection, or use threads, workers=4"
+        ) from error
 
 
 def _run_pickled(pickled: bytes, job: Job) -> Outcome:
-    return run(_evaluator(pickled), job)
+    try:
+        evaluator = _evaluator(pickled)
+    except Exception as error:  # such as of a module that is not on this machine
+        return failure(error)._replace(worker=_name())
+    return run(evaluator, job)
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,8 +89,9 @@ def _name() -> str:
     worker = _worker()
     if worker is not None:
         return f"worker {worker.name}"
-    name = threading.current_thread().name
-    return name if name.startswith("thread") else f"process {os.getpid()}"
+    thread = threading.current_thread()
+    main = thread is threading.main_thread()
+    return f"process {os.getpid()}" if main else thread.name
 
 
 # --- on the driver --------------------------------------------------------------------------------

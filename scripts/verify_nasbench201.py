@@ -38,7 +38,7 @@ class Row(NamedTuple):
     what: str
     measured: str
     wanted: str
-    ok: bool
+    ok: bool | None  # None where nothing is wanted: it is only measured
     figures: dict
 
 
@@ -149,7 +149,7 @@ def budget(lookup: Lookup, runs: int) -> Iterator[Row]:
         measured = f"{fmean(found):.2f} +- {stdev(found):.2f} (deviation)"
         figures = {"mean": fmean(found), "deviation": stdev(found), "runs": runs}
         what = f"12,000 s, cifar10, P=10 S=3, {algorithm}"
-        yield Row(what, measured, f"published {published}", True, figures)
+        yield Row(what, measured, f"published {published}", None, figures)
 
 
 def noisy(lookup: Lookup, runs: int) -> Iterator[Row]:
@@ -210,7 +210,8 @@ def killed(lookup: Lookup, runs: int) -> Iterator[Row]:
 def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
     """32 workers, one evaluation in twenty ten times slower: asynchronous or in generations.
 
-    An asynchronous search waits for stragglers only once, at its end: it is timed without and with.
+    An asynchronous search waits for stragglers only once, at its end. At most 1/5 is wanted of one
+    that goes on; with the wait at its end 500 results miss that, and both are shown.
     """
 
     def work(job: Job) -> tuple[Outcome, float]:
@@ -231,11 +232,12 @@ def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
             fmean(hours(seed, results + extra, results, synchronous) for seed in range(runs))
             for synchronous, extra in ((False, more), (True, 0))
         )
-        ratio, judged = quick / slow, more > 0
+        ratio = quick / slow
         measured = f"{quick:.2f} h / {slow:.2f} h = {ratio:.3f}"
         figures = {"asynchronous_h": quick, "synchronous_h": slow, "runs": runs}
-        wanted = "at most 0.2" if judged else ""
-        yield Row(f"stragglers, {what}", measured, wanted, not judged or ratio <= 0.2, figures)
+        met = "met" if ratio <= 0.2 else "missed"
+        wanted = "at most 0.2" if more else f"0.2 is {met}"
+        yield Row(f"stragglers, {what}", measured, wanted, ratio <= 0.2 if more else None, figures)
 
 
 def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
@@ -295,15 +297,17 @@ def main() -> None:
     rows, started = [], time.perf_counter()
     for name, part in parts.items():
         for row in part() if options.only in (None, name) else ():
-            mark = "ok" if row.ok else "NOT MET"
+            mark = {True: "ok", False: "NOT MET", None: "measured only"}[row.ok]
             print(f"{row.what:<50} {row.measured:<42} {row.wanted}: {mark}", flush=True)
             rows.append(row)
     wall_s = time.perf_counter() - started
-    print(f"{sum(row.ok for row in rows)} of {len(rows)} as wanted, in {wall_s:.0f} s")
+    judged = [row.ok for row in rows if row.ok is not None]
+    only = len(rows) - len(judged)
+    print(f"{sum(judged)} of {len(judged)} as wanted, {only} only measured, in {wall_s:.0f} s")
     if options.json:
         lines = {row.what: {**row.figures, "ok": row.ok} for row in rows}
         print(json.dumps({"rows": lines, "wall_s": wall_s}))
-    sys.exit(0 if all(row.ok for row in rows) else 1)
+    sys.exit(0 if all(judged) else 1)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_the_notebook_of_a_search(tmp_path):
     done = run("search", tmp_path)
     assert "<svg" in value(done, "space.random", "text/html")
     live = shown(done, "result.watch()")[0].data["text/html"]
-    assert "/200 results" in live  # its last state, or that of a moment before
+    assert "200/200 results" in live and "no driver is at work" in live
     assert "200 with a fitness" in value(done, "result.wait()", "text/html")
     assert "mutation" in value(done, "result.best\n", "text/html")
     for source in ("result.plot()", "plot_lineage()"):

@@ -13,8 +13,9 @@ import pytest
 from searches import Bits, ones
 
 import nas
-from nas import cluster, pools
-from nas.evaluate import ReturnError
+from nas import cluster, pools, workers
+from nas.driver import Driver, Running
+from nas.evaluate import Function, ReturnError
 
 SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
 
@@ -58,6 +59,126 @@ def test_any_executor(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
         pools.pool(Odd())
     check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
+
+
+def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> None:
+    """Four jobs at once on one thread: those that wait do not run out of time."""
+
+    def slow(bits) -> float:
+        time.sleep(0.2)
+        return ones(bits)
+
+    with ThreadPoolExecutor(1, "mine") as executor:
+        pool = pools.of_executor(executor, slots=4)
+        result = run(tmp_path, slow, workers=pool, timeout_s=0.6, cycles=10)
+    check(result, 10)
+    assert result.counts.failures == 0
+    assert set(result.evaluations["worker"]) == {"mine_0"}
+
+
+def test_tables_of_nothing_and_of_metrics_with_names_of_columns(tmp_path) -> None:
+    with nas.Search(folder=tmp_path, **SMALL) as search:
+        result = nas.load("search", tmp_path)
+        assert len(result.history) == len(result.evaluations) == 0
+        assert {"parent", "fitness", "mutation_kind"} <= set(result.history.columns)
+        search.tell(search.ask(), {"fitness": 1.0, "id": 7, "parent": 8, "state": 9, "loss": 3})
+    (row,) = result.history.to_dict("records")
+    assert list(result.history.index) == [0] and row["parent"] is None and row["state"] == "done"
+    assert row["loss"] == 3 and result.reader.candidate(0).metrics["parent"] == 8
+
+
+def test_repeats_keep_the_last_trained_values_and_metrics_of_some() -> None:
+    class Odd:
+        def evaluate(self, job):
+            found = {"fitness": job.seed, "trained_values": str(job.seed)}
+            return {**found, "loss": job.seed} if job.seed else found
+
+    outcome = nas.Repeated(Odd(), 3).evaluate(nas.Job(1, 0, (), 0))
+    assert outcome["loss"] == 1.5 and outcome["trained_values"] == "2" and outcome["fitness"] == 1
+
+
+class Few(Bits):
+    """Four networks, so that the cache soon knows all."""
+
+    def canonical(self, bits):
+        return str(bits[:2])
+
+
+@pytest.mark.parametrize("by", ["callback", "time", "stop"])
+def test_a_search_can_be_ended_while_the_cache_answers(tmp_path, by) -> None:
+    def ends(search) -> bool:
+        seen.append(search.evolution.results)
+        if by == "time":
+            time.sleep(0.05)
+        if by == "stop" and len(seen) > 50:
+            running[0].stop()
+        return by == "callback" and len(seen) > 50
+
+    seen: list[int] = []
+    running: list = []
+    options = {"space": Few(), "cache": True, "cycles": 5000, "callback": ends}
+    if by == "time":
+        options["time_limit_s"] = 2.0
+    if by == "stop":
+        search = nas.Search(
+            folder=tmp_path, **{**SMALL, "cache": True, "space": Few(), "cycles": 5000}
+        )
+        pool = pools.pool(1)
+        running.append(Running(Driver(search, Function(lambda bits: 1.0), pool, callback=ends)))
+        running[0].run()
+        assert 50 <= nas.load("search", tmp_path).counts.results < 70
+        return
+    result = run(tmp_path, lambda bits: 1.0, **options)
+    assert result.counts.results < 70 and result.counts.cache_hits > 0
+
+
+def test_an_evaluator_that_cannot_be_pickled(tmp_path) -> None:
+    lock = threading.Lock()
+
+    def locked(bits) -> float:
+        with lock:
+            return ones(bits)
+
+    with (
+        ProcessPoolExecutor(1) as executor,
+        pytest.raises(
+            ValueError, match=r"evaluate cannot be sent to .* \(.*\): make it a function"
+        ),
+    ):
+        run(tmp_path, locked, workers=executor)
+    check(run(tmp_path, locked))  # the file is free
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "time_limit_s"])
+def test_limits_that_are_no_time(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match=f"{name} 0: expected seconds, more than 0, or None"):
+        run(tmp_path, **{name: 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_threads_of_a_search_end_with_it(tmp_path) -> None:
+    before = set(threading.enumerate())
+    run(tmp_path, workers=4)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def leaves(bits) -> float:
+    """Ends its process, as scripts do, for some bits."""
+    return sys.exit("no such option") if bits[:2] == (0, 0) else ones(bits)
+
+
+def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
+    result = run(tmp_path, leaves, workers=2, max_failures=60, algorithm="random")
+    check(result)
+    assert set(result.reader.failures_by_kind()) == {"exception"}
+
+
+def test_an_evaluator_that_a_worker_cannot_import_is_no_dead_worker() -> None:
+    pickled = b"cno_such_module\nevaluate\n."
+    outcome = workers._run_pickled(pickled, nas.Job(1, 0, (), 0))
+    assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
 
 
 def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:

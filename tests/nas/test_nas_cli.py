@@ -120,6 +120,32 @@ def test_an_evaluator_that_fails_is_no_bad_input(nas) -> None:
     assert code == 1 and "returned 'good' (str) as fitness of candidate 0" in err
 
 
+def test_out_of_time_before_the_first_result(nas, tmp_path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ndef evaluate(g):\n    time.sleep(2)\n")
+    arguments = ("run.time_limit_s=0.1", "evaluate.function=slow:evaluate")
+    code, _, err = nas("search", "mine.yaml", *arguments)
+    assert code == 1 and "runs/mine has no result yet; the same command goes on" in err
+    assert (tmp_path / "runs" / "mine" / "config.yaml").exists()
+
+
+def test_a_file_that_is_no_search(nas, tmp_path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "search.sqlite").write_text("no database, but a text" * 100)
+    for arguments in (("search", "mine.yaml"), ("report", "mine")):
+        code, _, err = nas(*arguments)
+        assert code == 2 and "mine/search.sqlite is not a search's file, nor any SQLite" in err
+
+
+def test_the_config_is_there_while_the_search_goes_on_and_a_zero_is_a_fitness(
+    nas, tmp_path
+) -> None:
+    (tmp_path / "sized.py").write_text(
+        "import os\ndef evaluate(g):\n    return 0.0 * os.path.getsize('runs/mine/config.yaml')\n"
+    )
+    code, lines, _ = nas("search", "mine.yaml", "evaluate.function=sized:evaluate")
+    assert code == 0 and "results: best 0," in f"{lines[0]}," and "nan" not in "".join(lines)
+
+
 def test_bad_export(nas, tmp_path) -> None:
     code, _, err = nas("export", "nothing", "--out", "x.json")
     assert code == 2 and "no run 'nothing'" in err

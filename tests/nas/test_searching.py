@@ -1,6 +1,7 @@
 """Ask and tell: cache, twins, limits, failures, retraining, and what is refused."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -58,6 +59,46 @@ def test_a_target_ends_the_search(tmp_path, maximise, target) -> None:
         assert fitnesses[-1] == target and fitnesses.count(target) == 1
 
 
+def test_a_target_is_met_by_a_retraining_too(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> float:
+        return 1.0 if job.tournament is None else 50.0
+
+    with small(tmp_path, target=50.0, fitness_policy="retrain_scratch") as search:
+        drive(search, evaluate)
+        assert search.best_fitness == 50.0 and search.store.counts().results == 8
+
+
+def test_random_search_needs_no_population(tmp_path) -> None:
+    with small(tmp_path, algorithm="random", population=100, cycles=5) as search:
+        assert drive(search).store.counts().results == 5
+
+
+def test_asking_and_telling_from_many_threads(tmp_path) -> None:
+    def work() -> None:
+        while (job := search.ask()) is not None:
+            search.tell(job, ones(job.architecture))
+
+    search = small(tmp_path, cycles=400)
+    with search, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(work) for _ in range(8)]:
+            done.result()
+        drive(search)
+        counts = search.store.counts()
+        assert (counts.results, counts.evaluations, counts.proposed) == (400, 400, 400)
+        nas.replay(search.store, Bits())
+
+
+def test_a_report_that_cannot_be_written_can_be_told_again(tmp_path, monkeypatch) -> None:
+    with small(tmp_path) as search:
+        job = search.ask()
+        with monkeypatch.context() as patch:
+            patch.setattr(search.store, "change", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                search.tell(job, 1.0)
+        search.tell(job, 3.0)
+        assert search.store.candidate(0).fitness == 3.0
+
+
 # --- cache ----------------------------------------------------------------------------------------
 
 
@@ -97,7 +138,8 @@ def test_a_twin_takes_over_when_the_first_fails(tmp_path) -> None:
 
     with small(tmp_path, space=One(), cache=True, retries=nas.Retries(exception=0)) as search:
         first = search.ask()
-        assert search.ask() is None or not search._todo  # everyone else waits
+        assert search.ask() is None  # everyone else waits
+        assert search.store.counts().proposed == 60
         search.report(first, Outcome("exception", error="no"))
         second = search.ask()
         assert second.candidate == 1
@@ -296,6 +338,8 @@ def test_what_is_one_number(tmp_path, value) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cycles": "many"}, "cycles 'many': expected a whole number of at least 1"),
+        ({"maximise": "no"}, "maximise 'no': expected True or False"),
         ({"cycles": 7}, "cycles 7 is less than population 8: evolution begins when"),
         ({"cache": -1}, "cache -1: expected True, False, or how many times"),
         ({"max_failures": 0}, "max_failures 0: expected a whole number of at least 1"),

@@ -1,5 +1,8 @@
 """The store: all or nothing, one writer, and files of other versions, places and searches."""
 
+import functools
+import itertools
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -82,7 +85,56 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch) -> None:
     ):
         small(tmp_path / "far away")
     small(tmp_path / "far away" / "near").close()
+    mounts.write_text(f"drive {place} fuse.drive rw 0 0\nx {place}/near fuse.mergerfs rw 0 0\n")
+    with pytest.raises(OSError, match=r"\(fuse\.drive, .*give a folder .* and copy that folder"):
+        small(tmp_path / "far away")
+    small(tmp_path / "far away" / "near").close()
     small(tmp_path / "here").close()
+
+
+class CutError(BaseException):
+    """The driver's end."""
+
+
+def test_a_driver_killed_while_it_made_the_file_is_as_if_it_had_not_begun(
+    tmp_path, monkeypatch
+) -> None:
+    """Cut before each statement that it executes: the next driver makes the file, or goes on."""
+
+    class Cut(sqlite3.Connection):
+        def execute(self, text, *values):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise CutError(text)
+            return super().execute(text, *values)
+
+    connect, cut = sqlite3.connect, []
+    for number in itertools.count(1):
+        left, folder = number, tmp_path / str(number)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(sqlite3, "connect", functools.partial(connect, factory=Cut))
+                small(folder).close()
+            break
+        except CutError as error:
+            cut.append(str(error)[:18])
+        with small(folder) as search:
+            assert search.store.study().name == "search" and search.ask() is not None
+    assert {"INSERT INTO study ", "COMMIT", "UPDATE evaluations"} <= set(cut)
+
+
+def test_the_one_file_is_whole_while_a_reader_has_it_open(path, tmp_path) -> None:
+    reader = Reader(path)
+    assert reader.counts().results == 60
+    small(tmp_path).close()
+    (tmp_path / "copy").mkdir()
+    shutil.copy(path / "search.sqlite", tmp_path / "copy")
+    assert Reader(tmp_path / "copy").counts().results == 60
+    with small(tmp_path, cycles=90) as search:
+        drive(search)
+    shutil.copy(path / "search.sqlite", tmp_path / "copy")
+    assert Reader(tmp_path / "copy").counts().results == 90 == reader.counts().results
 
 
 def test_a_newer_version_is_refused(path) -> None:
@@ -112,8 +164,11 @@ def test_an_older_version_is_migrated_by_its_driver(path, monkeypatch) -> None:
 def test_a_file_that_is_no_database(tmp_path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.sqlite").write_bytes(b"no database, but a text" * 100)
-    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
-        small(tmp_path)
+    for opens in (small, lambda folder: Reader(folder / "search")):
+        with pytest.raises(
+            ValueError, match=r"search\.sqlite is not a search's file, nor any SQ.*: "
+        ):
+            opens(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no search here"):
         Reader(tmp_path)
 
