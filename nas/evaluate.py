@@ -119,7 +119,7 @@ class Repeated:
             raise ValueError(f"repeats {self.repeats}: expected at least 1")
         object.__setattr__(self, "_inner", check(self.evaluator))
 
-    def evaluate(self, job: Job) -> Mapping[str, float]:
+    def evaluate(self, job: Job) -> Mapping[str, float | str]:
         """Means over the repeats, of every metric where it is given; the last's trained values."""
         jobs = [replace(job, seed=job.seed + i) for i in range(self.repeats)]
         found = [read(self._inner.evaluate(one), one) for one in jobs]
