@@ -143,7 +143,7 @@ def test_of_bad_runs_a_plain_message(run, tmp_path) -> None:
     assert "no run 'nine': no file runs/nine/search.sqlite; runs in runs: mine" in error
     for name, content, problem in (
         ("text", b"a diary of many words" * 50, "nor any SQLite database"),
-        ("empty", b"", "no such table"),
+        ("empty", b"", "search.sqlite holds no search: give the name of another run"),
     ):
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "search.sqlite").write_bytes(content)
