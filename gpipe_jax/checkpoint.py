@@ -22,6 +22,7 @@ from gpipe_jax.names import by_name, from_names
 from gpipe_jax.trainer import Layers
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
+COMMITTED = "commit_success.txt"
 FORMAT = 1
 PACKAGES = ("gpipe-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -43,6 +44,7 @@ class Manifest(NamedTuple):
     config: dict  # of the run, as `Config.model_dump`
     metrics: dict | None  # of the evaluation at this step, if there was one
     versions: dict[str, str]
+    data: dict  # what the data set was, as `stream.identity` tells it
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def write_part(path: epath.Path, part: str, tree: Any, description: str = "") ->
 
 
 def write_manifest(path: epath.Path, parts: Mapping[str, dict], about: Mapping[str, Any]) -> None:
-    """Write the manifest, after everything else: `about` has step, config and metrics."""
+    """Write the manifest, after everything else: `about` has step, config, metrics and data."""
     content = {"format": FORMAT, "versions": _versions(), **about, "parts": parts}
     text = json.dumps(content)
     with (path / MANIFEST).open("wb") as file:
@@ -85,7 +87,16 @@ def steps(folder: epath.Path) -> list[int]:
     """The steps of the checkpoints in a folder, whole or not, the newest first."""
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
+    found = (p for p in folder.iterdir() if p.name.isdecimal() and _is_committed(p))
+    return sorted((int(p.name) for p in found), reverse=True)
+
+
+def _is_committed(path: epath.Path) -> bool:
+    """Whether it is not one that is being written, or that its writer did not live to finish.
+
+    On a file system a folder gets its name when it is complete; on gs:// Orbax adds a file then.
+    """
+    return not str(path).startswith("gs://") or (path / COMMITTED).exists()
 
 
 def read_manifest(folder: epath.Path, step: int) -> Manifest:

@@ -1,6 +1,7 @@
 """`gpipe train`, `eval` and `export`: from the command line's options to an exit code."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from etils import epath
 
 from gpipe_jax import build, data, export, hosts, loader, progress, run
 from gpipe_jax.config import Config
-from gpipe_jax.interrupt import PREEMPTED, StoppedError
+from gpipe_jax.interrupt import PREEMPTED, StoppedError, listening
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.trainer import DivergedError
 
 Work = Callable[[run.Parts], run.Summary]
+Heard = Callable[[int], contextlib.AbstractContextManager]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -33,13 +35,17 @@ def train(options: argparse.Namespace) -> int:
             summary = run.train(parts, show)
         return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})
 
-    return _run(options, work)
+    return _run(options, work, listening)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate the newest whole checkpoint of a config's run, or of a run's folder."""
     folder = epath.Path(options.config)
-    if folder.is_dir():
+    try:
+        is_run = folder.is_dir()
+    except ImportError as error:
+        raise ConfigError([loader.no_package(error)], options.config) from error
+    if is_run:
         if not (folder / "config.yaml").exists():
             problem = "there is no config.yaml here; give the folder of a run, or a YAML file"
             raise ConfigError([problem], options.config)
@@ -48,15 +54,17 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.stages is not None:
         stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
         options.overrides = [*stages, *options.overrides]
-    return _run(options, run.evaluate)
+    return _run(options, run.evaluate, contextlib.nullcontext)
 
 
-def _run(options: argparse.Namespace, work: Work) -> int:
+def _run(options: argparse.Namespace, work: Work, heard: Heard) -> int:
     config = loader.load(options.config, options.overrides)
     cluster = _cluster(options, config)
     try:
-        with hosts.together(cluster):
-            return _one_of(options, config, work, cluster.count if cluster else 1)
+        count = cluster.count if cluster else 1
+        # From the start on, not from the first step: a signal that comes before is no failure.
+        with hosts.together(cluster), heard(count):
+            return _one_of(options, config, work, count)
     except (hosts.MissingError, OSError) as error:
         return _fail(error, 1)
     except jax.errors.JaxRuntimeError as error:

@@ -12,7 +12,7 @@ from etils import epath
 
 from gpipe_jax import checkpoint, tensorfile
 from gpipe_jax.checkpoint import COMMON, DamagedError, Manifest
-from gpipe_jax.loader import ConfigError
+from gpipe_jax.loader import ConfigError, no_package
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -40,7 +40,7 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     except checkpoint.FormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
-        problem = f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+        problem = no_package(error)
         raise ConfigError([problem], str(run)) from error
     except (OSError, TypeError) as error:
         raise ConfigError([f"--out {out} cannot be written: {error}"], "gpipe export") from error

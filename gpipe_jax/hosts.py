@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 TIMEOUT_S = 300
+GRACE_S = 5  # for the others to end by themselves
+SHUTDOWN_S = 45  # to wait for the others at the end, who may be drawing curves, or be gone
 HEARTBEAT_S = 30  # without a sign of life a host counts as gone; JAX's own limit is 100 s
 GOODBYE, READY = b"goodbye\n", b"ready\n"
 
@@ -109,12 +111,17 @@ def together(cluster: Cluster | None, timeout_s: float = TIMEOUT_S) -> Iterator[
         cluster.index,
         cluster_detection_method="deactivate",
         initialization_timeout=int(timeout_s),
+        shutdown_timeout_seconds=SHUTDOWN_S,
     )
     try:
         yield
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
         # The likely reason, a process that is gone, says its name and ends this one.
         time.sleep(HEARTBEAT_S)
+        watch.failed(error)
+        raise
+    except BaseException as error:
+        watch.failed(error)
         raise
     watch.goodbye()
 
@@ -228,7 +235,7 @@ class Watch:
     """
 
     def __init__(self, cluster: Cluster, peers: list[Peer]) -> None:
-        self.cluster, self.peers = cluster, peers
+        self.cluster, self.peers, self.over = cluster, peers, False
         for peer in peers:
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
 
@@ -238,6 +245,15 @@ class Watch:
             with contextlib.suppress(OSError):
                 peer.socket.sendall(GOODBYE)
 
+    def failed(self, error: BaseException) -> None:
+        """This process ends with an error, and its own exit code; the others need not wait."""
+        self.over = True
+        reason = next(iter(str(error).splitlines()[-1:]), "")
+        text = f"{self.cluster.me} failed: {type(error).__name__}: {reason}\n"
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.socket.sendall(text.encode())
+
     def _listen(self, peer: Peer) -> None:
         try:
             heard = _line(peer.socket)
@@ -245,13 +261,16 @@ class Watch:
             heard = b""
         if heard == GOODBYE:
             return
+        if heard:  # what failed there may be failing here, with an exit code of its own
+            time.sleep(GRACE_S)
+        if self.over:
+            return
         lost = f"host {peer.index + 1} of {self.cluster.count} ({peer.name}) is gone"
         lost = heard.decode().strip() or lost
         for other in self.peers:
             with contextlib.suppress(OSError):
                 other.socket.sendall(f"{lost}\n".encode())
         _say(f"{lost}; {self.cluster.me} ends too: start all of them again, to continue")
-        sys.stdout.flush()
         os._exit(1)
 
 

@@ -23,24 +23,25 @@ class StoppedError(RuntimeError):
 class Stop:
     """Whether the run is to stop.
 
-    While `unsaved` is false there is nothing to save, and a signal ends the process at once.
+    While `unsaved` is false there is nothing to save, and a signal ends a process that is `alone`
+    at once; several end together, after a step.
     """
 
-    def __init__(self) -> None:
-        self.requested, self.unsaved = False, False
+    def __init__(self, alone: bool = True) -> None:
+        self.alone, self.requested, self.unsaved = alone, False, False
+        self._asked = 0
 
-    @property
-    def now(self) -> bool:
-        """Whether to leave an evaluation; several processes stay together and finish it."""
-        return self.requested and jax.process_count() == 1
+    def reached(self) -> bool:
+        """Whether to stop now; with several processes the same in all, who must ask equally often.
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step` steps; with several processes the same in all of them."""
-        if jax.process_count() == 1:
+        Once it has been True they stop, and ask no more.
+        """
+        if self.alone:
             return self.requested
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        self._asked += 1  # not the step, which stands still in an evaluation
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def _hear(self, number: int) -> None:
         if self.requested and number == signal.SIGINT:
@@ -49,10 +50,10 @@ class Stop:
             return
         self.requested = True
         name = signal.Signals(number).name
-        if not self.unsaved:
+        if not self.unsaved and self.alone:
             _end(PREEMPTED, f"{name}: ends at once, there is nothing to save")
         _say(f"{name}: saving after this step (Ctrl-C: stop at once)")
-        if jax.process_count() > 1 and number == signal.SIGINT:
+        if not self.alone and number == signal.SIGINT:
             # To JAX's preemption service, which makes all processes stop after the same step.
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -62,17 +63,20 @@ def _say(text: str) -> None:
 
 
 def _end(code: int, text: str) -> None:
-    _say(text)
-    sys.stdout.flush()
+    _say(text)  # and no flush of standard output, which a full pipe would block
     os._exit(code)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
-    """A `Stop` that hears signals while the block runs; in the main thread only."""
-    stop = Stop()
+def listening(processes: int | None = None) -> Iterator[Stop]:
+    """A `Stop` that hears signals while the block runs; in the main thread only.
+
+    Give the number of processes before the devices are made, which asking JAX would do.
+    """
+    alone = (processes or jax.process_count()) == 1
+    stop = Stop(alone)
     # With several processes SIGTERM is for JAX's preemption service, which has its own handler.
-    numbers = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
+    numbers = [signal.SIGINT, *([signal.SIGTERM] if alone else [])]
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -10,11 +10,11 @@ of the values, the place of each is looked up by its path, and `messages` words 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from etils import epath
 
 from gpipe_jax.config import Config, Section, section_models
 from gpipe_jax.messages import KeyPath, describe, did_you_mean, show
@@ -120,7 +120,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _draft(source: Source, overrides: Iterable[str], root: type[Section] = Config) -> Draft:
     if isinstance(source, str | os.PathLike):
-        draft = _read(Path(source), root)
+        draft = _read(epath.Path(source), root)
     elif isinstance(source, Mapping | Section):
         draft = Draft("", root)
         draft.values = {name: _copy(value) for name, value in dict(source).items()}
@@ -137,7 +137,7 @@ def _copy(section: Any) -> Any:
     return dict(section) if isinstance(section, Mapping | pydantic.BaseModel) else section
 
 
-def _read(path: Path, root: type[Section]) -> Draft:
+def _read(path: epath.Path, root: type[Section]) -> Draft:
     draft = Draft(str(path), root)
     try:
         parse(draft, _text(path))
@@ -147,7 +147,12 @@ def _read(path: Path, root: type[Section]) -> Draft:
     return draft
 
 
-def _text(path: Path) -> str:
+def no_package(error: ImportError) -> str:
+    """The problem that a package is missing which an address needs."""
+    return f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+
+
+def _text(path: epath.Path) -> str:
     line = ""
     try:
         return path.read_text(encoding="utf-8")
@@ -157,6 +162,8 @@ def _text(path: Path) -> str:
         except OSError:
             neighbours = []
         reason = f"no such file{did_you_mean(path.name, neighbours)}"
+    except ImportError as error:
+        reason = no_package(error)
     except IsADirectoryError:
         reason = "is a directory; give the path of a YAML file"
     except UnicodeDecodeError as error:

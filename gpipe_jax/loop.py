@@ -51,7 +51,7 @@ class Loop:
 
         def stopped(step: int) -> bool:
             self.stop.unsaved = step > begun
-            return self.stop.reached(step)
+            return self.stop.reached()
 
         while True:
             step, stopping = self.current.step, self._evaluate_if_due()
@@ -105,6 +105,7 @@ class Loop:
                 descriptions=[str(layer) for layer in trainer.pipe.layers],
                 config=self.parts.config.model_dump(mode="json"),
                 metrics=self.evaluated,
+                data=self.parts.data,
             )
         self.saved = step
 
@@ -125,7 +126,7 @@ def evaluate(parts: Parts, current: TrainState, stop: Stop | None = None) -> dic
 
     def batches() -> Iterator[dict]:
         for batch in parts.dataset.test():
-            if stop is not None and stop.now:
+            if stop is not None and stop.reached():
                 raise StoppedError("stopped during an evaluation")
             yield batch
 

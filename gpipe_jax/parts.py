@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from gpipe_jax import build, data, optimizer, writers
+from gpipe_jax import build, data, optimizer, stream, writers
 from gpipe_jax.build import section
 from gpipe_jax.config import Config
 from gpipe_jax.mesh import make_mesh, simulate_devices
@@ -19,6 +19,7 @@ class Parts(NamedTuple):
     workdir: epath.Path
     dataset: data.Dataset
     trainer: Trainer
+    data: dict  # what the data set is, as `stream.identity` tells it
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -53,7 +54,9 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
-        return Parts(config, epath.Path(workdir), dataset, trainer)
+        return Parts(
+            config, epath.Path(workdir), dataset, trainer, stream.identity(dataset, example)
+        )
 
 
 def _share(simulated: int, processes: int) -> int:

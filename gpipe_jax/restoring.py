@@ -7,7 +7,7 @@ from etils import epath
 
 from gpipe_jax import checkpoint, hosts
 from gpipe_jax.checkpoint import DamagedError, Manifest
-from gpipe_jax.loader import ConfigError
+from gpipe_jax.loader import ConfigError, no_package
 from gpipe_jax.trainer import Trainer, TrainState
 
 
@@ -53,7 +53,7 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedErro
     except checkpoint.FormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:
-        problem = f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+        problem = no_package(error)
         raise ConfigError([problem], str(folder)) from error
 
 

@@ -1,18 +1,21 @@
 """A whole run from a config, and its working folder.
 
 A run writes into its working folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for
-each logged step and each evaluation), `checkpoints/`, `curves.png`; if asked for, `tensorboard/`
-and `profile/`. The same folder continues it.
+each logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`; if asked for,
+`tensorboard/` and `profile/`. The same folder continues it.
 """
 
 import contextlib
+import fcntl
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
+from etils import epath
 
 from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring, writers
 from gpipe_jax.config import Config
@@ -53,9 +56,11 @@ def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
     """
     started = time.perf_counter()
     restored = restoring.newest(parts.checkpoints, parts.trainer, _same_run(parts))
-    claim(parts)
-    with listening() as stop, _writers(parts, restored) as told:
+    with claim(parts), listening() as stop, _writers(parts, restored) as told:
         run = Loop(parts, restored, show, stop, told)
+        changed = _not_the_same(parts, restored.manifest.config) if restored else None
+        if changed and hosts.is_first():
+            print(f"gpipe: {changed}", file=sys.stderr)
         with contextlib.closing(run.saver):
             run.to_the_end()
     final = run.evaluated or {}
@@ -89,19 +94,35 @@ def evaluate(parts: Parts) -> Summary:
     return Summary(figures, "\n".join(notes))
 
 
-def claim(parts: Parts) -> None:
-    """Make the working folder this run's own."""
+def claim(parts: Parts) -> contextlib.ExitStack:
+    """Make the working folder this run's own, until what is returned is closed."""
+    held = contextlib.ExitStack()
     if not hosts.is_first():
-        return
+        return held
     # With the folder's own name, so that its config.yaml is the config of this very run.
     train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
     try:
         parts.workdir.mkdir(parents=True, exist_ok=True)
+        if metrics.is_local(parts.workdir):
+            file = held.enter_context((parts.workdir / "lock").open("w"))
+            _lock(file, parts.workdir)
         text = dump(parts.config.model_copy(update={"train": train}))
         metrics.replace(parts.workdir / "config.yaml", text)
     except OSError as error:
         problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
         raise ConfigError([problem], str(parts.workdir)) from error
+    return held
+
+
+def _lock(file: IO, workdir: epath.Path) -> None:
+    """Two runs in one folder would write the same files. The lock ends with the process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        problem = "another run is using this folder; end it, or use another (train.workdir=...)"
+        raise ConfigError([problem], str(workdir)) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[checkpoint.Manifest], None]:
@@ -121,8 +142,37 @@ def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[checkpoi
         if different:
             rule = "this folder holds a run of another config; use another (train.workdir=...)"
             raise ConfigError([rule, *different], str(parts.workdir))
+        changed = [
+            f"{name}: {manifest.data.get(name)} there, {now} here"
+            for name, now in parts.data.items()
+            if manifest.data.get(name) != now
+        ]
+        if changed:
+            rule = (
+                "the data set is not the one that this run began with; bring that one back, or use "
+                "another folder (train.workdir=...)"
+            )
+            raise ConfigError([rule, *changed], str(parts.workdir))
 
     return check
+
+
+def _not_the_same(parts: Parts, there: dict) -> str | None:
+    """What another cut of the batch changes, if it is cut otherwise than in the config `there`."""
+    now = parts.config
+    parts_of_a_batch = now.mesh.data * now.pipeline.micro_batches
+    before = there["mesh"]["data"] * there["pipeline"]["micro_batches"]
+    depends = ["batch norm"] * any(jax.tree.leaves(s.stats) for s in parts.trainer.pipe.shapes)
+    random = any(getattr(now.model, name, 0) for name in ("dropout", "drop_path"))
+    if random and now.pipeline.keys_per == "micro_batch":
+        depends.append("dropout (pipeline.keys_per: micro_batch)")
+    if before == parts_of_a_batch or not depends:
+        return None
+    return (
+        f"the batch is now cut into {parts_of_a_batch} parts (mesh.data x pipeline.micro_batches), "
+        f"before into {before}; {' and '.join(depends)} depend on it: the run goes on, but not as "
+        "it would have gone"
+    )
 
 
 def _draw(parts: Parts, records: list[dict]) -> str:

@@ -92,6 +92,11 @@ def _write(directory: epath.Path, args: _Save) -> None:
     (directory / f"process_{here}.json").write_text(json.dumps(parts))
 
 
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs what it raises too, as a traceback, and what it thinks of its settings."""
+    return "orbax" not in record.pathname
+
+
 class Saver:
     """The checkpoints that a run writes into `folder`.
 
@@ -99,8 +104,7 @@ class Saver:
     """
 
     def __init__(self, folder: epath.Path, *, keep: int, keep_best: int = 0) -> None:
-        # Orbax logs what it raises too, as a traceback, and what it thinks of its settings.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").addFilter(_is_not_orbax)
         self.folder = folder
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}
@@ -136,13 +140,14 @@ class Saver:
         descriptions: Sequence[str],
         config: dict,
         metrics: dict[str, float] | None,
+        data: dict,
     ) -> None:
         """Begin to write; `state` must not change. Waits for the checkpoint before to be written.
 
         Raises SaveError for what went wrong with that one, or goes wrong now.
         """
         self._note(step, metrics)
-        about = {"step": step, "config": config, "metrics": metrics}
+        about = {"step": step, "config": config, "metrics": metrics, "data": data}
         args = ocp.args.Composite(**{checkpoint.STATE: _Save(state, descriptions, about)})
         with _Failure(self):
             self._manager.save(step, args=args, force=True)

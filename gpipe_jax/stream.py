@@ -8,6 +8,7 @@ start of the next, all batches have the same size, and no example is left out. L
 batch_size.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,18 @@ class Dataset:
     test: Callable[[], Iterator[Batch]]  # each held-out example once, in order; the last B' <= B
     train_examples: int | None = None  # if they are counted
     test_examples: int | None = None
+
+
+def identity(dataset: Dataset, first: Batch) -> dict[str, int | None]:
+    """What tells whether it is the same data set again; `first` is its first batch.
+
+    Labels, because they are as they were read: computed inputs may differ between machines.
+    """
+    return {
+        "train_examples": dataset.train_examples,
+        "test_examples": dataset.test_examples,
+        "first_labels_crc32": zlib.crc32(np.ascontiguousarray(first["labels"]).tobytes()),
+    }
 
 
 def dataset(

@@ -52,7 +52,7 @@ def save(folder, *steps: int, state=None, losses=(), **options) -> epath.Path:
     for i, step in enumerate(steps):
         metrics = {"test_loss": losses[i]} if losses else None
         one = make_state(step) if state is None else state
-        saver.save(one, step, descriptions=NAMES, config={"a": 1}, metrics=metrics)
+        saver.save(one, step, descriptions=NAMES, config={"a": 1}, metrics=metrics, data={})
     saver.close()
     return epath.Path(folder)
 

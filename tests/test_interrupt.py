@@ -16,6 +16,14 @@ train: {steps: 1000000, save_every: 5}
 """
 # The step takes long to compile; or a checkpoint takes long to write.
 SLOW = {
+    "start": """
+import time
+from gpipe_jax import run
+def slow(*args):
+    print("starting", flush=True)
+    time.sleep(60)
+run.assemble = slow
+""",
     "compile": """
 import time
 from gpipe_jax import trainer
@@ -71,8 +79,17 @@ def test_while_compiling_there_is_nothing_to_save(start, tmp_path, number):
     assert process.wait(timeout=20) == 75
     assert f"{number.name}: ends at once, there is nothing to save" in process.stdout.read()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl",
+        "checkpoints", "config.yaml", "lock", "metrics.jsonl",
     ]  # fmt: skip
+
+
+def test_while_starting_there_is_nothing_to_save(start, tmp_path):
+    process = start("start")
+    wait_for(process, "starting")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+    assert "SIGTERM: ends at once, there is nothing to save" in process.stdout.read()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_ctrl_c_stops_at_once(start):

@@ -106,7 +106,7 @@ def check_as_one(start, folder: Path, count: int, *overrides: str) -> list[Proce
     assert len(losses(one)) == 22 and losses(more) == pytest.approx(losses(one), abs=1e-6)
     assert len(files(one, 20)) >= 4 and files(more, 20) == files(one, 20)
     names = {path.name for path in more.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
     return several
 
 
@@ -157,6 +157,21 @@ def test_the_first_of_three_is_killed(start):
     assert codes(others, 60) == [1, 1]
     for i, one in enumerate(others):
         assert f"host 1 of 3 (127.0.0.1) is gone; host {i + 2} of 3 ends too" in one.output
+
+
+@pytest.mark.slow
+def test_one_of_two_fails_without_dying(start, tmp_path):
+    """It has an exit code of its own, and the other says which failed, and why."""
+    port, both = free_port(), []
+    try:
+        for i, simulated in enumerate((4, 3)):
+            both.append(Process(tmp_path, 2, i, port, ENDLESS, f"mesh.simulate={simulated}"))
+        assert codes(both, 120) == [1, 2], both[0].output + both[1].output
+    finally:
+        for one in both:
+            one.process.kill()
+    assert "host 2 of 2 failed: ConfigError: override" in both[0].output
+    assert "do not split over 2 processes" in both[0].output
 
 
 # --- who is there --------------------------------------------------------------------------------

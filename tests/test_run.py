@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -353,6 +354,31 @@ def test_the_next_twenty_losses_with_another_layout(forty, tmp_path, overrides):
     assert len(found) == 20 and found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("override", "stats", "names"),
+    [
+        ("mesh.data=2", {"mean": 0}, "batch norm depend"),
+        (
+            "model.dropout=0.1",
+            {"mean": 0},
+            "batch norm and dropout (pipeline.keys_per: micro_batch)",
+        ),
+        ("model.dropout=0.1", {}, "dropout (pipeline.keys_per: micro_batch) depend"),
+    ],
+)
+def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, names):
+    config = gpipe.load("configs/text.yaml", ["mesh.stages=1", "mesh.simulate=null"])
+    before = config.model_dump(mode="json")
+    now = gpipe.load(config, [override, "pipeline.micro_batches=1"])
+    pipe = SimpleNamespace(shapes=[SimpleNamespace(stats=stats)])
+    parts = SimpleNamespace(config=now, trainer=SimpleNamespace(pipe=pipe))
+    assert names in run._not_the_same(parts, before)
+    assert run._not_the_same(parts, now.model_dump(mode="json")) is None, "it is the same"
+    per_example = gpipe.load(now, ["pipeline.keys_per=example"])
+    found = run._not_the_same(SimpleNamespace(config=per_example, trainer=parts.trainer), before)
+    assert ("dropout" in found) is False if stats else found is None
+
+
 # --- folders that cannot be used -----------------------------------------------------------------
 
 
@@ -377,7 +403,19 @@ def test_a_folder_of_another_config_lists_what_differs(whole):
 
 def test_another_way_to_write_the_same_folder_is_no_difference(whole):
     workdir = whole[0].workdir
-    run.claim(other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/"))
+    run.claim(other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")).close()
+
+
+@pytest.mark.parametrize(
+    "work", [lambda parts: run.train(parts, lambda record: None), run.evaluate]
+)
+def test_other_data_under_the_same_config(whole, work):
+    """Such as a text file that has grown."""
+    data = {**whole[0].data, "train_examples": 1438, "first_labels_crc32": 1}
+    with pytest.raises(ConfigError, match="not the one that this run began with; bring") as error:
+        work(whole[0]._replace(data=data))
+    assert error.value.problems[1] == "train_examples: 1437 there, 1438 here"
+    assert error.value.problems[2].startswith("first_labels_crc32: ")
 
 
 @pytest.mark.parametrize(
@@ -392,6 +430,17 @@ def test_evaluate_without_a_checkpoint(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"no checkpoint to evaluate; train it first"):
         run.evaluate(whole[0]._replace(workdir=epath.Path(tmp_path) / "nothing"))
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_another_run_is_using(whole, tmp_path):
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+    with (
+        run.claim(parts),
+        pytest.raises(ConfigError, match="another run is using this folder; end it, or use"),
+    ):
+        run.train(parts, lambda record: None)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    run.claim(parts).close()
 
 
 def test_a_folder_that_is_a_file(whole, tmp_path):
