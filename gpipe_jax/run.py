@@ -169,8 +169,8 @@ def _not_the_same(parts: Parts, there: dict) -> str | None:
     if before == parts_of_a_batch or not depends:
         return None
     return (
-        f"the batch is now cut into {parts_of_a_batch} parts (mesh.data x pipeline.micro_batches), "
-        f"before into {before}; {' and '.join(depends)} depend on it: the run goes on, but not as "
+        f"a batch is now cut into {parts_of_a_batch} parts (mesh.data x pipeline.micro_batches), "
+        f"before into {before}, which changes {' and '.join(depends)}: the run goes on, but not as "
         "it would have gone"
     )
 
