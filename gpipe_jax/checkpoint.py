@@ -10,7 +10,7 @@ or damaged is never taken for a whole one. `saving` writes these files, through 
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Manifest(NamedTuple):
     config: dict  # of the run, as `Config.model_dump`
     metrics: dict | None  # of the evaluation at this step, if there was one
     versions: dict[str, str]
-    data: dict  # what the data set was, as `stream.identity` tells it
+    data: dict  # what the data set was, as `stream.identity` tells it; not in the oldest ones
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -120,12 +120,18 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
         )
     if content["step"] != step:
         raise DamagedError(f"{MANIFEST} is that of step {content['step']}")
+    content.setdefault("data", {})
     return Manifest(path, **{name: content[name] for name in Manifest._fields[1:]})
 
 
-def manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedError]]:
-    """The manifests in a folder, the newest first; for one that is damaged, its step and why."""
-    for step in steps(folder):
+def manifests(
+    folder: epath.Path, those: Iterable[int] | None = None
+) -> Iterator[Manifest | tuple[int, DamagedError]]:
+    """The manifests in a folder, the newest first, or of `those` steps.
+
+    For one that is damaged, its step and why.
+    """
+    for step in steps(folder) if those is None else those:
         try:
             yield read_manifest(folder, step)
         except DamagedError as error:

@@ -1,7 +1,6 @@
 """`gpipe train`, `eval` and `export`: from the command line's options to an exit code."""
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -10,14 +9,14 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from gpipe_jax import build, data, export, hosts, loader, progress, run
+from gpipe_jax import build, cluster, data, export, hosts, loader, progress, run
+from gpipe_jax.cluster import Cluster
 from gpipe_jax.config import Config
-from gpipe_jax.interrupt import PREEMPTED, StoppedError, listening
+from gpipe_jax.interrupt import PREEMPTED, Stop, StoppedError, listening
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.trainer import DivergedError
 
-Work = Callable[[run.Parts], run.Summary]
-Heard = Callable[[int], contextlib.AbstractContextManager]
+Work = Callable[[run.Parts, Stop], run.Summary]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -29,13 +28,13 @@ def train(options: argparse.Namespace) -> int:
         options.overrides = layouts.overrides(options.plan, options.config, options.overrides)
         predicted_s = layouts.step_time_s(options.plan)
 
-    def work(parts: run.Parts) -> run.Summary:
+    def work(parts: run.Parts, stop: Stop) -> run.Summary:
         config = parts.config.train
         with progress.show(config.steps, config.log_every, quiet=not hosts.is_first()) as show:
-            summary = run.train(parts, show)
+            summary = run.train(parts, show, stop)
         return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})
 
-    return _run(options, work, listening)
+    return _run(options, work)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -54,17 +53,17 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.stages is not None:
         stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
         options.overrides = [*stages, *options.overrides]
-    return _run(options, run.evaluate, contextlib.nullcontext)
+    return _run(options, run.evaluate)
 
 
-def _run(options: argparse.Namespace, work: Work, heard: Heard) -> int:
+def _run(options: argparse.Namespace, work: Work) -> int:
     config = loader.load(options.config, options.overrides)
     cluster = _cluster(options, config)
     try:
         count = cluster.count if cluster else 1
         # From the start on, not from the first step: a signal that comes before is no failure.
-        with hosts.together(cluster), heard(count):
-            return _one_of(options, config, work, count)
+        with hosts.together(cluster), listening(count) as stop:
+            return _one_of(options, config, work, stop, count)
     except (hosts.MissingError, OSError) as error:
         return _fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
@@ -73,17 +72,19 @@ def _run(options: argparse.Namespace, work: Work, heard: Heard) -> int:
         return _fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
 
 
-def _cluster(options: argparse.Namespace, config: Config) -> hosts.Cluster | None:
+def _cluster(options: argparse.Namespace, config: Config) -> Cluster | None:
     asked = (options.coordinator, options.processes, options.process)
     try:
         # Simulated devices are for one machine, whatever that is a part of.
-        alone = config.mesh.simulate is not None and not hosts.is_asked(*asked)
-        return None if alone else hosts.find(*asked)
+        alone = config.mesh.simulate is not None and not cluster.is_asked(*asked)
+        return None if alone else cluster.find(*asked)
     except ValueError as error:
         raise ConfigError([str(error)], "the command line") from error
 
 
-def _one_of(options: argparse.Namespace, config: Config, work: Work, processes: int) -> int:
+def _one_of(
+    options: argparse.Namespace, config: Config, work: Work, stop: Stop, processes: int
+) -> int:
     """The command in one of so many processes. What all of them find is no error to the others."""
     workdir = config.train.workdir or run.default_workdir(options.config)
     try:
@@ -91,10 +92,15 @@ def _one_of(options: argparse.Namespace, config: Config, work: Work, processes: 
     except build.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
+    if not hosts.all_have(json.dumps([config.model_dump(mode="json"), parts.data])):
+        problem = (
+            "the hosts have not all the same: give every one the same config, overrides and data"
+        )
+        raise ConfigError([problem], options.config)
     if hosts.is_first():
         print(parts.trainer.pipe, flush=True)
     try:
-        summary = work(parts)
+        summary = work(parts, stop)
     except StoppedError as error:
         return _fail(error, PREEMPTED)
     except DivergedError as error:

@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, whether all have come, and whether one is gone.
+"""Several processes as one run: whether all have come, whether one is gone, what all agree on.
 
 Before JAX connects them, and aborts without a word of who is missing, the processes hold a roll
 call on the coordinator's port. They keep its connections: one that breaks without a goodbye is a
@@ -11,87 +11,23 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-TIMEOUT_S = 300
+from gpipe_jax.cluster import TIMEOUT_S, Cluster
+
 GRACE_S = 5  # for the others to end by themselves
-SHUTDOWN_S = 45  # to wait for the others at the end, who may be drawing curves, or be gone
+SHUTDOWN_S = 45  # to wait at the end for others, who have said goodbye or are gone
 HEARTBEAT_S = 30  # without a sign of life a host counts as gone; JAX's own limit is 100 s
 GOODBYE, READY = b"goodbye\n", b"ready\n"
 
 
-class Cluster(NamedTuple):
-    """The processes of a run, as one of them sees it."""
-
-    coordinator: str  # host:port of process 0
-    count: int
-    index: int
-
-    @property
-    def me(self) -> str:
-        """This process, in messages, which count from 1."""
-        return f"host {self.index + 1} of {self.count}"
-
-
 class MissingError(RuntimeError):
     """Not all processes have come."""
-
-
-def find(coordinator: str | None, count: int | None, index: int | None) -> Cluster | None:
-    """The cluster asked for, or the one that JAX detects (TPU pods, Slurm, MPI); None if alone.
-
-    Raises ValueError if something is missing to it.
-    """
-    given = _asked(coordinator, count, index)
-    if any(value is not None for value in given):
-        return _check(*given)
-    from jax._src.clusters import ClusterEnv  # what initialize() does, which fails when alone
-
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT_S)
-    coordinator, count, index, _ = found
-    if coordinator is None or count is None or index is None or count == 1:
-        return None
-    return Cluster(coordinator, count, index)
-
-
-def is_asked(coordinator: str | None, count: int | None, index: int | None) -> bool:
-    """Whether several processes are asked for, by options or environment variables."""
-    return any(value is not None for value in _asked(coordinator, count, index))
-
-
-def _asked(*options: str | int | None) -> list[str | int | None]:
-    environment = (os.environ.get(f"JAX_{name}") for name in _VARIABLES)
-    return [a if a is not None else b for a, b in zip(options, environment, strict=True)]
-
-
-_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-
-
-def _check(coordinator: Any, count: Any, index: Any) -> Cluster:
-    if coordinator is None or count is None or index is None:
-        raise ValueError(
-            "several processes need --coordinator HOST:PORT (of the first), --processes N and "
-            "--process I, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; give "
-            "all three"
-        )
-    try:
-        cluster = Cluster(coordinator, int(count), int(index))
-    except ValueError as error:
-        raise ValueError(
-            f"JAX_NUM_PROCESSES {count} and JAX_PROCESS_ID {index} must be numbers"
-        ) from error
-    if not 0 <= cluster.index < cluster.count:
-        raise ValueError(
-            f"--process {index} of --processes {count}: processes count from 0 to "
-            f"{cluster.count - 1}"
-        )
-    if not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"--coordinator {coordinator} has no port; write it as HOST:PORT")
-    return cluster
 
 
 @contextlib.contextmanager
@@ -236,14 +172,19 @@ class Watch:
 
     def __init__(self, cluster: Cluster, peers: list[Peer]) -> None:
         self.cluster, self.peers, self.over = cluster, peers, False
-        for peer in peers:
-            threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
+        self._ears = [
+            threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in peers
+        ]
+        for ear in self._ears:
+            ear.start()
 
     def goodbye(self) -> None:
-        """This process is done; nobody need end for it."""
+        """This process is done; nobody need end for it. The first may have more to do: wait."""
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 peer.socket.sendall(GOODBYE)
+        for ear in self._ears if self.cluster.index else ():
+            ear.join()
 
     def failed(self, error: BaseException) -> None:
         """This process ends with an error, and its own exit code; the others need not wait."""
@@ -281,6 +222,23 @@ def _say(text: str) -> None:
 def is_first() -> bool:
     """Whether this is the process that writes what all share."""
     return jax.process_index() == 0
+
+
+def from_first(numbers: list[int]) -> list[int]:
+    """The first process's numbers, in every process."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.asarray(numbers, np.int32), count)  # the others' are only of that shape
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
+
+
+def all_have(text: str) -> bool:
+    """Whether the text is the same in all processes; every one must ask."""
+    here = zlib.crc32(text.encode()) & 0x7FFFFFFF
+    return all_agree(from_first([here]) == [here])
 
 
 def all_agree(yes: bool) -> bool:

@@ -40,6 +40,8 @@ class Loop:
         traces = parts.workdir / "profile" if hosts.is_first() else None
         self.profile = Profile(parts.config.profile.start, parts.config.profile.steps, traces)
         self.saver = Saver(parts.checkpoints, keep=config.keep, keep_best=config.keep_best)
+        for record in self.log.records:
+            self.saver.note(record["step"], record)
 
     def to_the_end(self) -> None:
         """Train, evaluate and save, each when it is due. Raises StoppedError once it is saved."""
@@ -96,6 +98,7 @@ class Loop:
         """Begin to save, unless this step is saved, or there is nothing to save."""
         step, trainer = self.current.step, self.parts.trainer
         if step in (0, self.saved):
+            self.saver.note(step, self.evaluated)  # after a stop in the evaluation
             return
         with trainer.ledger.spend("checkpoint"):
             self.log.sync()

@@ -49,7 +49,8 @@ def newest(
 
 def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedError]]:
     try:
-        yield from checkpoint.manifests(folder)
+        # A network file system may list less to some processes than to others.
+        yield from checkpoint.manifests(folder, hosts.from_first(checkpoint.steps(folder)))
     except checkpoint.FormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:

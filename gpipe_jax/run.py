@@ -10,7 +10,7 @@ import fcntl
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -19,13 +19,13 @@ from etils import epath
 
 from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring, writers
 from gpipe_jax.config import Config
-from gpipe_jax.interrupt import listening
+from gpipe_jax.interrupt import Stop, listening
 from gpipe_jax.loader import ConfigError, compare, dump
 from gpipe_jax.loop import Loop
 from gpipe_jax.parts import Parts, assemble
 from gpipe_jax.trainer import Trainer
 
-__all__ = ["Parts", "Summary", "assemble", "claim", "default_workdir", "evaluate", "train"]
+__all__ = ["Parts", "Summary", "assemble", "default_workdir", "evaluate", "train"]
 
 # What may differ from the run that wrote a checkpoint: where and how the work is done, and what is
 # written about it.
@@ -48,21 +48,26 @@ class Summary(NamedTuple):
     note: str  # where the curves are, or why there are none
 
 
-def train(parts: Parts, show: Callable[[dict], None]) -> Summary:
+def train(parts: Parts, show: Callable[[dict], None], stop: Stop | None = None) -> Summary:
     """Train to the end, from the newest whole checkpoint if there is one.
 
-    `show` gets every record: of each step, and of each evaluation. On SIGTERM or Ctrl-C it saves
-    and raises StoppedError.
+    `show` gets every record: of each step, and of each evaluation. On SIGTERM or Ctrl-C, unless
+    somebody else listens to them for `stop`, it saves and raises StoppedError.
     """
     started = time.perf_counter()
-    restored = restoring.newest(parts.checkpoints, parts.trainer, _same_run(parts))
-    with claim(parts), listening() as stop, _writers(parts, restored) as told:
-        run = Loop(parts, restored, show, stop, told)
+    with contextlib.ExitStack() as held:
+        held.enter_context(alone_in(parts.workdir))
+        heard = held.enter_context(contextlib.nullcontext(stop) if stop else listening())
+        restored = restoring.newest(parts.checkpoints, parts.trainer, _same_run(parts))
+        keep_config(parts)
+        told = held.enter_context(_writers(parts, restored))
+        run = Loop(parts, restored, show, heard, told)
         changed = _not_the_same(parts, restored.manifest.config) if restored else None
         if changed and hosts.is_first():
             print(f"gpipe: {changed}", file=sys.stderr)
         with contextlib.closing(run.saver):
             run.to_the_end()
+        heard.unsaved = False
     final = run.evaluated or {}
     times = {**_figures(parts, final, run.log.records, run.current.step), **_lost(parts.trainer)}
     times["wall_s"] = time.perf_counter() - started
@@ -77,8 +82,11 @@ def _writers(
     return writers.opened(names, parts.workdir, parts.config.model_dump(mode="json"), step)
 
 
-def evaluate(parts: Parts) -> Summary:
-    """Evaluate the newest whole checkpoint of a run on its held-out data."""
+def evaluate(parts: Parts, stop: Stop | None = None) -> Summary:
+    """Evaluate the newest whole checkpoint of a run on its held-out data.
+
+    Raises StoppedError if that is wished for meanwhile.
+    """
     started = time.perf_counter()
     # On other data, or another split of it, the held-out examples may have been trained on.
     check = _same_run(parts, only=("model.", "data.", "train.seed:"))
@@ -86,7 +94,7 @@ def evaluate(parts: Parts) -> Summary:
     if restored is None:
         problem = "there is no checkpoint to evaluate; train it first (gpipe train)"
         raise ConfigError([problem], str(parts.workdir))
-    figures = loop.evaluate(parts, restored.state)
+    figures = loop.evaluate(parts, restored.state, stop)
     records = list(metrics.read(parts.workdir / "metrics.jsonl"))
     figures = _figures(parts, figures, records, restored.state.step)
     figures["wall_s"] = time.perf_counter() - started
@@ -94,35 +102,55 @@ def evaluate(parts: Parts) -> Summary:
     return Summary(figures, "\n".join(notes))
 
 
-def claim(parts: Parts) -> contextlib.ExitStack:
-    """Make the working folder this run's own, until what is returned is closed."""
-    held = contextlib.ExitStack()
-    if not hosts.is_first():
-        return held
-    # With the folder's own name, so that its config.yaml is the config of this very run.
-    train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
-    try:
-        parts.workdir.mkdir(parents=True, exist_ok=True)
-        if metrics.is_local(parts.workdir):
-            file = held.enter_context((parts.workdir / "lock").open("w"))
-            _lock(file, parts.workdir)
-        text = dump(parts.config.model_copy(update={"train": train}))
-        metrics.replace(parts.workdir / "config.yaml", text)
-    except OSError as error:
-        problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
-        raise ConfigError([problem], str(parts.workdir)) from error
-    return held
+class InUseError(OSError):
+    """Another run is at work in the folder; it will end."""
 
 
-def _lock(file: IO, workdir: epath.Path) -> None:
-    """Two runs in one folder would write the same files. The lock ends with the process."""
+@contextlib.contextmanager
+def alone_in(workdir: epath.Path) -> Iterator[None]:
+    """Make a folder, and have it to oneself. Raises InUseError, or ConfigError if it cannot be.
+
+    Two runs in one folder would write the same files. The lock is the first process's, and ends
+    with it; there is none on gs://, nor on file systems that have no locks.
+    """
+    with contextlib.ExitStack() as held:
+        if hosts.is_first():
+            with _writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                local = metrics.is_local(workdir)
+                file = held.enter_context((workdir / "lock").open("w")) if local else None
+            _lock(file, workdir)
+        hosts.all_agree(True)  # the others wait for it
+        yield
+
+
+def _lock(file: IO | None, workdir: epath.Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        problem = "another run is using this folder; end it, or use another (train.workdir=...)"
-        raise ConfigError([problem], str(workdir)) from error
+        problem = f"another run is using {workdir}: end it, or wait until it has ended"
+        raise InUseError(f"{problem}, or use another folder (train.workdir=...)") from error
     except OSError:
         pass  # a file system without locks
+
+
+def keep_config(parts: Parts) -> None:
+    """Write the config into the working folder, with the folder's own name."""
+    if hosts.is_first():
+        train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
+        with _writing(parts.workdir):
+            text = dump(parts.config.model_copy(update={"train": train}))
+            metrics.replace(parts.workdir / "config.yaml", text)
+
+
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
+        raise ConfigError([problem], str(workdir)) from error
 
 
 def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[checkpoint.Manifest], None]:
@@ -145,7 +173,7 @@ def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[checkpoi
         changed = [
             f"{name}: {manifest.data.get(name)} there, {now} here"
             for name, now in parts.data.items()
-            if manifest.data.get(name) != now
+            if manifest.data.get(name, now) != now
         ]
         if changed:
             rule = (

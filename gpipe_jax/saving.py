@@ -110,7 +110,7 @@ class Saver:
         self._losses: dict[int, float] = {}
         for found in checkpoint.manifests(folder) if keep_best else ():
             if isinstance(found, checkpoint.Manifest):
-                self._note(found.step, found.metrics)
+                self.note(found.step, found.metrics)
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
@@ -128,7 +128,8 @@ class Saver:
         best = sorted(known, key=self._losses.__getitem__)[: self._keep_best]
         return [step in steps[-self._keep :] or step in best for step in steps]
 
-    def _note(self, step: int, metrics: Mapping[str, float] | None) -> None:
+    def note(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """What an evaluation at a step came to, which `keep_best` goes by."""
         if metrics and "test_loss" in metrics:
             self._losses[step] = metrics["test_loss"]
 
@@ -146,7 +147,7 @@ class Saver:
 
         Raises SaveError for what went wrong with that one, or goes wrong now.
         """
-        self._note(step, metrics)
+        self.note(step, metrics)
         about = {"step": step, "config": config, "metrics": metrics, "data": data}
         args = ocp.args.Composite(**{checkpoint.STATE: _Save(state, descriptions, about)})
         with _Failure(self):

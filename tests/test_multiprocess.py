@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gpipe_jax import hosts
-from gpipe_jax.hosts import Cluster, MissingError, roll_call
+from gpipe_jax import cluster
+from gpipe_jax.cluster import Cluster
+from gpipe_jax.hosts import MissingError, roll_call
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 12, 10]}
@@ -42,7 +43,8 @@ class Process:
         ]  # fmt: skip
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
         root = str(Path(__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+        paths = f"{root}{os.pathsep}{folder}"  # of a sitecustomize.py, if the test makes one
+        environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.lines: list[str] = []
@@ -129,6 +131,33 @@ def test_two_processes_are_as_one(start, tmp_path):
 )
 def test_several_processes_are_as_one(start, tmp_path, count, overrides):
     check_as_one(start, tmp_path, count, *overrides)
+
+
+@pytest.mark.slow
+def test_preempted_in_an_evaluation(start, tmp_path):
+    """SIGTERM to one: both leave the evaluation, and save the step before it."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import time
+from gpipe_jax.trainer import Trainer
+whole = Trainer.evaluate
+def slow(self, state, batches):
+    def slowly():
+        for batch in batches:
+            print("evaluating", flush=True)
+            time.sleep(1)
+            yield batch
+    return whole(self, state, slowly())
+Trainer.evaluate = slow
+""")
+    first, second = both = start(2, ENDLESS)
+    first.wait_for("evaluating")
+    second.process.send_signal(signal.SIGTERM)
+    assert codes(both, 60) == [75, 75], first.output + second.output
+    assert all("stopped after step 10, which is saved" in one.output for one in both)
+    assert (
+        len(files(tmp_path / "2 processes", 10)) == 4
+        and len(losses(tmp_path / "2 processes")) == 10
+    )
 
 
 def test_preempted_then_one_is_killed(start, tmp_path):
@@ -254,25 +283,25 @@ def nothing_set(monkeypatch):
 
 
 def test_alone_if_nothing_says_otherwise(nothing_set):
-    assert hosts.find(None, None, None) is None and not hosts.is_asked(None, None, None)
+    assert cluster.find(None, None, None) is None and not cluster.is_asked(None, None, None)
 
 
 def test_asked_by_options_or_environment(nothing_set):
     wanted = Cluster("somewhere:1234", 4, 2)
-    assert hosts.find("somewhere:1234", 4, 2) == wanted
+    assert cluster.find("somewhere:1234", 4, 2) == wanted
     nothing_set.setenv("JAX_COORDINATOR_ADDRESS", "somewhere:1234")
     nothing_set.setenv("JAX_NUM_PROCESSES", "4")
-    assert hosts.find(None, None, 2) == wanted and hosts.is_asked(None, None, None)
+    assert cluster.find(None, None, 2) == wanted and cluster.is_asked(None, None, None)
 
 
 def test_a_slurm_job_is_found(nothing_set):
     job = {"JOB_ID": "7", "STEP_NODELIST": "node[01-04]", "NTASKS": "4", "PROCID": "3"}
     for name, value in {**job, "LOCALID": "0"}.items():
         nothing_set.setenv(f"SLURM_{name}", value)
-    found = hosts.find(None, None, None)
+    found = cluster.find(None, None, None)
     assert found and found.coordinator.startswith("node01:") and found[1:] == (4, 3)
     nothing_set.setenv("SLURM_NTASKS", "1")
-    assert hosts.find(None, None, None) is None
+    assert cluster.find(None, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -286,4 +315,4 @@ def test_a_slurm_job_is_found(nothing_set):
 )
 def test_clusters_that_cannot_be(nothing_set, options, message):
     with pytest.raises(ValueError, match=message):
-        hosts.find(*options)
+        cluster.find(*options)

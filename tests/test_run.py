@@ -250,6 +250,25 @@ def test_signals_are_as_before_a_run(whole):
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_path, monkeypatch):
+    """Step 4 is saved without its loss, the lowest: it is evaluated again, and kept."""
+    config = gpipe.load(CONFIG, ["train.keep=1", "train.keep_best=1"])
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path), config=config)
+    losses = {4: 1.0, 8: 2.0, STEPS: 3.0}
+
+    def stopped(*_):
+        raise StoppedError("stopped during an evaluation")
+
+    monkeypatch.setattr(run.loop, "evaluate", stopped)
+    with pytest.raises(StoppedError, match="after step 4, which is saved"):
+        run.train(parts, lambda record: None)
+    monkeypatch.setattr(
+        run.loop, "evaluate", lambda _, state, stop: {"test_loss": losses[state.step]}
+    )
+    run.train(parts, lambda record: None)
+    assert checkpoint.steps(parts.checkpoints) == [STEPS, 4]
+
+
 def test_other_steps_between_saves(whole, tmp_path):
     config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
     run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
@@ -403,7 +422,8 @@ def test_a_folder_of_another_config_lists_what_differs(whole):
 
 def test_another_way_to_write_the_same_folder_is_no_difference(whole):
     workdir = whole[0].workdir
-    run.claim(other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")).close()
+    other = other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")
+    run._same_run(other)(next(iter(checkpoint.manifests(whole[0].checkpoints))))
 
 
 @pytest.mark.parametrize("work", [lambda parts: run.train(parts, print), run.evaluate])
@@ -433,12 +453,32 @@ def test_evaluate_without_a_checkpoint(whole, tmp_path):
 def test_a_folder_that_another_run_is_using(whole, tmp_path):
     parts = whole[0]._replace(workdir=epath.Path(tmp_path))
     with (
-        run.claim(parts),
-        pytest.raises(ConfigError, match="another run is using this folder; end it, or use"),
+        run.alone_in(parts.workdir),
+        pytest.raises(run.InUseError, match=r"another run is using .*: end it, or wait until"),
     ):
         run.train(parts, lambda record: None)
-    assert not (tmp_path / "metrics.jsonl").exists()
-    run.claim(parts).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with run.alone_in(parts.workdir):
+        pass
+
+
+def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypatch):
+    """Another run that is about to end may still write some."""
+
+    def newest(*_):
+        with pytest.raises(run.InUseError), run.alone_in(whole[0].workdir):
+            pass
+        raise Interrupted
+
+    monkeypatch.setattr(run.restoring, "newest", newest)
+    with pytest.raises(Interrupted):
+        run.train(whole[0], lambda record: None)
+
+
+def test_checkpoints_from_before_data_was_told(whole, monkeypatch):
+    old = next(iter(checkpoint.manifests(whole[0].checkpoints)))._replace(data={})
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda *_: old)
+    assert run.evaluate(whole[0]).figures["steps"] == STEPS
 
 
 def test_a_folder_that_is_a_file(whole, tmp_path):
