@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas import evaluate, opening, state
+from nas import evaluate, keeping, opening, state
 from nas import space as spaces
 from nas.evaluate import Job, Outcome
 from nas.evolution import Member, Proposal, Settings
@@ -30,7 +30,8 @@ class Search:
 
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
-    many times before the mean answers. The rest are the fields of `nas.evolution.Settings`.
+    many times before the mean answers. `compare` is a metric of the population's members that jobs
+    are told (`Job.rivals`), for evaluators that give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Search:
         limits: Sequence[Limit] = (),
         retries: Retries | None = None,
         max_failures: int = 10,
+        compare: str | None = None,
         setup: bytes | None = None,
         **settings: Any,
     ) -> None:
@@ -52,8 +54,9 @@ class Search:
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
+        self.compare, self.run = compare, Path(folder) / name
         same = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self.store = opening.open_store(self.run, name, self.space, same, setup)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
@@ -105,6 +108,7 @@ class Search:
                 self._result(job, outcome)
             else:
                 self._retrained(job, outcome)
+            self._sweep()
 
     @property
     def is_over(self) -> bool:
@@ -172,8 +176,9 @@ class Search:
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
             seed = evaluate.seed(self.settings.seed, number)
-            values = self._values(found.parent)
-            self._todo.append(Job(0, number, found.architecture, seed, inherit=values))
+            values, rivals = self._values(found.parent), self._rivals(number)
+            job = Job(0, number, found.architecture, seed, inherit=values, rivals=rivals)
+            self._todo.append(job)
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 self._join(event, number, answer)
@@ -188,7 +193,21 @@ class Search:
         """The trained values to start from, a candidate's own or its child's."""
         if candidate is None or self.settings.fitness_policy != "retrain_warm":
             return None
-        return self.store.candidate(candidate).trained_values
+        values = self.store.candidate(candidate).trained_values
+        return None if values is None or keeping.is_gone(self.run, values) else values
+
+    def _rivals(self, candidate: int) -> tuple[float, ...]:
+        return self.store.rivals(candidate, self.compare) if self.compare else ()
+
+    def _sweep(self) -> None:
+        """Remove files of trained values that no one will start from; see `keeping`."""
+        if self.settings.fitness_policy != "retrain_warm":
+            return
+        parents = {found.parent for found in self._open.values() if found.parent is not None}
+        drawn = {m.candidate for found in self._tournaments.values() for m in found.sample}
+        inherited = {job.inherit for job in (*self._todo, *self._running.values())}
+        needed = self.store.trained_values(parents | drawn) | inherited
+        keeping.sweep(self.run, needed, self._running)
 
     def _start(self, job: Job) -> Job:
         job = replace(job, evaluation=self._next_evaluation)
@@ -298,3 +317,4 @@ class Search:
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
+        self._sweep()
