@@ -229,6 +229,9 @@ def _check_numbers(given: TrainingEvaluator) -> None:
         value: Any = getattr(given, name)
         if value is None and name == "timeout_s":
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and is_legal(value)):
+        if not (_is_number(value) and is_legal(value)):
             raise ValueError(f"{name} {value!r}: expected {rule}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
