@@ -4,15 +4,10 @@ from collections import Counter
 
 import jax
 import pytest
+from toy import SMALL_SPACE, search, small
 
-import nas
 from nas.training import cache
 
-SPACE = nas.NASNetSpace(pairs=2, operations=("identity", "sep_3x3", "max_pool_3x3"))
-SMALL = nas.TrainingEvaluator(
-    filters=2, epochs=2, validations=1, examples=64, batch_size=32, validation=40,
-    compilation_cache="never used",
-)  # fmt: skip
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -27,16 +22,11 @@ def compiled(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def run(folder, evaluator, cycles: int) -> nas.Result:
-    return nas.search(
-        space=SPACE, evaluate=evaluator, folder=folder, population=4, sample=2, cycles=cycles
-    )
-
-
 def test_a_search_compiles_each_program_once(tmp_path, compiled) -> None:
-    result = run(tmp_path, SMALL, 12)
+    options = {"space": SMALL_SPACE, "population": 4, "sample": 2}
+    result = search(tmp_path, small(), cycles=12, **options)
     assert result.counts.evaluations >= 8
-    more = run(tmp_path, SMALL, 20)
+    more = search(tmp_path, small(), cycles=20, **options)
     assert more.counts.evaluations > result.counts.evaluations
     assert compiled == {"jit(start)": 1, "jit(epoch)": 1, "jit(validate)": 1}
     first, *rest = [row.metrics["compile_s"] for row in more.reader.evaluations()]
