@@ -78,7 +78,8 @@ class Union:
         p, s = unflatten(like_parameters, parameters), unflatten(like_statistics, statistics)
         y, s = call(layer, p, s, x, train=train)
         rest = statistics[_size(like_statistics) :]
-        return y, jnp.concatenate([flatten(s, statistics.dtype), rest])
+        new = flatten(s, statistics.dtype).astype(statistics.dtype)
+        return y, jnp.concatenate([new, rest])
 
     def tables(self) -> tuple[Entries, Entries]:
         """What the entries of both vectors are, for each layer: arrays [layers, length]."""
