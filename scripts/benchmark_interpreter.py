@@ -35,7 +35,7 @@ from nas.nasnet import NASNetSpace
 from nas.training.interpreter import Interpreter
 from nas.training.network import Network, PyTree, Shape, Values
 from nas.training.static import Static
-from nas.training.translate import from_static, to_static
+from nas.training.translate import to_static
 
 RATE, MOMENTUM = 0.05, 0.9
 
@@ -194,7 +194,9 @@ def report(figures: dict[str, Any], steps: int) -> None:
     mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
     one, own = candidates_per_hour(figures, steps)
     print(f"compile: interpreter {figures['compile_s']:.0f} s once, else {mean('compile_s'):.0f} s")
-    print(f"step, interpreter / static: {mean('ratio'):.2f}, processor time {mean('cpu_ratio'):.2f}")
+    print(
+        f"step, interpreter / static: {mean('ratio'):.2f}, processor time {mean('cpu_ratio'):.2f}"
+    )
     print(f"largest difference of a loss: {max(r['first_loss_difference'] for r in rows):.1e}")
     print(f"candidates per hour of {steps} steps: {one:.0f} and {own:.0f}, ratio {one / own:.1f}")
 

@@ -44,7 +44,7 @@ class Operation(nnx.Module):
 
 
 def call(
-    layer: Layer, parameters: PyTree, statistics: PyTree, x: jax.Array, *, train: bool
+    layer: Layer, parameters: PyTree, statistics: PyTree, x: PyTree, *, train: bool
 ) -> tuple[jax.Array, PyTree]:
     """A layer's output, and its running statistics after that."""
     context = Context(jax.random.key(0), train)  # none of these layers draws anything
