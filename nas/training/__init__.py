@@ -7,4 +7,8 @@ The interpreter, in the order of its data:
 
     encoding, entries, union, switch, project -+-> reader ---------+-> spots -> interpreter
                                                +-> slots -> cells -+              -> translate
+
+What trains a network of either:
+
+    names, datasets -> recipe -> programs -> training -> evaluator;   weights, cache;   devices
 """
