@@ -6,13 +6,48 @@ as its evaluation is over and no one will start from it.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from nas import state
 from nas.evaluate import Job
+from nas.records import Reader
+from nas.state import Open, Tournament
 
 FOLDER = "weights"
 _NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")
+
+
+class Values:
+    """What evaluations start from: trained values, where the policy is to, and what rivals had."""
+
+    def __init__(self, reader: Reader, fitness_policy: str, compare: str | None) -> None:
+        self.reader, self.run = reader, reader.path.parent
+        self.warm, self.compare = fitness_policy == "retrain_warm", compare
+
+    def rivals(self, candidate: int) -> tuple[float, ...]:
+        """The metric to compare by, of the members as of the candidate's proposal."""
+        return self.reader.rivals(candidate, self.compare) if self.compare else ()
+
+    def of(self, candidate: int | None) -> str | None:
+        """Where to start from, after this candidate: as it was trained, if that is still there."""
+        if candidate is None or not self.warm:
+            return None
+        values = self.reader.candidate(candidate).trained_values
+        return None if values is None or is_gone(self.run, values) else values
+
+    def sweep(
+        self,
+        waiting: Mapping[int, Open],
+        tournaments: Mapping[int, Tournament],
+        todo: Iterable[Job],
+        running: Mapping[int, Job],
+    ) -> None:
+        """Remove the files that no member has and nothing of these may start from."""
+        if self.warm:
+            parents = state.parents(waiting.values(), tournaments.values())
+            inherited = {job.inherit for job in (*todo, *running.values())}
+            sweep(self.run, self.reader.trained_values(parents) | inherited, running)
 
 
 def name_of(job: Job) -> str:

@@ -30,9 +30,8 @@ class Search:
 
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
-    many times before the mean answers. `compare` is a metric of the population's members that jobs
-    are told (`Job.rivals`), for evaluators that give up the hopeless. The rest are the fields of
-    `nas.evolution.Settings`.
+    many times before the mean answers. `compare` is a metric of the members that jobs are told
+    (`Job.rivals`), to give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
     """
 
     def __init__(
@@ -55,9 +54,9 @@ class Search:
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
-        self.compare, self.run = compare, Path(folder) / name
         same = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(self.run, name, self.space, same, setup)
+        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self.values = keeping.Values(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
@@ -109,7 +108,7 @@ class Search:
                 self._result(job, outcome)
             else:
                 self._retrained(job, outcome)
-            self._sweep()
+            self.values.sweep(self._open, self._tournaments, self._todo, self._running)
 
     @property
     def is_over(self) -> bool:
@@ -177,9 +176,8 @@ class Search:
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
             seed = evaluate.seed(self.settings.seed, number)
-            values, rivals = self._values(found.parent), self._rivals(number)
-            job = Job(0, number, found.architecture, seed, inherit=values, rivals=rivals)
-            self._todo.append(job)
+            start = {"inherit": self.values.of(found.parent), "rivals": self.values.rivals(number)}
+            self._todo.append(Job(0, number, found.architecture, seed, **start))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 self._join(event, number, answer)
@@ -188,27 +186,7 @@ class Search:
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        return Job(0, member, architecture, seed, 1, tournament, self._values(member))
-
-    def _values(self, candidate: int | None) -> str | None:
-        """The trained values to start from, a candidate's own or its child's."""
-        if candidate is None or self.settings.fitness_policy != "retrain_warm":
-            return None
-        values = self.store.candidate(candidate).trained_values
-        return None if values is None or keeping.is_gone(self.run, values) else values
-
-    def _rivals(self, candidate: int) -> tuple[float, ...]:
-        return self.store.rivals(candidate, self.compare) if self.compare else ()
-
-    def _sweep(self) -> None:
-        """Remove files of trained values that no one will start from; see `keeping`."""
-        if self.settings.fitness_policy != "retrain_warm":
-            return
-        parents = {found.parent for found in self._open.values() if found.parent is not None}
-        drawn = {m.candidate for found in self._tournaments.values() for m in found.sample}
-        inherited = {job.inherit for job in (*self._todo, *self._running.values())}
-        needed = self.store.trained_values(parents | drawn) | inherited
-        keeping.sweep(self.run, needed, self._running)
+        return Job(0, member, architecture, seed, 1, tournament, self.values.of(member))
 
     def _start(self, job: Job) -> Job:
         job = replace(job, evaluation=self._next_evaluation)
@@ -318,4 +296,4 @@ class Search:
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
-        self._sweep()
+        self.values.sweep(self._open, self._tournaments, self._todo, self._running)
