@@ -6,6 +6,8 @@ Reading order, which is also the order of the imports and of the data:
     schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
     evaluate -> workers, pools --------------------------------+
 
+Candidates are trained for real by `nas.TrainingEvaluator`: see `nas.training`, which loads JAX.
+
 What a person looks at is made from the store alone:
 
     records -> reading -> plots, drawing (lineage_plot), report -> page;   live
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
+    from nas.training.evaluator import TrainingEvaluator
 
 _HOME = {
     "Candidate": "result",
@@ -43,6 +46,7 @@ _HOME = {
     "Settings": "evolution",
     "Space": "space",
     "TabularEvaluator": "evaluate",
+    "TrainingEvaluator": "training.evaluator",
     "load": "result",
     "replay": "audit",
     "search": "result",
@@ -64,6 +68,7 @@ __all__ = [
     "Settings",
     "Space",
     "TabularEvaluator",
+    "TrainingEvaluator",
     "load",
     "nasbench201",
     "replay",

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas import evaluate, opening, state
+from nas import evaluate, keeping, opening, state
 from nas import space as spaces
 from nas.evaluate import Job, Outcome
 from nas.evolution import Member, Proposal, Settings
@@ -30,7 +30,8 @@ class Search:
 
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
-    many times before the mean answers. The rest are the fields of `nas.evolution.Settings`.
+    many times before the mean answers. `compare` is a metric of the members that jobs are told
+    (`Job.rivals`), to give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Search:
         limits: Sequence[Limit] = (),
         retries: Retries | None = None,
         max_failures: int = 10,
+        compare: str | None = None,
         setup: bytes | None = None,
         **settings: Any,
     ) -> None:
@@ -54,6 +56,7 @@ class Search:
         self.retries, self.max_failures = retries or Retries(), max_failures
         same = {**self.settings.to_dict(), "cache": int(cache)}
         self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self.values = keeping.Values(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
@@ -105,6 +108,7 @@ class Search:
                 self._result(job, outcome)
             else:
                 self._retrained(job, outcome)
+            self.values.sweep(self._open, self._tournaments, self._todo, self._running)
 
     @property
     def is_over(self) -> bool:
@@ -172,8 +176,8 @@ class Search:
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
             seed = evaluate.seed(self.settings.seed, number)
-            values = self._values(found.parent)
-            self._todo.append(Job(0, number, found.architecture, seed, inherit=values))
+            start = {"inherit": self.values.of(found.parent), "rivals": self.values.rivals(number)}
+            self._todo.append(Job(0, number, found.architecture, seed, **start))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 self._join(event, number, answer)
@@ -182,13 +186,7 @@ class Search:
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        return Job(0, member, architecture, seed, 1, tournament, self._values(member))
-
-    def _values(self, candidate: int | None) -> str | None:
-        """The trained values to start from, a candidate's own or its child's."""
-        if candidate is None or self.settings.fitness_policy != "retrain_warm":
-            return None
-        return self.store.candidate(candidate).trained_values
+        return Job(0, member, architecture, seed, 1, tournament, self.values.of(member))
 
     def _start(self, job: Job) -> Job:
         job = replace(job, evaluation=self._next_evaluation)
@@ -298,3 +296,4 @@ class Search:
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
+        self.values.sweep(self._open, self._tournaments, self._todo, self._running)

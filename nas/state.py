@@ -1,5 +1,6 @@
 """What a search has under way, and how it is found again in the store of a driver that is gone."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -59,6 +60,12 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
         ]
         found[number] = Tournament(sample, {m.candidate for m in sample} - set(known))
     return found
+
+
+def parents(open_: Iterable[Open], tournaments: Iterable[Tournament]) -> set[int]:
+    """Whose trained values may yet be started from, also if they have left the population."""
+    drawn = {member.candidate for found in tournaments for member in found.sample}
+    return drawn | {found.parent for found in open_ if found.parent is not None}
 
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:
