@@ -67,8 +67,8 @@ class EvolutionConfig(Section):
     )
     algorithm: Algorithm = Field(
         default="aging",
-        description="aging, non_aging (the worst of a sample leaves), elitist (the worst of all "
-        "leaves) or random",
+        description="aging, non_aging (the worst of the parent's sample leaves), elitist (the "
+        "worst of all leaves) or random",
     )
     fitness_policy: FitnessPolicy = Field(
         default="stored", description="whether sampled members are trained again, and from what"

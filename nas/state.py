@@ -1,8 +1,11 @@
 """What a search has under way, and how it is found again in the store of a driver that is gone."""
 
+import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from nas import evaluate
+from nas.evaluate import Job
 from nas.evolution import Evolution, Member, Settings
 from nas.records import CandidateRow, Reader
 from nas.space import Space
@@ -15,6 +18,7 @@ class Open(NamedTuple):
     network: str  # digest of its canonical form
     parent: int | None
     metrics: dict[str, float]  # of the limits
+    sample: tuple[int, ...]  # see `nas.evolution.Proposal`
 
 
 class Tournament(NamedTuple):
@@ -41,10 +45,13 @@ def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolutio
 
 def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, Open]:
     """By number, in order."""
-    return {
-        row.id: Open(space.decode(row.architecture), row.canonical, row.parent, row.metrics)
-        for row in reader.candidates("state = 'open'")
-    }
+    found = {}
+    for row in reader.candidates("state = 'open'"):
+        (event,) = reader.events(row.proposed - 1, most=1)
+        sample = tuple(json.loads(event.detail or "[]"))
+        architecture = space.decode(row.architecture)
+        found[row.id] = Open(architecture, row.canonical, row.parent, row.metrics, sample)
+    return found
 
 
 def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
@@ -59,6 +66,21 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
         ]
         found[number] = Tournament(sample, {m.candidate for m in sample} - set(known))
     return found
+
+
+def job(reader: Reader, settings: Settings, number: int, found: Open) -> Job:
+    """To train a candidate; warm, from its parent's trained values."""
+    warm = settings.fitness_policy == "retrain_warm" and found.parent is not None
+    values = reader.candidate(found.parent or 0).trained_values if warm else None
+    return Job(0, number, found.architecture, evaluate.seed(settings.seed, number), inherit=values)
+
+
+def retraining(space: Space[Any], settings: Settings, tournament: int, row: CandidateRow) -> Job:
+    """To train a member again; warm, from its own trained values."""
+    architecture = space.decode(row.architecture)
+    seed = evaluate.seed(settings.seed, row.id, tournament)
+    values = row.trained_values if settings.fitness_policy == "retrain_warm" else None
+    return Job(0, row.id, architecture, seed, 1, tournament, values)
 
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:
