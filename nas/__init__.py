@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
+    from nas.training.evaluator import TrainingEvaluator
 
 _HOME = {
     "Candidate": "result",
@@ -43,6 +44,7 @@ _HOME = {
     "Settings": "evolution",
     "Space": "space",
     "TabularEvaluator": "evaluate",
+    "TrainingEvaluator": "training.evaluator",
     "load": "result",
     "replay": "audit",
     "search": "result",
@@ -64,6 +66,7 @@ __all__ = [
     "Settings",
     "Space",
     "TabularEvaluator",
+    "TrainingEvaluator",
     "load",
     "nasbench201",
     "replay",

@@ -6,11 +6,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nas.config import FunctionConfig, LimitsConfig, NASNetConfig, SearchConfig, TableConfig
+from nas.config import (
+    FunctionConfig,
+    LimitsConfig,
+    NASNetConfig,
+    SearchConfig,
+    TableConfig,
+    TrainingConfig,
+)
 from nas.evaluate import TabularEvaluator
 from nas.limits import Limit
 from nas.nasbench201 import NASBench201Space, Table
 from nas.nasnet import NASNetSpace
+from nas.training.evaluator import TrainingEvaluator
 
 
 class SectionError(ValueError):
@@ -47,7 +55,11 @@ def _space(space: Any) -> Any:
     return NASBench201Space()
 
 
-def _evaluate(evaluate: TableConfig | FunctionConfig) -> Any:
+def _evaluate(evaluate: TableConfig | FunctionConfig | TrainingConfig) -> Any:
+    if isinstance(evaluate, TrainingConfig):
+        found = TrainingEvaluator(**evaluate.model_dump(exclude={"kind"}))
+        found.data_fits()
+        return found
     if isinstance(evaluate, TableConfig):
         return TabularEvaluator(Table(evaluate.dataset, evaluate.folder), evaluate.fitness)
     name, colon, attribute = evaluate.function.partition(":")

@@ -9,7 +9,15 @@ from pydantic import Field, model_validator
 from pydantic import ValidationError as PydanticError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from gpipe_jax.config.fields import Count, CountOrZero, Positive, Section, Text
+from gpipe_jax.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Text,
+)
 from gpipe_jax.genotype import PAPER_OPERATIONS
 from nas.evolution import Algorithm, FitnessPolicy, Settings
 
@@ -57,6 +65,54 @@ class FunctionConfig(Section):
     )
 
 
+class TrainingConfig(Section):
+    """Real training of small networks: `nas.TrainingEvaluator`."""
+
+    kind: Literal["training"] = "training"
+    data: Text = Field(
+        default="digits", description="digits, cifar10, or a .npz file with inputs and labels"
+    )
+    folder: Text | None = Field(
+        default=None,
+        description="folder of cifar10's files; default: the environment variable GPIPE_JAX_DATA",
+    )
+    cells: Count = Field(default=1, description="N: normal cells in each of the three stacks")
+    filters: Count = Field(default=8, description="F: width of the first stack")
+    epochs: Count = Field(default=20, description="times that each image is seen")
+    batch_size: Count = Field(default=64, description="images in a step")
+    learning_rate: Positive = Field(default=0.1, description="peak; a cosine falls from it to zero")
+    warmup_epochs: PositiveOrZero = Field(default=1.0, description="epochs of linear warm-up")
+    momentum: Fraction = Field(default=0.9, description="decay of the velocity, in [0, 1)")
+    weight_decay: PositiveOrZero = Field(default=5e-4, description="L2 of all that is used")
+    label_smoothing: Fraction = Field(default=0.0, description="in [0, 1)")
+    examples: Count | None = Field(
+        default=None, description="training images; default: all that are not held out"
+    )
+    validation: Count | None = Field(
+        default=None,
+        description="training images held out to judge by; default: a quarter of the digits, a "
+        "tenth of others",
+    )
+    validations: Count = Field(
+        default=3, description="the fitness is the mean accuracy after so many last epochs"
+    )
+    builder: Literal["interpreter", "static"] = Field(
+        default="interpreter",
+        description="interpreter (one program for all) or static (one for each architecture)",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="to compute in")
+    stop_epoch: Count | None = Field(
+        default=None, description="epoch after which hopeless candidates are stopped; default: none"
+    )
+    stop_quantile: Fraction = Field(
+        default=0.25, gt=0, description="those below this quantile of the population's accuracies"
+    )
+    compilation_cache: Text | None = Field(
+        default=None,
+        description="folder of compiled programs; default: JAX's setting, or the user's caches",
+    )
+
+
 class EvolutionConfig(Section):
     """What decides the proposals: `nas.evolution.Settings`."""
 
@@ -98,7 +154,8 @@ class RunConfig(Section):
     cycles: Count = Field(default=1000, description="results in all")
     workers: Count | Text = Field(
         default=1,
-        description="threads, or processes, processes:4, or the address of a dask scheduler",
+        description="threads, or devices (one for each), processes, processes:4, or the address of "
+        "a dask scheduler",
     )
     cache: bool | CountOrZero = Field(
         default=True,
@@ -121,7 +178,7 @@ class SearchConfig(Section):
     space: NASNetConfig | NASBench201Config = Field(
         discriminator="kind", description="what is searched"
     )
-    evaluate: TableConfig | FunctionConfig = Field(
+    evaluate: TableConfig | FunctionConfig | TrainingConfig = Field(
         discriminator="kind", description="what tells how good an architecture is"
     )
     evolution: EvolutionConfig = Field(default=EvolutionConfig(), description="the algorithm")
@@ -136,6 +193,9 @@ class SearchConfig(Section):
                 f"evaluate 'table' has no cells of space {self.space.kind!r}; use evaluate.kind "
                 "function, or space.kind nasbench201"
             )
+            raise _problem("evaluate.kind", message)
+        if self.evaluate.kind == "training" and self.space.kind != "nasnet":
+            message = f"evaluate 'training' has no cells of space {self.space.kind!r}; use nasnet"
             raise _problem("evaluate.kind", message)
         if not table and (self.limits.params_m or self.limits.flops_m):
             message = "limits need evaluate.kind table, which knows the sizes; remove them"

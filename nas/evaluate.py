@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,9 @@ class Job:
     inherit: str | None = None
     """Where there are trained values to start from: what an evaluation returned by the name
     `trained_values`. With `retrain_warm` a re-trained member's own, and a child's parent's."""
+    rivals: tuple[float, ...] = ()
+    """What the population's members had, when the candidate was proposed, by the metric that the
+    search compares by, if it does."""
 
 
 def seed(search: int, candidate: int, tournament: int | None = None) -> int:
@@ -62,6 +66,14 @@ class Evaluator(Protocol):
 
 class ReturnError(TypeError):
     """The evaluator returned what is no fitness: a mistake in it, not a failed candidate."""
+
+
+def in_search(
+    evaluator: Evaluator, space: Any, run: Path, fitness_policy: str, timeout_s: float | None
+) -> Evaluator:
+    """An evaluator that can be told what it is to serve, told: by its method `in_search`."""
+    told = getattr(evaluator, "in_search", None)
+    return told(space, run, fitness_policy, timeout_s) if told else evaluator
 
 
 def check(evaluate: Any) -> Evaluator:
@@ -118,6 +130,15 @@ class Repeated:
         if self.repeats < 1:
             raise ValueError(f"repeats {self.repeats}: expected at least 1")
         object.__setattr__(self, "_inner", check(self.evaluator))
+
+    @property
+    def compares(self) -> str | None:
+        """As of the inner one."""
+        return getattr(self._inner, "compares", None)
+
+    def in_search(self, *search: Any) -> "Repeated":
+        """With the inner one told; see `in_search`."""
+        return replace(self, evaluator=in_search(self._inner, *search))
 
     def evaluate(self, job: Job) -> Mapping[str, float | str]:
         """Means over the repeats, of every metric where it is given; the last's trained values."""
@@ -179,7 +200,15 @@ def _show(value: Any) -> str:
 def failure(error: BaseException) -> Outcome:
     """The outcome of a job that raised."""
     last = "".join(traceback.format_exception_only(error)).strip()
-    return Outcome("out_of_memory" if _is_out_of_memory(error) else "exception", error=last[:2000])
+    return Outcome(_kind(error), error=last[:2000])
+
+
+def _kind(error: BaseException) -> str:
+    if _is_out_of_memory(error):
+        return "out_of_memory"
+    if isinstance(error, FloatingPointError):  # also of jax_debug_nans
+        return "nan"
+    return "timeout" if isinstance(error, TimeoutError) else "exception"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ A `Reader` only reads: everything that reports, plots and notebooks show comes f
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +162,23 @@ class Reader:
     def population(self) -> list[CandidateRow]:
         """The members, the one trained least recently first."""
         return list(self.candidates("state = 'done' AND removed IS NULL", order="last_trained"))
+
+    def trained_values(self, others: Iterable[int] = ()) -> set[str]:
+        """Where those of the members are, and of other candidates."""
+        listed = ",".join(str(int(number)) for number in others)
+        columns = "SELECT trained_values FROM candidates WHERE trained_values IS NOT NULL AND"
+        members = f"{columns} state = 'done' AND removed IS NULL"
+        return {row[0] for row in self._rows(f"{members} UNION {columns} id IN ({listed})")}
+
+    def rivals(self, candidate: int, metric: str) -> tuple[float, ...]:
+        """That metric of the members as of the candidate's proposal, where they have it.
+
+        A member that was trained again since then is not among them.
+        """
+        event = self.candidate(candidate).proposed
+        where = "last_trained < ? AND (removed IS NULL OR removed > ?) AND state = 'done'"
+        rows = self.candidates(where, event, event)
+        return tuple(row.metrics[metric] for row in rows if metric in row.metrics)
 
     def lineage(self, number: int) -> list[CandidateRow]:
         """A candidate's ancestors from the random one on, and itself last."""

@@ -222,7 +222,8 @@ def search(
     """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
 
     `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluate`.
-    `workers` are a number of threads, `processes`, the address of a dask scheduler, or an executor.
+    `workers` are a number of threads, `devices` (a thread for each local accelerator), `processes`,
+    the address of a dask scheduler, or an executor.
     With `wait=False` the search goes on in the background. `timeout_s` is for one evaluation,
     `time_limit_s` for all; `callback(search)` is called after each and ends the search by True.
     The rest goes to `nas.Search`: population, sample, cycles, target, seed, maximise, cache, ...
@@ -234,6 +235,9 @@ def search(
     space, evaluator = spaces.check(space), evaluators.check(evaluate)
     driving = {"workers": workers, "timeout_s": timeout_s}
     setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
+    policy = options.get("fitness_policy", "stored")
+    evaluator = evaluators.in_search(evaluator, space, Path(folder) / name, policy, timeout_s)
+    options.setdefault("compare", getattr(evaluator, "compares", None))
     loop = Search(
         space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
     )

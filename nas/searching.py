@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas import evaluate, opening, state
+from nas import evaluate, keeping, opening, state
 from nas import space as spaces
 from nas.evaluate import Job, Outcome
 from nas.evolution import Member, Proposal, Settings
@@ -30,7 +30,8 @@ class Search:
 
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
-    many times before the mean answers. The rest are the fields of `nas.evolution.Settings`.
+    many times before the mean answers. `compare` is a metric of the population's members that jobs
+    are told (`Job.rivals`), for evaluators that give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Search:
         limits: Sequence[Limit] = (),
         retries: Retries | None = None,
         max_failures: int = 10,
+        compare: str | None = None,
         setup: bytes | None = None,
         **settings: Any,
     ) -> None:
@@ -52,8 +54,9 @@ class Search:
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.max_failures = retries or Retries(), max_failures
+        self.compare, self.run = compare, Path(folder) / name
         same = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self.store = opening.open_store(self.run, name, self.space, same, setup)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
         self.best_fitness: float | None = None
@@ -105,6 +108,7 @@ class Search:
                 self._result(job, outcome)
             else:
                 self._retrained(job, outcome)
+            self._sweep()
 
     @property
     def is_over(self) -> bool:
@@ -146,7 +150,8 @@ class Search:
         for member in dict.fromkeys(m.candidate for m in tournament.sample):
             if member in tournament.missing:
                 row = self.store.candidate(member)
-                self._todo.append(state.retraining(self.space, self.settings, number, row))
+                job = state.retraining(self.store, self.space, self.settings, number, row)
+                self._todo.append(job)
 
     def _propose(self, proposal: Proposal) -> None:
         number, architecture, parent, _, sample = proposal
@@ -179,7 +184,7 @@ class Search:
     def _place(self, number: int) -> None:
         """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
         found = self._open[number]
-        job = state.job(self.store, self.settings, number, found)
+        job = state.job(self.store, self.settings, number, found, self.compare)
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
             self._todo.append(job)
@@ -188,6 +193,16 @@ class Search:
                 member = self._write(event, number, answer)
                 self.store.set_candidate(number, answered_by=answer.twin)
             self._join(member)
+
+    def _sweep(self) -> None:
+        """Remove files of trained values that no one will start from; see `keeping`."""
+        if self.settings.fitness_policy != "retrain_warm":
+            return
+        parents = {found.parent for found in self._open.values() if found.parent is not None}
+        drawn = {m.candidate for found in self._tournaments.values() for m in found.sample}
+        inherited = {job.inherit for job in (*self._todo, *self._running.values())}
+        needed = self.store.trained_values(parents | drawn) | inherited
+        keeping.sweep(self.run, needed, self._running)
 
     def _start(self, job: Job) -> Job:
         job = replace(job, evaluation=self._next_evaluation)
@@ -298,3 +313,4 @@ class Search:
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
+        self._sweep()

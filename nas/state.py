@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from nas import evaluate
+from nas import evaluate, keeping
 from nas.evaluate import Job
 from nas.evolution import Evolution, Member, Settings
 from nas.records import CandidateRow, Reader
@@ -68,19 +68,31 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     return found
 
 
-def job(reader: Reader, settings: Settings, number: int, found: Open) -> Job:
+def job(
+    reader: Reader, settings: Settings, number: int, found: Open, compare: str | None
+) -> Job:
     """To train a candidate; warm, from its parent's trained values."""
-    warm = settings.fitness_policy == "retrain_warm" and found.parent is not None
-    values = reader.candidate(found.parent or 0).trained_values if warm else None
-    return Job(0, number, found.architecture, evaluate.seed(settings.seed, number), inherit=values)
+    seed = evaluate.seed(settings.seed, number)
+    values = None if found.parent is None else _values(reader, settings, found.parent)
+    rivals = reader.rivals(number, compare) if compare else ()
+    return Job(0, number, found.architecture, seed, inherit=values, rivals=rivals)
 
 
-def retraining(space: Space[Any], settings: Settings, tournament: int, row: CandidateRow) -> Job:
+def retraining(
+    reader: Reader, space: Space[Any], settings: Settings, tournament: int, row: CandidateRow
+) -> Job:
     """To train a member again; warm, from its own trained values."""
-    architecture = space.decode(row.architecture)
     seed = evaluate.seed(settings.seed, row.id, tournament)
-    values = row.trained_values if settings.fitness_policy == "retrain_warm" else None
-    return Job(0, row.id, architecture, seed, 1, tournament, values)
+    values = _values(reader, settings, row.id)
+    return Job(0, row.id, space.decode(row.architecture), seed, 1, tournament, values)
+
+
+def _values(reader: Reader, settings: Settings, candidate: int) -> str | None:
+    """A candidate's trained values to start from."""
+    if settings.fitness_policy != "retrain_warm":
+        return None
+    values = reader.candidate(candidate).trained_values
+    return None if values is None or keeping.is_gone(reader.path.parent, values) else values
 
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:

@@ -56,6 +56,12 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "S
     return conv2d(x, kernel, strides, padding)
 
 
+def halve(x: jax.Array, even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Half the resolution: two 1x1 convolutions side by side, of the even and of the odd pixels."""
+    shifted = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]  # for odd sizes
+    return jnp.concatenate([convolve(x, even, 2), convolve(shifted, odd, 2)], -1)
+
+
 class Identity(nnx.Module):
     """x itself."""
 
@@ -118,9 +124,9 @@ class SeparableNorm(nnx.Module):
 
 
 class FactorizedReduction(nnx.Module):
-    """Half the resolution by two 1x1 convolutions side by side, then batch norm.
+    """relu (if wanted), half the resolution by `halve`, batch norm.
 
-    One reads the even pixels and the other the odd ones, so a stride loses fewer of them.
+    As it reads the odd pixels too, the stride loses fewer of them.
     """
 
     def __init__(
@@ -139,9 +145,7 @@ class FactorizedReduction(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.relu(x) if self.relu else x
-        shifted = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]  # for odd sizes
-        parts = [convolve(x, self.even[...], 2), convolve(shifted, self.odd[...], 2)]
-        return self.norm(jnp.concatenate(parts, -1)).astype(x.dtype)
+        return self.norm(halve(x, self.even[...], self.odd[...])).astype(x.dtype)
 
 
 def match(

@@ -1,0 +1,23 @@
+"""JAX's own cache of compiled programs, on disk: restarts and further devices compile in seconds."""
+
+import os
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def use(folder: str | None = None) -> None:
+    """Keep programs there; by default where JAX is told to, or else in `default()`."""
+    current = jax.config.jax_compilation_cache_dir
+    wanted = folder or current or str(default())
+    if wanted != current:
+        jax.config.update("jax_compilation_cache_dir", wanted)
+        # What was compiled before without a folder has settled that there is none.
+        compilation_cache.reset_cache()
+
+
+def default() -> Path:
+    """In the user's folder of caches."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "gpipe-jax" / "jax"

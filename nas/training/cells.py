@@ -1,0 +1,273 @@
+"""The parts of an interpreted cell: how it takes its two inputs, its slots, and its output.
+
+A cell's output is the buffer of all its states [S, B, H, W, F]; whoever reads it knows which of
+them are concatenated. Each part is a value; parameters and statistics are dicts of arrays:
+
+    Reader   state 0 or 1 of a cell from an earlier cell's buffer
+    Body     both inputs to the buffer
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gpipe_jax.genotype import INPUTS
+from gpipe_jax.layers.conv_norm import ConvNorm, FactorizedReduction, Normalization
+from gpipe_jax.layers.layer import Layer, layer
+from nas.training.encoding import CellCode, Concat
+from nas.training.entries import entries, masked
+from nas.training.project import at, project
+from nas.training.slots import Steps, run_slots
+from nas.training.switch import switch
+from nas.training.union import Operation, Union, call
+
+PyTree = Any
+KINDS = ("first", "normal", "reduction")
+
+
+class Norm(nnx.Module):
+    """A batch norm, in float32 at least."""
+
+    def __init__(self, features: int, *, norm: Normalization, rngs: nnx.Rngs) -> None:
+        self.norm = norm.make(features, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Of x [B, H, W, features]."""
+        return self.norm(x).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """relu, 1x1 convolution and batch norm of a concatenation: a state of `features`.
+
+    With `halve` at half the resolution. If it is `optional` it leaves out what a match leaves out:
+    where the concatenation is as wide as the state already, that is it.
+    """
+
+    states: int  # of the buffer
+    in_features: int  # of each of them
+    features: int
+    norm: Normalization
+    halve: bool = False
+    optional: bool = False
+
+    @property
+    def layer(self) -> Layer:
+        """The batch norm."""
+        return layer(Norm, features=self.features, norm=self.norm)
+
+    def __call__(
+        self,
+        concat: Concat,
+        parameters: PyTree,
+        statistics: PyTree,
+        states: jax.Array,
+        *,
+        train: bool,
+        wanted: bool | jax.Array = True,
+    ) -> tuple[jax.Array, PyTree]:
+        """The state, or zero if it is not `wanted`; and the statistics after that."""
+        project = functools.partial(_project, self.layer, train)
+        if not self.optional:
+            return project(concat, parameters, statistics, states)
+        branches = (project, functools.partial(_pass, self.features), _nothing(self.features))
+        case = jnp.where(wanted, jnp.where(self.passes(concat), 1, 0), 2)
+        return switch(branches, case, concat, parameters, statistics, states)
+
+    def passes(self, concat: Concat) -> Any:
+        """Whether the concatenation itself is the state."""
+        return self.optional & (concat.count * self.in_features == self.features)
+
+    def entries(self, concat: Concat) -> tuple[PyTree, PyTree]:
+        """What its parameters and statistics are."""
+        halves = {"even": self.features // 2, "odd": self.features - self.features // 2}
+        widths = halves if self.halve else {"kernel": self.features}
+        made = jnp.logical_not(self.passes(concat))
+        kernels = {}
+        for name, width in widths.items():
+            one = entries({name: np.zeros((1, 1, self.in_features, width))})[name]
+            each = type(one)(*(np.repeat(a[0], self.states, 0) for a in one))
+            kernels[name] = each.masked(concat.members() & made)
+        parameters, statistics = (masked(entries(tree), made) for tree in self.layer.shapes(None))
+        return {**kernels, **parameters}, statistics
+
+
+def _project(
+    norm: Layer, train: bool, concat: Concat, parameters: PyTree, statistics: PyTree, states: Any
+) -> tuple[jax.Array, PyTree]:
+    kernels = {name: a for name, a in parameters.items() if name != "norm"}
+    y = project(concat, kernels, states)
+    return call(norm, {"norm": parameters["norm"]}, statistics, y, train=train)
+
+
+def _pass(
+    features: int, concat: Concat, parameters: PyTree, statistics: PyTree, states: jax.Array
+) -> tuple[jax.Array, PyTree]:
+    del parameters
+    count = max(1, features // states.shape[-1])
+    parts = [at(states, jnp.asarray(concat.order)[k]) for k in range(min(count, len(states)))]
+    y = jnp.concatenate(parts, -1)
+    # Where the widths can't agree this branch is never taken, but must have the shape.
+    room = features - y.shape[-1]
+    return jax.lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0)] * 3 + [(0, room, 0)]), statistics
+
+
+@functools.cache
+def _nothing(features: int) -> Any:
+    def nothing(code: Any, parameters: Any, statistics: PyTree, states: jax.Array) -> tuple:
+        del code, parameters
+        return jnp.zeros((*states.shape[1:-1], features), states.dtype), statistics
+
+    return nothing
+
+
+@dataclass(frozen=True)
+class Body:
+    """The pairs of a cell, and its inputs as its output needs them.
+
+    The first cell reads the stem's output as state 1, three times as wide; a reduction cell halves
+    what its inputs' readers see.
+    """
+
+    kind: str
+    operations: tuple[str, ...]
+    pairs: int
+    features: int
+    norm: Normalization
+
+    @property
+    def groups(self) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+        """(states, features, stride) of states of equal shape; the last ones hold the pairs'."""
+        made = tuple(range(INPUTS, INPUTS + self.pairs))
+        return {
+            "first": (((1,), 3 * self.features, 1), ((0, *made), self.features, 1)),
+            "normal": (((0, 1, *made), self.features, 1),),
+            "reduction": (((0, 1), self.features, 2), (made, self.features, 1)),
+        }[self.kind]
+
+    @functools.cached_property
+    def union(self) -> Union:
+        """Every operation for every group."""
+        made = {"features": self.features, "norm": self.norm}
+        return Union(
+            tuple(
+                layer(Operation, name=name, in_features=width, stride=stride, **made)
+                for _, width, stride in self.groups
+                for name in self.operations
+            )
+        )
+
+    @functools.cached_property
+    def matched(self) -> tuple[int, ...]:
+        """The inputs that the output needs in another form."""
+        return {"first": (1,), "normal": (), "reduction": (0, 1)}[self.kind]
+
+    @functools.cached_property
+    def output(self) -> Union:
+        """How they are brought into it: not at all, or by this layer."""
+        made = {"features": self.features, "relu": False, "norm": self.norm}
+        if self.kind == "first":
+            return Union((None, layer(ConvNorm, in_features=3 * self.features, **made)))
+        return Union((None, layer(FactorizedReduction, in_features=self.features, **made)))
+
+    def steps(self, code: CellCode) -> Steps:
+        """What the slots do."""
+        group, local = np.zeros((2, INPUTS + self.pairs), np.int32)
+        for g, (states, _, _) in enumerate(self.groups):
+            for place, state in enumerate(states):
+                group[state], local[state] = g, place
+        states = jnp.asarray(code.states)
+        branch = jnp.asarray(group)[states] * len(self.operations) + code.operations
+        target = np.repeat(local[INPUTS:], 2)
+        return Steps(branch, jnp.asarray(local)[states], jnp.asarray(target))
+
+    def member(self, concat: Concat) -> jax.Array:
+        """Which of the inputs that are matched are in the output, [inputs]."""
+        return concat.members()[np.array(self.matched)]
+
+    def __call__(
+        self,
+        code: CellCode,
+        parameters: PyTree,
+        statistics: PyTree,
+        inputs: tuple[jax.Array, jax.Array],
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, PyTree]:
+        """All states [S, B, H, W, F] in the form of the output, and the statistics."""
+        steps, p, s = self.steps(code), parameters["slots"], statistics["slots"]
+        last, slots = run_slots(self.union, train, steps, p, s, self._buffers(inputs))
+        if self.kind == "normal":
+            return last, {"slots": slots}
+        matched, outputs = self._matched(
+            code.concat, parameters["outputs"], statistics["outputs"], inputs, train
+        )
+        parts = [matched, last] if self.kind == "reduction" else [last[:1], matched, last[1:]]
+        return jnp.concatenate(parts), {"slots": slots, "outputs": outputs}
+
+    def _buffers(self, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """The groups, with zeros for what the pairs make."""
+        batch, high, wide, _ = inputs[0].shape
+        stride = 2 if self.kind == "reduction" else 1
+        shape = (self.pairs, batch, -(-high // stride), -(-wide // stride), self.features)
+        zeros = jnp.zeros(shape, inputs[0].dtype)
+        if self.kind == "normal":
+            return (jnp.concatenate([jnp.stack(inputs), zeros]),)
+        if self.kind == "reduction":
+            return jnp.stack(inputs), zeros
+        return inputs[1][None], jnp.concatenate([inputs[0][None], zeros])
+
+    def _matched(
+        self,
+        concat: Concat,
+        parameters: jax.Array,
+        statistics: jax.Array,
+        inputs: tuple[jax.Array, jax.Array],
+        train: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        found, union, features = [], self.output, self.features
+        stride = 2 if self.kind == "reduction" else 1
+        branches = (_absent(features, stride), functools.partial(_present, union, train))
+        for k, i in enumerate(self.matched):
+            index = self.member(concat)[k].astype(jnp.int32)
+            found.append(switch(branches, index, (), parameters[k], statistics[k], inputs[i]))
+        states, statistics = zip(*found, strict=True)
+        return jnp.stack(states), jnp.stack(statistics)
+
+    def entries(self, code: CellCode) -> tuple[PyTree, PyTree]:
+        """What its parameters and statistics are."""
+        chosen = {"slots": (self.union, self.steps(code).branch)}
+        if self.matched:
+            chosen["outputs"] = (self.output, self.member(code.concat).astype(jnp.int32))
+        tables = {name: (union.tables(), index) for name, (union, index) in chosen.items()}
+        parameters, statistics = (
+            {
+                name: type(table[side])(*(jnp.asarray(a)[index] for a in table[side]))
+                for name, (table, index) in tables.items()
+            }
+            for side in (0, 1)
+        )
+        return parameters, statistics
+
+
+@functools.cache
+def _absent(features: int, stride: int) -> Any:
+    def absent(code: Any, parameters: Any, statistics: jax.Array, x: jax.Array) -> tuple:
+        del code, parameters
+        batch, high, wide, _ = x.shape
+        shape = (batch, -(-high // stride), -(-wide // stride), features)
+        return jnp.zeros(shape, x.dtype), statistics
+
+    return absent
+
+
+def _present(
+    union: Union, train: bool, code: Any, parameters: Any, statistics: Any, x: jax.Array
+) -> tuple:
+    del code
+    return union.call(1, parameters, statistics, x, train=train)

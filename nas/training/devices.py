@@ -1,0 +1,114 @@
+"""`workers="devices"`: every accelerator of this process busy with a candidate of its own.
+
+A thread for each device, so that none waits for another: candidates differ in what they cost. The
+evaluator compiles once for each device, and all but the first time from JAX's cache on disk.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+
+from nas.cluster import Pool, WorkersError
+from nas.evaluate import Job, Outcome
+from nas.threads import Threads
+
+
+def pool() -> Pool:
+    """Of all devices that are this process's own."""
+    return Devices(jax.local_devices()).pool()
+
+
+class Turn:
+    """A job's time on a device."""
+
+    device: jax.Device | None = None
+    overdue = False  # the device is another job's too
+
+
+class Devices:
+    """Hands devices to jobs. One that answers no more is not handed out again."""
+
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self._free, self._count = deque(devices), len(devices)
+        self._left, self._lost = len(devices), ""
+        self._changed = threading.Condition()
+        self._threads = Threads()
+        self._turns: dict[Future, Turn] = {}
+
+    def pool(self) -> Pool:
+        """For the driver."""
+        return Pool(
+            self._submit,
+            slots=self._count,
+            pickles=False,
+            expire=self._expire,
+            begun=self._has_begun,
+            close=self._threads.close,
+        )
+
+    def _has_begun(self, future: Future) -> bool:
+        turn = self._turns.get(future)
+        return turn is None or turn.device is not None
+
+    def _submit(self, task: Callable[[Job], Outcome], job: Job) -> Future:
+        if not self._left:
+            raise WorkersError(f"no device is left: {self._lost}")
+        turn = Turn()
+        future = self._threads.submit(self._run, turn, task, job)
+        self._turns[future] = turn
+        future.add_done_callback(lambda done: self._turns.pop(done, None))
+        return future
+
+    def _run(self, turn: Turn, task: Callable[[Job], Outcome], job: Job) -> Outcome:
+        device = self._take(turn)
+        threading.current_thread().name = name = f"{device.platform} {device.id}"
+        lost = False
+        try:
+            with jax.default_device(device):
+                outcome = task(job)
+            lost = outcome.kind == "exception" and not answers(device)
+            if lost:
+                error = f"device {name} answers no more: {outcome.error}"
+                outcome = outcome._replace(kind="worker_death", error=error)
+            return outcome
+        finally:
+            self._give_back(turn, device, outcome.error or "" if lost else None)
+
+    def _take(self, turn: Turn) -> jax.Device:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or not self._left)
+            if not self._left:
+                raise WorkersError(f"no device is left: {self._lost}")
+            turn.device = self._free.popleft()
+            return turn.device
+
+    def _give_back(self, turn: Turn, device: jax.Device, lost: str | None) -> None:
+        with self._changed:
+            if lost is not None:
+                self._left, self._lost = self._left - 1, lost
+            elif not turn.overdue:
+                self._free.append(device)
+            self._changed.notify_all()
+
+    def _expire(self, future: Future) -> None:
+        """What runs cannot be ended: it goes on beside the job that takes its place."""
+        future.cancel()
+        turn = self._turns.get(future)
+        with self._changed:
+            if turn and turn.device and not turn.overdue:
+                turn.overdue = True
+                self._free.append(turn.device)
+            self._changed.notify_all()
+
+
+def answers(device: jax.Device) -> bool:
+    """Whether a device still computes."""
+    try:
+        return float(jax.device_put(np.float32(1), device) + 1) == 2
+    except Exception:  # of any backend's own
+        return False

@@ -1,0 +1,236 @@
+"""Training as an evaluator of a search: see `TrainingEvaluator`. JAX is loaded when it is used."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpipe_jax.genotype import PAPER_OPERATIONS
+from nas import keeping
+from nas.evaluate import TRAINED_VALUES, Job
+from nas.training.names import BUILDERS, RUNG, check_data
+
+if TYPE_CHECKING:
+    from nas.training.datasets import Data, Split
+    from nas.training.network import Network
+    from nas.training.recipe import Recipe
+    from nas.training.training import Course
+
+
+SMALLEST = 3
+"""Pixels each way: two reduction cells make one of them."""
+
+
+@dataclass(frozen=True)
+class TrainingEvaluator:
+    """Trains a small network of a candidate's cells; its fitness is the validation accuracy.
+
+        nas.search(space=nas.NASNetSpace(), workers="devices",
+                   evaluate=nas.TrainingEvaluator(data="digits", cells=1, filters=8, epochs=20))
+
+    All chance comes from the job's seed, so that a candidate's result depends neither on the worker
+    nor on what was trained before. Recorded beside the fitness: `train_loss` (mean of the last
+    epoch), `parameters` (those that the architecture uses), `compile_s` (of programs that this
+    evaluation was the first to need) and `train_s`. With the interpreter all architectures share
+    one program for each device; "static" compiles each by itself.
+    """
+
+    data: str = "digits"
+    """digits, cifar10, or a .npz file with `inputs` and `labels`. Test images are left alone."""
+    folder: str | None = None
+    """Where the files of cifar10 are; default: the environment variable GPIPE_JAX_DATA."""
+    cells: int = 1
+    """Normal cells in each of the three stacks (N)."""
+    filters: int = 8
+    """Of the first stack (F)."""
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    """At its highest: after `warmup_epochs`, from where it falls as a cosine to zero."""
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """L2, of all entries that the architecture uses, and of no others."""
+    label_smoothing: float = 0.0
+    examples: int | None = None
+    """Training images; default: all that are not held out."""
+    validation: int | None = None
+    """Images held out to judge by; default: a quarter of the digits, a tenth of others."""
+    validations: int = 3
+    """The fitness is the mean of the accuracies after so many last epochs."""
+    builder: str = "interpreter"
+    dtype: str = "float32"
+    stop_epoch: int | None = None
+    """After so many epochs hopeless candidates are stopped: those whose validation accuracy is
+    below the `stop_quantile` of what the population's members had then, when the candidate was
+    proposed. Their fitness is that accuracy, and the metric `stopped_at_epoch` says so."""
+    stop_quantile: float = 0.25
+    timeout_s: float | None = None
+    """Seconds of training, without compiling; more is a failure. Looked at after each epoch."""
+    compilation_cache: str | None = None
+    """Folder in which JAX keeps compiled programs between runs. Default: JAX's own setting (such as
+    JAX_COMPILATION_CACHE_DIR), or else gpipe-jax/jax in the user's folder of caches."""
+    operations: tuple[str, ...] = PAPER_OPERATIONS
+    pairs: int = 5
+    """Of the space's cells, as is `operations`; a search fills both in."""
+    run: str | None = field(default=None, compare=False)
+    """The run's folder, in which trained values are kept; a search fills it in if they are."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operations", tuple(self.operations))
+        check_data(self.data)
+        _check_counts(self)
+        _check_numbers(self)
+        if self.builder not in BUILDERS:
+            raise ValueError(
+                f"builder: unknown {self.builder!r}; known: {', '.join(BUILDERS)}"
+            )
+        last = self.epochs - 1
+        if self.stop_epoch is not None and self.stop_epoch > last:
+            raise ValueError(
+                f"stop_epoch {self.stop_epoch} is not before the end, epochs {self.epochs}; give "
+                f"{f'1 to {last}' if last else 'more epochs'}, or None for no stop"
+            )
+
+    # --- the search's side ------------------------------------------------------------------------
+
+    @property
+    def compares(self) -> str | None:
+        """The metric of the population's members that jobs are to be told."""
+        return RUNG if self.stop_epoch is not None else None
+
+    def in_search(
+        self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+    ) -> "TrainingEvaluator":
+        """As a search uses it; ValueError or OSError says what it cannot train, or on what."""
+        if not hasattr(space, "pairs") or not hasattr(space, "operations"):
+            raise ValueError(
+                f"space {space.name!r}: TrainingEvaluator trains cells of nas.NASNetSpace; use "
+                "that, or an evaluator of your own"
+            )
+        keeps = str(folder.absolute()) if fitness_policy == "retrain_warm" else None
+        found = replace(
+            self,
+            pairs=space.pairs,
+            operations=space.operations,
+            run=self.run or keeps,
+            timeout_s=self.timeout_s or timeout_s,
+        )
+        found.data_fits()
+        return found
+
+    def data_fits(self) -> "Split":
+        """The images; ValueError or OSError says why there is no training on them."""
+        found = self._data().split()
+        count, size = found.images.shape[:2]
+        if self.batch_size > count:
+            raise ValueError(
+                f"batch_size {self.batch_size} is more than the {count} training images of "
+                f"{self.data}; give {count} or less"
+            )
+        if size < SMALLEST:
+            raise ValueError(
+                f"the images of {self.data} are {size}x{size}, too small for two reduction cells; "
+                f"give images of {SMALLEST}x{SMALLEST} or more"
+            )
+        return found
+
+    def network(self) -> "Network":
+        """The builder of the candidates' networks."""
+        from nas.training.network import Shape
+
+        found = self.data_fits()
+        size, _, channels = found.images.shape[1:]
+        shape = Shape(self.cells, self.filters, size, channels, found.classes, dtype=self.dtype)
+        if self.builder == "static":
+            from nas.training.static import Static
+
+            return Static(shape)
+        from nas.training.interpreter import Interpreter
+
+        return Interpreter(shape, self.operations, self.pairs)
+
+    # --- the worker's side ------------------------------------------------------------------------
+
+    def evaluate(self, job: Job) -> dict[str, Any]:
+        """Train, validate, and keep the trained values if the search does."""
+        from nas.training import cache, programs, weights
+        from nas.training.training import Training
+
+        cache.use(self.compilation_cache)
+        network, data = self.network(), self._data()
+        architecture = network.encode(job.architecture)
+        compiled, compile_s = programs.get(network, self._recipe(), architecture, data)
+        training = Training(compiled, architecture, self._course(), job.seed)
+        if self.run is not None and job.inherit is not None:
+            training.inherit(*weights.load(Path(self.run) / job.inherit, network))
+        found: dict[str, Any] = training.run(job.rivals)
+        if self.run is not None:
+            name = keeping.name_of(job)
+            weights.save(Path(self.run) / name, job.architecture, training.values)
+            found[TRAINED_VALUES] = name
+        return {**found, "compile_s": compile_s}
+
+    def _data(self) -> "Data":
+        from nas.training.datasets import Data
+
+        return Data(self.data, self.folder, self.validation, self.examples)
+
+    def _recipe(self) -> "Recipe":
+        from nas.training.datasets import source
+        from nas.training.recipe import Recipe
+
+        rest = (self.momentum, self.weight_decay, self.label_smoothing)
+        return Recipe(self.batch_size, *rest, source(self.data).augmentation)
+
+    def _course(self) -> "Course":
+        from nas.training.training import Course
+
+        return Course(
+            self.epochs,
+            self.learning_rate,
+            self.warmup_epochs,
+            self.validations,
+            self.stop_epoch,
+            self.stop_quantile,
+            self.timeout_s,
+        )
+
+
+def _check_counts(given: TrainingEvaluator) -> None:
+    for name in ("cells", "filters", "epochs", "batch_size", "validations", "pairs"):
+        _check_count(name, getattr(given, name))
+    for name in ("examples", "validation", "stop_epoch"):
+        if getattr(given, name) is not None:
+            _check_count(name, getattr(given, name))
+    if given.validations > given.epochs:
+        raise ValueError(
+            f"validations {given.validations} is more than epochs {given.epochs}, after each of "
+            "which there is one; give as many or less"
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
+
+
+def _check_numbers(given: TrainingEvaluator) -> None:
+    rules: list[tuple[str, str, Callable[[float], bool]]] = [
+        ("learning_rate", "more than 0", lambda x: x > 0),
+        ("warmup_epochs", f"0 or more, less than epochs {given.epochs}",
+         lambda x: 0 <= x < given.epochs),
+        ("momentum", "0 or more, less than 1", lambda x: 0 <= x < 1),
+        ("weight_decay", "0 or more", lambda x: x >= 0),
+        ("label_smoothing", "0 or more, less than 1", lambda x: 0 <= x < 1),
+        ("stop_quantile", "more than 0, less than 1", lambda x: 0 < x < 1),
+        ("timeout_s", "seconds, more than 0, or None", lambda x: x > 0),
+    ]  # fmt: skip
+    for name, rule, is_legal in rules:
+        value = getattr(given, name)
+        if value is None and name == "timeout_s":
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and is_legal(value)):
+            raise ValueError(f"{name} {value!r}: expected {rule}")

@@ -1,0 +1,20 @@
+"""What the training of candidates knows by name; no JAX, so that a config is checked at once."""
+
+import difflib
+from pathlib import Path
+
+DATASETS = ("digits", "cifar10")
+BUILDERS = ("interpreter", "static")
+RUNG = "rung_accuracy"
+"""The metric by which hopeless candidates are told: validation accuracy after `stop_epoch`."""
+
+
+def check_data(name: str) -> None:
+    """Raise ValueError for a data set that is neither known nor a file."""
+    if name in DATASETS or Path(name).exists():
+        return
+    close = difflib.get_close_matches(name, DATASETS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
+    raise ValueError(
+        f"data: unknown data set {name!r}; {hint} or give a .npz file with inputs and labels"
+    )

@@ -1,0 +1,229 @@
+"""The three programs of a training: start, one epoch, and validation.
+
+    state, parameters = start(architecture, seed)
+    for each epoch:
+        state, loss = epoch(state, architecture, plan, images, labels)
+    accuracy = validate(architecture, state.values, held_images, held_labels)
+
+An epoch is one `lax.scan`, so that Python is not in the loop. They are compiled ahead of their
+first use, once for each device; with the interpreter that is all, as the architecture and the plan
+are data. Letters: N images, B images of a batch.
+"""
+
+import functools
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from nas.training.datasets import Data, Split
+from nas.training.network import Architecture, Network, PyTree, Values
+from nas.training.recipe import Plan, Recipe, rate
+
+VALIDATION_BATCH = 256  # at most
+
+
+class State(NamedTuple):
+    """What training changes."""
+
+    values: Values
+    momentum: PyTree  # the optimizer's state
+    step: jax.Array
+
+
+# --- as functions ---------------------------------------------------------------------------------
+
+
+def start(network: Network, recipe: Recipe, architecture: Architecture, seed: Any) -> tuple:
+    """A fresh state, and the number of parameters that the architecture uses."""
+    values = network.init(architecture, jax.random.fold_in(jax.random.key(seed), 0))
+    size = sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves(network.used(architecture)))
+    return fresh(recipe, values), size
+
+
+def fresh(recipe: Recipe, values: Values) -> State:
+    """The state at the first step, from these values."""
+    return State(values, recipe.optimizer.init(values.parameters), jnp.zeros((), jnp.int32))
+
+
+def epoch(
+    network: Network,
+    recipe: Recipe,
+    state: State,
+    architecture: Architecture,
+    plan: Plan,
+    images_N: jax.Array,
+    labels_N: jax.Array,
+) -> tuple[State, jax.Array]:
+    """The state after each batch has been seen, in a new order, and the mean loss.
+
+    What does not fill a batch is left out, other images in each epoch.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), state.step)
+    order, chance = jax.random.split(key)
+    B, N = recipe.batch_size, len(labels_N)
+    index_SB = jax.random.permutation(order, N)[: N // B * B].reshape(-1, B)
+    used = network.used(architecture)
+
+    def step(state: State, index_B: jax.Array) -> tuple[State, jax.Array]:
+        images = recipe.augmentation(images_N[index_B], jax.random.fold_in(chance, state.step))
+
+        def loss(parameters: PyTree) -> tuple[jax.Array, PyTree]:
+            values = state.values._replace(parameters=parameters)
+            scores, statistics = network.apply(architecture, values, images, train=True)
+            return recipe.loss(scores, labels_N[index_B]), statistics
+
+        parameters = state.values.parameters
+        (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
+        updates, momentum = recipe.optimizer.update(
+            gradients, state.momentum, parameters, decaying=used
+        )
+        now = rate(plan, state.step)
+        moved = jax.tree.map(lambda p, u: p - now.astype(p.dtype) * u, parameters, updates)
+        return State(Values(moved, statistics), momentum, state.step + 1), value
+
+    state, losses = jax.lax.scan(step, state, index_SB)
+    return state, losses.mean()
+
+
+def validate(
+    network: Network,
+    architecture: Architecture,
+    values: Values,
+    images_N: jax.Array,
+    labels_N: jax.Array,
+) -> jax.Array:
+    """The fraction of the images that are classified rightly."""
+    batches = -(-len(labels_N) // VALIDATION_BATCH)
+    B = -(-len(labels_N) // batches)
+    pad = batches * B - len(labels_N)
+    images = jnp.pad(images_N, ((0, pad), (0, 0), (0, 0), (0, 0))).reshape(-1, B, *images_N.shape[1:])
+    labels = jnp.pad(labels_N, (0, pad), constant_values=-1).reshape(-1, B)
+
+    def hits(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
+        scores, _ = network.apply(architecture, values, batch[0], train=False)
+        return total + (scores.argmax(-1) == batch[1]).sum(), None
+
+    total, _ = jax.lax.scan(hits, jnp.zeros((), jnp.int32), (images, labels))
+    return total / len(labels_N)
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+class Programs(NamedTuple):
+    """Of one network on one device; with `Static`, of one architecture."""
+
+    start: Callable
+    epoch: Callable
+    validate: Callable
+    inherit: Callable
+    batch_size: int
+    split: Split  # on the device, as are all results
+
+
+KEPT = 32
+"""Programs of single architectures are not kept for ever."""
+
+_programs: dict[Any, Programs] = {}
+_locks: dict[Any, threading.Lock] = defaultdict(threading.Lock)
+
+
+def get(
+    network: Network, recipe: Recipe, architecture: Architecture, data: Data
+) -> tuple[Programs, float]:
+    """The programs for this thread's device, and the seconds that compiling them has taken now.
+
+    MemoryError if the device has too little for them.
+    """
+    device = this_device()
+    like = lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype)  # noqa: E731
+    leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
+    # With `Static` the structure holds the architecture itself.
+    key = (network, recipe, structure, tuple(leaves), data, device)
+    with _locks[device]:  # of several threads one compiles
+        if key in _programs:
+            return _programs[key], 0.0
+        begun = time.perf_counter()
+        _programs[key] = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+        while len(_programs) > KEPT:
+            _programs.pop(next(iter(_programs)), None)
+        return _programs[key], time.perf_counter() - begun
+
+
+def this_device() -> jax.Device:
+    """Where this thread computes."""
+    return jax.config.jax_default_device or jax.local_devices()[0]
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(data: Data, dtype: str, device: jax.Device) -> Split:
+    found = data.split()
+    cast = [a.astype(dtype) if a.dtype == np.float32 else a for a in found]
+    return Split(*(jax.device_put(a, device) for a in cast))  # type: ignore[arg-type]
+
+
+def _compiled(
+    network: Network, recipe: Recipe, architecture: Architecture, data: Data
+) -> Programs:
+    device = this_device()
+    here = SingleDeviceSharding(device)
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)  # noqa: E731
+    split = _on_device(data, network.shape.dtype, device)
+    architecture = jax.tree.map(like, architecture)
+    leaves = jax.tree.leaves(architecture)
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=here)
+    number = jax.ShapeDtypeStruct((), np.float32, sharding=here)
+    plan = Plan(seed, number, number, number)
+    images, labels, held_images, held_labels = map(like, split)
+
+    first = functools.partial(start, network, recipe)
+    state, _ = jax.tree.map(like, jax.eval_shape(first, architecture, seed))
+    one = functools.partial(epoch, network, recipe)
+    train = _lowered(one, (0,), state, architecture, plan, images, labels).compile()
+    check_memory(train, device, split)
+    check = functools.partial(validate, network)
+    return Programs(
+        # Of one architecture it is run but once, which its parts, shared with others, do sooner.
+        _lowered(first, (), architecture, seed).compile() if leaves else first,
+        train,
+        _lowered(check, (), architecture, state.values, held_images, held_labels).compile(),
+        jax.jit(network.inherit),
+        recipe.batch_size,
+        split,
+    )
+
+
+def _lowered(function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
+    return jax.jit(function, donate_argnums=donated).lower(*arguments)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def check_memory(program: Any, device: jax.Device, split: Split) -> None:
+    """Raise MemoryError if the device cannot hold a training: known before it is tried."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return
+    need = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
+    need += sum(a.nbytes for a in split[2:])
+    have = memory_of(device)
+    if need > have:
+        raise MemoryError(
+            f"training needs {need / 2**30:.3g} GiB and {device} has {have / 2**30:.3g} GiB: give "
+            "a smaller batch_size, fewer filters or cells, or dtype bfloat16"
+        )
+
+
+def memory_of(device: jax.Device) -> int:
+    """Bytes: the device's own, or the host's where it has none."""
+    known = device.memory_stats() or {}
+    return known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
