@@ -80,7 +80,7 @@ class TrainingConfig(Section):
     filters: Count = Field(default=8, description="F: width of the first stack")
     epochs: Count = Field(default=20, description="times that each image is seen")
     batch_size: Count = Field(default=64, description="images in a step")
-    learning_rate: Positive = Field(default=0.1, description="peak; a cosine falls from it to zero")
+    learning_rate: Positive = Field(default=0.05, description="peak; a cosine falls from it to zero")
     warmup_epochs: PositiveOrZero = Field(default=1.0, description="epochs of linear warm-up")
     momentum: Fraction = Field(default=0.9, description="decay of the velocity, in [0, 1)")
     weight_decay: PositiveOrZero = Field(default=5e-4, description="L2 of all that is used")

@@ -46,7 +46,7 @@ class TrainingEvaluator:
     """Of the first stack (F)."""
     epochs: int = 20
     batch_size: int = 64
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     """At its highest: after `warmup_epochs`, from where it falls as a cosine to zero."""
     warmup_epochs: float = 1.0
     momentum: float = 0.9

@@ -1,0 +1,294 @@
+"""Candidates are trained as the recipe says, and a bad one ends in words, not in the search's end."""
+
+import functools
+import math
+import pickle
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import SLOTS, job, search, toy, trace
+
+import nas
+from nas import workers
+from nas.training import programs
+from nas.training.datasets import Augmentation, Data
+from nas.training.network import Values
+from nas.training.recipe import Plan, rate
+
+
+@pytest.fixture(autouse=True)
+def no_cache_on_disk(monkeypatch) -> None:
+    monkeypatch.setattr("nas.training.cache.use", lambda folder: None)
+
+
+def numbers(found: dict) -> dict:
+    """What does not depend on the clock."""
+    return {name: value for name, value in found.items() if not name.endswith("_s")}
+
+
+def test_training_learns_and_repeats_by_its_seed_alone() -> None:
+    evaluator = toy(epochs=12)
+    found = evaluator.evaluate(job(3))
+    assert found["fitness"] > 0.5 and found["train_loss"] < 2
+    assert found["train_s"] > 0 and found["compile_s"] > 0
+    again = evaluator.evaluate(job(3))
+    assert again["compile_s"] == 0 and numbers(again) == numbers(found)
+    evaluator.evaluate(job(4))
+    with jax.default_device(jax.local_devices()[5]):
+        assert numbers(pickle.loads(pickle.dumps(evaluator)).evaluate(job(3))) == numbers(found)
+    assert numbers(evaluator.evaluate(job(3, seed=4))) != numbers(found)
+
+
+def test_an_epoch_is_this_loop() -> None:
+    """Momentum, decay, schedule, batches in random order: as in numpy."""
+    evaluator = toy(batch_size=100, weight_decay=0.1, momentum=0.5, warmup_epochs=1.5)
+    evaluator = replace(evaluator, data="digits", label_smoothing=0.1)
+    network, recipe = evaluator.network(), replace(evaluator._recipe(), augmentation=Augmentation())
+    architecture, data = network.encode(job().architecture), evaluator._data().split()
+    plan = Plan(np.uint32(7), np.float32(0.3), np.float32(3), np.float32(6))
+    state, _ = programs.start(network, recipe, architecture, 7)
+    seen = []
+
+    def loss(parameters, statistics, index):
+        values = Values(parameters, statistics)
+        scores, new = network.apply(architecture, values, data.images[index], train=True)
+        wanted = 0.9 * jax.nn.one_hot(data.labels[index], 10) + 0.1 / 10
+        return -(wanted * jax.nn.log_softmax(scores)).sum(-1).mean(), new
+
+    gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    want, velocity = state.values, jax.tree.map(jnp.zeros_like, state.values.parameters)
+    step, used = 0, network.used(architecture)
+    for _ in range(3):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 1), step)
+        order = jax.random.permutation(jax.random.split(key)[0], 256)[:200].reshape(2, 100)
+        seen.append(set(np.ravel(order).tolist()))
+        losses = []
+        for index in order:
+            (value, new), gradient = gradients(*want, index)
+            losses.append(value)
+            now = 0.3 * ((step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 3)) / 2)
+            velocity = jax.tree.map(
+                lambda v, g, p, u: 0.5 * v + g + 0.1 * p * u,
+                velocity, gradient, want.parameters, used,
+            )  # fmt: skip
+            moved = jax.tree.map(lambda p, v: p - now * v, want.parameters, velocity)  # noqa: B023
+            want, step = Values(moved, new), step + 1
+        state, mean = jax.jit(functools.partial(programs.epoch, network, recipe))(
+            state, architecture, plan, data.images, data.labels
+        )
+        np.testing.assert_allclose(mean, np.mean(losses), rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), state.values, want)
+    assert len(set(map(frozenset, seen))) == 3 and len(set.union(*seen)) > 250
+    assert int(state.step) == 6
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    plan = Plan(0, 0.5, 4.0, 10.0)
+    rates = [float(rate(plan, jnp.int32(step))) for step in range(11)]
+    np.testing.assert_allclose(rates[:5], [0.125, 0.25, 0.375, 0.5, 0.5])
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and abs(rates[10]) < 1e-7
+
+
+def test_what_is_not_used_never_changes_and_does_not_count() -> None:
+    evaluator = toy(weight_decay=0.1)
+    network, recipe, data = evaluator.network(), evaluator._recipe(), evaluator._data().split()
+    architecture = network.encode(job(1).architecture)
+    slots = int(architecture.sum())
+    assert 0 < slots < SLOTS
+    assert evaluator.evaluate(job(1))["parameters"] == slots * (64 + 10)
+    state, _ = programs.start(network, recipe, architecture, 0)
+    # Values that another architecture has left there.
+    full = jax.tree.map(lambda a, u: jnp.where(u, a, 3.0), state.values.parameters, network.used(architecture))
+    state = programs.fresh(recipe, state.values._replace(parameters=full))
+    plan = Plan(np.uint32(0), np.float32(0.1), np.float32(0), np.float32(8))
+    one = jax.jit(functools.partial(programs.epoch, network, recipe))
+    after, _ = one(state, architecture, plan, data.images, data.labels)
+    for name, used in network.used(architecture).items():
+        old, new = full[name], after.values.parameters[name]
+        assert ((old != new) == (used > 0))[np.abs(old) > 1e-6].mean() > 0.95
+        assert (old == new)[used == 0].all()
+
+
+def test_validation_counts_each_image_once() -> None:
+    network = toy().network()
+    architecture = network.encode(job().architecture)
+    values = network.init(architecture, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(601, 8, 8, 1)).astype(np.float32)
+    scores, _ = network.apply(architecture, values, images, train=False)
+    right = np.argmax(scores, -1)
+    labels = np.where(np.arange(601) < 200, right, (right + 1) % 10).astype(np.int32)
+    accuracy = programs.validate(network, architecture, values, images, labels)
+    np.testing.assert_allclose(accuracy, 200 / 601, rtol=1e-6)
+
+
+def test_the_fitness_is_the_mean_of_the_last_validations(monkeypatch) -> None:
+    found = iter([0.1, 0.4, 0.6])
+    monkeypatch.setattr("nas.training.training.Training.accuracy", lambda self: next(found))
+    assert toy(epochs=5, validations=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_images_are_split_once_and_in_proportion() -> None:
+    split = Data("digits", validation=300, examples=500).split()
+    assert split.images.shape == (500, 8, 8, 1) and split.held_images.shape == (300, 8, 8, 1)
+    rows = np.concatenate([split.images, split.held_images]).reshape(800, -1)
+    assert len(np.unique(rows, axis=0)) == 800
+    counts = np.bincount(split.held_labels)
+    assert counts.min() >= 28 and counts.max() <= 32
+    whole = Data("digits").split()
+    assert len(whole.images) + len(whole.held_images) == 1437 and whole.classes == 10
+    from gpipe_jax import data
+
+    test = np.concatenate([batch["inputs"] for batch in data.digits(64, 0).test()]).reshape(360, -1)
+    rows = np.concatenate([whole.images, whole.held_images]).reshape(1437, -1)
+    assert len(np.unique(np.concatenate([rows, test]), axis=0)) == 1797
+
+
+def test_a_file_of_images(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    inputs = (rng.normal(size=(200, 6, 6, 2)) + labels[:, None, None, None]).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels)
+    evaluator = toy(data=str(tmp_path / "mine.npz"), examples=None, batch_size=32)
+    assert evaluator.network().shape.classes == 3
+    assert evaluator.evaluate(job())["fitness"] > 0.5
+    np.savez(tmp_path / "flat.npz", inputs=inputs.reshape(200, -1), labels=labels)
+    with pytest.raises(ValueError, match=r"inputs have the shape \[180, 72\]: .*square images"):
+        toy(data=str(tmp_path / "flat.npz"), examples=None).data_fits()
+
+
+def test_augmentation_moves_and_mirrors() -> None:
+    image = np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1)
+    change = Augmentation(shift=1, flip=True, fill=-1.0)
+    made = np.asarray(change(jnp.tile(image, (400, 1, 1, 1)), jax.random.key(0)))
+    wanted = set()
+    for side in (image, image[:, ::-1]):
+        padded = np.pad(side, ((1, 1), (1, 1), (0, 0)), constant_values=-1)
+        wanted |= {padded[r : r + 4, c : c + 4].tobytes() for r in range(3) for c in range(3)}
+    assert {a.tobytes() for a in made} == wanted
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "digit"}, "data: unknown data set 'digit'; did you mean 'digits'?"),
+        ({"data": "x"}, "unknown data set 'x'; known: digits, cifar10 or give a .npz file"),
+        ({"epochs": 0}, "epochs 0: expected a whole number of at least 1"),
+        ({"validations": 4}, "validations 4 is more than epochs 3"),
+        ({"learning_rate": math.nan}, "learning_rate nan: expected more than 0"),
+        ({"warmup_epochs": 3}, "warmup_epochs 3: expected 0 or more, less than epochs 3"),
+        ({"momentum": 1}, "momentum 1: expected 0 or more, less than 1"),
+        ({"timeout_s": 0}, "timeout_s 0: expected seconds, more than 0, or None"),
+        ({"builder": "dynamic"}, "builder: unknown 'dynamic'; known: interpreter, static"),
+        ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; give 1 to 2"),
+    ],
+)
+def test_bad_settings(options, message) -> None:
+    with pytest.raises(ValueError) as error:
+        toy(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 300}, "batch_size 300 is more than the 256 training images of digits"),
+        ({"examples": 2000}, r"examples 2000: digits has 1078 training images beside the 359 held"),
+        ({"validation": 1437}, "validation 1437: digits has 1437 images .* give 1 to 1436"),
+        ({"data": "cifar10", "folder": "nowhere"}, "cannot find CIFAR-10: no folder nowhere"),
+    ],
+)
+def test_data_that_do_not_fit_end_a_search_before_it_begins(tmp_path, options, message) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        search(tmp_path, toy(**options))
+
+
+def test_images_too_small_for_the_cells(tmp_path) -> None:
+    inputs, labels = np.zeros((100, 2, 2, 1), np.float32), np.arange(100) % 2
+    np.savez(tmp_path / "small.npz", inputs=inputs, labels=labels)
+    small = toy(data=str(tmp_path / "small.npz"), examples=None)
+    with pytest.raises(ValueError, match="are 2x2, too small for two reduction cells; give images"):
+        search(tmp_path, small)
+
+
+def test_another_space(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"space 'nasbench201': TrainingEvaluator trains cells of"):
+        nas.search(space="nasbench201", evaluate=toy(), folder=tmp_path)
+
+
+def outcome(evaluator, **options) -> nas.evaluate.Outcome:
+    return workers.run(evaluator, job(**options))
+
+
+def test_a_loss_that_is_nan_stops_the_training() -> None:
+    found = outcome(toy(epochs=8, learning_rate=1e30, warmup_epochs=0))
+    assert found.kind == "nan"
+    assert "in epoch 1 of 8: the training has diverged; give a lower learning_rate than 1e+30" in found.error
+
+
+def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
+    toy().evaluate(job())
+    found = outcome(toy(timeout_s=1e-9))
+    assert found.kind == "timeout"
+    assert "for 1 of 3 epochs, more than timeout_s 1e-09" in found.error
+
+
+def test_a_device_with_too_little_memory(monkeypatch) -> None:
+    monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
+    found = outcome(toy(batch_size=17))
+    assert found.kind == "out_of_memory"
+    assert "GiB: give a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
+
+
+def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:
+    def evaluate(one: nas.Job):
+        if one.candidate % 3 == 1:
+            raise RuntimeError("INTERNAL: something of XLA")
+        lr = 1e30 if one.candidate % 3 == 2 else 0.05
+        return toy(learning_rate=lr, warmup_epochs=0).evaluate(one)
+
+    class Some:
+        pass
+
+    some = Some()
+    some.evaluate = evaluate  # type: ignore[attr-defined]
+    result = search(tmp_path, some, cycles=10, cache=False)
+    assert result.counts.results == 10 and result.counts.failed >= 10
+    assert set(result.reader.failures_by_kind()) == {"exception", "nan"}
+
+
+# --- early stopping -------------------------------------------------------------------------------
+
+
+def test_hopeless_candidates_are_stopped_and_a_resumed_search_stops_the_same(tmp_path) -> None:
+    evaluator = toy(epochs=4, stop_epoch=1, stop_quantile=0.5)
+    whole = search(tmp_path, evaluator, name="whole", workers=1)
+    history = whole.history[whole.history["answered_by"].isna()]  # others are as their twins
+    stopped = history[history["stopped_at_epoch"] == 1]
+    assert 3 <= len(stopped) <= 18
+    for number, row in stopped.iterrows():
+        rivals = whole.reader.rivals(number, "rung_accuracy")
+        assert len(rivals) >= 2 and row.fitness == row.rung_accuracy < np.quantile(rivals, 0.5)
+    went_on = history[history["stopped_at_epoch"].isna()]
+    for number, row in went_on.iterrows():
+        rivals = whole.reader.rivals(number, "rung_accuracy")
+        assert len(rivals) < 2 or row.rung_accuracy >= np.quantile(rivals, 0.5)
+
+    count = iter(range(1000))
+    search(tmp_path, evaluator, name="parts", callback=lambda _: next(count) % 5 == 4)
+    while nas.load("parts", tmp_path).counts.results < 24:
+        nas.load("parts", tmp_path).resume(callback=lambda _: next(count) % 5 == 4)
+    assert trace(nas.load("parts", tmp_path)) == trace(whole)
+
+
+def test_by_default_nothing_is_stopped(tmp_path) -> None:
+    result = search(tmp_path, cycles=10)
+    assert not {"stopped_at_epoch", "rung_accuracy"} & set(result.history)

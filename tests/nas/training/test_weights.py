@@ -1,0 +1,182 @@
+"""Trained values: written at once, inherited where they agree, gone when no one needs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy import job, search, toy, trace
+
+import nas
+from nas import keeping
+from nas.training import weights
+from nas.training.training import Training
+
+WARM = {"fitness_policy": "retrain_warm", "cycles": 14, "population": 5, "sample": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_cache_on_disk(monkeypatch) -> None:
+    monkeypatch.setattr("nas.training.cache.use", lambda folder: None)
+
+
+def files(result: nas.Result) -> set[str]:
+    return {f"weights/{path.name}" for path in (result.path / "weights").iterdir()}
+
+
+def test_values_come_back_as_they_were(tmp_path) -> None:
+    network, one = toy().network(), job(1)
+    values = network.init(network.encode(one.architecture), jax.random.key(0))
+    weights.save(tmp_path / "weights" / "1-1.safetensors", one.architecture, values)
+    architecture, found = weights.load(tmp_path / "weights" / "1-1.safetensors", network)
+    np.testing.assert_array_equal(architecture, network.encode(one.architecture))
+    jax.tree.map(np.testing.assert_array_equal, values, found)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["1-1.safetensors"]
+
+
+def test_a_damaged_file_and_another_networks(tmp_path) -> None:
+    network, one = toy().network(), job(1)
+    values = network.init(network.encode(one.architecture), jax.random.key(0))
+    path = tmp_path / "1-1.safetensors"
+    weights.save(path, one.architecture, values)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"1-1.safetensors cannot be read \(.*: remove the file"):
+        weights.load(path, network)
+    with pytest.raises(ValueError, match=r"2.safetensors cannot be read \(FileNotFoundError"):
+        weights.load(tmp_path / "2.safetensors", network)
+    weights.save(path, one.architecture, values)
+    other = replace(network, shape=replace(network.shape, classes=4))
+    with pytest.raises(ValueError, match=r"of another network: .*outer.* shape \[10, 10\] there"):
+        weights.load(path, other)
+
+
+def test_a_child_starts_from_its_parents_values_where_they_agree(tmp_path, monkeypatch) -> None:
+    starts, run = [], Training.run
+
+    def spy(self, rivals=()):
+        starts.append(jax.device_get(self.values))
+        return run(self, rivals)
+
+    monkeypatch.setattr(Training, "run", spy)
+    evaluator = replace(toy(), run=str(tmp_path))
+    parent, child = job(1), job(2)
+    name = evaluator.evaluate(parent)["trained_values"]
+    assert name == "weights/1-1.safetensors"
+    evaluator.evaluate(child)
+    evaluator.evaluate(replace(child, inherit=name))
+    _, fresh, warm = (values.parameters["inner"] for values in starts)
+    network = evaluator.network()
+    _, trained = weights.load(tmp_path / name, network)
+    both = network.encode(parent.architecture) * network.encode(child.architecture) > 0
+    assert both.any() and not both.all()
+    np.testing.assert_array_equal(warm[:, both], trained.parameters["inner"][:, both])
+    np.testing.assert_array_equal(warm[:, ~both], fresh[:, ~both])
+
+
+def test_a_warm_search_keeps_the_files_of_its_members_only(tmp_path) -> None:
+    def look(search: nas.Search) -> None:
+        there = {path.name for path in (tmp_path / "search" / "weights").iterdir()}
+        most.append(len(there))
+
+    most: list[int] = []
+    result = search(tmp_path, **WARM, callback=look)
+    members = {row.trained_values for row in result.reader.population()}
+    assert files(result) == members and len(members) <= 5
+    assert max(most) <= 5 + 2
+    retrained = [e for e in result.reader.events() if e.kind == "retrain"]
+    assert len(retrained) > 5
+    nas.replay(result.reader, nas.NASNetSpace())
+
+
+@pytest.mark.parametrize("policy", ["stored", "retrain_scratch"])
+def test_other_policies_keep_none(tmp_path, policy) -> None:
+    result = search(tmp_path, **{**WARM, "fitness_policy": policy})
+    assert not (result.path / "weights").exists()
+    assert not any(row.trained_values for row in result.reader.candidates())
+    assert result.counts.evaluations > 14 or policy == "stored"
+
+
+def test_orphans_go_when_a_search_is_resumed_and_other_files_stay(tmp_path) -> None:
+    whole = search(tmp_path, name="whole", **WARM)
+    search(tmp_path, name="parts", **WARM, callback=lambda s: s.evolution.results >= 9)
+    folder = tmp_path / "parts" / "weights"
+    for name in ("3-99.safetensors", "3-99.safetensors.12.tmp", "mine.safetensors"):
+        (folder / name).write_bytes(b"")
+    result = nas.load("parts", tmp_path).resume()
+    assert trace(result) == trace(whole)
+    assert files(result) == files(whole) | {"weights/mine.safetensors"}
+    for path in (whole.path / "weights").iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_values_of_a_twin_that_has_left_are_not_looked_for(tmp_path) -> None:
+    assert keeping.is_gone(tmp_path, "weights/3-4.safetensors")
+    assert not keeping.is_gone(tmp_path, "s3://mine/3-4.safetensors")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "3-4.safetensors").touch()
+    assert not keeping.is_gone(tmp_path, "weights/3-4.safetensors")
+
+
+RUN = """
+import sys
+sys.path[:0] = {paths!r}
+import toy
+from nas.training import cache
+cache.use({cache!r})
+toy.search({folder!r}, name="killed", **{options!r}, workers={workers})
+"""
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers"),
+    [(2, 1), pytest.param(10, 1, marks=pytest.mark.slow)],
+)
+def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, workers) -> None:
+    """SIGKILL at random instants: the same proposals, results and files, bit by bit."""
+    options = {**WARM, "cycles": 10 + 4 * kills}
+    whole = search(tmp_path, name="whole", **options)
+    code = RUN.format(
+        paths=[str(Path(__file__).parent)], cache=str(tmp_path / "cache"), folder=str(tmp_path),
+        options=options, workers=workers,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    total = whole.counts.evaluations
+    for number in range(kills + 1):
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+        goal = total * (number + rng.random()) / kills if number < kills else np.inf
+        while process.poll() is None and _evaluations(tmp_path / "killed") < goal:
+            time.sleep(0.01)
+        if number < kills:
+            time.sleep(rng.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+        process.wait(timeout=300)
+    assert process.returncode == 0
+    killed = nas.load("killed", tmp_path)
+    assert killed.counts.running == 0
+    assert trace(killed) == trace(whole)
+    fitness = [(e.kind, e.candidate, e.fitness) for e in killed.reader.events() if e.fitness]
+    assert fitness == [(e.kind, e.candidate, e.fitness) for e in whole.reader.events() if e.fitness]
+    assert _values(killed) == _values(whole)
+    nas.replay(killed.reader, nas.NASNetSpace())
+
+
+def _evaluations(run: Path) -> int:
+    try:
+        return nas.load(run).counts.evaluations
+    except (OSError, ValueError):
+        return 0
+
+
+def _values(result: nas.Result) -> dict[int, bytes]:
+    """By member; evaluations that were lost make other names."""
+    folder = result.path / "weights"
+    found = {row.id: row.trained_values for row in result.reader.population()}
+    assert {path.name for path in folder.iterdir()} == {Path(n).name for n in found.values() if n}
+    return {number: (result.path / name).read_bytes() for number, name in found.items() if name}

@@ -1,0 +1,97 @@
+"""What the tests of training share: a network that compiles at once, and searches that train it.
+
+The toy network has a slot for each element of a genotype's normal cell: a hidden unit, if the
+operation is no identity. Its architecture is data, as the interpreter's is.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nas
+from nas.training.evaluator import TrainingEvaluator
+from nas.training.network import Shape, Values
+
+SLOTS = 10
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Scores are sums over the used hidden units, of which each sees all pixels."""
+
+    shape: Shape
+
+    def encode(self, genotype) -> np.ndarray:
+        elements = [element for pair in genotype.normal.pairs for element in pair]
+        return np.array([name != "identity" for name, _ in elements], np.float32)
+
+    def init(self, architecture, key) -> Values:
+        pixels = self.shape.image**2 * self.shape.channels
+        a, b = jax.random.split(key)
+        inner = jax.random.normal(a, (pixels, SLOTS)) / 8 * architecture
+        outer = jax.random.normal(b, (SLOTS, self.shape.classes)) / 3 * architecture[:, None]
+        return Values({"inner": inner, "outer": outer}, {"mean": jnp.zeros(SLOTS)})
+
+    def apply(self, architecture, values, images, *, train):
+        p, s = values
+        x = images.reshape(len(images), -1) @ p["inner"]
+        mean = x.mean(0) if train else s["mean"]
+        scores = jnp.tanh(x - mean) * architecture @ p["outer"]
+        return scores, {"mean": 0.9 * s["mean"] + 0.1 * mean} if train else s
+
+    def used(self, architecture):
+        pixels = self.shape.image**2 * self.shape.channels
+        inner = jnp.broadcast_to(architecture, (pixels, SLOTS))
+        outer = jnp.broadcast_to(architecture[:, None], (SLOTS, self.shape.classes))
+        return {"inner": inner, "outer": outer}
+
+    def inherit(self, child, parent, fresh, trained) -> Values:
+        both = child * parent > 0
+        inner = jnp.where(both, trained.parameters["inner"], fresh.parameters["inner"])
+        outer = jnp.where(both[:, None], trained.parameters["outer"], fresh.parameters["outer"])
+        mean = jnp.where(both, trained.statistics["mean"], fresh.statistics["mean"])
+        return Values({"inner": inner, "outer": outer}, {"mean": mean})
+
+
+@dataclass(frozen=True)
+class ToyEvaluator(TrainingEvaluator):
+    """A TrainingEvaluator of toys."""
+
+    name: str = field(default="toy")
+
+    def network(self) -> Any:
+        found = self.data_fits()
+        _, size, _, channels = found.images.shape
+        return Toy(Shape(self.cells, self.filters, size, channels, found.classes))
+
+
+def toy(**options: Any) -> ToyEvaluator:
+    defaults = {"epochs": 3, "examples": 256, "validations": 1, "learning_rate": 0.05}
+    return ToyEvaluator(**{**defaults, **options})
+
+
+def job(number: int = 0, **options: Any) -> nas.Job:
+    """Of a random genotype."""
+    genotype = nas.NASNetSpace().random(Random(number))
+    return nas.Job(number, number, genotype, **{"seed": number, **options})
+
+
+def search(folder: Path, evaluate: Any = None, **options: Any) -> nas.Result:
+    defaults = {"population": 6, "sample": 3, "cycles": 24}
+    space = nas.NASNetSpace()
+    return nas.search(
+        space=space, evaluate=evaluate or toy(), folder=folder, **{**defaults, **options}
+    )
+
+
+def trace(result: nas.Result) -> list[tuple]:
+    """All that a search has decided."""
+    return [
+        (row.id, row.architecture, row.parent, row.mutation, row.state, row.fitness)
+        for row in result.reader.candidates()
+    ]
