@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
+    from nas.training.costs import NetworkCosts
     from nas.training.evaluator import TrainingEvaluator
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "Limit": "limits",
     "NASBench201Space": "nasbench201",
     "NASNetSpace": "nasnet",
+    "NetworkCosts": "training.costs",
     "Repeated": "evaluate",
     "ReplayError": "audit",
     "Result": "result",
@@ -58,6 +60,7 @@ __all__ = [
     "Limit",
     "NASBench201Space",
     "NASNetSpace",
+    "NetworkCosts",
     "Repeated",
     "ReplayError",
     "Result",

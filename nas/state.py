@@ -68,9 +68,7 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     return found
 
 
-def job(
-    reader: Reader, settings: Settings, number: int, found: Open, compare: str | None
-) -> Job:
+def job(reader: Reader, settings: Settings, number: int, found: Open, compare: str | None) -> Job:
     """To train a candidate; warm, from its parent's trained values."""
     seed = evaluate.seed(settings.seed, number)
     values = None if found.parent is None else _values(reader, settings, found.parent)
