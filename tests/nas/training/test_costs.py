@@ -10,7 +10,9 @@ from gpipe_jax.planning import accelerators, cache, compiler, libtpu
 from gpipe_jax.planning.compiled import GIB, Compiled, too_large
 from nas import build, reading
 from nas.config import SearchConfig
+from nas.training import inference
 from nas.training.costs import NetworkCosts, _compile, _operations
+from nas.training.network import Shape
 from nas.training.static import Static
 
 SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))
@@ -19,22 +21,19 @@ SMALL = {"space": SPACE, "population": 4, "sample": 2, "cycles": 8, "cache": Fal
 
 @pytest.fixture
 def tpu(monkeypatch):
-    """A TPU compiler that takes no time: a program for each network, in order of first use."""
-    programs = []
+    """A TPU compiler that takes no time; gives what it was asked for, in order."""
+    asked = []
 
-    def compile_programs(given, topology):
-        (program,) = given
-        programs.append((program, topology))
-        return [replies(len(programs))]
-
-    def replies(n: int) -> Compiled:
+    def compile_for(network, genotype, batch: int, topology: str) -> Compiled:
+        asked.append((genotype, batch, topology))
+        n = len(asked)
         found = Compiled("a candidate", 1.0, needed_bytes=n * 2**20, cycles=1.5e6 * n)
         return found if n != 3 else too_large(found._replace(needed_bytes=17 * GIB), 16 * GIB)
 
     monkeypatch.setattr(libtpu, "check_installed", lambda: None)
-    monkeypatch.setattr(compiler, "compile_programs", compile_programs)
+    monkeypatch.setattr(inference, "compile_for", compile_for)
     _compile.cache_clear()
-    yield programs
+    yield asked
     _compile.cache_clear()
 
 
@@ -69,8 +68,21 @@ def test_equal_networks_are_compiled_once(tpu) -> None:
     assert costs.latency_ms(other) == 2.0 and len(tpu) == 2
     assert costs.latency_ms(large) == math.inf and costs.memory_mib(large) == 17 * 2**10
     assert NetworkCosts(filters=4, topology="v5e:1x1").latency_ms(one) == 4.0  # another batch
-    batches = [program.exported.in_avals[-1].shape[0] for program, _ in tpu]
-    assert batches == [2, 2, 2, 1] and {str(t) for _, t in tpu} == {"v5e:1x1"}
+    assert [batch for _, batch, _ in tpu] == [2, 2, 2, 1]
+    assert {topology for *_, topology in tpu} == {"v5e:1x1"}
+
+
+def test_what_is_compiled_is_inference_of_a_batch_on_one_device(monkeypatch) -> None:
+    def compile_programs(programs, topology):
+        ((program,),) = [programs]
+        seen.append((program.exported.in_avals[-1].shape, program.exported.platforms, topology))
+        return [Compiled("a candidate", 1.0)]
+
+    seen: list = []
+    monkeypatch.setattr(compiler, "compile_programs", compile_programs)
+    network = Static(Shape(cells=1, filters=2, image=4, channels=3, classes=5))
+    inference.compile_for(network, genotypes(1)[0], 7, "v3:2x2")
+    assert seen == [((7, 4, 4, 3), ("tpu",), accelerators.parse("v3:2x2"))]
 
 
 def test_latency_as_a_limit_and_memory_as_a_second_objective(tpu, tmp_path) -> None:
