@@ -31,7 +31,8 @@ class Search:
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
     many times before the mean answers. `compare` is a metric of the population's members that jobs
-    are told (`Job.rivals`), for evaluators that give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
+    are told (`Job.rivals`), for evaluators that give up the hopeless. The rest are the fields of
+    `nas.evolution.Settings`.
     """
 
     def __init__(

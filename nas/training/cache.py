@@ -1,4 +1,4 @@
-"""JAX's own cache of compiled programs, on disk: restarts and further devices compile in seconds."""
+"""JAX's own cache of compiled programs, on disk, so that later runs need not compile."""
 
 import os
 from pathlib import Path

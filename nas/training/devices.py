@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from nas.cluster import Pool, WorkersError
 from nas.evaluate import Job, Outcome
 from nas.threads import Threads
+from nas.training.programs import Device
 
 
 def pool() -> Pool:
@@ -26,14 +26,14 @@ def pool() -> Pool:
 class Turn:
     """A job's time on a device."""
 
-    device: jax.Device | None = None
+    device: Device | None = None
     overdue = False  # the device is another job's too
 
 
 class Devices:
     """Hands devices to jobs. One that answers no more is not handed out again."""
 
-    def __init__(self, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, devices: Sequence[Device]) -> None:
         self._free, self._count = deque(devices), len(devices)
         self._left, self._lost = len(devices), ""
         self._changed = threading.Condition()
@@ -79,7 +79,7 @@ class Devices:
         finally:
             self._give_back(turn, device, outcome.error or "" if lost else None)
 
-    def _take(self, turn: Turn) -> jax.Device:
+    def _take(self, turn: Turn) -> Device:
         with self._changed:
             self._changed.wait_for(lambda: self._free or not self._left)
             if not self._left:
@@ -87,7 +87,7 @@ class Devices:
             turn.device = self._free.popleft()
             return turn.device
 
-    def _give_back(self, turn: Turn, device: jax.Device, lost: str | None) -> None:
+    def _give_back(self, turn: Turn, device: Device, lost: str | None) -> None:
         with self._changed:
             if lost is not None:
                 self._left, self._lost = self._left - 1, lost
@@ -106,7 +106,7 @@ class Devices:
             self._changed.notify_all()
 
 
-def answers(device: jax.Device) -> bool:
+def answers(device: Device) -> bool:
     """Whether a device still computes."""
     try:
         return float(jax.device_put(np.float32(1), device) + 1) == 2

@@ -26,9 +26,7 @@ class Entries(NamedTuple):
             wide = jnp.asarray(mask, jnp.float32)
             return a * wide.reshape(wide.shape + (1,) * (a.ndim - wide.ndim))
 
-        return self._replace(
-            spread=one(self.spread), start=one(self.start), used=one(self.used)
-        )
+        return self._replace(spread=one(self.spread), start=one(self.start), used=one(self.used))
 
 
 def is_entries(tree: PyTree) -> bool:

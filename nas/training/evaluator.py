@@ -83,9 +83,7 @@ class TrainingEvaluator:
         _check_counts(self)
         _check_numbers(self)
         if self.builder not in BUILDERS:
-            raise ValueError(
-                f"builder: unknown {self.builder!r}; known: {', '.join(BUILDERS)}"
-            )
+            raise ValueError(f"builder: unknown {self.builder!r}; known: {', '.join(BUILDERS)}")
         last = self.epochs - 1
         if self.stop_epoch is not None and self.stop_epoch > last:
             raise ValueError(
@@ -228,9 +226,12 @@ def _check_numbers(given: TrainingEvaluator) -> None:
         ("timeout_s", "seconds, more than 0, or None", lambda x: x > 0),
     ]  # fmt: skip
     for name, rule, is_legal in rules:
-        value = getattr(given, name)
+        value: Any = getattr(given, name)
         if value is None and name == "timeout_s":
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and is_legal(value)):
+        if not (_is_number(value) and is_legal(value)):
             raise ValueError(f"{name} {value!r}: expected {rule}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

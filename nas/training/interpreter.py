@@ -89,14 +89,10 @@ class Interpreter:
         parameters, statistics = (plan.join(self.spots, list(a)) for a in zip(*cells, strict=True))
         for name, part in (("stem", self.stem), ("classifier", self.classifier)):
             parameters[name], statistics[name] = map(entries.entries, part.shapes(None))
-        kernel = parameters["classifier"]["linear"]["kernel"]
-        rows = self._features(architecture.normal.concat)
-        parameters["classifier"]["linear"]["kernel"] = kernel.masked(rows)
+        linear, states = parameters["classifier"]["linear"], INPUTS + self.pairs
+        apart = [a.reshape(states, -1, a.shape[-1]) for a in linear["kernel"]]
+        linear["kernel"] = entries.Entries(*apart).masked(architecture.normal.concat.members())
         return parameters, statistics
-
-    def _features(self, concat: Concat) -> jax.Array:
-        """Whether the classifier sees a feature, [S F]."""
-        return jnp.repeat(concat.members(), self.spots[-1].body.features)
 
     # --- Network ----------------------------------------------------------------------------------
 
@@ -146,9 +142,12 @@ class Interpreter:
     def _classify(
         self, parameters: PyTree, statistics: PyTree, last: Buffer
     ) -> tuple[jax.Array, PyTree]:
-        x = jnp.concatenate(list(last.states), -1)
-        x = jnp.where(self._features(last.concat) > 0, x, 0)
-        return call(self.classifier, parameters, statistics, (x, x), train=False)
+        linear = parameters["linear"]
+        kernel = linear["kernel"].reshape(-1, self.shape.classes)
+        members = last.concat.members()[:, None, None, None, None]
+        x = jnp.concatenate(list(jnp.where(members, last.states, 0)), -1)
+        whole = {"linear": {**linear, "kernel": kernel}}
+        return call(self.classifier, whole, statistics, (x, x), train=False)
 
     def inherit(self, child: Code, parent: Code, fresh: Values, trained: Values) -> Values:
         """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.

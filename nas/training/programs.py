@@ -27,6 +27,8 @@ from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Values
 from nas.training.recipe import Plan, Recipe, rate
 
+Device = Any  # jax.Device, which is no type to type checkers
+
 VALIDATION_BATCH = 256  # at most
 
 
@@ -104,7 +106,9 @@ def validate(
     batches = -(-len(labels_N) // VALIDATION_BATCH)
     B = -(-len(labels_N) // batches)
     pad = batches * B - len(labels_N)
-    images = jnp.pad(images_N, ((0, pad), (0, 0), (0, 0), (0, 0))).reshape(-1, B, *images_N.shape[1:])
+    images = jnp.pad(images_N, ((0, pad), (0, 0), (0, 0), (0, 0))).reshape(
+        -1, B, *images_N.shape[1:]
+    )
     labels = jnp.pad(labels_N, (0, pad), constant_values=-1).reshape(-1, B)
 
     def hits(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
@@ -158,21 +162,20 @@ def get(
         return _programs[key], time.perf_counter() - begun
 
 
-def this_device() -> jax.Device:
+def this_device() -> Device:
     """Where this thread computes."""
-    return jax.config.jax_default_device or jax.local_devices()[0]
+    chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009  # unknown to its stubs
+    return chosen or jax.local_devices()[0]
 
 
 @functools.lru_cache(maxsize=32)
-def _on_device(data: Data, dtype: str, device: jax.Device) -> Split:
+def _on_device(data: Data, dtype: str, device: Device) -> Split:
     found = data.split()
     cast = [a.astype(dtype) if a.dtype == np.float32 else a for a in found]
     return Split(*(jax.device_put(a, device) for a in cast))  # type: ignore[arg-type]
 
 
-def _compiled(
-    network: Network, recipe: Recipe, architecture: Architecture, data: Data
-) -> Programs:
+def _compiled(network: Network, recipe: Recipe, architecture: Architecture, data: Data) -> Programs:
     device = this_device()
     here = SingleDeviceSharding(device)
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)  # noqa: E731
@@ -208,7 +211,7 @@ def _lowered(function: Callable, donated: tuple[int, ...], *arguments: Any) -> A
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def check_memory(program: Any, device: jax.Device, split: Split) -> None:
+def check_memory(program: Any, device: Device, split: Split) -> None:
     """Raise MemoryError if the device cannot hold a training: known before it is tried."""
     analysis = program.memory_analysis()
     if analysis is None:
@@ -223,7 +226,7 @@ def check_memory(program: Any, device: jax.Device, split: Split) -> None:
         )
 
 
-def memory_of(device: jax.Device) -> int:
+def memory_of(device: Device) -> int:
     """Bytes: the device's own, or the host's where it has none."""
     known = device.memory_stats() or {}
     return known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from nas.training.names import RUNG
 from nas.training.network import Architecture, Values
-from nas.training.programs import Programs, State
+from nas.training.programs import Programs
 from nas.training.recipe import Plan
 
 

@@ -1,6 +1,8 @@
 """`nas search` and `nas export` as a user runs them."""
 
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from searches import DATA, HAS_TABLE, NO_TABLE
@@ -8,8 +10,10 @@ from searches import DATA, HAS_TABLE, NO_TABLE
 from gpipe_jax.genotype import Genotype
 from gpipe_jax.loader import load_as
 from nas import cli
-from nas.config import SearchConfig
+from nas.config import SearchConfig, TrainingConfig
+from nas.training.evaluator import TrainingEvaluator
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """\
 space: {kind: nasnet, pairs: 3}
 evaluate:
@@ -88,7 +92,7 @@ def test_search_export_and_search_on(nas, tmp_path) -> None:
         (("evaluate.function=mine",), ["'mine': expected module:name"]),
         (("evaluate={kind: table}",), ["evaluate 'table' has no cells of space 'nasnet'"]),
         (("limits.params_m=1",), ["limits need evaluate.kind table"]),
-        (("run.workers=thread",), ["workers 'thread': expected a number of threads, 'processes'"]),
+        (("run.workers=thread",), ["workers 'thread': expected a number of threads, 'devices'"]),
         (("space.operations=[sep_9x9]",), ["override", "got ['sep_9x9']; correct"]),
     ],
 )
@@ -165,3 +169,40 @@ def test_the_benchmark(nas, pytestconfig) -> None:
     assert code == 0 and figures["best_fitness"] > 80 and figures["rejected"] > 0
     assert figures["best_metrics"]["params_m"] <= 1
     assert figures["genotype"].startswith("|")
+
+
+TRAINING = """\
+space: {kind: nasnet}
+evaluate: {kind: training, data: digits, epochs: 3}
+evolution: {population: 4, sample: 2}
+run: {cycles: 5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("evaluate.batch_size=2000", "batch_size 2000 is more than the 1078 training images"),
+        ("evaluate.data=digit", "data: unknown data set 'digit'; did you mean 'digits'?"),
+        ("evaluate.validations=9", "validations 9 is more than epochs 3"),
+        ("evaluate.builder=dynamic", "expected 'interpreter' or 'static', got 'dynamic'"),
+        ("space={kind: nasbench201}", "evaluate 'training' has no cells of space 'nasbench201'"),
+        ("limits.params_m=3", "limits need evaluate.kind table"),
+    ],
+)
+def test_bad_training_is_found_before_anything_is_trained(nas, tmp_path, override, problem) -> None:
+    (tmp_path / "training.yaml").write_text(TRAINING)
+    code, _, err = nas("search", "training.yaml", override)
+    assert code == 2 and problem in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["search_digits", "search_cifar10"])
+def test_the_configs_of_real_training_can_be_read(name) -> None:
+    config = load_as(SearchConfig, ROOT / "configs" / f"{name}.yaml", [])
+    options = config.evaluate.model_dump(exclude={"kind"})
+    assert TrainingEvaluator(**options).data == name.removeprefix("search_")
+    defaults = {field.name: field.default for field in fields(TrainingEvaluator)}
+    theirs = {name: field.default for name, field in TrainingConfig.model_fields.items()}
+    assert theirs.pop("kind") == "training"
+    assert theirs == {name: defaults[name] for name in theirs}

@@ -1,9 +1,10 @@
-"""Candidates are trained as the recipe says, and a bad one ends in words, not in the search's end."""
+"""Candidates are trained as the recipe says, and what goes wrong is said in words."""
 
 import functools
 import math
 import pickle
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from toy import SLOTS, job, search, toy, trace
 import nas
 from nas import workers
 from nas.training import programs
-from nas.training.datasets import Augmentation, Data
+from nas.training.datasets import Augmentation, Data, Split
 from nas.training.network import Values
 from nas.training.recipe import Plan, rate
 
@@ -43,11 +44,12 @@ def test_training_learns_and_repeats_by_its_seed_alone() -> None:
 
 
 def test_an_epoch_is_this_loop() -> None:
-    """Momentum, decay, schedule, batches in random order: as in numpy."""
+    """Momentum, decay, schedule, and batches in random order."""
     evaluator = toy(batch_size=100, weight_decay=0.1, momentum=0.5, warmup_epochs=1.5)
     evaluator = replace(evaluator, data="digits", label_smoothing=0.1)
     network, recipe = evaluator.network(), replace(evaluator._recipe(), augmentation=Augmentation())
-    architecture, data = network.encode(job().architecture), evaluator._data().split()
+    architecture = network.encode(job().architecture)
+    data = Split(*map(jnp.asarray, evaluator._data().split()))
     plan = Plan(np.uint32(7), np.float32(0.3), np.float32(3), np.float32(6))
     state, _ = programs.start(network, recipe, architecture, 7)
     seen = []
@@ -69,7 +71,9 @@ def test_an_epoch_is_this_loop() -> None:
         for index in order:
             (value, new), gradient = gradients(*want, index)
             losses.append(value)
-            now = 0.3 * ((step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 3)) / 2)
+            now = 0.3 * (
+                (step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 3)) / 2
+            )
             velocity = jax.tree.map(
                 lambda v, g, p, u: 0.5 * v + g + 0.1 * p * u,
                 velocity, gradient, want.parameters, used,
@@ -89,7 +93,7 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
     plan = Plan(0, 0.5, 4.0, 10.0)
     rates = [float(rate(plan, jnp.int32(step))) for step in range(11)]
     np.testing.assert_allclose(rates[:5], [0.125, 0.25, 0.375, 0.5, 0.5])
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and abs(rates[10]) < 1e-7
+    assert all(a > b for a, b in pairwise(rates[4:])) and abs(rates[10]) < 1e-7
 
 
 def test_what_is_not_used_never_changes_and_does_not_count() -> None:
@@ -101,7 +105,9 @@ def test_what_is_not_used_never_changes_and_does_not_count() -> None:
     assert evaluator.evaluate(job(1))["parameters"] == slots * (64 + 10)
     state, _ = programs.start(network, recipe, architecture, 0)
     # Values that another architecture has left there.
-    full = jax.tree.map(lambda a, u: jnp.where(u, a, 3.0), state.values.parameters, network.used(architecture))
+    full = jax.tree.map(
+        lambda a, u: jnp.where(u, a, 3.0), state.values.parameters, network.used(architecture)
+    )
     state = programs.fresh(recipe, state.values._replace(parameters=full))
     plan = Plan(np.uint32(0), np.float32(0.1), np.float32(0), np.float32(8))
     one = jax.jit(functools.partial(programs.epoch, network, recipe))
@@ -231,7 +237,10 @@ def outcome(evaluator, **options) -> nas.evaluate.Outcome:
 def test_a_loss_that_is_nan_stops_the_training() -> None:
     found = outcome(toy(epochs=8, learning_rate=1e30, warmup_epochs=0))
     assert found.kind == "nan"
-    assert "in epoch 1 of 8: the training has diverged; give a lower learning_rate than 1e+30" in found.error
+    assert (
+        "in epoch 1 of 8: the training has diverged; give a lower learning_rate than 1e+30"
+        in found.error
+    )
 
 
 def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
@@ -245,7 +254,9 @@ def test_a_device_with_too_little_memory(monkeypatch) -> None:
     monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
     found = outcome(toy(batch_size=17))
     assert found.kind == "out_of_memory"
-    assert "GiB: give a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
+    assert (
+        "GiB: give a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
+    )
 
 
 def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:

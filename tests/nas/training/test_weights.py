@@ -135,7 +135,7 @@ toy.search({folder!r}, name="killed", **{options!r}, workers={workers})
 
 @pytest.mark.parametrize(
     ("kills", "workers"),
-    [(2, 1), pytest.param(10, 1, marks=pytest.mark.slow)],
+    [(1, 1), pytest.param(10, 1, marks=pytest.mark.slow)],
 )
 def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, workers) -> None:
     """SIGKILL at random instants: the same proposals, results and files, bit by bit."""

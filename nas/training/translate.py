@@ -1,0 +1,165 @@
+"""The same network's values in both forms: the interpreter's, and those of the layers.
+
+So that what the interpreter has trained can be exported, or trained on in a pipeline; and so that
+both builders can be compared.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpipe_jax.genotype import Cell, Genotype
+from nas.training import entries, plan
+from nas.training.interpreter import Interpreter
+from nas.training.network import PyTree, Values
+from nas.training.plan import STEM, Spot
+from nas.training.static import Static
+from nas.training.union import Union, flatten, unflatten
+
+
+def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> Any:
+    """The values that `Static` has for the same network; as well for gradients, or the like."""
+    static = Static(interpreter.shape)
+    architecture = static.encode(genotype)
+    likes = zip(*(layer.shapes(None) for layer in static.layers(architecture)), strict=True)
+    return Values(
+        *(
+            _layers(interpreter, genotype, tree, list(like), side)
+            for side, (tree, like) in enumerate(zip(values, likes, strict=True))
+        )
+    )
+
+
+def from_static(interpreter: Interpreter, genotype: Genotype, values: Values) -> Values:
+    """The values that the interpreter has for the same network; its padding is zero."""
+    found = interpreter.entries(interpreter.encode(genotype))
+    blank = [entries.starts(tree) for tree in found]
+    return Values(
+        *(
+            _tree(interpreter, genotype, start, layers, side)
+            for side, (start, layers) in enumerate(zip(blank, values, strict=True))
+        )
+    )
+
+
+def _layers(
+    interpreter: Interpreter, genotype: Genotype, tree: PyTree, likes: list[PyTree], side: int
+) -> tuple[PyTree, ...]:
+    cells = plan.split(interpreter.spots, tree)
+    spots = interpreter.spots
+    found = [tree["stem"]]
+    for spot, cell in zip(spots, cells, strict=True):
+        found.append(_cell_to_static(spot, genotype, cell, side))
+    found.append(_rows(genotype.normal.concat, tree["classifier"], _pick))
+    return tuple(_like(a, b) for a, b in zip(likes, found, strict=True))
+
+
+def _tree(
+    interpreter: Interpreter, genotype: Genotype, blank: PyTree, layers: PyTree, side: int
+) -> PyTree:
+    spots = interpreter.spots
+    stem, *cells, classifier = layers
+    blanks = plan.split(spots, blank)
+    found = [
+        _cell_from_static(spot, genotype, start, cell, side)
+        for spot, start, cell in zip(spots, blanks, cells, strict=True)
+    ]
+    put = lambda concat, a: _put(interpreter.pairs + 2, concat, a)  # noqa: E731
+    end = _rows(genotype.normal.concat, classifier, put)
+    return {**plan.join(spots, found), "stem": stem, "classifier": end}
+
+
+def _like(like: PyTree, tree: PyTree) -> PyTree:
+    """The part of a tree that is in `like`."""
+
+    def one(path: tuple, a: Any) -> jax.Array:
+        found = tree
+        for key in path:
+            found = found[key.key]
+        return found.reshape(a.shape)
+
+    return jax.tree.map_with_path(one, like)
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def _own(spot: Spot, genotype: Genotype) -> Cell:
+    return genotype.reduction if spot.kind == "reduction" else genotype.normal
+
+
+def _concat(genotype: Genotype, source: str) -> tuple[int, ...]:
+    return tuple(range(STEM)) if source == "stem" else getattr(genotype, source).concat
+
+
+def _slots(spot: Spot, genotype: Genotype) -> list[int]:
+    """The layer of the union that each slot has."""
+    groups, operations = spot.body.groups, spot.body.operations
+    group = {state: g for g, (states, _, _) in enumerate(groups) for state in states}
+    elements = [element for pair in _own(spot, genotype).pairs for element in pair]
+    return [group[state] * len(operations) + operations.index(name) for name, state in elements]
+
+
+def _cell_to_static(spot: Spot, genotype: Genotype, cell: PyTree, side: int) -> PyTree:
+    body, found = cell["body"], {}
+    for name, source in zip(("enter", "match"), spot.sources, strict=True):
+        if name in cell:
+            found[name] = _rows(_concat(genotype, source), cell[name], _pick)
+    union, output = spot.body.union, spot.body.output
+    found["operations"] = {
+        j: unflatten(union.shapes[i][side], body["slots"][j]).get("chosen", {})
+        for j, i in enumerate(_slots(spot, genotype))
+    }
+    found["outputs"] = {
+        k: unflatten(output.shapes[1][side], body["outputs"][spot.body.matched.index(state)])
+        for k, state in enumerate(_own(spot, genotype).concat)
+        if state in spot.body.matched
+    }
+    return found
+
+
+def _cell_from_static(
+    spot: Spot, genotype: Genotype, blank: PyTree, layer: PyTree, side: int
+) -> PyTree:
+    found, body = dict(blank), dict(blank["body"])
+    for name, reader, source in zip(
+        ("enter", "match"), (spot.enter, spot.match), spot.sources, strict=True
+    ):
+        if reader is not None and layer.get(name):
+            put = lambda concat, a, n=reader.states: _put(n, concat, a)  # noqa: E731
+            found[name] = _rows(_concat(genotype, source), layer[name], put)
+    operations = layer.get("operations", {})
+    for j, i in enumerate(_slots(spot, genotype)):
+        body["slots"] = _fill(body["slots"], j, spot.body.union, i, operations.get(j, {}))
+    for k, tree in layer.get("outputs", {}).items():
+        place = spot.body.matched.index(_own(spot, genotype).concat[k])
+        body["outputs"] = _fill(body["outputs"], place, spot.body.output, 1, tree)
+    return {**found, "body": body}
+
+
+def _fill(vectors: jax.Array, j: int, union: Union, i: int, tree: PyTree) -> jax.Array:
+    del union, i
+    new = flatten(tree, vectors.dtype)
+    return vectors.astype(new.dtype).at[j, : len(new)].set(new)
+
+
+# --- rows of projections --------------------------------------------------------------------------
+
+
+def _rows(concat: tuple[int, ...], tree: PyTree, change: Any) -> PyTree:
+    """The tree with `change(concat, kernel)` of its kernels, which read a concatenation."""
+
+    def one(path: tuple, a: jax.Array) -> jax.Array:
+        return change(concat, a) if path[-1].key in ("kernel", "even", "odd") else a
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def _pick(concat: tuple[int, ...], kernel: jax.Array) -> jax.Array:
+    return kernel[jnp.array(concat)].reshape(-1, kernel.shape[-1])
+
+
+def _put(states: int, concat: tuple[int, ...], kernel: jax.Array) -> jax.Array:
+    rows = kernel.reshape(len(concat), -1, kernel.shape[-1])
+    return jnp.zeros((states, *rows.shape[1:]), kernel.dtype).at[jnp.array(concat)].set(rows)

@@ -1,0 +1,129 @@
+"""`workers="devices"`: a candidate on each device, and one that is gone takes none with it."""
+
+import threading
+import time
+
+import jax
+import pytest
+from toy import job, search, toy, trace
+
+import nas
+from nas import pools
+from nas.evaluate import Outcome
+from nas.training import devices
+from nas.training.programs import this_device
+
+
+@pytest.fixture(autouse=True)
+def no_cache_on_disk(monkeypatch) -> None:
+    monkeypatch.setattr("nas.training.cache.use", lambda folder: None)
+
+
+@pytest.fixture
+def three(monkeypatch) -> list:
+    """This process's devices."""
+    found = jax.local_devices()[1:4]
+    monkeypatch.setattr(jax, "local_devices", lambda: found)
+    return found
+
+
+def test_each_device_has_one_candidate_at_a_time(tmp_path, three) -> None:
+    def evaluate(genotype) -> float:
+        device = this_device()
+        assert jax.numpy.ones(3).devices() == {device}
+        with lock:
+            assert device not in busy
+            busy.add(device)
+            most.append(len(busy))
+        time.sleep(0.02)
+        with lock:
+            busy.remove(device)
+        return str(genotype).count("sep")
+
+    lock, busy, most = threading.Lock(), set(), []
+    result = search(tmp_path, evaluate, workers="devices", cycles=30)
+    assert max(most) == 3
+    assert set(result.evaluations["worker"]) == {"cpu 1", "cpu 2", "cpu 3"}
+    assert result.counts.failures == 0
+
+
+def test_results_do_not_depend_on_the_device_each_of_which_compiles_once(tmp_path, three) -> None:
+    random = {"algorithm": "random", "cycles": 9, "evaluate": toy(weight_decay=0.01)}
+    many = search(tmp_path, name="many", workers="devices", **random)
+    one = search(tmp_path, name="one", **random)
+    assert set(many.evaluations["worker"]) == {"cpu 1", "cpu 2", "cpu 3"}
+    assert trace(one) == trace(many)
+    evaluations = [row for row in many.reader.evaluations() if row.outcome == "ok"]
+    compiled = [row.worker for row in evaluations if row.metrics["compile_s"] > 0]
+    assert sorted(compiled) == ["cpu 1", "cpu 2", "cpu 3"]
+
+
+def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
+    """Its job is done elsewhere, and it gets no other one."""
+    gone = three[1]
+    monkeypatch.setattr(devices, "answers", lambda device: device is not gone)
+
+    def evaluate(genotype) -> float:
+        if this_device() is gone and next(done) >= 2:
+            raise RuntimeError("UNAVAILABLE: the device is in a bad state")
+        time.sleep(0.02)
+        return str(genotype).count("sep")
+
+    done = iter(range(1000))
+    result = search(tmp_path, evaluate, workers="devices", cycles=30)
+    assert result.counts.results == 30 and result.counts.failed == 0
+    deaths = result.evaluations[result.evaluations["outcome"] == "worker_death"]
+    assert len(deaths) == 1
+    assert "device cpu 2 answers no more: RuntimeError: UNAVAILABLE" in deaths["error"].iloc[0]
+    assert set(result.evaluations.loc[deaths.index[0] + 3 :, "worker"]) == {"cpu 1", "cpu 3"}
+
+
+def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
+    monkeypatch.setattr(devices, "answers", lambda device: False)
+
+    def evaluate(genotype) -> float:
+        raise RuntimeError("UNAVAILABLE")
+
+    with pytest.raises(RuntimeError, match=r"no device is left: .*UNAVAILABLE"):
+        search(tmp_path, evaluate, workers="devices", cycles=30, max_failures=100)
+
+
+def test_a_failure_on_a_device_that_answers_is_the_candidates_own() -> None:
+    assert devices.answers(jax.local_devices()[2])
+    pool = devices.Devices(jax.local_devices()[:1]).pool()
+    error = Outcome("exception", error="ValueError: mine")
+    for _ in range(3):
+        assert pool.submit(lambda job: error, job()).result(timeout=60) == error
+    pool.close()
+
+
+def test_a_job_that_hangs_gives_its_device_to_the_next(tmp_path, three) -> None:
+    def evaluate(genotype) -> float:
+        if next(count) == 4:
+            end.wait(30)
+        return str(genotype).count("sep")
+
+    count, end = iter(range(1000)), threading.Event()
+    result = search(tmp_path, evaluate, workers="devices", cycles=40, timeout_s=0.3)
+    end.set()
+    assert result.counts.results == 40
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+
+
+def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
+    def task(one: nas.Job) -> Outcome:
+        return Outcome("ok", float(end.wait(30)))
+
+    pool, end = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event()
+    first, second = (pool.submit(task, job()) for _ in range(2))
+    while not (pool.begun(first) or pool.begun(second)):
+        time.sleep(0.001)
+    assert not (pool.begun(first) and pool.begun(second))
+    end.set()
+    assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.begun(second)
+    pool.close()
+
+
+def test_the_words_of_workers() -> None:
+    with pytest.raises(ValueError, match="expected a number of threads, 'devices', 'processes'"):
+        pools.pool("device")
