@@ -148,7 +148,7 @@ def test_what_is_exported_is_planned_and_trained(export, tmp_path) -> None:
     run("runs", nas.TrainingEvaluator(data="digits"))
     assert export("searched", "-o", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
     for command in (
-        ("train", "best.yaml", "train.steps=4", "train.eval_every=4", "--json"),
+        ("train", "best.yaml", "train.steps=4", "optimizer.warmup_steps=1", "--json"),
         ("plan", "best.yaml", "--topology", "v5e:4x4", "--json"),
     ):
         done = subprocess.run(
