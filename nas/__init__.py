@@ -6,6 +6,8 @@ Reading order, which is also the order of the imports and of the data:
     schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
     evaluate -> workers, pools --------------------------------+
 
+Candidates are trained for real by `nas.TrainingEvaluator`: see `nas.training`, which loads JAX.
+
 What a person looks at is made from the store alone:
 
     records -> reading -> plots, drawing (lineage_plot), report -> page;   live

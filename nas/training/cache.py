@@ -1,20 +1,24 @@
 """JAX's own cache of compiled programs, on disk, so that later runs need not compile."""
 
 import os
+import threading
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+_lock = threading.Lock()
+
 
 def use(folder: str | None = None) -> None:
     """Keep programs there; by default where JAX is told to, or else in `default()`."""
-    current = jax.config.jax_compilation_cache_dir
-    wanted = folder or current or str(default())
-    if wanted != current:
-        jax.config.update("jax_compilation_cache_dir", wanted)
-        # What was compiled before without a folder has settled that there is none.
-        compilation_cache.reset_cache()
+    with _lock:
+        current = jax.config.jax_compilation_cache_dir
+        wanted = folder or current or str(default())
+        if wanted != current:
+            jax.config.update("jax_compilation_cache_dir", wanted)
+            # What was compiled before without a folder has settled that there is none.
+            compilation_cache.reset_cache()
 
 
 def default() -> Path:

@@ -1,10 +1,6 @@
-"""The parts of an interpreted cell: how it takes its two inputs, its slots, and its output.
+"""What an interpreted cell does with its states 0 and 1: its pairs, and its output.
 
-A cell's output is the buffer of all its states [S, B, H, W, F]; whoever reads it knows which of
-them are concatenated. Each part is a value; parameters and statistics are dicts of arrays:
-
-    Reader   state 0 or 1 of a cell from an earlier cell's buffer
-    Body     both inputs to the buffer
+Both kinds of cells, and the network's first one, differ in the shapes of what their slots read.
 """
 
 import functools
@@ -14,116 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gpipe_jax.genotype import INPUTS
 from gpipe_jax.layers.conv_norm import ConvNorm, FactorizedReduction, Normalization
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import layer
 from nas.training.encoding import CellCode, Concat
-from nas.training.entries import entries, masked
-from nas.training.project import at, project
+from nas.training.entries import Entries
 from nas.training.slots import Steps, run_slots
 from nas.training.switch import switch
-from nas.training.union import Operation, Union, call
+from nas.training.union import Operation, Union
 
 PyTree = Any
-KINDS = ("first", "normal", "reduction")
-
-
-class Norm(nnx.Module):
-    """A batch norm, in float32 at least."""
-
-    def __init__(self, features: int, *, norm: Normalization, rngs: nnx.Rngs) -> None:
-        self.norm = norm.make(features, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Of x [B, H, W, features]."""
-        return self.norm(x).astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """relu, 1x1 convolution and batch norm of a concatenation: a state of `features`.
-
-    With `halve` at half the resolution. If it is `optional` it leaves out what a match leaves out:
-    where the concatenation is as wide as the state already, that is it.
-    """
-
-    states: int  # of the buffer
-    in_features: int  # of each of them
-    features: int
-    norm: Normalization
-    halve: bool = False
-    optional: bool = False
-
-    @property
-    def layer(self) -> Layer:
-        """The batch norm."""
-        return layer(Norm, features=self.features, norm=self.norm)
-
-    def __call__(
-        self,
-        concat: Concat,
-        parameters: PyTree,
-        statistics: PyTree,
-        states: jax.Array,
-        *,
-        train: bool,
-        wanted: bool | jax.Array = True,
-    ) -> tuple[jax.Array, PyTree]:
-        """The state, or zero if it is not `wanted`; and the statistics after that."""
-        project = functools.partial(_project, self.layer, train)
-        if not self.optional:
-            return project(concat, parameters, statistics, states)
-        branches = (project, functools.partial(_pass, self.features), _nothing(self.features))
-        case = jnp.where(wanted, jnp.where(self.passes(concat), 1, 0), 2)
-        return switch(branches, case, concat, parameters, statistics, states)
-
-    def passes(self, concat: Concat) -> Any:
-        """Whether the concatenation itself is the state."""
-        return self.optional & (concat.count * self.in_features == self.features)
-
-    def entries(self, concat: Concat) -> tuple[PyTree, PyTree]:
-        """What its parameters and statistics are."""
-        halves = {"even": self.features // 2, "odd": self.features - self.features // 2}
-        widths = halves if self.halve else {"kernel": self.features}
-        made = jnp.logical_not(self.passes(concat))
-        kernels = {}
-        for name, width in widths.items():
-            one = entries({name: np.zeros((1, 1, self.in_features, width))})[name]
-            each = type(one)(*(np.repeat(a[0], self.states, 0) for a in one))
-            kernels[name] = each.masked(concat.members() & made)
-        parameters, statistics = (masked(entries(tree), made) for tree in self.layer.shapes(None))
-        return {**kernels, **parameters}, statistics
-
-
-def _project(
-    norm: Layer, train: bool, concat: Concat, parameters: PyTree, statistics: PyTree, states: Any
-) -> tuple[jax.Array, PyTree]:
-    kernels = {name: a for name, a in parameters.items() if name != "norm"}
-    y = project(concat, kernels, states)
-    return call(norm, {"norm": parameters["norm"]}, statistics, y, train=train)
-
-
-def _pass(
-    features: int, concat: Concat, parameters: PyTree, statistics: PyTree, states: jax.Array
-) -> tuple[jax.Array, PyTree]:
-    del parameters
-    count = max(1, features // states.shape[-1])
-    parts = [at(states, jnp.asarray(concat.order)[k]) for k in range(min(count, len(states)))]
-    y = jnp.concatenate(parts, -1)
-    # Where the widths can't agree this branch is never taken, but must have the shape.
-    room = features - y.shape[-1]
-    return jax.lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0)] * 3 + [(0, room, 0)]), statistics
-
-
-@functools.cache
-def _nothing(features: int) -> Any:
-    def nothing(code: Any, parameters: Any, statistics: PyTree, states: jax.Array) -> tuple:
-        del code, parameters
-        return jnp.zeros((*states.shape[1:-1], features), states.dtype), statistics
-
-    return nothing
 
 
 @dataclass(frozen=True)
@@ -201,7 +98,8 @@ class Body:
     ) -> tuple[jax.Array, PyTree]:
         """All states [S, B, H, W, F] in the form of the output, and the statistics."""
         steps, p, s = self.steps(code), parameters["slots"], statistics["slots"]
-        last, slots = run_slots(self.union, train, steps, p, s, self._buffers(inputs))
+        buffers = self._buffers(inputs)
+        last, slots = run_slots(self.union, train, steps, p, s, buffers)  # pyright: ignore[reportGeneralTypeIssues]
         if self.kind == "normal":
             return last, {"slots": slots}
         matched, outputs = self._matched(
@@ -236,8 +134,8 @@ class Body:
         for k, i in enumerate(self.matched):
             index = self.member(concat)[k].astype(jnp.int32)
             found.append(switch(branches, index, (), parameters[k], statistics[k], inputs[i]))
-        states, statistics = zip(*found, strict=True)
-        return jnp.stack(states), jnp.stack(statistics)
+        states, after = zip(*found, strict=True)
+        return jnp.stack(states), jnp.stack(after)
 
     def entries(self, code: CellCode) -> tuple[PyTree, PyTree]:
         """What its parameters and statistics are."""
@@ -247,7 +145,7 @@ class Body:
         tables = {name: (union.tables(), index) for name, (union, index) in chosen.items()}
         parameters, statistics = (
             {
-                name: type(table[side])(*(jnp.asarray(a)[index] for a in table[side]))
+                name: Entries(*(jnp.asarray(a)[index] for a in table[side]))
                 for name, (table, index) in tables.items()
             }
             for side in (0, 1)

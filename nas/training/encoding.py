@@ -9,7 +9,7 @@ import numpy as np
 
 from gpipe_jax.genotype import Cell, Genotype
 
-Integers = jax.Array | np.ndarray
+Integers = jax.Array | np.ndarray | np.int32
 
 
 class Concat(NamedTuple):
@@ -20,7 +20,7 @@ class Concat(NamedTuple):
 
     def members(self) -> jax.Array:
         """Whether each state is in the output, bool [S]."""
-        places = jnp.arange(len(self.order))
+        places = jnp.arange(jnp.size(self.order))
         return ((jnp.asarray(self.order) == places[:, None]) & (places < self.count)).any(1)
 
 

@@ -19,10 +19,10 @@ from gpipe_jax.genotype import INPUTS, PAPER_OPERATIONS, Genotype
 from gpipe_jax.layers.cell import Classifier, Stem
 from gpipe_jax.layers.conv_norm import Normalization
 from gpipe_jax.layers.layer import Layer, layer
-from nas.training import encoding, entries, plan
+from nas.training import encoding, entries, spots
 from nas.training.encoding import Code, Concat
 from nas.training.network import PyTree, Shape, Values
-from nas.training.plan import STEM, Spot
+from nas.training.spots import STEM, Spot
 from nas.training.static import Static
 from nas.training.union import call
 
@@ -39,7 +39,7 @@ class Interpreter:
     """One program for all architectures of so many `pairs` of these `operations`.
 
     Parameters are a dict: "stem", "first" (cell), "stacks", "reductions" and "classifier"; see
-    `plan.join`. `translate` has them as `Static` does.
+    `spots.join`. `translate` has them as `Static` does.
     """
 
     shape: Shape
@@ -73,7 +73,7 @@ class Interpreter:
     def spots(self) -> list[Spot]:
         """The cells."""
         norm = Normalization(self.shape.batch_norm_momentum)
-        return plan.make_spots(
+        return spots.make_spots(
             self.shape.cells, self.shape.filters, self.operations, self.pairs, norm
         )
 
@@ -86,7 +86,7 @@ class Interpreter:
     def entries(self, architecture: Code) -> tuple[PyTree, PyTree]:
         """What the network's parameters and statistics are, see `entries.Entries`."""
         cells = [_cell_entries(spot, architecture) for spot in self.spots]
-        parameters, statistics = (plan.join(self.spots, list(a)) for a in zip(*cells, strict=True))
+        parameters, statistics = (spots.join(self.spots, list(a)) for a in zip(*cells, strict=True))
         for name, part in (("stem", self.stem), ("classifier", self.classifier)):
             parameters[name], statistics[name] = map(entries.entries, part.shapes(None))
         linear, states = parameters["classifier"]["linear"], INPUTS + self.pairs
@@ -131,11 +131,11 @@ class Interpreter:
                 before, now, place = now, reduced, place + 1
                 reductions.append(new)
             count = self.shape.cells - (k == 0)
-            spots = self.spots[place : place + count]
+            run = self.spots[place : place + count]
             place += count
             new = {}
             if count:
-                now, before, new = _stack(spots, code, stack_p, stack_s, now, before, train)
+                now, before, new = _stack(run, code, stack_p, stack_s, now, before, train)
             stacks.append(new)
         return now, {"first": first, "stacks": tuple(stacks), "reductions": tuple(reductions)}
 
@@ -171,7 +171,7 @@ def _cell_entries(spot: Spot, code: Code) -> tuple[PyTree, PyTree]:
         ("enter", "match"), (spot.enter, spot.match), spot.sources, strict=True
     ):
         if reader is not None:
-            found[name] = reader.entries(plan.concat_of(code, source))
+            found[name] = reader.entries(spots.concat_of(code, source))
     parameters, statistics = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     return parameters, statistics
 
@@ -196,14 +196,14 @@ def _reduce(
 
 
 def _stack(
-    spots: list[Spot], code: Code, p: PyTree, s: PyTree, now: Buffer, before: Buffer, train: bool
+    run: list[Spot], code: Code, p: PyTree, s: PyTree, now: Buffer, before: Buffer, train: bool
 ) -> tuple[Buffer, Buffer, PyTree]:
     """The outputs of the last cell and of the one before, and the statistics.
 
     Each cell makes state 1 of the next one, which it can as both read the same buffer.
     """
-    start, match = spots[0].match, spots[-1].match
-    enter, body, count = spots[0].enter, spots[0].body, len(spots)
+    start, match = run[0].match, run[-1].match
+    enter, body, count = run[0].enter, run[0].body, len(run)
     assert start is not None and match is not None
     skip, start_s = start(before.concat, p["start"], s["start"], before.states, train=train)
     concats = [now.concat] + [code.normal.concat] * (count - 1)
@@ -220,7 +220,7 @@ def _stack(
             )
         return (made, states, skip), new
 
-    xs = (plan.stacked(concats), wanted, _for_each(p), _for_each(s))
+    xs = (spots.stacked(concats), wanted, _for_each(p), _for_each(s))
     (last, previous, _), new = lax.scan(cell, (now.states, now.states, skip), xs)
     if count > 1:
         new["match"] = jax.tree.map(lambda a: a[:-1], new["match"])

@@ -49,7 +49,10 @@ class Values(NamedTuple):
 class Network(Protocol):
     """A builder of networks of one shape."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape:
+        """Of all its networks."""
+        ...
 
     def encode(self, genotype: Genotype) -> Architecture:
         """The genotype as the other methods take it; ValueError if the builder can't make it."""

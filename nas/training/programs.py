@@ -14,7 +14,6 @@ import functools
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -137,7 +136,7 @@ KEPT = 32
 """Programs of single architectures are not kept for ever."""
 
 _programs: dict[Any, Programs] = {}
-_locks: dict[Any, threading.Lock] = defaultdict(threading.Lock)
+_locks = [threading.Lock() for _ in range(64)]
 
 
 def get(
@@ -152,7 +151,7 @@ def get(
     leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
     # With `Static` the structure holds the architecture itself.
     key = (network, recipe, structure, tuple(leaves), data, device)
-    with _locks[device]:  # of several threads one compiles
+    with _locks[hash(key) % len(_locks)]:  # of several threads that need it one compiles
         if key in _programs:
             return _programs[key], 0.0
         begun = time.perf_counter()
@@ -181,31 +180,36 @@ def _compiled(network: Network, recipe: Recipe, architecture: Architecture, data
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)  # noqa: E731
     split = _on_device(data, network.shape.dtype, device)
     architecture = jax.tree.map(like, architecture)
-    leaves = jax.tree.leaves(architecture)
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=here)
     number = jax.ShapeDtypeStruct((), np.float32, sharding=here)
     plan = Plan(seed, number, number, number)
     images, labels, held_images, held_labels = map(like, split)
 
-    first = functools.partial(start, network, recipe)
+    first, one, check = _functions(network, recipe)
     state, _ = jax.tree.map(like, jax.eval_shape(first, architecture, seed))
-    one = functools.partial(epoch, network, recipe)
-    train = _lowered(one, (0,), state, architecture, plan, images, labels).compile()
+    train = one.lower(state, architecture, plan, images, labels).compile()
     check_memory(train, device, split)
-    check = functools.partial(validate, network)
     return Programs(
+        first.lower(architecture, seed).compile()
+        if jax.tree.leaves(architecture)
         # Of one architecture it is run but once, which its parts, shared with others, do sooner.
-        _lowered(first, (), architecture, seed).compile() if leaves else first,
+        else functools.partial(start, network, recipe),
         train,
-        _lowered(check, (), architecture, state.values, held_images, held_labels).compile(),
+        check.lower(architecture, state.values, held_images, held_labels).compile(),
         jax.jit(network.inherit),
         recipe.batch_size,
         split,
     )
 
 
-def _lowered(function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
-    return jax.jit(function, donate_argnums=donated).lower(*arguments)
+@functools.lru_cache(maxsize=8)
+def _functions(network: Network, recipe: Recipe) -> tuple[Any, Any, Any]:
+    """The same objects for every device, so that JAX traces them once."""
+    return (
+        jax.jit(functools.partial(start, network, recipe)),
+        jax.jit(functools.partial(epoch, network, recipe), donate_argnums=0),
+        jax.jit(functools.partial(validate, network)),
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------

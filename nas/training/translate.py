@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpipe_jax.genotype import Cell, Genotype
-from nas.training import entries, plan
+from gpipe_jax.genotype import INPUTS, Cell, Genotype
+from nas.training import entries
+from nas.training import spots as places
 from nas.training.interpreter import Interpreter
 from nas.training.network import PyTree, Values
-from nas.training.plan import STEM, Spot
+from nas.training.spots import STEM, Spot
 from nas.training.static import Static
-from nas.training.union import Union, flatten, unflatten
+from nas.training.union import flatten, unflatten
 
 
 def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> Any:
@@ -34,11 +35,12 @@ def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> A
 def from_static(interpreter: Interpreter, genotype: Genotype, values: Values) -> Values:
     """The values that the interpreter has for the same network; its padding is zero."""
     found = interpreter.entries(interpreter.encode(genotype))
-    blank = [entries.starts(tree) for tree in found]
+    dtype = jax.tree.leaves(values)[0].dtype
+    blank = [jax.tree.map(lambda a: a.astype(dtype), entries.starts(tree)) for tree in found]
     return Values(
         *(
-            _tree(interpreter, genotype, start, layers, side)
-            for side, (start, layers) in enumerate(zip(blank, values, strict=True))
+            _tree(interpreter, genotype, start, layers)
+            for start, layers in zip(blank, values, strict=True)
         )
     )
 
@@ -46,7 +48,7 @@ def from_static(interpreter: Interpreter, genotype: Genotype, values: Values) ->
 def _layers(
     interpreter: Interpreter, genotype: Genotype, tree: PyTree, likes: list[PyTree], side: int
 ) -> tuple[PyTree, ...]:
-    cells = plan.split(interpreter.spots, tree)
+    cells = places.split(interpreter.spots, tree)
     spots = interpreter.spots
     found = [tree["stem"]]
     for spot, cell in zip(spots, cells, strict=True):
@@ -55,19 +57,17 @@ def _layers(
     return tuple(_like(a, b) for a, b in zip(likes, found, strict=True))
 
 
-def _tree(
-    interpreter: Interpreter, genotype: Genotype, blank: PyTree, layers: PyTree, side: int
-) -> PyTree:
+def _tree(interpreter: Interpreter, genotype: Genotype, blank: PyTree, layers: PyTree) -> PyTree:
     spots = interpreter.spots
     stem, *cells, classifier = layers
-    blanks = plan.split(spots, blank)
+    blanks = places.split(spots, blank)
     found = [
-        _cell_from_static(spot, genotype, start, cell, side)
+        _cell_from_static(spot, genotype, start, cell)
         for spot, start, cell in zip(spots, blanks, cells, strict=True)
     ]
-    put = lambda concat, a: _put(interpreter.pairs + 2, concat, a)  # noqa: E731
+    put = lambda concat, a: _put(INPUTS + interpreter.pairs, concat, a)  # noqa: E731
     end = _rows(genotype.normal.concat, classifier, put)
-    return {**plan.join(spots, found), "stem": stem, "classifier": end}
+    return {**places.join(spots, found), "stem": stem, "classifier": end}
 
 
 def _like(like: PyTree, tree: PyTree) -> PyTree:
@@ -119,9 +119,7 @@ def _cell_to_static(spot: Spot, genotype: Genotype, cell: PyTree, side: int) -> 
     return found
 
 
-def _cell_from_static(
-    spot: Spot, genotype: Genotype, blank: PyTree, layer: PyTree, side: int
-) -> PyTree:
+def _cell_from_static(spot: Spot, genotype: Genotype, blank: PyTree, layer: PyTree) -> PyTree:
     found, body = dict(blank), dict(blank["body"])
     for name, reader, source in zip(
         ("enter", "match"), (spot.enter, spot.match), spot.sources, strict=True
@@ -130,18 +128,18 @@ def _cell_from_static(
             put = lambda concat, a, n=reader.states: _put(n, concat, a)  # noqa: E731
             found[name] = _rows(_concat(genotype, source), layer[name], put)
     operations = layer.get("operations", {})
-    for j, i in enumerate(_slots(spot, genotype)):
-        body["slots"] = _fill(body["slots"], j, spot.body.union, i, operations.get(j, {}))
+    for j in range(2 * spot.body.pairs):
+        body["slots"] = _fill(body["slots"], j, operations.get(j, {}))
     for k, tree in layer.get("outputs", {}).items():
         place = spot.body.matched.index(_own(spot, genotype).concat[k])
-        body["outputs"] = _fill(body["outputs"], place, spot.body.output, 1, tree)
+        body["outputs"] = _fill(body["outputs"], place, tree)
     return {**found, "body": body}
 
 
-def _fill(vectors: jax.Array, j: int, union: Union, i: int, tree: PyTree) -> jax.Array:
-    del union, i
+def _fill(vectors: jax.Array, j: int, tree: PyTree) -> jax.Array:
+    """The vectors with the numbers of a layer at the start of vector j."""
     new = flatten(tree, vectors.dtype)
-    return vectors.astype(new.dtype).at[j, : len(new)].set(new)
+    return vectors.at[j, : len(new)].set(new)
 
 
 # --- rows of projections --------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Operation(nnx.Module):
 
 
 def call(
-    layer: Layer, parameters: PyTree, statistics: PyTree, x: jax.Array, *, train: bool
+    layer: Layer, parameters: PyTree, statistics: PyTree, x: PyTree, *, train: bool
 ) -> tuple[jax.Array, PyTree]:
     """A layer's output, and its running statistics after that."""
     context = Context(jax.random.key(0), train)  # none of these layers draws anything
@@ -78,7 +78,8 @@ class Union:
         p, s = unflatten(like_parameters, parameters), unflatten(like_statistics, statistics)
         y, s = call(layer, p, s, x, train=train)
         rest = statistics[_size(like_statistics) :]
-        return y, jnp.concatenate([flatten(s, statistics.dtype), rest])
+        new = flatten(s, statistics.dtype).astype(statistics.dtype)
+        return y, jnp.concatenate([new, rest])
 
     def tables(self) -> tuple[Entries, Entries]:
         """What the entries of both vectors are, for each layer: arrays [layers, length]."""

@@ -1,18 +1,15 @@
 """With the interpreter a search compiles as often as there are programs, whatever it proposes."""
 
 from collections import Counter
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from toy import SMALL_SPACE, search, small
 
-import nas
 from nas.training import cache
 
-SPACE = nas.NASNetSpace(pairs=2, operations=("identity", "sep_3x3", "max_pool_3x3"))
-SMALL = nas.TrainingEvaluator(
-    filters=2, epochs=2, validations=1, examples=64, batch_size=32, validation=40,
-    compilation_cache="never used",
-)  # fmt: skip
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -27,17 +24,34 @@ def compiled(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def run(folder, evaluator, cycles: int) -> nas.Result:
-    return nas.search(
-        space=SPACE, evaluate=evaluator, folder=folder, population=4, sample=2, cycles=cycles
-    )
-
-
 def test_a_search_compiles_each_program_once(tmp_path, compiled) -> None:
-    result = run(tmp_path, SMALL, 12)
+    options = {"space": SMALL_SPACE, "population": 4, "sample": 2}
+    result = search(tmp_path, small(), cycles=12, **options)
     assert result.counts.evaluations >= 8
-    more = run(tmp_path, SMALL, 20)
+    more = search(tmp_path, small(), cycles=20, **options)
     assert more.counts.evaluations > result.counts.evaluations
     assert compiled == {"jit(start)": 1, "jit(epoch)": 1, "jit(validate)": 1}
     first, *rest = [row.metrics["compile_s"] for row in more.reader.evaluations()]
     assert first > 0 and not any(rest)
+
+
+def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_path) -> None:
+    jax.jit(lambda x: x - 1)(3.0)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[1], 0.0)
+    try:
+        cache.use(str(tmp_path))
+        jax.jit(lambda x: x * 17 + 4)(3.0)
+        assert list(tmp_path.iterdir())
+        cache.use()
+        assert getattr(jax.config, names[0]) == str(tmp_path)  # as JAX was told
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_the_default_folder(monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache.default() == Path("/caches/gpipe-jax/jax")

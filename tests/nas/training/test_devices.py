@@ -97,14 +97,16 @@ def test_a_failure_on_a_device_that_answers_is_the_candidates_own() -> None:
     pool.close()
 
 
-def test_a_job_that_hangs_gives_its_device_to_the_next(tmp_path, three) -> None:
+def test_a_job_that_hangs_gives_its_device_to_the_next(tmp_path, three, monkeypatch) -> None:
     def evaluate(genotype) -> float:
         if next(count) == 4:
             end.wait(30)
         return str(genotype).count("sep")
 
-    count, end = iter(range(1000)), threading.Event()
+    monkeypatch.setattr(jax, "local_devices", lambda: three[:1])
+    count, end, begun = iter(range(1000)), threading.Event(), time.monotonic()
     result = search(tmp_path, evaluate, workers="devices", cycles=40, timeout_s=0.3)
+    assert time.monotonic() - begun < 20
     end.set()
     assert result.counts.results == 40
     assert result.reader.failures_by_kind() == {"timeout": 1}

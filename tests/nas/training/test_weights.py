@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy import job, search, toy, trace
+import toy
+from toy import job, search, trace
 
 import nas
-from nas import keeping
 from nas.training import weights
 from nas.training.training import Training
 
@@ -31,7 +31,7 @@ def files(result: nas.Result) -> set[str]:
 
 
 def test_values_come_back_as_they_were(tmp_path) -> None:
-    network, one = toy().network(), job(1)
+    network, one = toy.toy().network(), job(1)
     values = network.init(network.encode(one.architecture), jax.random.key(0))
     weights.save(tmp_path / "weights" / "1-1.safetensors", one.architecture, values)
     architecture, found = weights.load(tmp_path / "weights" / "1-1.safetensors", network)
@@ -41,7 +41,7 @@ def test_values_come_back_as_they_were(tmp_path) -> None:
 
 
 def test_a_damaged_file_and_another_networks(tmp_path) -> None:
-    network, one = toy().network(), job(1)
+    network, one = toy.toy().network(), job(1)
     values = network.init(network.encode(one.architecture), jax.random.key(0))
     path = tmp_path / "1-1.safetensors"
     weights.save(path, one.architecture, values)
@@ -64,7 +64,7 @@ def test_a_child_starts_from_its_parents_values_where_they_agree(tmp_path, monke
         return run(self, rivals)
 
     monkeypatch.setattr(Training, "run", spy)
-    evaluator = replace(toy(), run=str(tmp_path))
+    evaluator = replace(toy.toy(), run=str(tmp_path))
     parent, child = job(1), job(2)
     name = evaluator.evaluate(parent)["trained_values"]
     assert name == "weights/1-1.safetensors"
@@ -115,35 +115,35 @@ def test_orphans_go_when_a_search_is_resumed_and_other_files_stay(tmp_path) -> N
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
-def test_values_of_a_twin_that_has_left_are_not_looked_for(tmp_path) -> None:
-    assert keeping.is_gone(tmp_path, "weights/3-4.safetensors")
-    assert not keeping.is_gone(tmp_path, "s3://mine/3-4.safetensors")
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "3-4.safetensors").touch()
-    assert not keeping.is_gone(tmp_path, "weights/3-4.safetensors")
-
-
 RUN = """
 import sys
+import nas
+from nas import NASNetSpace
 sys.path[:0] = {paths!r}
 import toy
 from nas.training import cache
 cache.use({cache!r})
-toy.search({folder!r}, name="killed", **{options!r}, workers={workers})
+toy.search({folder!r}, {evaluator}, name="killed", **{options!r})
 """
 
 
 @pytest.mark.parametrize(
-    ("kills", "workers"),
-    [(1, 1), pytest.param(10, 1, marks=pytest.mark.slow)],
+    ("kills", "evaluator"),
+    [
+        (1, "toy.toy()"),
+        pytest.param(10, "toy.toy()", marks=pytest.mark.slow),
+        pytest.param(10, "toy.small()", marks=pytest.mark.slow),
+    ],
 )
-def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, workers) -> None:
+def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, evaluator) -> None:
     """SIGKILL at random instants: the same proposals, results and files, bit by bit."""
     options = {**WARM, "cycles": 10 + 4 * kills}
-    whole = search(tmp_path, name="whole", **options)
+    if evaluator == "toy.small()":
+        options["space"] = toy.SMALL_SPACE
+    whole = search(tmp_path, eval(evaluator), name="whole", **options)
     code = RUN.format(
         paths=[str(Path(__file__).parent)], cache=str(tmp_path / "cache"), folder=str(tmp_path),
-        options=options, workers=workers,
+        options=options, evaluator=evaluator,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -164,7 +164,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, work
     fitness = [(e.kind, e.candidate, e.fitness) for e in killed.reader.events() if e.fitness]
     assert fitness == [(e.kind, e.candidate, e.fitness) for e in whole.reader.events() if e.fitness]
     assert _values(killed) == _values(whole)
-    nas.replay(killed.reader, nas.NASNetSpace())
+    nas.replay(killed.reader, killed.space)
 
 
 def _evaluations(run: Path) -> int:

@@ -81,12 +81,18 @@ def job(number: int = 0, **options: Any) -> nas.Job:
     return nas.Job(number, number, genotype, **{"seed": number, **options})
 
 
+SMALL_SPACE = nas.NASNetSpace(pairs=2, operations=("identity", "sep_3x3", "max_pool_3x3"))
+
+
+def small(**options: Any) -> TrainingEvaluator:
+    """The interpreter, of a space and of networks that compile soon."""
+    size = {"filters": 2, "examples": 64, "batch_size": 32, "validation": 40}
+    return TrainingEvaluator(**{"epochs": 2, "validations": 1, **size, **options})
+
+
 def search(folder: Path, evaluate: Any = None, **options: Any) -> nas.Result:
-    defaults = {"population": 6, "sample": 3, "cycles": 24}
-    space = nas.NASNetSpace()
-    return nas.search(
-        space=space, evaluate=evaluate or toy(), folder=folder, **{**defaults, **options}
-    )
+    defaults = {"population": 6, "sample": 3, "cycles": 24, "space": nas.NASNetSpace()}
+    return nas.search(evaluate=evaluate or toy(), folder=folder, **{**defaults, **options})
 
 
 def trace(result: nas.Result) -> list[tuple]:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from gpipe_jax.genotype import INPUTS
 from gpipe_jax.layers.conv_norm import Normalization
-from nas.training.cells import Body, Reader
+from nas.training.cells import Body
 from nas.training.encoding import Code, Concat, whole
+from nas.training.reader import Reader
 
 PyTree = Any
 STEM = 3

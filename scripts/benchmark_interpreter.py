@@ -1,0 +1,205 @@
+"""Compare the two builders of a search's networks: one program for all, and one for each.
+
+    python scripts/benchmark_interpreter.py            # equality, compilations, step times; minutes
+    python scripts/benchmark_interpreter.py --image 32 # the same on larger images
+    python scripts/benchmark_interpreter.py --tpu      # memory too, by the compiler for TPU v5e
+    python scripts/benchmark_interpreter.py --json     # one JSON object as the last line
+
+Architectures are drawn at random, with seeds 0, 1, ... Steps of both programs are timed in turn,
+from the same values; times are medians, ratios their quotients. Candidates per hour are trained for
+--steps steps each: the interpreter compiles once, the others for each candidate.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax
+import jax.numpy as jnp
+
+from gpipe_jax import losses
+from gpipe_jax.genotype import Genotype
+from gpipe_jax.planning import accelerators, compiler
+from gpipe_jax.planning.compiled import Program
+from nas.nasnet import NASNetSpace
+from nas.training.interpreter import Interpreter
+from nas.training.network import Network, PyTree, Shape, Values
+from nas.training.static import Static
+from nas.training.translate import to_static
+
+RATE, MOMENTUM = 0.05, 0.9
+
+
+def step(
+    network: Network, architecture: Any, values: Values, velocity: PyTree, batch: dict
+) -> tuple[Values, PyTree, jax.Array]:
+    """(values, velocity, loss) after a step of SGD with momentum."""
+
+    def loss(parameters: PyTree) -> tuple[jax.Array, PyTree]:
+        both = Values(parameters, values.statistics)
+        scores, new = network.apply(architecture, both, batch["images"], train=True)
+        return losses.softmax_cross_entropy(scores, batch["labels"])[0].mean(), new
+
+    (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(values.parameters)
+    velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, gradients)
+    parameters = jax.tree.map(lambda p, v: p - RATE * v, values.parameters, velocity)
+    return Values(parameters, new), velocity, value
+
+
+def batch_of(shape: Shape, examples: int) -> dict:
+    """Random images, which are the same for all."""
+    key, size = jax.random.key(0), (examples, shape.image, shape.image, shape.channels)
+    labels = jnp.arange(examples) % shape.classes
+    return {"images": jax.random.normal(key, size), "labels": labels}
+
+
+def compiled(network: Network, genotype: Genotype, batch: dict) -> tuple[Callable, float]:
+    """The step as a program, and the seconds of making it."""
+    began, architecture = time.perf_counter(), network.encode(genotype)
+    values = jax.eval_shape(network.init, architecture, jax.random.key(0))
+    arguments = (architecture, values, values.parameters, batch)
+    jitted = jax.jit(functools.partial(step, network), donate_argnums=(1, 2))
+    program = jitted.lower(*arguments).compile()
+    return program, time.perf_counter() - began
+
+
+def start(network: Network, architecture: Any) -> Values:
+    """Initial values."""
+    return jax.jit(network.init)(architecture, jax.random.key(0))
+
+
+class Run:
+    """A program and its state."""
+
+    def __init__(self, program: Callable, architecture: Any, values: Values) -> None:
+        self.program, self.architecture = program, architecture
+        self.state = (values, jax.tree.map(jnp.zeros_like, values.parameters))
+        self.times: list[float] = []
+        self.cpu_times: list[float] = []
+
+    def step(self, batch: dict) -> float:
+        """The loss of one more step."""
+        began, cpu = time.perf_counter(), time.process_time()
+        *state, loss = self.program(self.architecture, *self.state, batch)
+        self.state = tuple(state)
+        value = float(loss)
+        self.times.append(time.perf_counter() - began)
+        self.cpu_times.append(time.process_time() - cpu)
+        return value
+
+
+def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) -> dict:
+    """Both builders on each of the architectures, for so many steps."""
+    interpreter, static, batch = Interpreter(shape), Static(shape), batch_of(shape, examples)
+    one, compile_s = compiled(interpreter, genotypes[0], batch)
+    rows = []
+    for genotype in genotypes:
+        architecture = interpreter.encode(genotype)
+        values = start(interpreter, architecture)
+        same = to_static(interpreter, genotype, values)
+        other, own_compile_s = compiled(static, genotype, batch)
+        runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
+        losses = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
+        middle = [statistics.median(run.times[1:]) for run in runs]
+        cpu = [statistics.median(run.cpu_times[1:]) for run in runs]
+        rows.append(
+            {
+                "compile_s": own_compile_s,
+                "interpreter_ms": 1000 * middle[0],
+                "static_ms": 1000 * middle[1],
+                "ratio": middle[0] / middle[1],
+                "cpu_ratio": cpu[0] / cpu[1],
+                "first_loss_difference": abs(losses[0][0] - losses[0][1]) / abs(losses[0][1]),
+            }
+        )
+        print(*(f"{name} {value:.3g}" for name, value in rows[-1].items()), sep="  ", flush=True)
+    return {"compile_s": compile_s, "architectures": rows}
+
+
+def candidates_per_hour(found: dict, steps: int) -> tuple[float, float]:
+    """Of the interpreter, whose compilation a long search forgets, and of single programs."""
+    rows = found["architectures"]
+    own = statistics.mean(row["compile_s"] + steps * row["static_ms"] / 1000 for row in rows)
+    one = statistics.mean(steps * row["interpreter_ms"] / 1000 for row in rows)
+    return 3600 / one, 3600 / own
+
+
+def tpu_memory(topology: str, shape: Shape, genotypes: list[Genotype], examples: int) -> dict:
+    """Bytes of temporaries of both builders' steps on one device of a topology."""
+    programs = [_exported("interpreter", Interpreter(shape), genotypes[0], examples)]
+    for i, genotype in enumerate(genotypes):
+        programs.append(_exported(f"static {i}", Static(shape), genotype, examples))
+    results = compiler.compile_programs(programs, accelerators.parse(topology), show=print)
+    return {r.name: (r.temporary_bytes, r.compile_s, r.error) for r in results}
+
+
+def _exported(name: str, network: Network, genotype: Genotype, examples: int) -> Program:
+    architecture = network.encode(genotype)
+    values = jax.eval_shape(network.init, architecture, jax.random.key(0))
+    batch = jax.eval_shape(functools.partial(batch_of, network.shape, examples))
+    # From a flat list of arguments: an exported program knows no types of ours.
+    leaves, structure = jax.tree.flatten((architecture, values, values.parameters, batch))
+    flat = lambda *a: jax.tree.leaves(step(network, *jax.tree.unflatten(structure, a)))  # noqa: E731
+    exported = jax.export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
+    first = len(jax.tree.leaves(architecture))
+    updated = len(jax.tree.leaves((values, values.parameters)))
+    return Program(name, exported, tuple(range(first, first + updated)))
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cells", type=int, default=1, help="normal cells in a stack (1)")
+    parser.add_argument("--filters", type=int, default=8, help="of the first stack (8)")
+    parser.add_argument("--image", type=int, default=8, help="height and width (8)")
+    parser.add_argument("--batch", type=int, default=64, help="examples (64)")
+    parser.add_argument("--architectures", type=int, default=10, help="to compare (10)")
+    parser.add_argument("--steps", type=int, default=7, help="to time (7)")
+    parser.add_argument("--train", type=int, default=500, help="steps of a candidate (500)")
+    parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args()
+    space = NASNetSpace()
+    genotypes = [space.random(Random(seed)) for seed in range(options.architectures)]
+    machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
+    figures: dict[str, Any] = {"machine": machine}
+    if options.architectures:
+        shape = Shape(options.cells, options.filters, options.image, channels=1, classes=10)
+        found = compare(shape, genotypes, options.batch, options.steps)
+        figures |= found
+        report(figures, options.train)
+    if options.tpu:
+        shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
+        chosen = [space.random(Random(seed)) for seed in range(3)]
+        figures["tpu"] = tpu_memory("v5e:2x2", shape, chosen, 128)
+        for name, (temporary, seconds, error) in figures["tpu"].items():
+            print(f"{name}: {temporary / 1e6:.0f} MB, compiled in {seconds:.0f} s {error or ''}")
+    if options.json:
+        print(json.dumps(figures))
+
+
+def report(figures: dict[str, Any], steps: int) -> None:
+    """Print the summary."""
+    rows = figures["architectures"]
+    mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
+    one, own = candidates_per_hour(figures, steps)
+    print(f"compile: interpreter {figures['compile_s']:.0f} s once, else {mean('compile_s'):.0f} s")
+    print(
+        f"step, interpreter / static: {mean('ratio'):.2f}, processor time {mean('cpu_ratio'):.2f}"
+    )
+    print(f"largest difference of a loss: {max(r['first_loss_difference'] for r in rows):.1e}")
+    print(f"candidates per hour of {steps} steps: {one:.0f} and {own:.0f}, ratio {one / own:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Both builders on the same values: what the tests of the interpreter compare."""
+
+import functools
+from random import Random
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpipe_jax.genotype import Genotype
+from nas.nasnet import NASNetSpace
+from nas.training.interpreter import Interpreter
+from nas.training.network import Network, PyTree, Shape, Values
+from nas.training.static import Static
+from nas.training.translate import from_static, to_static
+
+
+class Step(NamedTuple):
+    """What a training step computes, and scores of an evaluation after it."""
+
+    loss: jax.Array
+    scores: jax.Array
+    gradients: PyTree
+    statistics: PyTree
+    evaluation: jax.Array
+
+
+def step(network: Network, architecture: Any, values: Values, images: jax.Array) -> Step:
+    labels = jnp.arange(images.shape[0]) % network.shape.classes
+
+    def loss(parameters: PyTree) -> tuple[jax.Array, tuple]:
+        both = Values(parameters, values.statistics)
+        scores, statistics = network.apply(architecture, both, images, train=True)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)
+        return -chosen.mean(), (scores, statistics)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    (value, (scores, statistics)), gradients = gradient(values.parameters)
+    after = Values(values.parameters, statistics)
+    evaluation, same = network.apply(architecture, after, images, train=False)
+    assert same is statistics or jax.tree.structure(same) == jax.tree.structure(statistics)
+    return Step(value, scores, gradients, statistics, evaluation)
+
+
+def images(shape: Shape, examples: int) -> jax.Array:
+    size = (examples, shape.image, shape.image, shape.channels)
+    return jnp.asarray(np.random.default_rng(0).normal(size=size), shape.dtype)
+
+
+def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
+    """Values of which no two entries are alike, so that to mistake one shows."""
+    rng = np.random.default_rng(seed)
+
+    def parameter(path: tuple, a: Any) -> jax.Array:
+        wide = 0.2 if path[-1].key in ("scale", "bias") else 1 / np.sqrt(np.prod(a.shape[:-1]))
+        middle = float(path[-1].key == "scale")
+        return jnp.asarray(middle + wide * rng.normal(size=a.shape), static.shape.dtype)
+
+    def statistic(path: tuple, a: Any) -> jax.Array:
+        draw = rng.normal(size=a.shape)
+        return jnp.asarray(0.5 + draw**2 if path[-1].key == "var" else draw, static.shape.dtype)
+
+    architecture = static.encode(genotype)
+    parameters, statistics = jax.eval_shape(static.init, architecture, jax.random.key(0))
+    return Values(
+        jax.tree.map_with_path(parameter, parameters),
+        jax.tree.map_with_path(statistic, statistics),
+    )
+
+
+class Pair:
+    """An interpreter and the static builder of the same shape, compiled when called."""
+
+    def __init__(self, interpreter: Interpreter, examples: int = 4) -> None:
+        self.interpreter, self.static = interpreter, Static(interpreter.shape)
+        self.images = images(interpreter.shape, examples)
+        self.one = jax.jit(functools.partial(step, interpreter))
+
+    def both(self, genotype: Genotype) -> tuple[Step, Step, PyTree]:
+        """The interpreter's step in the static form, the static one, and padding's gradients."""
+        values = shaken(self.static, genotype)
+        architecture = self.interpreter.encode(genotype)
+        found = self.one(architecture, from_static(self.interpreter, genotype, values), self.images)
+        other = jax.jit(functools.partial(step, self.static))
+        wanted = other(self.static.encode(genotype), values, self.images)
+        used = self.interpreter.used(architecture)
+        padding = jax.tree.map(lambda g, u: g[np.asarray(u) == 0], found.gradients, used)
+        both = Values(found.gradients, found.statistics)
+        gradients, statistics = to_static(self.interpreter, genotype, both)
+        return found._replace(gradients=gradients, statistics=statistics), wanted, padding
+
+    def losses(self, genotype: Genotype, steps: int) -> tuple[list[float], list[float]]:
+        """Of so many steps of gradient descent, by both builders from the same start."""
+        values = shaken(self.static, genotype)
+        both = from_static(self.interpreter, genotype, values)
+        other = jax.jit(functools.partial(step, self.static))
+        one = self._train(self.one, self.interpreter.encode(genotype), both, steps)
+        return one, self._train(other, self.static.encode(genotype), values, steps)
+
+    def _train(self, run: Any, architecture: Any, values: Values, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            found = run(architecture, values, self.images)
+            losses.append(float(found.loss))
+            parameters = jax.tree.map(lambda p, g: p - 0.01 * g, values.parameters, found.gradients)
+            values = Values(parameters, found.statistics)
+        return losses
+
+
+def random_genotype(seed: int, space: NASNetSpace | None = None) -> Genotype:
+    return (space or NASNetSpace()).random(Random(seed))

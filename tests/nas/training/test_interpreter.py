@@ -1,0 +1,227 @@
+"""One program for all architectures computes what each architecture's own program computes."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import Pair, Step, random_genotype, shaken
+from helpers import assert_trees_close
+
+from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS, Cell, Genotype
+from nas.nasnet import NASNetSpace
+from nas.training.interpreter import Interpreter
+from nas.training.network import Shape
+from nas.training.static import Static
+from nas.training.translate import from_static, to_static
+
+SPACE = NASNetSpace(2, ("identity", "sep_3x3", "max_pool_3x3", "conv_1x7_7x1"))
+SMALL = Shape(cells=2, filters=4, image=8, channels=1, classes=3, dtype="float64")
+
+
+def cell(*pairs: tuple, concat: tuple[int, ...]) -> Cell:
+    return Cell(pairs, concat)
+
+
+# What is special: all inputs in the output, in another order; one state, and two in a reduction
+# cell, for which a match is left out.
+ODD = {
+    "inputs": Genotype(
+        cell((("sep_3x3", 1), ("identity", 1)), (("conv_1x7_7x1", 2), ("sep_3x3", 0)),
+             concat=(3, 1, 0)),
+        cell((("sep_3x3", 0), ("identity", 1)), (("max_pool_3x3", 1), ("sep_3x3", 2)),
+             concat=(1, 3, 0)),
+    ),
+    "narrow": Genotype(
+        cell((("identity", 0), ("max_pool_3x3", 1)), (("sep_3x3", 2), ("identity", 2)),
+             concat=(3,)),
+        cell((("conv_1x7_7x1", 0), ("sep_3x3", 1)), (("identity", 2), ("max_pool_3x3", 0)),
+             concat=(3,)),
+    ),
+    "two": Genotype(
+        cell((("sep_3x3", 0), ("sep_3x3", 0)), (("conv_1x7_7x1", 1), ("identity", 1)),
+             concat=(3, 2)),
+        cell((("max_pool_3x3", 1), ("sep_3x3", 0)), (("identity", 1), ("identity", 0)),
+             concat=(2, 3)),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with jax.enable_x64(True):
+        yield Pair(Interpreter(SMALL, SPACE.operations, pairs=2))
+
+
+def assert_same(found: Step, wanted: Step, padding: object, tolerance: float) -> None:
+    assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(padding))
+    for name, a, b in zip(Step._fields, found, wanted, strict=True):
+        floor = name == "gradients"
+        assert_trees_close(*((floored(a, b), floored(b, b)) if floor else (a, b)), tolerance)
+
+
+def floored(tree: object, wanted: object) -> object:
+    """Leaves that are compared with the tree's largest element too, a hundredth of it.
+
+    In float32 the gradient of a scale that a later batch norm takes out again is rounding alone.
+    """
+    least = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted)) * 1e-2
+    return jax.tree.map(lambda a: np.append(np.ravel(a), least), tree)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_step_equals_that_of_the_layers(pair: Pair, name: str) -> None:
+    """Outputs, all gradients and batch statistics; padding has gradient zero."""
+    assert_same(*pair.both(ODD[name]), tolerance=1e-12)
+
+
+def test_all_architectures_share_one_program(pair: Pair) -> None:
+    for seed in range(3):
+        genotype = random_genotype(seed, SPACE)
+        architecture = pair.interpreter.encode(genotype)
+        values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
+        found = pair.one(architecture, values, pair.images)
+        assert np.isfinite(found.loss)
+    assert pair.one._cache_size() == 1
+
+
+def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
+    """The compiled step has real conditionals: none became a selection among all results."""
+    genotype = ODD["two"]
+    values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
+    arguments = pair.interpreter.encode(genotype), values, pair.images
+    jaxpr, text = pair.one.trace(*arguments).jaxpr, pair.one.lower(*arguments).compile().as_text()
+    # Forward, backward and evaluation, each: slots of six bodies (the cells of a stack share
+    # one), outputs of the first and the reduction cells, and four optional matches.
+    assert str(jaxpr).count("cond[") > 48
+    assert text.count(" conditional(") == 3 * (6 + 1 + 2 * 2 + 4)
+
+
+def test_values_survive_both_translations(pair: Pair) -> None:
+    for genotype in ODD.values():
+        values = shaken(pair.static, genotype)
+        there = from_static(pair.interpreter, genotype, values)
+        back = to_static(pair.interpreter, genotype, there)
+        jax.tree.map(np.testing.assert_array_equal, back, values)
+        used = pair.interpreter.used(pair.interpreter.encode(genotype))
+        sizes = [sum(np.sum(a) for a in jax.tree.leaves(tree)) for tree in (used,)]
+        assert sizes == [sum(a.size for a in jax.tree.leaves(values.parameters))]
+        assert jax.tree.structure(used) == jax.tree.structure(there.parameters)
+        jax.tree.map(lambda a, u: np.testing.assert_array_equal(a[u == 0], 0), there[0], used)
+
+
+def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
+    """Means, spreads and bounds, of every array that is large enough to tell."""
+    shape = Shape(cells=2, filters=32, image=8, channels=3, classes=10)
+    interpreter, static = Interpreter(shape), Static(shape)
+    genotype = random_genotype(2)
+    values = interpreter.init(interpreter.encode(genotype), jax.random.key(1))
+    ours = to_static(interpreter, genotype, values)
+    compared = 0
+    for i, layer in enumerate(static.layers(static.encode(genotype))):
+        if i > 4:
+            break  # the same kinds of cells again
+        theirs = jax.jit(layer.init)(jax.random.key(2), None)
+        for a, b in zip(jax.tree.leaves(ours[0][i]), jax.tree.leaves(theirs), strict=True):
+            if np.ptp(b) == 0:
+                np.testing.assert_array_equal(a, b)
+            elif a.size >= 1000:
+                compared += 1
+                assert np.std(a) == pytest.approx(np.std(b), rel=0.12)
+                assert np.abs(a).max() == pytest.approx(np.abs(b).max(), rel=0.12)
+    assert compared > 10
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        ours[1],
+        static.init(static.encode(genotype), jax.random.key(0))[1],
+    )
+
+
+def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
+    interpreter = pair.interpreter
+    parent = ODD["two"]
+    (first, second), concat = parent.normal.pairs, parent.normal.concat
+    pairs = ((("sep_3x3", 0), ("max_pool_3x3", 0)), second)  # one operation is another
+    child = Genotype(Cell(pairs, concat), Cell(parent.reduction.pairs, (3,)))
+    assert first[0] == pairs[0][0]
+    codes = interpreter.encode(child), interpreter.encode(parent)
+    fresh = interpreter.init(codes[0], jax.random.key(0))
+    trained = jax.tree.map(lambda a: a + 1000.0, interpreter.init(codes[1], jax.random.key(1)))
+    values = interpreter.inherit(*codes, fresh, trained)
+    static = to_static(interpreter, child, values).parameters
+    trained_leaf = lambda a: bool((np.abs(a) > 500).all())  # noqa: E731
+    stem, normal, *_ = static
+    assert all(map(trained_leaf, jax.tree.leaves((stem, normal))))
+    assert set(normal["operations"]) == {0, 2}  # the maximum has no parameters
+    reduction, after = static[3], static[4]
+    assert all(map(trained_leaf, jax.tree.leaves(reduction)))
+    # The next cell reads state 3 only: the rows of that are its parent's.
+    assert after["enter"]["kernel"].shape == (1, 1, 8, 8) and trained_leaf(after["enter"]["kernel"])
+    used = interpreter.used(codes[0])
+    jax.tree.map(lambda a, u: np.testing.assert_array_equal(a[u == 0], 0), values[0], used)
+
+
+def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
+    interpreter, parent = pair.interpreter, ODD["two"]
+    pairs = ((("conv_1x7_7x1", 0), ("sep_3x3", 0)), parent.normal.pairs[1])
+    child = Genotype(Cell(pairs, parent.normal.concat), parent.reduction)
+    codes = interpreter.encode(child), interpreter.encode(parent)
+    fresh = interpreter.init(codes[0], jax.random.key(0))
+    trained = jax.tree.map(lambda a: a + 1000.0, interpreter.init(codes[1], jax.random.key(1)))
+    values = interpreter.inherit(*codes, fresh, trained)
+    changed, kept = (to_static(interpreter, child, values)[0][1]["operations"][j] for j in (0, 1))
+    assert all(np.abs(a).max() < 500 for a in jax.tree.leaves(changed))
+    assert all(np.abs(a).min() > 500 for a in jax.tree.leaves(kept))
+
+
+def test_genotypes_of_another_space_are_refused() -> None:
+    interpreter = Interpreter(SMALL)
+    with pytest.raises(ValueError, match="normal cell has 2 pairs, but this interpreter's cells"):
+        interpreter.encode(ODD["two"])
+    with pytest.raises(ValueError, match="normal cell has conv_1x1, but this interpreter knows"):
+        interpreter.encode(GENOTYPES["D"])
+    with pytest.raises(ValueError, match="`stem` is 'imagenet', but the interpreter knows only"):
+        Interpreter(Shape(1, 4, 8, 1, 10, stem="imagenet"))
+    with pytest.raises(ValueError, match="`image` is 2, but cell 4 of 5 halves its input"):
+        Interpreter(Shape(1, 4, 2, 1, 10)).encode(GENOTYPES["A"])
+
+
+# --- the paper's space: minutes -------------------------------------------------------------------
+
+
+def full(dtype: str, operations: tuple[str, ...] = PAPER_OPERATIONS) -> Pair:
+    return Pair(Interpreter(Shape(1, 4, 8, 1, 10, dtype=dtype), operations), examples=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_fifty_random_architectures(dtype: str, tolerance: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        pair = full(dtype)
+        for seed in range(50):
+            assert_same(*pair.both(random_genotype(seed)), tolerance=tolerance)
+        assert pair.one._cache_size() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_the_published_architectures(dtype: str, tolerance: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        pair = full(dtype, OPERATIONS)
+        for letter in "ABCD":
+            assert_same(*pair.both(GENOTYPES[letter]), tolerance=tolerance)
+        assert pair.one._cache_size() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_ten_steps_of_twenty_architectures() -> None:
+    with jax.enable_x64(True):
+        pair = full("float64")
+        for seed in range(20):
+            found, wanted = pair.losses(random_genotype(seed), steps=10)
+            np.testing.assert_allclose(found, wanted, rtol=1e-9)
+            assert found[-1] < found[0]
