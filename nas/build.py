@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas.config import (
@@ -109,7 +109,7 @@ def _costs(evaluate: TrainingEvaluator, limits: LimitsConfig) -> NetworkCosts:
 class _Column:
     """One of a table's columns, as a function of an architecture."""
 
-    def __init__(self, table: Table, name: str) -> None:
+    def __init__(self, table: Callable[[Any], Mapping[str, float]], name: str) -> None:
         self.table, self.name = table, name
 
     def __call__(self, architecture: Any) -> float:
