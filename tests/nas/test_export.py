@@ -142,18 +142,25 @@ def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_exported_is_planned_and_trained(export, tmp_path) -> None:
-    """Four stages on simulated devices; a plan by the TPU compiler."""
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        (("train", "train.steps=4", "optimizer.warmup_steps=1"), {"steps": 4}),
+        (("plan", "--topology", "v5e:4x4"), {"fits": True, "topology": "v5e:4x4"}),
+    ],
+)
+def test_what_is_exported_is_trained_and_planned(export, command, found) -> None:
+    """In four stages on simulated devices, and by the TPU compiler."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'gpipe-jax[tpu]'")
     run("runs", nas.TrainingEvaluator(data="digits"))
     assert export("searched", "-o", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
-    for command in (
-        ("train", "best.yaml", "train.steps=4", "optimizer.warmup_steps=1", "--json"),
-        ("plan", "best.yaml", "--topology", "v5e:4x4", "--json"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "gpipe_jax.cli", *command], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        said = json.loads(done.stdout.splitlines()[-1])
-        assert (said["steps"] == 4) if command[0] == "train" else said["fits"]
+    name, *options = command
+    done = subprocess.run(
+        [sys.executable, "-m", "gpipe_jax.cli", name, "best.yaml", *options, "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == {**said, **found}
