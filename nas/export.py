@@ -42,19 +42,16 @@ def export(
     best = next(result.reader.ranked(), None)
     if best is None:
         raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")
-    evaluator = setup_of(result.reader, needed=False).evaluate
     if out.suffix in CONFIGS:
-        _config(result, best.architecture, evaluator, wanted)
+        _config(result, best.architecture, wanted)
     ranking = [Finalist(best, best.fitness, best.metrics)]
     if wanted.top > 1:
         named = {"epochs": wanted.epochs, "show": show}
-        ranking = finals.rank(result.reader, result.space, evaluator, wanted.top, **named)
-    row = ranking[0].row
+        ranking = finals.rank(result.reader, result.space, _evaluator(result), wanted.top, **named)
+    text = json.dumps(architecture(ranking[0].row.architecture)) + "\n"
     if out.suffix in CONFIGS:
-        config, of = _config(result, row.architecture, evaluator, wanted)
+        config, of = _config(result, ranking[0].row.architecture, wanted)
         text = scale.text(config, _title(result, ranking, wanted), of.note, str(out))
-    else:
-        text = json.dumps(architecture(row.architecture)) + "\n"
     out.write_text(text, encoding="utf-8")
     return ranking
 
@@ -67,7 +64,12 @@ def architecture(text: str) -> Any:
         return text
 
 
-def _config(result: Result, text: str, evaluator: Any, wanted: Wanted) -> tuple[dict, scale.Target]:
+def _evaluator(result: Result) -> Any:
+    """As it was pickled with the run; None if it was not."""
+    return setup_of(result.reader, needed=False).evaluate
+
+
+def _config(result: Result, text: str, wanted: Wanted) -> tuple[dict, scale.Target]:
     try:
         genotype = Genotype.from_json(text)
     except ValueError as error:
@@ -75,7 +77,7 @@ def _config(result: Result, text: str, evaluator: Any, wanted: Wanted) -> tuple[
             f"{result.path} searched the space {result.study.space!r}, but only cells of nasnet "
             f"can be scaled up for gpipe train; export to a .json file"
         ) from error
-    of = scale.target(evaluator)
+    of = scale.target(_evaluator(result))
     sizes = {"cells": wanted.cells, "filters": wanted.filters, "stages": wanted.stages}
     return scale.sections(genotype, of, **sizes), of
 
