@@ -13,7 +13,7 @@ _lock = threading.Lock()
 def use(folder: str | None = None) -> None:
     """Keep programs there; by default where JAX is told to, or else in `default()`."""
     with _lock:
-        current = jax.config.jax_compilation_cache_dir
+        current = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # not in its stubs
         wanted = folder or current or str(default())
         if wanted != current:
             jax.config.update("jax_compilation_cache_dir", wanted)

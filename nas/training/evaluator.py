@@ -215,7 +215,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_numbers(given: TrainingEvaluator) -> None:
-    rules: list[tuple[str, str, Callable[[float], bool]]] = [
+    rules: list[tuple[str, str, Callable[[Any], bool]]] = [
         ("learning_rate", "more than 0", lambda x: x > 0),
         ("warmup_epochs", f"0 or more, less than epochs {given.epochs}",
          lambda x: 0 <= x < given.epochs),
@@ -227,9 +227,8 @@ def _check_numbers(given: TrainingEvaluator) -> None:
     ]  # fmt: skip
     for name, rule, is_legal in rules:
         value: Any = getattr(given, name)
-        if value is None and name == "timeout_s":
-            continue
-        if not (_is_number(value) and is_legal(value)):
+        unlimited = value is None and name == "timeout_s"
+        if not (unlimited or (_is_number(value) and is_legal(value))):
             raise ValueError(f"{name} {value!r}: expected {rule}")
 
 
