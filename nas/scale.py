@@ -117,7 +117,7 @@ def sections(
 def text(config: dict[str, dict[str, Any]], title: str, note: str, out: str) -> str:
     """The config's file: what it is, how to use it, and the sections."""
     lines = textwrap.wrap(f"{title} {note}", 97)
-    lines += ["", f"  gpipe train {out}", f"  gpipe plan {out} --topology v5e:4x4", ""]
+    lines += ["", f"  gpipe train {out}", f"  gpipe plan {out} --topology v5e:2x2", ""]
     head = "\n".join(f"# {line}".rstrip() for line in lines)
     return "\n".join([head, *(_section(*each) for each in config.items())])
 

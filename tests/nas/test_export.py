@@ -147,7 +147,11 @@ def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
     ("command", "found"),
     [
         (("train", "train.steps=4", "optimizer.warmup_steps=1"), {"steps": 4}),
-        (("plan", "--topology", "v5e:4x4"), {"fits": True, "topology": "v5e:4x4"}),
+        (("plan", "--topology", "v5e:2x2"), {"fits": True, "topology": "v5e:2x2"}),
+        (
+            ("plan", "mesh.data=4", "mesh.simulate=16", "--topology", "v5e:4x4"),
+            {"fits": True, "topology": "v5e:4x4"},
+        ),
     ],
 )
 def test_what_is_exported_is_trained_and_planned(export, command, found) -> None:
