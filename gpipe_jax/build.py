@@ -22,7 +22,7 @@ from gpipe_jax.config import (
     image_shape,
 )
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.genotype import GENOTYPES, Genotype
+from gpipe_jax.genotype import GENOTYPES, Genotype, is_json
 from gpipe_jax.layers.layer import Layer
 
 DATASETS: dict[str, Callable[..., data.Dataset]] = {
@@ -120,6 +120,8 @@ def loss(model: ModelConfig) -> Callable:
 def _genotype(source: str) -> Genotype:
     if source in GENOTYPES:
         return GENOTYPES[source]
+    if is_json(source):
+        return Genotype.from_json(source)
     try:
         return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

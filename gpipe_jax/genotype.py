@@ -150,6 +150,11 @@ class Genotype:
         return genotype_drawing.figure(self, path)
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is meant as what `Genotype.to_json` writes, and not as a name or a path."""
+    return text.lstrip().startswith("{")
+
+
 def _short(value: object) -> str:
     return reprlib.repr(value)
 

@@ -1,16 +1,23 @@
 """Regularized evolution of cell architectures: asynchronous, durable, replayable.
 
-Reading order, which is also the order of the imports and of the data:
+Reading order, which is also that of the imports and of the data:
 
-    space (nasnet, nasbench201) -> evolution --+-> searching --+-> driver ---> result -> cli
-    schema -> records -> store ----------------+  (ask, tell)  |  (the loop)  (search, load)
-    evaluate -> workers, pools --------------------------------+
+    space       (nasnet, nasbench201; testing)    what is searched
+    evolution                                     what is proposed, and who leaves; no clock, no I/O
+    evaluate    (limits)                          what tells how good an architecture is
+    schema -> records -> store  (filesystem)      what is written, and read
+    state, twins, keeping, opening -> searching   ask and tell
+    threads, cluster -> pools, workers -> driver  who evaluates, and the loop
+    setup -> result                               nas.search, nas.load, what was found
+    scale, finals -> export                       the winner as a config for `gpipe train`
+    config -> build -> cli                        the command line
+    audit, simulation                             a log replayed; a search on a simulated clock
 
 Candidates are trained for real by `nas.TrainingEvaluator`: see `nas.training`, which loads JAX.
-
 What a person looks at is made from the store alone:
 
-    records -> reading -> plots, drawing (lineage_plot), report -> page;   live
+    records -> reading -> tables, plots, drawing (nasbench201_drawing, lineage_plot) -> report
+            -> page;   live
 
 Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
 """
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from nas.result import Candidate, Result, load, search
     from nas.searching import Search
     from nas.space import Space
+    from nas.training.costs import NetworkCosts
     from nas.training.evaluator import TrainingEvaluator
 
 _HOME = {
@@ -38,6 +46,7 @@ _HOME = {
     "Limit": "limits",
     "NASBench201Space": "nasbench201",
     "NASNetSpace": "nasnet",
+    "NetworkCosts": "training.costs",
     "Repeated": "evaluate",
     "ReplayError": "audit",
     "Result": "result",
@@ -60,6 +69,7 @@ __all__ = [
     "Limit",
     "NASBench201Space",
     "NASNetSpace",
+    "NetworkCosts",
     "Repeated",
     "ReplayError",
     "Result",

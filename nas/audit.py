@@ -4,7 +4,7 @@ import json
 from contextlib import closing
 from typing import Any
 
-from nas.evolution import Evolution, Member, Settings
+from nas.evolution import Evolution, Member, Proposal, Settings
 from nas.reading import Snapshot
 from nas.records import CandidateRow, Event, Reader
 from nas.space import Space
@@ -28,13 +28,23 @@ def _replay(reader: Reader, space: Space[Any]) -> Evolution:
     settings.pop("cache")
     evolution = Evolution(space, Settings(**settings))
     samples: dict[int, list[Member]] = {}
+    made: dict[int, Proposal] = {}  # of those under way
     for event in reader.events():
         if event.kind in ("propose", "reject"):
-            _check_proposal(reader, evolution, _row(reader, event), samples)
+            row = _row(reader, event)
+            proposal = _check_proposal(evolution, row, samples)
+            if event.kind == "propose":
+                made[row.id] = proposal
         elif event.kind == "tournament":
             samples[event.candidate or 0] = _sample(reader, evolution, event)
-        elif event.kind in ("result", "answer", "retrain"):
-            _take(reader, evolution, event, samples)
+        elif event.kind == "retrain":
+            _take_again(reader, evolution, event, samples)
+        elif event.kind in ("result", "answer"):
+            row = _row(reader, event)
+            member = Member(row.id, made[row.id].architecture, event.fitness or 0.0, event.seq)
+            evolution.add(member, made.pop(row.id).sample)
+        elif event.kind == "fail":
+            del made[event.candidate or 0]
     there = [(row.id, row.fitness) for row in reader.population()]
     here = [(member.candidate, member.fitness) for member in evolution.members]
     if there != here:
@@ -43,14 +53,15 @@ def _replay(reader: Reader, space: Space[Any]) -> Evolution:
 
 
 def _check_proposal(
-    reader: Reader, evolution: Evolution, row: CandidateRow, samples: dict[int, list[Member]]
-) -> None:
+    evolution: Evolution, row: CandidateRow, samples: dict[int, list[Member]]
+) -> Proposal:
     drawn = samples.pop(row.id, None)
     made = evolution.propose(row.id) if drawn is None else evolution.child(row.id, drawn)
     there = (row.architecture, row.parent, row.mutation)
     here = (evolution.space.encode(made.architecture), made.parent, made.mutation)
     if there != here:
         raise ReplayError(f"candidate {row.id}: {there} in the store, {here} by the log")
+    return made
 
 
 def _sample(reader: Reader, evolution: Evolution, event: Event) -> list[Member]:
@@ -62,14 +73,11 @@ def _sample(reader: Reader, evolution: Evolution, event: Event) -> list[Member]:
     return sample
 
 
-def _take(
+def _take_again(
     reader: Reader, evolution: Evolution, event: Event, samples: dict[int, list[Member]]
 ) -> None:
     row = _row(reader, event)
     architecture, fitness = evolution.space.decode(row.architecture), event.fitness or 0.0
-    if event.kind != "retrain":
-        evolution.add(Member(row.id, architecture, fitness, event.seq))
-        return
     evolution.refresh(row.id, fitness, event.seq)
     done = next(reader.evaluations("id = ?", event.evaluation))
     sample = samples[done.tournament or 0]

@@ -1,9 +1,10 @@
 """From a configuration to the arguments of `nas.search`."""
 
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas.config import (
@@ -18,6 +19,7 @@ from nas.evaluate import TabularEvaluator
 from nas.limits import Limit
 from nas.nasbench201 import NASBench201Space, Table
 from nas.nasnet import NASNetSpace
+from nas.training.costs import COMPILED, NetworkCosts
 from nas.training.evaluator import TrainingEvaluator
 
 
@@ -36,7 +38,7 @@ def arguments(config: SearchConfig) -> dict[str, Any]:
     return {
         "space": _made("space", _space, config.space),
         "evaluate": evaluate,
-        "limits": _limits(config.limits, evaluate),
+        "limits": _made("limits", lambda limits: _limits(limits, evaluate), config.limits),
         **config.evolution.model_dump(),
         **run,
     }
@@ -45,7 +47,7 @@ def arguments(config: SearchConfig) -> dict[str, Any]:
 def _made(section: str, make: Callable[[Any], Any], values: Any) -> Any:
     try:
         return make(values)
-    except (ValueError, OSError, ImportError, AttributeError, TypeError) as error:
+    except (ValueError, OSError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         raise SectionError(section, error) from error
 
 
@@ -77,17 +79,37 @@ def _evaluate(evaluate: TableConfig | FunctionConfig | TrainingConfig) -> Any:
 
 
 def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:
-    return tuple(
-        Limit(name, _Column(evaluate.table, name), value)
-        for name, value in limits
-        if value is not None
+    """Those that are given, and what is recorded only; the cheapest to measure first."""
+    found = {name: getattr(limits, name) for name in ("params_m", "flops_m")}
+    found = {name: value for name, value in found.items() if value is not None}
+    if limits.topology:
+        found |= {name: getattr(limits, name) or math.inf for name in COMPILED}
+    if not found:
+        return ()
+    if isinstance(evaluate, TabularEvaluator):
+        return tuple(Limit(name, _Column(evaluate.table, name), found[name]) for name in found)
+    costs = _costs(evaluate, limits)
+    return tuple(Limit(name, getattr(costs, name), found[name]) for name in found)
+
+
+def _costs(evaluate: TrainingEvaluator, limits: LimitsConfig) -> NetworkCosts:
+    data = evaluate.data_fits()
+    return NetworkCosts(
+        cells=evaluate.cells,
+        filters=evaluate.filters,
+        image=data.images.shape[1],
+        channels=data.images.shape[3],
+        classes=data.classes,
+        dtype=evaluate.dtype,
+        batch_size=limits.batch_size,
+        topology=limits.topology,
     )
 
 
 class _Column:
     """One of a table's columns, as a function of an architecture."""
 
-    def __init__(self, table: Table, name: str) -> None:
+    def __init__(self, table: Callable[[Any], Mapping[str, float]], name: str) -> None:
         self.table, self.name = table, name
 
     def __call__(self, architecture: Any) -> float:

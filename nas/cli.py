@@ -15,6 +15,7 @@ from typing import Any
 
 from gpipe_jax import loader, progress
 from gpipe_jax.loader import ConfigError
+from nas import scale
 from nas.config import SearchConfig
 from nas.records import FILE
 
@@ -57,11 +58,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
     )
-    one = _command(commands, "export", _export, "write the best architecture of a run to a file")
+    text = "write the best architecture of a run to a file, or a config by which gpipe trains it"
+    one = _command(commands, "export", _export, text)
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
-        "--out", type=Path, metavar="FILE", required=True, help="such as genotype.json"
-    )
+        *("--out", "-o"), type=Path, metavar="FILE", required=True,
+        help="genotype.json, or best.yaml for gpipe train and gpipe plan",
+    )  # fmt: skip
+    for name, default, text in (
+        ("top", 1, "train so many of the best again, longer, and take the best of these"),
+        ("epochs", None, "of that training; default: three times the search's"),
+        ("cells", scale.CELLS, "normal cells of the config's network, in three equal stacks (3 N)"),
+        ("filters", scale.FILTERS, "of its first stack (F)"),
+        ("stages", scale.STAGES, "devices in its pipeline"),
+    ):
+        said = "" if default is None else f" ({default})"
+        one.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + said)
     return parser
 
 
@@ -112,6 +124,8 @@ def _keep(config: SearchConfig, workdir: Path) -> None:
 
 
 def _summary(result: Any, wall_s: float, as_json: bool) -> int:
+    from nas import export
+
     counts, best = result.counts, result.best
     figures = {
         "best_fitness": best.fitness,
@@ -131,7 +145,7 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
                 {
                     **figures,
                     "best_metrics": best.metrics,
-                    "genotype": _genotype(best.row.architecture),
+                    "genotype": export.architecture(best.row.architecture),
                 }
             )
         )
@@ -157,18 +171,35 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    best = next(_load(options.run).reader.ranked(), None)
-    if best is None:
-        raise ConfigError(["it has no result yet: wait for the first evaluation"], options.run)
-    if options.out.exists():
-        raise ConfigError([f"{options.out} is there already; give another name"], "--out")
-    genotype = _genotype(best.architecture)
-    options.out.write_text(json.dumps(genotype) + "\n", encoding="utf-8")
+    from gpipe_jax.build import SectionError
+    from nas import export
+
+    result = _load(options.run)
+    wanted = export.Wanted(**{name: getattr(options, name) for name in export.Wanted._fields})
+    try:
+        ranking = export.export(result, wanted, _show_finalist)
+    except ConfigError as error:
+        raise ConfigError(error.problems, f"the config of {options.out}") from error
+    except (SectionError, ValueError, OSError, ImportError) as error:
+        raise ConfigError([str(error)], options.run) from error
+    best = ranking[0].row
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
     print(progress.table(figures))
     if options.json:
-        print(json.dumps({**figures, "genotype": genotype}))
+        ranks = [
+            {"candidate": one.row.id, "fitness": one.row.fitness, "again": one.fitness}
+            for one in ranking
+        ]
+        genotype = export.architecture(best.architecture)
+        print(json.dumps({**figures, "ranking": ranks, "genotype": genotype}))
     return 0
+
+
+def _show_finalist(finalist: Any) -> None:
+    again = "failed" if finalist.fitness is None else f"{finalist.fitness:.6g}"
+    print(
+        f"#{finalist.row.id}: fitness {finalist.row.fitness:.6g}, trained again {again}", flush=True
+    )
 
 
 def _load(run: str) -> Any:
@@ -179,14 +210,6 @@ def _load(run: str) -> Any:
         return nas.load(run)
     except (ValueError, sqlite3.Error, StopIteration) as error:
         raise ConfigError([f"it holds no search that can be read ({error})"], run) from error
-
-
-def _genotype(architecture: str) -> Any:
-    """The architecture as its space writes it: an object where that is JSON, or else a text."""
-    try:
-        return json.loads(architecture)
-    except ValueError:
-        return architecture
 
 
 @contextlib.contextmanager

@@ -125,8 +125,8 @@ class EvolutionConfig(Section):
     )
     algorithm: Algorithm = Field(
         default="aging",
-        description="aging, non_aging (the worst of a sample leaves), elitist (the worst of all "
-        "leaves) or random",
+        description="aging, non_aging (the worst of the parent's sample leaves), elitist (the "
+        "worst of all leaves) or random",
     )
     fitness_policy: FitnessPolicy = Field(
         default="stored", description="whether sampled members are trained again, and from what"
@@ -144,10 +144,18 @@ class EvolutionConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Architectures beyond these are not evaluated; they need the table."""
+    """Architectures beyond these are not evaluated. The last four go with real training only."""
 
     params_m: Positive | None = Field(default=None, description="millions of parameters, at most")
     flops_m: Positive | None = Field(default=None, description="millions of operations, at most")
+    topology: Text | None = Field(
+        default=None,
+        description="TPU slice, as v5e:1x1, of which the compiler tells latency and memory at "
+        "inference; they are recorded, with or without limits",
+    )
+    batch_size: Count = Field(default=1, description="images in a batch at inference")
+    latency_ms: Positive | None = Field(default=None, description="of a batch there, at most")
+    memory_mib: Positive | None = Field(default=None, description="of a device there, at most")
 
 
 class RunConfig(Section):
@@ -199,9 +207,9 @@ class SearchConfig(Section):
         if self.evaluate.kind == "training" and self.space.kind != "nasnet":
             message = f"evaluate 'training' has no cells of space {self.space.kind!r}; use nasnet"
             raise _problem("evaluate.kind", message)
-        if not table and (self.limits.params_m or self.limits.flops_m):
-            message = "limits need evaluate.kind table, which knows the sizes; remove them"
-            raise _problem("limits", message)
+        problem = _misused(self.limits, self.evaluate.kind)
+        if problem:
+            raise _problem("limits", problem)
         if self.run.cycles < self.evolution.population:
             message = (
                 f"cycles {self.run.cycles} is less than evolution.population "
@@ -209,6 +217,21 @@ class SearchConfig(Section):
             )
             raise _problem("run.cycles", message)
         return self
+
+
+def _misused(limits: LimitsConfig, kind: str) -> str | None:
+    """What is wrong with limits of such an evaluator."""
+    compiled = [name for name in ("latency_ms", "memory_mib") if getattr(limits, name)]
+    if kind == "function" and limits != LimitsConfig():
+        return (
+            "limits need evaluate.kind table or training, as of a function the size of its "
+            "networks is not known; remove them, or give nas.search limits=[nas.Limit(...)]"
+        )
+    if kind == "table" and (compiled or limits.topology):
+        return "latency and memory are not in the table; use params_m and flops_m"
+    if compiled and not limits.topology:
+        return f"{compiled[0]} needs a topology to compile for; give one, as v5e:1x1"
+    return None
 
 
 def _problem(name: str, message: str) -> PydanticError:

@@ -34,9 +34,9 @@ class Settings:
     """Whether a member can be in a sample twice; the paper draws with replacement."""
     algorithm: Algorithm = "aging"
     """Whom a result removes: the member trained least recently (`aging`, the paper's), the worst
-    of a sample (`non_aging`: the paper's comparison, except that the sample is drawn anew when the
-    result comes in, and can hold the newcomer), or the worst of all (`elitist`, that of Ying et al.
-    2019, https://arxiv.org/abs/1902.09635). `random` proposes random architectures only."""
+    of the sample of which its parent was the best (`non_aging`: the paper's comparison), or the
+    worst of all (`elitist`, that of Ying et al. 2019, https://arxiv.org/abs/1902.09635). `random`
+    proposes random architectures only."""
     fitness_policy: FitnessPolicy = "stored"
     """What a member of a sample is judged by: its fitness as it is, or after training it again,
     from scratch or from its trained values. Being trained makes a member young again."""
@@ -88,6 +88,8 @@ class Proposal(NamedTuple):
     architecture: Any
     parent: int | None = None
     mutation: str | None = None
+    sample: tuple[int, ...] = ()
+    """With `non_aging` the candidates of which the parent was the best, for `Evolution.add`."""
 
 
 class Evolution:
@@ -118,18 +120,35 @@ class Evolution:
             return Proposal(candidate, self.space.random(rng))
         parent = max(sample, key=self._merit)
         architecture, mutation = self.space.mutate(parent.architecture, rng)
-        return Proposal(candidate, architecture, parent.candidate, mutation)
+        non_aging = self.settings.algorithm == "non_aging"
+        kept = tuple(member.candidate for member in sample) if non_aging else ()
+        return Proposal(candidate, architecture, parent.candidate, mutation, kept)
 
-    def add(self, member: Member) -> Member | None:
-        """Take in the result of a candidate; returns the member that it removes, if any."""
+    def add(self, member: Member, sample: Sequence[int] = ()) -> Member | None:
+        """Take in the result of a candidate; returns the member that it removes, if any.
+
+        `sample` is that of its proposal.
+        """
         self._check_stamp(member.last_trained)
+        removed = self.removed_by(member, sample)
         self.members.append(member)
         self.results += 1
-        if len(self.members) <= self.settings.population:
-            return None
-        removed = self._removed(member.candidate)
-        self.members.remove(removed)
+        if removed is not None:
+            self.members.remove(removed)
         return removed
+
+    def removed_by(self, member: Member, sample: Sequence[int] = ()) -> Member | None:
+        """The member that `add` would remove; nothing is changed."""
+        if len(self.members) < self.settings.population:
+            return None
+        if self.settings.algorithm == "elitist":
+            return min([*self.members, member], key=self._merit)
+        if self.settings.algorithm == "non_aging":
+            there = [m for m in self.members if m.candidate in sample]
+            # Others' results may have removed all of them, and a random candidate has no sample.
+            there = there or self._sample(self._random(member.candidate, "removal"))
+            return min(there, key=self._merit)
+        return min(self.members, key=lambda member: member.last_trained)
 
     def refresh(self, candidate: int, fitness: float, last_trained: int) -> Member | None:
         """Take in a retraining; returns the member as it is now, or None if it has left."""
@@ -141,14 +160,6 @@ class Evolution:
                 self.members.append(member)
                 return member
         return None
-
-    def _removed(self, newest: int) -> Member:
-        if self.settings.algorithm == "elitist":
-            return min(self.members, key=self._merit)
-        if self.settings.algorithm == "non_aging":
-            # Drawn when the result comes in: members of the parent's sample may have left by then.
-            return min(self._sample(self._random(newest, "removal")), key=self._merit)
-        return min(self.members, key=lambda member: member.last_trained)
 
     def _sample(self, rng: Random) -> list[Member]:
         if self.settings.replacement:

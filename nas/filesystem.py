@@ -19,7 +19,8 @@ class NetworkFileSystemError(OSError):
 def check_local(path: Path) -> None:
     """Raise NetworkFileSystemError if the file would be on a network file system."""
     kind, mount = _mount(path)
-    served = kind.startswith("fuse.") and kind.removeprefix("fuse.") not in LOCAL_FUSE
+    family, _, program = kind.partition(".")
+    served = family == "fuse" and program not in LOCAL_FUSE  # plain `fuse` is any program's
     if kind in NETWORK or served:
         raise NetworkFileSystemError(
             f"{path} is on a network file system ({kind}, mounted at {mount}), where SQLite can "

@@ -1,5 +1,6 @@
 """Hard limits on architectures, how often failures are tried again, and when they are too many."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,12 +21,13 @@ class FailuresError(RuntimeError):
 class Limit(NamedTuple):
     """An architecture for which `measure` gives more than `at_most` is never trained.
 
-    `measure` is any function of an architecture: parameters, operations, latency.
+    `measure` is any function of an architecture: parameters, operations, latency. It is recorded
+    as a metric, which is all that a limit without `at_most` does.
     """
 
     name: str
     measure: Callable[[Any], float]
-    at_most: float
+    at_most: float = math.inf
 
 
 class Gate:

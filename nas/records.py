@@ -198,9 +198,11 @@ class Reader:
         values = (candidate, tournament) if outcome is None else (candidate, tournament, outcome)
         return self._one(query + " AND outcome = ?" * (outcome is not None), *values)[0]
 
-    def events(self, after: int = 0) -> Iterator[Event]:
-        """Rows of `events` in order, `Event` each, those with a greater `seq` than `after`."""
-        for row in self._rows("SELECT * FROM events WHERE seq > ? ORDER BY seq", after):
+    def events(self, after: int = 0, most: int = -1) -> Iterator[Event]:
+        """Rows of `events` in order, `Event` each: of a greater `seq` than `after`, all, or so many
+        at `most`."""
+        query = "SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+        for row in self._rows(query, after, most):
             yield Event(*row)
 
     def next_numbers(self) -> tuple[int, int]:

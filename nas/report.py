@@ -7,9 +7,9 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from nas import reading, tables
+from nas import reading
 from nas.records import CandidateRow, Counts, Reader, Study
-from nas.tables import Table
+from nas.tables import Table, as_text
 
 BEST, FRONT = 10, 10  # rows that are shown
 
@@ -71,7 +71,7 @@ class Report(NamedTuple):
         facts = self.facts()
         width = max(map(len, facts))
         lines = "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
-        return "\n\n".join([f"search {self.study.name}\n{lines}", *map(_text, self.tables())])
+        return "\n\n".join([f"search {self.study.name}\n{lines}", *map(as_text, self.tables())])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -142,10 +142,6 @@ def _entry(row: CandidateRow) -> dict[str, Any]:
         "mutation": row.mutation,
         "architecture": row.architecture,
     }
-
-
-def _text(table: Table) -> str:
-    return tables.as_text(table)
 
 
 def _share(part: int, whole: int) -> str:

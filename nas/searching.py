@@ -11,7 +11,7 @@ written to the store before it is acted on: a search of the same name goes on wh
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Search:
         self._todo: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by evaluation
         self._open: dict[int, Open] = {}  # by candidate, as are these:
+        self._unplaced: deque[int] = deque()
         self._tournaments: dict[int, Tournament] = {}
         self._failed_in_a_row = 0
         try:
@@ -72,8 +73,6 @@ class Search:
             self.close()
             raise
 
-    # --- the loop ---------------------------------------------------------------------------------
-
     def ask(self, until: Callable[[], bool] = lambda: False) -> Job | None:
         """The next job; None if there is none now: the search is over, or waits for reports.
 
@@ -81,6 +80,7 @@ class Search:
         called, and by True makes this return None.
         """
         with self._lock:
+            self._place_all()
             while not self.is_over and not until():
                 if self._todo:
                     return self._start(self._todo.popleft())
@@ -134,14 +134,14 @@ class Search:
 
     def _advance(self) -> None:
         """The next proposal, or the tournament that has to come before it."""
-        number, self._next = self._next, self._next + 1
+        number = self._next
         if self.settings.fitness_policy == "stored" or self.evolution.is_random:
-            self._propose(self.evolution.propose(number))
-            return
+            return self._propose(self.evolution.propose(number))
         sample = self.evolution.tournament(number)
         detail = json.dumps([[m.candidate, m.fitness, m.last_trained] for m in sample])
         with self.store.change("tournament", number, detail=detail):
             pass
+        self._next = number + 1
         self._hold(number, Tournament(sample, {m.candidate for m in sample}))
 
     def _hold(self, number: int, tournament: Tournament) -> None:
@@ -152,10 +152,11 @@ class Search:
                 self._todo.append(self._retraining(number, member))
 
     def _propose(self, proposal: Proposal) -> None:
-        number, architecture, parent, _ = proposal
+        number, architecture, parent, _, sample = proposal
         metrics, broken = self.gate.check(architecture)
         network = digest(self.space.canonical(architecture))
-        with self.store.change("reject" if broken else "propose", number, detail=broken) as event:
+        detail = broken or (json.dumps(sample) if sample else None)
+        with self.store.change("reject" if broken else "propose", number, detail=detail) as event:
             self.store.add_candidate(
                 proposal,
                 event,
@@ -164,24 +165,33 @@ class Search:
                 state="rejected" if broken else "open",
                 metrics=metrics,
             )
+        self._next = max(self._next, number + 1)
         if broken:
             self.gate.count(broken)
         else:
-            self._open[number] = Open(architecture, network, parent, metrics)
-            self._place(number)
+            self._open[number] = Open(architecture, network, parent, metrics, sample)
+            self._place_all([number])
+
+    def _place_all(self, more: Iterable[int] = ()) -> None:
+        """Place these, and before them what an answer that could not be written has left."""
+        self._unplaced.extend(more)
+        while self._unplaced:
+            self._place(self._unplaced[0])
+            self._unplaced.popleft()
 
     def _place(self, number: int) -> None:
         """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
         found = self._open[number]
+        seed = evaluate.seed(self.settings.seed, number)
+        start = {"inherit": self.values.of(found.parent), "rivals": self.values.rivals(number)}
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
-            seed = evaluate.seed(self.settings.seed, number)
-            start = {"inherit": self.values.of(found.parent), "rivals": self.values.rivals(number)}
             self._todo.append(Job(0, number, found.architecture, seed, **start))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
-                self._join(event, number, answer)
+                member = self._write(event, number, answer)
                 self.store.set_candidate(number, answered_by=answer.twin)
+            self._join(member)
 
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
@@ -203,15 +213,16 @@ class Search:
         named = {"evaluation": job.evaluation, "fitness": outcome.fitness}
         with self.store.change("result", job.candidate, **named) as event:
             self.store.end_evaluation(job, outcome)
-            self._join(event, job.candidate, outcome)
+            member = self._write(event, job.candidate, outcome)
+        self._join(member)
         self._ended(job)
-        self._end(network)
+        self._place_all(self.twins.end(network))
 
-    def _join(self, event: int, number: int, result: Outcome | Answer) -> None:
-        """Take a candidate into the population, within a change."""
-        found, fitness = self._open.pop(number), result.fitness
-        assert fitness is not None
-        removed = self.evolution.add(Member(number, found.architecture, fitness, event))
+    def _write(self, event: int, number: int, result: Outcome | Answer) -> Member:
+        """Within a change, that a candidate joins the population; returns what is to be joined."""
+        found, fitness = self._open[number], result.fitness or 0.0
+        member = Member(number, found.architecture, fitness, event)
+        removed = self.evolution.removed_by(member, found.sample)
         self.store.set_candidate(
             number,
             state="done",
@@ -222,19 +233,23 @@ class Search:
         )
         if removed:
             self.store.set_candidate(removed.candidate, removed=event)
-        if self.best_fitness is None or self.settings.better(fitness, self.best_fitness):
-            self.best_fitness = fitness
+        return member
+
+    def _join(self, member: Member) -> None:
+        """The same in memory, once it is written."""
+        self.evolution.add(member, self._open.pop(member.candidate).sample)
+        if self.best_fitness is None or self.settings.better(member.fitness, self.best_fitness):
+            self.best_fitness = member.fitness
 
     def _retrained(self, job: Job, outcome: Outcome) -> None:
-        number, fitness = job.candidate, outcome.fitness
-        assert fitness is not None
+        number, fitness = job.candidate, outcome.fitness or 0.0
         metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
         kept = {"metrics": metrics, "trained_values": outcome.trained_values}
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
-            self.evolution.refresh(number, fitness, event)
             self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
+        self.evolution.refresh(number, fitness, event)
         self._ended(job)
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._judge(job, fitness)
@@ -258,8 +273,9 @@ class Search:
         before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
         again = before < getattr(self.retries, outcome.kind)
         event = "failure" if again or job.tournament is not None else "fail"
-        named = {"evaluation": job.evaluation, "detail": outcome.kind}
-        with self.store.change(event, job.candidate, **named):
+        with self.store.change(
+            event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
+        ):
             self.store.end_evaluation(job, outcome)
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")
@@ -269,14 +285,10 @@ class Search:
         elif job.tournament is not None:
             self._judge(job, None)
         else:
-            self._end(self._open.pop(job.candidate).network)
+            self._place_all(self.twins.end(self._open.pop(job.candidate).network))
         if self._failed_in_a_row >= self.max_failures:
             last = f"of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
             raise FailuresError.of(self._failed_in_a_row, last)
-
-    def _end(self, network: str) -> None:
-        for waiting in self.twins.end(network):
-            self._place(waiting)
 
     # --- going on ---------------------------------------------------------------------------------
 
@@ -285,8 +297,7 @@ class Search:
         self._next, self._next_evaluation = self.store.next_numbers()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._open = state.open_candidates(self.store, self.space)
-        for number in list(self._open):
-            self._place(number)
+        self._place_all(self._open)
         for number, tournament in state.tournaments(self.store, self.space).items():
             if tournament.missing:
                 self._hold(number, tournament)

@@ -32,6 +32,7 @@ class Loop:
         self.evolution, self.cycles = evolution, cycles
         self._asked, self._reported = 0, 0
         self._again: list[Job] = []
+        self._samples: dict[int, tuple[int, ...]] = {}  # by candidate, of those under way
 
     def ask(self) -> Job | None:
         """The next job, if there is one."""
@@ -40,9 +41,10 @@ class Loop:
         if self._asked == self.cycles:
             return None
         number, self._asked = self._asked, self._asked + 1
-        architecture = self.evolution.propose(number).architecture
+        proposal = self.evolution.propose(number)
+        self._samples[number] = proposal.sample
         seed = evaluate.seed(self.evolution.settings.seed, number)
-        return Job(number, number, architecture, seed)
+        return Job(number, number, proposal.architecture, seed)
 
     def report(self, job: Job, outcome: Outcome) -> None:
         """A result, or else the job is done again."""
@@ -50,7 +52,8 @@ class Loop:
             self._again.append(job)
             return
         self._reported += 1
-        self.evolution.add(Member(job.candidate, job.architecture, outcome.fitness, self._reported))
+        member = Member(job.candidate, job.architecture, outcome.fitness, self._reported)
+        self.evolution.add(member, self._samples.pop(job.candidate))
 
 
 class Done(NamedTuple):

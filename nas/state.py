@@ -1,5 +1,6 @@
 """What a search has under way, and how it is found again in the store of a driver that is gone."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ class Open(NamedTuple):
     network: str  # digest of its canonical form
     parent: int | None
     metrics: dict[str, float]  # of the limits
+    sample: tuple[int, ...]  # see `nas.evolution.Proposal`
 
 
 class Tournament(NamedTuple):
@@ -42,10 +44,13 @@ def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolutio
 
 def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, Open]:
     """By number, in order."""
-    return {
-        row.id: Open(space.decode(row.architecture), row.canonical, row.parent, row.metrics)
-        for row in reader.candidates("state = 'open'")
-    }
+    found = {}
+    for row in reader.candidates("state = 'open'"):
+        (event,) = reader.events(row.proposed - 1, most=1)
+        sample = tuple(json.loads(event.detail or "[]"))
+        architecture = space.decode(row.architecture)
+        found[row.id] = Open(architecture, row.canonical, row.parent, row.metrics, sample)
+    return found
 
 
 def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:

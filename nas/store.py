@@ -4,7 +4,8 @@ Each change of state is one transaction that holds its event, so that a driver c
 time and another goes on from what is written. Kinds of events:
 
     driver      a driver has opened the file; what was running before is lost
-    propose     a candidate, from the population as of the events before
+    propose     a candidate, from the population as of the events before; with `non_aging`,
+                `detail` is the sample, of which the worst is to leave
     reject      the same of one beyond a limit, which `detail` names
     tournament  members (`detail`: a list) are to be trained again, for the candidate to be proposed
     start       an evaluation
@@ -139,12 +140,11 @@ class Store(Reader):
 
     def add_candidate(self, proposal: Proposal, event: int, **columns: Any) -> None:
         """A candidate that is proposed; the columns are architecture, canonical, state, metrics."""
-        _, _, parent, mutation = proposal
         self._insert(
             "candidates",
             id=proposal.candidate,
-            parent=parent,
-            mutation=mutation,
+            parent=proposal.parent,
+            mutation=proposal.mutation,
             proposed=event,
             **columns,
         )

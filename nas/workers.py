@@ -13,6 +13,8 @@ from typing import Any
 from nas.cluster import BEGUN
 from nas.evaluate import Evaluator, Job, Outcome, ReturnError, failure, read
 
+RESULT_S = 20.0  # how long the result of a job that is done may take to arrive
+
 # --- on the worker --------------------------------------------------------------------------------
 
 
@@ -100,9 +102,15 @@ def _name() -> str:
 def outcome(future: Any) -> Outcome:
     """Of a future that is done; ReturnError if the evaluator is wrong."""
     try:
-        return future.result()
+        return future.result(timeout=RESULT_S)
     except ReturnError:
         raise
+    except TimeoutError:
+        # A cluster fetches it now, and from a worker that died meanwhile it would wait for another
+        # to do the job again, for as long as that takes.
+        future.cancel()
+        error = f"it was done, but its result did not come within {RESULT_S:g} s"
+        return Outcome("worker_death", error=error)
     except (Exception, CancelledError) as error:
         # `run` lets nothing through, so that the worker, or the way to it, is gone.
         return Outcome("worker_death", error=f"{type(error).__name__}: {error}"[:2000])

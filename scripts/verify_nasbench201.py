@@ -226,6 +226,7 @@ def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
     for results, more, what in (
         (500, 32, "500 results of a search that goes on"),
         (500, 0, "500 to the end"),
+        (1000, 0, "1,000 to the end"),
         (2000, 0, "2,000 to the end"),
     ):
         quick, slow = (

@@ -13,7 +13,7 @@ from gpipe_jax.config.fields import (
     Text,
     nearest_multiples,
 )
-from gpipe_jax.genotype import GENOTYPES
+from gpipe_jax.genotype import GENOTYPES, Genotype, is_json
 
 
 class ConvNetConfig(Section):
@@ -67,7 +67,7 @@ class AmoebaNetConfig(Section):
     kind: Literal["amoebanet"] = "amoebanet"
     genotype: Text = Field(
         default="D",
-        description="A, B, C or D, or the path of a .json file that Genotype.to_json wrote",
+        description="A, B, C or D, what Genotype.to_json writes, or the path of a .json file of it",
     )
     layers: Depth = Field(
         default=18, description="normal cells, in three equal stacks; a multiple of 3"
@@ -109,11 +109,14 @@ class AmoebaNetConfig(Section):
 
     @field_validator("genotype")
     @classmethod
-    def _letter_or_file(cls, genotype: str) -> str:
-        if genotype not in GENOTYPES and not genotype.endswith(".json"):
+    def _letter_json_or_file(cls, genotype: str) -> str:
+        if is_json(genotype):
+            Genotype.from_json(genotype)  # ValueError says what is wrong with it
+        elif genotype not in GENOTYPES and not genotype.endswith(".json"):
             raise ValueError(
                 f"got {genotype!r}, but the published ones are {', '.join(GENOTYPES)}; give one "
-                f"of these letters, or the path of a .json file that Genotype.to_json wrote"
+                f"of these letters, or what Genotype.to_json writes or the path of a .json file "
+                f"of it"
             )
         return genotype
 

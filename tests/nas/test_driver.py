@@ -1,5 +1,6 @@
 """Whole searches: workers of every kind, what goes wrong on them, and going on later."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -393,6 +394,45 @@ def test_bad_workers(tmp_path, given, message) -> None:
 def test_an_evaluator_that_is_none(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"evaluate 0\.9: expected a function of an architecture"):
         run(tmp_path, 0.9)
+
+
+class Gone:
+    """A job's future that is done, but the worker that has its result is gone: a cluster waits for
+    another to do it again."""
+
+    def __init__(self, add_done_callback) -> None:
+        self.add_done_callback, self.cancelled = add_done_callback, threading.Event()
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def result(self, timeout: float | None = None) -> None:
+        assert not self.cancelled.wait(timeout or 30), "cancelled while it waits"
+        raise TimeoutError
+
+
+def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> None:
+    def submit(task, job):
+        future = pool.submit(task, job)
+        if job.candidate in (5, 20) and job.attempt == 1:
+            future.result()
+            future = Gone(future.add_done_callback)
+            gone.append(future)
+        return future
+
+    monkeypatch.setattr(workers, "RESULT_S", 0.05)
+    pool, gone = pools.pool(2), []
+    broken = dataclasses.replace(pool, submit=submit)
+    started = time.monotonic()
+    result = run(tmp_path, workers=broken)
+    check(result)
+    assert time.monotonic() - started < 10 and all(future.cancelled.is_set() for future in gone)
+    assert result.reader.failures_by_kind() == {"worker_death": 2}
+    errors = {row.error for row in result.reader.evaluations("outcome = 'worker_death'")}
+    assert errors == {"it was done, but its result did not come within 0.05 s"}
 
 
 # --- processes -----------------------------------------------------------------------------------

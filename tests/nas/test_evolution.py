@@ -33,8 +33,8 @@ def run(evolution: Evolution, cycles: int, fitness=ones) -> list[tuple]:
     """One at a time; stamps are the numbers. Returns (text, parent, mutation, removed)."""
     found = []
     for k in range(cycles):
-        _, architecture, parent, mutation = evolution.propose(k)
-        removed = evolution.add(Member(k, architecture, fitness(architecture), k))
+        _, architecture, parent, mutation, sample = evolution.propose(k)
+        removed = evolution.add(Member(k, architecture, fitness(architecture), k), sample)
         text = evolution.space.encode(architecture)
         found.append((text, parent, mutation, removed and removed.candidate))
     return found
@@ -142,17 +142,36 @@ def test_elitist_removes_the_worst_of_all() -> None:
             assert fitness.pop(removed) <= min(fitness.values())
 
 
-def test_non_aging_removes_the_worst_of_a_sample() -> None:
-    """Mostly one of the worse half, but not always the worst of all."""
-    evolution, fitness, worse, worst_of_all = small(algorithm="non_aging"), {}, 0, 0
-    for k, (text, _, _, removed) in enumerate(run(evolution, 200)):
-        fitness[k] = text.count("1")
-        if removed is not None:
-            value, others = fitness.pop(removed), sorted(fitness.values())
-            worse += value <= others[3]
-            worst_of_all += value <= others[0]
-    assert worse > 0.8 * 194 and worst_of_all < 194
-    assert len(evolution.members) == 6
+def test_non_aging_removes_the_worst_of_the_sample_of_its_parent_and_never_itself() -> None:
+    evolution, not_worst_of_all = small(algorithm="non_aging"), 0
+    run(evolution, 6)
+    for k in range(6, 200):
+        proposal, sample = evolution.propose(k), evolution.tournament(k)
+        assert proposal.sample == tuple(member.candidate for member in sample)
+        worst = min(member.fitness for member in sample)
+        first = next(member for member in evolution.members if member in sample
+                     and member.fitness == worst)  # fmt: skip
+        not_worst_of_all += worst > min(member.fitness for member in evolution.members)
+        newcomer = Member(k, proposal.architecture, ones(proposal.architecture), k)
+        assert evolution.add(newcomer, proposal.sample) == first
+        assert len(evolution.members) == 6 and evolution.members[-1] == newcomer
+    assert not_worst_of_all > 50
+
+
+def test_non_aging_removes_another_where_the_sample_has_left() -> None:
+    """Then, and of a random candidate's, a sample is drawn; the newcomer is never in it."""
+    evolution = small(algorithm="non_aging")
+    run(evolution, 6)
+    gone = evolution.propose(6).sample
+    evolution.members = [m for m in evolution.members if m.candidate not in gone]
+    evolution.members += [
+        Member(k, (0,) * 12, 5.0, k) for k in range(10, 16 - len(evolution.members))
+    ]
+    before = list(evolution.members)
+    removed = evolution.add(Member(20, (0,) * 12, -1.0, 20), gone)
+    assert removed in before and removed.candidate != 20
+    assert {evolution.add(Member(k, (0,) * 12, -1.0, k)) for k in range(21, 40)} & {None} == set()
+    assert evolution.members[-1].candidate == 39
 
 
 def test_random_search_never_has_a_parent() -> None:

@@ -1,6 +1,7 @@
 """Imports of the search point one way; only training loads JAX; `import nas` is quick."""
 
 import graphlib
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,11 @@ def reachable(name: str) -> set[str]:
         found |= new
         todo += new
     return found
+
+
+def test_the_packages_first_lines_name_every_module() -> None:
+    words = set(re.findall(r"\w+", nas.__doc__ or ""))
+    assert set(LIGHT) <= words
 
 
 def test_imports_have_no_cycle() -> None:

@@ -138,6 +138,7 @@ def test_killed_by_sigkill_again_and_again(tmp_path, workers, cache) -> None:
         ("UPDATE candidates SET architecture = '111111111111' WHERE id = 20", "candidate 20: "),
         ("UPDATE candidates SET parent = 1 WHERE id = 30", "candidate 30: "),
         ("UPDATE candidates SET removed = NULL WHERE id = 3", "population: "),
+        ("UPDATE candidates SET removed = 9 WHERE id = 59", "population: "),
         ("UPDATE events SET fitness = 0 WHERE kind = 'result'", r"candidate \d+: "),
     ],
 )

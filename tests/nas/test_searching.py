@@ -10,6 +10,7 @@ from searches import Bits, drive, ones, population, small, trace
 import nas
 from nas import limits
 from nas.evaluate import FAILURES, Outcome, ReturnError
+from nas.store import Store
 
 
 def test_the_loop_of_the_readme(tmp_path) -> None:
@@ -97,6 +98,38 @@ def test_a_report_that_cannot_be_written_can_be_told_again(tmp_path, monkeypatch
                 search.tell(job, 1.0)
         search.tell(job, 3.0)
         assert search.store.candidate(0).fitness == 3.0
+
+
+def test_what_cannot_be_written_changes_nothing_in_memory(tmp_path, monkeypatch) -> None:
+    """Each write of a whole search fails once, and is done again: all is as without, also later."""
+
+    def failing(store, table: str, row: int, **columns) -> None:
+        nonlocal failures
+        key = (table, row, *columns)
+        if key not in failed:
+            failed.add(key)
+            failures += 1
+            raise OSError("disk full")
+        update(store, table, row, **columns)
+
+    def again(function, *arguments):
+        while True:
+            try:
+                return function(*arguments)
+            except OSError:
+                members = [member.candidate for member in search.evolution.members]
+                assert members == population(search)
+
+    with small(tmp_path / "whole", cache=True) as whole:
+        drive(whole)
+        wanted = trace(whole), population(whole)
+    update, failed, failures = Store._update, set(), 0
+    monkeypatch.setattr(Store, "_update", failing)
+    with small(tmp_path, cache=True) as search:
+        while (job := again(search.ask)) is not None:
+            again(search.tell, job, ones(job.architecture))
+        assert (trace(search), population(search)) == wanted and failures > 150
+        nas.replay(search.store, Bits())
 
 
 # --- cache ----------------------------------------------------------------------------------------

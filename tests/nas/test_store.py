@@ -89,6 +89,13 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match=r"\(fuse\.drive, .*give a folder .* and copy that folder"):
         small(tmp_path / "far away")
     small(tmp_path / "far away" / "near").close()
+    for kind, refused in (("fuse", True), ("fuseblk", False), ("fuse.sshfs", True)):
+        mounts.write_text(f"x {place} {kind} rw 0 0\n")
+        if refused:  # a bucket's program may not say its name
+            with pytest.raises(OSError, match=rf"network file system \({kind}, mounted at"):
+                small(tmp_path / "far away")
+        else:
+            small(tmp_path / "far away").close()
     small(tmp_path / "here").close()
 
 

@@ -1,0 +1,92 @@
+"""What a search has found, as a file: the genotype alone, or a config for `gpipe train`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpipe_jax.genotype import Genotype
+from nas import finals, scale
+from nas.finals import Finalist
+from nas.result import Result
+from nas.setup import setup_of
+
+CONFIGS = (".yaml", ".yml")
+
+
+class Wanted(NamedTuple):
+    """Where to, and how large the network of a config is to be."""
+
+    out: Path
+    top: int = 1  # candidates that are trained again and ranked anew
+    epochs: int | None = None  # of that training
+    cells: int = scale.CELLS
+    filters: int = scale.FILTERS
+    stages: int = scale.STAGES
+
+
+def export(
+    result: Result, wanted: Wanted, show: Callable[[Finalist], object] = lambda finalist: None
+) -> list[Finalist]:
+    """Write the best candidate's file; returns the ranking, the best first.
+
+    ValueError, or OSError, says what cannot be written, before anything is trained.
+    """
+    out = wanted.out
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; give another name")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    if wanted.top < 1:
+        raise ValueError(f"`top` {wanted.top}: expected at least 1")
+    best = next(result.reader.ranked(), None)
+    if best is None:
+        raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")
+    if out.suffix in CONFIGS:
+        _config(result, best.architecture, wanted)
+    ranking = [Finalist(best, best.fitness, best.metrics)]
+    if wanted.top > 1:
+        named = {"epochs": wanted.epochs, "show": show}
+        ranking = finals.rank(result.reader, result.space, _evaluator(result), wanted.top, **named)
+    text = json.dumps(architecture(ranking[0].row.architecture)) + "\n"
+    if out.suffix in CONFIGS:
+        config, of = _config(result, ranking[0].row.architecture, wanted)
+        text = scale.text(config, _title(result, ranking, wanted), of.note, str(out))
+    out.write_text(text, encoding="utf-8")
+    return ranking
+
+
+def architecture(text: str) -> Any:
+    """An architecture as its space writes it: an object where that is JSON, or else a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _evaluator(result: Result) -> Any:
+    """As it was pickled with the run; None if it was not."""
+    return setup_of(result.reader, needed=False).evaluate
+
+
+def _config(result: Result, text: str, wanted: Wanted) -> tuple[dict, scale.Target]:
+    try:
+        genotype = Genotype.from_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{result.path} searched the space {result.study.space!r}, but only cells of nasnet "
+            f"can be scaled up for gpipe train; export to a .json file"
+        ) from error
+    of = scale.target(_evaluator(result))
+    sizes = {"cells": wanted.cells, "filters": wanted.filters, "stages": wanted.stages}
+    return scale.sections(genotype, of, **sizes), of
+
+
+def _title(result: Result, ranking: list[Finalist], wanted: Wanted) -> str:
+    best = ranking[0]
+    title = f"The best candidate of the search {result.study.name}, #{best.row.id}"
+    title += f" (fitness {best.row.fitness:.6g}"
+    if len(ranking) > 1:
+        title += f"; trained again, {best.fitness:.6g}, the best of {len(ranking)}"
+    size = f"{wanted.cells} normal cells, N = {wanted.cells // 3}, and {wanted.filters} filters"
+    return f"{title}), scaled up: {size}."

@@ -1,0 +1,84 @@
+"""The best candidates trained again, longer, and ranked anew, as in the paper before scaling up.
+
+What has been trained is kept in the run's folder, in finals.json: a ranking that was interrupted
+goes on, and one that was made is read.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nas import evaluate as evaluators
+from nas import reading
+from nas.evaluate import Job
+from nas.records import CandidateRow, Reader
+from nas.space import Space
+from nas.training.evaluator import TrainingEvaluator
+
+FILE = "finals.json"
+LONGER = 3  # times the epochs of the search, unless epochs are given
+
+
+class Finalist(NamedTuple):
+    """One of the best of a search."""
+
+    row: CandidateRow
+    fitness: float | None  # after training again; None if that failed
+    metrics: dict[str, float]
+
+
+def rank(
+    reader: Reader,
+    space: Space[Any],
+    evaluator: Any,
+    count: int,
+    *,
+    epochs: int | None = None,
+    show: Callable[[Finalist], object] = lambda finalist: None,
+) -> list[Finalist]:
+    """The best `count` candidates of different networks, the best after `epochs` first.
+
+    Each is trained from scratch, with a seed that the search has not used. ValueError if the search
+    did not train.
+    """
+    if not isinstance(evaluator, TrainingEvaluator):
+        raise ValueError(
+            f"`top` {count}: only candidates of a search by real training can be trained again, "
+            "and this one's evaluator is another; give 1"
+        )
+    longer = replace(evaluator, epochs=epochs or LONGER * evaluator.epochs, stop_epoch=None)
+    told = evaluators.in_search(longer, space, reader.path.parent, "stored", None)
+    path, found = reader.path.parent / FILE, []
+    for row in reading.top(reader, count):
+        key = f"#{row.id}, {longer}"
+        done = _read(path)
+        if key not in done:
+            done[key] = _train(told, reader, space, row)
+            _write(path, done)
+        found.append(Finalist(row, done[key].get("fitness"), done[key]["metrics"]))
+        show(found[-1])
+    sign = -1 if reader.study().maximise else 1
+    return sorted(found, key=lambda one: (one.fitness is None, sign * (one.fitness or 0.0)))
+
+
+def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> dict[str, Any]:
+    seed = evaluators.seed(reader.study().settings["seed"], row.id, -1)
+    job = Job(0, row.id, space.decode(row.architecture), seed)
+    try:
+        outcome = evaluators.read(evaluator.evaluate(job), job)
+    except (ArithmeticError, MemoryError, RuntimeError, TimeoutError) as error:
+        outcome = evaluators.failure(error)
+    metrics = dict(outcome.metrics)
+    return {"fitness": outcome.fitness, "metrics": metrics, "error": outcome.error}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, done: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,174 @@
+"""Compare aging evolution with non-aging evolution and random search, by real training.
+
+    python scripts/compare_search.py [CONFIG] [a.b=c ...] [--seeds 3] [--folder FOLDER] [--json]
+
+CONFIG is of a search (configs/search_digits.yaml). Budgets are equal and seeds are paired: with
+one seed all three begin with the same random architectures, trained alike. Reported are the mean
+validation accuracy of the population's last 50, and that of the best candidate after it was trained
+again, longer; and a plot, FOLDER/compare.png. Each run is a search of its own in FOLDER: what was
+interrupted goes on, and what is done is not done again.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import nas
+from gpipe_jax import figure, loader
+from gpipe_jax.loader import ConfigError
+from nas import build, finals, reading
+from nas.config import SearchConfig
+from nas.evaluate import Job
+from nas.training.evaluator import TrainingEvaluator
+
+ALGORITHMS = {"aging": "#1f77b4", "non_aging": "#d9660a", "random": "#9a9a9a"}
+LAST = 50
+Measured = dict[str, list[float]]  # by algorithm, for each seed
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Trains what runs of one seed have in common, such as their first candidates, only once.
+
+    All chance comes from the job's seed, so that it would be the same again.
+    """
+
+    evaluator: TrainingEvaluator
+    found: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+
+    def in_search(self, *search: Any) -> "Remembered":
+        """With the inner one told what it is to serve."""
+        return replace(self, evaluator=self.evaluator.in_search(*search))
+
+    def evaluate(self, job: Job) -> dict[str, Any]:
+        """As before, or else for the first time."""
+        key = (job.architecture.to_json(), job.seed)
+        if key not in self.found:
+            self.found[key] = self.evaluator.evaluate(job)
+        return self.found[key]
+
+
+def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **named: Any) -> Any:
+    """One run to its end, named by its algorithm and seed."""
+    algorithm, seed = overrides["algorithm"], overrides["seed"]
+    arguments = {**build.arguments(config), **overrides, **named}
+    started = time.perf_counter()
+    result = nas.search(name=f"{algorithm}-{seed}", folder=folder, **arguments)
+    counts = result.counts
+    print(
+        f"{algorithm}, seed {seed}: {counts.results} results, best {result.best.fitness:.4f}, "
+        f"{time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
+    return result
+
+
+def compare(
+    config: SearchConfig, seeds: int, folder: Path, epochs: int | None
+) -> tuple[dict[str, list[Any]], dict[str, Measured]]:
+    """The runs by algorithm, and what is measured of each."""
+    trains = build.arguments(config)["evaluate"]
+    runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
+    last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
+    again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
+    for seed in range(seeds):
+        shared = Remembered(trains)
+        for algorithm in ALGORITHMS:
+            overrides = {"algorithm": algorithm, "seed": seed}
+            result = search(config, overrides, folder, evaluate=shared)
+            runs[algorithm].append(result)
+            last[algorithm].append(mean_of_the_last(result))
+            (best,) = finals.rank(result.reader, result.space, trains, 1, epochs=epochs)
+            again[algorithm].append(math.nan if best.fitness is None else best.fitness)
+    return runs, {f"population's last {LAST}": last, "best trained again": again}
+
+
+def mean_of_the_last(result: Any) -> float:
+    """Fitness of the members trained last."""
+    return fmean(row.fitness or 0.0 for row in result.reader.population()[-LAST:])
+
+
+def table(measured: dict[str, Measured], better: Callable[[float], float]) -> list[str]:
+    """Lines: of each measure and algorithm all seeds, the mean, and how far aging is ahead."""
+    lines = []
+    for what, by_algorithm in measured.items():
+        for algorithm, values in by_algorithm.items():
+            ahead = [better(a - b) for a, b in zip(by_algorithm["aging"], values, strict=True)]
+            shown = " ".join(f"{value:.4f}" for value in values)
+            line = f"{what:<22} {algorithm:<10} {fmean(values):.4f}  ({shown})"
+            if algorithm != "aging":
+                line += f"  aging ahead by {fmean(ahead):+.4f}{_error(ahead)}"
+            lines.append(line)
+    return lines
+
+
+def _error(values: list[float]) -> str:
+    return f" +- {stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+
+
+def plot(runs: dict[str, list[Any]], path: Path) -> None:
+    """Mean fitness of the last 50 results, and the best so far: mean and range over the seeds."""
+    shown = figure.blank(10, 4)
+    left, right = shown.subplots(1, 2)
+    for algorithm, color in ALGORITHMS.items():
+        found = [reading.progress(result.reader) for result in runs[algorithm]]
+        length = min(len(each.fitness) for each in found)
+        recent = [
+            [fmean(each.fitness[max(0, n - LAST) : n]) for n in range(1, length + 1)]
+            for each in found
+        ]
+        for axes, curves in ((left, recent), (right, [each.best[:length] for each in found])):
+            columns = list(zip(*curves, strict=True))
+            places = range(1, length + 1)
+            axes.plot(places, [fmean(c) for c in columns], color=color, label=algorithm)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(places, low, high, color=color, alpha=0.15, lw=0)
+    for axes, title in ((left, f"mean of the last {LAST} results"), (right, "best so far")):
+        axes.set(title=title, xlabel="candidates with a fitness", ylabel="validation accuracy")
+        axes.legend(frameon=False)
+    path.write_bytes(figure.png(shown))
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", nargs="?", default="configs/search_digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values of the config")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (3)")
+    parser.add_argument("--epochs", type=int, help="of the best, trained again (three times more)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of the runs")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: expected at least 1")
+    if "=" in options.config:
+        options.overrides.insert(0, options.config)
+        options.config = parser.get_default("config")
+    try:
+        config = loader.load_as(SearchConfig, options.config, options.overrides)
+        if config.evaluate.kind != "training":
+            parser.error(f"{options.config}: evaluate.kind {config.evaluate.kind}; use training")
+        runs, measured = compare(config, options.seeds, options.folder, options.epochs)
+    except (ConfigError, build.SectionError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    sign = 1 if config.evolution.maximise else -1
+    print("\n".join(table(measured, lambda value: sign * value)))
+    picture = options.folder / "compare.png"
+    plot(runs, picture)
+    print(f"plot: {picture}")
+    if options.json:
+        figures = {"measured": measured, "cycles": config.run.cycles, "plot": str(picture)}
+        print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What is exported: a config that gpipe takes, of the best candidate or the best of the best."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import nas
+from gpipe_jax import build, loader
+from gpipe_jax.genotype import Genotype
+from nas import cli, finals
+from nas.setup import Setup
+
+SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))
+
+
+def run(folder, evaluator, space=SPACE, name: str = "searched", cycles: int = 8) -> nas.Result:
+    """A search whose fitness is by the candidate's number: of the even ones it is the highest."""
+    setup = Setup(space, evaluator, (), {}).pickled()
+    options = {"population": 8, "sample": 2, "cycles": cycles, "folder": folder, "name": name}
+    with nas.Search(space=space, setup=setup, **options) as search:
+        while (job := search.ask()) is not None:
+            search.tell(job, {"fitness": job.candidate / 10 - job.candidate % 2, "loss": 1.0})
+    return nas.load(name, folder)
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch, capsys):
+    """`export(...)` in a folder with runs/: (code, lines, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str):
+        code = cli.main(["export", *arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), err
+
+    return command
+
+
+def test_a_config_of_the_winner_on_the_data_of_the_search(export, tmp_path) -> None:
+    result = run("runs", nas.TrainingEvaluator(data="digits"))
+    sizes = ("--cells", "6", "--filters", "16", "--stages", "4")
+    code, lines, _ = export("searched", "--out", "best.yaml", *sizes, "--json")
+    config, said = loader.load("best.yaml"), json.loads(lines[-1])
+    assert code == 0 and said["candidate"] == 6 and said["out"] == "best.yaml"
+    genotype = Genotype.from_json(config.model.genotype)
+    assert genotype == result.best.architecture == Genotype.from_json(json.dumps(said["genotype"]))
+    assert (config.model.layers, config.model.filters, config.model.stem) == (6, 16, "cifar")
+    assert (config.data.kind, config.mesh.stages, config.mesh.simulate) == ("digits", 4, 4)
+    assert (config.pipeline.partition, config.pipeline.schedule) == ("auto", "eager_1f1b")
+    assert len(build.network(config.model)) == 6 + 2 + 2
+    text = (tmp_path / "best.yaml").read_text()
+    assert "# The best candidate of the search searched, #6 (fitness 0.6), scaled up: 6" in text
+    assert "#   gpipe train best.yaml\n" in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_without_training_the_paper_is_followed(export) -> None:
+    run("runs", lambda genotype: 1.0)
+    assert export("searched", "--out", "best.yml")[0] == 0
+    config = loader.load("best.yml")
+    assert (config.data.kind, config.model.image, config.model.auxiliary_weight) == (
+        "cifar10", 32, 0.5
+    )  # fmt: skip
+    assert (config.model.layers, config.model.filters, config.train.steps) == (18, 32, 234_600)
+    assert (config.optimizer.kind, config.optimizer.schedule) == ("sgd", "cosine")
+
+
+def test_on_a_file_of_arrays(export, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(640, 12, 12, 2)).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", inputs=images, labels=np.arange(640, dtype=np.int32) % 3)
+    run("runs", nas.TrainingEvaluator(data=str(tmp_path / "mine.npz"), folder=None))
+    code, _, err = export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")
+    assert code == 0, err
+    config = loader.load("best.yaml")
+    model = config.model
+    assert (model.image, model.in_channels, model.classes, model.auxiliary_weight) == (12, 2, 3, 0)
+    assert config.data.train == str(tmp_path / "mine.npz")
+    batch = build.example(config)["inputs"]
+    assert batch.shape == (128, 12, 12, 2) and config.mesh.simulate is None
+
+
+def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None:
+    def evaluate(self, job: nas.Job) -> dict:
+        trained.append((job.candidate, self.epochs, self.stop_epoch))
+        if len(trained) == 2 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        if job.candidate == 2:
+            raise FloatingPointError("nan")
+        return {"fitness": 1 / (1 + job.candidate), "train_loss": 0.5}
+
+    trained, interrupted = [], []
+    monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", evaluate)
+    run("runs", nas.TrainingEvaluator(data="digits", epochs=5, stop_epoch=2))
+    again = ("searched", "--out", "best.json", "--top", "3", "--json")
+    assert export(*again)[0] == 130  # and what was trained is kept
+    code, lines, _ = export(*again)
+    assert code == 0 and trained == [(6, 15, None), (4, 15, None), (4, 15, None), (2, 15, None)]
+    said = json.loads(lines[-1])
+    assert [(one["candidate"], one["again"]) for one in said["ranking"]] == [
+        (4, 1 / 5), (6, 1 / 7), (2, None)
+    ]  # fmt: skip
+    assert "#6: fitness 0.6, trained again 0.142857" in lines
+    assert "#2: fitness 0.2, trained again failed" in lines
+    wanted = nas.load("searched").candidate(4).architecture
+    with open("best.json") as file:
+        assert Genotype.from_json(file.read()) == wanted and said["candidate"] == 4
+    assert export("searched", "-o", "new.yaml", "--top", "3", "--epochs", "7")[0] == 0
+    assert trained[4:] == [(6, 7, None), (4, 7, None), (2, 7, None)]
+    assert len(json.loads((nas.load("searched").path / finals.FILE).read_text())) == 6
+
+
+BAD = [
+    (("-o", "there.yaml"), "there.yaml is there already; give another name"),
+    (("-o", "no/best.yaml"), "no/best.yaml: there is no folder no; make it first"),
+    (("-o", "b.yaml", "--top", "2"), "`top` 2: only candidates of a search by real training can"),
+    (("-o", "b.yaml", "--top", "0"), "`top` 0: expected at least 1"),
+    (("-o", "b.yaml", "--cells", "7"), "must be a multiple of 3, as there are three equal stac"),
+    (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
+    (("-o", "b.yaml", "--cells", "3", "--stages", "9"), "stages 9 is more than the 8 layers of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_what_cannot_be_exported(export, tmp_path, arguments, message) -> None:
+    run("runs", lambda genotype: 1.0)
+    (tmp_path / "there.yaml").write_text("mine")
+    code, _, err = export("searched", *arguments)
+    assert code == 2 and message in err
+    assert not (tmp_path / "b.yaml").exists() and (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
+    run("runs", lambda cell: 1.0, nas.NASBench201Space())
+    code, _, err = export("searched", "-o", "best.yaml")
+    assert code == 2 and "searched the space 'nasbench201', but only cells of nasnet can be" in err
+    assert export("searched", "-o", "best.json")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        (("train", "train.steps=4", "optimizer.warmup_steps=1"), {"steps": 4}),
+        (("plan", "--topology", "v5e:2x2"), {"fits": True, "topology": "v5e:2x2"}),
+        (
+            ("plan", "mesh.data=4", "mesh.simulate=16", "--topology", "v5e:4x4"),
+            {"fits": True, "topology": "v5e:4x4"},
+        ),
+    ],
+)
+def test_what_is_exported_is_trained_and_planned(export, command, found) -> None:
+    """In four stages on simulated devices, and by the TPU compiler."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'gpipe-jax[tpu]'")
+    run("runs", nas.TrainingEvaluator(data="digits"))
+    assert export("searched", "-o", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
+    name, *options = command
+    done = subprocess.run(
+        [sys.executable, "-m", "gpipe_jax.cli", name, "best.yaml", *options, "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == {**said, **found}
