@@ -173,6 +173,14 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     changed, kept = (to_static(interpreter, child, values)[0][1]["operations"][j] for j in (0, 1))
     assert all(np.abs(a).max() < 500 for a in jax.tree.leaves(changed))
     assert all(np.abs(a).min() > 500 for a in jax.tree.leaves(kept))
+    static = pair.static
+    wanted = static.inherit(
+        static.encode(child),
+        static.encode(parent),
+        to_static(interpreter, child, fresh),
+        to_static(interpreter, parent, trained),
+    )
+    jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), wanted)
 
 
 def test_genotypes_of_another_space_are_refused() -> None:
