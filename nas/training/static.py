@@ -2,13 +2,14 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gpipe_jax import sequential
 from gpipe_jax.genotype import Genotype
-from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.layer import Layer, ModuleLayer
 from gpipe_jax.zoo.amoebanet import amoebanet
 from nas.training.network import PyTree, Shape, Values
 
@@ -67,9 +68,19 @@ class Static:
         return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tuple(shapes))
 
     def inherit(self, child: Fixed, parent: Fixed, fresh: Values, trained: Values) -> Values:
-        """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree."""
-        del child, parent
-        return Values(*(_agreeing(a, b) for a, b in zip(fresh, trained, strict=True)))
+        """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.
+
+        A projection of concatenated states agrees if they are equally many.
+        """
+        layers = zip(self.layers(child), self.layers(parent), strict=True)
+        found = [
+            _inherited(*pair, *trees)
+            for pair, *trees in zip(
+                layers, zip(*fresh, strict=True), zip(*trained, strict=True), strict=True
+            )
+        ]
+        parameters, statistics = zip(*found, strict=True)
+        return Values(parameters, statistics)
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,12 +98,43 @@ def _layers(shape: Shape, genotype: Genotype) -> list[Layer]:
     )
 
 
-def _agreeing(fresh: PyTree, trained: PyTree) -> PyTree:
-    """`fresh`, with the leaves of `trained` that have the same path and shape."""
-    found = dict(jax.tree_util.tree_leaves_with_path(trained))
+def _inherited(child: Layer, parent: Layer, fresh: PyTree, trained: PyTree) -> PyTree:
+    """(parameters, statistics) of a layer, part by part."""
+    new, old = (
+        [_parts(layer, tree) for tree in pair]
+        for layer, pair in ((child, fresh), (parent, trained))
+    )
+    agreeing = {key for key, part in new[0].items() if _shapes(part) == _shapes(old[0].get(key))}
+    return tuple(
+        _joined(child, {key: (theirs if key in agreeing else ours)[key] for key in ours}, tree)
+        for ours, theirs, tree in zip(new, old, fresh, strict=True)
+    )
 
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        old = found.get(path)
-        return leaf if old is None or old.shape != leaf.shape else old
 
-    return jax.tree.map_with_path(one, fresh)
+def _parts(layer: Layer, tree: PyTree) -> dict[Any, PyTree]:
+    """What is inherited as a whole: a cell's operations by slot, its outputs by state, the rest."""
+    parts: dict[Any, PyTree] = {}
+    for name, part in tree.items():
+        several = name in ("operations", "outputs")
+        parts |= {_key(layer, name, i): a for i, a in part.items()} if several else {name: part}
+    return parts
+
+
+def _joined(layer: Layer, parts: dict[Any, PyTree], like: PyTree) -> PyTree:
+    """The tree with these parts."""
+
+    def one(name: str, part: PyTree) -> PyTree:
+        if name in ("operations", "outputs"):
+            return {i: parts[_key(layer, name, i)] for i in part}
+        return parts[name]
+
+    return {name: one(name, part) for name, part in like.items()}
+
+
+def _key(layer: Layer, name: str, i: int) -> tuple[str, int]:
+    assert isinstance(layer, ModuleLayer)
+    return name, dict(layer.kwargs)["cell"].concat[i] if name == "outputs" else i
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.shape, tree)

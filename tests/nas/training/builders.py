@@ -70,12 +70,19 @@ def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
 
 
 class Pair:
-    """An interpreter and the static builder of the same shape, compiled when called."""
+    """An interpreter, compiled once and for all, and the static builder of the same shape."""
 
     def __init__(self, interpreter: Interpreter, examples: int = 4) -> None:
         self.interpreter, self.static = interpreter, Static(interpreter.shape)
         self.images = images(interpreter.shape, examples)
-        self.one = jax.jit(functools.partial(step, interpreter))
+        self.program: jax.stages.Compiled | None = None
+
+    def one(self, architecture: Any, values: Values, images: jax.Array) -> Step:
+        """The interpreter's step, by a program that can't be compiled anew for what differs."""
+        if self.program is None:
+            jitted = jax.jit(functools.partial(step, self.interpreter))
+            self.program = jitted.lower(architecture, values, images).compile()
+        return self.program(architecture, values, images)
 
     def both(self, genotype: Genotype) -> tuple[Step, Step, PyTree]:
         """The interpreter's step in the static form, the static one, and padding's gradients."""
