@@ -64,12 +64,17 @@ def _run(options: argparse.Namespace, work: Work) -> int:
         # From the start on, not from the first step: a signal that comes before is no failure.
         with hosts.together(cluster), listening(count) as stop:
             return _one_of(options, config, work, stop, count)
+    except ConfigError as error:
+        if cluster is None:
+            raise
+        code = _fail(error, 2)
     except (hosts.MissingError, OSError) as error:
-        return _fail(error, 1)
+        code = _fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if cluster is None:
             raise
-        return _fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
+        code = _fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
+    return hosts.leave(code) if cluster else code
 
 
 def _cluster(options: argparse.Namespace, config: Config) -> Cluster | None:

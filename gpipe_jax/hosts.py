@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -60,6 +60,13 @@ def together(cluster: Cluster | None, timeout_s: float = TIMEOUT_S) -> Iterator[
         watch.failed(error)
         raise
     watch.goodbye()
+
+
+def leave(code: int) -> NoReturn:
+    """End with this exit code. JAX's own farewell aborts where others have ended before."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Peer(NamedTuple):

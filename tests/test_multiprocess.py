@@ -169,8 +169,7 @@ def test_preempted_then_one_is_killed(start, tmp_path):
     steps = [p.output.split("stopped after step ")[1].split(",")[0] for p in both]
     assert steps[0] == steps[1] and len(files(tmp_path / "2 processes", int(steps[0]))) == 4
     first, second = both = start(2, ENDLESS)
-    first.wait_for("step 10")
-    assert f"step {int(steps[0]) + 10 - int(steps[0]) % 10}/" in first.output, "it goes on"
+    first.wait_for(f"step {int(steps[0]) + 10 - int(steps[0]) % 10}/")  # it goes on
     second.process.kill()
     began = time.monotonic()
     assert codes([first], 60) == [1] and time.monotonic() - began < 60
@@ -193,7 +192,7 @@ def test_one_of_two_fails_without_dying(start, tmp_path):
     """It has an exit code of its own, and the other says which failed, and why."""
     port, both = free_port(), []
     try:
-        for i, simulated in enumerate((4, 3)):
+        for i, simulated in enumerate((4, 5)):
             both.append(Process(tmp_path, 2, i, port, ENDLESS, f"mesh.simulate={simulated}"))
         assert codes(both, 120) == [1, 2], both[0].output + both[1].output
     finally:

@@ -70,7 +70,12 @@ def floored(tree: object, wanted: object) -> object:
     return jax.tree.map(lambda a: np.append(np.ravel(a), least), tree)
 
 
-@pytest.mark.parametrize("name", ["inputs", "narrow", pytest.param("two", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["narrow", pytest.param("inputs", marks=SLOW), pytest.param("two", marks=SLOW)]
+)
 def test_a_step_equals_that_of_the_layers(pair: Pair, name: str) -> None:
     """Outputs, all gradients and batch statistics; padding has gradient zero."""
     assert_same(*pair.both(ODD[name]), tolerance=1e-12)
@@ -113,6 +118,7 @@ def test_values_survive_both_translations(pair: Pair) -> None:
         jax.tree.map(lambda a, u: np.testing.assert_array_equal(a[u == 0], 0), there[0], used)
 
 
+@SLOW
 def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
     """Means, spreads and bounds, of every array that is large enough to tell."""
     shape = Shape(cells=2, filters=32, image=8, channels=3, classes=10)
@@ -205,7 +211,7 @@ def full(dtype: str, operations: tuple[str, ...] = PAPER_OPERATIONS) -> Pair:
     return Pair(Interpreter(Shape(1, 4, 8, 1, 10, dtype=dtype), operations), examples=8)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_fifty_random_architectures(dtype: str, tolerance: float) -> None:
@@ -215,7 +221,7 @@ def test_fifty_random_architectures(dtype: str, tolerance: float) -> None:
             assert_same(*pair.both(random_genotype(seed)), tolerance=tolerance)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_the_published_architectures(dtype: str, tolerance: float) -> None:
@@ -225,7 +231,7 @@ def test_the_published_architectures(dtype: str, tolerance: float) -> None:
             assert_same(*pair.both(GENOTYPES[letter]), tolerance=tolerance)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.timeout(7200)
 def test_ten_steps_of_twenty_architectures() -> None:
     with jax.enable_x64(True):
