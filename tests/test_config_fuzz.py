@@ -254,7 +254,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(parts, "simulate_devices", lambda _: None)  # this process has 16 already
     monkeypatch.setattr(parts, "Pipeline", Cheap)
     monkeypatch.setattr(parts, "Trainer", lambda pipe, tx, ema: Trained(pipe))
-    monkeypatch.setattr(run, "train", lambda parts, show: run.Summary({"done": 1}, ""))
+    monkeypatch.setattr(run, "train", lambda parts, show, stop: run.Summary({"done": 1}, ""))
 
 
 class Trained:

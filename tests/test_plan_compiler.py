@@ -233,6 +233,13 @@ def test_several_slices(cache: Path) -> None:
 
 
 @TPU
+def test_a_part_of_a_slice_of_several_hosts(cache: Path) -> None:
+    """libtpu refuses the reduction on some four devices of the sixteen."""
+    result = compile_programs([training_step((1, 4))], parse("v5e:4x4"))[0]
+    assert result.error is None and result.collectives
+
+
+@TPU
 def test_results_are_kept(
     compiled: dict[str, Compiled], cache: Path, started: list[subprocess.Popen]
 ) -> None:

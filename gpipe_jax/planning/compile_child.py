@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -34,11 +35,19 @@ def main(folder: Path) -> None:
         began = time.monotonic()
         try:
             exported = jax.export.deserialize(bytearray((folder / f"{i}.bin").read_bytes()))
-            mesh = make_mesh(stages=mesh_shape[0], data=mesh_shape[1], devices=devices)
+            mesh = _mesh(*mesh_shape, devices)
             result = _compile(name, exported, donate, mesh)
         except Exception as e:
             result = failed(name, time.monotonic() - began, str(e))
         print(json.dumps(result.to_dict()), file=replies)
+
+
+def _mesh(stages: int, data: int, devices: Sequence[Any]) -> Mesh:
+    if stages * data < len(devices):
+        # libtpu 0.0.42 refuses collectives of some parts of a slice, such as 0, 1, 4 and 5 of 16
+        # ("Unexpected device_id"), but none that begins with its first devices.
+        devices = sorted(devices, key=lambda device: device.id)
+    return make_mesh(stages=stages, data=data, devices=devices)
 
 
 def _end_with_parent() -> None:
