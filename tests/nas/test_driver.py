@@ -381,7 +381,7 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
     ("given", "message"),
     [
         (0, "workers 0: expected at least 1"),
-        ("threads", "workers 'threads': expected a number of threads, 'processes'"),
+        ("threads", "workers 'threads': expected a number of threads, 'devices'"),
         ("processes:none", "workers 'processes:none': expected such as 'processes' or"),
     ],
 )

@@ -187,7 +187,6 @@ run: {cycles: 5}
         ("evaluate.validations=9", "validations 9 is more than epochs 3"),
         ("evaluate.builder=dynamic", "expected 'interpreter' or 'static', got 'dynamic'"),
         ("space={kind: nasbench201}", "evaluate 'training' has no cells of space 'nasbench201'"),
-        ("limits.params_m=3", "limits need evaluate.kind table"),
     ],
 )
 def test_bad_training_is_found_before_anything_is_trained(nas, tmp_path, override, problem) -> None:
