@@ -92,7 +92,7 @@ def test_train_ends_with_one_json_object(trained):
     assert (figures["steps"], figures["stages"]) == (5, 2)
     assert figures["workdir"] == str(folder / "run 1")
     names = {path.name for path in (folder / "run 1").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
 
 
 def test_eval_gives_the_last_evaluation(trained, gpipe):
