@@ -222,3 +222,7 @@ def _progress(cycles: int) -> Iterator[Callable]:
             show(search.evolution.results, "no fitness" if best is None else f"best {best:.6g}")
 
         yield callback
+
+
+if __name__ == "__main__":
+    sys.exit(main())

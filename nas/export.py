@@ -10,6 +10,7 @@ from nas import finals, scale
 from nas.finals import Finalist
 from nas.result import Result
 from nas.setup import setup_of
+from nas.training.evaluator import TrainingEvaluator
 
 CONFIGS = (".yaml", ".yml")
 
@@ -37,8 +38,9 @@ def export(
         raise FileExistsError(f"{out} is there already; give another name")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
-    if wanted.top < 1:
-        raise ValueError(f"`top` {wanted.top}: expected at least 1")
+    for name, value in (("top", wanted.top), ("epochs", wanted.epochs)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` {value}: expected at least 1")
     best = next(result.reader.ranked(), None)
     if best is None:
         raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")
@@ -46,8 +48,7 @@ def export(
         _config(result, best.architecture, wanted)
     ranking = [Finalist(best, best.fitness, best.metrics)]
     if wanted.top > 1:
-        named = {"epochs": wanted.epochs, "show": show}
-        ranking = finals.rank(result.reader, result.space, _evaluator(result), wanted.top, **named)
+        ranking = _trained_again(result, wanted, show)
     text = json.dumps(architecture(ranking[0].row.architecture)) + "\n"
     if out.suffix in CONFIGS:
         config, of = _config(result, ranking[0].row.architecture, wanted)
@@ -64,9 +65,33 @@ def architecture(text: str) -> Any:
         return text
 
 
+def _trained_again(
+    result: Result, wanted: Wanted, show: Callable[[Finalist], object]
+) -> list[Finalist]:
+    named = {"epochs": wanted.epochs, "show": show}
+    ranking = finals.rank(result.reader, result.space, _evaluator(result), wanted.top, **named)
+    if ranking[0].fitness is None:
+        raise ValueError(
+            f"`top` {wanted.top}: all {len(ranking)} have failed when trained again, the last by "
+            f"{ranking[-1].error}; mend that, or give 1"
+        )
+    return ranking
+
+
 def _evaluator(result: Result) -> Any:
-    """As it was pickled with the run; None if it was not."""
-    return setup_of(result.reader, needed=False).evaluate
+    """As it was pickled with the run, without what repeats it; None if it could not be pickled."""
+    if result.reader.setup() is None:
+        return None
+    try:
+        found = setup_of(result.reader).evaluate
+    except ValueError as error:
+        raise ValueError(
+            f"{result.path}: what the search trained on cannot be read ({error.__cause__}); run "
+            "where its modules can be imported, or export to a .json file, without `top`"
+        ) from error
+    while not isinstance(found, TrainingEvaluator) and hasattr(found, "evaluator"):
+        found = found.evaluator
+    return found
 
 
 def _config(result: Result, text: str, wanted: Wanted) -> tuple[dict, scale.Target]:

@@ -1,7 +1,7 @@
 """The best candidates trained again, longer, and ranked anew, as in the paper before scaling up.
 
 What has been trained is kept in the run's folder, in finals.json: a ranking that was interrupted
-goes on, and one that was made is read.
+goes on, and one that was made is read. What has failed is tried anew.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from nas import evaluate as evaluators
 from nas import reading
-from nas.evaluate import Job
+from nas.evaluate import Job, Outcome
 from nas.records import CandidateRow, Reader
 from nas.space import Space
 from nas.training.evaluator import TrainingEvaluator
@@ -27,6 +27,7 @@ class Finalist(NamedTuple):
     row: CandidateRow
     fitness: float | None  # after training again; None if that failed
     metrics: dict[str, float]
+    error: str | None = None  # by which it failed
 
 
 def rank(
@@ -40,38 +41,49 @@ def rank(
 ) -> list[Finalist]:
     """The best `count` candidates of different networks, the best after `epochs` first.
 
-    Each is trained from scratch, with a seed that the search has not used. ValueError if the search
-    did not train.
+    Each is trained from scratch, with a seed that the search has not used, as long as it takes.
+    ValueError if the search did not train.
     """
     if not isinstance(evaluator, TrainingEvaluator):
         raise ValueError(
             f"`top` {count}: only candidates of a search by real training can be trained again, "
             "and this one's evaluator is another; give 1"
         )
-    longer = replace(evaluator, epochs=epochs or LONGER * evaluator.epochs, stop_epoch=None)
+    longer = for_longer(evaluator, epochs)
     told = evaluators.in_search(longer, space, reader.path.parent, "stored", None)
-    path, found = reader.path.parent / FILE, []
+    found = []
     for row in reading.top(reader, count):
-        key = f"#{row.id}, {longer}"
-        done = _read(path)
-        if key not in done:
-            done[key] = _train(told, reader, space, row)
-            _write(path, done)
-        found.append(Finalist(row, done[key].get("fitness"), done[key]["metrics"]))
+        found.append(_finalist(f"#{row.id}, {longer}", told, reader, space, row))
         show(found[-1])
     sign = -1 if reader.study().maximise else 1
     return sorted(found, key=lambda one: (one.fitness is None, sign * (one.fitness or 0.0)))
 
 
-def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> dict[str, Any]:
+def for_longer(evaluator: TrainingEvaluator, epochs: int | None) -> TrainingEvaluator:
+    """As it trains finalists: to the end. ValueError if there is no training for so many epochs."""
+    epochs = LONGER * evaluator.epochs if epochs is None else epochs
+    return replace(evaluator, epochs=epochs, stop_epoch=None, timeout_s=None)
+
+
+def _finalist(key: str, evaluator: Any, reader: Reader, space: Any, row: CandidateRow) -> Finalist:
+    path = reader.path.parent / FILE
+    done = _read(path)
+    if key in done:
+        return Finalist(row, **done[key])
+    outcome = _train(evaluator, reader, space, row)
+    result = {"fitness": outcome.fitness, "metrics": dict(outcome.metrics)}
+    if outcome.fitness is not None:
+        _write(path, {**done, key: result})
+    return Finalist(row, **result, error=outcome.error)
+
+
+def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> Outcome:
     seed = evaluators.seed(reader.study().settings["seed"], row.id, -1)
     job = Job(0, row.id, space.decode(row.architecture), seed)
     try:
-        outcome = evaluators.read(evaluator.evaluate(job), job)
+        return evaluators.read(evaluator.evaluate(job), job)
     except (ArithmeticError, MemoryError, RuntimeError, TimeoutError) as error:
-        outcome = evaluators.failure(error)
-    metrics = dict(outcome.metrics)
-    return {"fitness": outcome.fitness, "metrics": metrics, "error": outcome.error}
+        return evaluators.failure(error)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ More cells and filters, as in section "Experiment setup" of Real et al. 2019
 
 import math
 import textwrap
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpipe_jax.genotype import Genotype
@@ -31,11 +32,11 @@ class Target(NamedTuple):
 def target(evaluate: Any) -> Target:
     """Of a search with this evaluator: its own data, or else CIFAR-10 as in the paper."""
     if not isinstance(evaluate, TrainingEvaluator):
-        note = "The search trained nothing: the data are CIFAR-10, as in the paper; change them."
+        note = "The search's data are not known: these are CIFAR-10, as in the paper; change them."
         return _paper({"kind": "cifar10", "folder": None}, (32, 3, 10), 50_000, note)
     if evaluate.data == "digits":
         return DIGITS
-    split = evaluate.data_fits()
+    split = replace(evaluate, examples=None).data_fits()  # all of them, not the search's share
     _, size, _, channels = split.images.shape
     count = len(split.labels) + len(split.held_labels)
     sizes = (size, channels, split.classes)

@@ -5,8 +5,8 @@
 CONFIG is of a search (configs/search_digits.yaml). Budgets are equal and seeds are paired: with
 one seed all three begin with the same random architectures, trained alike. Reported are the mean
 validation accuracy of the population's last 50, and that of the best candidate after it was trained
-again, longer; and a plot, FOLDER/compare.png. Each run is a search of its own in FOLDER: what was
-interrupted goes on, and what is done is not done again.
+again, longer (nan if that failed, in JSON null); and a plot, FOLDER/compare.png. Each run is a
+search of its own in FOLDER: what was interrupted goes on, and what is done is not done again.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from typing import Any
 
 import nas
 from gpipe_jax import figure, loader
-from gpipe_jax.loader import ConfigError
 from nas import build, finals, reading
 from nas.config import SearchConfig
 from nas.evaluate import Job
+from nas.limits import FailuresError
 from nas.training.evaluator import TrainingEvaluator
 
 ALGORITHMS = {"aging": "#1f77b4", "non_aging": "#d9660a", "random": "#9a9a9a"}
@@ -37,7 +37,8 @@ Measured = dict[str, list[float]]  # by algorithm, for each seed
 class Remembered:
     """Trains what runs of one seed have in common, such as their first candidates, only once.
 
-    All chance comes from the job's seed, so that it would be the same again.
+    All chance comes from the job's seed, so that it would be the same again: `check` refuses
+    configs by which a result depends on more than that.
     """
 
     evaluator: TrainingEvaluator
@@ -53,6 +54,23 @@ class Remembered:
         if key not in self.found:
             self.found[key] = self.evaluator.evaluate(job)
         return self.found[key]
+
+
+def check(config: SearchConfig) -> None:
+    """ValueError if the runs of a seed cannot share what they train."""
+    evaluate, policy = config.evaluate, config.evolution.fitness_policy
+    if evaluate.kind != "training":
+        raise ValueError(f"evaluate.kind {evaluate.kind}: only training is compared; use training")
+    if evaluate.stop_epoch is not None:
+        raise ValueError(
+            f"evaluate.stop_epoch {evaluate.stop_epoch}: candidates are trained once for all "
+            "algorithms, and this stops them by one population; leave it out"
+        )
+    if policy != "stored":
+        raise ValueError(
+            f"evolution.fitness_policy {policy}: candidates are trained once for all algorithms, "
+            "and this trains them again in each; use stored"
+        )
 
 
 def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **named: Any) -> Any:
@@ -75,6 +93,7 @@ def compare(
 ) -> tuple[dict[str, list[Any]], dict[str, Measured]]:
     """The runs by algorithm, and what is measured of each."""
     trains = build.arguments(config)["evaluate"]
+    finals.for_longer(trains, epochs)  # an error is raised before the runs, not after
     runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
@@ -110,7 +129,17 @@ def table(measured: dict[str, Measured], better: Callable[[float], float]) -> li
 
 
 def _error(values: list[float]) -> str:
-    return f" +- {stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return ""
+    return f" +- {stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, list[float | None]]]:
+    """The same with None for NaN, which JSON does not have."""
+    return {
+        what: {name: [v if math.isfinite(v) else None for v in of] for name, of in each.items()}
+        for what, each in measured.items()
+    }
 
 
 def plot(runs: dict[str, list[Any]], path: Path) -> None:
@@ -137,7 +166,7 @@ def plot(runs: dict[str, list[Any]], path: Path) -> None:
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table. Exit codes: 0 done, 2 bad input, 1 too many candidates have failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/search_digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values of the config")
@@ -153,21 +182,27 @@ def main() -> int:
         options.config = parser.get_default("config")
     try:
         config = loader.load_as(SearchConfig, options.config, options.overrides)
-        if config.evaluate.kind != "training":
-            parser.error(f"{options.config}: evaluate.kind {config.evaluate.kind}; use training")
+        check(config)
+        figure.blank(1, 1)  # whether there will be a plot is known before the runs
         runs, measured = compare(config, options.seeds, options.folder, options.epochs)
-    except (ConfigError, build.SectionError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(error, 2)
+    except FailuresError as error:
+        return _fail(error, 1)
     sign = 1 if config.evolution.maximise else -1
     print("\n".join(table(measured, lambda value: sign * value)))
     picture = options.folder / "compare.png"
     plot(runs, picture)
     print(f"plot: {picture}")
     if options.json:
-        figures = {"measured": measured, "cycles": config.run.cycles, "plot": str(picture)}
-        print(json.dumps(figures))
+        figures = {"cycles": config.run.cycles, "plot": str(picture)}
+        print(json.dumps({"measured": as_json(measured), **figures}, allow_nan=False))
     return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"compare_search.py: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

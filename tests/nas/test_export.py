@@ -1,5 +1,6 @@
 """What is exported: a config that gpipe takes, of the best candidate or the best of the best."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -72,13 +73,15 @@ def test_on_a_file_of_arrays(export, tmp_path) -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(640, 12, 12, 2)).astype(np.float32)
     np.savez(tmp_path / "mine.npz", inputs=images, labels=np.arange(640, dtype=np.int32) % 3)
-    run("runs", nas.TrainingEvaluator(data=str(tmp_path / "mine.npz"), folder=None))
+    some = nas.TrainingEvaluator(data=str(tmp_path / "mine.npz"), examples=100)
+    run("runs", nas.Repeated(some, 2))
     code, _, err = export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")
     assert code == 0, err
     config = loader.load("best.yaml")
     model = config.model
     assert (model.image, model.in_channels, model.classes, model.auxiliary_weight) == (12, 2, 3, 0)
     assert config.data.train == str(tmp_path / "mine.npz")
+    assert config.train.steps == 600 * 5  # epochs of all that `gpipe train` trains on, 576 images
     batch = build.example(config)["inputs"]
     assert batch.shape == (128, 12, 12, 2) and config.mesh.simulate is None
 
@@ -111,7 +114,37 @@ def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None
         assert Genotype.from_json(file.read()) == wanted and said["candidate"] == 4
     assert export("searched", "-o", "new.yaml", "--top", "3", "--epochs", "7")[0] == 0
     assert trained[4:] == [(6, 7, None), (4, 7, None), (2, 7, None)]
-    assert len(json.loads((nas.load("searched").path / finals.FILE).read_text())) == 6
+    assert len(json.loads((nas.load("searched").path / finals.FILE).read_text())) == 4
+
+
+def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, monkeypatch) -> None:
+    def evaluate(self, job: nas.Job) -> dict:
+        assert self.timeout_s is None
+        if not mended:
+            raise FloatingPointError(f"no loss of #{job.candidate}")
+        return {"fitness": 0.5}
+
+    mended = []
+    monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", evaluate)
+    run("runs", nas.TrainingEvaluator(data="digits", timeout_s=1.0))
+    again = ("searched", "-o", "best.json", "--top", "2")
+    code, _, err = export(*again)
+    assert code == 2 and not (tmp_path / "best.json").exists()
+    assert "`top` 2: all 2 have failed when trained again, the last by" in err
+    assert "FloatingPointError: no loss of #4; mend that" in err
+    mended.append(True)
+    assert export(*again)[0] == 0
+
+
+def test_what_the_search_trained_on_is_not_guessed(export, tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text("def evaluate(genotype):\n    return 1.0\n")
+    with monkeypatch.context() as here:
+        here.syspath_prepend(tmp_path)
+        run("runs", importlib.import_module("mine").evaluate)
+    monkeypatch.delitem(sys.modules, "mine")
+    code, _, err = export("searched", "-o", "best.yaml")
+    assert code == 2 and "what the search trained on cannot be read (No module named 'mine')" in err
+    assert export("searched", "-o", "best.json")[0] == 0
 
 
 BAD = [
@@ -119,6 +152,7 @@ BAD = [
     (("-o", "no/best.yaml"), "no/best.yaml: there is no folder no; make it first"),
     (("-o", "b.yaml", "--top", "2"), "`top` 2: only candidates of a search by real training can"),
     (("-o", "b.yaml", "--top", "0"), "`top` 0: expected at least 1"),
+    (("-o", "b.yaml", "--epochs", "0"), "`epochs` 0: expected at least 1"),
     (("-o", "b.yaml", "--cells", "7"), "must be a multiple of 3, as there are three equal stac"),
     (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
     (("-o", "b.yaml", "--cells", "3", "--stages", "9"), "stages 9 is more than the 8 layers of"),

@@ -1,6 +1,8 @@
 """`nas search` and `nas export` as a user runs them."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -101,6 +103,11 @@ def test_bad_input(nas, arguments, messages) -> None:
     assert (code, out) == (2, []), err
     for message in messages:
         assert message in err
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "nas.cli", "search"], capture_output=True)
+    assert done.returncode == 2 and b"required: CONFIG" in done.stderr
 
 
 def test_errors_name_the_line(nas, tmp_path) -> None:

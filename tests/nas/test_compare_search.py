@@ -1,0 +1,88 @@
+"""The script that compares algorithms by real training; here nothing is trained."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import nas
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+OVERRIDES = ("evolution.population=4", "evolution.sample=2", "run.cycles=8", "run.workers=1")
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """`compare(...)` of small runs in a new folder: (code, lines, stderr)."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("compare_search")
+    config = str(SCRIPTS.parent / "configs" / "search_digits.yaml")
+
+    def run(*arguments: str):
+        given = ["compare_search.py", config, *OVERRIDES, *arguments, "--folder", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", given)
+        try:
+            code = script.main()
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+def training(monkeypatch, evaluate) -> list[tuple[int, nas.Job]]:
+    """What is trained (epochs, job), to the fitness that `evaluate` says."""
+    jobs = []
+
+    def train(self, job: nas.Job) -> dict:
+        jobs.append((self.epochs, job))
+        return {"fitness": evaluate(self, job)}
+
+    monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", train)
+    return jobs
+
+
+def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
+    def evaluate(evaluator, job: nas.Job) -> float:
+        return job.seed / 2**31 if evaluator.epochs == 6 else float("nan")
+
+    jobs = training(monkeypatch, evaluate)
+    code, lines, err = compare("--seeds", "2", "--json")
+    assert code == 0, err
+    found = json.loads(lines[-1], parse_constant=pytest.fail)
+    again = found["measured"]["best trained again"]
+    assert again == {name: [None, None] for name in ("aging", "non_aging", "random")}
+    assert len(found["measured"]["population's last 50"]["aging"]) == 2
+    assert Path(found["plot"]).is_file()
+    first = [job.seed for epochs, job in jobs if epochs == 6 and job.candidate < 4]
+    assert len(first) == len(set(first)) == 8  # once for all algorithms
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate.stop_epoch=3",), "evaluate.stop_epoch 3: candidates are trained once for all"),
+        (("evolution.fitness_policy=retrain_warm",), "evolution.fitness_policy retrain_warm: "),
+        (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_begun(compare, monkeypatch, arguments, message) -> None:
+    jobs = training(monkeypatch, lambda evaluator, job: 1.0)
+    code, _, err = compare(*arguments)
+    assert code == 2 and message in err and not jobs
+
+
+def test_no_plot_is_known_before_the_runs(compare, monkeypatch) -> None:
+    jobs = training(monkeypatch, lambda evaluator, job: 1.0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = compare()
+    assert code == 2 and "pictures need matplotlib" in err and not jobs
+
+
+def test_too_many_failures_end_it(compare, monkeypatch) -> None:
+    training(monkeypatch, lambda evaluator, job: float("nan"))
+    code, _, err = compare("run.max_failures=3")
+    assert code == 1 and "3 evaluations have failed in a row" in err
