@@ -68,14 +68,14 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     """Those without a child as yet, by its number; perhaps with nothing missing any more."""
     found: dict[int, Tournament] = {}
     for number, drawn in reader.open_tournaments():
-        done = reader.evaluations("tournament = ? AND outcome = 'ok'", number)
-        known: dict[int, float] = {row.candidate: row.fitness or 0.0 for row in done}
         sample = [
-            Member(c, space.decode(reader.candidate(c).architecture), known.get(c, fitness), stamp)
+            Member(c, space.decode(reader.candidate(c).architecture), fitness, stamp)
             for c, fitness, stamp, *_ in drawn
         ]
         inherit = {c: values for c, _, _, *recorded in drawn for values in recorded}
-        found[number] = Tournament(sample, {m.candidate for m in sample} - set(known), inherit)
+        found[number] = Tournament(sample, {m.candidate for m in sample}, inherit)
+        for row in reader.evaluations("tournament = ? AND outcome = 'ok'", number):
+            found[number].judge(row.candidate, row.fitness)
     return found
 
 
