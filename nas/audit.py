@@ -67,7 +67,7 @@ def _check_proposal(
 def _sample(reader: Reader, evolution: Evolution, event: Event) -> list[Member]:
     sample = evolution.tournament(event.candidate or 0)
     here = [[m.candidate, m.fitness, m.last_trained] for m in sample]
-    there = json.loads(event.detail or "[]")
+    there = [member[:3] for member in json.loads(event.detail or "[]")]
     if there != here:
         raise ReplayError(f"tournament {event.candidate}: {there} in the store, {here} by the log")
     return sample

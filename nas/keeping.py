@@ -6,7 +6,7 @@ as its evaluation is over and no one will start from it.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nas import state
@@ -33,21 +33,23 @@ class Values:
         """Where to start from, after this candidate: as it was trained, if that is still there."""
         if candidate is None or not self.warm:
             return None
-        values = self.reader.candidate(candidate).trained_values
+        return self.if_there(self.reader.candidate(candidate).trained_values)
+
+    def if_there(self, values: str | None) -> str | None:
+        """The same, or None if it is gone."""
         return None if values is None or is_gone(self.run, values) else values
 
     def sweep(
         self,
         waiting: Mapping[int, Open],
         tournaments: Mapping[int, Tournament],
-        todo: Iterable[Job],
         running: Mapping[int, Job],
     ) -> None:
         """Remove the files that no member has and nothing of these may start from."""
         if self.warm:
-            parents = state.parents(waiting.values(), tournaments.values())
-            inherited = {job.inherit for job in (*todo, *running.values())}
-            sweep(self.run, self.reader.trained_values(parents) | inherited, running)
+            drawn = {member.candidate for found in tournaments.values() for member in found.sample}
+            inherited = state.inherited(waiting.values(), tournaments.values())
+            sweep(self.run, self.reader.trained_values(drawn) | inherited, running)
 
 
 def name_of(job: Job) -> str:

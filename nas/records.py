@@ -46,6 +46,7 @@ class CandidateRow(NamedTuple):
     last_trained: int | None
     removed: int | None
     trained_values: str | None
+    inherit: str | None = None  # no column of files of version 1
 
 
 class EvaluationRow(NamedTuple):
@@ -214,8 +215,8 @@ class Reader:
         numbers = [-1 if number is None else number for number in last]
         return max(numbers[:2]) + 1, max(numbers[2], 0) + 1
 
-    def open_tournaments(self) -> Iterator[tuple[int, list[tuple[int, float, int]]]]:
-        """Those without a child as yet: its number, and [candidate, fitness, last_trained] each."""
+    def open_tournaments(self) -> Iterator[tuple[int, list[list[Any]]]]:
+        """Those without a child as yet: its number, and its members as the event has them."""
         where = "kind = 'tournament' AND candidate NOT IN (SELECT id FROM candidates)"
         query = f"SELECT candidate, detail FROM events WHERE {where} ORDER BY seq"
         return ((number, json.loads(detail)) for number, detail in list(self._rows(query)))

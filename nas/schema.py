@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE study (
@@ -40,7 +40,8 @@ CREATE TABLE candidates (
     answered_by INTEGER REFERENCES candidates,  -- the twin whose evaluation is this one's too
     last_trained INTEGER,         -- event
     removed INTEGER,              -- event; NULL while it is a member, or never was
-    trained_values TEXT           -- where the evaluator keeps them
+    trained_values TEXT,          -- where the evaluator keeps them
+    inherit TEXT                  -- those of its parent that it is to start from
 );
 CREATE INDEX members ON candidates (last_trained) WHERE state = 'done' AND removed IS NULL;
 CREATE INDEX unfinished ON candidates (id) WHERE state = 'open';
@@ -74,7 +75,15 @@ CREATE TABLE events (
 );
 """
 
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS = {
+    1: """
+    ALTER TABLE candidates ADD COLUMN inherit TEXT;
+    UPDATE candidates SET inherit = (
+        SELECT trained_values FROM candidates AS parents, study WHERE parents.id = candidates.parent
+        AND json_extract(settings, '$.fitness_policy') = 'retrain_warm'
+    ) WHERE state = 'open';
+    """
+}
 """Version n to the statements that make a file of it one of version n + 1."""
 
 

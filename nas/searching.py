@@ -108,7 +108,7 @@ class Search:
                 self._result(job, outcome)
             else:
                 self._retrained(job, outcome)
-            self.values.sweep(self._open, self._tournaments, self._todo, self._running)
+            self.values.sweep(self._open, self._tournaments, self._running)
 
     @property
     def is_over(self) -> bool:
@@ -138,17 +138,20 @@ class Search:
         if self.settings.fitness_policy == "stored" or self.evolution.is_random:
             return self._propose(self.evolution.propose(number))
         sample = self.evolution.tournament(number)
-        detail = json.dumps([[m.candidate, m.fitness, m.last_trained] for m in sample])
-        with self.store.change("tournament", number, detail=detail):
+        inherit = {m.candidate: self.values.of(m.candidate) for m in sample}
+        tournament = Tournament(sample, set(inherit), inherit)
+        with self.store.change("tournament", number, detail=tournament.detail):
             pass
         self._next = number + 1
-        self._hold(number, Tournament(sample, {m.candidate for m in sample}))
+        self._hold(number, tournament)
 
     def _hold(self, number: int, tournament: Tournament) -> None:
         """Have the members trained again that have not been."""
         self._tournaments[number] = tournament
         for member in dict.fromkeys(m.candidate for m in tournament.sample):
             if member in tournament.missing:
+                # Files of version 1 do not say.
+                tournament.inherit.setdefault(member, self.values.of(member))
                 self._todo.append(self._retraining(number, member))
 
     def _propose(self, proposal: Proposal) -> None:
@@ -156,6 +159,7 @@ class Search:
         metrics, broken = self.gate.check(architecture)
         network = digest(self.space.canonical(architecture))
         detail = broken or (json.dumps(sample) if sample else None)
+        inherit = self.values.of(parent)
         with self.store.change("reject" if broken else "propose", number, detail=detail) as event:
             self.store.add_candidate(
                 proposal,
@@ -164,12 +168,13 @@ class Search:
                 canonical=network,
                 state="rejected" if broken else "open",
                 metrics=metrics,
+                inherit=inherit,
             )
         self._next = max(self._next, number + 1)
         if broken:
             self.gate.count(broken)
         else:
-            self._open[number] = Open(architecture, network, parent, metrics, sample)
+            self._open[number] = Open(architecture, network, inherit, metrics, sample)
             self._place_all([number])
 
     def _place_all(self, more: Iterable[int] = ()) -> None:
@@ -183,7 +188,7 @@ class Search:
         """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
         found = self._open[number]
         seed = evaluate.seed(self.settings.seed, number)
-        start = {"inherit": self.values.of(found.parent), "rivals": self.values.rivals(number)}
+        start = {"inherit": found.inherit, "rivals": self.values.rivals(number)}
         answer = self.twins.place(found.network, number)
         if answer == "evaluate":
             self._todo.append(Job(0, number, found.architecture, seed, **start))
@@ -196,10 +201,12 @@ class Search:
     def _retraining(self, tournament: int, member: int) -> Job:
         architecture = self.space.decode(self.store.candidate(member).architecture)
         seed = evaluate.seed(self.settings.seed, member, tournament)
-        return Job(0, member, architecture, seed, 1, tournament, self.values.of(member))
+        inherit = self._tournaments[tournament].inherit[member]
+        return Job(0, member, architecture, seed, 1, tournament, inherit)
 
     def _start(self, job: Job) -> Job:
-        job = replace(job, evaluation=self._next_evaluation)
+        inherit = self.values.if_there(job.inherit)
+        job = replace(job, evaluation=self._next_evaluation, inherit=inherit)
         with self.store.change("start", job.candidate, evaluation=job.evaluation):
             self.store.add_evaluation(job)
         self._next_evaluation += 1
@@ -307,4 +314,4 @@ class Search:
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._todo
         )
-        self.values.sweep(self._open, self._tournaments, self._todo, self._running)
+        self.values.sweep(self._open, self._tournaments, self._running)

@@ -15,7 +15,7 @@ class Open(NamedTuple):
 
     architecture: Any
     network: str  # digest of its canonical form
-    parent: int | None
+    inherit: str | None  # trained values of its parent, as of its proposal
     metrics: dict[str, float]  # of the limits
     sample: tuple[int, ...]  # see `nas.evolution.Proposal`
 
@@ -25,6 +25,17 @@ class Tournament(NamedTuple):
 
     sample: list[Member]  # with their new fitness, as far as it is known
     missing: set[int]  # candidates
+    inherit: dict[int, str | None]  # by candidate, what its training starts from
+
+    @property
+    def detail(self) -> str:
+        """What its event has, before anything is judged."""
+        return json.dumps(
+            [
+                [m.candidate, m.fitness, m.last_trained, self.inherit[m.candidate]]
+                for m in self.sample
+            ]
+        )
 
     def judge(self, candidate: int, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
@@ -49,7 +60,7 @@ def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, Open]:
         (event,) = reader.events(row.proposed - 1, most=1)
         sample = tuple(json.loads(event.detail or "[]"))
         architecture = space.decode(row.architecture)
-        found[row.id] = Open(architecture, row.canonical, row.parent, row.metrics, sample)
+        found[row.id] = Open(architecture, row.canonical, row.inherit, row.metrics, sample)
     return found
 
 
@@ -57,20 +68,21 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     """Those without a child as yet, by its number; perhaps with nothing missing any more."""
     found: dict[int, Tournament] = {}
     for number, drawn in reader.open_tournaments():
-        done = reader.evaluations("tournament = ? AND outcome = 'ok'", number)
-        known: dict[int, float] = {row.candidate: row.fitness or 0.0 for row in done}
         sample = [
-            Member(c, space.decode(reader.candidate(c).architecture), known.get(c, fitness), stamp)
-            for c, fitness, stamp in drawn
+            Member(c, space.decode(reader.candidate(c).architecture), fitness, stamp)
+            for c, fitness, stamp, *_ in drawn
         ]
-        found[number] = Tournament(sample, {m.candidate for m in sample} - set(known))
+        inherit = {c: values for c, _, _, *recorded in drawn for values in recorded}
+        found[number] = Tournament(sample, {m.candidate for m in sample}, inherit)
+        for row in reader.evaluations("tournament = ? AND outcome = 'ok'", number):
+            found[number].judge(row.candidate, row.fitness)
     return found
 
 
-def parents(open_: Iterable[Open], tournaments: Iterable[Tournament]) -> set[int]:
-    """Whose trained values may yet be started from, also if they have left the population."""
-    drawn = {member.candidate for found in tournaments for member in found.sample}
-    return drawn | {found.parent for found in open_ if found.parent is not None}
+def inherited(open_: Iterable[Open], tournaments: Iterable[Tournament]) -> set[str | None]:
+    """The trained values that are to be started from."""
+    retrained = {values for found in tournaments for values in found.inherit.values()}
+    return retrained | {found.inherit for found in open_}
 
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:

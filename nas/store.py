@@ -7,7 +7,9 @@ time and another goes on from what is written. Kinds of events:
     propose     a candidate, from the population as of the events before; with `non_aging`,
                 `detail` is the sample, of which the worst is to leave
     reject      the same of one beyond a limit, which `detail` names
-    tournament  members (`detail`: a list) are to be trained again, for the candidate to be proposed
+    tournament  members are to be trained again, for the candidate to be proposed; `detail` lists
+                [candidate, fitness, last_trained, where to start from] (files of version 1
+                without the last)
     start       an evaluation
     result      an evaluation has given a candidate its fitness: it joins the population
     answer      a candidate has its twin's fitness: it joins the population

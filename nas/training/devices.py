@@ -35,7 +35,8 @@ class Devices:
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self._free, self._count = deque(devices), len(devices)
-        self._left, self._lost = len(devices), ""
+        self._lost: set[Device] = set()
+        self._reason = ""  # of the last loss
         self._changed = threading.Condition()
         self._threads = Threads()
         self._turns: dict[Future, Turn] = {}
@@ -51,13 +52,17 @@ class Devices:
             close=self._threads.close,
         )
 
+    @property
+    def _left(self) -> int:
+        return self._count - len(self._lost)
+
     def _has_begun(self, future: Future) -> bool:
         turn = self._turns.get(future)
         return turn is None or turn.device is not None
 
     def _submit(self, task: Callable[[Job], Outcome], job: Job) -> Future:
         if not self._left:
-            raise WorkersError(f"no device is left: {self._lost}")
+            raise WorkersError(f"no device is left: {self._reason}")
         turn = Turn()
         future = self._threads.submit(self._run, turn, task, job)
         self._turns[future] = turn
@@ -83,17 +88,24 @@ class Devices:
         with self._changed:
             self._changed.wait_for(lambda: self._free or not self._left)
             if not self._left:
-                raise WorkersError(f"no device is left: {self._lost}")
+                raise WorkersError(f"no device is left: {self._reason}")
             turn.device = self._free.popleft()
             return turn.device
 
     def _give_back(self, turn: Turn, device: Device, lost: str | None) -> None:
         with self._changed:
             if lost is not None:
-                self._left, self._lost = self._left - 1, lost
+                self._lost.add(device)
+                self._reason = lost
+                if device in self._free:  # as it was handed out twice
+                    self._free.remove(device)
             elif not turn.overdue:
-                self._free.append(device)
+                self._release(device)
             self._changed.notify_all()
+
+    def _release(self, device: Device) -> None:
+        if device not in self._lost:  # by another job that had it
+            self._free.append(device)
 
     def _expire(self, future: Future) -> None:
         """What runs cannot be ended: it goes on beside the job that takes its place."""
@@ -102,7 +114,7 @@ class Devices:
         with self._changed:
             if turn and turn.device and not turn.overdue:
                 turn.overdue = True
-                self._free.append(turn.device)
+                self._release(turn.device)
             self._changed.notify_all()
 
 

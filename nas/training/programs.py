@@ -133,10 +133,11 @@ class Programs(NamedTuple):
 
 
 KEPT = 32
-"""Programs of single architectures are not kept for ever."""
+"""Programs of single architectures are not kept for ever: those used least recently go."""
 
-_programs: dict[Any, Programs] = {}
-_locks = [threading.Lock() for _ in range(64)]
+_programs: dict[Any, Programs] = {}  # the one used last at its end
+_lock = threading.Lock()  # of that
+_compiling = [threading.Lock() for _ in range(64)]
 
 
 def get(
@@ -151,14 +152,28 @@ def get(
     leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
     # With `Static` the structure holds the architecture itself.
     key = (network, recipe, structure, tuple(leaves), data, device)
-    with _locks[hash(key) % len(_locks)]:  # of several threads that need it one compiles
-        if key in _programs:
-            return _programs[key], 0.0
+    with _compiling[hash(key) % len(_compiling)]:  # of several threads that need it one compiles
+        if found := _kept(key):
+            return found, 0.0
         begun = time.perf_counter()
-        _programs[key] = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+        made = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+        _keep(key, made)
+        return made, time.perf_counter() - begun
+
+
+def _kept(key: Any) -> Programs | None:
+    with _lock:
+        found = _programs.pop(key, None)
+        if found:
+            _programs[key] = found
+        return found
+
+
+def _keep(key: Any, made: Programs) -> None:
+    with _lock:
+        _programs[key] = made
         while len(_programs) > KEPT:
-            _programs.pop(next(iter(_programs)), None)
-        return _programs[key], time.perf_counter() - begun
+            del _programs[next(iter(_programs))]
 
 
 def this_device() -> Device:

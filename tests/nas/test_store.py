@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from searches import Bits, drive, small
 
-from nas import filesystem, schema
+import nas
+from nas import Job, Search, filesystem, schema
 from nas.opening import MismatchError
 from nas.records import Reader
 from nas.store import BusyError, Store
@@ -149,23 +150,53 @@ def test_a_newer_version_is_refused(path) -> None:
     connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     connection.close()
     for opens in (Reader, Store):
-        with pytest.raises(schema.VersionError, match=r"has version 2 .* knows up to 1: install a"):
+        with pytest.raises(schema.VersionError, match=r"has version 3 .* knows up to 2: install a"):
             opens(path)
     with pytest.raises(schema.VersionError):
         Store(path)  # the lock is free again
 
 
 def test_an_older_version_is_migrated_by_its_driver(path, monkeypatch) -> None:
-    monkeypatch.setattr(schema, "VERSION", 3)
+    monkeypatch.setattr(schema, "VERSION", 4)
     monkeypatch.setattr(
         schema,
         "MIGRATIONS",
-        {1: "ALTER TABLE events ADD COLUMN a; ", 2: "ALTER TABLE events DROP COLUMN a;"},
+        {2: "ALTER TABLE events ADD COLUMN a; ", 3: "ALTER TABLE events DROP COLUMN a;"},
     )
     assert len(list(Reader(path).candidates())) == 60  # readers take it as it is
     store = Store(path)
-    assert schema.version(store._connection) == 3 and len(list(store.candidates())) == 60
+    assert schema.version(store._connection) == 4 and len(list(store.candidates())) == 60
     store.close()
+
+
+@pytest.mark.parametrize("policy", ["retrain_warm", "retrain_scratch"])
+def test_a_search_of_version_1_goes_on(tmp_path, policy) -> None:
+    """Its candidates and retrainings under way start from what was trained last."""
+
+    def begin() -> Search:
+        return small(tmp_path, population=1, sample=1, fitness_policy=policy)
+
+    def tell(job: Job) -> None:
+        search.tell(job, {"fitness": 1.0, "trained_values": f"values {job.evaluation}"})
+
+    with begin() as search:
+        tell(search.ask())
+        retrainings = [search.ask() for _ in range(3)]
+        tell(retrainings[0])
+        connection = search.store._connection
+        connection.execute("ALTER TABLE candidates DROP COLUMN inherit")
+        older = "detail = json_remove(detail, '$[0][3]')"
+        connection.execute(f"UPDATE events SET {older} WHERE kind = 'tournament'")
+        connection.execute("PRAGMA user_version = 1")
+    assert [row.state for row in Reader(tmp_path / "search").candidates()] == ["done", "open"]
+    with begin() as search:
+        jobs = [search.ask() for _ in range(3)]
+        assert [(job.candidate, job.tournament) for job in jobs] == [(1, None), (0, 2), (0, 3)]
+        start = "values 2" if policy == "retrain_warm" else None
+        assert [job.inherit for job in jobs] == [start] * 3
+        for job in jobs:
+            tell(job)
+        nas.replay(search.store, Bits())
 
 
 def test_a_file_that_is_no_database(tmp_path) -> None:

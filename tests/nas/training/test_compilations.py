@@ -1,14 +1,17 @@
 """With the interpreter a search compiles as often as there are programs, whatever it proposes."""
 
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from toy import SMALL_SPACE, search, small
 
-from nas.training import cache
+from nas.training import cache, programs
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -51,6 +54,38 @@ def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_pat
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def programs_of(network: Any) -> tuple[Any, float]:
+    """By the cache, of anything."""
+    recipe: Any = None
+    return programs.get(network, recipe, (), recipe)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch) -> None:
+    """Programs are their network, and two are kept."""
+    monkeypatch.setattr(programs, "_compiled", lambda network, *_: network)
+    monkeypatch.setattr(programs, "_programs", {})
+    monkeypatch.setattr(programs, "KEPT", 2)
+
+
+def test_the_programs_used_least_recently_go(uncompiled) -> None:
+    compiled = [programs_of(name)[1] > 0 for name in ("a", "b", "a", "c", "a", "b")]
+    assert compiled == [True, True, False, True, False, True]
+
+
+def test_threads_that_need_different_programs(uncompiled) -> None:
+    """What others have put in or taken out meanwhile is not noticed."""
+    names = [f"{n % 7}" for n in range(3_000)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert [made for made, _ in pool.map(programs_of, names)] == names
+    finally:
+        sys.setswitchinterval(before)
+    assert len(programs._programs) == 2
 
 
 def test_the_default_folder(monkeypatch) -> None:

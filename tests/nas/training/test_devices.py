@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 
 import jax
 import pytest
@@ -123,6 +124,33 @@ def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
     assert not (pool.begun(first) and pool.begun(second))
     end.set()
     assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.begun(second)
+    pool.close()
+
+
+@pytest.mark.parametrize("handed_out_again", [True, False])
+def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_out_again) -> None:
+    """Also if two jobs fail on it then: the other device goes on, and it gets none any more."""
+
+    def task(one: nas.Job) -> Outcome:
+        end.wait(30)
+        return Outcome("exception", error="no") if this_device() is gone else Outcome("ok", 1.0)
+
+    def begin() -> Future:
+        future = pool.submit(task, job())
+        while not pool.begun(future):
+            time.sleep(0.001)
+        return future
+
+    gone, other = jax.local_devices()[:2]
+    monkeypatch.setattr(devices, "answers", lambda device: device is not gone)
+    pool, end = devices.Devices([gone, other]).pool(), threading.Event()
+    dying, well = [begin()], begin()
+    pool.expire(dying[0])
+    if handed_out_again:
+        dying.append(begin())
+    end.set()
+    assert [future.result(60).kind for future in dying] == ["worker_death"] * len(dying)
+    assert [future.result(60).kind for future in (well, begin(), begin())] == ["ok"] * 3
     pool.close()
 
 

@@ -124,5 +124,44 @@ def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left
     tell(twin, math.nan)
     waited = ask()
     assert waited.candidate == 2 and waited.inherit is not None
-    assert waited.inherit == f"weights/0-{2 + 2}.safetensors"  # the last of its retrainings
+    assert waited.inherit == "weights/0-3.safetensors"  # of the retraining it was proposed after
     search.close()
+
+
+def test_what_is_started_from_outlives_the_driver(tmp_path) -> None:
+    """A child and retrainings start from the values of their proposal, whatever came after it."""
+
+    def begin() -> nas.Search:
+        return nas.Search(
+            space=Numbers(), folder=tmp_path, population=1, sample=1, cycles=4, cache=False,
+            fitness_policy="retrain_warm",
+        )  # fmt: skip
+
+    def ask() -> nas.Job:
+        job = search.ask()
+        assert job is not None
+        return job
+
+    def tell(job: nas.Job) -> None:
+        (run / keeping.name_of(job)).touch()
+        search.tell(job, {"fitness": 1.0, "trained_values": keeping.name_of(job)})
+
+    def starts(jobs: list[nas.Job]) -> list[tuple]:
+        return [(job.candidate, job.tournament, job.inherit) for job in jobs]
+
+    run = tmp_path / "search"
+    (run / keeping.FOLDER).mkdir(parents=True)
+    with begin() as search:
+        tell(ask())
+        first, second, third = ask(), ask(), ask()  # of the one member, for three children
+        tell(first)
+        child = ask()
+        tell(second)  # its parent is trained once more
+        before = starts([child, ask(), third])
+    expected = [(1, None, 2), (2, None, 3), (0, 3, 1)]
+    assert before == [(a, b, f"weights/0-{n}.safetensors") for a, b, n in expected]
+    with begin() as search:
+        jobs = [ask(), ask(), ask()]
+        assert starts(jobs) == before
+        assert all(job.inherit and (run / job.inherit).exists() for job in jobs)
+        nas.replay(search.store, Numbers())
