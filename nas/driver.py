@@ -51,6 +51,8 @@ class Driver:
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
         self._end = math.inf  # of time.monotonic
+        self._grace_s = getattr(self.evaluator, "grace_s", 0.0)  # see `nas.evaluate.Evaluator`
+        self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
         self._told = self.search.evolution.results  # of how many the callback knows
         self._task = workers.task(self.evaluator, self.pool.pickles)
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -90,7 +92,7 @@ class Driver:
                     f"the workers take no more jobs ({error}): use workers='processes', whose "
                     "workers are restarted, and resume the run"
                 ) from error
-            deadline = time.monotonic() + BEGIN_S + (self.timeout_s or float("inf"))
+            deadline = time.monotonic() + BEGIN_S + self._job_s
             self._flights[job.evaluation] = Flight(job, future, deadline)
             future.add_done_callback(lambda _, number=job.evaluation: self._done.put(number))
 
@@ -116,12 +118,13 @@ class Driver:
         now = time.monotonic()
         for number, flight in list(self._flights.items()):
             if not flight.begun and self.pool.begun(flight.future):
-                flight = flight._replace(begun=True, deadline=now + self.timeout_s)
+                flight = flight._replace(begun=True, deadline=now + self._job_s)
                 self._flights[number] = flight
             if flight.deadline <= now and not flight.future.done():
                 self._expired[number] = self._flights.pop(number)
                 self.pool.expire(flight.future)
-                text = f"took more than timeout_s {self.timeout_s:g}"
+                more = f", and {self._grace_s:g} s to compile" if self._grace_s else ""
+                text = f"took more than timeout_s {self.timeout_s:g}{more}"
                 self._report(flight.job, Outcome("timeout", error=text))
 
     def _report(self, job: Job, outcome: Outcome) -> None:

@@ -57,7 +57,11 @@ class Outcome(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """An evaluator that sees the whole job."""
+    """An evaluator that sees the whole job.
+
+    One that keeps to `timeout_s` itself, and does not count its compiling as such, may have an
+    attribute `grace_s`: so many seconds more it is given before the search gives a job up.
+    """
 
     def evaluate(self, job: Job) -> float | Mapping[str, Any]:
         """The fitness, or a dict with `fitness`, other metrics, and perhaps `trained_values`."""
@@ -135,6 +139,11 @@ class Repeated:
     def compares(self) -> str | None:
         """As of the inner one."""
         return getattr(self._inner, "compares", None)
+
+    @property
+    def grace_s(self) -> float:
+        """As of the inner one."""
+        return getattr(self._inner, "grace_s", 0.0)
 
     def in_search(self, *search: Any) -> "Repeated":
         """With the inner one told; see `in_search`."""

@@ -1,7 +1,7 @@
 """Hard limits on architectures, how often failures are tried again, and when they are too many."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,11 +11,6 @@ MAX_REJECTED = 10_000
 
 class FailuresError(RuntimeError):
     """Too many evaluations have failed, or too many candidates were rejected, in a row."""
-
-    @classmethod
-    def of(cls, in_a_row: int, last: str) -> "FailuresError":
-        """Of evaluations, with the last of them in words."""
-        return cls(f"{in_a_row} evaluations have failed in a row (max_failures), the last, {last}")
 
 
 class Limit(NamedTuple):
@@ -46,6 +41,10 @@ class Gate:
         self._in_a_row = 0
         return found, None
 
+    def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Those of the metrics that the limits have measured."""
+        return {limit.name: metrics[limit.name] for limit in self.limits if limit.name in metrics}
+
     def count(self, broken: str) -> None:
         """One more is rejected; FailuresError if that is one too many."""
         self._in_a_row += 1
@@ -53,6 +52,26 @@ class Gate:
             raise FailuresError(
                 f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
                 "raise that limit"
+            )
+
+
+class Failures:
+    """Counts evaluations that fail in a row, up to `at_most`."""
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most, self._in_a_row = at_most, 0
+
+    def end(self) -> None:
+        """An evaluation has not failed."""
+        self._in_a_row = 0
+
+    def count(self, last: str) -> None:
+        """One more has failed, in words `last`; FailuresError if that is one too many."""
+        self._in_a_row += 1
+        if self._in_a_row >= self.at_most:
+            raise FailuresError(
+                f"{self._in_a_row} evaluations have failed in a row (max_failures), the last, "
+                f"of {last}"
             )
 
 

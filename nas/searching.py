@@ -20,7 +20,7 @@ from nas import evaluate, keeping, opening, state
 from nas import space as spaces
 from nas.evaluate import Job, Outcome
 from nas.evolution import Member, Proposal, Settings
-from nas.limits import FailuresError, Gate, Limit, Retries
+from nas.limits import Failures, Gate, Limit, Retries
 from nas.state import Open, Tournament
 from nas.twins import Answer, Twins, digest
 
@@ -53,19 +53,17 @@ class Search:
         self.space, self.settings = spaces.check(space), Settings(**settings)
         opening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
-        self.retries, self.max_failures = retries or Retries(), max_failures
+        self.retries, self.failures = retries or Retries(), Failures(max_failures)
         same = {**self.settings.to_dict(), "cache": int(cache)}
         self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
         self.values = keeping.Values(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
-        self.best_fitness: float | None = None
         self._todo: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by evaluation
         self._open: dict[int, Open] = {}  # by candidate, as are these:
         self._unplaced: deque[int] = deque()
         self._tournaments: dict[int, Tournament] = {}
-        self._failed_in_a_row = 0
         try:
             self.evolution = state.evolution(self.store, self.space, self.settings)
             self._restore()
@@ -148,11 +146,12 @@ class Search:
     def _hold(self, number: int, tournament: Tournament) -> None:
         """Have the members trained again that have not been."""
         self._tournaments[number] = tournament
-        for member in dict.fromkeys(m.candidate for m in tournament.sample):
-            if member in tournament.missing:
-                # Files of version 1 do not say.
-                tournament.inherit.setdefault(member, self.values.of(member))
-                self._todo.append(self._retraining(number, member))
+        missing = {m.candidate: m for m in tournament.sample if m.candidate in tournament.missing}
+        for candidate, member in missing.items():
+            # Files of version 1 do not say where it starts.
+            start = tournament.inherit.setdefault(candidate, self.values.of(candidate))
+            seed = evaluate.seed(self.settings.seed, candidate, number)
+            self._todo.append(Job(0, candidate, member.architecture, seed, 1, number, start))
 
     def _propose(self, proposal: Proposal) -> None:
         number, architecture, parent, _, sample = proposal
@@ -198,12 +197,6 @@ class Search:
                 self.store.set_candidate(number, answered_by=answer.twin)
             self._join(member)
 
-    def _retraining(self, tournament: int, member: int) -> Job:
-        architecture = self.space.decode(self.store.candidate(member).architecture)
-        seed = evaluate.seed(self.settings.seed, member, tournament)
-        inherit = self._tournaments[tournament].inherit[member]
-        return Job(0, member, architecture, seed, 1, tournament, inherit)
-
     def _start(self, job: Job) -> Job:
         inherit = self.values.if_there(job.inherit)
         job = replace(job, evaluation=self._next_evaluation, inherit=inherit)
@@ -222,7 +215,8 @@ class Search:
             self.store.end_evaluation(job, outcome)
             member = self._write(event, job.candidate, outcome)
         self._join(member)
-        self._ended(job)
+        del self._running[job.evaluation]
+        self.failures.end()
         self._place_all(self.twins.end(network))
 
     def _write(self, event: int, number: int, result: Outcome | Answer) -> Member:
@@ -250,21 +244,17 @@ class Search:
 
     def _retrained(self, job: Job, outcome: Outcome) -> None:
         number, fitness = job.candidate, outcome.fitness or 0.0
-        metrics = {**self.store.candidate(number).metrics, **outcome.metrics}
+        metrics = {**self.gate.of(self.store.candidate(number).metrics), **outcome.metrics}
         kept = {"metrics": metrics, "trained_values": outcome.trained_values}
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
             self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
         self.evolution.refresh(number, fitness, event)
-        self._ended(job)
+        del self._running[job.evaluation]
+        self.failures.end()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._judge(job, fitness)
-
-    def _ended(self, job: Job, *, failed: bool = False) -> None:
-        """The outcome is written, so that the job is no longer under way."""
-        del self._running[job.evaluation]
-        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
     def _judge(self, job: Job, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
@@ -286,16 +276,14 @@ class Search:
             self.store.end_evaluation(job, outcome)
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")
-        self._ended(job, failed=True)
+        del self._running[job.evaluation]
         if again:
             self._todo.appendleft(replace(job, attempt=job.attempt + 1))
         elif job.tournament is not None:
             self._judge(job, None)
         else:
             self._place_all(self.twins.end(self._open.pop(job.candidate).network))
-        if self._failed_in_a_row >= self.max_failures:
-            last = f"of candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
-            raise FailuresError.of(self._failed_in_a_row, last)
+        self.failures.count(f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}")
 
     # --- going on ---------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.genotype import PAPER_OPERATIONS
 from nas import keeping
@@ -68,6 +68,8 @@ class TrainingEvaluator:
     stop_quantile: float = 0.25
     timeout_s: float | None = None
     """Seconds of training, without compiling; more is a failure. Looked at after each epoch."""
+    grace_s: ClassVar[float] = 1800.0
+    """Seconds that compiling may take besides, before a search with `timeout_s` gives it up."""
     compilation_cache: str | None = None
     """Folder in which JAX keeps compiled programs between runs. Default: JAX's own setting (such as
     JAX_COMPILATION_CACHE_DIR), or else gpipe-jax/jax in the user's folder of caches."""

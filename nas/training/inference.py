@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import export
 
 from gpipe_jax.genotype import OPERATIONS, Genotype
-from gpipe_jax.planning import accelerators, compiler
+from gpipe_jax.planning import accelerators, compiler, libtpu
 from gpipe_jax.planning.compiled import Compiled, Program
 from nas.training.interpreter import Interpreter
 from nas.training.network import Architecture, Shape, Values
@@ -44,7 +44,13 @@ def compile_for(network: Static, genotype: Genotype, batch: int, topology: str) 
     function, specs = _program(network, genotype, batch)
     exported = export.export(jax.jit(function), platforms=["tpu"])(*specs)
     program = Program("a candidate", exported)
-    return compiler.compile_programs([program], accelerators.parse(topology))[0]
+    where = accelerators.parse(topology)
+    try:
+        return compiler.compile_programs([program], where)[0]
+    except libtpu.NotInstalledError:
+        raise
+    except RuntimeError as error:  # the compiler's process died: of this network, not of all
+        return Compiled(program.name, 0.0, error=str(error))
 
 
 def _program(network: Static, genotype: Genotype, batch: int) -> tuple[Callable, tuple]:

@@ -237,6 +237,34 @@ def test_a_thread_that_hangs_is_given_up_and_its_late_report_noted(tmp_path) -> 
     assert [event.kind for event in result.reader.events()].count("late") == 1
 
 
+class Compiles:
+    """Takes its time for the first job."""
+
+    grace_s = 20.0
+
+    def __init__(self, first_s: float) -> None:
+        self.left_s = first_s
+
+    def evaluate(self, job: nas.Job) -> float:
+        left_s, self.left_s = self.left_s, 0.0
+        time.sleep(left_s)
+        return ones(job.architecture)
+
+
+def test_compiling_is_not_of_the_time_of_a_job(tmp_path) -> None:
+    result = run(tmp_path, nas.Repeated(Compiles(0.8), 1), timeout_s=0.2)
+    check(result)
+    assert result.counts.failures == 0 and nas.TrainingEvaluator.grace_s == 1800
+
+
+def test_compiling_has_an_end(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Compiles, "grace_s", 0.1)
+    result = run(tmp_path, Compiles(1.0), timeout_s=0.2)
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+    (error,) = result.evaluations["error"].dropna()
+    assert error == "took more than timeout_s 0.2, and 0.1 s to compile"
+
+
 def test_an_evaluator_that_always_fails_ends_the_search(tmp_path) -> None:
     def broken(bits) -> float:
         raise ImportError("no module named torch")

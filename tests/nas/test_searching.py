@@ -328,6 +328,21 @@ def test_the_least_recently_trained_is_removed_not_the_first_proposed(tmp_path) 
         assert [number for _, number in sorted(removed)] != sorted(number for _, number in removed)
 
 
+def test_a_retraining_leaves_of_the_old_metrics_those_of_the_limits(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> dict:
+        of = "first" if job.tournament is None else "again"
+        return {"fitness": ones(job.architecture), of: 1.0}
+
+    limit = nas.Limit("zeros", lambda bits: 12 - ones(bits))
+    with small(tmp_path, fitness_policy="retrain_scratch", limits=[limit], cycles=20) as search:
+        drive(search, evaluate)
+        again = {row.candidate for row in search.store.evaluations("tournament IS NOT NULL")}
+        assert len(again) > 8
+        for row in search.store.candidates():
+            of = "again" if row.id in again else "first"
+            assert row.metrics == {"zeros": 12 - row.fitness, of: 1.0}
+
+
 def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
     def evaluate(job: nas.Job) -> float:
         return math.nan if job.tournament is not None else ones(job.architecture)

@@ -85,6 +85,21 @@ def test_what_is_compiled_is_inference_of_a_batch_on_one_device(monkeypatch) -> 
     assert seen == [((7, 4, 4, 3), ("tpu",), accelerators.parse("v3:2x2"))]
 
 
+def test_a_compiler_that_dies_costs_only_the_candidate(monkeypatch) -> None:
+    def compile_programs(programs, topology):
+        raise errors[0]
+
+    errors: list[Exception] = [RuntimeError("the TPU compiler's process was killed by signal 9")]
+    monkeypatch.setattr(libtpu, "check_installed", lambda: None)
+    monkeypatch.setattr(compiler, "compile_programs", compile_programs)
+    costs, (genotype, other) = NetworkCosts(filters=2, topology="v5e:1x1"), genotypes(2)
+    assert costs.latency_ms(genotype) == costs.memory_mib(genotype) == math.inf
+    assert _compile(costs, genotype.canonical()).error == str(errors[0])
+    errors[0] = libtpu.NotInstalledError("no libtpu")
+    with pytest.raises(libtpu.NotInstalledError, match="no libtpu"):
+        costs.latency_ms(other)
+
+
 def test_latency_as_a_limit_and_memory_as_a_second_objective(tpu, tmp_path) -> None:
     costs = NetworkCosts(filters=4, topology="v5e:1x1")
     limits = [
