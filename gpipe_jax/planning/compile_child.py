@@ -31,11 +31,11 @@ def main(folder: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     devices = topologies.get_topology_desc(**job["options"]).devices
-    for i, (name, donate, mesh_shape) in enumerate(job["programs"]):
+    for i, (name, donate, (stages, data)) in enumerate(job["programs"]):
         began = time.monotonic()
         try:
             exported = jax.export.deserialize(bytearray((folder / f"{i}.bin").read_bytes()))
-            mesh = _mesh(*mesh_shape, devices)
+            mesh = _mesh(stages, data, devices)
             result = _compile(name, exported, donate, mesh)
         except Exception as e:
             result = failed(name, time.monotonic() - began, str(e))
