@@ -29,7 +29,8 @@ class NetworkCosts:
     """Measures of networks of one shape, as functions of a genotype.
 
     `params_m` is millions of parameters, and `flops_m` millions of floating-point operations for
-    one image as XLA counts them, of which a multiplication and an addition are two. The others are
+    one image: those of convolutions and matrix products, of which a multiplication and an addition
+    are two. Both are the same on every platform, and no accelerator is started. The others are
     of a batch of `batch_size` images at inference, on one device of `topology`: what the TPU
     compiler expects, with no TPU there. Latency is its estimate of cycles over the clock, memory
     all that the program needs. They take seconds to minutes of compiling, once for each network:
@@ -60,13 +61,11 @@ class NetworkCosts:
         libtpu.check_installed()
 
     def params_m(self, genotype: Genotype) -> float:
-        """Millions of parameters."""
-        from nas.training import inference
-
-        return inference.parameters(self._network().shape, genotype) / 1e6
+        """Millions of parameters. About a second for a network that is new."""
+        return _parameters(self, genotype.canonical()) / 1e6
 
     def flops_m(self, genotype: Genotype) -> float:
-        """Millions of floating-point operations for one image."""
+        """Millions of floating-point operations for one image. Seconds for a new network."""
         return _operations(self, genotype.canonical()) / 1e6
 
     def latency_ms(self, genotype: Genotype) -> float:
@@ -99,7 +98,14 @@ class NetworkCosts:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _operations(costs: NetworkCosts, genotype: Genotype) -> float:
+def _parameters(costs: NetworkCosts, genotype: Genotype) -> int:
+    from nas.training import inference
+
+    return inference.parameters(costs._network(), genotype)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _operations(costs: NetworkCosts, genotype: Genotype) -> int:
     from nas.training import inference
 
     return inference.operations(costs._network(), genotype)

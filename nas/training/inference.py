@@ -1,42 +1,57 @@
-"""A network at inference, as a program that is analysed or compiled, but not run."""
+"""A network at inference, as a program that is analysed or compiled, but not run.
 
-import functools
+To count its parameters and operations starts no accelerator, which workers may need.
+"""
+
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from gpipe_jax.genotype import OPERATIONS, Genotype
+from gpipe_jax.genotype import Genotype
 from gpipe_jax.planning import accelerators, compiler, libtpu
 from gpipe_jax.planning.compiled import Compiled, Program
-from nas.training.interpreter import Interpreter
-from nas.training.network import Architecture, Shape, Values
+from nas.training.network import Values
 from nas.training.static import Static
 
 
-def parameters(shape: Shape, genotype: Genotype) -> int:
-    """How many there are: a millisecond, once the first of its shape has been counted."""
-    network, count = _counter(shape, len(genotype.normal.pairs))
-    return int(count(network.encode(genotype)))
+def parameters(network: Static, genotype: Genotype) -> int:
+    """How many there are."""
+    shapes = [layer.shapes(None)[0] for layer in network.layers(network.encode(genotype))]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-@functools.lru_cache(maxsize=4)
-def _counter(shape: Shape, pairs: int) -> tuple[Interpreter, Callable]:
-    network = Interpreter(shape, tuple(OPERATIONS), pairs)
-
-    def count(architecture: Architecture) -> jax.Array:
-        used = jax.tree.leaves(network.used(architecture))
-        return sum((jnp.sum(leaf, dtype=jnp.int32) for leaf in used), jnp.int32(0))
-
-    return network, jax.jit(count)
-
-
-def operations(network: Static, genotype: Genotype) -> float:
-    """Floating-point operations for one image, as XLA counts them."""
+def operations(network: Static, genotype: Genotype) -> int:
+    """Floating-point operations of convolutions and matrix products for one image."""
     function, specs = _program(network, genotype, 1)
-    analysis = jax.jit(function).lower(*specs).cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
+    return count(jax.make_jaxpr(function)(*specs).jaxpr)
+
+
+def count(program: Jaxpr) -> int:
+    """The same of a program without loops, in its form for accelerators."""
+    return sum(_operations(equation) for equation in program.eqns)
+
+
+def _operations(equation: JaxprEqn) -> int:
+    name, given = equation.primitive.name, equation.params
+    inputs: list[Any] = [variable.aval for variable in equation.invars]
+    outputs: list[Any] = [variable.aval for variable in equation.outvars]
+    if name == "dot_general":
+        (contracted, _), _ = given["dimension_numbers"]
+        terms = math.prod(inputs[0].shape[i] for i in contracted)
+    elif name == "conv_general_dilated":
+        kernel = inputs[1].shape
+        terms = math.prod(kernel) // kernel[given["dimension_numbers"].rhs_spec[0]]
+    elif name == "cond":  # by platform, of which the default is the last
+        return count(given["branches"][-1].jaxpr)
+    else:
+        inner = (value for value in given.values() if isinstance(value, ClosedJaxpr))
+        return sum(count(value.jaxpr) for value in inner)
+    return 2 * terms * math.prod(outputs[0].shape)
 
 
 def compile_for(network: Static, genotype: Genotype, batch: int, topology: str) -> Compiled:

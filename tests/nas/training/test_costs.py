@@ -1,6 +1,9 @@
 """What networks cost: counted, compiled once for each network, and as limits and metrics."""
 
+import functools
 import math
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -41,15 +44,16 @@ def genotypes(count: int) -> list:
     return [SPACE.random(Random(seed)) for seed in range(count)]
 
 
-def test_parameters_are_those_of_the_pipelines_layers() -> None:
+def test_parameters_are_those_of_fresh_values() -> None:
     import jax
 
     costs = NetworkCosts(filters=4)
     for genotype in genotypes(2):
         network = costs._network()
         assert isinstance(network, Static)
-        layers = network.layers(network.encode(genotype))
-        sizes = [leaf.size for layer in layers for leaf in jax.tree.leaves(layer.shapes(None)[0])]
+        init = functools.partial(network.init, network.encode(genotype))
+        values = jax.eval_shape(init, jax.random.key(0))
+        sizes = [leaf.size for leaf in jax.tree.leaves(values.parameters)]
         assert costs.params_m(genotype) == sum(sizes) / 1e6
 
 
@@ -58,6 +62,49 @@ def test_operations_grow_with_the_filters() -> None:
     genotype = genotypes(1)[0]
     small, large = (NetworkCosts(filters=n).flops_m(genotype) for n in (4, 8))
     assert 2 * small < large < 4.5 * small
+
+
+def test_operations_are_those_of_convolutions_and_matrix_products() -> None:
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    @jax.jit
+    def program(images, depthwise, matrix):
+        convolved = lax.conv_general_dilated(
+            images, depthwise, (2, 2), "SAME", feature_group_count=3,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        more = lax.platform_dependent(convolved, cpu=lambda x: x, default=lambda x: x @ matrix)
+        return more.sum((1, 2)) @ matrix
+
+    shapes = [(2, 8, 8, 3), (5, 5, 1, 3), (3, 3)]
+    specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    expected = 2 * (25 * (2 * 4 * 4 * 3) + 3 * (2 * 4 * 4 * 3) + 3 * (2 * 3))
+    assert inference.count(jax.make_jaxpr(program)(*specs).jaxpr) == expected
+
+
+def test_operations_are_most_of_those_that_xla_counts() -> None:
+    import jax
+
+    network, genotype = NetworkCosts(filters=8)._network(), genotypes(1)[0]
+    function, specs = inference._program(network, genotype, 1)
+    analysis = jax.jit(function).lower(*specs).cost_analysis()
+    assert 0.7 < inference.operations(network, genotype) / analysis["flops"] < 1.1
+
+
+def test_to_count_starts_no_accelerator() -> None:
+    code = """if True:
+        from random import Random
+        import nas
+        space = nas.NASNetSpace(pairs=2)
+        genotype, costs = space.random(Random(0)), nas.NetworkCosts(filters=2)
+        assert costs.params_m(genotype) > 0 and costs.flops_m(genotype) > 0
+        from jax._src import xla_bridge
+        print(xla_bridge.backends_are_initialized())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_equal_networks_are_compiled_once(tpu) -> None:
