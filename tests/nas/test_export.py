@@ -137,13 +137,15 @@ def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, mo
 
 
 def test_what_the_search_trained_on_is_not_guessed(export, tmp_path, monkeypatch) -> None:
-    (tmp_path / "mine.py").write_text("def evaluate(genotype):\n    return 1.0\n")
+    (tmp_path / "theirs.py").write_text("def evaluate(genotype):\n    return 1.0\n")
     with monkeypatch.context() as here:
         here.syspath_prepend(tmp_path)
-        run("runs", importlib.import_module("mine").evaluate)
-    monkeypatch.delitem(sys.modules, "mine")
+        run("runs", importlib.import_module("theirs").evaluate)
+    del sys.modules["theirs"]
     code, _, err = export("searched", "-o", "best.yaml")
-    assert code == 2 and "what the search trained on cannot be read (No module named 'mine')" in err
+    assert (
+        code == 2 and "what the search trained on cannot be read (No module named 'theirs')" in err
+    )
     assert export("searched", "-o", "best.json")[0] == 0
 
 
