@@ -105,6 +105,7 @@ def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
     assert text.count(" conditional(") >= 3 * (6 + 1 + 2 * 2 + 4)
 
 
+@SLOW
 def test_values_survive_both_translations(pair: Pair) -> None:
     for genotype in ODD.values():
         values = shaken(pair.static, genotype)
