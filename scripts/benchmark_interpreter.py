@@ -113,7 +113,8 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
     for genotype in genotypes:
         architecture = interpreter.encode(genotype)
         values = start(interpreter, architecture)
-        same = to_static(interpreter, genotype, values)
+        # Copies, as each program takes what it is given for its results.
+        same = jax.tree.map(jnp.copy, to_static(interpreter, genotype, values))
         other, own_compile_s = compiled(static, genotype, batch)
         runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
         losses = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
