@@ -265,7 +265,8 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
 
 
 def _call(path: str, name: str, **arguments: int) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name that no import gives: a user's random.py must not become everybody's `random`.
+    spec = importlib.util.spec_from_file_location(f"source {path}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

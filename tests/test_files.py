@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +301,13 @@ def test_python_files_that_make_no_data(here: Path, capsys, code: str | None, me
         (here / "my_data.py").write_text(code)
     error = train(capsys, "data={kind: python, source: 'my_data.py:make'}", code=2)
     assert message in error
+
+
+def test_a_file_with_the_name_of_a_module_does_not_replace_it(here: Path, capsys) -> None:
+    (here / "random.py").write_text("def make(**_): return 3")
+    message = "random.py:make made a int"
+    assert message in train(capsys, "data={kind: python, source: 'random.py:make'}", code=2)
+    assert sys.modules["random"] is random
 
 
 FINITE = """
