@@ -41,6 +41,11 @@ def export(
     for name, value in (("top", wanted.top), ("epochs", wanted.epochs)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` {value}: expected at least 1")
+    if wanted.epochs is not None and wanted.top == 1:
+        raise ValueError(
+            f"`epochs` {wanted.epochs} and `top` 1: only if several are ranked anew is there a "
+            "training; give `top` 2 or more, or leave `epochs` out"
+        )
     best = next(result.reader.ranked(), None)
     if best is None:
         raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")

@@ -1,19 +1,19 @@
 """Compare the two builders of a search's networks: one program for all, and one for each.
 
-    python scripts/benchmark_interpreter.py            # equality, compilations, step times; minutes
-    python scripts/benchmark_interpreter.py --image 32 # the same on larger images
-    python scripts/benchmark_interpreter.py --tpu      # memory too, by the compiler for TPU v5e
-    python scripts/benchmark_interpreter.py --json     # one JSON object as the last line
+    python scripts/benchmark_interpreter.py               # equality, times, candidates per hour
+    python scripts/benchmark_interpreter.py --image 32    # of steps on larger images
+    python scripts/benchmark_interpreter.py --tpu         # memory too, by the compiler for TPU v5e
+    python scripts/benchmark_interpreter.py --json        # one JSON object as the last line
 
 Architectures are drawn at random, with seeds 0, 1, ... Both programs are of one training step, and
 train from the same values, on one batch, for --steps steps after a first that is not timed: in
-turn, so that times are medians, ratios their quotients, and the difference of their losses is the
-largest of all steps, relative to the loss.
+turn, so that times are medians, ratios their quotients. The difference of their losses is the
+largest of all steps, relative to the loss. Beside it, as such training is chaotic, stands the same
+of the static program and itself, from values that differ in the last digit.
 
-Candidates per hour are reckoned from these times, for a search of as many candidates as there are
-architectures, one after the other, of --train steps each: the interpreter's compilation is charged
-to that search once, the others' for each candidate. Initial values, validation and the reading of
-data are left out. A longer search comes nearer to the figure without the interpreter's compilation.
+Then candidates of a search (--config) are trained to the end, as the search trains them, by both
+builders in turn, from the same values. The whole of each evaluation counts for the candidates per
+hour, compilations too; in a longer search the interpreter's one compilation weighs less.
 """
 
 import argparse
@@ -33,18 +33,22 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import trained_by_both
 
-from gpipe_jax import losses
+from gpipe_jax import loader, losses
 from gpipe_jax.genotype import Genotype
 from gpipe_jax.planning import accelerators, compiler
 from gpipe_jax.planning.compiled import Program
+from nas.config import SearchConfig
 from nas.nasnet import NASNetSpace
 from nas.training.interpreter import Interpreter
+from nas.training.names import BUILDERS
 from nas.training.network import Network, PyTree, Shape, Values
 from nas.training.static import Static
 from nas.training.translate import to_static
 
 RATE, MOMENTUM = 0.05, 0.9
+CONFIG = "configs/search_digits.yaml"
 
 
 def step(
@@ -117,7 +121,9 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
         same = jax.tree.map(jnp.copy, to_static(interpreter, genotype, values))
         other, own_compile_s = compiled(static, genotype, batch)
         runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
+        moved = Run(other, static.encode(genotype), in_the_last_digit(same))
         losses = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
+        again = [[moved.step(batch), loss[1]] for loss in losses]
         middle = [statistics.median(run.times[1:]) for run in runs]
         cpu = [statistics.median(run.cpu_times[1:]) for run in runs]
         rows.append(
@@ -128,25 +134,24 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
                 "ratio": middle[0] / middle[1],
                 "cpu_ratio": cpu[0] / cpu[1],
                 "loss_difference": largest_difference(losses),
+                "of_itself": largest_difference(again),
             }
         )
         print(*(f"{name} {value:.3g}" for name, value in rows[-1].items()), sep="  ", flush=True)
     return {"compile_s": compile_s, "architectures": rows}
 
 
+def in_the_last_digit(values: Values) -> Values:
+    """The values, with parameters changed by that at random."""
+    least = jnp.finfo(jnp.float32).eps
+    moved = lambda a: a * (1 + least * jax.random.rademacher(jax.random.key(1), a.shape))  # noqa: E731
+    return Values(jax.tree.map(moved, values.parameters), jax.tree.map(jnp.copy, values.statistics))
+
+
 def largest_difference(losses: list[list[float]]) -> float:
     """Of (interpreter, static) in any step, relative to the second; NaN if one is not finite."""
     one, other = np.array(losses).T
     return float(np.max(np.abs(one - other) / np.abs(other)))
-
-
-def candidates_per_hour(found: dict, steps: int) -> tuple[float, float, float]:
-    """Of the interpreter, the same without its compilation, and of programs for each."""
-    rows = found["architectures"]
-    own = statistics.mean(row["compile_s"] + steps * row["static_ms"] / 1000 for row in rows)
-    trained = statistics.mean(steps * row["interpreter_ms"] / 1000 for row in rows)
-    one = trained + found["compile_s"] / len(rows)
-    return 3600 / one, 3600 / trained, 3600 / own
 
 
 def tpu_memory(topology: str, shape: Shape, genotypes: list[Genotype], examples: int) -> dict:
@@ -180,13 +185,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="examples (64)")
     parser.add_argument("--architectures", type=int, default=10, help="to compare (10)")
     parser.add_argument("--steps", type=int, default=7, help="to time, after a first (7)")
-    parser.add_argument("--train", type=int, default=500, help="steps of a candidate (500)")
+    parser.add_argument("--trained", type=int, default=20, help="to train to the end (20)")
+    parser.add_argument("--config", default=CONFIG, help=f"of that search ({CONFIG})")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace its own")
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
-    for name in ("steps", "train"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: expected at least 1")
+    if options.trained == 1:
+        parser.error("--trained 1: expected at least 2, which can be ranked, or 0")
     space = NASNetSpace()
     genotypes = [space.random(Random(seed)) for seed in range(options.architectures)]
     machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
@@ -196,6 +204,12 @@ def main() -> None:
         found = compare(shape, genotypes, options.batch, options.steps)
         figures |= found
         report(figures, options)
+    if options.trained:
+        config = loader.load_as(SearchConfig, options.config, options.overrides)
+        chosen = [space.random(Random(seed)) for seed in range(options.trained)]
+        rows = trained_by_both.trained_by_both(config, chosen)
+        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
+        report_trained(figures["trained"], options.trained)
     if options.tpu:
         shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
         chosen = [space.random(Random(seed)) for seed in range(3)]
@@ -210,19 +224,34 @@ def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the summary."""
     rows = figures["architectures"]
     mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
-    one, trained, own = candidates_per_hour(figures, options.train)
     print(f"compile: interpreter {figures['compile_s']:.0f} s once, else {mean('compile_s'):.0f} s")
     print(
         f"step, interpreter / static: {mean('ratio'):.2f}, processor time {mean('cpu_ratio'):.2f}"
     )
-    worst = np.max([row["loss_difference"] for row in rows])  # NaN if there is one
-    print(f"largest relative difference of a loss in {options.steps + 1} steps: {worst:.1e}")
+    # NaN if there is one.
+    worst, itself = (
+        np.max([row[name] for row in rows]) for name in ("loss_difference", "of_itself")
+    )
     print(
-        f"candidates per hour in a search of {len(rows)}, of {options.train} steps of "
-        f"{options.batch} images of {options.image}x{options.image}, N = {options.cells}, "
-        f"F = {options.filters}:\n"
-        f"  interpreter {one:.0f}, static {own:.0f}, ratio {one / own:.1f}\n"
-        f"  without the interpreter's compilation {trained:.0f}, ratio {trained / own:.1f}"
+        f"largest relative difference of a loss in {options.steps + 1} steps: {worst:.1e}; of the "
+        f"static program from itself {itself:.1e}"
+    )
+
+
+def report_trained(figures: dict[str, Any], count: int) -> None:
+    """Print what came of whole trainings."""
+    for builder in BUILDERS:
+        found = figures[builder]
+        print(
+            f"{count} candidates trained, {builder}: mean accuracy {found['fitness']:.4f}, "
+            f"{found['per_hour']:.0f} an hour, "
+            f"without compilations {found['per_hour_without_compiling']:.0f}"
+        )
+    ratio = figures["interpreter"]["per_hour"] / figures["static"]["per_hour"]
+    print(
+        f"ratio of candidates per hour {ratio:.1f}; accuracies differ by "
+        f"{figures['difference']:.4f} +- {figures['standard_error']:.4f}, their ranks correlate "
+        f"{figures['rank_correlation']:.3f}"
     )
 
 

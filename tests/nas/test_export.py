@@ -155,6 +155,7 @@ BAD = [
     (("-o", "b.yaml", "--top", "2"), "`top` 2: only candidates of a search by real training can"),
     (("-o", "b.yaml", "--top", "0"), "`top` 0: expected at least 1"),
     (("-o", "b.yaml", "--epochs", "0"), "`epochs` 0: expected at least 1"),
+    (("-o", "b.yaml", "--epochs", "9"), "`epochs` 9 and `top` 1: only if several are ranked anew"),
     (("-o", "b.yaml", "--cells", "7"), "must be a multiple of 3, as there are three equal stac"),
     (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
     (("-o", "b.yaml", "--cells", "3", "--stages", "9"), "stages 9 is more than the 8 layers of"),

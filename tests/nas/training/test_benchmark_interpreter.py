@@ -1,6 +1,5 @@
 """The arithmetic of the script that compares the builders; nothing is compiled."""
 
-import argparse
 import importlib
 import math
 import sys
@@ -24,23 +23,35 @@ def test_the_difference_is_the_largest_of_all_steps(script) -> None:
     assert math.isnan(script.largest_difference([[2.0, 2.0], [math.nan, 2.0], [3.0, 2.0]]))
 
 
-def test_the_compilation_is_charged_to_the_search(script, capsys) -> None:
-    row = {"compile_s": 26, "interpreter_ms": 20, "static_ms": 10, "ratio": 2, "cpu_ratio": 2}
-    rows = [{**row, "loss_difference": value} for value in (1e-6, math.nan)]
-    sizes = {"batch": 64, "image": 8, "cells": 1, "filters": 4}
-    options = argparse.Namespace(**sizes, steps=7, train=1000)
-    script.report({"compile_s": 32, "architectures": rows}, options)
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "largest relative difference of a loss in 8 steps: nan",
-        "candidates per hour in a search of 2, of 1000 steps of 64 images of 8x8, N = 1, F = 4:",
-        "  interpreter 100, static 100, ratio 1.0",
-        "  without the interpreter's compilation 180, ratio 1.8",
+def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
+    times = {"interpreter": ((60, 50), (12, 0)), "static": ((60, 50), (60, 50))}
+    accuracies = {"interpreter": (0.5, 0.7), "static": (0.75, 0.25)}
+    rows = [
+        {
+            builder: {
+                "seconds": times[builder][i][0],
+                "compile_s": times[builder][i][1],
+                "fitness": accuracies[builder][i],
+            }
+            for builder in times
+        }
+        for i in range(2)
+    ]
+    script.report_trained(script.trained_by_both.summary(rows), 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "2 candidates trained, interpreter: mean accuracy 0.6000, 100 an hour, "
+        "without compilations 327",
+        "2 candidates trained, static: mean accuracy 0.5000, 60 an hour, without compilations 360",
+        "ratio of candidates per hour 1.7; accuracies differ by 0.1000 +- 0.3500, their ranks "
+        "correlate -1.000",
     ]
 
 
-@pytest.mark.parametrize("name", ["--steps", "--train"])
-def test_no_steps_are_refused(script, monkeypatch, capsys, name) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_interpreter.py", name, "0"])
+@pytest.mark.parametrize(("name", "value"), [("--steps", 0), ("--trained", 1)])
+def test_counts_of_which_nothing_comes_are_refused(
+    script, monkeypatch, capsys, name, value
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_interpreter.py", name, str(value)])
     with pytest.raises(SystemExit, match="2"):
         script.main()
-    assert f"{name} 0: expected at least 1" in capsys.readouterr().err
+    assert f"{name} {value}: expected at least" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Candidates of a search trained to the end by both builders, from the same values."""
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from scipy import stats
+
+from gpipe_jax.genotype import Genotype
+from nas import build, evaluate
+from nas.config import SearchConfig
+from nas.evaluate import Job
+from nas.training import weights
+from nas.training.evaluator import TrainingEvaluator
+from nas.training.interpreter import Interpreter
+from nas.training.names import BUILDERS
+from nas.training.translate import to_static
+
+Rows = list[dict[str, dict[str, float]]]  # of an architecture: by builder, what was found
+
+
+def trained_by_both(config: SearchConfig, genotypes: list[Genotype]) -> Rows:
+    """One after the other, each by both builders in turn.
+
+    `seconds` are of all that an evaluation takes, compilations among them. The values are those
+    that the interpreter draws, handed over as a parent's of the same architecture are.
+    """
+    given = build.arguments(config)
+    with tempfile.TemporaryDirectory() as folder:
+        told = given["evaluate"].in_search(given["space"], Path(folder), "retrain_warm", None)
+        # Nothing compiled earlier is found again.
+        told = replace(told, compilation_cache=str(Path(folder) / "compiled"))
+        evaluators = {builder: replace(told, builder=builder) for builder in BUILDERS}
+        network = evaluators["interpreter"].network()
+        assert isinstance(network, Interpreter)
+        return [one(evaluators, network, *pair) for pair in enumerate(genotypes)]
+
+
+def one(
+    evaluators: dict[str, TrainingEvaluator], network: Interpreter, number: int, genotype: Genotype
+) -> dict[str, dict[str, float]]:
+    """By builder, what the evaluation of one architecture found, and its seconds."""
+    values = jax.jit(network.init)(network.encode(genotype), jax.random.key(number))
+    starts = {"interpreter": values, "static": to_static(network, genotype, values)}
+    row = {}
+    for builder, evaluator in evaluators.items():
+        assert evaluator.run is not None
+        weights.save(Path(evaluator.run) / "start.safetensors", genotype, starts[builder])
+        seed = evaluate.seed(0, number)
+        job = Job(number, number, genotype, seed, inherit="start.safetensors")
+        begun = time.perf_counter()
+        found = evaluator.evaluate(job)
+        seconds = time.perf_counter() - begun
+        row[builder] = {"seconds": seconds} | {k: found[k] for k in ("fitness", "compile_s")}
+        print(builder, *(f"{k} {v:.4g}" for k, v in row[builder].items()), sep="  ", flush=True)
+    return row
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """By builder the mean fitness and candidates per hour; and how alike the fitnesses are."""
+    figures: dict[str, Any] = {}
+    for builder in BUILDERS:
+        fitness, seconds, compile_s = (
+            [row[builder][name] for row in rows] for name in ("fitness", "seconds", "compile_s")
+        )
+        figures[builder] = {
+            "fitness": statistics.mean(fitness),
+            "per_hour": 3600 * len(rows) / sum(seconds),
+            "per_hour_without_compiling": 3600 * len(rows) / (sum(seconds) - sum(compile_s)),
+        }
+    apart = [row["interpreter"]["fitness"] - row["static"]["fitness"] for row in rows]
+    figures["difference"] = statistics.mean(apart)
+    figures["standard_error"] = statistics.stdev(apart) / len(rows) ** 0.5
+    ranks = [stats.rankdata([row[b]["fitness"] for row in rows]) for b in BUILDERS]
+    figures["rank_correlation"] = statistics.correlation(*ranks)
+    return figures
