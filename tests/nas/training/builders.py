@@ -76,6 +76,7 @@ class Pair:
         self.interpreter, self.static = interpreter, Static(interpreter.shape)
         self.images = images(interpreter.shape, examples)
         self.program: jax.stages.Compiled | None = None
+        self.other = jax.jit(functools.partial(step, self.static))
 
     def one(self, architecture: Any, values: Values, images: jax.Array) -> Step:
         """The interpreter's step, by a program that can't be compiled anew for what differs."""
@@ -89,8 +90,7 @@ class Pair:
         values = shaken(self.static, genotype)
         architecture = self.interpreter.encode(genotype)
         found = self.one(architecture, from_static(self.interpreter, genotype, values), self.images)
-        other = jax.jit(functools.partial(step, self.static))
-        wanted = other(self.static.encode(genotype), values, self.images)
+        wanted = self.other(self.static.encode(genotype), values, self.images)
         used = self.interpreter.used(architecture)
         padding = jax.tree.map(lambda g, u: g[np.asarray(u) == 0], found.gradients, used)
         both = Values(found.gradients, found.statistics)
@@ -101,9 +101,8 @@ class Pair:
         """Of so many steps of gradient descent, by both builders from the same start."""
         values = shaken(self.static, genotype)
         both = from_static(self.interpreter, genotype, values)
-        other = jax.jit(functools.partial(step, self.static))
         one = self._train(self.one, self.interpreter.encode(genotype), both, steps)
-        return one, self._train(other, self.static.encode(genotype), values, steps)
+        return one, self._train(self.other, self.static.encode(genotype), values, steps)
 
     def _train(self, run: Any, architecture: Any, values: Values, steps: int) -> list[float]:
         losses = []
