@@ -67,7 +67,8 @@ class TrainingEvaluator:
     proposed. Their fitness is that accuracy, and the metric `stopped_at_epoch` says so."""
     stop_quantile: float = 0.25
     timeout_s: float | None = None
-    """Seconds of training, without compiling; more is a failure. Looked at after each epoch."""
+    """Seconds of training, without compiling; more is a failure. Looked at after each epoch. If the
+    search has a limit too, the shorter one counts."""
     grace_s: ClassVar[float] = 1800.0
     """Seconds that compiling may take besides, before a search with `timeout_s` gives it up."""
     compilation_cache: str | None = None
@@ -110,12 +111,13 @@ class TrainingEvaluator:
                 "that, or an evaluator of your own"
             )
         keeps = str(folder.absolute()) if fitness_policy == "retrain_warm" else None
+        limits = [limit for limit in (self.timeout_s, timeout_s) if limit is not None]
         found = replace(
             self,
             pairs=space.pairs,
             operations=space.operations,
             run=self.run or keeps,
-            timeout_s=self.timeout_s or timeout_s,
+            timeout_s=min(limits, default=None),
         )
         found.data_fits()
         return found

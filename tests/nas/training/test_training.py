@@ -250,6 +250,15 @@ def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
     assert "for 1 of 3 epochs, more than timeout_s 1e-09" in found.error
 
 
+@pytest.mark.parametrize(
+    ("own", "of_the_search", "limit"),
+    [(None, None, None), (9.0, None, 9.0), (None, 5.0, 5.0), (9.0, 5.0, 5.0), (5.0, 9.0, 5.0)],
+)
+def test_the_shorter_of_two_limits_counts(tmp_path, own, of_the_search, limit) -> None:
+    told = toy(timeout_s=own).in_search(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
+    assert told.timeout_s == limit
+
+
 def test_a_device_with_too_little_memory(monkeypatch) -> None:
     monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
     found = outcome(toy(batch_size=17))
