@@ -95,11 +95,15 @@ class Search:
         self.report(job, evaluate.read(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """What came of a job, also if it failed; FailuresError if that is one too many."""
+        """What came of a job, also if it failed; FailuresError if that is one too many.
+
+        `nas.keeping.LostValuesError` if what it trained is not there; nothing is written then.
+        """
         with self._lock:
             if job.evaluation not in self._running:
                 with self.store.change("late", job.candidate, evaluation=job.evaluation):
                     return
+            self.values.check(outcome)
             if outcome.kind != "ok":
                 self._failure(job, outcome)
             elif job.tournament is None:
