@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 SMALLEST = 3
 """Pixels each way: two reduction cells make one of them."""
+
+_AIDS = ("folder", "builder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
+"""Fields that leave a fitness as it is, but for rounding: where files are, how long it may take,
+which of two builders makes the same function; and what is the space's, which has a name for it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ class TrainingEvaluator:
     def compares(self) -> str | None:
         """The metric of the population's members that jobs are to be told."""
         return RUNG if self.stop_epoch is not None else None
+
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """What the fitness depends on; a search goes on with the same only."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _AIDS}
 
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
