@@ -492,6 +492,22 @@ def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> 
     assert errors == {"it was done, but its result did not come within 0.05 s"}
 
 
+def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
+    def evaluate(bits) -> float:
+        with lock:
+            busy.append(bits)
+            at_once.append(len(busy))
+        time.sleep(0.002)
+        with lock:
+            busy.pop()
+        return ones(bits)
+
+    lock, busy, at_once = threading.Lock(), [], []
+    pool = dataclasses.replace(pools.pool(4), lost=lambda: 3 if len(at_once) >= 20 else 0)
+    check(run(tmp_path, evaluate, workers=pool))
+    assert max(at_once) > 1 and set(at_once[25:]) == {1}
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 
