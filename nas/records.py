@@ -117,7 +117,7 @@ class Reader:
         name, space, settings, *rest = self._one(f"SELECT {columns} FROM study")
         found = json.loads(settings)
         evaluator = found.pop("evaluate", None)
-        return Study(name, space, found, *rest, evaluator)
+        return Study(name, space, found, *rest)._replace(evaluator=evaluator)
 
     def setup(self) -> bytes | None:
         """Space, evaluator and limits, pickled; None if they could not be."""

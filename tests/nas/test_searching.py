@@ -205,7 +205,7 @@ def test_the_mean_of_a_metric_is_over_those_that_have_it(tmp_path) -> None:
         return {"fitness": ones(job.architecture), "both": seen[network], **only}
 
     seen: Counter[str] = Counter()
-    with small(tmp_path, cache=2) as search:
+    with small(tmp_path, cache=2, cycles=200) as search:
         drive(search, evaluate)
         answered = list(search.store.candidates("answered_by IS NOT NULL"))
     assert len(answered) > 5
