@@ -1,8 +1,9 @@
 """Threads as an executor that a job without end does not hold up.
 
 They are daemons, which the end of a process cuts off wherever they are: within XLA, whose C++ lets
-no exception through, that aborts the process, whatever its exit code was to be. So a process asks
-jobs to end before its own end (`finish`), or leaves at once if they don't (`leave`).
+no exception through, that aborts the process, whatever its exit code was to be. So any process asks
+jobs to end before its own end (`finish`), which trainings do after an epoch; what has not ended in
+time is cut off nevertheless. The command line, whose exit codes count, does not get there (`leave`).
 """
 
 import atexit
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ def check_ending() -> None:
 
 
 def finish() -> None:
-    """Ask the jobs to end, and wait a while for it, if there are any."""
+    """Ask the jobs to end, and wait at most `END_S` for it."""
     _ending.set()
     with _changed:
         _changed.wait_for(lambda: not _busy, END_S)
@@ -42,8 +43,9 @@ def finish() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, whatever is at work."""
     if _busy:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # such as of a pipe whose reader is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
