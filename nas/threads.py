@@ -3,7 +3,7 @@
 They are daemons, which the end of a process cuts off wherever they are: within XLA, whose C++ lets
 no exception through, that aborts the process, whatever its exit code was to be. So any process asks
 jobs to end before its own end (`finish`), which trainings do after an epoch; what has not ended in
-time is cut off nevertheless. The command line, whose exit codes count, does not get there (`leave`).
+time is cut off nevertheless. The command line, whose exit codes count, is gone before (`leave`).
 """
 
 import atexit
