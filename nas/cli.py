@@ -1,6 +1,6 @@
 """The command line: `nas search | report | export`.
 
-Exit codes: 0 done, 2 bad input (do not retry), 1 anything else.
+Exit codes: 0 done, 2 bad input (do not retry), 130 interrupted, 1 anything else.
 """
 
 import argparse
@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpipe_jax import loader, progress
 from gpipe_jax.loader import ConfigError
-from nas import scale
+from nas import scale, threads
 from nas.config import SearchConfig
 from nas.records import FILE
 
@@ -37,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on", 130)
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own, which ends with that code also while candidates train."""
+    threads.leave(main())
 
 
 def _fail(error: object, code: int) -> int:
@@ -225,4 +230,4 @@ def _progress(cycles: int) -> Iterator[Callable]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

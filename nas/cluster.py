@@ -24,11 +24,12 @@ class Pool:
     """Where jobs are done. `submit` gives a future; `expire` ends one that takes too long."""
 
     submit: Callable[..., Any]
-    slots: int  # jobs at once
+    slots: int  # jobs at once, at first
     pickles: bool  # whether jobs go to other processes
     expire: Callable[[Any], None]
     begun: Callable[[Any], bool] = lambda future: True  # whether a job waits for no worker
     close: Callable[[], None] = lambda: None
+    lost: Callable[[], int] = lambda: 0  # how many of the slots are gone, but for the last
 
 
 def pool(workers: str) -> Pool:

@@ -81,12 +81,14 @@ class Driver:
         return self.stopping.is_set() or time.monotonic() >= self._end
 
     def _fill(self) -> None:
-        while len(self._flights) < self.pool.slots:
+        while len(self._flights) < self.pool.slots - self.pool.lost():
             job = self.search.ask(until=self._is_to_end)
             if job is None:
                 return
             try:
                 future = self.pool.submit(self._task, job)
+            except WorkersError:
+                raise
             except RuntimeError as error:  # such as BrokenProcessPool, or one that is shut down
                 raise WorkersError(
                     f"the workers take no more jobs ({error}): use workers='processes', whose "

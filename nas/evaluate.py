@@ -5,6 +5,7 @@ any other numbers to record; or an object with a method `evaluate(job)` that ret
 sees the whole `Job`.
 """
 
+import json
 import math
 import traceback
 from collections.abc import Callable, Mapping
@@ -60,7 +61,8 @@ class Evaluator(Protocol):
     """An evaluator that sees the whole job.
 
     One that keeps to `timeout_s` itself, and does not count its compiling as such, may have an
-    attribute `grace_s`: so many seconds more it is given before the search gives a job up.
+    attribute `grace_s`: so many seconds more it is given before the search gives a job up. Another,
+    `goes_by`, may be a dict of what its fitnesses depend on: a search goes on with the same only.
     """
 
     def evaluate(self, job: Job) -> float | Mapping[str, Any]:
@@ -78,6 +80,12 @@ def in_search(
     """An evaluator that can be told what it is to serve, told: by its method `in_search`."""
     told = getattr(evaluator, "in_search", None)
     return told(space, run, fitness_policy, timeout_s) if told else evaluator
+
+
+def goes_by(evaluator: Evaluator) -> dict[str, Any]:
+    """What its fitnesses depend on, as JSON has it: at least its class."""
+    found = {"kind": type(evaluator).__name__, **getattr(evaluator, "goes_by", {})}
+    return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
 
 
 def check(evaluate: Any) -> Evaluator:
@@ -98,6 +106,14 @@ class Function:
 
     function: Callable[[Any], Any]
 
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """Its name and module, as far as these stay the same in another process."""
+        name, module = (getattr(self.function, f"__{key}__", "") for key in ("name", "module"))
+        if not name.isidentifier():  # such as <lambda>
+            return {}
+        return {"function": name, **({"module": module} if module != "__main__" else {})}
+
     def evaluate(self, job: Job) -> Any:
         """What the function returns."""
         return self.function(job.architecture)
@@ -112,6 +128,12 @@ class TabularEvaluator:
 
     table: Callable[[Any], Mapping[str, float]]
     fitness: str = "valid12"
+
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """The column, and of which data if the table says so."""
+        dataset = getattr(self.table, "dataset", None)
+        return {"fitness": self.fitness, **({} if dataset is None else {"dataset": dataset})}
 
     def evaluate(self, job: Job) -> Mapping[str, float]:
         """All metrics, and `fitness`."""
@@ -144,6 +166,11 @@ class Repeated:
     def grace_s(self) -> float:
         """As of the inner one."""
         return getattr(self._inner, "grace_s", 0.0)
+
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """As of the inner one, and how often."""
+        return {"repeats": self.repeats, "evaluator": goes_by(self._inner)}
 
     def in_search(self, *search: Any) -> "Repeated":
         """With the inner one told; see `in_search`."""

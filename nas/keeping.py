@@ -10,12 +10,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nas import state
-from nas.evaluate import Job
+from nas.evaluate import Job, Outcome
 from nas.records import Reader
 from nas.state import Open, Tournament
 
 FOLDER = "weights"
 _NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")
+
+
+class LostValuesError(RuntimeError):
+    """What a worker has trained is not where this machine can see it."""
 
 
 class Values:
@@ -38,6 +42,18 @@ class Values:
     def if_there(self, values: str | None) -> str | None:
         """The same, or None if it is gone."""
         return None if values is None or is_gone(self.run, values) else values
+
+    def check(self, trained: Outcome) -> None:
+        """Raise LostValuesError if what has just been trained is nowhere to start from."""
+        values = trained.trained_values
+        if self.warm and values is not None and is_gone(self.run, values):
+            raise LostValuesError(
+                f"{trained.worker or 'a worker'} has written the trained values {values}, but in "
+                f"{self.run} on this machine there is no such file: with retrain_warm workers "
+                "must write into the run's folder itself; resume with workers on this machine, "
+                "such as 'devices', or begin a search with another name and fitness_policy "
+                "'stored' or 'retrain_scratch'"
+            )
 
     def sweep(
         self,

@@ -1,5 +1,6 @@
 """Whether a search may start, or go on in the file that is there."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from nas.store import ExistsError, Store
 
 
 class MismatchError(ValueError):
-    """The file holds a search with other settings."""
+    """The file holds a search with other settings, or by another evaluator."""
 
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
@@ -31,34 +32,70 @@ def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_fail
 
 
 def open_store(
-    path: Path, name: str, space: Space[Any], settings: dict[str, Any], setup: bytes | None
+    path: Path,
+    name: str,
+    space: Space[Any],
+    settings: dict[str, Any],
+    setup: bytes | None,
+    evaluator: Mapping[str, Any] | None = None,
+    other_evaluator: bool = False,
 ) -> Store:
-    """The store at `path`, new, or of a search with the same settings; MismatchError if not."""
+    """The store at `path`, new, or of the same search; MismatchError if not.
+
+    It is one of the same settings, and of the same evaluator by all that is known of both (see
+    `nas.evaluate.goes_by`), unless it may be another.
+    """
+    given = {} if evaluator is None else {"evaluate": evaluator}
+    named = {"name": name, "space": space.name, "setup": setup}
     try:
-        return Store.create(path, name=name, space=space.name, settings=settings, setup=setup)
+        return Store.create(path, settings={**settings, **given}, **named)
     except ExistsError:
         store = Store(path)
     try:
-        _check_same(store, space.name, settings)
+        _check_settings(store, space.name, settings)
+        if evaluator is not None and not other_evaluator:
+            _check_evaluator(store, evaluator)
     except BaseException:
         store.close()
         raise
     if setup is not None:
         store.set_setup(setup)
+    if evaluator is not None:
+        store.set_evaluator(evaluator)
     return store
 
 
-def _check_same(store: Store, space: str, settings: dict[str, Any]) -> None:
+def _check_settings(store: Store, space: str, settings: dict[str, Any]) -> None:
     study = store.study()
     there = {"space": study.space, **study.settings}
     here = {"space": space, **settings}
-    lines = [
-        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in here | there
-        if there.get(name) != here.get(name)
-    ]
-    if lines:
+    lines = [_line(name, there.get(name), here.get(name)) for name in here | there]
+    if any(lines):
         raise MismatchError(
-            f"{store.path} holds a search with other settings: {'; '.join(lines)}; use another "
-            "name, or the same settings"
+            f"{store.path} holds a search with other settings: {'; '.join(filter(None, lines))}; "
+            "use another name, or the same settings"
         )
+
+
+def _check_evaluator(store: Store, evaluator: Mapping[str, Any]) -> None:
+    there, here = dict(_flat(store.study().evaluator or {})), dict(_flat(evaluator))
+    lines = [_line(name, there[name], here[name]) for name in here if name in there]
+    if any(lines):
+        raise MismatchError(
+            f"{store.path} holds a search by another evaluator, with whose fitnesses this one's "
+            f"cannot be compared: {'; '.join(filter(None, lines))}; use another name, or the same "
+            f"evaluator; or go on all the same by "
+            f"nas.load({str(store.path.parent)!r}).resume(evaluate=...)"
+        )
+
+
+def _line(name: str, there: Any, here: Any) -> str:
+    return "" if there == here else f"{name} is {there!r} there, {here!r} here"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "evaluate.") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -19,6 +19,9 @@ COSTS = (
     r"|_(s|ms|us|bytes|kb|mb|gb|kib|mib|gib)$"
 )
 """Names of metrics of which less is better, such as `params_m`, `flops`, `latency_ms`, `time_s`."""
+NO_COSTS = ("compile_s", "train_s", "train_loss")
+"""Of `nas.TrainingEvaluator`, but no costs of a network: who came first compiles, times depend on
+what else the machine does, and the loss is of the training whose accuracy is the fitness."""
 
 
 class Snapshot(Reader):
@@ -175,7 +178,7 @@ def top(reader: Reader, count: int) -> list[CandidateRow]:
 def costs(reader: Reader) -> list[str]:
     """The recorded metrics of which less is better, going by their names; see `COSTS`."""
     for row in reader.candidates("state = 'done'", order="id LIMIT 1"):
-        return [name for name in row.metrics if re.search(COSTS, name)]
+        return [n for n in row.metrics if re.search(COSTS, n) and n not in NO_COSTS]
     return []
 
 

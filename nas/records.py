@@ -23,6 +23,7 @@ class Study(NamedTuple):
     settings: dict[str, Any]  # of evolution.Settings, and `cache`
     created: float  # seconds since 1970
     package: str
+    evaluator: dict[str, Any] | None = None  # see `nas.evaluate.goes_by`; not in older files
 
     @property
     def maximise(self) -> bool:
@@ -114,7 +115,9 @@ class Reader:
         """What the search is."""
         columns = "name, space, settings, created, package"
         name, space, settings, *rest = self._one(f"SELECT {columns} FROM study")
-        return Study(name, space, json.loads(settings), *rest)
+        found = json.loads(settings)
+        evaluator = found.pop("evaluate", None)
+        return Study(name, space, found, *rest)._replace(evaluator=evaluator)
 
     def setup(self) -> bytes | None:
         """Space, evaluator and limits, pickled; None if they could not be."""

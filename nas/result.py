@@ -201,6 +201,7 @@ class Result:
             evaluate=setup.evaluate if evaluate is None else evaluate,
             name=self.path.name,
             folder=self.path.parent,
+            other_evaluator=evaluate is not None,
             **given,
         )
 
@@ -217,6 +218,7 @@ def search(
     limits: Sequence[Limit] = (),
     name: str = "search",
     folder: str | Path = "runs",
+    other_evaluator: bool = False,
     **options: Any,
 ) -> Result:
     """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
@@ -228,7 +230,8 @@ def search(
     `time_limit_s` for all; `callback(search)` is called after each and ends the search by True.
     The rest goes to `nas.Search`: population, sample, cycles, target, seed, maximise, cache, ...
 
-    A search of the same name and settings goes on where it was. Raises `nas.FailuresError` if the
+    A search of the same name and settings goes on where it was; with another evaluator, whose
+    fitnesses may not compare, only by `other_evaluator=True`. Raises `nas.FailuresError` if the
     evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
     """
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
@@ -238,9 +241,11 @@ def search(
     policy = options.get("fitness_policy", "stored")
     evaluator = evaluators.in_search(evaluator, space, Path(folder) / name, policy, timeout_s)
     options.setdefault("compare", getattr(evaluator, "compares", None))
+    known = {"evaluator": evaluators.goes_by(evaluator), "other_evaluator": other_evaluator}
     loop = Search(
-        space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(), **options
-    )
+        space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(),
+        **known, **options,
+    )  # fmt: skip
     pool = None
     try:
         pool = pools.pool(workers)

@@ -31,7 +31,9 @@ class Search:
     `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
     fitness that ends it before. `cache` says whether equal networks are trained only once, or how
     many times before the mean answers. `compare` is a metric of the members that jobs are told
-    (`Job.rivals`), to give up the hopeless. The rest are the fields of `nas.evolution.Settings`.
+    (`Job.rivals`), to give up the hopeless. `evaluator` is what fitnesses go by, the same as in the
+    file unless it may be an `other_evaluator` (`nas.opening`). The rest are the fields of
+    `nas.evolution.Settings`.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Search:
         max_failures: int = 10,
         compare: str | None = None,
         setup: bytes | None = None,
+        evaluator: Mapping[str, Any] | None = None,
+        other_evaluator: bool = False,
         **settings: Any,
     ) -> None:
         self.space, self.settings = spaces.check(space), Settings(**settings)
@@ -55,7 +59,9 @@ class Search:
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.failures = retries or Retries(), Failures(max_failures)
         same = {**self.settings.to_dict(), "cache": int(cache)}
-        self.store = opening.open_store(Path(folder) / name, name, self.space, same, setup)
+        self.store = opening.open_store(
+            Path(folder) / name, name, self.space, same, setup, evaluator, other_evaluator
+        )
         self.values = keeping.Values(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()
         self.twins = Twins(self.store, int(cache))
@@ -95,11 +101,15 @@ class Search:
         self.report(job, evaluate.read(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """What came of a job, also if it failed; FailuresError if that is one too many."""
+        """What came of a job, also if it failed; FailuresError if that is one too many.
+
+        `nas.keeping.LostValuesError` if what it trained is not there; nothing is written then.
+        """
         with self._lock:
             if job.evaluation not in self._running:
                 with self.store.change("late", job.candidate, evaluation=job.evaluation):
                     return
+            self.values.check(outcome)
             if outcome.kind != "ok":
                 self._failure(job, outcome)
             elif job.tournament is None:

@@ -195,6 +195,11 @@ class Store(Reader):
         """Replace space, evaluator and limits, as a resumed search may bring other code."""
         self._connection.execute("UPDATE study SET setup = ?", (setup,))
 
+    def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
+        """Replace what is known of the evaluator; see `nas.evaluate.goes_by`."""
+        settings = json.dumps({**self.study().settings, "evaluate": evaluator})
+        self._connection.execute("UPDATE study SET settings = ?", (settings,))
+
 
 def _written(value: Any) -> Any:
     return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value

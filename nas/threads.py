@@ -1,15 +1,57 @@
-"""Threads as an executor that a job without end does not hold up."""
+"""Threads as an executor that a job without end does not hold up.
 
+They are daemons, which the end of a process cuts off wherever they are: within XLA, whose C++ lets
+no exception through, that aborts the process, whatever its exit code was to be. So any process asks
+jobs to end before its own end (`finish`), which trainings do after an epoch; what has not ended in
+time is cut off nevertheless. The command line, whose exit codes count, is gone before (`leave`).
+"""
+
+import atexit
+import os
 import queue
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
+
+END_S = 5.0  # how long a process that ends waits for what is at work
+_ending = threading.Event()
+_busy: set[threading.Thread] = set()
+_changed = threading.Condition()  # of that
+
+
+class EndingError(BaseException):
+    """The process ends. It is no failure of a job, nor is anybody told of it."""
+
+
+def check_ending() -> None:
+    """For jobs that can end between two steps: EndingError if the process waits for that."""
+    if _ending.is_set():
+        raise EndingError
+
+
+def finish() -> None:
+    """Ask the jobs to end, and wait at most `END_S` for it."""
+    _ending.set()
+    with _changed:
+        _changed.wait_for(lambda: not _busy, END_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, whatever is at work."""
+    if _busy:
+        with suppress(OSError):  # such as of a pipe whose reader is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Threads(Executor):
-    """A thread for each job at once; one that hangs neither blocks others nor the exit.
+    """A thread for each job at once; one that hangs holds up no other, and an exit but a while.
 
     It cannot be ended, so that it goes on beside the one that takes its place.
     """
@@ -18,6 +60,9 @@ class Threads(Executor):
         self._jobs: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._count = 0
+        # The last is the first to be called: before JAX is taken down, which is loaded by now.
+        atexit.unregister(finish)
+        atexit.register(finish)
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
         """Do it in a thread that has nothing to do, or in a new one."""
@@ -36,15 +81,31 @@ class Threads(Executor):
         self._count = 0
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            future, function, arguments = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
-            del job, future, function, arguments
+        while (job := self._jobs.get()) is not None and not _ending.is_set():
+            with _at_work():
+                _do(*job)
+            del job
             self._idle.release()
+
+
+def _do(future: Future, function: Callable, arguments: tuple) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function(*arguments))
+        except EndingError:
+            pass
+        except BaseException as error:
+            future.set_exception(error)
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    thread = threading.current_thread()
+    with _changed:
+        _busy.add(thread)
+    try:
+        yield
+    finally:
+        with _changed:
+            _busy.discard(thread)
+            _changed.notify_all()

@@ -1,12 +1,13 @@
 """The cache of evaluations: which candidates are the same network, and what is known of it.
 
 Of each network `limit` evaluations are made (one, unless evaluations have noise); candidates that
-come later are answered with their mean. Twins of a candidate under way wait for its result rather
-than being trained too.
+come later are answered with their mean, and that of each metric over those that have it. Twins of a
+candidate under way wait for its result rather than being trained too.
 """
 
 import hashlib
 from collections import defaultdict
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from nas.records import Reader
@@ -40,8 +41,11 @@ class Twins:
         rows = list(self.reader.candidates(where, network, order=f"id LIMIT {self.limit}"))
         n = len(rows)
         if n >= self.limit:
-            names = rows[0].metrics
-            means = {name: sum(row.metrics.get(name, 0.0) for row in rows) / n for name in names}
+            names = dict.fromkeys(name for row in rows for name in row.metrics)
+            means = {
+                name: fmean(row.metrics[name] for row in rows if name in row.metrics)
+                for name in names
+            }
             fitness = sum(row.fitness or 0.0 for row in rows) / n
             return Answer(rows[0].id, fitness, means, rows[0].trained_values)
         if self.under_way[network] + n >= self.limit:

@@ -17,6 +17,8 @@ from nas.evaluate import Job, Outcome
 from nas.threads import Threads
 from nas.training.programs import Device
 
+ANSWER_S = 60.0  # how long a device may take to answer; less than jobs may wait for one
+
 
 def pool() -> Pool:
     """Of all devices that are this process's own."""
@@ -27,11 +29,11 @@ class Turn:
     """A job's time on a device."""
 
     device: Device | None = None
-    overdue = False  # the device is another job's too
+    over = False  # the device is no more the job's
 
 
 class Devices:
-    """Hands devices to jobs. One that answers no more is not handed out again."""
+    """Hands devices to jobs. One that answers no more is lost, until it answers after all."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self._free, self._count = deque(devices), len(devices)
@@ -50,6 +52,8 @@ class Devices:
             expire=self._expire,
             begun=self._has_begun,
             close=self._threads.close,
+            # With none left the next job is to be submitted, which says why.
+            lost=lambda: min(len(self._lost), self._count - 1),
         )
 
     @property
@@ -95,27 +99,45 @@ class Devices:
     def _give_back(self, turn: Turn, device: Device, lost: str | None) -> None:
         with self._changed:
             if lost is not None:
-                self._lost.add(device)
-                self._reason = lost
-                if device in self._free:  # as it was handed out twice
-                    self._free.remove(device)
-            elif not turn.overdue:
-                self._release(device)
-            self._changed.notify_all()
+                self._lose(device, lost)
+            elif not turn.over and device not in self._lost:  # by another job that had it
+                self._free.append(device)
+                self._changed.notify_all()
+            turn.over = True
 
-    def _release(self, device: Device) -> None:
-        if device not in self._lost:  # by another job that had it
-            self._free.append(device)
+    def _lose(self, device: Device, reason: str) -> None:
+        self._lost.add(device)
+        self._reason = reason
+        if device in self._free:  # as it was handed out twice
+            self._free.remove(device)
+        self._changed.notify_all()
 
     def _expire(self, future: Future) -> None:
         """What runs cannot be ended: it goes on beside the job that takes its place."""
         future.cancel()
         turn = self._turns.get(future)
         with self._changed:
-            if turn and turn.device and not turn.overdue:
-                turn.overdue = True
-                self._release(turn.device)
-            self._changed.notify_all()
+            if turn and turn.device and not turn.over:
+                turn.over = True
+                self._threads.submit(self._take_back, turn.device)
+
+    def _take_back(self, device: Device) -> None:
+        """Hand a device out again when it answers; it is lost while that takes too long."""
+        asked, late = self._threads.submit(answers, device), False
+        try:
+            answered = asked.result(ANSWER_S)
+        except TimeoutError:
+            late = True
+            with self._changed:
+                self._lose(device, f"{device} has not answered for {ANSWER_S:g} s after a time-out")
+            answered = asked.result()
+        with self._changed:
+            if not answered:
+                self._lose(device, f"{device} answers no more after a time-out")
+            elif late or device not in self._lost:  # by the job, meanwhile
+                self._lost.discard(device)
+                self._free.append(device)
+                self._changed.notify_all()
 
 
 def answers(device: Device) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 SMALLEST = 3
 """Pixels each way: two reduction cells make one of them."""
+
+_AIDS = ("folder", "builder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
+"""Fields that leave a fitness as it is, but for rounding: where files are, how long it may take,
+which of two builders makes the same function; and what is the space's, which has a name for it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class TrainingEvaluator:
     proposed. Their fitness is that accuracy, and the metric `stopped_at_epoch` says so."""
     stop_quantile: float = 0.25
     timeout_s: float | None = None
-    """Seconds of training, without compiling; more is a failure. Looked at after each epoch."""
+    """Seconds of training, without compiling; more is a failure. Looked at after each epoch. If the
+    search has a limit too, the shorter one counts."""
     grace_s: ClassVar[float] = 1800.0
     """Seconds that compiling may take besides, before a search with `timeout_s` gives it up."""
     compilation_cache: str | None = None
@@ -100,6 +105,11 @@ class TrainingEvaluator:
         """The metric of the population's members that jobs are to be told."""
         return RUNG if self.stop_epoch is not None else None
 
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """What the fitness depends on; a search goes on with the same only."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _AIDS}
+
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "TrainingEvaluator":
@@ -110,12 +120,13 @@ class TrainingEvaluator:
                 "that, or an evaluator of your own"
             )
         keeps = str(folder.absolute()) if fitness_policy == "retrain_warm" else None
+        limits = [limit for limit in (self.timeout_s, timeout_s) if limit is not None]
         found = replace(
             self,
             pairs=space.pairs,
             operations=space.operations,
             run=self.run or keeps,
-            timeout_s=self.timeout_s or timeout_s,
+            timeout_s=min(limits, default=None),
         )
         found.data_fits()
         return found

@@ -135,7 +135,23 @@ class Programs(NamedTuple):
 KEPT = 32
 """Programs of single architectures are not kept for ever: those used least recently go."""
 
-_programs: dict[Any, Programs] = {}  # the one used last at its end
+
+class TooLargeError(MemoryError):
+    """A device cannot hold a training."""
+
+
+class _Key(NamedTuple):
+    """What programs are compiled for."""
+
+    network: Network
+    recipe: Recipe
+    structure: Any  # of an architecture; with `Static` it holds the architecture itself
+    leaves: tuple  # shapes and types of its data
+    data: Data
+    device: Device
+
+
+_programs: dict[_Key, Programs | TooLargeError] = {}  # the one used last at its end
 _lock = threading.Lock()  # of that
 _compiling = [threading.Lock() for _ in range(64)]
 
@@ -145,35 +161,43 @@ def get(
 ) -> tuple[Programs, float]:
     """The programs for this thread's device, and the seconds that compiling them has taken now.
 
-    MemoryError if the device has too little for them.
+    TooLargeError if the device has too little memory for them, which is found out but once.
     """
     device = this_device()
     like = lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype)  # noqa: E731
     leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
-    # With `Static` the structure holds the architecture itself.
-    key = (network, recipe, structure, tuple(leaves), data, device)
+    key = _Key(network, recipe, structure, tuple(leaves), data, device)
+    if found := _kept(key):  # without a wait for what others compile
+        return found, 0.0
     with _compiling[hash(key) % len(_compiling)]:  # of several threads that need it one compiles
         if found := _kept(key):
             return found, 0.0
         begun = time.perf_counter()
-        made = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+        try:
+            made = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+        except TooLargeError as error:
+            _keep(key, TooLargeError(*error.args))  # without its frames
+            raise
         _keep(key, made)
         return made, time.perf_counter() - begun
 
 
-def _kept(key: Any) -> Programs | None:
+def _kept(key: _Key) -> Programs | None:
     with _lock:
         found = _programs.pop(key, None)
         if found:
             _programs[key] = found
-        return found
+    if isinstance(found, TooLargeError):
+        raise TooLargeError(*found.args)
+    return found
 
 
-def _keep(key: Any, made: Programs) -> None:
+def _keep(key: _Key, made: Programs | TooLargeError) -> None:
     with _lock:
         _programs[key] = made
-        while len(_programs) > KEPT:
-            del _programs[next(iter(_programs))]
+        single = [other for other in _programs if not other.leaves]
+        for oldest in single[:-KEPT]:
+            del _programs[oldest]
 
 
 def this_device() -> Device:
@@ -231,7 +255,7 @@ def _functions(network: Network, recipe: Recipe) -> tuple[Any, Any, Any]:
 
 
 def check_memory(program: Any, device: Device, split: Split) -> None:
-    """Raise MemoryError if the device cannot hold a training: known before it is tried."""
+    """Raise TooLargeError if the device cannot hold a training: known before it is tried."""
     analysis = program.memory_analysis()
     if analysis is None:
         return
@@ -239,7 +263,7 @@ def check_memory(program: Any, device: Device, split: Split) -> None:
     need += sum(a.nbytes for a in split[2:])
     have = memory_of(device)
     if need > have:
-        raise MemoryError(
+        raise TooLargeError(
             f"training needs {need / 2**30:.3g} GiB and {device} has {have / 2**30:.3g} GiB: give "
             "a smaller batch_size, fewer filters or cells, or dtype bfloat16"
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nas.threads import check_ending
 from nas.training.names import RUNG
 from nas.training.network import Architecture, Values
 from nas.training.programs import Programs
@@ -61,6 +62,7 @@ class Training:
             found["train_loss"] = self._epoch(number)
             found["train_s"] = time.perf_counter() - begun
             self._check_time(number, found["train_s"])
+            check_ending()
             if number == course.stop_epoch:
                 found[RUNG] = self.accuracy()
                 if self._is_hopeless(found[RUNG], rivals):

@@ -17,6 +17,7 @@ import nas
 from nas import cluster, pools, workers
 from nas.driver import Driver, Running
 from nas.evaluate import Function, ReturnError
+from nas.opening import MismatchError
 
 SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
 
@@ -396,6 +397,34 @@ def test_functions_that_cannot_be_stored(tmp_path) -> None:
     assert result.counts.results == 70
 
 
+def test_an_evaluator_of_another_name_is_refused_unless_it_is_wanted(tmp_path) -> None:
+    def twos(bits) -> float:
+        return 2 * ones(bits)
+
+    run(tmp_path)
+    with pytest.raises(MismatchError, match=r"evaluate.function is 'ones' there, 'twos' here; eva"):
+        run(tmp_path, twos, cycles=61)
+    table = nas.TabularEvaluator(lambda bits: {"valid12": ones(bits)})
+    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Function' there, 'TabularEvaluat"):
+        run(tmp_path, table, cycles=61)
+    run(tmp_path, table, cycles=61, other_evaluator=True)
+    with pytest.raises(MismatchError, match=r"evaluate.fitness is 'valid12' there, 'test200' here"):
+        run(tmp_path, nas.TabularEvaluator(table.table, "test200"), cycles=62)
+    nas.load("search", tmp_path).resume(evaluate=twos, cycles=62)
+    assert run(tmp_path, twos, cycles=63).counts.results == 63
+
+
+def test_a_file_that_does_not_say_which_evaluator_goes_on_with_any(tmp_path) -> None:
+    with nas.Search(folder=tmp_path, **{**SMALL, "cycles": 8}) as search:
+        while job := search.ask():
+            search.tell(job, 1.0)
+    assert nas.load("search", tmp_path).study.evaluator is None
+    check(run(tmp_path))
+    assert nas.load("search", tmp_path).study.evaluator == {
+        "kind": "Function", "function": "ones", "module": "searches",
+    }  # fmt: skip
+
+
 def test_what_cannot_be_resumed(tmp_path) -> None:
     result = run(tmp_path)
     with pytest.raises(ValueError, match="population: a search cannot be resumed with other ones"):
@@ -461,6 +490,22 @@ def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> 
     assert result.reader.failures_by_kind() == {"worker_death": 2}
     errors = {row.error for row in result.reader.evaluations("outcome = 'worker_death'")}
     assert errors == {"it was done, but its result did not come within 0.05 s"}
+
+
+def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
+    def evaluate(bits) -> float:
+        with lock:
+            busy.append(bits)
+            at_once.append(len(busy))
+        time.sleep(0.002)
+        with lock:
+            busy.pop()
+        return ones(bits)
+
+    lock, busy, at_once = threading.Lock(), [], []
+    pool = dataclasses.replace(pools.pool(4), lost=lambda: 3 if len(at_once) >= 20 else 0)
+    check(run(tmp_path, evaluate, workers=pool))
+    assert max(at_once) > 1 and set(at_once[25:]) == {1}
 
 
 # --- processes -----------------------------------------------------------------------------------

@@ -124,6 +124,14 @@ def test_another_search_in_the_folder(nas) -> None:
     assert code == 2 and "seed is 0 there, 4 here; use another name, or the same settings" in err
 
 
+def test_another_evaluator_in_the_folder(nas, tmp_path) -> None:
+    assert nas("search", "mine.yaml")[0] == 0
+    before = (tmp_path / "runs/mine/config.yaml").read_text()
+    code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:text", "run.cycles=40")
+    assert code == 2 and "evaluate.function is 'evaluate' there, 'text' here; use another" in err
+    assert (tmp_path / "runs/mine/config.yaml").read_text() == before
+
+
 def test_an_evaluator_that_fails_is_no_bad_input(nas) -> None:
     code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:broken", "run.workdir=a")
     assert code == 1 and "10 evaluations have failed in a row" in err and "no accelerator" in err

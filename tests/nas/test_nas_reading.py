@@ -129,7 +129,8 @@ def test_the_front_is_what_nothing_beats(tmp_path) -> None:
     ("name", "is_cost"),
     [("params_m", True), ("flops", True), ("latency_ms", True), ("time_s", True), ("loss", True),
      ("test_error", True), ("memory_bytes", True), ("valid12", False), ("test200", False),
-     ("accuracy", False), ("fitness_std", False), ("closs", False)],
+     ("accuracy", False), ("fitness_std", False), ("closs", False), ("compile_s", False),
+     ("train_s", False), ("train_loss", False)],
 )  # fmt: skip
 def test_costs_are_known_by_name(tmp_path, name, is_cost) -> None:
     with drive(small(tmp_path, cycles=8), lambda _: {"fitness": 1.0, name: 2.0}) as search:

@@ -1,6 +1,7 @@
 """Ask and tell: cache, twins, limits, failures, retraining, and what is refused."""
 
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -195,6 +196,21 @@ def test_with_noise_the_mean_answers_after_n(tmp_path) -> None:
             mean = sum(row.fitness for row in own) / 3
             assert len(own) == 3 and len({row.fitness for row in own}) > 1
             assert all(row.fitness == pytest.approx(mean) for row in rows if row not in own)
+
+
+def test_the_mean_of_a_metric_is_over_those_that_have_it(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> dict[str, float]:
+        seen[network := Bits().canonical(job.architecture)] += 1
+        only = {"early": 4.0} if seen[network] == 1 else {"late": 6.0}
+        return {"fitness": ones(job.architecture), "both": seen[network], **only}
+
+    seen: Counter[str] = Counter()
+    with small(tmp_path, cache=2, cycles=200) as search:
+        drive(search, evaluate)
+        answered = list(search.store.candidates("answered_by IS NOT NULL"))
+    assert len(answered) > 5
+    for row in answered:
+        assert row.metrics == {"both": 1.5, "early": 4.0, "late": 6.0}
 
 
 # --- limits and failures --------------------------------------------------------------------------

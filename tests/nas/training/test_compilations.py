@@ -1,12 +1,14 @@
 """With the interpreter a search compiles as often as there are programs, whatever it proposes."""
 
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from toy import SMALL_SPACE, search, small
@@ -56,10 +58,10 @@ def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_pat
         compilation_cache.reset_cache()
 
 
-def programs_of(network: Any) -> tuple[Any, float]:
+def programs_of(network: Any, architecture: Any = ()) -> tuple[Any, float]:
     """By the cache, of anything."""
     recipe: Any = None
-    return programs.get(network, recipe, (), recipe)
+    return programs.get(network, recipe, architecture, recipe)
 
 
 @pytest.fixture
@@ -73,6 +75,49 @@ def uncompiled(monkeypatch) -> None:
 def test_the_programs_used_least_recently_go(uncompiled) -> None:
     compiled = [programs_of(name)[1] > 0 for name in ("a", "b", "a", "c", "a", "b")]
     assert compiled == [True, True, False, True, False, True]
+
+
+def test_programs_of_all_architectures_never_go(uncompiled) -> None:
+    """However many devices each have their own, and whatever single ones come and go."""
+    data = np.zeros(3)
+    many = [programs_of(name, data)[1] > 0 for name in "abcd"]
+    single = [programs_of(name)[1] > 0 for name in "efgf"]
+    again = [programs_of(name, data)[1] > 0 for name in "abcd"]
+    assert all(many) and single == [True, True, True, False] and not any(again)
+
+
+def test_programs_that_are_ready_wait_for_no_compilation(uncompiled, monkeypatch) -> None:
+    def compiled(network, *rest) -> Any:
+        if network == "slow":
+            begun.set()
+            end.wait(30)
+        return network
+
+    begun, end = threading.Event(), threading.Event()
+    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(programs, "_compiling", [threading.Lock()])
+    programs_of("ready")
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(programs_of, "slow")
+        assert begun.wait(10)
+        try:
+            assert pool.submit(programs_of, "ready").result(5) == ("ready", 0.0)
+        finally:
+            end.set()
+        assert slow.result(10)[0] == "slow"
+
+
+def test_what_is_too_large_is_compiled_but_once(uncompiled, monkeypatch) -> None:
+    def compiled(*network) -> None:
+        count.append(network)
+        raise programs.TooLargeError("training needs 9 GiB")
+
+    count: list[tuple] = []
+    monkeypatch.setattr(programs, "_compiled", compiled)
+    for _ in range(3):
+        with pytest.raises(MemoryError, match="training needs 9 GiB"):
+            programs_of("large", np.zeros(3))
+    assert len(count) == 1
 
 
 def test_threads_that_need_different_programs(uncompiled) -> None:

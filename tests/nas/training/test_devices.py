@@ -1,5 +1,6 @@
 """`workers="devices"`: a candidate on each device, and one that is gone takes none with it."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from toy import job, search, toy, trace
 
 import nas
 from nas import pools
+from nas.cluster import WorkersError
 from nas.evaluate import Outcome
 from nas.training import devices
 from nas.training.programs import this_device
@@ -85,7 +87,7 @@ def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
     def evaluate(genotype) -> float:
         raise RuntimeError("UNAVAILABLE")
 
-    with pytest.raises(RuntimeError, match=r"no device is left: .*UNAVAILABLE"):
+    with pytest.raises(RuntimeError, match=r"^no device is left: .*UNAVAILABLE"):
         search(tmp_path, evaluate, workers="devices", cycles=30, max_failures=100)
 
 
@@ -142,7 +144,8 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
         return future
 
     gone, other = jax.local_devices()[:2]
-    monkeypatch.setattr(devices, "answers", lambda device: device is not gone)
+    answers = lambda device: device is not gone or not end.is_set()  # noqa: E731
+    monkeypatch.setattr(devices, "answers", answers)
     pool, end = devices.Devices([gone, other]).pool(), threading.Event()
     dying, well = [begin()], begin()
     pool.expire(dying[0])
@@ -151,6 +154,49 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
     end.set()
     assert [future.result(60).kind for future in dying] == ["worker_death"] * len(dying)
     assert [future.result(60).kind for future in (well, begin(), begin())] == ["ok"] * 3
+    assert pool.lost() == 1
+    pool.close()
+
+
+def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
+    tmp_path, three, monkeypatch
+) -> None:
+    def evaluate(genotype) -> float:
+        if this_device() is hung:
+            end.wait(30)
+        time.sleep(0.02)
+        return str(genotype).count("sep")
+
+    def answers(device) -> bool:
+        return device is not hung or end.wait(30)
+
+    hung, end, pool = three[1], threading.Event(), devices.Devices(three).pool()
+    monkeypatch.setattr(devices, "answers", answers)
+    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 0.5}
+    result = search(tmp_path, evaluate, cycles=60, cache=False, **options)
+    assert result.reader.failures_by_kind() == {"timeout": 1} and result.counts.results == 60
+    assert pool.lost() == 1
+    end.set()
+    begun = time.monotonic()
+    while pool.lost():
+        assert time.monotonic() < begun + 20
+        time.sleep(0.001)
+    pool.close()
+
+
+def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkeypatch) -> None:
+    def task(one: nas.Job) -> Outcome:
+        return Outcome("exception", error="UNAVAILABLE")
+
+    monkeypatch.setattr(devices, "answers", lambda device: False)
+    pool, lost = devices.Devices(three).pool(), []
+    for _ in three:
+        assert pool.submit(task, job()).result(60).kind == "worker_death"
+        lost.append(pool.lost())
+    assert lost == [1, 2, 2]  # so that the next one is submitted
+    with pytest.raises(WorkersError, match=r"^no device is left: .*UNAVAILABLE"):
+        pool.submit(task, job())
     pool.close()
 
 

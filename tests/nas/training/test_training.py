@@ -14,6 +14,7 @@ from toy import SLOTS, job, search, toy, trace
 
 import nas
 from nas import workers
+from nas.opening import MismatchError
 from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.network import Values
@@ -250,6 +251,15 @@ def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
     assert "for 1 of 3 epochs, more than timeout_s 1e-09" in found.error
 
 
+@pytest.mark.parametrize(
+    ("own", "of_the_search", "limit"),
+    [(None, None, None), (9.0, None, 9.0), (None, 5.0, 5.0), (9.0, 5.0, 5.0), (5.0, 9.0, 5.0)],
+)
+def test_the_shorter_of_two_limits_counts(tmp_path, own, of_the_search, limit) -> None:
+    told = toy(timeout_s=own).in_search(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
+    assert told.timeout_s == limit
+
+
 def test_a_device_with_too_little_memory(monkeypatch) -> None:
     monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
     found = outcome(toy(batch_size=17))
@@ -274,6 +284,27 @@ def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:
     result = search(tmp_path, some, cycles=10, cache=False)
     assert result.counts.results == 10 and result.counts.failed >= 10
     assert set(result.reader.failures_by_kind()) == {"exception", "nan"}
+
+
+# --- another day ----------------------------------------------------------------------------------
+
+
+def test_a_search_goes_on_with_the_same_training_only(tmp_path) -> None:
+    def on(cycles: int, **options) -> nas.Result:
+        return search(tmp_path, nas.Repeated(toy(**options), 1), cycles=cycles)
+
+    on(8, epochs=2)
+    there = "evaluate.evaluator.epochs is 2 there, 3 here; evaluate.evaluator.momentum is 0.9 there"
+    with pytest.raises(MismatchError, match=f"by another evaluator, .*: {there}, 0.5 here; use an"):
+        on(9, epochs=3, momentum=0.5)
+    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Repeated' there, 'ToyEvaluator' h"):
+        search(tmp_path, toy(epochs=2), cycles=9)
+    aids = {"folder": "x", "builder": "static", "timeout_s": 60.0, "compilation_cache": "y"}
+    assert on(10, epochs=2, **aids).counts.results == 10
+    nas.load("search", tmp_path).resume(evaluate=nas.Repeated(toy(epochs=3), 1), cycles=11)
+    with pytest.raises(MismatchError, match=r"is 3 there, 2 here.*resume\(evaluate=\.\.\.\)"):
+        on(12, epochs=2)
+    assert on(12, epochs=3).counts.results == nas.load("search", tmp_path).resume().counts.results
 
 
 # --- early stopping -------------------------------------------------------------------------------

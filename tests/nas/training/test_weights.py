@@ -15,6 +15,7 @@ import toy
 from toy import job, search, trace
 
 import nas
+from nas.keeping import LostValuesError
 from nas.training import weights
 from nas.training.training import Training
 
@@ -100,6 +101,32 @@ def test_other_policies_keep_none(tmp_path, policy) -> None:
     assert not (result.path / "weights").exists()
     assert not any(row.trained_values for row in result.reader.candidates())
     assert result.counts.evaluations > 14 or policy == "stored"
+
+
+class Elsewhere:
+    """Trains on another host, on whose disk the run's folder is another."""
+
+    def __init__(self, disk: Path) -> None:
+        self.disk = disk
+
+    def in_search(self, space, folder, *rest):
+        return toy.toy().in_search(space, self.disk / folder.name, *rest)
+
+    def evaluate(self, job: nas.Job) -> None:
+        raise NotImplementedError
+
+
+def test_workers_that_do_not_see_the_runs_folder_end_the_search(tmp_path) -> None:
+    whole = search(tmp_path, name="whole", **WARM)
+    found = r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search on"
+    remedy = ".*: with retrain_warm .* resume with workers on this machine, such as 'devices', or"
+    with pytest.raises(LostValuesError, match=found + remedy):
+        search(tmp_path, Elsewhere(tmp_path / "disk"), **WARM)
+    assert (tmp_path / "disk" / "search" / "weights" / "0-1.safetensors").exists()
+    result = nas.load("search", tmp_path)
+    assert (result.counts.results, result.counts.failures) == (0, 0)
+    assert trace(result.resume(evaluate=toy.toy())) == trace(whole)
+    assert len(files(result)) == len(files(whole))
 
 
 def test_orphans_go_when_a_search_is_resumed_and_other_files_stay(tmp_path) -> None:
