@@ -1,7 +1,10 @@
 """`workers="devices"`: every accelerator of this process busy with a candidate of its own.
 
-A thread for each device, so that none waits for another: candidates differ in what they cost. The
-evaluator compiles once for each device, and all but the first time from JAX's cache on disk.
+A thread for each device, so that none waits for another: candidates differ in what they cost. Each
+compiles for its device, at the same time as the others do; JAX's cache on disk goes by device too,
+but for GPUs, and so saves later runs their compilations, not a device another's. One program for
+all, by `jax.shard_map`, would be compiled once, but goes on only when the slowest has ended; see
+scripts/benchmark_devices.py.
 """
 
 import threading
