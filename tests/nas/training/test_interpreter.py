@@ -194,6 +194,29 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), wanted)
 
 
+def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pair) -> None:
+    """By both builders alike; the child concatenates as many states, but other ones."""
+    interpreter, static, parent = pair.interpreter, pair.static, ODD["two"]
+    child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), ODD["narrow"].reduction)
+
+    @jax.jit  # soon compiled, unlike its operations one by one
+    def inherited(fresh, trained):
+        translated = (
+            from_static(interpreter, child, fresh),
+            from_static(interpreter, parent, trained),
+        )
+        codes = interpreter.encode(child), interpreter.encode(parent)
+        found = to_static(interpreter, child, interpreter.inherit(*codes, *translated))
+        return found, static.inherit(static.encode(child), static.encode(parent), fresh, trained)
+
+    values = shaken(static, child), shaken(static, parent, seed=1)
+    found, wanted = inherited(*values)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    fresh, trained, new = (v.parameters[2]["enter"]["kernel"][0, 0] for v in (*values, wanted))
+    np.testing.assert_array_equal(new[:4], fresh[:4])  # of state 1, which its parent has not
+    np.testing.assert_array_equal(new[4:], trained[:4])  # of state 3, which its parent has first
+
+
 def test_genotypes_of_another_space_are_refused() -> None:
     interpreter = Interpreter(SMALL)
     with pytest.raises(ValueError, match="normal cell has 2 pairs, but this interpreter's cells"):
