@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Pair, Step, random_genotype, shaken
+from builders import Pair, Step, random_genotype, shaken, step
 from helpers import assert_trees_close
 
 from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS, Cell, Genotype
@@ -227,6 +229,43 @@ def test_genotypes_of_another_space_are_refused() -> None:
         Interpreter(Shape(1, 4, 8, 1, 10, stem="imagenet"))
     with pytest.raises(ValueError, match="`image` is 2, but cell 4 of 5 halves its input"):
         Interpreter(Shape(1, 4, 2, 1, 10)).encode(GENOTYPES["A"])
+
+
+@SLOW
+@pytest.mark.timeout(1800)
+def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() -> None:
+    """A step's errors relative to the layers' step in float32, over four draws of the values."""
+    single, half = (replace(SMALL, cells=1, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    layers, pair = Static(single), Pair(Interpreter(half, SPACE.operations, pairs=2), examples=32)
+    exact = jax.jit(functools.partial(step, layers))
+    for name in ("inputs", "narrow"):
+        found = np.array([errors(pair, layers, exact, ODD[name], seed) for seed in range(4)])
+        mine, usual = np.sqrt(np.mean(found**2, 0))
+        assert (mine < 2 * usual + 1e-3).all(), (name, mine, usual)
+        for errors_of in (mine, usual):  # of another type, but of no other network
+            assert (errors_of < 0.7).all() and errors_of[Step._fields.index("scores")] > 1e-3
+
+
+def errors(pair: Pair, layers: Static, exact: Any, genotype: Genotype, seed: int) -> list:
+    """Of each part of a step, by the interpreter and by the layers in its type."""
+    images = pair.images.astype("float32")  # each network computes in its own type
+    values = shaken(layers, genotype, seed)
+    architecture = pair.static.encode(genotype)
+    wanted = exact(architecture, values, images)
+    theirs = pair.other(architecture, values, images)
+    translated = from_static(pair.interpreter, genotype, values)
+    ours = pair.one(pair.interpreter.encode(genotype), translated, images)
+    both = to_static(pair.interpreter, genotype, (ours.gradients, ours.statistics))
+    ours = ours._replace(gradients=both[0], statistics=both[1])
+    assert {a.dtype for a in jax.tree.leaves((ours, theirs))} == {jnp.dtype("float32")}
+    return [[distance(*each) for each in zip(one, wanted, strict=True)] for one in (ours, theirs)]
+
+
+def distance(found: object, wanted: object) -> float:
+    """Of all leaves together, relative to what is wanted."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    apart, sizes = zip(*((np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs), strict=True)
+    return float(np.sqrt(sum(apart) / sum(sizes)))
 
 
 # --- the paper's space: minutes -------------------------------------------------------------------
