@@ -5,9 +5,12 @@ More cells and filters, as in section "Experiment setup" of Real et al. 2019
 """
 
 import math
+import shlex
 import textwrap
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import yaml
 
 from gpipe_jax.genotype import Genotype
 from nas.training.evaluator import TrainingEvaluator
@@ -117,23 +120,24 @@ def sections(
 
 def text(config: dict[str, dict[str, Any]], title: str, note: str, out: str) -> str:
     """The config's file: what it is, how to use it, and the sections."""
-    lines = textwrap.wrap(f"{title} {note}", 97)
-    lines += ["", f"  gpipe train {out}", f"  gpipe plan {out} --topology v5e:2x2", ""]
-    head = "\n".join(f"# {line}".rstrip() for line in lines)
-    return "\n".join([head, *(_section(*each) for each in config.items())])
+    lines, name = textwrap.wrap(f"{title} {note}", 97), shlex.quote(out)
+    lines += ["", f"  gpipe train {name}", f"  gpipe plan {name} --topology v5e:2x2", ""]
+    head = "\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines())
+    return "\n".join([f"{head}\n#", *(_section(*each) for each in config.items())])
 
 
 def _section(name: str, fields: dict[str, Any]) -> str:
-    return "\n".join([f"{name}:", *(f"  {key}: {_value(key, v)}" for key, v in fields.items())]) + (
-        "\n" if name == "train" else ""
-    )
+    lines = textwrap.indent("\n".join(_field(*each) for each in fields.items()), "  ")
+    return f"{name}:\n{lines}" + ("\n" if name == "train" else "")
 
 
-def _value(key: str, value: Any) -> str:
+def _field(key: str, value: Any) -> str:
     if key == "genotype":
-        return ">-\n" + textwrap.indent("\n".join(textwrap.wrap(value, 94)), "    ")
+        return f"{key}: >-\n" + textwrap.indent("\n".join(textwrap.wrap(value, 94)), "  ")
+    # A path, say, may have to be in quotes.
+    written = yaml.safe_dump({key: value}, width=math.inf, allow_unicode=True).rstrip("\n")
     if key == "simulate":
-        return f"{value}  # CPU devices; delete this line on a machine with {value} accelerators"
+        return f"{written}  # CPU devices; delete this line on a machine with {value} accelerators"
     if key == "partition":
-        return f"{value}  # where the cost of the stages is most even"
-    return str(value)
+        return f"{written}  # where the cost of the stages is most even"
+    return written

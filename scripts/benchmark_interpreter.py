@@ -37,7 +37,7 @@ import trained_by_both
 
 from gpipe_jax import loader, losses
 from gpipe_jax.genotype import Genotype
-from gpipe_jax.planning import accelerators, compiler
+from gpipe_jax.planning import accelerators, compiler, libtpu
 from gpipe_jax.planning.compiled import Program
 from nas.config import SearchConfig
 from nas.nasnet import NASNetSpace
@@ -176,8 +176,37 @@ def _exported(name: str, network: Network, genotype: Genotype, examples: int) ->
     return Program(name, exported, tuple(range(first, first + updated)))
 
 
-def main() -> None:
-    """Print the figures."""
+def main() -> int:
+    """Print the figures. Exit codes: 0 done, 2 bad input, 1 anything else."""
+    options = _options()
+    try:
+        given = checked(options)
+    except (ValueError, OSError, ImportError, libtpu.NotInstalledError) as error:
+        return _fail(error, 2)
+    machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
+    figures: dict[str, Any] = {"machine": machine}
+    if options.architectures:
+        found = compare(_shape(options), drawn(options.architectures), options.batch, options.steps)
+        figures |= found
+        report(figures, options)
+    if options.trained:
+        try:
+            rows = trained_by_both.trained_by_both(given, options.trained)
+        except (ArithmeticError, RuntimeError) as error:  # it diverges, or memory is short
+            return _fail(error, 1)
+        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
+        report_trained(figures["trained"], options.trained)
+    if options.tpu:
+        shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
+        figures["tpu"] = tpu_memory("v5e:2x2", shape, drawn(3), 128)
+        for name, (temporary, seconds, error) in figures["tpu"].items():
+            print(f"{name}: {temporary / 1e6:.0f} MB, compiled in {seconds:.0f} s {error or ''}")
+    if options.json:
+        print(json.dumps(figures))
+    return 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", type=int, default=1, help="normal cells in a stack (1)")
     parser.add_argument("--filters", type=int, default=8, help="of the first stack (8)")
@@ -191,33 +220,38 @@ def main() -> None:
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: expected at least 1")
+    for name, least in (("batch", 1), ("architectures", 0), ("steps", 1), ("trained", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
     if options.trained == 1:
         parser.error("--trained 1: expected at least 2, which can be ranked, or 0")
-    space = NASNetSpace()
-    genotypes = [space.random(Random(seed)) for seed in range(options.architectures)]
-    machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
-    figures: dict[str, Any] = {"machine": machine}
+    return options
+
+
+def checked(options: argparse.Namespace) -> dict[str, Any]:
+    """What the search of the config is, if that is trained; an error is raised now, not later."""
     if options.architectures:
-        shape = Shape(options.cells, options.filters, options.image, channels=1, classes=10)
-        found = compare(shape, genotypes, options.batch, options.steps)
-        figures |= found
-        report(figures, options)
-    if options.trained:
-        config = loader.load_as(SearchConfig, options.config, options.overrides)
-        chosen = [space.random(Random(seed)) for seed in range(options.trained)]
-        rows = trained_by_both.trained_by_both(config, chosen)
-        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
-        report_trained(figures["trained"], options.trained)
+        Static(_shape(options)).encode(*drawn(1))
     if options.tpu:
-        shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
-        chosen = [space.random(Random(seed)) for seed in range(3)]
-        figures["tpu"] = tpu_memory("v5e:2x2", shape, chosen, 128)
-        for name, (temporary, seconds, error) in figures["tpu"].items():
-            print(f"{name}: {temporary / 1e6:.0f} MB, compiled in {seconds:.0f} s {error or ''}")
-    if options.json:
-        print(json.dumps(figures))
+        libtpu.check_installed()
+    if not options.trained:
+        return {}
+    config = loader.load_as(SearchConfig, options.config, options.overrides)
+    return trained_by_both.arguments(config)
+
+
+def drawn(count: int) -> list[Genotype]:
+    """So many of the paper's space, at random."""
+    return [NASNetSpace().random(Random(seed)) for seed in range(count)]
+
+
+def _shape(options: argparse.Namespace) -> Shape:
+    return Shape(options.cells, options.filters, options.image, channels=1, classes=10)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"benchmark_interpreter.py: {error}", file=sys.stderr)
+    return code
 
 
 def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
@@ -248,12 +282,13 @@ def report_trained(figures: dict[str, Any], count: int) -> None:
             f"without compilations {found['per_hour_without_compiling']:.0f}"
         )
     ratio = figures["interpreter"]["per_hour"] / figures["static"]["per_hour"]
+    ranks = figures["rank_correlation"]
     print(
         f"ratio of candidates per hour {ratio:.1f}; accuracies differ by "
         f"{figures['difference']:.4f} +- {figures['standard_error']:.4f}, their ranks correlate "
-        f"{figures['rank_correlation']:.3f}"
+        f"{'undefined' if ranks is None else format(ranks, '.3f')}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

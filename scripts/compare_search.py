@@ -4,14 +4,16 @@
 
 CONFIG is of a search (configs/search_digits.yaml). Budgets are equal and seeds are paired: with
 one seed all three begin with the same random architectures, trained alike. Reported are the mean
-validation accuracy of the population's last 50, and that of the best candidate after it was trained
-again, longer (nan if that failed, in JSON null); and a plot, FOLDER/compare.png. Each run is a
+validation accuracy of the population's last 50 (of all if it is smaller), and that of the best
+candidate after it was trained again, longer (nan if that failed, in JSON null); and a plot,
+FOLDER/compare.png. Each run is a
 search of its own in FOLDER: what was interrupted goes on, and what is done is not done again.
 """
 
 import argparse
 import json
 import math
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +27,6 @@ from gpipe_jax import figure, loader
 from nas import build, finals, reading
 from nas.config import SearchConfig
 from nas.evaluate import Job
-from nas.limits import FailuresError
 from nas.training.evaluator import TrainingEvaluator
 
 ALGORITHMS = {"aging": "#1f77b4", "non_aging": "#d9660a", "random": "#9a9a9a"}
@@ -44,6 +45,11 @@ class Remembered:
     evaluator: TrainingEvaluator
     found: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def grace_s(self) -> float:
+        """As of the inner one: it is the first algorithm that compiles, for all."""
+        return self.evaluator.grace_s
+
     def in_search(self, *search: Any) -> "Remembered":
         """With the inner one told what it is to serve."""
         return replace(self, evaluator=self.evaluator.in_search(*search))
@@ -57,7 +63,7 @@ class Remembered:
 
 
 def check(config: SearchConfig) -> None:
-    """ValueError if the runs of a seed cannot share what they train."""
+    """ValueError if the runs of a seed cannot share what they train, or would not be as long."""
     evaluate, policy = config.evaluate, config.evolution.fitness_policy
     if evaluate.kind != "training":
         raise ValueError(f"evaluate.kind {evaluate.kind}: only training is compared; use training")
@@ -71,6 +77,13 @@ def check(config: SearchConfig) -> None:
             f"evolution.fitness_policy {policy}: candidates are trained once for all algorithms, "
             "and this trains them again in each; use stored"
         )
+    for name in ("target", "time_limit_s"):
+        value = getattr(config.run, name)
+        if value is not None:
+            raise ValueError(
+                f"run.{name} {value:g}: budgets are to be equal, and this ends some runs before "
+                "run.cycles results; leave it out"
+            )
 
 
 def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **named: Any) -> Any:
@@ -95,6 +108,7 @@ def compare(
     trains = build.arguments(config)["evaluate"]
     finals.for_longer(trains, epochs)  # an error is raised before the runs, not after
     runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
+    members = min(LAST, config.evolution.population)
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     for seed in range(seeds):
@@ -106,7 +120,7 @@ def compare(
             last[algorithm].append(mean_of_the_last(result))
             (best,) = finals.rank(result.reader, result.space, trains, 1, epochs=epochs)
             again[algorithm].append(math.nan if best.fitness is None else best.fitness)
-    return runs, {f"population's last {LAST}": last, "best trained again": again}
+    return runs, {f"population's last {members}": last, "best trained again": again}
 
 
 def mean_of_the_last(result: Any) -> float:
@@ -166,7 +180,7 @@ def plot(runs: dict[str, list[Any]], path: Path) -> None:
 
 
 def main() -> int:
-    """Print the table. Exit codes: 0 done, 2 bad input, 1 too many candidates have failed."""
+    """Print the table. Exit codes: 0 done, 2 bad input, 1 anything else."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/search_digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values of the config")
@@ -181,14 +195,20 @@ def main() -> int:
         options.overrides.insert(0, options.config)
         options.config = parser.get_default("config")
     try:
-        config = loader.load_as(SearchConfig, options.config, options.overrides)
-        check(config)
-        figure.blank(1, 1)  # whether there will be a plot is known before the runs
-        runs, measured = compare(config, options.seeds, options.folder, options.epochs)
-    except (ValueError, OSError, ImportError) as error:
+        return _run(options)
+    except (ValueError, OSError, ImportError, sqlite3.Error) as error:
         return _fail(error, 2)
-    except FailuresError as error:
+    except (RuntimeError, TypeError) as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", 130)
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = loader.load_as(SearchConfig, options.config, options.overrides)
+    check(config)
+    figure.blank(1, 1)  # whether there will be a plot is known before the runs
+    runs, measured = compare(config, options.seeds, options.folder, options.epochs)
     sign = 1 if config.evolution.maximise else -1
     print("\n".join(table(measured, lambda value: sign * value)))
     picture = options.folder / "compare.png"
@@ -200,7 +220,7 @@ def main() -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: object, code: int) -> int:
     print(f"compare_search.py: {error}", file=sys.stderr)
     return code
 

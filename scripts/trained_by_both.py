@@ -5,6 +5,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jax
@@ -23,13 +24,25 @@ from nas.training.translate import to_static
 Rows = list[dict[str, dict[str, float]]]  # of an architecture: by builder, what was found
 
 
-def trained_by_both(config: SearchConfig, genotypes: list[Genotype]) -> Rows:
-    """One after the other, each by both builders in turn.
+def arguments(config: SearchConfig) -> dict[str, Any]:
+    """Of `nas.search`; ValueError, or OSError, says why nothing can be trained by it."""
+    if config.evaluate.kind != "training":
+        raise ValueError(
+            f"evaluate.kind {config.evaluate.kind}: both builders train; use training, as in "
+            "configs/search_digits.yaml"
+        )
+    given = build.arguments(config)
+    replace(given["evaluate"], builder="static").network().encode(given["space"].random(Random(0)))
+    return given
+
+
+def trained_by_both(given: dict[str, Any], count: int) -> Rows:
+    """So many of the space, at random, one after the other: each by both builders in turn.
 
     `seconds` are of all that an evaluation takes, compilations among them. The values are those
     that the interpreter draws, handed over as a parent's of the same architecture are.
     """
-    given = build.arguments(config)
+    genotypes = [given["space"].random(Random(seed)) for seed in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         told = given["evaluate"].in_search(given["space"], Path(folder), "retrain_warm", None)
         # Nothing compiled earlier is found again.
@@ -75,6 +88,13 @@ def summary(rows: Rows) -> dict[str, Any]:
     apart = [row["interpreter"]["fitness"] - row["static"]["fitness"] for row in rows]
     figures["difference"] = statistics.mean(apart)
     figures["standard_error"] = statistics.stdev(apart) / len(rows) ** 0.5
-    ranks = [stats.rankdata([row[b]["fitness"] for row in rows]) for b in BUILDERS]
-    figures["rank_correlation"] = statistics.correlation(*ranks)
+    accuracies = [[row[builder]["fitness"] for row in rows] for builder in BUILDERS]
+    figures["rank_correlation"] = rank_correlation(*accuracies)
     return figures
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float | None:
+    """Spearman's; None if all numbers of one side are alike, which have no order."""
+    if min(len(set(one)), len(set(other))) == 1:
+        return None
+    return statistics.correlation(stats.rankdata(one), stats.rankdata(other))

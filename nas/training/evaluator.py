@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gpipe_jax.genotype import PAPER_OPERATIONS
 from nas import keeping
 from nas.evaluate import TRAINED_VALUES, Job
-from nas.training.names import BUILDERS, RUNG, check_data
+from nas.training.names import BUILDERS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
     from nas.training.datasets import Data, Split
@@ -65,6 +65,7 @@ class TrainingEvaluator:
     """The fitness is the mean of the accuracies after so many last epochs."""
     builder: str = "interpreter"
     dtype: str = "float32"
+    """To compute in, float32 or bfloat16; parameters and scores are float32."""
     stop_epoch: int | None = None
     """After so many epochs hopeless candidates are stopped: those whose validation accuracy is
     below the `stop_quantile` of what the population's members had then, when the candidate was
@@ -89,8 +90,10 @@ class TrainingEvaluator:
         check_data(self.data)
         _check_counts(self)
         _check_numbers(self)
-        if self.builder not in BUILDERS:
-            raise ValueError(f"builder: unknown {self.builder!r}; known: {', '.join(BUILDERS)}")
+        for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                given = repr(getattr(self, name))
+                raise ValueError(f"{name}: unknown {given}; known: {', '.join(known)}")
         last = self.epochs - 1
         if self.stop_epoch is not None and self.stop_epoch > last:
             raise ValueError(

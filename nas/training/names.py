@@ -5,6 +5,7 @@ from pathlib import Path
 
 DATASETS = ("digits", "cifar10")
 BUILDERS = ("interpreter", "static")
+DTYPES = ("float32", "bfloat16")
 RUNG = "rung_accuracy"
 """The metric by which hopeless candidates are told: validation accuracy after `stop_epoch`."""
 

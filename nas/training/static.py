@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,17 +70,22 @@ class Static:
     def inherit(self, child: Fixed, parent: Fixed, fresh: Values, trained: Values) -> Values:
         """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.
 
-        A projection of concatenated states agrees if they are equally many.
+        An operation agrees as a whole; a projection of concatenated states has the rows of those
+        states that both concatenate.
         """
-        layers = zip(self.layers(child), self.layers(parent), strict=True)
+        outlines = zip(self._outlines(child), self._outlines(parent), strict=True)
+        values = zip(*fresh, strict=True), zip(*trained, strict=True)
         found = [
-            _inherited(*pair, *trees)
-            for pair, *trees in zip(
-                layers, zip(*fresh, strict=True), zip(*trained, strict=True), strict=True
-            )
+            _inherited(*pair, new, old) for pair, new, old in zip(outlines, *values, strict=True)
         ]
         parameters, statistics = zip(*found, strict=True)
         return Values(parameters, statistics)
+
+    def _outlines(self, architecture: Fixed) -> list["_Outline"]:
+        """Of the layers."""
+        concats = [_concat(layer) for layer in self.layers(architecture)]
+        # The two layers before each; the first two do not read so far back.
+        return [_Outline(concats[i], concats[i - 1], concats[i - 2]) for i in range(len(concats))]
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,43 +103,70 @@ def _layers(shape: Shape, genotype: Genotype) -> list[Layer]:
     )
 
 
-def _inherited(child: Layer, parent: Layer, fresh: PyTree, trained: PyTree) -> PyTree:
-    """(parameters, statistics) of a layer, part by part."""
-    new, old = (
-        [_parts(layer, tree) for tree in pair]
-        for layer, pair in ((child, fresh), (parent, trained))
-    )
-    agreeing = {key for key, part in new[0].items() if _shapes(part) == _shapes(old[0].get(key))}
-    return tuple(
-        _joined(child, {key: (theirs if key in agreeing else ours)[key] for key in ours}, tree)
-        for ours, theirs, tree in zip(new, old, fresh, strict=True)
-    )
+# --- inheritance ----------------------------------------------------------------------------------
 
 
-def _parts(layer: Layer, tree: PyTree) -> dict[Any, PyTree]:
-    """What is inherited as a whole: a cell's operations by slot, its outputs by state, the rest."""
-    parts: dict[Any, PyTree] = {}
-    for name, part in tree.items():
-        several = name in ("operations", "outputs")
-        parts |= {_key(layer, name, i): a for i, a in part.items()} if several else {name: part}
-    return parts
+class _Outline(NamedTuple):
+    """Of a layer: which states are concatenated by it, by the last layer, by the one before."""
+
+    own: tuple[int, ...]
+    last: tuple[int, ...]
+    before: tuple[int, ...]
+
+    def keys(self, path: tuple) -> list[tuple]:
+        """The names of a leaf's equal parts: of one, or of as many as there are states to read."""
+        name, *rest = (key.key for key in path[1:])  # path[0]: parameters, or statistics
+        if name == "outputs":
+            return [(name, self.own[rest[0]], *rest[1:])]
+        reads = {"enter": self.last, "match": self.before, "linear": self.last}
+        if name in reads and rest[-1] in ("kernel", "even", "odd"):
+            return [(name, *rest, state) for state in reads[name]]
+        return [(name, *rest)]
+
+    def parts(self, trees: PyTree) -> dict[tuple, jax.Array]:
+        """What is in the trees by such names."""
+        leaves = [(self.keys(path), a) for path, a in jax.tree.leaves_with_path(trees)]
+        return {
+            key: part
+            for keys, a in leaves
+            for key, part in zip(keys, jnp.split(a, len(keys), _rows(a)), strict=True)
+        }
 
 
-def _joined(layer: Layer, parts: dict[Any, PyTree], like: PyTree) -> PyTree:
-    """The tree with these parts."""
-
-    def one(name: str, part: PyTree) -> PyTree:
-        if name in ("operations", "outputs"):
-            return {i: parts[_key(layer, name, i)] for i in part}
-        return parts[name]
-
-    return {name: one(name, part) for name, part in like.items()}
-
-
-def _key(layer: Layer, name: str, i: int) -> tuple[str, int]:
+def _concat(layer: Layer) -> tuple[int, ...]:
+    """The states that a cell concatenates; of the stem's output there is no more than one."""
     assert isinstance(layer, ModuleLayer)
-    return name, dict(layer.kwargs)["cell"].concat[i] if name == "outputs" else i
+    cell = dict(layer.kwargs).get("cell")
+    return cell.concat if cell else (0,)
 
 
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.shape, tree)
+def _inherited(ours: _Outline, theirs: _Outline, fresh: PyTree, trained: PyTree) -> PyTree:
+    """(parameters, statistics) of a layer, part by part."""
+    new, old = ours.parts(fresh), theirs.parts(trained)
+    mine, others = _shapes(new), _shapes(old)
+
+    def one(path: tuple, a: jax.Array) -> jax.Array:
+        keys = ours.keys(path)
+        agree = [mine[_whole(key)] == others.get(_whole(key)) for key in keys]
+        found = [(old if same else new)[key] for key, same in zip(keys, agree, strict=True)]
+        return found[0] if len(found) == 1 else jnp.concatenate(found, _rows(a))
+
+    return jax.tree.map_with_path(one, fresh)
+
+
+def _whole(key: tuple) -> tuple:
+    """What a part is inherited with: all of an operation, or of an output."""
+    return key[:2] if key[0] in ("operations", "outputs") else key
+
+
+def _shapes(parts: dict[tuple, jax.Array]) -> dict[tuple, dict[tuple, Any]]:
+    """Of all that is inherited together."""
+    found: dict[tuple, dict[tuple, Any]] = {}
+    for key, a in parts.items():
+        found.setdefault(_whole(key), {})[key] = a.shape
+    return found
+
+
+def _rows(a: jax.Array) -> int:
+    """The axis of a kernel's inputs; of what is no kernel, the first."""
+    return max(a.ndim - 2, 0)

@@ -1,7 +1,7 @@
 """The same network's values in both forms: the interpreter's, and those of the layers.
 
-So that what the interpreter has trained can be exported, or trained on in a pipeline; and so that
-both builders can be compared.
+So that both builders can be compared, from the same values. `Static`'s are those of a pipeline's
+layers; `nas export` hands on no trained values, but the architecture alone.
 """
 
 from typing import Any

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
     found = json.loads(lines[-1], parse_constant=pytest.fail)
     again = found["measured"]["best trained again"]
     assert again == {name: [None, None] for name in ("aging", "non_aging", "random")}
-    assert len(found["measured"]["population's last 50"]["aging"]) == 2
+    assert len(found["measured"]["population's last 4"]["aging"]) == 2
     assert Path(found["plot"]).is_file()
     first = [job.seed for epochs, job in jobs if epochs == 6 and job.candidate < 4]
     assert len(first) == len(set(first)) == 8  # once for all algorithms
@@ -66,6 +68,8 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
     [
         (("evaluate.stop_epoch=3",), "evaluate.stop_epoch 3: candidates are trained once for all"),
         (("evolution.fitness_policy=retrain_warm",), "evolution.fitness_policy retrain_warm: "),
+        (("run.target=0.9",), "run.target 0.9: budgets are to be equal, and this ends some runs"),
+        (("run.time_limit_s=0.001",), "run.time_limit_s 0.001: budgets are to be equal, and this"),
         (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),
     ],
 )
@@ -86,3 +90,33 @@ def test_too_many_failures_end_it(compare, monkeypatch) -> None:
     training(monkeypatch, lambda evaluator, job: float("nan"))
     code, _, err = compare("run.max_failures=3")
     assert code == 1 and "3 evaluations have failed in a row" in err
+
+
+def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_path) -> None:
+    """The first one compiles for all, and has as much time for it as outside of a comparison."""
+
+    def evaluate(evaluator, job: nas.Job) -> float:
+        time.sleep(0.5 * (len(jobs) == 1))
+        return job.seed / 2**31
+
+    jobs = training(monkeypatch, evaluate)
+    code, _, err = compare("run.timeout_s=0.1", "--seeds", "1")
+    assert code == 0, err
+    assert nas.load("aging-0", tmp_path).counts.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (sqlite3.DatabaseError("malformed"), (2, "compare_search.py: malformed\n")),
+        (TypeError("no fitness"), (1, "compare_search.py: no fitness\n")),
+        (KeyboardInterrupt(), (130, "compare_search.py: interrupted; the same command goes on\n")),
+    ],
+)
+def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) -> None:
+    def search(**options):
+        raise error
+
+    monkeypatch.setattr(nas, "search", search)
+    code, _, err = compare()
+    assert (code, err) == wanted

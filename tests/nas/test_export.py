@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 
 import nas
 from gpipe_jax import build, loader
-from gpipe_jax.genotype import Genotype
-from nas import cli, finals
+from gpipe_jax.genotype import GENOTYPES, Genotype
+from nas import cli, finals, scale
 from nas.setup import Setup
 
 SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))
@@ -72,18 +73,50 @@ def test_without_training_the_paper_is_followed(export) -> None:
 def test_on_a_file_of_arrays(export, tmp_path) -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(640, 12, 12, 2)).astype(np.float32)
-    np.savez(tmp_path / "mine.npz", inputs=images, labels=np.arange(640, dtype=np.int32) % 3)
-    some = nas.TrainingEvaluator(data=str(tmp_path / "mine.npz"), examples=100)
+    path = str(tmp_path / "mine #1: all.npz")
+    np.savez(path, inputs=images, labels=np.arange(640, dtype=np.int32) % 3)
+    some = nas.TrainingEvaluator(data=path, examples=100)
     run("runs", nas.Repeated(some, 2))
     code, _, err = export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")
     assert code == 0, err
     config = loader.load("best.yaml")
     model = config.model
     assert (model.image, model.in_channels, model.classes, model.auxiliary_weight) == (12, 2, 3, 0)
-    assert config.data.train == str(tmp_path / "mine.npz")
+    assert config.data.train == path
     assert config.train.steps == 600 * 5  # epochs of all that `gpipe train` trains on, 576 images
     batch = build.example(config)["inputs"]
     assert batch.shape == (128, 12, 12, 2) and config.mesh.simulate is None
+
+
+NASTY = (
+    "my #1/a.npz", "a: b.npz", "*.npz", "yes", "null", "007", "1e3", "2026-11-24", "- a", "{a}",
+    "it's", 'a "b"', " a ", "a\nb", "\u00e9 \U0001f600", "&a", "!a", "%a", "@a", "~", "",
+    "a" * 200 + " b",
+)  # fmt: skip
+
+
+def test_what_is_written_is_read_as_it_was(tmp_path) -> None:
+    """Also texts that mean something else in YAML, or numbers that do not."""
+    for written in NASTY:
+        config = {
+            "model": {
+                "kind": "amoebanet",
+                "genotype": GENOTYPES["D"].to_json(),
+                "label_smoothing": 1e-5,
+            },
+            "data": {"kind": "arrays", "train": written},
+            "mesh": {"stages": 4, "simulate": 4},
+            "pipeline": {"partition": "auto"},
+            "train": {"steps": 3},
+        }
+        text = scale.text(config, "A title.", "A note.", "my #1\nbest.yaml")
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert yaml.safe_load(text) == config
+        if written:
+            assert loader.load(path) == loader.load(config)
+            path.write_text(loader.dump(loader.load(config)), encoding="utf-8")
+            assert loader.load(path) == loader.load(config)
 
 
 def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None:

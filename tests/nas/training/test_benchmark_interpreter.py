@@ -4,8 +4,11 @@ import importlib
 import math
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+
+import nas
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
@@ -47,11 +50,77 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "value"), [("--steps", 0), ("--trained", 1)])
+def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
+    found = {"seconds": 60, "compile_s": 0, "fitness": 0.1}
+    rows = [
+        {"interpreter": found, "static": found | {"fitness": fitness}} for fitness in (0.1, 0.2)
+    ]
+    figures = script.trained_by_both.summary(rows)
+    assert figures["rank_correlation"] is None
+    script.report_trained(figures, 2)
+    assert capsys.readouterr().out.endswith("their ranks correlate undefined\n")
+
+
+def run(script, monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmark_interpreter.py", *arguments])
+    return script.main()
+
+
+def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
+    def one(evaluators, network, number, genotype):
+        trained.append(genotype)
+        return {each: {"seconds": 1, "compile_s": 0, "fitness": number} for each in evaluators}
+
+    trained = []
+    monkeypatch.setattr(script.trained_by_both, "one", one)
+    small = ("space.pairs=2", "space.operations=[sep_3x3, conv_1x1]")
+    config = ("--config", str(SCRIPTS.parent / "configs" / "search_digits.yaml"), *small)
+    assert run(script, monkeypatch, "--architectures", "0", "--trained", "3", *config) == 0
+    space = nas.NASNetSpace(2, ("sep_3x3", "conv_1x1"))
+    assert trained == [space.random(Random(seed)) for seed in range(3)]
+
+
+CONFIGS = SCRIPTS.parent / "configs"
+BAD = [
+    (("--config", "nowhere.yaml"), "nowhere.yaml: no such file"),
+    (("--config", str(CONFIGS / "nasbench201.yaml")), "evaluate.kind table: both builders train; "),
+    (("evaluate={kind: function}",), "evaluate.kind function: both builders train; use training"),
+    (("evaluate.epochs=no",), "evaluate.epochs: expected a whole number"),
+    (("evaluate.batch_size=2000",), "batch_size 2000 is more than the 512 training images of"),
+    (("evaluate.filters=1",), "`filters` is 1, but the narrowest cell needs 2 features"),
+    (("--image", "2"), "`image` is 2, but cell 4 of 5 halves its input"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_known_before_anything_is_measured(
+    script, monkeypatch, capsys, arguments, message
+) -> None:
+    monkeypatch.chdir(SCRIPTS.parent)
+    for module, name in ((script, "compare"), (script.trained_by_both, "trained_by_both")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("too late"))
+    assert run(script, monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("benchmark_interpreter.py: ") and message in err
+
+
+def test_a_training_that_diverges_is_said_in_a_line(script, monkeypatch, capsys) -> None:
+    def one(*_):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.chdir(SCRIPTS.parent)
+    monkeypatch.setattr(script.trained_by_both, "one", one)
+    assert run(script, monkeypatch, "--architectures", "0") == 1
+    assert capsys.readouterr().err == "benchmark_interpreter.py: the loss is nan\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("--steps", 0), ("--trained", 1), ("--trained", -1), ("--architectures", -1), ("--batch", 0)],
+)
 def test_counts_of_which_nothing_comes_are_refused(
     script, monkeypatch, capsys, name, value
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_interpreter.py", name, str(value)])
     with pytest.raises(SystemExit, match="2"):
-        script.main()
+        run(script, monkeypatch, name, str(value))
     assert f"{name} {value}: expected at least" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Pair, Step, random_genotype, shaken
+from builders import Pair, Step, random_genotype, shaken, step
 from helpers import assert_trees_close
 
 from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS, Cell, Genotype
@@ -194,6 +196,29 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), wanted)
 
 
+def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pair) -> None:
+    """By both builders alike; the child concatenates as many states, but other ones."""
+    interpreter, static, parent = pair.interpreter, pair.static, ODD["two"]
+    child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), ODD["narrow"].reduction)
+
+    @jax.jit  # soon compiled, unlike its operations one by one
+    def inherited(fresh, trained):
+        translated = (
+            from_static(interpreter, child, fresh),
+            from_static(interpreter, parent, trained),
+        )
+        codes = interpreter.encode(child), interpreter.encode(parent)
+        found = to_static(interpreter, child, interpreter.inherit(*codes, *translated))
+        return found, static.inherit(static.encode(child), static.encode(parent), fresh, trained)
+
+    values = shaken(static, child), shaken(static, parent, seed=1)
+    found, wanted = inherited(*values)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    fresh, trained, new = (v.parameters[2]["enter"]["kernel"][0, 0] for v in (*values, wanted))
+    np.testing.assert_array_equal(new[:4], fresh[:4])  # of state 1, which its parent has not
+    np.testing.assert_array_equal(new[4:], trained[:4])  # of state 3, which its parent has first
+
+
 def test_genotypes_of_another_space_are_refused() -> None:
     interpreter = Interpreter(SMALL)
     with pytest.raises(ValueError, match="normal cell has 2 pairs, but this interpreter's cells"):
@@ -204,6 +229,43 @@ def test_genotypes_of_another_space_are_refused() -> None:
         Interpreter(Shape(1, 4, 8, 1, 10, stem="imagenet"))
     with pytest.raises(ValueError, match="`image` is 2, but cell 4 of 5 halves its input"):
         Interpreter(Shape(1, 4, 2, 1, 10)).encode(GENOTYPES["A"])
+
+
+@SLOW
+@pytest.mark.timeout(1800)
+def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() -> None:
+    """A step's errors relative to the layers' step in float32, over four draws of the values."""
+    single, half = (replace(SMALL, cells=1, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    layers, pair = Static(single), Pair(Interpreter(half, SPACE.operations, pairs=2), examples=32)
+    exact = jax.jit(functools.partial(step, layers))
+    for name in ("inputs", "narrow"):
+        found = np.array([errors(pair, layers, exact, ODD[name], seed) for seed in range(4)])
+        mine, usual = np.sqrt(np.mean(found**2, 0))
+        assert (mine < 2 * usual + 1e-3).all(), (name, mine, usual)
+        for errors_of in (mine, usual):  # of another type, but of no other network
+            assert (errors_of < 0.7).all() and errors_of[Step._fields.index("scores")] > 1e-3
+
+
+def errors(pair: Pair, layers: Static, exact: Any, genotype: Genotype, seed: int) -> list:
+    """Of each part of a step, by the interpreter and by the layers in its type."""
+    images = pair.images.astype("float32")  # each network computes in its own type
+    values = shaken(layers, genotype, seed)
+    architecture = pair.static.encode(genotype)
+    wanted = exact(architecture, values, images)
+    theirs = pair.other(architecture, values, images)
+    translated = from_static(pair.interpreter, genotype, values)
+    ours = pair.one(pair.interpreter.encode(genotype), translated, images)
+    both = to_static(pair.interpreter, genotype, (ours.gradients, ours.statistics))
+    ours = ours._replace(gradients=both[0], statistics=both[1])
+    assert {a.dtype for a in jax.tree.leaves((ours, theirs))} == {jnp.dtype("float32")}
+    return [[distance(*each) for each in zip(one, wanted, strict=True)] for one in (ours, theirs)]
+
+
+def distance(found: object, wanted: object) -> float:
+    """Of all leaves together, relative to what is wanted."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    apart, sizes = zip(*((np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs), strict=True)
+    return float(np.sqrt(sum(apart) / sum(sizes)))
 
 
 # --- the paper's space: minutes -------------------------------------------------------------------

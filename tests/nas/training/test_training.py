@@ -5,12 +5,13 @@ import math
 import pickle
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import SLOTS, job, search, toy, trace
+from toy import SLOTS, SMALL_SPACE, job, search, small, toy, trace
 
 import nas
 from nas import workers
@@ -42,6 +43,24 @@ def test_training_learns_and_repeats_by_its_seed_alone() -> None:
     with jax.default_device(jax.local_devices()[5]):
         assert numbers(pickle.loads(pickle.dumps(evaluator)).evaluate(job(3))) == numbers(found)
     assert numbers(evaluator.evaluate(job(3, seed=4))) != numbers(found)
+
+
+def test_training_in_bfloat16_learns_too() -> None:
+    half, single = (toy(epochs=12, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    found, same = half.evaluate(job(3)), single.evaluate(job(3))
+    assert found["fitness"] > 0.5 and found["train_loss"] < 2
+    assert found["train_loss"] == pytest.approx(same["train_loss"], rel=0.02)
+    assert found["train_loss"] != same["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_interpreter_learns_in_bfloat16(tmp_path) -> None:
+    options = {"filters": 4, "examples": 256, "epochs": 12, "validation": 200}
+    evaluator = small(dtype="bfloat16", learning_rate=0.1, **options)
+    told = evaluator.in_search(SMALL_SPACE, tmp_path, "stored", None)
+    found = told.evaluate(nas.Job(0, 0, SMALL_SPACE.random(Random(0)), seed=0))
+    assert found["fitness"] > 0.3 and found["train_loss"] < 1.8
 
 
 def test_an_epoch_is_this_loop() -> None:
@@ -195,6 +214,9 @@ def test_augmentation_moves_and_mirrors() -> None:
         ({"momentum": 1}, "momentum 1: expected 0 or more, less than 1"),
         ({"timeout_s": 0}, "timeout_s 0: expected seconds, more than 0, or None"),
         ({"builder": "dynamic"}, "builder: unknown 'dynamic'; known: interpreter, static"),
+        ({"dtype": "float17"}, "dtype: unknown 'float17'; known: float32, bfloat16"),
+        ({"dtype": "int32"}, "dtype: unknown 'int32'; known: float32, bfloat16"),
+        ({"dtype": "float64"}, "dtype: unknown 'float64'; known: float32, bfloat16"),
         ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; give 1 to 2"),
     ],
 )

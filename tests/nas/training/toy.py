@@ -22,7 +22,10 @@ SLOTS = 10
 
 @dataclass(frozen=True)
 class Toy:
-    """Scores are sums over the used hidden units, of which each sees all pixels."""
+    """Scores are sums over the used hidden units, of which each sees all pixels.
+
+    These it sees in the images' own type, which is that of the shape.
+    """
 
     shape: Shape
 
@@ -39,7 +42,8 @@ class Toy:
 
     def apply(self, architecture, values, images, *, train):
         p, s = values
-        x = images.reshape(len(images), -1) @ p["inner"]
+        x = images.reshape(len(images), -1) @ p["inner"].astype(images.dtype)
+        x = x.astype(jnp.float32)
         mean = x.mean(0) if train else s["mean"]
         scores = jnp.tanh(x - mean) * architecture @ p["outer"]
         return scores, {"mean": 0.9 * s["mean"] + 0.1 * mean} if train else s
@@ -67,7 +71,8 @@ class ToyEvaluator(TrainingEvaluator):
     def network(self) -> Any:
         found = self.data_fits()
         _, size, _, channels = found.images.shape
-        return Toy(Shape(self.cells, self.filters, size, channels, found.classes))
+        sizes = (self.cells, self.filters, size, channels, found.classes)
+        return Toy(Shape(*sizes, dtype=self.dtype))
 
 
 def toy(**options: Any) -> ToyEvaluator:
