@@ -1,6 +1,6 @@
 """What each layer costs: time, and bytes of parameters, of working set and of output.
 
-Costs feed the partitioner. Times are estimates in seconds, from XLA's count of floating-point
+Costs feed the partitioner. Times are estimates in seconds, from the count of floating-point
 operations at a nominal rate, or measured; only their ratios matter.
 """
 
@@ -15,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.flops import count_flops
 from gpipe_jax.gradients import float_leaves, vjp
 from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Context
@@ -44,8 +45,8 @@ def measure(
 ) -> list[LayerCost]:
     """The cost of every layer; equal layers are looked at once.
 
-    `kind` is "flops" (XLA's cost analysis), "time" (run here, median of five), or the costs
-    themselves, one number for each layer in any unit.
+    `kind` is "flops" (of the platform's program, see `count_flops`), "time" (run here, median of
+    five), or the costs themselves, one number for each layer in any unit.
     """
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
@@ -55,7 +56,7 @@ def measure(
         times = [float(c) for c in kind]
     elif kind in ("flops", "time"):
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
-        one = _measured_time if kind == "time" else lambda *a: _flops(*a) / rate
+        one = _measured_time if kind == "time" else lambda *a: count_flops(*a, platform) / rate
         times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
     else:
         raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
@@ -114,11 +115,6 @@ def _vjp(
 
     y, pull, _ = vjp(run, params, x)
     return float_leaves(y), pull
-
-
-def _flops(program: Callable, specs: tuple) -> float:
-    analysis = jax.jit(program).lower(*specs).cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
 
 
 def _measured_time(program: Callable, specs: tuple) -> float:

@@ -45,7 +45,9 @@ def test_flops_scale_with_the_layer_and_the_platforms_rate() -> None:
     assert measure(dense_shapes(64, 64, 8), "flops", "abacus")[0] == tpu
 
 
-@pytest.mark.parametrize(("kind", "function"), [("flops", "_flops"), ("time", "_measured_time")])
+@pytest.mark.parametrize(
+    ("kind", "function"), [("flops", "count_flops"), ("time", "_measured_time")]
+)
 def test_equal_layers_are_measured_once(
     kind: str, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
