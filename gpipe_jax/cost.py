@@ -15,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax import hosts
 from gpipe_jax.flops import count_flops
 from gpipe_jax.gradients import float_leaves, vjp
 from gpipe_jax.layers import links
@@ -46,7 +47,8 @@ def measure(
     """The cost of every layer; equal layers are looked at once.
 
     `kind` is "flops" (of the platform's program, see `count_flops`), "time" (run here, median of
-    five), or the costs themselves, one number for each layer in any unit.
+    five; of several processes in the first), or the costs themselves, one number for each layer in
+    any unit.
     """
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
@@ -58,6 +60,8 @@ def measure(
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
         one = _measured_time if kind == "time" else lambda *a: count_flops(*a, platform) / rate
         times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
+        if kind == "time":  # each process measures its own, and all must cut alike
+            times = [us / 1e6 for us in hosts.from_first([round(1e6 * t) for t in times])]
     else:
         raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
     working = _each_distinct(shapes, _working_bytes)
