@@ -6,7 +6,7 @@ from etils import epath
 
 from gpipe_jax import batch, build, data, optimizer, stream, writers
 from gpipe_jax.build import section
-from gpipe_jax.config import Config
+from gpipe_jax.config import Config, FromFiles
 from gpipe_jax.mesh import make_mesh, simulate_devices
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.trainer import Trainer
@@ -51,8 +51,9 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
         options["memory_limit"] = None if limit is None else limit * 2**30
         steps = config.train.steps
         pipe = Pipeline(layers, loss=loss, mesh=mesh, example=example, steps=steps, **options)
-    with section("data"):
-        _check_data(dataset, example, pipe, build.rules(config.model))
+    if isinstance(config.data, FromFiles):
+        with section("data"):
+            _check_data(dataset, example, pipe, build.rules(config.model))
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
