@@ -58,7 +58,8 @@ def measure(
         times = [float(c) for c in kind]
     elif kind in ("flops", "time"):
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
-        one = _measured_time if kind == "time" else lambda *a: count_flops(*a, platform) / rate
+        flops_s = lambda program, specs: count_flops(program, specs, platform) / rate  # noqa: E731
+        one = _measured_time if kind == "time" else flops_s
         times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
         if kind == "time":  # each process measures its own, and all must cut alike
             times = [us / 1e6 for us in hosts.from_first([round(1e6 * t) for t in times])]

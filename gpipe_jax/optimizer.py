@@ -18,7 +18,6 @@ from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConf
 PyTree = Any
 
 
-@functools.lru_cache(maxsize=16)  # so that one is checked once, see `check_elementwise`
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a config, for a run of `steps` steps.
 
@@ -26,6 +25,12 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     of the loss, as in TensorFlow), precondition, scale by the learning rate, and subtract the
     learning rate times `weight_decay` times the parameters. Both decays leave out norms and biases.
     """
+    hashable: Any = config
+    return _build(hashable, steps)
+
+
+@functools.lru_cache(maxsize=16)  # one optimizer for equal arguments: `check_elementwise` knows it
+def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate(config, steps)
     parts = []
     if config.l2:
