@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpipe_jax.config import batch_problem
+from gpipe_jax.stream import DataError
 
 PyTree = Any
 
@@ -37,13 +38,13 @@ def shapes_of(example: dict, data: int, micro_batches: int) -> dict:
 def split(batch: dict, example: dict, micro_batches: int) -> dict:
     """Arrays [M, N/M, ...], padded to the example's N, with weights that sum to one.
 
-    The padding is copies of the first example, with weight zero.
+    The padding is copies of the first example, with weight zero. Raises DataError.
     """
     batch = _with_weights(batch)
     _check(batch, example)
     weights = np.asarray(batch["weights"], np.float64)
     if not weights.sum() > 0:
-        raise ValueError(f"the weights of a batch must sum to more than 0, got {weights.sum()}")
+        raise DataError(f"the weights of a batch must sum to more than 0, got {weights.sum()}")
     missing = example["weights"].shape[0] - len(weights)
     padded = np.concatenate([weights / weights.sum(), np.zeros(missing)])
     parts = {
@@ -71,7 +72,7 @@ def count_examples(inputs: PyTree) -> int:
     leaves = jax.tree.leaves(inputs)
     count = np.shape(leaves[0])[0] if leaves and np.ndim(leaves[0]) else 0
     if not count:
-        raise ValueError("`inputs` has no examples: the first axis of its arrays must not be empty")
+        raise DataError("`inputs` has no examples: the first axis of its arrays must not be empty")
     return count
 
 
@@ -79,7 +80,7 @@ def _with_weights(batch: dict) -> dict:
     missing = {"inputs", "labels"} - set(batch)
     extra = set(batch) - {"inputs", "labels", "weights"}
     if missing or extra:
-        raise ValueError(
+        raise DataError(
             f"a batch has the keys 'inputs', 'labels' and, optionally, 'weights'; "
             f"missing {sorted(missing)}, unknown {sorted(extra)}"
         )
@@ -92,13 +93,13 @@ def _check(batch: dict, example: dict) -> None:
     counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
     if len(counts) > 1:
         found = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
-        raise ValueError(
+        raise DataError(
             f"the arrays of a batch differ in the number of examples: {found} examples; the first "
             f"axis of each must be the examples"
         )
     for name, tree in batch.items():
         if jax.tree.structure(tree) != jax.tree.structure(example[name]):
-            raise ValueError(
+            raise DataError(
                 f"batch[{name!r}] has structure {jax.tree.structure(tree)}, the pipeline's example "
                 f"had {jax.tree.structure(example[name])}"
             )
@@ -107,13 +108,13 @@ def _check(batch: dict, example: dict) -> None:
         ):
             fits = a.shape[1:] == spec.shape[1:] and 0 < a.shape[0] <= spec.shape[0]
             if not fits:
-                raise ValueError(
+                raise DataError(
                     f"batch[{name!r}]{jax.tree_util.keystr(path)} has shape {list(a.shape)}, the "
                     f"pipeline's example had {list(spec.shape)}; only the number of examples may "
                     f"differ, and only be smaller"
                 )
             if not np.can_cast(a.dtype, spec.dtype, "same_kind"):
-                raise ValueError(
+                raise DataError(
                     f"batch[{name!r}]{jax.tree_util.keystr(path)} has type {a.dtype}, the "
                     f"pipeline's example had {spec.dtype}; convert it, so that nothing is cut off"
                 )

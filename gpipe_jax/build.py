@@ -63,11 +63,12 @@ def dataset(config: Config) -> data.Dataset:
     if isinstance(config.data, TextConfig | SyntheticTokensConfig):
         options["length"] = config.model.length  # type: ignore[union-attr]  # a transformer's
     if isinstance(config.data, ArraysConfig):
-        options["rules"] = _rules(config.model)
+        options["rules"] = rules(config.model)
     return DATASETS[config.data.kind](seed=config.train.seed, **options)
 
 
-def _rules(model: ModelConfig) -> data.Rules:
+def rules(model: ModelConfig) -> data.Rules:
+    """What a config's network reads."""
     if isinstance(model, TransformerConfig):
         return data.Rules(tokens=True, classes=model.vocabulary)
     return data.Rules(classes=model.features[-1] if isinstance(model, MlpConfig) else model.classes)

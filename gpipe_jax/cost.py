@@ -1,6 +1,6 @@
 """What each layer costs: time, and bytes of parameters, of working set and of output.
 
-Costs feed the partitioner. Times are estimates in seconds, from XLA's count of floating-point
+Costs feed the partitioner. Times are estimates in seconds, from the count of floating-point
 operations at a nominal rate, or measured; only their ratios matter.
 """
 
@@ -15,6 +15,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax import hosts
+from gpipe_jax.flops import count_flops
 from gpipe_jax.gradients import float_leaves, vjp
 from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Context
@@ -44,8 +46,9 @@ def measure(
 ) -> list[LayerCost]:
     """The cost of every layer; equal layers are looked at once.
 
-    `kind` is "flops" (XLA's cost analysis), "time" (run here, median of five), or the costs
-    themselves, one number for each layer in any unit.
+    `kind` is "flops" (of the platform's program, see `count_flops`), "time" (run here, median of
+    five; of several processes in the first), or the costs themselves, one number for each layer in
+    any unit.
     """
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
@@ -55,8 +58,11 @@ def measure(
         times = [float(c) for c in kind]
     elif kind in ("flops", "time"):
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
-        one = _measured_time if kind == "time" else lambda *a: _flops(*a) / rate
+        flops_s = lambda program, specs: count_flops(program, specs, platform) / rate  # noqa: E731
+        one = _measured_time if kind == "time" else flops_s
         times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
+        if kind == "time":  # each process measures its own, and all must cut alike
+            times = [us / 1e6 for us in hosts.from_first([round(1e6 * t) for t in times])]
     else:
         raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
     working = _each_distinct(shapes, _working_bytes)
@@ -114,11 +120,6 @@ def _vjp(
 
     y, pull, _ = vjp(run, params, x)
     return float_leaves(y), pull
-
-
-def _flops(program: Callable, specs: tuple) -> float:
-    analysis = jax.jit(program).lower(*specs).cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
 
 
 def _measured_time(program: Callable, specs: tuple) -> float:

@@ -38,13 +38,18 @@ class Rules(NamedTuple):
 
     def apply(self, where: str, batch: Batch) -> Batch:
         """The batch in the types that are trained on. Raises DataError."""
+        self.check(where, batch)
         inputs, labels = (batch[key] for key in KEYS)
+        return {"inputs": self._inputs(where, inputs), "labels": labels.astype(np.int32)}
+
+    def check(self, where: str, batch: Batch) -> None:
+        """Raise DataError unless labels and tokens are whole numbers that the network knows."""
+        inputs, labels = (np.asarray(batch[key]) for key in KEYS)
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"labels of {where} have type {labels.dtype}; they must be integers")
         named = {"labels": labels, "inputs": inputs} if self.tokens else {"labels": labels}
         for key, a in named.items():
             self._check_range(f"{key} of {where}", a)
-        return {"inputs": self._inputs(where, inputs), "labels": labels.astype(np.int32)}
 
     def _inputs(self, where: str, a: np.ndarray) -> np.ndarray:
         if np.issubdtype(a.dtype, np.integer if self.tokens else np.floating):

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from gpipe_jax import hosts, metrics, restoring, writers
@@ -10,6 +11,7 @@ from gpipe_jax.config import TextConfig
 from gpipe_jax.interrupt import Stop, StoppedError
 from gpipe_jax.parts import Parts
 from gpipe_jax.profile import Profile
+from gpipe_jax.stream import DataError
 from gpipe_jax.trainer import TrainState
 
 
@@ -89,6 +91,12 @@ class Loop:
             figures = evaluate(self.parts, self.current, self.stop)
         except StoppedError:
             return True
+        except DataError:
+            # Of several processes the others may read well, and would not come to save.
+            if jax.process_count() == 1:
+                self._save()
+                self._finish()
+            raise
         trainer.check_finite("held-out loss", step, figures["test_loss"])
         self.log.evaluation({"step": step, **figures})
         self.evaluated = figures

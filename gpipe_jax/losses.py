@@ -16,14 +16,18 @@ PyTree = Any
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
-    """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy."""
+    """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy.
+
+    The loss of a label that is no class, below 0 or from C on, is NaN.
+    """
     losses = _cross_entropy(logits, labels)
     return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="fill")[..., 0]
+    chosen = jnp.where(labels < 0, jnp.nan, chosen)  # an index below zero would count from the end
     wanted = (1 - smoothing) * chosen + smoothing * logits.mean(-1) if smoothing else chosen
     return jax.nn.logsumexp(logits, axis=-1) - wanted
 

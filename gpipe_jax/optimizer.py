@@ -4,7 +4,8 @@ Elementwise optax transformations and global norms give the same result on slots
 on the layers' own arrays; anything else would depend on how the network was cut, and is refused.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,12 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     of the loss, as in TensorFlow), precondition, scale by the learning rate, and subtract the
     learning rate times `weight_decay` times the parameters. Both decays leave out norms and biases.
     """
+    hashable: Any = config
+    return _build(hashable, steps)
+
+
+@functools.lru_cache(maxsize=16)  # one optimizer for equal arguments: `check_elementwise` knows it
+def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate(config, steps)
     parts = []
     if config.l2:
@@ -109,21 +116,23 @@ def moving_average(average: PyTree, params: PyTree, step: jax.Array, decay: floa
     return jax.tree.map(move, average, params)
 
 
+@functools.lru_cache(maxsize=16)
 def check_elementwise(tx: optax.GradientTransformation) -> None:
     """Raise ValueError if `tx` would act on packed parameters otherwise than on the layers' own.
 
-    Tries two steps on a matrix and a vector, and on the same numbers packed into one array. The
-    matrix is of a size that Adafactor factors, and the vector's numbers are much larger.
+    Tries two steps on arrays of rank 0 to 5, and on the same numbers packed into one array. The
+    matrix is of a size that Adafactor factors, and the others' numbers are much larger. What it
+    keeps for each parameter must be of the parameter's shape, and masked it may not be at all.
     """
     rng = np.random.default_rng(0)
-    draw = lambda: {"a": rng.normal(size=(128, 129)), "b": 30 * rng.normal(size=5)}  # noqa: E731
-    apart = [jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), draw()) for _ in range(3)]
-    packed = [{"packed": jnp.concatenate([tree["a"].ravel(), tree["b"]])} for tree in apart]
+    scales = {(): 30, (5,): 30, (128, 129): 1, (2, 3, 4): 30, (2, 3, 1, 4): 30, (2, 1, 3, 2, 2): 30}
+    draw = lambda: {len(s): c * rng.normal(size=s) for s, c in scales.items()}  # noqa: E731
+    trees = [jax.tree.map(np.float32, draw()) for _ in range(3)]
     try:
-        have, want = _two_updates(tx, *packed), _two_updates(tx, *apart)
+        alike = _keeps_their_shapes(tx, trees[0]) and _acts_alike(tx, trees)
     except Exception as error:
         raise ValueError(f"{_REFUSED} ({type(error).__name__}: {error})") from error
-    if not np.abs(have - want).max() <= 1e-4 * np.abs(want).max():
+    if not alike:
         raise ValueError(_REFUSED)
 
 
@@ -134,7 +143,23 @@ _REFUSED = (
 )
 
 
-def _two_updates(tx: Any, params: PyTree, *gradients: PyTree) -> np.ndarray:
+def _keeps_their_shapes(tx: optax.GradientTransformation, params: PyTree) -> bool:
+    """Whether its state holds numbers and arrays in the parameters' form only."""
+    shapes = lambda tree: (jax.tree.structure(tree), [np.shape(a) for a in jax.tree.leaves(tree)])  # noqa: E731
+    alike = lambda node: shapes(node) == shapes(params)  # noqa: E731
+    stop = lambda node: alike(node) or isinstance(node, optax.MaskedState)  # noqa: E731
+    parts = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=stop)
+    return all(alike(p) or (not isinstance(p, optax.MaskedState) and not p.shape) for p in parts)
+
+
+def _acts_alike(tx: optax.GradientTransformation, trees: Sequence[PyTree]) -> bool:
+    packed = [{"packed": _flat(tree)} for tree in trees]
+    both = jax.jit(lambda one, other: (_two_updates(tx, *one), _two_updates(tx, *other)))
+    have, want = map(_flat, both(packed, trees))
+    return bool(np.abs(have - want).max() <= 1e-4 * np.abs(want).max())
+
+
+def _two_updates(tx: Any, params: PyTree, *gradients: PyTree) -> PyTree:
     """Their sum: the parameters themselves would hide the small updates of a long warm-up."""
     tx = optax.with_extra_args_support(tx)
     state = tx.init(params)
@@ -144,7 +169,11 @@ def _two_updates(tx: Any, params: PyTree, *gradients: PyTree) -> np.ndarray:
         updates, state = tx.update(grads, state, params, decaying=decaying)
         params = optax.apply_updates(params, updates)
         total = jax.tree.map(jnp.add, total, updates)
-    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(total)])
+    return total
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
 
 
 def map_parameters(function: Callable, tree: PyTree, params: PyTree) -> PyTree:

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-from gpipe_jax import build, data, optimizer, stream, writers
+from gpipe_jax import batch, build, data, optimizer, stream, writers
 from gpipe_jax.build import section
-from gpipe_jax.config import Config
+from gpipe_jax.config import Config, FromFiles
 from gpipe_jax.mesh import make_mesh, simulate_devices
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.trainer import Trainer
@@ -51,12 +51,25 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
         options["memory_limit"] = None if limit is None else limit * 2**30
         steps = config.train.steps
         pipe = Pipeline(layers, loss=loss, mesh=mesh, example=example, steps=steps, **options)
+    if isinstance(config.data, FromFiles):
+        with section("data"):
+            _check_data(dataset, example, pipe, build.rules(config.model))
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
         return Parts(
             config, epath.Path(workdir), dataset, trainer, stream.identity(dataset, example)
         )
+
+
+def _check_data(dataset: data.Dataset, example: dict, pipe: Pipeline, rules: data.Rules) -> None:
+    """Raise DataError now for what would be found at the first step, or the first evaluation."""
+    held_out = next(iter(dataset.test()), None)
+    if held_out is None:
+        raise data.DataError(f"the held-out data of {dataset.name} has no examples; give some")
+    batch.split(held_out, pipe.example, pipe.micro_batches)
+    rules.check(f"the first training batch of {dataset.name}", example)
+    rules.check(f"the first held-out batch of {dataset.name}", held_out)
 
 
 def _share(simulated: int, processes: int) -> int:

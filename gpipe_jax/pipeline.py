@@ -27,6 +27,7 @@ from gpipe_jax.mesh import DATA, STAGE, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.stages import Stages
 from gpipe_jax.storage import Storage, of_all_devices
+from gpipe_jax.stream import DataError
 
 PyTree = Any
 REMAT = ("stage", "layer")
@@ -341,7 +342,7 @@ class Pipeline:
         if len(self.rows) < self.batch_size:
             return self._split_rows(batch, count)
         if count < self.batch_size and any(jax.tree.leaves(s.stats) for s in self.shapes):
-            raise ValueError(
+            raise DataError(
                 f"a batch of {count} examples cannot be padded to {self.batch_size} in training: "
                 f"batch norm would count the padding; give full batches"
             )
@@ -355,7 +356,7 @@ class Pipeline:
 
     def _split_rows(self, batch: dict, count: int) -> dict:
         if count != len(self.rows) or "weights" in batch:
-            raise ValueError(
+            raise DataError(
                 f"this process works on {len(self.rows)} of the {self.batch_size} examples of a "
                 f"batch, got {count} with keys {sorted(batch)}; give all of `rows`, unweighted"
             )

@@ -23,6 +23,7 @@ from gpipe_jax.names import by_name, from_names
 from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
 from gpipe_jax.pipeline import Pipeline, State
 from gpipe_jax.storage import Storage
+from gpipe_jax.stream import DataError
 
 PyTree = Any
 Record = Callable[[dict], None]
@@ -240,7 +241,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + weight * float(value)
             total += weight
         if not total:
-            raise ValueError("there is nothing to evaluate: the held-out data has no examples")
+            raise DataError("there is nothing to evaluate: the held-out data has no examples")
         return {f"test_{name}": value / total for name, value in sums.items()}
 
     def check_finite(self, name: str, step: int, value: float) -> None:
@@ -252,7 +253,7 @@ class Trainer:
             f"the {name} became {value} at step {step} "
             f"({'there was no step before it' if math.isnan(self._last_loss) else last}); "
             f"try a lower optimizer.learning_rate, more optimizer.warmup_steps, or "
-            f"optimizer.clip_norm=1"
+            f"optimizer.clip_norm=1; a label that is none of the network's classes makes it NaN too"
         )
 
     # --- layer by layer, for checkpoints ----------------------------------------------------------

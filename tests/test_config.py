@@ -10,6 +10,7 @@ import pytest
 from gpipe_jax.config import (
     AdamConfig,
     AmoebaNetConfig,
+    ArraysConfig,
     Cifar10Config,
     Config,
     ConvNetConfig,
@@ -18,8 +19,10 @@ from gpipe_jax.config import (
     MeshConfig,
     MlpConfig,
     PipelineConfig,
+    ProfileConfig,
     ResNetConfig,
     RmsPropConfig,
+    Section,
     SgdConfig,
     SyntheticImagesConfig,
     SyntheticTokensConfig,
@@ -171,6 +174,57 @@ def test_several_chunks_are_interleaved(schedule: str):
     with pytest.raises(pydantic.ValidationError, match=match):
         PipelineConfig.model_validate({"schedule": schedule, "chunks": 2})
     assert PipelineConfig(schedule="interleaved", chunks=2).chunks == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "match"),
+    [
+        (
+            SgdConfig,
+            {"schedule": "cosine", "decay_rate": 0.5},
+            "decay_rate 0.5 needs optimizer.schedule 'exponential', got 'cosine'; use that "
+            "schedule, or leave it at 0.97",
+        ),
+        (
+            AdamConfig,
+            {"decay_steps": 7},
+            "decay_steps 7 needs .* got 'cosine'; .* leave it at 1000",
+        ),
+        (
+            RmsPropConfig,
+            {"schedule": "constant", "staircase": True},
+            "staircase True needs .* got 'constant'; use that schedule, or leave it at False",
+        ),
+        (
+            ArraysConfig,
+            {"train": "a.npz", "test": "b.npz", "test_fraction": 0.2},
+            "test_fraction 0.2 holds out nothing beside data.test 'b.npz'; give one .* it at 0.1",
+        ),
+        (
+            ProfileConfig,
+            {"start": 5},
+            "start 5 traces nothing .*steps 0; give some, or leave .* 10",
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing(model: type[Section], values: dict[str, Any], match: str):
+    with pytest.raises(pydantic.ValidationError, match=match):
+        model.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (SgdConfig, {"schedule": "exponential", "decay_steps": 7, "staircase": True}),
+        (AdamConfig, {}),
+        (ArraysConfig, {"train": "a.npz", "test": "b.npz"}),
+        (ArraysConfig, {"train": "a.npz", "test_fraction": 0.2}),
+        (ProfileConfig, {"start": 5, "steps": 2}),
+    ],
+)
+def test_every_setting_written_out_is_the_same(model: type[Section], values: dict[str, Any]):
+    section = model.model_validate(values)
+    assert model.model_validate(section.model_dump(mode="json")) == section
 
 
 @pytest.mark.parametrize("partition", [(3, 2), (2, 2), (1, 4, 4)])

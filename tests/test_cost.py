@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpipe_jax import cost, zoo
+from gpipe_jax import cost, hosts, zoo
 from gpipe_jax.cost import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_bytes
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import layer
@@ -45,7 +45,9 @@ def test_flops_scale_with_the_layer_and_the_platforms_rate() -> None:
     assert measure(dense_shapes(64, 64, 8), "flops", "abacus")[0] == tpu
 
 
-@pytest.mark.parametrize(("kind", "function"), [("flops", "_flops"), ("time", "_measured_time")])
+@pytest.mark.parametrize(
+    ("kind", "function"), [("flops", "count_flops"), ("time", "_measured_time")]
+)
 def test_equal_layers_are_measured_once(
     kind: str, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,20 @@ def test_integer_inputs_have_no_gradient_and_still_a_cost() -> None:
 def test_given_costs_are_taken_as_they_are() -> None:
     costs = measure(dense_shapes(8, 16, 4), (3, 1.5), "cpu")
     assert [one.compute_s for one in costs] == [3.0, 1.5]
+
+
+def test_all_processes_take_the_times_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They measure different ones, and would cut the network differently."""
+    told: list[list[int]] = []
+
+    def from_first(numbers: list[int]) -> list[int]:
+        told.append(numbers)
+        return [500_000, 3]
+
+    monkeypatch.setattr(hosts, "from_first", from_first)
+    costs = measure(dense_shapes(8, 16, 4), "time", "cpu")
+    assert [one.compute_s for one in costs] == [0.5, 3e-6]
+    assert len(told) == 1 and len(told[0]) == 2 and min(told[0]) > 0  # microseconds of its own
 
 
 @pytest.mark.parametrize("given", [[1.0], [1.0, 2.0, 3.0]])

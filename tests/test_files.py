@@ -334,3 +334,85 @@ def test_data_of_ones_own_that_ends_is_bad_input(
     assert cli.main(["train", "c.yaml"]) == 2
     error = capsys.readouterr().err
     assert "c.yaml:2: " in error and "the training batches of mine" in error
+
+
+OWN_BATCHES = """
+import numpy as np
+from gpipe_jax import data
+
+def batch(count=4, label=1, kind=np.int32, weight=1):
+    inputs = np.linspace(-1, 1, 4 * count, dtype=np.float32).reshape(count, 4)
+    labels, weights = np.full(count, label, kind), np.full(count, weight, np.float32)
+    return {"inputs": inputs, "labels": labels, "weights": weights}
+
+def train(step):
+    while True:
+        yield FIRST if step < 3 else LATER
+        step += 1
+
+def make(batch_size, seed):
+    return data.iterable("mine", train, lambda: TEST)
+"""
+OWN_CONFIG = """
+model: {kind: mlp, features: [4, 2]}
+data: {kind: python, source: mine.py:make, batch_size: 4}
+optimizer: {kind: sgd}
+train: {steps: 5, eval_every: 5, save_every: 2}
+"""
+
+
+def train_own(
+    folder: Path, capsys, first="batch()", later="batch()", test="[batch()]", code: int = 2
+) -> str:
+    """What is said of such data, which ends the training."""
+    source = OWN_BATCHES.replace("FIRST", first).replace("LATER", later).replace("TEST", test)
+    (folder / "mine.py").write_text(source)
+    (folder / "own.yaml").write_text(OWN_CONFIG)
+    assert cli.main(["train", "own.yaml"]) == code
+    error = capsys.readouterr().err
+    assert code == 1 or "own.yaml:3: " in error
+    return error
+
+
+def saved_steps(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "runs/own/checkpoints").glob("[0-9]*")}
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ("[batch(5)]", r"has shape \[5, 4\], the pipeline's example had \[4, 4\]"),
+        ("[batch(kind=np.float64)]", r"has type float64, the pipeline's example had int32; conv"),
+        ("[batch(weight=0)]", r"weights of a batch must sum to more than 0, got 0.0"),
+        ("[batch(label=-1)]", r"first held-out batch of mine are from -1 to -1; the model knows 0"),
+        ("[batch(label=2)]", r"first held-out batch of mine are from 2 to 2; the model knows 0 to"),
+        ("[]", "the held-out data of mine has no examples; give some"),
+    ],
+)
+def test_held_out_data_is_tried_before_training(here: Path, capsys, test: str, message) -> None:
+    assert re.search(message, train_own(here, capsys, test=test))
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_of_ones_own_are_checked_at_the_start(here: Path, capsys, label: int) -> None:
+    error = train_own(here, capsys, first=f"batch(label={label})")
+    assert f"labels of the first training batch of mine are from {label} to {label}; the" in error
+
+
+def test_a_later_batch_without_weight_is_bad_input(here: Path, capsys) -> None:
+    error = train_own(here, capsys, later="batch(weight=0)")
+    assert "the weights of a batch must sum to more than 0, got 0.0" in error
+    assert saved_steps(here) == {"2"}
+
+
+def test_a_later_label_that_is_no_class_is_said(here: Path, capsys) -> None:
+    error = train_own(here, capsys, later="batch(label=-1)", code=1)
+    assert "the loss became nan at step 4" in error
+    assert "a label that is none of the network's classes makes it NaN too" in error
+
+
+def test_a_bad_evaluation_loses_no_step(here: Path, capsys) -> None:
+    error = train_own(here, capsys, test="[batch(), batch(weight=0)]")
+    assert "the weights of a batch must sum to more than 0, got 0.0" in error
+    assert saved_steps(here) == {"4", "5"}

@@ -47,6 +47,17 @@ def test_cross_entropy_is_computed_in_at_least_float32() -> None:
         assert losses.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_label_that_is_no_class_makes_nan(smoothing: float) -> None:
+    """It may not be taken for another class, in a type that does not hold the classes either."""
+    logits = jnp.zeros((6, 200))
+    labels = jnp.asarray([1, -1, -128, 127, -100, 0], jnp.int8)
+    losses, _ = classification(label_smoothing=smoothing)(logits, labels)
+    np.testing.assert_array_equal(np.isnan(losses), np.asarray(labels) < 0)
+    losses, _ = classification(label_smoothing=smoothing)(logits[:, :3], labels)
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, True, True, True, False])
+
+
 # --- classification ------------------------------------------------------------------------------
 
 

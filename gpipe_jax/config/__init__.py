@@ -34,6 +34,7 @@ from gpipe_jax.config.fields import (
     PositiveOrZero,
     Section,
     Text,
+    check_unused,
     nearest_multiples,
 )
 from gpipe_jax.config.model import (
@@ -123,7 +124,8 @@ class PipelineConfig(Section):
     )
     cost: Literal["flops", "time"] | tuple[PositiveOrZero, ...] = Field(
         default="flops",
-        description="what auto balances: flops, measured time, or a cost for each layer",
+        description="what auto balances, and what a cut is said to cost: flops, measured time, or "
+        "a cost for each layer",
     )
     memory_limit_gib: Positive | None = Field(
         default=None, description="memory of a device in GiB; auto keeps each stage below it"
@@ -191,6 +193,14 @@ class ProfileConfig(Section):
 
     start: Count = Field(default=10, description="first step that is traced")
     steps: CountOrZero = Field(default=0, description="how many are; 0: none")
+
+    @field_validator("steps")
+    @classmethod
+    def _start_of_some(cls, steps: int, info: ValidationInfo) -> int:
+        if steps == 0 and "start" in info.data:
+            reason = "traces nothing with profile.steps 0; give some, or"
+            check_unused(cls, "start", info.data["start"], reason)
+        return steps
 
 
 class Config(Section):

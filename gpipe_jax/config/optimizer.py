@@ -1,10 +1,18 @@
 """The optimizers."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from gpipe_jax.config.fields import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Section
+from gpipe_jax.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    PositiveOrZero,
+    Section,
+    check_unused,
+)
 
 
 class OptimizerConfig(Section):
@@ -40,6 +48,17 @@ class OptimizerConfig(Section):
         default=None,
         description="decay of the moving average of the parameters, which is then evaluated",
     )
+
+    @field_validator("decay_rate", "decay_steps", "staircase")
+    @classmethod
+    def _exponential_only(cls, value: Any, info: ValidationInfo) -> Any:
+        schedule = info.data.get("schedule", "exponential")
+        if schedule != "exponential":
+            reason = (
+                f"needs optimizer.schedule 'exponential', got {schedule!r}; use that schedule, or"
+            )
+            check_unused(cls, str(info.field_name), value, reason)
+        return value
 
 
 class SgdConfig(OptimizerConfig):
