@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Pair, Step, random_genotype, shaken, step
-from helpers import assert_trees_close
+from builders import Pair, Step, assert_same, random_genotype, shaken, step
 
-from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS, Cell, Genotype
+from gpipe_jax.genotype import GENOTYPES, Cell, Genotype
 from nas.nasnet import NASNetSpace
 from nas.training.interpreter import Interpreter
 from nas.training.network import Shape
@@ -55,22 +54,6 @@ ODD = {
 def pair() -> Iterator[Pair]:
     with jax.enable_x64(True):
         yield Pair(Interpreter(SMALL, SPACE.operations, pairs=2))
-
-
-def assert_same(found: Step, wanted: Step, padding: object, tolerance: float) -> None:
-    assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(padding))
-    for name, a, b in zip(Step._fields, found, wanted, strict=True):
-        floor = name == "gradients"
-        assert_trees_close(*((floored(a, b), floored(b, b)) if floor else (a, b)), tolerance)
-
-
-def floored(tree: object, wanted: object) -> object:
-    """Leaves that are compared with the tree's largest element too, a hundredth of it.
-
-    In float32 the gradient of a scale that a later batch norm takes out again is rounding alone.
-    """
-    least = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted)) * 1e-2
-    return jax.tree.map(lambda a: np.append(np.ravel(a), least), tree)
 
 
 SLOW = pytest.mark.slow
@@ -266,61 +249,3 @@ def distance(found: object, wanted: object) -> float:
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
     apart, sizes = zip(*((np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs), strict=True)
     return float(np.sqrt(sum(apart) / sum(sizes)))
-
-
-# --- the paper's space: minutes -------------------------------------------------------------------
-
-
-@functools.cache  # with the interpreter's compiled program
-def full(dtype: str, operations: tuple[str, ...] = PAPER_OPERATIONS) -> Pair:
-    """With examples enough: of 8, ten steps make a rounding error 1e8 times larger."""
-    return Pair(Interpreter(Shape(1, 4, 8, 1, 10, dtype=dtype), operations), examples=32)
-
-
-@pytest.fixture
-def both_types() -> Iterator[tuple[Pair, Pair]]:
-    """In float64 and in float32; what the layers compile is forgotten, as it fills the memory."""
-    with jax.enable_x64(True):
-        double = full("float64")
-    yield double, full("float32")
-    for pair in (double, full("float32")):
-        pair.other.clear_cache()
-
-
-@SLOW
-@pytest.mark.parametrize("seed", range(50))
-def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
-    """In float32 within 1e-5 of the exact result, or as near to it as the layers' own is."""
-    (double, single), genotype = both_types, random_genotype(seed)
-    with jax.enable_x64(True):
-        assert_same(*double.both(genotype), tolerance=1e-12)
-        if seed < 20:
-            losses = double.losses(genotype, steps=10)
-            np.testing.assert_allclose(*losses, rtol=1e-9)
-            assert losses[0][-1] < losses[0][0]
-    found, wanted, _ = single.both(genotype)
-    with jax.enable_x64(True):
-        given = (shaken(single.static, genotype), single.images)
-        given = jax.tree.map(lambda a: a.astype("float64"), given)
-        exact = double.other(double.static.encode(genotype), *given)
-    for name, *steps in zip(Step._fields, found, wanted, exact, strict=True):
-        a, b, c = (floored(a, steps[2]) if name == "gradients" else a for a in steps)
-        error, own = distance(a, c), distance(b, c)
-        print(f"{name}: {error:.1e} from float64, the layers {own:.1e}")
-        assert error <= max(1e-5, 4 * own)
-
-
-def distance(tree: object, exact: object) -> float:
-    """The largest error in any leaf, relative to the leaf's largest element."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
-
-
-@SLOW
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
-def test_the_published_architectures(dtype: str, tolerance: float) -> None:
-    with jax.enable_x64(dtype == "float64"):
-        pair = full(dtype, OPERATIONS)
-        for letter in "ABCD":
-            assert_same(*pair.both(GENOTYPES[letter]), tolerance=tolerance)

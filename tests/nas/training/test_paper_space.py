@@ -1,0 +1,68 @@
+"""The interpreter in the paper's space: minutes, and an hour for all fifty random architectures."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from builders import Pair, Step, assert_same, floored, random_genotype, shaken
+
+from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS
+from nas.training.interpreter import Interpreter
+from nas.training.network import Shape
+
+pytestmark = pytest.mark.slow
+
+
+@functools.cache  # with the interpreter's compiled program
+def full(dtype: str, operations: tuple[str, ...] = PAPER_OPERATIONS) -> Pair:
+    """With examples enough: of 8, ten steps make a rounding error 1e8 times larger."""
+    return Pair(Interpreter(Shape(1, 4, 8, 1, 10, dtype=dtype), operations), examples=32)
+
+
+@pytest.fixture
+def both_types() -> Iterator[tuple[Pair, Pair]]:
+    """In float64 and in float32; what the layers compile is forgotten, as it fills the memory."""
+    with jax.enable_x64(True):
+        double = full("float64")
+    yield double, full("float32")
+    for pair in (double, full("float32")):
+        pair.other.clear_cache()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
+    """In float32 within 1e-5 of the exact result, or as near to it as the layers' own is."""
+    (double, single), genotype = both_types, random_genotype(seed)
+    with jax.enable_x64(True):
+        assert_same(*double.both(genotype), tolerance=1e-12)
+        if seed < 20:
+            losses = double.losses(genotype, steps=10)
+            np.testing.assert_allclose(*losses, rtol=1e-9)
+            assert losses[0][-1] < losses[0][0]
+    found, wanted, _ = single.both(genotype)
+    with jax.enable_x64(True):
+        given = (shaken(single.static, genotype), single.images)
+        given = jax.tree.map(lambda a: a.astype("float64"), given)
+        exact = double.other(double.static.encode(genotype), *given)
+    for name, *steps in zip(Step._fields, found, wanted, exact, strict=True):
+        a, b, c = (floored(a, steps[2]) if name == "gradients" else a for a in steps)
+        error, own = largest_error(a, c), largest_error(b, c)
+        print(f"{name}: {error:.1e} from float64, the layers {own:.1e}")
+        assert error <= max(1e-5, 4 * own)
+
+
+def largest_error(tree: object, exact: object) -> float:
+    """The largest error in any leaf, relative to the leaf's largest element."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_the_published_architectures(dtype: str, tolerance: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        pair = full(dtype, OPERATIONS)
+        for letter in "ABCD":
+            assert_same(*pair.both(GENOTYPES[letter]), tolerance=tolerance)
