@@ -51,7 +51,7 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
 
 
 def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
-    found = {"seconds": 60, "compile_s": 0, "fitness": 0.1}
+    found = {"seconds": 60, "train_s": 60, "fitness": 0.1}
     rows = [
         {"interpreter": found, "static": found | {"fitness": fitness}} for fitness in (0.1, 0.2)
     ]
@@ -69,7 +69,7 @@ def run(script, monkeypatch, *arguments: str) -> int:
 def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
     def one(evaluators, network, number, genotype):
         trained.append(genotype)
-        return {each: {"seconds": 1, "compile_s": 0, "fitness": number} for each in evaluators}
+        return {each: {"seconds": 1, "train_s": 1, "fitness": number} for each in evaluators}
 
     trained = []
     monkeypatch.setattr(script.trained_by_both, "one", one)
