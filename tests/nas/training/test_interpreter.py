@@ -134,6 +134,14 @@ def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def inherited(interpreter: Interpreter, child: Any, parent: Any) -> tuple:
+    """Fresh values, a parent's that are about 1000, and the child's of both."""
+    fresh = interpreter.init(child, jax.random.key(0))
+    old = jax.tree.map(lambda a: a + 1000.0, interpreter.init(parent, jax.random.key(1)))
+    return fresh, old, interpreter.inherit(child, parent, fresh, old)
+
+
 def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
     interpreter = pair.interpreter
     parent = ODD["two"]
@@ -142,9 +150,7 @@ def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
     child = Genotype(Cell(pairs, concat), Cell(parent.reduction.pairs, (3,)))
     assert first[0] == pairs[0][0]
     codes = interpreter.encode(child), interpreter.encode(parent)
-    fresh = interpreter.init(codes[0], jax.random.key(0))
-    trained = jax.tree.map(lambda a: a + 1000.0, interpreter.init(codes[1], jax.random.key(1)))
-    values = interpreter.inherit(*codes, fresh, trained)
+    values = inherited(interpreter, *codes)[2]
     static = to_static(interpreter, child, values).parameters
     trained_leaf = lambda a: bool((np.abs(a) > 500).all())  # noqa: E731
     stem, normal, *_ = static
@@ -163,9 +169,7 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     pairs = ((("conv_1x7_7x1", 0), ("sep_3x3", 0)), parent.normal.pairs[1])
     child = Genotype(Cell(pairs, parent.normal.concat), parent.reduction)
     codes = interpreter.encode(child), interpreter.encode(parent)
-    fresh = interpreter.init(codes[0], jax.random.key(0))
-    trained = jax.tree.map(lambda a: a + 1000.0, interpreter.init(codes[1], jax.random.key(1)))
-    values = interpreter.inherit(*codes, fresh, trained)
+    fresh, trained, values = inherited(interpreter, *codes)
     changed, kept = (to_static(interpreter, child, values)[0][1]["operations"][j] for j in (0, 1))
     assert all(np.abs(a).max() < 500 for a in jax.tree.leaves(changed))
     assert all(np.abs(a).min() > 500 for a in jax.tree.leaves(kept))
@@ -185,7 +189,7 @@ def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pai
     child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), ODD["narrow"].reduction)
 
     @jax.jit  # soon compiled, unlike its operations one by one
-    def inherited(fresh, trained):
+    def both(fresh, trained):
         translated = (
             from_static(interpreter, child, fresh),
             from_static(interpreter, parent, trained),
@@ -195,7 +199,7 @@ def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pai
         return found, static.inherit(static.encode(child), static.encode(parent), fresh, trained)
 
     values = shaken(static, child), shaken(static, parent, seed=1)
-    found, wanted = inherited(*values)
+    found, wanted = both(*values)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     fresh, trained, new = (v.parameters[2]["enter"]["kernel"][0, 0] for v in (*values, wanted))
     np.testing.assert_array_equal(new[:4], fresh[:4])  # of state 1, which its parent has not
