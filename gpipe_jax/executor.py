@@ -134,6 +134,23 @@ def build_arrays(
     return mapped(jnp.asarray(stages.layer_ids()))
 
 
+def mask_parameters(
+    stages: Stages, mesh: Mesh | AbstractMesh, chosen: Callable[[tuple[int, ...]], bool]
+) -> list[PyTree]:
+    """Traced: which parameters are `chosen` by their shapes, in the rectangular form.
+
+    A bool for a slot, of one shape, and arrays of bool for packs only.
+    """
+
+    def body() -> list:
+        mask = lambda s: stages.params[stages.at(s)[0]].mask_packs(stages.at(s)[1], chosen)  # noqa: E731
+        return [_by_device(stages, c, mask) for c in range(stages.chunks)]
+
+    packs = _on_every_device(body, mesh, (), P(STAGE))()
+    slots = [[chosen(slot.shape) for slot in storage.slots] for storage in stages.params]
+    return [{"slots": s, "packs": p} for s, p in zip(slots, packs, strict=True)]
+
+
 def _by_device(stages: Stages, chunk: int, function: Callable[[int], PyTree]) -> PyTree:
     """Traced, on every device: `function(s)` of the device's own stage s in this chunk."""
     K = stages.devices

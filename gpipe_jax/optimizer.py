@@ -77,14 +77,20 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decaying(params: PyTree) -> PyTree:
-    """1.0 for each parameter that weight decay acts on, 0.0 for norms and biases (vectors)."""
-    return jax.tree.map(lambda a: float(len(a.shape) > 1), params)
+    """Of each parameter whether weight decay acts on it: it leaves out norms and biases."""
+    return jax.tree.map(lambda a: decays(a.shape), params)
+
+
+def decays(shape: tuple[int, ...]) -> bool:
+    """Whether weight decay acts on parameters of this shape: on all but vectors and scalars."""
+    return len(shape) > 1
 
 
 def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Add `rate`, which may depend on the step, times the parameters where `decaying` is 1.
+    """Add `rate`, which may depend on the step, times the parameters where `decaying` is true.
 
-    The trainer passes `decaying`, of the parameters' form, to every transformation.
+    The trainer passes `decaying`, of the parameters' structure, to every transformation: for each
+    array one bool, or as many as it has elements.
     """
     schedule = rate if callable(rate) else optax.constant_schedule(rate)
 
@@ -95,7 +101,7 @@ def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationEx
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
         now = schedule(state.count)
-        add = lambda u, p, d: u + jnp.asarray(now, u.dtype) * d * p  # noqa: E731
+        add = lambda u, p, d: u + jnp.asarray(now, u.dtype) * jnp.asarray(d, u.dtype) * p  # noqa: E731
         state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         return jax.tree.map(add, updates, params, extra["decaying"]), state
 

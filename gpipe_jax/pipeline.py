@@ -310,19 +310,9 @@ class Pipeline:
                     f"layer {i}, {self.layers[i]}, has {what} {describe(like)}, got {have}"
                 )
 
-    def spread(self, trees: Sequence[PyTree]) -> PyTree:
-        """Traced: one number for each parameter, spread over the rectangular form.
-
-        `trees` holds L trees of numbers in layer order; equal layers must have equal numbers.
-        """
-        by_layer = {id(s): tree for s, tree in zip(self.shapes, trees, strict=True)}
-
-        def make(shape: Any, i: jax.Array) -> PyTree:
-            return jax.tree.map(
-                lambda a, v: jnp.full(a.shape, v, a.dtype), shape.params, by_layer[id(shape)]
-            )
-
-        return executor.build_arrays(self.stages, self.stages.params, self.mesh, make)
+    def mask_parameters(self, chosen: Callable[[tuple[int, ...]], bool]) -> PyTree:
+        """Traced: which parameters are `chosen` by their shapes, in the rectangular form."""
+        return executor.mask_parameters(self.stages, self.mesh, chosen)
 
     # --- one step --------------------------------------------------------------------------------
 

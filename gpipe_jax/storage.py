@@ -11,7 +11,7 @@ Letters: K stages, k stage, n layers in a run, P packed elements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -165,6 +165,15 @@ class Storage:
                     rest = slots[place.slot][group.count :]
                     slots[place.slot] = xp.concatenate([rows, rest])
         return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
+
+    def mask_packs(self, k: int, chosen: Callable[[tuple[int, ...]], bool]) -> list[jax.Array]:
+        """For each of stage k's packs, which of its elements are of leaves of `chosen` shapes."""
+        packed: dict = {spec.dtype: [] for spec in self.packs}
+        for group in self.groups[k]:
+            for place in (place for place in group.places if place.slot is None):
+                packed[place.dtype].append(jnp.full(group.count * place.size, chosen(place.shape)))
+        specs = [jax.ShapeDtypeStruct(spec.shape, bool) for spec in self.packs]
+        return [pack(packed[p.dtype], s, jnp) for p, s in zip(self.packs, specs, strict=True)]
 
     def split_layers(self, k: int, arrays: dict) -> list[PyTree]:
         """Stage k's trees, one for each of its layers."""

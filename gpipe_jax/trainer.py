@@ -20,7 +20,7 @@ from gpipe_jax.cost import tree_bytes
 from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
 from gpipe_jax.names import by_name, from_names
-from gpipe_jax.optimizer import check_elementwise, decaying, map_parameters, moving_average
+from gpipe_jax.optimizer import check_elementwise, decays, map_parameters, moving_average
 from gpipe_jax.pipeline import Pipeline, State
 from gpipe_jax.storage import Storage
 from gpipe_jax.stream import DataError
@@ -169,7 +169,7 @@ class Trainer:
         return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 
     def _decaying(self) -> PyTree:
-        return self.pipe.spread([decaying(shape.params) for shape in self.pipe.shapes])
+        return self.pipe.mask_parameters(decays)
 
     def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; `current` must not be used again. Metrics are arrays not yet waited for."""

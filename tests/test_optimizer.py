@@ -293,6 +293,6 @@ def test_map_parameters_maps_what_is_like_the_parameters():
     assert mapped[0] == optax.EmptyState()
 
 
-def test_decaying_is_one_for_matrices_only():
+def test_only_matrices_decay():
     params = {"kernel": np.ones((2, 2)), "bias": np.ones(2), "gain": np.ones(())}
-    assert optimizer.decaying(params) == {"kernel": 1.0, "bias": 0.0, "gain": 0.0}
+    assert optimizer.decaying(params) == {"kernel": True, "bias": False, "gain": False}

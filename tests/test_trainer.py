@@ -149,6 +149,25 @@ def test_weight_decay_skips_vectors_in_every_form(fresh):
         )
 
 
+def test_weight_decay_needs_no_array_of_the_parameters_size():
+    """A byte for each packed number says whether it decays; of a slot one number does."""
+    pipe = gpipe.Pipeline(
+        gpipe.zoo.mlp((64, 256, 128, 96, 32)),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        example={"inputs": np.zeros((2, 64), np.float32), "labels": np.zeros(2, np.int32)},
+    )
+    with_decay, without = (
+        Trainer(pipe, optimizer.build(AdamConfig(weight_decay=rate), 10)).lower().compile()
+        for rate in (0.1, 0.0)
+    )
+    local = [storage.local_shapes() for storage in pipe.stages.params]
+    packed = sum(a.size for arrays in local for a in arrays["packs"])
+    held = sum(a.size for a in jax.tree.leaves(local))
+    more, less = (one.memory_analysis().temp_size_in_bytes for one in (with_decay, without))
+    assert 0 < packed < held and more - less <= packed + 1000 < held
+
+
 # --- the step ------------------------------------------------------------------------------------
 
 
