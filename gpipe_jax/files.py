@@ -44,7 +44,8 @@ class Rules(NamedTuple):
 
     def check(self, where: str, batch: Batch) -> None:
         """Raise DataError unless labels and tokens are whole numbers that the network knows."""
-        inputs, labels = (np.asarray(batch[key]) for key in KEYS)
+        used = np.asarray(batch["weights"]) > 0 if "weights" in batch else slice(None)
+        inputs, labels = (np.asarray(batch[key])[used] for key in KEYS)
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"labels of {where} have type {labels.dtype}; they must be integers")
         named = {"labels": labels, "inputs": inputs} if self.tokens else {"labels": labels}

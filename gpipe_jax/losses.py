@@ -18,7 +18,7 @@ PyTree = Any
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
     """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy.
 
-    The loss of a label that is no class, below 0 or from C on, is NaN, whatever its weight.
+    The loss of a label that is no class, below 0 or from C on, is NaN: but of weight 0, it counts 0.
     """
     losses = _cross_entropy(logits, labels)
     return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
@@ -108,6 +108,7 @@ def weighted_sums(
             )
         per_example = values.reshape(values.shape[0], -1).mean(axis=1)
         dtype = jnp.promote_types(values.dtype, jnp.float32)
-        return (per_example.astype(dtype) * weights.astype(dtype)).sum()
+        weighted = per_example.astype(dtype) * weights.astype(dtype)
+        return jnp.where(weights == 0, 0, weighted).sum()  # also if an example's value is NaN
 
     return weigh(losses), {name: weigh(values) for name, values in metrics.items()}

@@ -9,6 +9,7 @@ import json
 import sqlite3
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main` as a process of its own, which ends with that code also while candidates train."""
-    threads.leave(main())
+    try:
+        code = main()
+    except Exception:  # a fault of ours, or of a space of the user's
+        traceback.print_exc()
+        code = 1
+    threads.leave(code)
 
 
 def _fail(error: object, code: int) -> int:

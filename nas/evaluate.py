@@ -84,7 +84,13 @@ def in_search(
 
 def goes_by(evaluator: Evaluator) -> dict[str, Any]:
     """What its fitnesses depend on, as JSON has it: at least its class."""
-    found = {"kind": type(evaluator).__name__, **getattr(evaluator, "goes_by", {})}
+    own = getattr(evaluator, "goes_by", {})
+    if not (isinstance(own, Mapping) and all(isinstance(name, str) for name in own)):
+        raise ValueError(
+            f"`goes_by` of {type(evaluator).__name__} is {own!r}: expected a dict with texts as "
+            "names, or a property that returns one"
+        )
+    found = {"kind": type(evaluator).__name__, **own}
     return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
 
 

@@ -43,9 +43,10 @@ def finish() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, whatever is at work."""
     if _busy:
-        with suppress(OSError):  # such as of a pipe whose reader is gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # Of a pipe whose reader is gone; closed; none at all.
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

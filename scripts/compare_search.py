@@ -24,7 +24,7 @@ from typing import Any
 
 import nas
 from gpipe_jax import figure, loader
-from nas import build, finals, reading
+from nas import build, evaluate, finals, reading
 from nas.config import SearchConfig
 from nas.evaluate import Job
 from nas.training.evaluator import TrainingEvaluator
@@ -49,6 +49,11 @@ class Remembered:
     def grace_s(self) -> float:
         """As of the inner one: it is the first algorithm that compiles, for all."""
         return self.evaluator.grace_s
+
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """As the inner one: a folder goes on with the same training only."""
+        return evaluate.goes_by(self.evaluator)
 
     def in_search(self, *search: Any) -> "Remembered":
         """With the inner one told what it is to serve."""

@@ -58,6 +58,16 @@ def test_a_label_that_is_no_class_makes_nan(smoothing: float) -> None:
     np.testing.assert_array_equal(np.isnan(losses), [False, True, True, True, True, False])
 
 
+def test_an_example_of_weight_zero_counts_nothing_whatever_its_label() -> None:
+    def loss(logits: jax.Array) -> jax.Array:
+        labels, weights = jnp.array([1, -1]), jnp.array([2.0, 0.0])
+        return weighted_sums(softmax_cross_entropy, logits, labels, weights)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.zeros((2, 3)))
+    assert value == pytest.approx(2 * np.log(3))
+    np.testing.assert_allclose(gradient, [[2 / 3, -4 / 3, 2 / 3], [0, 0, 0]], rtol=1e-6)
+
+
 # --- classification ------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ class Devices:
     def __init__(self, devices: Sequence[Device]) -> None:
         self._free, self._count = deque(devices), len(devices)
         self._lost: set[Device] = set()
+        self._late: set[Device] = set()  # of these, who may answer yet
         self._reason = ""  # of the last loss
         self._changed = threading.Condition()
         self._threads = Threads()
@@ -61,7 +62,8 @@ class Devices:
 
     @property
     def _left(self) -> int:
-        return self._count - len(self._lost)
+        """Those that are, or may be, handed out again."""
+        return self._count - len(self._lost - self._late)
 
     def _has_begun(self, future: Future) -> bool:
         turn = self._turns.get(future)
@@ -132,9 +134,11 @@ class Devices:
         except TimeoutError:
             late = True
             with self._changed:
+                self._late.add(device)
                 self._lose(device, f"{device} has not answered for {ANSWER_S:g} s after a time-out")
             answered = asked.result()
         with self._changed:
+            self._late.discard(device)
             if not answered:
                 self._lose(device, f"{device} answers no more after a time-out")
             elif late or device not in self._lost:  # by the job, meanwhile

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gpipe_jax.genotype import PAPER_OPERATIONS
 from nas import keeping
 from nas.evaluate import TRAINED_VALUES, Job
-from nas.training.names import BUILDERS, DTYPES, RUNG, check_data
+from nas.training.names import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
     from nas.training.datasets import Data, Split
@@ -111,7 +111,11 @@ class TrainingEvaluator:
     @property
     def goes_by(self) -> dict[str, Any]:
         """What the fitness depends on; a search goes on with the same only."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _AIDS}
+        aids = {*_AIDS, *(("stop_quantile",) if self.stop_epoch is None else ())}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in aids}
+        if self.data not in DATASETS:
+            found["data"] = str(Path(self.data).resolve())
+        return found
 
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None

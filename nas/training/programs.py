@@ -133,7 +133,7 @@ class Programs(NamedTuple):
 
 
 KEPT = 32
-"""Programs of single architectures are not kept for ever: those used least recently go."""
+"""Of so many networks, or single architectures; those used least recently go, on all devices."""
 
 
 class TooLargeError(MemoryError):
@@ -195,9 +195,14 @@ def _kept(key: _Key) -> Programs | None:
 def _keep(key: _Key, made: Programs | TooLargeError) -> None:
     with _lock:
         _programs[key] = made
-        single = [other for other in _programs if not other.leaves]
-        for oldest in single[:-KEPT]:
-            del _programs[oldest]
+        for oldest in [*dict.fromkeys(map(_anywhere, reversed(_programs)))][KEPT:]:
+            for other in [other for other in _programs if _anywhere(other) == oldest]:
+                del _programs[other]
+
+
+def _anywhere(key: _Key) -> _Key:
+    """The same for all devices, however many there are."""
+    return key._replace(device=None)
 
 
 def this_device() -> Device:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nas
+from nas.evaluate import goes_by
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 OVERRIDES = ("evolution.population=4", "evolution.sample=2", "run.cycles=8", "run.workers=1")
@@ -120,3 +121,11 @@ def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) 
     monkeypatch.setattr(nas, "search", search)
     code, _, err = compare()
     assert (code, err) == wanted
+
+
+def test_a_folder_goes_on_with_the_same_training_only(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("compare_search")
+    of = lambda epochs: nas.TrainingEvaluator(data="digits", epochs=epochs)  # noqa: E731
+    short, long = (goes_by(script.Remembered(of(epochs))) for epochs in (3, 9))
+    assert short != long and short == goes_by(script.Remembered(of(3)))

@@ -9,7 +9,7 @@ import pytest
 from searches import Bits, drive, ones, population, small, trace
 
 import nas
-from nas import limits
+from nas import evaluate, limits
 from nas.evaluate import FAILURES, Outcome, ReturnError
 from nas.store import Store
 
@@ -420,3 +420,15 @@ def test_bad_arguments(tmp_path, options, message) -> None:
 def test_bad_retries() -> None:
     with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number, 0 or more"):
         nas.Retries(nan=-1)
+
+
+@pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
+def test_what_an_evaluator_goes_by_is_a_dict(own) -> None:
+    class Own:
+        goes_by = own
+
+        def evaluate(self, job) -> float:
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
+        evaluate.goes_by(Own())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nas
+from nas import cli
 
 MINE = """\
 import itertools
@@ -120,3 +121,13 @@ def test_a_script_ends_its_trainings_before_its_own_end(tmp_path, stops) -> None
     assert done.returncode == 7, done.stderr
     counts = nas.load("search", tmp_path).counts
     assert (counts.running, counts.failures, counts.evaluations) == (2, 0, 0)
+
+
+def test_a_fault_has_an_exit_code_too(monkeypatch, capsys) -> None:
+    def fault() -> int:
+        raise KeyError("mutate")
+
+    monkeypatch.setattr(cli, "main", fault)
+    with pytest.raises(SystemExit) as found:
+        cli.program()
+    assert found.value.code == 1 and "KeyError: 'mutate'" in capsys.readouterr().err

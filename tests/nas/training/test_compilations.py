@@ -77,13 +77,16 @@ def test_the_programs_used_least_recently_go(uncompiled) -> None:
     assert compiled == [True, True, False, True, False, True]
 
 
-def test_programs_of_all_architectures_never_go(uncompiled) -> None:
-    """However many devices each have their own, and whatever single ones come and go."""
-    data = np.zeros(3)
-    many = [programs_of(name, data)[1] > 0 for name in "abcd"]
-    single = [programs_of(name)[1] > 0 for name in "efgf"]
-    again = [programs_of(name, data)[1] > 0 for name in "abcd"]
-    assert all(many) and single == [True, True, True, False] and not any(again)
+def test_programs_are_kept_for_however_many_devices(uncompiled, monkeypatch) -> None:
+    def on_each(network: str) -> list[bool]:
+        made = []
+        for number in range(4):
+            monkeypatch.setattr(programs, "this_device", lambda number=number: number)
+            made.append(programs_of(network)[1] > 0)
+        return made
+
+    assert all(on_each("a")) and all(on_each("b")) and not any(on_each("a"))
+    assert all(on_each("c")) and not any(on_each("a")) and all(on_each("b"))
 
 
 def test_programs_that_are_ready_wait_for_no_compilation(uncompiled, monkeypatch) -> None:

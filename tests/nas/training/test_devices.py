@@ -173,7 +173,7 @@ def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
     hung, end, pool = three[1], threading.Event(), devices.Devices(three).pool()
     monkeypatch.setattr(devices, "answers", answers)
     monkeypatch.setattr(devices, "ANSWER_S", 0.1)
-    options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 0.5}
+    options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 3.0}
     result = search(tmp_path, evaluate, cycles=60, cache=False, **options)
     assert result.reader.failures_by_kind() == {"timeout": 1} and result.counts.results == 60
     assert pool.lost() == 1
@@ -203,3 +203,32 @@ def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkey
 def test_the_words_of_workers() -> None:
     with pytest.raises(ValueError, match="expected a number of threads, 'devices', 'processes'"):
         pools.pool("device")
+
+
+def test_the_only_device_may_be_late(monkeypatch) -> None:
+    """The next job waits until it answers; it is no reason to end a search."""
+    began, end = threading.Event(), threading.Event()
+
+    def task(one: nas.Job) -> Outcome:
+        began.set()
+        return Outcome("ok", 1.0)
+
+    def hang(one: nas.Job) -> Outcome:
+        end.wait(30)
+        return task(one)
+
+    monkeypatch.setattr(devices, "answers", lambda device: end.wait(30))
+    monkeypatch.setattr(devices, "ANSWER_S", 0.01)
+    one = devices.Devices(jax.local_devices()[:1])
+    pool = one.pool()
+    hung = pool.submit(hang, job())
+    while not pool.begun(hung):
+        time.sleep(0.001)
+    pool.expire(hung)
+    while not one._late:
+        time.sleep(0.001)
+    waiting = pool.submit(task, job())
+    assert not began.wait(0.1)
+    end.set()
+    assert waiting.result(30).kind == "ok"
+    pool.close()
