@@ -18,7 +18,7 @@ PyTree = Any
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
     """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy.
 
-    The loss of a label that is no class, below 0 or from C on, is NaN: but of weight 0, it counts 0.
+    A label that is no class, below 0 or from C on, has loss NaN; of weight 0 it counts nothing.
     """
     losses = _cross_entropy(logits, labels)
     return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
