@@ -209,6 +209,8 @@ def _config(options: argparse.Namespace) -> int:
     if options.config is None:
         return _fail("give a CONFIG file, or --schema", BAD_INPUT)
     config = loader.load(options.config, options.overrides)
+    for line in loader.without_effect(config):
+        print(f"gpipe: {line}", file=sys.stderr)
     if options.diff:
         different = loader.differences(config)
         if options.json:

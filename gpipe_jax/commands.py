@@ -30,6 +30,8 @@ def train(options: argparse.Namespace) -> int:
 
     def work(parts: run.Parts, stop: Stop) -> run.Summary:
         config = parts.config.train
+        for line in loader.without_effect(parts.config) if hosts.is_first() else ():
+            print(f"gpipe: {line}", file=sys.stderr)
         with progress.show(config.steps, config.log_every, quiet=not hosts.is_first()) as show:
             summary = run.train(parts, show, stop)
         return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})

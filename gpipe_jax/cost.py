@@ -42,13 +42,17 @@ class LayerCost(NamedTuple):
 
 
 def measure(
-    shapes: Sequence[LayerShape], kind: str | Sequence[float], platform: str
+    shapes: Sequence[LayerShape],
+    kind: str | Sequence[float],
+    platform: str,
+    *,
+    shared: bool = False,
 ) -> list[LayerCost]:
     """The cost of every layer; equal layers are looked at once.
 
     `kind` is "flops" (of the platform's program, see `count_flops`), "time" (run here, median of
-    five; of several processes in the first), or the costs themselves, one number for each layer in
-    any unit.
+    five), or the costs themselves, one number for each layer in any unit. Where the network is
+    `shared` by all processes the first one's times count, and every process must ask.
     """
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
@@ -61,7 +65,7 @@ def measure(
         flops_s = lambda program, specs: count_flops(program, specs, platform) / rate  # noqa: E731
         one = _measured_time if kind == "time" else flops_s
         times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
-        if kind == "time":  # each process measures its own, and all must cut alike
+        if kind == "time" and shared:  # each process measures its own, and all must cut alike
             times = [us / 1e6 for us in hosts.from_first([round(1e6 * t) for t in times])]
     else:
         raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")

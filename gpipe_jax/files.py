@@ -8,8 +8,10 @@ import functools
 import glob
 import importlib.util
 import io
+import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,7 +274,9 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
 
 def _call(path: str, name: str, **arguments: int) -> Any:
     # A name that no import gives: a user's random.py must not become everybody's `random`.
-    spec = importlib.util.spec_from_file_location(f"source {path}", path)
+    # Without dots, in which pickle looks for packages: what it has may go to other processes.
+    stem, crc = re.sub(r"\W", "_", Path(path).stem), zlib.crc32(bytes(Path(path).resolve()))
+    spec = importlib.util.spec_from_file_location(f"gpipe_source_{stem}_{crc:x}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

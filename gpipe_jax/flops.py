@@ -10,6 +10,10 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+# Equations whose programs mean something in them only: kernels work on references, and the parts of
+# a sharded program name the mesh's axes. XLA's count has of them what it sees.
+_NOT_ENTERED = ("pallas_call", "shard_map")
+
 # Names of platforms for which programs are lowered: a GPU that is not there is taken for NVIDIA's.
 _ABSENT = {"cpu": "cpu", "gpu": "cuda"}  # the rest as "tpu"
 _Platforms = tuple[str, ...] | None
@@ -19,7 +23,8 @@ def count_flops(program: Callable, specs: tuple, platform: str) -> float:
     """The floating-point operations of `program(*specs)` on such devices, which need not be there.
 
     A scan counts as many times as it is long, a conditional as its dearest branch. How long a while
-    loop is nobody knows: it counts as one round, with a warning.
+    loop is nobody knows: it counts as one round, with a warning; so does a loop whose body cannot
+    be looked at by itself, as it writes to references of the program around it.
     """
     here = platform == jax.default_backend()
     return sum(_counts(program, specs, None if here else (_ABSENT.get(platform, "tpu"),)))
@@ -38,6 +43,8 @@ def _left_out(jaxpr: Jaxpr, platforms: _Platforms) -> float:
 
 def _left_out_of(equation: Any, platforms: _Platforms) -> float:
     name, params = equation.primitive.name, equation.params
+    if name in _NOT_ENTERED:
+        return 0.0
     if name == "scan":
         # XLA sees one round of `unroll` steps, and the steps that are left over behind the loop.
         unseen = max(params["length"] // params["unroll"] - 1, 0) * params["unroll"]
@@ -49,17 +56,25 @@ def _left_out_of(equation: Any, platforms: _Platforms) -> float:
         branches = [_of_jaxpr(branch, platforms) for branch in params["branches"]]
         return max(map(sum, branches)) - max(once for once, _ in branches)
     if name == "while":
-        warnings.warn(
-            "the cost of a layer counts one round of a loop of unknown length (lax.while_loop); "
-            "to balance by it use the cost 'time', or give the costs",
-            stacklevel=2,
-        )
+        _warn("of unknown length (lax.while_loop)")
     return sum(_left_out(inner, platforms) for inner in _inside(equation))
 
 
 def _of_jaxpr(jaxpr: ClosedJaxpr, platforms: _Platforms) -> tuple[float, float]:
-    specs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals)
-    return _counts(jaxpr_as_fun(jaxpr), specs, platforms)
+    try:
+        specs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals)
+        return _counts(jaxpr_as_fun(jaxpr), specs, platforms)
+    except Exception:  # whatever JAX raises: a layer that runs must not fail for being counted
+        _warn("whose body cannot be looked at by itself")
+        return 0.0, _left_out(jaxpr.jaxpr, platforms)
+
+
+def _warn(loop: str) -> None:
+    warnings.warn(
+        f"the cost of a layer counts one round of a loop {loop}; "
+        "to balance by it use the cost 'time', or give the costs",
+        stacklevel=3,
+    )
 
 
 def _inside(equation: Any) -> Iterator[Jaxpr]:

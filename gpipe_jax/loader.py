@@ -16,7 +16,7 @@ import pydantic
 import yaml
 from etils import epath
 
-from gpipe_jax.config import Config, Section, section_models
+from gpipe_jax.config import Config, Section, section_models, unused
 from gpipe_jax.messages import KeyPath, describe, did_you_mean, show
 from gpipe_jax.yaml_source import Draft, Place, TextError, override, parse
 
@@ -95,14 +95,24 @@ def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def without_effect(config: Config) -> list[str]:
+    """One line for each setting that is not at its default, and does nothing."""
+    changed, dead = differences(config), unused(config)
+    return [f"{name} has no effect with {dead[name]}" for name in dead if name in changed]
+
+
 def compare(there: Config, here: Config) -> list[str]:
-    """One line for each setting in which two configurations differ; empty if they are equal."""
+    """One line for each setting in which two configurations differ; empty if they are equal.
+
+    Settings that do nothing in both are left out.
+    """
     left, right = (
         {f"{name}.{field}": value for name, section in config for field, value in section}
         for config in (there, here)
     )
     lines = []
-    for name in left | right:
+    dead = unused(there).keys() & unused(here).keys()
+    for name in [name for name in left | right if name not in dead]:
         a, b = (
             [show(side[name]), side[name]] if name in side else ["absent"] for side in (left, right)
         )

@@ -90,3 +90,10 @@ def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """ "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
     return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
+def is_shared(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether its devices are those of more than one process."""
+    if isinstance(mesh, AbstractMesh):
+        return False
+    return len({device.process_index for device in mesh.devices.flat}) > 1

@@ -23,7 +23,7 @@ from gpipe_jax.layers import links
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shapes import LayerShape, describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
-from gpipe_jax.mesh import DATA, STAGE, platform_of
+from gpipe_jax.mesh import DATA, STAGE, is_shared, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.stages import Stages
 from gpipe_jax.storage import Storage, of_all_devices
@@ -106,7 +106,7 @@ class Pipeline:
         self.shapes = infer_shapes(self.layers, self.one_micro_batch["inputs"])
         self._check_loss()
         platform = platform_of(mesh)
-        self.costs = costs.measure(self.shapes, cost, platform)
+        self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
         self.remat = remat
         self.partition = self._cut(partition, cost, platform, memory_limit)
         self.stages = Stages(

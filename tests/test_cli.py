@@ -381,6 +381,16 @@ def test_config_diff(gpipe):
     assert json.loads(line)["mesh.stages"] == {"default": 1, "value": 2}
 
 
+@pytest.mark.parametrize("command", ["config", "train"])
+def test_a_setting_that_does_nothing_is_said(gpipe, trained, tmp_path, command):
+    """And no more than that, also where a run goes on."""
+    shutil.copytree(trained[0] / "run 1", tmp_path / "run")
+    given = [f"train.workdir={tmp_path / 'run'}", "optimizer.decay_rate=0.5"]
+    code, _, err = gpipe(command, *given)
+    said = "gpipe: optimizer.decay_rate has no effect with optimizer.schedule constant\n"
+    assert (code, err.count(said)) == (0, 1), err
+
+
 def test_config_json_and_schema(gpipe):
     _, (line,), _ = gpipe("config", "--json")
     assert json.loads(line)["mesh"]["stages"] == 2

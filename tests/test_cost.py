@@ -1,5 +1,6 @@
 """Costs of layers: the flops of a dense layer, each distinct layer once, parameters apart."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from gpipe_jax.cost import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_b
 from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shapes import LayerShape, infer_shapes
+from gpipe_jax.losses import softmax_cross_entropy
+from gpipe_jax.mesh import abstract_mesh, is_shared, make_mesh
+from gpipe_jax.pipeline import Pipeline
 
 B = 64
 
@@ -175,9 +179,31 @@ def test_all_processes_take_the_times_of_the_first(monkeypatch: pytest.MonkeyPat
         return [500_000, 3]
 
     monkeypatch.setattr(hosts, "from_first", from_first)
-    costs = measure(dense_shapes(8, 16, 4), "time", "cpu")
+    costs = measure(dense_shapes(8, 16, 4), "time", "cpu", shared=True)
     assert [one.compute_s for one in costs] == [0.5, 3e-6]
     assert len(told) == 1 and len(told[0]) == 2 and min(told[0]) > 0  # microseconds of its own
+
+
+def test_a_mesh_of_one_process_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may make no pipeline."""
+    monkeypatch.setattr(hosts, "from_first", lambda _: pytest.fail("asked the other processes"))
+    mesh, x = make_mesh(stages=2, data=1), jnp.ones((4, 8))
+    example = {"inputs": x, "labels": jnp.zeros((4,), jnp.int32)}
+    layers = zoo.mlp((8, 16, 4))
+    pipe = Pipeline(layers, loss=softmax_cross_entropy, mesh=mesh, example=example, cost="time")
+    assert min(one.compute_s for one in pipe.costs) > 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "shared"), [((0, 0), False), ((1, 1), False), ((0, 1), True)]
+)
+def test_a_mesh_is_shared_by_the_processes_of_its_devices(
+    processes: tuple[int, ...], shared: bool
+) -> None:
+    devices = np.array([[SimpleNamespace(process_index=i)] for i in processes])
+    mesh: Any = SimpleNamespace(devices=devices)
+    assert is_shared(mesh) is shared
+    assert not is_shared(abstract_mesh(stages=2))
 
 
 @pytest.mark.parametrize("given", [[1.0], [1.0, 2.0, 3.0]])

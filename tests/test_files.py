@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import random
 import re
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import own_files
 import pytest
 
-from gpipe_jax import cli
+from gpipe_jax import cli, files
 from gpipe_jax.data import DataError, Rules, array_record, arrays, iterable
 from gpipe_jax.stream import Dataset
 
@@ -308,6 +309,20 @@ def test_a_file_with_the_name_of_a_module_does_not_replace_it(here: Path, capsys
     message = "random.py:make made a int"
     assert message in train(capsys, "data={kind: python, source: 'random.py:make'}", code=2)
     assert sys.modules["random"] is random
+
+
+def test_functions_of_the_file_can_be_sent_to_other_processes(here: Path, monkeypatch) -> None:
+    """As multiprocessing does."""
+    code = "import pickle\ndef read(): return 7\ndef make(**_): return pickle.dumps(read)"
+    made = []
+    for path in (here / "my-own.data.py", here / "other" / "my-own.data.py"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+        made.append(pickle.loads(files._call(str(path), "make")))
+    assert [read() for read in made] == [7, 7]
+    assert made[0] is not made[1]
+    monkeypatch.chdir(here / "other")
+    assert pickle.loads(files._call("my-own.data.py", "make")).__module__ == made[1].__module__
 
 
 FINITE = """

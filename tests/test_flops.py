@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.cost import measure
 from gpipe_jax.flops import count_flops
@@ -78,6 +81,47 @@ def test_a_loop_of_unknown_length_is_said_once() -> None:
         "the cost of a layer counts one round of a loop of unknown l"
     ]
     assert counts == pytest.approx([PRODUCT, PRODUCT], rel=0.1)
+
+
+def in_a_kernel(x: jax.Array, w: jax.Array) -> jax.Array:
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = jnp.zeros_like(x_ref)
+
+        def add(i: Any, _: None) -> None:
+            out_ref[i, :] += x_ref[i, :]
+
+        jax.lax.fori_loop(0, N, add, None)
+
+    return pl.pallas_call(kernel, out_shape=SQUARE, interpret=True)(x) @ w
+
+
+def in_a_shard_map(x: jax.Array, w: jax.Array) -> jax.Array:
+    mesh = jax.make_mesh((1,), ("a",), (AxisType.Auto,))
+    step = lambda c, _: (jax.lax.psum(c, "a"), None)  # noqa: E731
+    loop = lambda x: jax.lax.scan(step, x, None, 3)[0]  # noqa: E731
+    return jax.shard_map(loop, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(x) @ w
+
+
+@pytest.mark.parametrize("program", [in_a_kernel, in_a_shard_map])
+def test_loops_of_kernels_and_of_sharded_programs_are_left_to_xla(program: Callable) -> None:
+    counted = count_flops(program, (SQUARE, SQUARE), "cpu")
+    analysis: Any = jax.jit(program).lower(SQUARE, SQUARE).cost_analysis()
+    assert counted == analysis["flops"] >= PRODUCT
+
+
+def test_a_loop_that_writes_to_references_counts_one_round() -> None:
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        ref = jax.new_ref(x)
+
+        def step(_: Any, __: None) -> None:
+            ref[...] = times(4)(ref[...], w)
+
+        jax.lax.fori_loop(0, 5, step, None)
+        return ref[...]
+
+    with pytest.warns(UserWarning, match="one round of a loop whose body cannot be looked at by"):
+        counted = count_flops(program, (SQUARE, SQUARE), "cpu")
+    assert counted >= PRODUCT
 
 
 def test_a_recurrent_layer_costs_its_length() -> None:

@@ -146,6 +146,22 @@ def test_compare_sees_what_it_does_not_print():
     assert len(loader.compare(there, here)) == 1
 
 
+def test_settings_without_effect_are_legal_and_no_difference():
+    dead = ["optimizer.decay_rate=0.5", "optimizer.staircase=true", "profile={start: 5, steps: 0}"]
+    config = load_text(BASE + SGD, *dead)
+    assert loader.without_effect(config) == [
+        "optimizer.decay_rate has no effect with optimizer.schedule cosine",
+        "optimizer.staircase has no effect with optimizer.schedule cosine",
+        "profile.start has no effect with profile.steps 0",
+    ]
+    assert load_text(loader.dump(config)) == config
+    plain = load_text(BASE + SGD)
+    assert loader.without_effect(plain) == loader.compare(config, plain) == []
+    alive = load_text(BASE + SGD, *dead, "optimizer.schedule=exponential", "profile.steps=1")
+    assert loader.without_effect(alive) == []
+    assert len(loader.compare(plain, alive)) == 5
+
+
 def test_schema():
     properties = loader.schema()["$defs"]["MeshConfig"]["properties"]
     assert properties["stages"]["default"] == 1

@@ -426,6 +426,18 @@ def test_another_way_to_write_the_same_folder_is_no_difference(whole):
     run._same_run(other)(next(iter(checkpoint.manifests(whole[0].checkpoints))))
 
 
+def test_a_setting_that_does_nothing_makes_no_other_run(whole):
+    """Nor one that an earlier version wrote down."""
+    manifest = next(iter(checkpoint.manifests(whole[0].checkpoints)))
+    run._same_run(other_config(whole, "optimizer.decay_rate=0.5"))(manifest)
+    old = {**manifest.config, "profile": {"start": 5, "steps": 0}}
+    old["optimizer"] = {**old["optimizer"], "decay_steps": 7}
+    run._same_run(whole[0])(manifest._replace(config=old))
+    with pytest.raises(ConfigError, match=r"optimizer.decay_steps: 7 there, 1000 here"):
+        falling = other_config(whole, "optimizer.schedule=exponential")
+        run._same_run(falling)(manifest._replace(config=old))
+
+
 @pytest.mark.parametrize("work", [lambda parts: run.train(parts, print), run.evaluate])
 def test_other_data_under_the_same_config(whole, work):
     """Such as a text file that has grown."""

@@ -34,7 +34,6 @@ from gpipe_jax.config.fields import (
     PositiveOrZero,
     Section,
     Text,
-    check_unused,
     nearest_multiples,
 )
 from gpipe_jax.config.model import (
@@ -85,6 +84,7 @@ __all__ = [
     "image_shape",
     "nearest_multiples",
     "section_models",
+    "unused",
 ]
 
 
@@ -194,14 +194,6 @@ class ProfileConfig(Section):
     start: Count = Field(default=10, description="first step that is traced")
     steps: CountOrZero = Field(default=0, description="how many are; 0: none")
 
-    @field_validator("steps")
-    @classmethod
-    def _start_of_some(cls, steps: int, info: ValidationInfo) -> int:
-        if steps == 0 and "start" in info.data:
-            reason = "traces nothing with profile.steps 0; give some, or"
-            check_unused(cls, "start", info.data["start"], reason)
-        return steps
-
 
 class Config(Section):
     """A whole run. `model` and `data` are required, the rest has defaults."""
@@ -274,6 +266,23 @@ def cross_checks(config: Config) -> list[tuple[str, str]]:
         )
         found.append(("mesh.simulate", message))
     return found + data_problems(config.model, config.data)
+
+
+def unused(config: Config) -> dict[str, str]:
+    """Settings that do nothing, by dotted name, and the setting that says so.
+
+    They are legal: one override of a file may leave others of its settings without effect.
+    """
+    found: dict[str, str] = {}
+    schedule = config.optimizer.schedule
+    if schedule != "exponential":
+        names = [f"optimizer.{name}" for name in ("decay_rate", "decay_steps", "staircase")]
+        found |= dict.fromkeys(names, f"optimizer.schedule {schedule}")
+    if isinstance(config.data, ArraysConfig) and config.data.test is not None:
+        found["data.test_fraction"] = f"data.test {config.data.test}"
+    if config.profile.steps == 0:
+        found["profile.start"] = "profile.steps 0"
+    return found
 
 
 def _boundary_problems(

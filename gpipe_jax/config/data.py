@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from gpipe_jax.config.fields import Count, CountOrZero, Fraction, Section, Text, check_unused
+from gpipe_jax.config.fields import Count, CountOrZero, Fraction, Section, Text
 from gpipe_jax.config.model import MlpConfig, ModelConfig, TransformerConfig
 
 
@@ -92,15 +92,6 @@ class ArraysConfig(Section):
     test_fraction: Fraction = Field(
         default=0.1, gt=0, description="part of train kept for evaluation if there is no test"
     )
-
-    @field_validator("test_fraction")
-    @classmethod
-    def _without_test_only(cls, fraction: float, info: ValidationInfo) -> float:
-        test = info.data.get("test")
-        if test is not None:
-            reason = f"holds out nothing beside data.test {test!r}; give one of them, or"
-            check_unused(cls, "test_fraction", fraction, reason)
-        return fraction
 
 
 class ArrayRecordConfig(ArraysConfig):

@@ -40,16 +40,6 @@ class Section(BaseModel):
     )
 
 
-def check_unused(model: type[Section], name: str, value: Any, reason: str) -> None:
-    """Raise ValueError for a setting that does nothing, for a reason, and is not at its default.
-
-    At its default it may be written: a configuration with every setting written out can be read.
-    """
-    default = model.model_fields[name].default
-    if value != default:
-        raise ValueError(f"{name} {value} {reason} leave it at {default}")
-
-
 def nearest_multiples(n: int, m: int) -> tuple[int, ...]:
     """The multiples of `m` next to `n`: the one below, unless that is zero, and the one above.
 

@@ -1,8 +1,8 @@
 """The optimizers."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from gpipe_jax.config.fields import (
     Count,
@@ -11,7 +11,6 @@ from gpipe_jax.config.fields import (
     Positive,
     PositiveOrZero,
     Section,
-    check_unused,
 )
 
 
@@ -48,17 +47,6 @@ class OptimizerConfig(Section):
         default=None,
         description="decay of the moving average of the parameters, which is then evaluated",
     )
-
-    @field_validator("decay_rate", "decay_steps", "staircase")
-    @classmethod
-    def _exponential_only(cls, value: Any, info: ValidationInfo) -> Any:
-        schedule = info.data.get("schedule", "exponential")
-        if schedule != "exponential":
-            reason = (
-                f"needs optimizer.schedule 'exponential', got {schedule!r}; use that schedule, or"
-            )
-            check_unused(cls, str(info.field_name), value, reason)
-        return value
 
 
 class SgdConfig(OptimizerConfig):
