@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 # Equations whose programs mean something in them only: kernels work on references, and the parts of
@@ -55,7 +56,7 @@ def _left_out_of(equation: Any, platforms: _Platforms) -> float:
     if name == "cond" and any(_left_out(branch.jaxpr, platforms) for branch in params["branches"]):
         branches = [_of_jaxpr(branch, platforms) for branch in params["branches"]]
         return max(map(sum, branches)) - max(once for once, _ in branches)
-    if name == "while":
+    if name == "while" and any(_is_float(a) for a in equation.outvars):
         _warn("of unknown length (lax.while_loop)")
     return sum(_left_out(inner, platforms) for inner in _inside(equation))
 
@@ -67,6 +68,10 @@ def _of_jaxpr(jaxpr: ClosedJaxpr, platforms: _Platforms) -> tuple[float, float]:
     except Exception:  # whatever JAX raises: a layer that runs must not fail for being counted
         _warn("whose body cannot be looked at by itself")
         return 0.0, _left_out(jaxpr.jaxpr, platforms)
+
+
+def _is_float(variable: Any) -> bool:
+    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
 def _warn(loop: str) -> None:

@@ -153,3 +153,13 @@ def test_it_is_the_platforms_program_that_counts(platform: str, products: int) -
 
     flops = count_flops(program, (SQUARE, SQUARE), platform)
     assert flops == pytest.approx(products * PRODUCT, rel=0.01)
+
+
+def test_a_loop_over_integers_has_no_floating_point_operations() -> None:
+    def program(x: jax.Array, n: jax.Array) -> jax.Array:
+        return x * jax.lax.while_loop(lambda i: i > 0, lambda i: i - 1, n)
+
+    specs = (jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_flops(program, specs, "cpu") > 0

@@ -126,6 +126,31 @@ def test_the_gradient_of_equal_maxima_goes_to_the_first(
         np.testing.assert_array_equal(pull(jnp.float32(x), jnp.float32(dy))[0], dx)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_window_has_one_maximum_also_if_what_it_sees_is_computed_twice(dtype: str) -> None:
+    """A maximum of maxima, which are equal where they see the same, of sums of products."""
+
+    def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+        x = x - x.mean((0, 1, 2))
+        return x * (jax.lax.rsqrt((x**2).mean((0, 1, 2)) + 1e-3) * by[0]) + by[1]
+
+    def loss(arrays: tuple, maximum: Callable) -> jax.Array:
+        x, y, wide, by = arrays
+        z = scaled(x, by[:2]) + scaled(y, by[2:4])
+        both = maximum(z, 3, 1) + maximum(scaled(wide, by[4:]), 3, 2)
+        return (jnp.sin(maximum(both, 3, 1)) * jnp.arange(16)).sum()
+
+    rng = np.random.default_rng(0)
+    shapes = (32, 2, 2, 16), (32, 2, 2, 16), (32, 4, 4, 16), (6, 16)
+    with jax.enable_x64(True):
+        arrays = tuple(jnp.asarray(0.5 + rng.normal(size=shape), dtype) for shape in shapes)
+        ours, plain = (
+            jax.jit(jax.grad(lambda a, f=f: loss(a, f)))(arrays) for f in (pool.max_pool, plain_max)
+        )
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
 POOLS = pytest.mark.parametrize(
     ("ours", "plain"), [(pool.max_pool, plain_max), (pool.avg_pool, plain_mean)]
 )

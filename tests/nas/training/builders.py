@@ -50,16 +50,12 @@ def images(shape: Shape, examples: int) -> jax.Array:
 
 
 def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
-    """Values of which no two entries are alike, so that to mistake one shows.
-
-    Biases are about 1. Where relu leaves nothing of any channel, all outputs of a convolution are
-    alike: two such places tie for a maximum, and rounding decides which of them has the gradient.
-    """
+    """Values of which no two entries are alike, so that to mistake one shows."""
     rng = np.random.default_rng(seed)
 
     def parameter(path: tuple, a: Any) -> jax.Array:
         wide = 0.2 if path[-1].key in ("scale", "bias") else 1 / np.sqrt(np.prod(a.shape[:-1]))
-        middle = float(path[-1].key in ("scale", "bias"))
+        middle = float(path[-1].key == "scale")
         return jnp.asarray(middle + wide * rng.normal(size=a.shape), static.shape.dtype)
 
     def statistic(path: tuple, a: Any) -> jax.Array:

@@ -33,7 +33,11 @@ def both_types() -> Iterator[tuple[Pair, Pair]]:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
-    """In float32 within 1e-5 of the exact result, or as near to it as the layers' own is."""
+    """In float64 alike; in float32 as the layers are in one of the two types.
+
+    There a rounding error may bring a relu's input to the other side of zero, or make another of
+    two elements the larger, in one of the three: then its gradients are those of another function.
+    """
     (double, single), genotype = both_types, random_genotype(seed)
     with jax.enable_x64(True):
         assert_same(*double.both(genotype), tolerance=1e-12)
@@ -48,9 +52,9 @@ def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
         exact = double.other(double.static.encode(genotype), *given)
     for name, *steps in zip(Step._fields, found, wanted, exact, strict=True):
         a, b, c = (floored(a, steps[2]) if name == "gradients" else a for a in steps)
-        error, own = largest_error(a, c), largest_error(b, c)
-        print(f"{name}: {error:.1e} from float64, the layers {own:.1e}")
-        assert error <= max(1e-5, 4 * own)
+        error, own, apart = (largest_error(*pair) for pair in ((a, c), (b, c), (a, b)))
+        print(f"{name}: {error:.1e} from float64, the layers {own:.1e}, from these {apart:.1e}")
+        assert min(error, apart) <= (2e-4 if name == "gradients" else 1e-5)
 
 
 def largest_error(tree: object, exact: object) -> float:
