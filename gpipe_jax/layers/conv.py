@@ -13,14 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from gpipe_jax.layers.pool import Windows, fast_on_cpu, total
 
 AXES = ("NHWC", "HWIO", "NHWC")
-
-DEPTHWISE = "depthwise"
-"""What `jax.checkpoint` policies call the results of depthwise convolutions."""
 
 
 def conv2d(
@@ -44,8 +40,7 @@ def depthwise_conv2d(
             f"`kernel` is for {channels} channels and `x` has {x.shape[3]}; "
             f"a depthwise convolution needs one kernel for each channel"
         )
-    y = _depthwise(Windows((h, w), (stride, stride), dilation), x, kernel)
-    return checkpoint_name(y, DEPTHWISE)
+    return _depthwise(Windows((h, w), (stride, stride), dilation), x, kernel)
 
 
 def _plain(windows: Windows, x: jax.Array, kernel: jax.Array) -> jax.Array:
