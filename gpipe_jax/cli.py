@@ -11,39 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpipe_jax import loader, progress
+from gpipe_jax import loader, progress, terminal
 from gpipe_jax import schedule as schedules
 from gpipe_jax.loader import ConfigError
-
-BAD_INPUT = 2
+from gpipe_jax.terminal import BAD_INPUT, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parse(arguments)
+    options = terminal.parse(_parser(), arguments)
     try:
         return options.command(options)
     except ConfigError as error:
-        return _fail(error, BAD_INPUT)
+        return fail(error, BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; overrides may stand before, between and after them, which argparse refuses."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [text for text in rest if "=" not in text]
-    if unknown or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    if rest:
-        options.overrides += rest
-    return options
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"gpipe: {error}", file=sys.stderr)
-    return code
+        return fail("interrupted", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,38 +33,37 @@ def _parser() -> argparse.ArgumentParser:
         prog="gpipe", description="Train a sequence of layers through a pipeline."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command, text in (
-        ("train", _train, "train a config's network; the same folder continues a run"),
-        ("eval", _evaluate, "evaluate the newest checkpoint of a run"),
-        ("plan", _plan, "say whether a config's run fits a TPU slice, and how fast it would be"),
-        ("config", _config, "show a config as resolved"),
-    ):
-        one = _command(commands, name, command, text)
-        needed = None if name != "config" else "?"
-        source = "a YAML file, or the folder of a run" if name == "eval" else "a YAML file"
-        one.add_argument("config", metavar="CONFIG", nargs=needed, help=source)
-        one.add_argument(
-            "overrides", metavar="a.b=c", nargs="*", help="values that replace the file's"
-        )
-        if name == "train":
-            one.add_argument("--plan", type=Path, metavar="FILE", help="lay it out as planned")
-        if name == "eval":
-            one.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
-        if name in ("train", "eval"):
-            _host_options(one)
-        if name == "plan":
-            _plan_options(one)
-        if name == "config":
-            one.add_argument(
-                "--diff", action="store_true", help="differences from the defaults only"
-            )
-            one.add_argument("--schema", action="store_true", help="the JSON schema of all configs")
-    one = _command(commands, "export", _export, "write a run's parameters as one plain file")
+
+    text = "train a config's network; the same folder continues a run"
+    one = terminal.add_command(commands, "train", _later("train"), text)
+    terminal.add_config(one)
+    one.add_argument("--plan", type=Path, metavar="FILE", help="lay it out as planned")
+    _host_options(one)
+
+    text = "evaluate the newest checkpoint of a run"
+    one = terminal.add_command(commands, "eval", _later("evaluate"), text)
+    terminal.add_config(one, "a YAML file, or the folder of a run")
+    one.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
+    _host_options(one)
+
+    text = "say whether a config's run fits a TPU slice, and how fast it would be"
+    one = terminal.add_command(commands, "plan", _plan, text)
+    terminal.add_config(one)
+    _plan_options(one)
+
+    one = terminal.add_command(commands, "config", _config, "show a config as resolved")
+    terminal.add_config(one, required=False)
+    one.add_argument("--diff", action="store_true", help="differences from the defaults only")
+    one.add_argument("--schema", action="store_true", help="the JSON schema of all configs")
+
+    text = "write a run's parameters as one plain file"
+    one = terminal.add_command(commands, "export", _later("export_run"), text)
     one.add_argument("run", metavar="RUN", help="the folder of a run")
     one.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
     )
-    one = _command(commands, "schedule", _schedule, "draw a schedule")
+
+    one = terminal.add_command(commands, "schedule", _schedule, "draw a schedule")
     one.add_argument("--stages", type=int, required=True, metavar="K")
     one.add_argument("--micro-batches", type=int, required=True, metavar="M")
     one.add_argument("--kind", default="1f1b", choices=schedules.KINDS)
@@ -117,31 +98,15 @@ def _plan_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
 
 
-def _command(
-    commands: argparse._SubParsersAction, name: str, command: Callable, text: str
-) -> argparse.ArgumentParser:
-    one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    one.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    one.set_defaults(command=command)
-    return one
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
+    """A function of `gpipe_jax.commands`, which imports JAX: not before it is called."""
 
+    def command(options: argparse.Namespace) -> int:
+        from gpipe_jax import commands
 
-def _train(options: argparse.Namespace) -> int:
-    from gpipe_jax import commands
+        return getattr(commands, name)(options)
 
-    return commands.train(options)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from gpipe_jax import commands
-
-    return commands.evaluate(options)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from gpipe_jax import commands
-
-    return commands.export_run(options)
+    return command
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -170,10 +135,10 @@ def _plan(options: argparse.Namespace) -> int:
     except (ValueError, libtpu.NotInstalledError) as error:
         raise ConfigError([str(error)], options.config) from error
     except (TimeoutError, RuntimeError) as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     print(found)
     if options.search and best.fits is not True:
-        return _fail("none of the compiled layouts fits; try a larger topology", 1)
+        return fail("none of the compiled layouts fits; try a larger topology", 1)
     try:
         if options.out:
             layouts.save(best, options.out)
@@ -207,10 +172,10 @@ def _config(options: argparse.Namespace) -> int:
         print(json.dumps(loader.schema(), indent=None if options.json else 2))
         return 0
     if options.config is None:
-        return _fail("give a CONFIG file, or --schema", BAD_INPUT)
+        return fail("give a CONFIG file, or --schema", BAD_INPUT)
     config = loader.load(options.config, options.overrides)
     for line in loader.without_effect(config):
-        print(f"gpipe: {line}", file=sys.stderr)
+        terminal.say(line)
     if options.diff:
         different = loader.differences(config)
         if options.json:

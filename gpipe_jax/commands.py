@@ -2,18 +2,18 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from etils import epath
 
-from gpipe_jax import build, cluster, data, export, hosts, loader, progress, run
+from gpipe_jax import build, cluster, data, export, hosts, loader, progress, run, terminal
 from gpipe_jax.cluster import Cluster
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import PREEMPTED, Stop, StoppedError, listening
 from gpipe_jax.loader import ConfigError
+from gpipe_jax.terminal import BAD_INPUT, fail
 from gpipe_jax.trainer import DivergedError
 
 Work = Callable[[run.Parts, Stop], run.Summary]
@@ -31,7 +31,7 @@ def train(options: argparse.Namespace) -> int:
     def work(parts: run.Parts, stop: Stop) -> run.Summary:
         config = parts.config.train
         for line in loader.without_effect(parts.config) if hosts.is_first() else ():
-            print(f"gpipe: {line}", file=sys.stderr)
+            terminal.say(line)
         with progress.show(config.steps, config.log_every, quiet=not hosts.is_first()) as show:
             summary = run.train(parts, show, stop)
         return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})
@@ -69,13 +69,13 @@ def _run(options: argparse.Namespace, work: Work) -> int:
     except ConfigError as error:
         if cluster is None:
             raise
-        code = _fail(error, 2)
+        code = fail(error, BAD_INPUT)
     except (hosts.MissingError, OSError) as error:
-        code = _fail(error, 1)
+        code = fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if cluster is None:
             raise
-        code = _fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
+        code = fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
     return hosts.leave(code) if cluster else code
 
 
@@ -109,9 +109,9 @@ def _one_of(
     try:
         summary = work(parts, stop)
     except StoppedError as error:
-        return _fail(error, PREEMPTED)
+        return fail(error, PREEMPTED)
     except DivergedError as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except data.DataError as error:
         place = loader.place(options.config, options.overrides, "data", str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
@@ -130,8 +130,3 @@ def export_run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(figures))
     return 0
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"gpipe: {error}", file=sys.stderr)
-    return code

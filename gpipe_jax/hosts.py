@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from gpipe_jax.cluster import TIMEOUT_S, Cluster
+from gpipe_jax.terminal import say
 
 GRACE_S = 5  # for the others to end by themselves
 SHUTDOWN_S = 45  # to wait at the end for others, who have said goodbye or are gone
@@ -82,7 +83,7 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
     deadline = time.monotonic() + timeout_s
     hint = "did you start the same command on every host (--worker=all)?"
     if cluster.index:
-        _say(f"{cluster.me}, waiting for the others (time-out {timeout_s:g} s); {hint}")
+        say(f"{cluster.me}, waiting for the others (time-out {timeout_s:g} s); {hint}")
         return [_answer(cluster, deadline, hint)]
     here: dict[int, Peer] = {}
     with _server(cluster) as server:
@@ -97,7 +98,7 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
                         peer.socket.sendall(f"{problem}\n".encode())
                 raise MissingError(problem)
             if time.monotonic() - said > 30:
-                _say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
+                say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
                 said = time.monotonic()
             server.settimeout(1)
             # Nobody yet, or somebody who has no business here.
@@ -218,12 +219,8 @@ class Watch:
         for other in self.peers:
             with contextlib.suppress(OSError):
                 other.socket.sendall(f"{lost}\n".encode())
-        _say(f"{lost}; {self.cluster.me} ends too: start all of them again, to continue")
+        say(f"{lost}; {self.cluster.me} ends too: start all of them again, to continue")
         os._exit(1)
-
-
-def _say(text: str) -> None:
-    print(f"gpipe: {text}", file=sys.stderr, flush=True)
 
 
 def is_first() -> bool:

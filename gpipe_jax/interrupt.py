@@ -6,11 +6,12 @@ A thread hears the signals, for Python's own handlers wait while the main thread
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
 import jax
+
+from gpipe_jax.terminal import say
 
 PREEMPTED = 75  # exit code: saved, start it again
 INTERRUPTED = 130
@@ -52,18 +53,14 @@ class Stop:
         name = signal.Signals(number).name
         if not self.unsaved and self.alone:
             _end(PREEMPTED, f"{name}: ends at once, there is nothing to save")
-        _say(f"{name}: saving after this step (Ctrl-C: stop at once)")
+        say(f"{name}: saving after this step (Ctrl-C: stop at once)")
         if not self.alone and number == signal.SIGINT:
             # To JAX's preemption service, which makes all processes stop after the same step.
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _say(text: str) -> None:
-    print(f"gpipe: {text}", file=sys.stderr, flush=True)
-
-
 def _end(code: int, text: str) -> None:
-    _say(text)  # and no flush of standard output, which a full pipe would block
+    say(text)  # and no flush of standard output, which a full pipe would block
     os._exit(code)
 
 

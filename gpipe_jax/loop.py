@@ -1,6 +1,5 @@
 """The loop of a training run: steps, evaluations and checkpoints, each when it is due."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -12,6 +11,7 @@ from gpipe_jax.interrupt import Stop, StoppedError
 from gpipe_jax.parts import Parts
 from gpipe_jax.profile import Profile
 from gpipe_jax.stream import DataError
+from gpipe_jax.terminal import say
 from gpipe_jax.trainer import TrainState
 
 
@@ -34,7 +34,7 @@ class Loop:
         self.evaluated = restored.manifest.metrics if restored else None
         if restored and hosts.is_first():
             for line in restoring.describe(restored):
-                print(f"gpipe: {line}", file=sys.stderr)
+                say(line)
             restoring.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if hosts.is_first() else None
         done = self.evaluated is not None

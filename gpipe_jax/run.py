@@ -8,7 +8,6 @@ each logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`; if 
 import contextlib
 import fcntl
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from gpipe_jax.interrupt import Stop, listening
 from gpipe_jax.loader import ConfigError, compare, dump
 from gpipe_jax.loop import Loop
 from gpipe_jax.parts import Parts, assemble
+from gpipe_jax.terminal import say
 from gpipe_jax.trainer import Trainer
 
 __all__ = ["Parts", "Summary", "assemble", "default_workdir", "evaluate", "train"]
@@ -64,7 +64,7 @@ def train(parts: Parts, show: Callable[[dict], None], stop: Stop | None = None) 
         run = Loop(parts, restored, show, heard, told)
         changed = _not_the_same(parts, restored.manifest.config) if restored else None
         if changed and hosts.is_first():
-            print(f"gpipe: {changed}", file=sys.stderr)
+            say(changed)
         with contextlib.closing(run.saver):
             run.to_the_end()
         heard.unsaved = False

@@ -7,31 +7,23 @@ import argparse
 import contextlib
 import json
 import sqlite3
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpipe_jax import loader, progress
+from gpipe_jax import loader, progress, terminal
 from gpipe_jax.loader import ConfigError
+from gpipe_jax.terminal import BAD_INPUT
 from nas import scale, threads
 from nas.config import SearchConfig
 from nas.records import FILE
 
-BAD_INPUT = 2
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [text for text in rest if "=" not in text]
-    if unknown or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    if rest:
-        options.overrides += rest
+    options = terminal.parse(_parser(), arguments)
     try:
         return options.command(options)
     except (ConfigError, OSError) as error:
@@ -51,8 +43,7 @@ def program() -> NoReturn:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"nas: {error}", file=sys.stderr)
-    return code
+    return terminal.fail(error, code, "nas")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,16 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "search as a config says; the same folder continues a search"
-    one = _command(commands, "search", _search, text)
-    one.add_argument("config", metavar="CONFIG", help="a YAML file")
-    one.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
-    one = _command(commands, "report", _report, "say what a run has found, also while it goes on")
+    one = terminal.add_command(commands, "search", _search, text)
+    terminal.add_config(one)
+    text = "say what a run has found, also while it goes on"
+    one = terminal.add_command(commands, "report", _report, text)
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
         "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
     )
     text = "write the best architecture of a run to a file, or a config by which gpipe trains it"
-    one = _command(commands, "export", _export, text)
+    one = terminal.add_command(commands, "export", _export, text)
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
         *("--out", "-o"), type=Path, metavar="FILE", required=True,
@@ -86,15 +77,6 @@ def _parser() -> argparse.ArgumentParser:
         said = "" if default is None else f" ({default})"
         one.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + said)
     return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction, name: str, command: Callable, text: str
-) -> argparse.ArgumentParser:
-    one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    one.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    one.set_defaults(command=command)
-    return one
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gpipe_jax import build, cli, loader
+from gpipe_jax import build, cli, loader, terminal
 from gpipe_jax.config import Config
 from gpipe_jax.planning import accelerators
 
@@ -111,7 +111,7 @@ def test_commands_of_the_pages(page: str, words: list[str]) -> None:
         options = [word for word in words if "=" in word]
         assert all(option in done.stdout for option in options)
     elif words[0] == "gpipe":
-        options = cli._parse(words[1:])
+        options = terminal.parse(cli._parser(), words[1:])
         config = loader.load(ROOT / options.config, options.overrides)
         if options.topology:
             topology = accelerators.parse(options.topology)
