@@ -123,7 +123,7 @@ def _svg_box(box: Box) -> str:
 
 def figure(pictures: Sequence[Picture], path: str | Path | None = None) -> "Figure":
     """Pictures side by side, in a matplotlib figure; written to `path` where given."""
-    from gpipe_jax.figure import blank
+    from gpipe_jax.figure import blank, saved
 
     width, height = sum(d.width for d in pictures), max(d.height for d in pictures)
     drawing = blank(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
@@ -135,10 +135,7 @@ def figure(pictures: Sequence[Picture], path: str | Path | None = None) -> "Figu
     for drawn in pictures:
         draw(axes, drawn, left)
         left += drawn.width
-    if path is not None:
-        # Without a format matplotlib would add a suffix to a name that has none.
-        drawing.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
-    return drawing
+    return saved(drawing, path)
 
 
 def draw(axes: "Axes", drawn: Picture, left: float = 0.0, scale: float = 1.0) -> None:

@@ -1,6 +1,7 @@
 """An empty matplotlib figure, an optional extra."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 
@@ -23,8 +24,16 @@ def blank(width: float, height: float) -> Any:
     return Shown(figsize=(width, height), layout="constrained")
 
 
-def png(figure: Any, dpi: int = 110) -> bytes:
+def saved(figure: Any, path: str | Path | None, dpi: int = 120) -> Any:
+    """The figure, written to `path` where given."""
+    if path is not None:
+        # Without a format matplotlib would add a suffix to a name that has none.
+        figure.savefig(path, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    return figure
+
+
+def png(figure: Any) -> bytes:
     """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png")
+    figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpipe_jax.figure import blank
+from gpipe_jax.figure import blank, saved
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
     )
     boxes = [Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
     figure.legend(boxes, ["forward", "backward"], loc="outside lower right", ncols=2, fontsize=8)
-    if path is not None:
-        # Without a format matplotlib would add a suffix to a name that has none.
-        figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
-    return figure
+    return saved(figure, path)
 
 
 def curves(records: Sequence[dict], path: Path) -> None:
@@ -61,4 +58,4 @@ def curves(records: Sequence[dict], path: Path) -> None:
         axes.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    saved(figure, path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpipe_jax import drawing as drawings
 from gpipe_jax.drawing import Picture
-from gpipe_jax.figure import blank
+from gpipe_jax.figure import blank, saved
 from nas import drawing, plots
 from nas.drawing import Step
 from nas.records import Reader
@@ -63,7 +63,7 @@ def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figu
         for k, panel in enumerate(row):
             _draw(drawn, panel, GAP + k * (WIDTH + GAP), y)
         y -= max(panel.height for panel in row) + GAP
-    return plots.saved(drawn, path)
+    return saved(drawn, path)
 
 
 def _curve(axes: "Axes", steps: list[Step], note: str) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpipe_jax.figure import blank
+from gpipe_jax.figure import blank, saved
 from nas import reading
 from nas.reading import UNDER_WAY
 from nas.records import Reader
@@ -120,14 +120,6 @@ def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
     worst = min(front, key=lambda point: point[1] if maximise else -point[1])[1]
     hidden = _focus(axes, [value for _, value in points], maximise=maximise, keep=worst)
     _finish(axes, f"Pareto front: {len(front)} candidates{hidden}", cost, "fitness")
-
-
-def saved(figure: "Figure", path: str | Path | None) -> "Figure":
-    """The figure, written to `path` where given."""
-    if path is not None:
-        # Without a format matplotlib would add a suffix to a name that has none.
-        figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
-    return figure
 
 
 def _focus(axes: "Axes", values: list[float], *, maximise: bool, keep: float | None = None) -> str:

@@ -98,6 +98,13 @@ def test_a_plan_without_a_topology_asks_no_compiler(monkeypatch: pytest.MonkeyPa
     json.dumps(found.to_dict())
 
 
+def test_the_picture_of_a_plan_has_the_name_that_was_given(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = gpipe.plan(DIGITS).plot(tmp_path / "plan")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+    assert len(figure.axes) == 1
+
+
 def test_a_plan_of_layers_is_the_plan_of_the_config() -> None:
     config = loader.load(DIGITS)
     work, layout = job.from_config(config)
@@ -194,9 +201,9 @@ def test_the_compiler_needs_what_the_analysis_says() -> None:
 @TPU
 def test_a_plan_is_drawn(compiled: Plan, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    compiled.plot(tmp_path / "plan.png")
+    figure = compiled.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
-    assert len(compiled.plot().axes) == 2
+    assert len(figure.axes) == len(compiled.plot().axes) == 2
 
 
 @TPU

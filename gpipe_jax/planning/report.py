@@ -1,11 +1,11 @@
 """What a plan says: as a table, in a notebook, as JSON, as a picture."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpipe_jax import table
+from gpipe_jax.figure import blank, saved
 from gpipe_jax.memory import GIB
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
@@ -125,16 +125,14 @@ class Plan:
         return f"yes, {usable}" if self.fits else f"no, by {-left:.2f} GiB: {usable}"
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Memory and time by part, as a picture; written to `path`, or returned."""
-        from gpipe_jax import figure
-
+        """Memory and time by part, as a picture; written to `path` where given."""
         panels: list[tuple[str, dict[str, float]]] = [("GiB on each device", self.memory_gib)]
         if self.time_s is not None:
             panels.append(("seconds of a step, predicted", self.time_s))
-        return _draw(figure.blank, panels, self.hbm_usable_gib, path)
+        return saved(_draw(panels, self.hbm_usable_gib), path, dpi=150)
 
 
-def _draw(blank: Callable, panels: list, limit: float | None, path: str | Path | None) -> Any:
+def _draw(panels: list, limit: float | None) -> Any:
     picture = blank(9, 1.2 + 1.3 * len(panels))
     axes = picture.subplots(len(panels), 1, squeeze=False)[:, 0]
     for i, (ax, (title, parts)) in enumerate(zip(axes, panels, strict=True)):
@@ -147,10 +145,7 @@ def _draw(blank: Callable, panels: list, limit: float | None, path: str | Path |
         ax.set_yticks([])
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.15))
-    if path is None:
-        return picture
-    picture.savefig(path, dpi=150)
-    return None
+    return picture
 
 
 def gib(parts: dict[str, int]) -> dict[str, float]:
