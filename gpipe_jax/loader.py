@@ -16,8 +16,9 @@ import pydantic
 import yaml
 from etils import epath
 
+from gpipe_jax import hints
 from gpipe_jax.config import Config, Section, section_models, unused
-from gpipe_jax.messages import KeyPath, describe, did_you_mean, show
+from gpipe_jax.messages import KeyPath, describe, show
 from gpipe_jax.yaml_source import Draft, Place, TextError, override, parse
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Section
@@ -171,7 +172,7 @@ def _text(path: epath.Path) -> str:
             neighbours = sorted(os.listdir(path.parent))
         except OSError:
             neighbours = []
-        reason = f"no such file{did_you_mean(path.name, neighbours)}"
+        reason = f"no such file{hints.did_you_mean(path.name, neighbours)}"
     except ImportError as error:
         reason = no_package(error)
     except IsADirectoryError:

@@ -3,12 +3,12 @@
 A message fits on one line, whatever was given: values and paths are shown escaped and cut.
 """
 
-import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from gpipe_jax import hints
 from gpipe_jax.config import Config, Section, section_models
 
 KeyPath = tuple[Any, ...]  # from the root of the configuration to a value
@@ -37,7 +37,7 @@ def describe(
     else:
         rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
         legal = re.findall(r"'(.*?)'", rules)
-    hint = did_you_mean(given, legal)
+    hint = hints.did_you_mean(given, legal)
     if kind == "string_type" and isinstance(given, int | float):
         hint = "; put it in quotes"
     return f"{name}: expected {rules}, got {show(given)}{hint}"
@@ -102,8 +102,9 @@ def unknown_key(path: KeyPath, kind: str, root: type[Section] = Config) -> str:
         f"{name}.{leaf}": leaf for name in root.model_fields for leaf in fields_of(name, root)
     }
     for names in (near, everywhere):
+        meant = hints.nearest(str(field), names.values())
         for name, leaf in names.items():
-            if leaf in difflib.get_close_matches(str(field)[:80], names.values(), n=1):
+            if leaf == meant:
                 return f"{message}; did you mean '{name}'?"
     return f"{message}; legal keys: {legal}"
 
@@ -111,13 +112,6 @@ def unknown_key(path: KeyPath, kind: str, root: type[Section] = Config) -> str:
 def _one_of(names: Iterable[str]) -> str:
     *most, last = map(repr, names)
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def did_you_mean(given: Any, legal: Sequence[str]) -> str:
-    """The end of a message: a question if something legal is close, or else nothing."""
-    # Cut, because the comparison takes quadratic time.
-    close = difflib.get_close_matches(given[:80], legal, n=1) if isinstance(given, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def dotted(path: KeyPath) -> str:

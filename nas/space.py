@@ -13,10 +13,11 @@ A space of your own is a class with these members; `nas.testing.check_space` say
         canonical = encode
 """
 
-import difflib
 from collections.abc import Callable
 from random import Random
 from typing import Any, Protocol, TypeVar
+
+from gpipe_jax import hints
 
 A = TypeVar("A")
 
@@ -73,9 +74,8 @@ def check(space: Any) -> Space[Any]:
     """`space`, or the one of that name; ValueError if it is none."""
     if isinstance(space, str):
         if space not in SPACES:
-            close = difflib.get_close_matches(space, SPACES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SPACES)}"
-            raise ValueError(f"space: unknown space {space!r}; {hint}")
+            hint = hints.meant_or_known(space, SPACES)
+            raise ValueError(f"space: unknown space {space!r}{hint}")
         return SPACES[space]()
     members = ("name", "random", "mutate", "canonical", "encode", "decode")
     absent = [member for member in members if not hasattr(space, member)]

@@ -39,7 +39,7 @@ READING_ORDER = [
     "planning",
 ]
 NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule", "slots"]
-NO_JAX += ["terminal"]
+NO_JAX += ["hints", "terminal"]
 
 
 def imports_of(path: Path) -> set[str]:

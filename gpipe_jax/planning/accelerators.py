@@ -5,12 +5,13 @@ accelerator name says a size: `v3-32`, `v5litepod-16`, `v5p-128`; some generatio
 it and some count chips. `parse` takes both.
 """
 
-import difflib
 import itertools
 import math
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from gpipe_jax import hints
 
 
 class Generation(NamedTuple):
@@ -159,8 +160,7 @@ def _generation(name: str) -> Generation:
         raise ValueError(f"the accelerator is empty; {_examples(GENERATIONS['v3'])}")
     if name in ALIASES:
         return ALIASES[name]
-    near = difflib.get_close_matches(re.split(r"[:-]", name)[0], ALIASES, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = hints.did_you_mean(re.split(r"[:-]", name)[0], ALIASES)
     raise ValueError(f"unknown TPU generation {name!r}{hint} (known: {', '.join(sorted(ALIASES))})")
 
 

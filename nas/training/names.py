@@ -1,7 +1,8 @@
 """What the training of candidates knows by name; no JAX, so that a config is checked at once."""
 
-import difflib
 from pathlib import Path
+
+from gpipe_jax import hints
 
 DATASETS = ("digits", "cifar10")
 BUILDERS = ("interpreter", "static")
@@ -14,8 +15,7 @@ def check_data(name: str) -> None:
     """Raise ValueError for a data set that is neither known nor a file."""
     if name in DATASETS or Path(name).exists():
         return
-    close = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
+    hint = hints.meant_or_known(name, DATASETS)
     raise ValueError(
-        f"data: unknown data set {name!r}; {hint} or give a .npz file with inputs and labels"
+        f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
     )
