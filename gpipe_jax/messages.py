@@ -27,7 +27,7 @@ def describe(
     if kind == "invalid_key":
         return f"{name}: expected a name as key, got {show(path[-1])}; correct it"
     if kind == "missing" and path[1] != "kind":
-        model = section_models(path[0])[values[path[0]]["kind"]]
+        model = section_models(path[0], root)[values[path[0]].get("kind", "")]
         return f"{name}: required; give {model.model_fields[path[1]].description}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{name}: required; give {_one_of(section_models(path[0], root))}"

@@ -3,13 +3,14 @@
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from gpipe_jax import loader
-from gpipe_jax.config import AdamConfig, Config, MeshConfig, SgdConfig
+from gpipe_jax.config import AdamConfig, Config, MeshConfig, Section, SgdConfig
 from gpipe_jax.loader import ConfigError, load
 
 BASE = """\
@@ -377,6 +378,35 @@ def test_cross_checks_have_places():
         "override 'pipeline.partition=[1]': pipeline.partition: mesh.stages 1 needs 0 boundaries, "
         "got 1: [1]; give 0, or 'auto'",
     ]
+
+
+class City(Section):
+    kind: Literal["city"] = "city"
+    name: str = Field(description="what it is called")
+
+
+class Village(Section):
+    kind: Literal["village"] = "village"
+
+
+class Owner(Section):
+    name: str = Field(description="who pays")
+
+
+class Journey(Section):
+    """A configuration of another kind, as the search's is, whose sections must say something."""
+
+    place: City | Village = Field(discriminator="kind")
+    owner: Owner
+
+
+def test_required_fields_of_another_kind_of_configuration():
+    with pytest.raises(ConfigError) as caught:
+        loader.load_as(Journey, {"place": {"kind": "city"}, "owner": {}})
+    assert caught.value.problems == (
+        "place.name: required; give what it is called",
+        "owner.name: required; give who pays",
+    )
 
 
 def test_places_of_what_is_found_later():
