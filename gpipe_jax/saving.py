@@ -6,11 +6,12 @@ its name only when everything is in it, and the removal of old checkpoints. The 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -150,37 +151,31 @@ class Saver:
         self.note(step, metrics)
         about = {"step": step, "config": config, "metrics": metrics, "data": data}
         args = ocp.args.Composite(**{checkpoint.STATE: _Save(state, descriptions, about)})
-        with _Failure(self):
+        with _files_may_fail(self.folder):
             self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Return when everything is written. Raises SaveError."""
-        with _Failure(self):
+        with _files_may_fail(self.folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, and stop. Raises SaveError."""
-        with _Failure(self):
+        with _files_may_fail(self.folder):
             self._manager.close()
 
 
-class _Failure:
+@contextlib.contextmanager
+def _files_may_fail(folder: epath.Path) -> Iterator[None]:
     """Turns what can go wrong with files into a SaveError, and removes what is half written."""
-
-    def __init__(self, saver: Saver) -> None:
-        self.folder = saver.folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, OSError):
-            return
+    try:
+        yield
+    except OSError as error:
         if jax.process_index() == 0:
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            for path in folder.glob("*.orbax-checkpoint-tmp*"):
                 path.rmtree()
         remedy = "the checkpoints before it are as they were"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = f"free space there, or lower train.keep; {remedy}"
         reason = error.strerror or error
-        raise SaveError(f"cannot save into {self.folder}: {reason}; {remedy}") from error
+        raise SaveError(f"cannot save into {folder}: {reason}; {remedy}") from error
