@@ -203,7 +203,8 @@ class ModuleLayer(Layer):
         self, params: PyTree, stats: PyTree, x: PyTree, context: Context
     ) -> tuple[PyTree, PyTree]:
         template, key = _template(self), context.key
-        streams = [(path, _stream_value(kind, key, i)) for i, (path, kind) in _streams(template)]
+        kinds = enumerate(template.rng_state)
+        streams = [(path, _stream_value(kind, key, i)) for i, (path, kind) in kinds]
         graph = template.train if context.train else template.evaluate
         rng_state = nnx.to_pure_dict(nnx.from_flat_state(streams))
         module = nnx.merge(graph, params, stats, rng_state)
@@ -227,10 +228,6 @@ def _brief(value: Any) -> str:
     """The value itself if that is short, else its type."""
     text = str(value)
     return text if len(text) <= 24 and "\n" not in text else type(value).__name__
-
-
-def _streams(template: Template) -> list:
-    return list(enumerate(template.rng_state))
 
 
 def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:

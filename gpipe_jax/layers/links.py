@@ -11,9 +11,8 @@ for layer in layers:
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.names import by_name
 
 PyTree = Any
 
@@ -108,8 +107,12 @@ def _key(tree: PyTree, name: str) -> Any:
 
 def check_names(layers: Sequence[Layer]) -> None:
     """Raise ValueError unless each stash is popped once, later, and each tied name used twice."""
+    _check_skips(layers)
+    _check_ties(layers)
+
+
+def _check_skips(layers: Sequence[Layer]) -> None:
     waiting: dict[str, int] = {}
-    users: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         for name in layer.pops:
             if name not in waiting:
@@ -125,6 +128,16 @@ def check_names(layers: Sequence[Layer]) -> None:
                     f"and no layer popped it yet; use another name"
                 )
             waiting[name] = i
+    for name, i in waiting.items():
+        raise ValueError(
+            f"layer {i}, {layers[i]}, stashes {name!r}, but no later layer pops it; "
+            f"pop it, or leave the stash out"
+        )
+
+
+def _check_ties(layers: Sequence[Layer]) -> None:
+    users: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
         for _, name in layer.ties:
             users.setdefault(name, []).append(i)
             if users[name].count(i) > 1:
@@ -136,11 +149,6 @@ def check_names(layers: Sequence[Layer]) -> None:
                     f"layer {i}, {layer}, ties {path!r} as {' and as '.join(names)}; "
                     f"tie a parameter by one name"
                 )
-    for name, i in waiting.items():
-        raise ValueError(
-            f"layer {i}, {layers[i]}, stashes {name!r}, but no later layer pops it; "
-            f"pop it, or leave the stash out"
-        )
     for name, ids in users.items():
         if len(ids) == 1:
             raise ValueError(
@@ -168,10 +176,9 @@ def check_tied(i: int, layer: Layer, params: PyTree, shared: dict) -> None:
         except KeyError:
             own = None
         if own is None or not hasattr(own, "shape"):
-            known = [".".join(map(_text, p)) for p, _ in jax.tree.leaves_with_path(params)]
             raise ValueError(
                 f"layer {i}, {layer}, ties {name!r} to {path!r}, which is not a parameter of it; "
-                f"it has {_listed(known)}"
+                f"it has {_listed(by_name(params))}"
             )
         owner = shared.get(name, own)
         if (own.shape, own.dtype) != (owner.shape, owner.dtype):
@@ -184,7 +191,3 @@ def check_tied(i: int, layer: Layer, params: PyTree, shared: dict) -> None:
 
 def _listed(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
-
-
-def _text(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
