@@ -8,7 +8,7 @@ sees the whole `Job`.
 import json
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -189,14 +189,16 @@ class Repeated:
         values = [each.fitness if each.fitness is not None else math.nan for each in found]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        names = dict.fromkeys(name for each in found for name in each.metrics)
-        means = {
-            name: fmean(each.metrics[name] for each in found if name in each.metrics)
-            for name in names
-        }
         kept = found[-1].trained_values
         values_at = {} if kept is None else {TRAINED_VALUES: kept}
-        return {**means, **values_at, "fitness": mean, "fitness_std": spread}
+        metrics = means([each.metrics for each in found])
+        return {**metrics, **values_at, "fitness": mean, "fitness_std": spread}
+
+
+def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those that have it."""
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    return {name: fmean(metrics[name] for metrics in found if name in metrics) for name in names}
 
 
 def read(returned: Any, job: Job) -> Outcome:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
+from gpipe_jax import progress
 from nas import reading
 from nas.records import CandidateRow, Counts, Reader, Study
 from nas.tables import Table, as_text
@@ -68,10 +69,8 @@ class Report(NamedTuple):
         return found
 
     def __str__(self) -> str:
-        facts = self.facts()
-        width = max(map(len, facts))
-        lines = "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
-        return "\n\n".join([f"search {self.study.name}\n{lines}", *map(as_text, self.tables())])
+        facts = f"search {self.study.name}\n{progress.table(self.facts())}"
+        return "\n\n".join([facts, *map(as_text, self.tables())])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

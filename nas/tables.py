@@ -4,6 +4,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gpipe_jax.table import as_text as columns
+
 
 class Table(NamedTuple):
     """A title, names of the columns, and rows of as many values."""
@@ -15,11 +17,8 @@ class Table(NamedTuple):
 
 def as_text(table: Table) -> str:
     """Columns as wide as they need."""
-    rows = [[str(name) for name in table.header], *([show(v) for v in row] for row in table.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([table.title, *(line.rstrip() for line in lines)])
+    rows = [table.header, *([show(value) for value in row] for row in table.rows)]
+    return f"{table.title}\n{columns(rows)}"
 
 
 def as_html(table: Table) -> str:

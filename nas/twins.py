@@ -7,9 +7,9 @@ candidate under way wait for its result rather than being trained too.
 
 import hashlib
 from collections import defaultdict
-from statistics import fmean
 from typing import Literal, NamedTuple
 
+from nas import evaluate
 from nas.records import Reader
 
 
@@ -41,11 +41,7 @@ class Twins:
         rows = list(self.reader.candidates(where, network, order=f"id LIMIT {self.limit}"))
         n = len(rows)
         if n >= self.limit:
-            names = dict.fromkeys(name for row in rows for name in row.metrics)
-            means = {
-                name: fmean(row.metrics[name] for row in rows if name in row.metrics)
-                for name in names
-            }
+            means = evaluate.means([row.metrics for row in rows])
             fitness = sum(row.fitness or 0.0 for row in rows) / n
             return Answer(rows[0].id, fitness, means, rows[0].trained_values)
         if self.under_way[network] + n >= self.limit:
