@@ -47,8 +47,7 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
         mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
     with section("pipeline"):
         options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
-        limit = config.pipeline.memory_limit_gib
-        options["memory_limit"] = None if limit is None else limit * 2**30
+        options["memory_limit"] = config.pipeline.memory_limit
         steps = config.train.steps
         pipe = Pipeline(layers, loss=loss, mesh=mesh, example=example, steps=steps, **options)
     if isinstance(config.data, FromFiles):

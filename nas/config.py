@@ -7,7 +7,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic import ValidationError as PydanticError
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gpipe_jax.config.fields import (
     Count,
@@ -17,6 +16,7 @@ from gpipe_jax.config.fields import (
     PositiveOrZero,
     Section,
     Text,
+    cross_check,
 )
 from gpipe_jax.genotype import PAPER_OPERATIONS
 from nas.evolution import Algorithm, FitnessPolicy, Settings
@@ -236,6 +236,4 @@ def _misused(limits: LimitsConfig, kind: str) -> str | None:
 
 def _problem(name: str, message: str) -> PydanticError:
     """An error with its own place in the file."""
-    error = PydanticCustomError("cross_check", "{error}", {"error": message})
-    detail = InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)
-    return PydanticError.from_exception_data("SearchConfig", [detail])
+    return PydanticError.from_exception_data("SearchConfig", [cross_check(name, message)])

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic import ValidationError as PydanticError
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gpipe_jax.config.data import (
     ArrayRecordConfig,
@@ -34,6 +33,7 @@ from gpipe_jax.config.fields import (
     PositiveOrZero,
     Section,
     Text,
+    cross_check,
     nearest_multiples,
 )
 from gpipe_jax.config.model import (
@@ -139,6 +139,11 @@ class PipelineConfig(Section):
         "micro_batches and mesh.data",
     )
 
+    @property
+    def memory_limit(self) -> float | None:
+        """The same in bytes."""
+        return None if self.memory_limit_gib is None else self.memory_limit_gib * 2**30
+
     @field_validator("chunks")
     @classmethod
     def _chunks_interleave(cls, chunks: int, info: ValidationInfo) -> int:
@@ -211,14 +216,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         # One error each, with its own location, where a plain ValueError would give one for all.
-        problems = [
-            InitErrorDetails(
-                type=PydanticCustomError("cross_check", "{error}", {"error": message}),
-                loc=tuple(name.split(".")),
-                input=None,
-            )
-            for name, message in cross_checks(self)
-        ]
+        problems = [cross_check(name, message) for name, message in cross_checks(self)]
         if problems:
             raise PydanticError.from_exception_data("Config", problems)
         return self

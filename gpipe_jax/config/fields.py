@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticKnownError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 LARGEST = 2**31 - 1  # jax holds shapes and steps in 32 bits
 
@@ -38,6 +38,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+
+def cross_check(name: str, message: str) -> InitErrorDetails:
+    """What is wrong between sections, as an error of pydantic with its own place."""
+    error = PydanticCustomError("cross_check", "{error}", {"error": message})
+    return InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)
 
 
 def nearest_multiples(n: int, m: int) -> tuple[int, ...]:

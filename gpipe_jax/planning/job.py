@@ -69,7 +69,6 @@ def from_config(config: Config) -> tuple[Job, Layout]:
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
     pipeline = config.pipeline
-    limit = pipeline.memory_limit_gib
     job = Job(
         layers,
         loss,
@@ -78,7 +77,7 @@ def from_config(config: Config) -> tuple[Job, Layout]:
         ema=config.optimizer.ema,
         steps=config.train.steps,
         keys_per=pipeline.keys_per,
-        memory_limit=None if limit is None else limit * 2**30,
+        memory_limit=pipeline.memory_limit,
     )
     chosen = {name: getattr(pipeline, name) for name in Layout._fields if hasattr(pipeline, name)}
     return job, Layout(stages=config.mesh.stages, data=config.mesh.data, **chosen)
