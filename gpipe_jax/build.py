@@ -24,6 +24,7 @@ from gpipe_jax.config import (
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.genotype import GENOTYPES, Genotype, is_json
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.units import GIB
 
 DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "digits": data.digits,
@@ -80,8 +81,8 @@ def _check_memory(config: Config) -> None:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise ValueError(
-            f"`batch_size` {config.data.batch_size} takes {need / 2**30:.3g} GiB, and this machine "
-            f"has {have / 2**30:.3g} GiB of memory; use a smaller batch"
+            f"`batch_size` {config.data.batch_size} takes {need / GIB:.3g} GiB, and this machine "
+            f"has {have / GIB:.3g} GiB of memory; use a smaller batch"
         )
 
 

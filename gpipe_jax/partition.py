@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gpipe_jax.units import GIB
+
 PerLayer = Sequence[float] | np.ndarray  # [L]
 # Equal stages whose layers were summed in another order differ by rounding; they still tie.
 ROUNDING = 1e-12
@@ -208,7 +210,7 @@ def _nothing_fits(layers: _Layers, stages: int) -> str:
 
 
 def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.3g} GiB"
+    return f"{size_bytes / GIB:.3g} GiB"
 
 
 def _cut(layers: _Layers, boundaries: Sequence[int]) -> Partition:

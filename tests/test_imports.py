@@ -39,7 +39,7 @@ READING_ORDER = [
     "planning",
 ]
 NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule", "slots"]
-NO_JAX += ["hints", "terminal"]
+NO_JAX += ["hints", "terminal", "units"]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -51,6 +51,7 @@ from gpipe_jax.config.optimizer import (
     RmsPropConfig,
     SgdConfig,
 )
+from gpipe_jax.units import GIB
 
 __all__ = [
     "AdamConfig",
@@ -142,7 +143,7 @@ class PipelineConfig(Section):
     @property
     def memory_limit(self) -> float | None:
         """The same in bytes."""
-        return None if self.memory_limit_gib is None else self.memory_limit_gib * 2**30
+        return None if self.memory_limit_gib is None else self.memory_limit_gib * GIB
 
     @field_validator("chunks")
     @classmethod

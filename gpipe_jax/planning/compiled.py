@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax.export
 
 from gpipe_jax.planning.hlo import Collective
-
-GIB = 2**30
+from gpipe_jax.units import GIB
 
 
 class Program(NamedTuple):

@@ -24,8 +24,9 @@ import jax.export
 import gpipe_jax
 from gpipe_jax.planning import cache
 from gpipe_jax.planning.accelerators import Topology
-from gpipe_jax.planning.compiled import GIB, Compiled, Program, too_large
+from gpipe_jax.planning.compiled import Compiled, Program, too_large
 from gpipe_jax.planning.libtpu import check_installed
+from gpipe_jax.units import GIB
 
 SHOW_EVERY_S = 3.0
 _TICK_S = 0.2  # how late a time-out may come

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpipe_jax import table
 from gpipe_jax.figure import blank, saved
-from gpipe_jax.memory import GIB
+from gpipe_jax.units import GIB
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
 ANALYSED = "by analysis of shapes alone, not compiled: name a topology to compile for it"

@@ -16,6 +16,7 @@ from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.planning.report import Plan
 from gpipe_jax.schedule import make
 from gpipe_jax.stages import Stages
+from gpipe_jax.units import GIB
 
 CHUNKS = (2, 4)  # of the interleaved schedule
 MOST_TRIED = 3  # times as many are compiled at most, if some do not fit after all
@@ -163,7 +164,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     step = timing.step_time(
         stages, schedule, times, topology, replicas=layout.data, update_s=update_s
     )
-    return Candidate(layout, cut.boundaries, sum(held.values()) / memory.GIB, step.total)
+    return Candidate(layout, cut.boundaries, sum(held.values()) / GIB, step.total)
 
 
 def _layer_s(cost: LayerCost, generation: Generation) -> float:

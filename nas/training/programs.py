@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from gpipe_jax.units import GIB
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Values
 from nas.training.recipe import Plan, Recipe, rate
@@ -269,7 +270,7 @@ def check_memory(program: Any, device: Device, split: Split) -> None:
     have = memory_of(device)
     if need > have:
         raise TooLargeError(
-            f"training needs {need / 2**30:.3g} GiB and {device} has {have / 2**30:.3g} GiB: give "
+            f"training needs {need / GIB:.3g} GiB and {device} has {have / GIB:.3g} GiB: give "
             "a smaller batch_size, fewer filters or cells, or dtype bfloat16"
         )
 

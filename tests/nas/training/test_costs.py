@@ -10,7 +10,8 @@ import pytest
 
 import nas
 from gpipe_jax.planning import accelerators, cache, compiler, libtpu
-from gpipe_jax.planning.compiled import GIB, Compiled, too_large
+from gpipe_jax.planning.compiled import Compiled, too_large
+from gpipe_jax.units import GIB
 from nas import build, reading
 from nas.config import SearchConfig
 from nas.training import inference

@@ -1,0 +1,3 @@
+"""Units of what is counted in bytes."""
+
+GIB = 2**30
