@@ -60,23 +60,23 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, work: Work) -> int:
     config = loader.load(options.config, options.overrides)
-    cluster = _cluster(options, config)
+    joined = _cluster(options, config)
     try:
-        count = cluster.count if cluster else 1
+        count = joined.count if joined else 1
         # From the start on, not from the first step: a signal that comes before is no failure.
-        with hosts.together(cluster), listening(count) as stop:
+        with hosts.together(joined), listening(count) as stop:
             return _one_of(options, config, work, stop, count)
     except ConfigError as error:
-        if cluster is None:
+        if joined is None:
             raise
         code = fail(error, BAD_INPUT)
     except (hosts.MissingError, OSError) as error:
         code = fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
-        if cluster is None:
+        if joined is None:
             raise
-        code = fail(f"{cluster.me}: {str(error).splitlines()[0]}", 1)
-    return hosts.leave(code) if cluster else code
+        code = fail(f"{joined.me}: {str(error).splitlines()[0]}", 1)
+    return hosts.leave(code) if joined else code
 
 
 def _cluster(options: argparse.Namespace, config: Config) -> Cluster | None:

@@ -32,7 +32,7 @@ class MissingError(RuntimeError):
 
 
 @contextlib.contextmanager
-def together(cluster: Cluster | None, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+def together(cluster: Cluster | None) -> Iterator[None]:
     """Run the block as one of the cluster's processes, or alone. Before any device is touched.
 
     Raises MissingError if not all come in time.
@@ -40,14 +40,14 @@ def together(cluster: Cluster | None, timeout_s: float = TIMEOUT_S) -> Iterator[
     if cluster is None or cluster.count == 1:
         yield
         return
-    peers = roll_call(cluster, timeout_s)
+    peers = roll_call(cluster, TIMEOUT_S)
     watch = Watch(cluster, peers)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.count,
         cluster.index,
         cluster_detection_method="deactivate",
-        initialization_timeout=int(timeout_s),
+        initialization_timeout=TIMEOUT_S,
         shutdown_timeout_seconds=SHUTDOWN_S,
     )
     try:

@@ -41,9 +41,9 @@ def show(
 
 
 @contextlib.contextmanager
-def counting(total: int, noun: str, console: Console | None = None) -> Iterator[Callable]:
+def counting(total: int, noun: str) -> Iterator[Callable]:
     """A function of a number done and a text; plain lines come at every tenth of the total."""
-    console = console or Console()
+    console = Console()
     if not console.is_terminal:
         shown = 0
 

@@ -65,7 +65,7 @@ class Values:
         if self.warm:
             drawn = {member.candidate for found in tournaments.values() for member in found.sample}
             inherited = state.inherited(waiting.values(), tournaments.values())
-            sweep(self.run, self.reader.trained_values(drawn) | inherited, running)
+            remove_unneeded(self.run, self.reader.trained_values(drawn) | inherited, running)
 
 
 def name_of(job: Job) -> str:
@@ -79,7 +79,7 @@ def is_gone(run: Path, values: str) -> bool:
     return folder == FOLDER and _NAME.fullmatch(name) is not None and not (run / values).exists()
 
 
-def sweep(run: Path, needed: Collection[str | None], running: Collection[int]) -> None:
+def remove_unneeded(run: Path, needed: Collection[str | None], running: Collection[int]) -> None:
     """Remove the files that are not `needed`, but those of evaluations that are `running`."""
     if not (run / FOLDER).is_dir():
         return

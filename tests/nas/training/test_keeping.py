@@ -79,7 +79,7 @@ def test_only_names_of_the_pattern_are_removed(tmp_path) -> None:
     names = ["1-1.safetensors", "1-2.safetensors", "1-3.safetensors.7.tmp", "1-4.safetensors.7.tmp"]
     for name in (*names, "best.safetensors", "1-1.txt"):
         (folder / name).touch()
-    keeping.sweep(tmp_path, {"weights/1-1.safetensors", None}, {4})
+    keeping.remove_unneeded(tmp_path, {"weights/1-1.safetensors", None}, {4})
     left = {path.name for path in folder.iterdir()}
     assert left == {names[0], names[3], "best.safetensors", "1-1.txt"}
 
