@@ -14,7 +14,7 @@ Reading order, which is also that of the imports and of the data:
     audit, simulation                             a log replayed; a search on a simulated clock
 
 Candidates are trained for real by `nas.TrainingEvaluator`: see `nas.training`, which loads JAX.
-What a person looks at is made from the store alone:
+What a person looks at is made from the store, and from what an export has trained again:
 
     records -> reading -> tables, plots, drawing (nasbench201_drawing, lineage_plot) -> report
             -> page;   live

@@ -30,6 +30,23 @@ class Finalist(NamedTuple):
     error: str | None = None  # by which it failed
 
 
+class Again(NamedTuple):
+    """What came of training a candidate again."""
+
+    candidate: int
+    epochs: int | None  # None in files of older versions
+    fitness: float
+
+
+def known(reader: Reader) -> list[Again]:
+    """All that has been trained again so far, the best first."""
+    found = [
+        Again(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
+        for key, one in _read(reader.path.parent / FILE).items()
+    ]
+    return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)
+
+
 def rank(
     reader: Reader,
     space: Space[Any],
@@ -53,7 +70,7 @@ def rank(
     told = evaluators.in_search(longer, space, reader.path.parent, "stored", None)
     found = []
     for row in reading.top(reader, count):
-        found.append(_finalist(f"#{row.id}, {longer}", told, reader, space, row))
+        found.append(_finalist(longer, told, reader, space, row))
         show(found[-1])
     sign = -1 if reader.study().maximise else 1
     return sorted(found, key=lambda one: (one.fitness is None, sign * (one.fitness or 0.0)))
@@ -65,16 +82,19 @@ def for_longer(evaluator: TrainingEvaluator, epochs: int | None) -> TrainingEval
     return replace(evaluator, epochs=epochs, stop_epoch=None, timeout_s=None)
 
 
-def _finalist(key: str, evaluator: Any, reader: Reader, space: Any, row: CandidateRow) -> Finalist:
-    path = reader.path.parent / FILE
+def _finalist(
+    longer: TrainingEvaluator, told: Any, reader: Reader, space: Any, row: CandidateRow
+) -> Finalist:
+    path, key = reader.path.parent / FILE, f"#{row.id}, {longer}"
     done = _read(path)
     if key in done:
-        return Finalist(row, **done[key])
-    outcome = _train(evaluator, reader, space, row)
-    result = {"fitness": outcome.fitness, "metrics": dict(outcome.metrics)}
-    if outcome.fitness is not None:
+        return Finalist(row, done[key]["fitness"], done[key]["metrics"])
+    outcome = _train(told, reader, space, row)
+    fitness, metrics = outcome.fitness, dict(outcome.metrics)
+    if fitness is not None:
+        result = {"epochs": longer.epochs, "fitness": fitness, "metrics": metrics}
         _write(path, {**done, key: result})
-    return Finalist(row, **result, error=outcome.error)
+    return Finalist(row, fitness, metrics, outcome.error)
 
 
 def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> Outcome:

@@ -1,6 +1,7 @@
 """The report of a run: what was searched, how it went, and what was found.
 
-All of it is read from the store, at one moment, so that a run can be reported on while it goes on.
+All of it is read from the store, at one moment, so that a run can be reported on while it goes on;
+only what an export has trained again is in a file beside it.
 """
 
 import time
@@ -8,7 +9,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from gpipe_jax import progress
-from nas import reading
+from nas import finals, reading
 from nas.records import CandidateRow, Counts, Reader, Study
 from nas.tables import Table, as_text
 
@@ -34,6 +35,7 @@ class Report(NamedTuple):
     failures: list[Failure]
     best: list[CandidateRow]  # of different networks
     fronts: dict[str, list[CandidateRow]]  # by cost
+    again: list[finals.Again]  # trained again, by `nas export`
 
     def facts(self) -> dict[str, Any]:
         """The study and its numbers, by name."""
@@ -56,12 +58,15 @@ class Report(NamedTuple):
         }
 
     def tables(self) -> list[Table]:
-        """Failures, the best candidates, and a front for each cost."""
+        """Failures, the best candidates, those trained again, and a front for each cost."""
         found = []
         if self.failures:
             found.append(Table("failures", ("kind", "count", "last error"), self.failures))
         if self.best:
             found.append(_candidates("best candidates", self.best))
+        if self.again:
+            rows = [(f"#{one.candidate}", one.epochs, one.fitness) for one in self.again]
+            found.append(Table("trained again", ("candidate", "epochs", "fitness"), rows))
         for cost, rows in self.fronts.items():
             title = f"Pareto front, fitness against {cost}: {len(rows)} candidates"
             shown = title + f", the {FRONT} best" * (len(rows) > FRONT)
@@ -86,6 +91,7 @@ class Report(NamedTuple):
             "failures_by_kind": {failure.kind: failure.count for failure in self.failures},
             "best_fitness": best.fitness if best else None,
             "best": [_entry(row) for row in self.best],
+            "trained_again": [one._asdict() for one in self.again],
             "pareto": {cost: [_entry(row) for row in rows] for cost, rows in self.fronts.items()},
         }
 
@@ -101,6 +107,7 @@ def report(reader: Reader) -> Report:
         failures=_failures(reader),
         best=reading.top(reader, BEST),
         fronts={cost: list(reading.front(reader, cost)) for cost in reading.costs(reader)},
+        again=finals.known(reader),
     )
 
 

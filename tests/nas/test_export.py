@@ -150,6 +150,31 @@ def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None
     assert len(json.loads((nas.load("searched").path / finals.FILE).read_text())) == 4
 
 
+def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypatch) -> None:
+    fitness = lambda self, job: {"fitness": 100 * job.candidate + self.epochs}  # noqa: E731
+    monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", fitness)
+    result = run("runs", nas.TrainingEvaluator(data="digits", epochs=5))
+
+    def report() -> tuple[str, dict]:
+        assert cli.main(["report", "searched", "--json"]) == 0
+        *lines, last = capsys.readouterr().out.splitlines()
+        return "\n".join(lines), json.loads(last)
+
+    text, figures = report()
+    assert "trained again" not in text and figures["trained_again"] == []
+    assert export("searched", "-o", "best.json", "--top", "2")[0] == 0
+    assert export("searched", "-o", "new.json", "--top", "2", "--epochs", "7")[0] == 0
+    text, figures = report()
+    assert [tuple(one.values()) for one in figures["trained_again"]] == [
+        (6, 15, 615), (6, 7, 607), (4, 15, 415), (4, 7, 407)
+    ]  # fmt: skip
+    table = text[text.index("\ntrained again\n") :].split("\n\n")[0].splitlines()[2:]
+    assert [row.split() for row in (table[0], table[2])] == [
+        ["candidate", "epochs", "fitness"], ["#6", "15", "615"]
+    ]  # fmt: skip
+    assert "trained again</caption>" in (result.path / "report.html").read_text(encoding="utf-8")
+
+
 def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, monkeypatch) -> None:
     def evaluate(self, job: nas.Job) -> dict:
         assert self.timeout_s is None
