@@ -51,7 +51,7 @@ def export(
         raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")
     if out.suffix in CONFIGS:
         _config(result, best.architecture, wanted)
-    ranking = [Finalist(best, best.fitness, best.metrics)]
+    ranking = [Finalist(best, None, {})]  # not trained again
     if wanted.top > 1:
         ranking = _trained_again(result, wanted, show)
     text = json.dumps(architecture(ranking[0].row.architecture)) + "\n"

@@ -64,10 +64,11 @@ class Candidates:
 
         def train(i: int) -> float:
             device = free.get()
-            with jax.default_device(device):
-                loss = self.alone(i)
-            free.put(device)
-            return loss
+            try:
+                with jax.default_device(device):
+                    return self.alone(i)
+            finally:
+                free.put(device)
 
         with ThreadPoolExecutor(len(devices)) as pool:
             return list(pool.map(train, range(len(self.plans))))
@@ -144,8 +145,8 @@ def compare(candidates: Candidates, devices: list[Any], repetitions: int) -> dic
             begun = time.perf_counter()
             losses[way] = run()
             times[way].append(time.perf_counter() - begun)
-        pairs = zip(losses["rounds"], losses["threads"], strict=True)
-        apart = max(apart, *(abs(a - b) / b for a, b in pairs))
+        a, b = np.array(losses["rounds"]), np.array(losses["threads"])
+        apart = float(np.max([apart, *np.abs(a / b - 1)]))
     found: dict[str, Any] = {
         way: {"first_s": first, "s": statistics.median(rest)}
         for way, (first, *rest) in times.items()
@@ -162,13 +163,15 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="to time, after a first (5)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
+    for name, least in (("devices", 0), ("candidates", 1), ("filters", 1), ("repetitions", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
     if options.devices:
         gpipe_jax.simulate_devices(options.devices)
     devices = jax.local_devices()
-    if options.repetitions < 1 or options.candidates < 1 or options.candidates % len(devices):
+    if options.candidates % len(devices):
         parser.error(
-            f"--candidates {options.candidates}, --repetitions {options.repetitions}: expected a "
-            f"multiple of the {len(devices)} devices, and at least 1"
+            f"--candidates {options.candidates}: expected a multiple of the {len(devices)} devices"
         )
     found = compare(Candidates(options.candidates, options.filters), devices, options.repetitions)
     apart = found.pop("loss_difference")

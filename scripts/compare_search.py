@@ -2,8 +2,9 @@
 
     python scripts/compare_search.py [CONFIG] [a.b=c ...] [--seeds 3] [--folder FOLDER] [--json]
 
-CONFIG is of a search (configs/search_digits.yaml). Budgets are equal and seeds are paired: with
-one seed all three begin with the same random architectures, trained alike. Reported are the mean
+CONFIG is of a search (configs/search_digits.yaml). Budgets are equal (results, of which the
+cache gives some) and seeds, evolution.seed and the next, are paired: with one seed all three begin
+with the same random architectures, trained alike. Reported are the mean
 validation accuracy of the population's last 50 (of all if it is smaller), and that of the best
 candidate after it was trained again, longer (nan if that failed, in JSON null); and a plot,
 FOLDER/compare.png. Each run is a
@@ -82,6 +83,11 @@ def check(config: SearchConfig) -> None:
             f"evolution.fitness_policy {policy}: candidates are trained once for all algorithms, "
             "and this trains them again in each; use stored"
         )
+    if config.evolution.algorithm != "aging":
+        raise ValueError(
+            f"evolution.algorithm {config.evolution.algorithm}: this compares "
+            f"{', '.join(ALGORITHMS)}; leave it out"
+        )
     for name in ("target", "time_limit_s"):
         value = getattr(config.run, name)
         if value is not None:
@@ -99,8 +105,8 @@ def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **name
     result = nas.search(name=f"{algorithm}-{seed}", folder=folder, **arguments)
     counts = result.counts
     print(
-        f"{algorithm}, seed {seed}: {counts.results} results, best {result.best.fitness:.4f}, "
-        f"{time.perf_counter() - started:.0f} s",
+        f"{algorithm}, seed {seed}: {counts.results} results, {counts.cache_hits} of them the "
+        f"cache's, best {result.best.fitness:.4f}, {time.perf_counter() - started:.0f} s",
         flush=True,
     )
     return result
@@ -116,7 +122,8 @@ def compare(
     members = min(LAST, config.evolution.population)
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
-    for seed in range(seeds):
+    first = config.evolution.seed
+    for seed in range(first, first + seeds):
         shared = Remembered(trains)
         for algorithm in ALGORITHMS:
             overrides = {"algorithm": algorithm, "seed": seed}
@@ -193,7 +200,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="of the best, trained again (three times more)")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of the runs")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: expected at least 1")
     if "=" in options.config:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpipe_jax.genotype import Genotype
+from nas.training.names import DTYPES
 
 if TYPE_CHECKING:
     from gpipe_jax.planning.compiled import Compiled
@@ -34,7 +35,9 @@ class NetworkCosts:
     of a batch of `batch_size` images at inference, on one device of `topology`: what the TPU
     compiler expects, with no TPU there. Latency is its estimate of cycles over the clock, memory
     all that the program needs. They take seconds to minutes of compiling, once for each network:
-    equal genotypes are known by their canonical form, and results are kept on disk.
+    equal genotypes are known by their canonical form, and results are kept on disk. As limits they
+    are measured one by one, before a candidate is handed out: workers that train faster than this
+    compiles wait for it.
 
     ValueError for a topology that does not exist, and `gpipe_jax.planning.libtpu.NotInstalledError`
     where the TPU compiler is missing.
@@ -53,6 +56,8 @@ class NetworkCosts:
     """A TPU slice, as v5e:1x1 or v5litepod-4."""
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.topology is None:
             return
         from gpipe_jax.planning import accelerators, libtpu

@@ -5,6 +5,7 @@ images, B images of a batch, S pixels each way, C channels.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Data:
     folder: str | None = None  # of the files of cifar10, see `gpipe_jax.images.read_cifar10`
     validation: int | None = None
     examples: int | None = None
+    digest: str | None = None  # of a file, so that another one of its name is another data set
 
     def split(self) -> Split:
         """The images; ValueError or OSError says what cannot be had."""
@@ -103,6 +105,24 @@ def _split(wanted: Data) -> Split:
     rest = np.setdiff1d(np.arange(count), out)
     rest = rest[_spread(labels[rest], used)]
     return Split(everything[rest], labels[rest], everything[out], labels[out])
+
+
+def digest(path: str) -> str:
+    """The SHA-256 of a file, or a folder's arrays, read again only when changed; or OSError."""
+    here = Path(path)
+    files = sorted(here.glob("*.npy")) if here.is_dir() else [here]
+    about = [file.stat() for file in files]
+    stamps = zip(files, (a.st_size for a in about), (a.st_mtime_ns for a in about), strict=True)
+    return _digest(tuple(stamps))
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(stamps: tuple[tuple, ...]) -> str:
+    found = hashlib.sha256()
+    for path, *_ in stamps:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def source(name: str) -> Source:

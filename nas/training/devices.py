@@ -10,7 +10,7 @@ scripts/benchmark_devices.py.
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ class Turn:
     """A job's time on a device."""
 
     device: Device | None = None
-    over = False  # the device is no more the job's
+    over = False  # the device is no more the job's, or will not be
 
 
 class Devices:
@@ -85,7 +85,7 @@ class Devices:
         try:
             with jax.default_device(device):
                 outcome = task(job)
-            lost = outcome.kind == "exception" and not answers(device)
+            lost = outcome.kind == "exception" and not self._answers(device)
             if lost:
                 error = f"device {name} answers no more: {outcome.error}"
                 outcome = outcome._replace(kind="worker_death", error=error)
@@ -95,7 +95,9 @@ class Devices:
 
     def _take(self, turn: Turn) -> Device:
         with self._changed:
-            self._changed.wait_for(lambda: self._free or not self._left)
+            self._changed.wait_for(lambda: self._free or not self._left or turn.over)
+            if turn.over:
+                raise CancelledError  # it has waited for so long that nobody waits for it
             if not self._left:
                 raise WorkersError(f"no device is left: {self._reason}")
             turn.device = self._free.popleft()
@@ -122,9 +124,17 @@ class Devices:
         future.cancel()
         turn = self._turns.get(future)
         with self._changed:
-            if turn and turn.device and not turn.over:
+            if turn and not turn.over:
                 turn.over = True
-                self._threads.submit(self._take_back, turn.device)
+                if turn.device:
+                    self._threads.submit(self._take_back, turn.device)
+                self._changed.notify_all()
+
+    def _answers(self, device: Device) -> bool:
+        try:
+            return self._threads.submit(answers, device).result(ANSWER_S)
+        except TimeoutError:
+            return False
 
     def _take_back(self, device: Device) -> None:
         """Hand a device out again when it answers; it is lost while that takes too long."""

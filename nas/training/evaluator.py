@@ -1,6 +1,7 @@
 """Training as an evaluator of a search: see `TrainingEvaluator`. JAX is loaded when it is used."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 SMALLEST = 3
 """Pixels each way: two reduction cells make one of them."""
 
-_AIDS = ("folder", "builder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
-"""Fields that leave a fitness as it is, but for rounding: where files are, how long it may take,
-which of two builders makes the same function; and what is the space's, which has a name for it."""
+_AIDS = ("folder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
+"""Fields that leave a fitness as it is: where files are, how long it may take; and what is the
+space's, which has a name for it. The builders draw other initial values, and so are no aid."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class TrainingEvaluator:
 
     All chance comes from the job's seed, so that a candidate's result depends neither on the worker
     nor on what was trained before. Recorded beside the fitness: `train_loss` (mean of the last
-    epoch), `parameters` (those that the architecture uses), `compile_s` (of programs that this
-    evaluation was the first to need) and `train_s`. With the interpreter all architectures share
-    one program for each device; "static" compiles each by itself.
+    epoch), `parameters` (those that the architecture uses), `train_s`, and `compile_s`: the seconds
+    before, if this evaluation was the first to need a program, else 0. With the interpreter all
+    architectures share one program for each device; "static" compiles each by itself.
     """
 
     data: str = "digits"
@@ -114,7 +115,7 @@ class TrainingEvaluator:
         aids = {*_AIDS, *(("stop_quantile",) if self.stop_epoch is None else ())}
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in aids}
         if self.data not in DATASETS:
-            found["data"] = str(Path(self.data).resolve())
+            found["data"] = f"a file of SHA-256 {self._data().digest}"
         return found
 
     def in_search(
@@ -177,12 +178,14 @@ class TrainingEvaluator:
         from nas.training.training import Training
 
         cache.use(self.compilation_cache)
+        begun = time.perf_counter()
         network, data = self.network(), self._data()
         architecture = network.encode(job.architecture)
-        compiled, compile_s = programs.get(network, self._recipe(), architecture, data)
+        compiled, is_new = programs.get(network, self._recipe(), architecture, data)
         training = Training(compiled, architecture, self._course(), job.seed)
         if self.run is not None and job.inherit is not None:
             training.inherit(*weights.load(Path(self.run) / job.inherit, network))
+        compile_s = time.perf_counter() - begun if is_new else 0.0
         found: dict[str, Any] = training.run(job.rivals)
         if self.run is not None:
             name = keeping.name_of(job)
@@ -191,9 +194,10 @@ class TrainingEvaluator:
         return {**found, "compile_s": compile_s}
 
     def _data(self) -> "Data":
-        from nas.training.datasets import Data
+        from nas.training import datasets
 
-        return Data(self.data, self.folder, self.validation, self.examples)
+        digest = None if self.data in DATASETS else datasets.digest(self.data)
+        return datasets.Data(self.data, self.folder, self.validation, self.examples, digest)
 
     def _recipe(self) -> "Recipe":
         from nas.training.datasets import source

@@ -13,7 +13,6 @@ are data. Letters: N images, B images of a batch.
 import functools
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def validate(
     images_N: jax.Array,
     labels_N: jax.Array,
 ) -> jax.Array:
-    """The fraction of the images that are classified rightly."""
+    """The fraction of the images that are classified rightly; NaN if any score is not finite."""
     batches = -(-len(labels_N) // VALIDATION_BATCH)
     B = -(-len(labels_N) // batches)
     pad = batches * B - len(labels_N)
@@ -111,12 +110,12 @@ def validate(
     )
     labels = jnp.pad(labels_N, (0, pad), constant_values=-1).reshape(-1, B)
 
-    def hits(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
+    def hits(_: None, batch: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
         scores, _ = network.apply(architecture, values, batch[0], train=False)
-        return total + (scores.argmax(-1) == batch[1]).sum(), None
+        return None, ((scores.argmax(-1) == batch[1]).sum(), jnp.isfinite(scores).all())
 
-    total, _ = jax.lax.scan(hits, jnp.zeros((), jnp.int32), (images, labels))
-    return total / len(labels_N)
+    _, (found, finite) = jax.lax.scan(hits, None, (images, labels))
+    return jnp.where(finite.all(), found.sum() / len(labels_N), jnp.nan)
 
 
 # --- compiled -------------------------------------------------------------------------------------
@@ -154,13 +153,13 @@ class _Key(NamedTuple):
 
 _programs: dict[_Key, Programs | TooLargeError] = {}  # the one used last at its end
 _lock = threading.Lock()  # of that
-_compiling = [threading.Lock() for _ in range(64)]
+_compiling: dict[_Key, threading.Lock] = {}  # of those that are being compiled
 
 
 def get(
     network: Network, recipe: Recipe, architecture: Architecture, data: Data
-) -> tuple[Programs, float]:
-    """The programs for this thread's device, and the seconds that compiling them has taken now.
+) -> tuple[Programs, bool]:
+    """The programs for this thread's device, and whether they have been compiled now.
 
     TooLargeError if the device has too little memory for them, which is found out but once.
     """
@@ -169,18 +168,19 @@ def get(
     leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
     key = _Key(network, recipe, structure, tuple(leaves), data, device)
     if found := _kept(key):  # without a wait for what others compile
-        return found, 0.0
-    with _compiling[hash(key) % len(_compiling)]:  # of several threads that need it one compiles
+        return found, False
+    with _lock:
+        compiling = _compiling.setdefault(key, threading.Lock())
+    with compiling:  # of several threads that need it one compiles
         if found := _kept(key):
-            return found, 0.0
-        begun = time.perf_counter()
+            return found, False
         try:
             made = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
         except TooLargeError as error:
             _keep(key, TooLargeError(*error.args))  # without its frames
             raise
         _keep(key, made)
-        return made, time.perf_counter() - begun
+        return made, True
 
 
 def _kept(key: _Key) -> Programs | None:
@@ -195,6 +195,7 @@ def _kept(key: _Key) -> Programs | None:
 
 def _keep(key: _Key, made: Programs | TooLargeError) -> None:
     with _lock:
+        _compiling.pop(key, None)  # those that wait have it
         _programs[key] = made
         for oldest in [*dict.fromkeys(map(_anywhere, reversed(_programs)))][KEPT:]:
             for other in [other for other in _programs if _anywhere(other) == oldest]:
@@ -209,6 +210,8 @@ def _anywhere(key: _Key) -> _Key:
 def this_device() -> Device:
     """Where this thread computes."""
     chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009  # unknown to its stubs
+    if isinstance(chosen, str):  # a platform
+        return jax.local_devices(backend=chosen)[0]
     return chosen or jax.local_devices()[0]
 
 

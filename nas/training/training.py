@@ -76,7 +76,10 @@ class Training:
         """The fraction of the images held out that are classified rightly."""
         split = self._programs.split
         held_out = (split.held_images, split.held_labels)
-        return float(self._programs.validate(self._architecture, self.values, *held_out))
+        found = float(self._programs.validate(self._architecture, self.values, *held_out))
+        if math.isnan(found):
+            raise self._diverged("a score of the images held out is not finite")
+        return found
 
     def _epoch(self, number: int) -> float:
         split = self._programs.split
@@ -85,11 +88,14 @@ class Training:
         )
         loss = float(loss)  # waits, so that no more than one epoch is under way
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} in epoch {number} of {self._course.epochs}: the training has "
-                f"diverged; give a lower learning_rate than {self._course.learning_rate:g}"
-            )
+            raise self._diverged(f"the loss is {loss} in epoch {number} of {self._course.epochs}")
         return loss
+
+    def _diverged(self, sign: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{sign}: the training has diverged; give a lower learning_rate than "
+            f"{self._course.learning_rate:g}"
+        )
 
     def _check_time(self, number: int, seconds: float) -> None:
         limit = self._course.timeout_s

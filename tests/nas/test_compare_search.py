@@ -69,6 +69,7 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
     [
         (("evaluate.stop_epoch=3",), "evaluate.stop_epoch 3: candidates are trained once for all"),
         (("evolution.fitness_policy=retrain_warm",), "evolution.fitness_policy retrain_warm: "),
+        (("evolution.algorithm=random",), "evolution.algorithm random: this compares aging, non_"),
         (("run.target=0.9",), "run.target 0.9: budgets are to be equal, and this ends some runs"),
         (("run.time_limit_s=0.001",), "run.time_limit_s 0.001: budgets are to be equal, and this"),
         (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),

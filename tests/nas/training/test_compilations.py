@@ -50,15 +50,17 @@ def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_pat
         cache.use(str(tmp_path))
         jax.jit(lambda x: x * 17 + 4)(3.0)
         assert list(tmp_path.iterdir())
-        cache.use()
-        assert getattr(jax.config, names[0]) == str(tmp_path)  # as JAX was told
+        jax.config.update(names[0], str(tmp_path / "mine"))
+        for folder, wanted in ((None, "mine"), ("a", "a"), ("b", "b"), (None, "mine")):
+            cache.use(folder and str(tmp_path / folder))
+            assert getattr(jax.config, names[0]) == str(tmp_path / wanted)
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
 
 
-def programs_of(network: Any, architecture: Any = ()) -> tuple[Any, float]:
+def programs_of(network: Any, architecture: Any = ()) -> tuple[Any, bool]:
     """By the cache, of anything."""
     recipe: Any = None
     return programs.get(network, recipe, architecture, recipe)
@@ -73,7 +75,7 @@ def uncompiled(monkeypatch) -> None:
 
 
 def test_the_programs_used_least_recently_go(uncompiled) -> None:
-    compiled = [programs_of(name)[1] > 0 for name in ("a", "b", "a", "c", "a", "b")]
+    compiled = [programs_of(name)[1] for name in ("a", "b", "a", "c", "a", "b")]
     assert compiled == [True, True, False, True, False, True]
 
 
@@ -89,7 +91,7 @@ def test_programs_are_kept_for_however_many_devices(uncompiled, monkeypatch) -> 
     assert all(on_each("c")) and not any(on_each("a")) and all(on_each("b"))
 
 
-def test_programs_that_are_ready_wait_for_no_compilation(uncompiled, monkeypatch) -> None:
+def test_no_program_waits_for_the_compilation_of_another(uncompiled, monkeypatch) -> None:
     def compiled(network, *rest) -> Any:
         if network == "slow":
             begun.set()
@@ -98,13 +100,14 @@ def test_programs_that_are_ready_wait_for_no_compilation(uncompiled, monkeypatch
 
     begun, end = threading.Event(), threading.Event()
     monkeypatch.setattr(programs, "_compiled", compiled)
-    monkeypatch.setattr(programs, "_compiling", [threading.Lock()])
     programs_of("ready")
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(programs_of, "slow")
         assert begun.wait(10)
         try:
-            assert pool.submit(programs_of, "ready").result(5) == ("ready", 0.0)
+            assert pool.submit(programs_of, "ready").result(5) == ("ready", False)
+            for other in range(200):
+                assert pool.submit(programs_of, other).result(5) == (other, True)
         finally:
             end.set()
         assert slow.result(10)[0] == "slow"

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 import jax
 import pytest
@@ -127,6 +127,42 @@ def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
     end.set()
     assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.begun(second)
     pool.close()
+
+
+def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None:
+    def task(one: nas.Job) -> Outcome:
+        began.append(one.candidate)
+        return Outcome("ok", float(end.wait(30)))
+
+    pool, end, began = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event(), []
+    first = pool.submit(task, job(0))
+    while not pool.begun(first):
+        time.sleep(0.001)
+    second = pool.submit(task, job(1))
+    pool.expire(second)
+    with pytest.raises(CancelledError):
+        second.result(60)
+    end.set()
+    assert first.result(60).kind == pool.submit(task, job(2)).result(60).kind == "ok"
+    assert began == [0, 2]
+    pool.close()
+
+
+def test_a_device_that_fails_and_then_hangs_is_lost(monkeypatch) -> None:
+    monkeypatch.setattr(devices, "answers", lambda device: device is not hung or end.wait(30))
+    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    (hung, other), end = jax.local_devices()[:2], threading.Event()
+    pool = devices.Devices([hung, other]).pool()
+    task = lambda one: Outcome("exception", error="UNAVAILABLE")  # noqa: E731
+    found = sorted(pool.submit(task, job()).result(20).kind for _ in range(2))
+    end.set()
+    assert found == ["exception", "worker_death"] and pool.lost() == 1
+    pool.close()
+
+
+def test_a_default_device_may_be_a_platform() -> None:
+    with jax.default_device("cpu"):
+        assert this_device() == jax.local_devices()[0]
 
 
 @pytest.mark.parametrize("handed_out_again", [True, False])

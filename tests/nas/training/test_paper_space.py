@@ -64,6 +64,14 @@ def largest_error(tree: object, exact: object) -> float:
 
 
 @pytest.mark.timeout(7200)
+def test_three_cells_in_a_stack() -> None:
+    """As many as the paper's search has: the loop over a stack's cells has a middle."""
+    with jax.enable_x64(True):
+        pair = Pair(Interpreter(Shape(3, 4, 8, 1, 10, dtype="float64"), OPERATIONS), examples=32)
+        assert_same(*pair.both(GENOTYPES["A"]), tolerance=1e-12)
+
+
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_the_published_architectures(dtype: str, tolerance: float) -> None:
     with jax.enable_x64(dtype == "float64"):

@@ -5,6 +5,7 @@ import math
 import pickle
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import jax
@@ -20,6 +21,7 @@ from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.network import Values
 from nas.training.recipe import Plan, rate
+from nas.training.training import Training
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,46 @@ def test_a_file_of_images(tmp_path) -> None:
         toy(data=str(tmp_path / "flat.npz"), examples=None).data_fits()
 
 
+def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
+    """In this process, and for a search that goes on; the same file elsewhere is the same."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    clear = (rng.normal(size=(200, 6, 6, 1)) + labels[:, None, None, None]).astype(np.float32)
+    path, options = tmp_path / "mine.npz", {"examples": None, "batch_size": 32}
+
+    def found(path: Path, inputs: np.ndarray, cycles: int) -> nas.Result:
+        np.savez(path, inputs=inputs, labels=labels)
+        return search(tmp_path, toy(data=str(path), **options), cycles=cycles)
+
+    best = found(path, clear, 8).best.fitness
+    assert found(tmp_path / "moved.npz", clear, 9).counts.results == 9
+    noise = rng.normal(size=clear.shape).astype(np.float32)
+    with pytest.raises(MismatchError, match=r"evaluate.data is 'a file of SHA-256 .*' there, 'a f"):
+        found(path, noise, 10)
+    other = toy(data=str(path), **options)
+    assert (other.data_fits().images == noise[0]).all((1, 2, 3)).any()
+    assert other.evaluate(job())["fitness"] < best - 0.1
+
+
+def test_a_folder_of_images_is_known_by_its_arrays(tmp_path) -> None:
+    evaluator = toy(data=str(tmp_path))
+    found = set()
+    for value in (0.0, 1.0):
+        np.save(tmp_path / "inputs.npy", np.full((40, 4, 4, 1), value, np.float32))
+        np.save(tmp_path / "labels.npy", np.arange(40) % 2)
+        found.add(evaluator.goes_by["data"])
+    assert len(found) == 2 and evaluator.goes_by["data"] in found
+
+
+def test_scores_that_are_not_finite_are_no_accuracy(monkeypatch) -> None:
+    """Also if it was the last step that has ruined the values, whose loss is not known."""
+    monkeypatch.setattr(Training, "_epoch", lambda self, number: 1.0)
+    ruin = lambda values: jax.tree.map(lambda a: a * jnp.nan, values)  # noqa: E731
+    monkeypatch.setattr(Training, "values", property(lambda self: ruin(self._state.values)))
+    with pytest.raises(FloatingPointError, match=r"held out is not finite: .*lower learning_rate"):
+        toy().evaluate(job())
+
+
 def test_augmentation_moves_and_mirrors() -> None:
     image = np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1)
     change = Augmentation(shift=1, flip=True, fill=-1.0)
@@ -321,7 +363,9 @@ def test_a_search_goes_on_with_the_same_training_only(tmp_path) -> None:
         on(9, epochs=3, momentum=0.5)
     with pytest.raises(MismatchError, match=r"evaluate.kind is 'Repeated' there, 'ToyEvaluator' h"):
         search(tmp_path, toy(epochs=2), cycles=9)
-    aids = {"folder": "x", "builder": "static", "timeout_s": 60.0, "compilation_cache": "y"}
+    with pytest.raises(MismatchError, match="builder is 'interpreter' there, 'static' here"):
+        on(9, epochs=2, builder="static")
+    aids = {"folder": "x", "timeout_s": 60.0, "compilation_cache": "y"}
     assert on(10, epochs=2, **aids).counts.results == 10
     nas.load("search", tmp_path).resume(evaluate=nas.Repeated(toy(epochs=3), 1), cycles=11)
     with pytest.raises(MismatchError, match=r"is 3 there, 2 here.*resume\(evaluate=\.\.\.\)"):
