@@ -19,6 +19,7 @@ from gpipe_jax.terminal import BAD_INPUT
 from nas import scale, threads
 from nas.config import SearchConfig
 from nas.records import FILE
+from nas.tables import finite
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,9 +138,10 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
             json.dumps(
                 {
                     **figures,
-                    "best_metrics": best.metrics,
+                    "best_metrics": finite(best.metrics),
                     "genotype": export.architecture(best.row.architecture),
-                }
+                },
+                allow_nan=False,
             )
         )
     return 0
@@ -159,7 +161,7 @@ def _report(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)], "--out") from error
     print(f"\npage: {out}")
     if options.json:
-        print(json.dumps({**found.to_dict(), "page": str(out)}))
+        print(json.dumps({**found.to_dict(), "page": str(out)}, allow_nan=False))
     return 0
 
 

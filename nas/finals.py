@@ -85,7 +85,8 @@ def for_longer(evaluator: TrainingEvaluator, epochs: int | None) -> TrainingEval
 def _finalist(
     longer: TrainingEvaluator, told: Any, reader: Reader, space: Any, row: CandidateRow
 ) -> Finalist:
-    path, key = reader.path.parent / FILE, f"#{row.id}, {longer}"
+    path = reader.path.parent / FILE
+    key = f"#{row.id}, {json.dumps(evaluators.goes_by(longer))}"
     done = _read(path)
     if key in done:
         return Finalist(row, done[key]["fitness"], done[key]["metrics"])

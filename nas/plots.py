@@ -1,5 +1,6 @@
 """Pictures of a run, made from its store only, also while it goes on. Needs matplotlib."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,13 @@ def workers(axes: "Axes", reader: Reader) -> None:
 
 def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
     """Candidates by a cost and their fitness, and those that no other beats in both."""
-    rows = [row for row in reader.candidates("state = 'done'") if cost in row.metrics]
+    rows = [
+        row
+        for row in reader.candidates("state = 'done'")
+        if math.isfinite(row.metrics.get(cost, math.nan))
+    ]
+    if not rows:  # such as networks of which none fits the device
+        return _finish(axes, f"Pareto front: {cost} is finite for none", cost, "fitness")
     every = max(1, len(rows) // POINTS)
     points = [(row.metrics[cost], row.fitness or 0.0) for row in rows[::every]]
     axes.plot(*zip(*points, strict=True), ".", color=GREY, ms=3, label="a candidate")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gpipe_jax import progress
 from nas import finals, reading
 from nas.records import CandidateRow, Counts, Reader, Study
-from nas.tables import Table, as_text
+from nas.tables import Table, as_text, finite
 
 BEST, FRONT = 10, 10  # rows that are shown
 
@@ -143,7 +143,7 @@ def _entry(row: CandidateRow) -> dict[str, Any]:
     return {
         "candidate": row.id,
         "fitness": row.fitness,
-        "metrics": row.metrics,
+        "metrics": finite(row.metrics),
         "parent": row.parent,
         "mutation": row.mutation,
         "architecture": row.architecture,

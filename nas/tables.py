@@ -1,6 +1,7 @@
 """Tables as plain text and as HTML, which escapes all that it shows."""
 
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,11 @@ def _row(tag: str, values: Iterable[str]) -> str:
         f'<{tag} style="text-align:left">{html.escape(str(value))}</{tag}>' for value in values
     )
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The same with None for infinity and NaN, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def show(value: Any) -> str:

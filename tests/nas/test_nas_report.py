@@ -88,6 +88,17 @@ def test_the_report_has_the_numbers_of_the_store(run) -> None:
     assert front[0]["fitness"] == best.fitness
 
 
+def test_costs_without_end_are_no_front_and_no_json(run) -> None:
+    """Such as the latency of networks of which none fits."""
+    with sqlite3.connect("runs/mine/search.sqlite") as connection:
+        connection.execute("UPDATE candidates SET metrics = '{\"params_m\": Infinity}'")
+    code, lines, err = run("mine", "--json")
+    assert code == 0, err
+    figures = json.loads(lines[-1], parse_constant=pytest.fail)
+    assert figures["pareto"] == {"params_m": []}
+    assert figures["best"][0]["metrics"]["params_m"] is None
+
+
 def test_the_page_needs_nothing_else_and_escapes(run, tmp_path) -> None:
     with sqlite3.connect("runs/mine/search.sqlite") as connection:
         connection.execute("UPDATE study SET name = ?", (EVIL,))
