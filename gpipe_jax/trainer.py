@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import blocks
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.gradients import wide
 from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
 from gpipe_jax.names import by_name, from_names
@@ -86,8 +87,8 @@ class Trainer:
 
     def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Optimizer state and average, of the gradients' type: float32 at least."""
-        wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), params)
-        return self.tx.init(wide), None if self.ema is None else wide
+        params = wide(params)
+        return self.tx.init(params), None if self.ema is None else params
 
     def _local_params(self) -> list:
         return [storage.local_shapes() for storage in self.pipe.stages.params]
@@ -147,8 +148,7 @@ class Trainer:
     def local_update_arguments(self) -> tuple:
         """The shapes on one device of optimizer, average, parameters and gradients."""
         params = self._local_params()
-        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-        return *jax.eval_shape(self._begin, params), params, jax.tree.map(wide, params)
+        return *jax.eval_shape(self._begin, params), params, jax.eval_shape(wide, params)
 
     def abstract_arguments(self) -> tuple:
         """The shapes and places of the training step's arguments; the first three are updated."""
@@ -298,10 +298,9 @@ class Trainer:
     def layer_shapes(self) -> Layers:
         """What all processes' `to_layers` come to, as shapes."""
         trees, common = self._named(*self._local_shapes())
-        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
         layers = {}
         for i, shape in enumerate(self.pipe.shapes):
-            slots = jax.tree.map(wide, shape.params)
+            slots = jax.eval_shape(wide, shape.params)
             own = {"params": shape.params, "statistics": shape.stats}
             layers[i] = {name: own.get(name, slots) for name in trees}
         return Layers(common, layers)

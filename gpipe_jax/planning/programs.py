@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import export
 
 from gpipe_jax.composite import Call, Composite, start_of_backward
-from gpipe_jax.gradients import float_leaves
+from gpipe_jax.gradients import float_leaves, wide
 from gpipe_jax.keys import step_key
 from gpipe_jax.layers import links
 from gpipe_jax.layers.shapes import as_replica
@@ -115,8 +115,7 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     """With the sums of gradients as they are carried from one micro-batch to the next."""
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
-    wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-    sums = jax.tree.map(wide, (specs[0], specs[2]))
+    sums = jax.eval_shape(wide, (specs[0], specs[2]))
     one = pipe.one_micro_batch
     if s == stages.last:
         start: Any = (one["labels"], one["weights"])
