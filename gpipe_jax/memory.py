@@ -64,6 +64,16 @@ def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
     return sum(kept) + max([*scanned, *own])
 
 
+def check(parts: dict[str, int], limit: float) -> None:
+    """Raise ValueError if the parts come to more than `limit` bytes."""
+    need = sum(parts.values())
+    if need > limit:
+        raise ValueError(
+            f"a device needs {need / GIB:.3g} GiB ({describe(parts)}), but `memory_limit` is "
+            f"{limit / GIB:.3g} GiB; use more stages or micro-batches, or raise it"
+        )
+
+
 def describe(parts: dict[str, int]) -> str:
     """The parts in GiB, in one line."""
     return ", ".join(f"{name.replace('_', ' ')} {n / GIB:.3g}" for name, n in parts.items())

@@ -22,7 +22,8 @@ from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
 from gpipe_jax.names import by_name, from_names
 from gpipe_jax.optimizer import check_elementwise, decays, map_parameters, moving_average
-from gpipe_jax.pipeline import Pipeline, State
+from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.state import State
 from gpipe_jax.storage import Storage
 from gpipe_jax.stream import DataError
 
