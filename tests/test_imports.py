@@ -36,6 +36,7 @@ READING_ORDER = [
     "device",
     "executor",
     "state",
+    "layered",
     "pipeline",
     "trainer",
     "planning",
