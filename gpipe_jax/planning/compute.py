@@ -113,8 +113,7 @@ def _prediction(trainer: Trainer, found: dict[str, Compiled], compiling: Compili
 def layer_seconds(job: Job, layout: Layout, compiling: Compiling) -> list[float]:
     """The time of each layer's backward, recomputation included, for the partitioner."""
     pipe = job.trainer(layout._replace(partition="auto")).pipe
-    wanted = [each[1] for each in programs.of_layers(pipe).values()]
-    found = compiling(wanted)
+    found = compiling(programs.of_layers(pipe, kinds=("backward",)))
     return [compiling.seconds(found[f"backward {i}"]) for i in programs.first_alike(pipe)]
 
 

@@ -41,15 +41,16 @@ def of_stages(pipe: Pipeline) -> list[Program]:
     return [part(pipe, s) for part in (_forward, _backward) for s in kinds]
 
 
-def of_layers(pipe: Pipeline) -> dict[int, list[Program]]:
-    """The forward and the backward of each layer that differs, as a stage of its own.
+def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) -> list[Program]:
+    """The programs of each layer that differs, as a stage of its own.
 
-    By the number of the first layer like it; see `first_alike`.
+    Named "forward 3" and "backward 3" by the first layer like it; see `first_alike`.
     """
-    found = {}
+    part = {"forward": _forward, "backward": _backward}
+    found = []
     for i in sorted(set(first_alike(pipe))):
         alone = _alone(pipe, i)
-        found[i] = [_forward(pipe, i, alone), _backward(pipe, i, alone)]
+        found += [part[kind](pipe, i, alone) for kind in kinds]
     return found
 
 
