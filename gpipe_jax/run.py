@@ -20,6 +20,7 @@ from etils import epath
 from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring, writers
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import Stop, listening
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.loader import ConfigError, compare, dump
 from gpipe_jax.loop import Loop
 from gpipe_jax.parts import Parts, assemble
@@ -229,7 +230,7 @@ def _figures(parts: Parts, final: dict, records: list[dict], steps: int) -> dict
         "wall_s": None,
         "workdir": str(parts.workdir),
         "stages": pipe.stages.last + 1,
-        "parameters": sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params)),
+        "parameters": elements(pipe.shapes),
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
         "device_memory_gib": sum(parts.trainer.device_bytes().values()) / 2**30,

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
-
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.memory import GIB
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import libtpu, programs, timing
@@ -142,7 +141,7 @@ def _plan(
     return Plan(
         topology=None if topology is None else str(topology),
         layout={**layout._asdict(), "partition": list(pipe.partition.boundaries)},
-        parameters=sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params)),
+        parameters=elements(pipe.shapes),
         batch_size=pipe.batch_size,
         fits=_fits(compiled),
         hbm_needed_gib=compiled.needed_bytes / GIB
@@ -210,7 +209,7 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
                 layers=(cut[0], cut[-1]),
                 first_layer=str(shapes[0].layer),
                 cost=pipe.partition.costs[s] / total,
-                parameters=sum(a.size for x in shapes for a in jax.tree.leaves(x.params)),
+                parameters=elements(shapes),
                 boundary_bytes=tree_bytes(stages.input(s)),
                 padding_bytes=stages.params[stages.at(s)[0]].device_bytes() - own,
                 forward_s=times.forward[s] if times else None,
