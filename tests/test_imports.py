@@ -28,6 +28,7 @@ READING_ORDER = [
     "schedule",
     "slots",
     "wire",
+    "packing",
     "storage",
     "stages",
     "composite",
