@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from builders import Pair, Step, assert_same, floored, random_genotype, shaken
 
-from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS
+from gpipe_jax.genotype import OPERATIONS, PAPER_OPERATIONS
+from gpipe_jax.published import GENOTYPES
 from nas.training.interpreter import Interpreter
 from nas.training.network import Shape
 
