@@ -4,7 +4,7 @@ Reading order, which is also the order of the imports and of the data:
 
     config -> zoo (list of layers) -> cost -> partition -> stages -> composite -> device --+
                                                schedule (who, what, when) -----------------+->
-    executor -> pipeline -> trainer -> run, planning
+    executor -> state -> pipeline -> trainer -> run, planning
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
 need no accelerator (`gpipe schedule`, `gpipe config`) never load one.
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from gpipe_jax.layers.shapes import count_parameters
     from gpipe_jax.loader import ConfigError, load
     from gpipe_jax.mesh import make_mesh, simulate_devices
-    from gpipe_jax.pipeline import Pipeline, State
+    from gpipe_jax.pipeline import Pipeline
     from gpipe_jax.planning.planner import plan
+    from gpipe_jax.state import State
     from gpipe_jax.trainer import Trainer
 
 _HOME = {
@@ -29,7 +30,7 @@ _HOME = {
     "ConfigError": "loader",
     "Layer": "layers.layer",
     "Pipeline": "pipeline",
-    "State": "pipeline",
+    "State": "state",
     "Trainer": "trainer",
     "count_parameters": "layers.shapes",
     "layer": "layers.layer",

@@ -22,8 +22,9 @@ from gpipe_jax.config import (
     image_shape,
 )
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.genotype import GENOTYPES, Genotype, is_json
+from gpipe_jax.genotype import Genotype, is_json
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.published import GENOTYPES
 from gpipe_jax.units import GIB
 
 DATASETS: dict[str, Callable[..., data.Dataset]] = {

@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from gpipe_jax import tensorfile
+from gpipe_jax.layered import Layers
 from gpipe_jax.names import by_name, from_names
-from gpipe_jax.trainer import Layers
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
 COMMITTED = "commit_success.txt"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gpipe_jax.composite import Call, Composite, start_of_backward
-from gpipe_jax.gradients import float_leaves, with_floats
+from gpipe_jax.gradients import float_leaves, wide, with_floats
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA
@@ -78,9 +78,8 @@ class Device:
     def zero_sums(self, micro_batches: int) -> Sums:
         """What the sums start from."""
         trained = (self.params, self.shared, self.stats) if self.trains else ([], {}, [])
-        grads, shared, moments = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), trained
-        )
+        shapes = jax.eval_shape(wide, trained)
+        grads, shared, moments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return Sums(grads, shared, moments, self._zero_result(micro_batches))
 
     def _zero_result(self, micro_batches: int) -> PyTree:

@@ -172,7 +172,8 @@ class _Ticks:
     def run(self) -> PyTree:
         """All ticks, segment by segment, and the sums over devices after them."""
         carry = self._start()
-        columns = self.rows[1:6]
+        rows = self.rows
+        columns = (rows.micro_batch, rows.receive_x, rows.receive_g, rows.x_slot, rows.g_slot)
         for ticks in self._segments():
             names = self._names()[ticks]
             known = sorted(set(names.ravel().tolist()))

@@ -1,9 +1,10 @@
-"""Gradients of functions of trees that hold integers beside floating-point numbers."""
+"""Gradients of functions of trees that hold integers beside floating-point numbers; their types."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gpipe_jax.layers.shapes import differentiable
 
@@ -20,6 +21,11 @@ def with_floats(tree: PyTree, floats: list, rest: Callable[[Any], Any] = lambda 
     leaves, structure = jax.tree.flatten(tree)
     new = iter(floats)
     return structure.unflatten([next(new) if differentiable(a) else rest(a) for a in leaves])
+
+
+def wide(tree: PyTree) -> PyTree:
+    """Parameters in the types in which their gradients are summed: float32 at least."""
+    return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), tree)
 
 
 def vjp(function: Callable, params: PyTree, x: PyTree) -> tuple[PyTree, Callable, Any]:

@@ -15,8 +15,7 @@ from gpipe_jax.cost import LayerCost, tree_bytes
 from gpipe_jax.schedule import Schedule
 from gpipe_jax.slots import lower
 from gpipe_jax.stages import Stages
-
-GIB = 2**30
+from gpipe_jax.units import GIB
 
 
 def of_device(
@@ -62,6 +61,16 @@ def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
     # A run that is one scan has the gradients of all its layers before they are added.
     scanned = [run.count * own[run.start] for run in stages.runs[s] if run.scanned]
     return sum(kept) + max([*scanned, *own])
+
+
+def check(parts: dict[str, int], limit: float) -> None:
+    """Raise ValueError if the parts come to more than `limit` bytes."""
+    need = sum(parts.values())
+    if need > limit:
+        raise ValueError(
+            f"a device needs {need / GIB:.3g} GiB ({describe(parts)}), but `memory_limit` is "
+            f"{limit / GIB:.3g} GiB; use more stages or micro-batches, or raise it"
+        )
 
 
 def describe(parts: dict[str, int]) -> str:

@@ -6,7 +6,7 @@ number of stages, replicas and micro-batches, and whatever the schedule.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +15,22 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import batch as batches
-from gpipe_jax import blocks, executor, keys, memory, partition, report
+from gpipe_jax import blocks, cutting, executor, keys, memory, report
 from gpipe_jax import cost as costs
+from gpipe_jax import state as states
 from gpipe_jax.executor import Variables
-from gpipe_jax.keys import layer_key, step_key
-from gpipe_jax.layers import links
+from gpipe_jax.keys import step_key
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.layers.shapes import LayerShape, describe, infer_shapes
+from gpipe_jax.layers.shapes import describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.mesh import DATA, STAGE, is_shared, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.stages import Stages
-from gpipe_jax.storage import Storage, of_all_devices
+from gpipe_jax.state import State
 from gpipe_jax.stream import DataError
 
 PyTree = Any
 REMAT = ("stage", "layer")
-
-
-class State(NamedTuple):
-    """What a pipeline carries from step to step."""
-
-    params: PyTree  # rectangular, axis 0 is cut over the devices; see `Pipeline.to_layers`
-    stats: PyTree  # running statistics of batch norms, likewise; see `Pipeline.statistics`
-    seed: jax.Array  # of all randomness in training; uint32 []
 
 
 class Pipeline:
@@ -108,16 +100,26 @@ class Pipeline:
         platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
         self.remat = remat
-        self.partition = self._cut(partition, cost, platform, memory_limit)
+        self.partition = cutting.cut(
+            partition,
+            self.costs,
+            self.shapes,
+            stages=mesh.shape[STAGE] * self.schedule.chunks,
+            # Costs that the caller gave are in a unit of their own: nothing to add to them.
+            transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
+            remat_layers=remat == "layer",
+            memory_limit=memory_limit,
+        )
         self.stages = Stages(
             self.shapes,
             self.partition.stages,
             chunks=self.schedule.chunks,
             remat_layers=remat == "layer",
         )
-        self._check_memory(memory_limit)
+        if memory_limit is not None:
+            memory.check(self.device_bytes(), memory_limit)
 
-    # --- cutting ---------------------------------------------------------------------------------
+    # --- making ---------------------------------------------------------------------------------
 
     def _micro_batch_shape(self, a: Any) -> jax.ShapeDtypeStruct:
         size = a.shape[0] // (self.replicas * self.micro_batches)
@@ -136,38 +138,6 @@ class Pipeline:
                 f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(one['labels'])}: "
                 f"{error}"
             ) from error
-
-    def _cut(
-        self, wanted: Any, cost: Any, platform: str, memory_limit: float | None
-    ) -> partition.Partition:
-        times = [c.compute_s for c in self.costs]
-        options: dict = dict(
-            # Costs that the caller gave are in a unit of their own: nothing to add to them.
-            transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
-            memory=self._layer_bytes(),
-            memory_limit=memory_limit,
-            names=[str(layer) for layer in self.layers],
-        )
-        count = self.mesh.shape[STAGE] * self.schedule.chunks
-        if isinstance(wanted, str) and wanted != "auto":
-            raise ValueError(
-                f"`partition` must be 'auto' or the first layer of stages 1 to {count - 1}, "
-                f"got {wanted!r}"
-            )
-        if wanted != "auto":
-            return partition.explicit(wanted, times, stages=count, **options)
-        padding = [c.parameter_bytes for c in self.costs]
-        return partition.partition(times, count, padding=padding, **options)
-
-    def _layer_bytes(self) -> list[int]:
-        """What each layer adds to what its device holds."""
-        # With its own recomputation a layer's input is all that is kept of it.
-        kept = [
-            costs.tree_bytes(shape.boundary) if self.remat == "layer" else c.working_bytes
-            for c, shape in zip(self.costs, self.shapes, strict=True)
-        ]
-        # Value, gradient and two optimizer slots for each parameter.
-        return [4 * c.parameter_bytes + k for c, k in zip(self.costs, kept, strict=True)]
 
     def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
         """What every device holds, by part, estimated from shapes: bytes. See `memory`.
@@ -189,18 +159,6 @@ class Pipeline:
         one, outputs = self.one_micro_batch, self.shapes[-1].output
         return costs.loss_bytes(self.loss, outputs, one["labels"], one["weights"])
 
-    def _check_memory(self, limit: float | None) -> None:
-        if limit is None:
-            return
-        parts = self.device_bytes()
-        need = sum(parts.values())
-        if need > limit:
-            raise ValueError(
-                f"a device needs {need / 2**30:.3g} GiB ({memory.describe(parts)}), but "
-                f"`memory_limit` is {limit / 2**30:.3g} GiB; use more stages or micro-batches, "
-                f"or raise it"
-            )
-
     @property
     def replicas(self) -> int:
         """D, the number of data-parallel replicas."""
@@ -220,38 +178,11 @@ class Pipeline:
 
     def init(self, seed: int = 0) -> State:
         """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
-        # It runs once, and on CPU its code takes six times as long to optimize as to compile.
-        on_cpu = platform_of(self.mesh) == "cpu"
-        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-        places = self.state_shardings()
-        init = jax.jit(self._init, out_shardings=places, compiler_options=options)
-        return init(np.uint32(seed))
-
-    def _init(self, seed: jax.Array) -> State:
-        def params(shape: LayerShape, i: jax.Array) -> PyTree:
-            x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-            fresh = shape.layer.init(layer_key(seed, i), x)
-            return links.borrow(shape.layer, fresh, shape.borrowed)[0]
-
-        def stats(shape: LayerShape, i: jax.Array) -> PyTree:
-            return shape.layer.init_statistics()
-
-        stages = self.stages
-        return State(
-            executor.build_arrays(stages, stages.params, self.mesh, params),
-            executor.build_arrays(stages, stages.stats, self.mesh, stats),
-            seed,
-        )
+        return states.init(self.stages, self.mesh, seed)
 
     def state_shardings(self) -> State:
         """Where the parts of a state lie."""
-        stage: Any = NamedSharding(self.mesh, P(STAGE))
-        everywhere: Any = NamedSharding(self.mesh, P())
-        params, stats = (
-            [jax.tree.map(lambda _: stage, storage.local_shapes()) for storage in storages]
-            for storages in (self.stages.params, self.stages.stats)
-        )
-        return State(params, stats, everywhere)
+        return states.shardings(self.stages, self.mesh)
 
     def to_layers(self, tree: PyTree) -> list[PyTree]:
         """Parameters or gradients as L trees of numpy arrays in layer order, for any K the same.
@@ -259,23 +190,11 @@ class Pipeline:
         `tree` is a `State`, or anything in the form of its `params`. A tied parameter is in its
         first layer, and None in the others. Every stage must be on a device of this process.
         """
-        params = tree.params if isinstance(tree, State) else tree
-        return self._split(self.stages.params, params)
+        return states.to_layers(self.stages, self.mesh, tree)
 
     def statistics(self, state: State) -> list[PyTree]:
         """Running statistics as L trees of numpy arrays in layer order, for any K the same."""
-        return self._split(self.stages.stats, state.stats)
-
-    def _split(self, storages: Sequence[Storage], tree: PyTree) -> list[PyTree]:
-        layers: dict[int, PyTree] = {}
-        for k in blocks.held(self.mesh):
-            layers |= self.stages.split_block(storages, k, blocks.take(self.mesh, tree, k))
-        if len(layers) < len(self.layers):
-            raise ValueError(
-                f"this process's devices hold {len(layers)} of {len(self.layers)} layers; save a "
-                f"checkpoint, which every process writes a part of"
-            )
-        return [layers[i] for i in range(len(self.layers))]
+        return states.statistics(self.stages, self.mesh, state)
 
     def from_layers(
         self,
@@ -288,27 +207,7 @@ class Pipeline:
 
         Without `statistics`, fresh ones.
         """
-        if statistics is None:
-            statistics = [shape.layer.init_statistics() for shape in self.shapes]
-        self._check_layers("parameters", params, [shape.params for shape in self.shapes])
-        self._check_layers("statistics", statistics, [shape.stats for shape in self.shapes])
-        stages, whole = self.stages, blocks.replicate(self.mesh, np.uint32(seed))
-        return State(self._join(stages.params, params), self._join(stages.stats, statistics), whole)
-
-    def _join(self, storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[PyTree]:
-        make = lambda k: self.stages.join_block(storages, k, layers.__getitem__)  # noqa: E731
-        return blocks.place(self.mesh, make)
-
-    def _check_layers(self, what: str, trees: Sequence[PyTree], wanted: Sequence[PyTree]) -> None:
-        if len(trees) != len(self.layers):
-            raise ValueError(f"{len(trees)} trees of {what} for {len(self.layers)} layers")
-        for i, (tree, like) in enumerate(zip(trees, wanted, strict=True)):
-            have, want = jax.tree.map(np.shape, (tree, like))
-            if have != want:
-                have = describe(jax.tree.map(np.asarray, tree))
-                raise ValueError(
-                    f"layer {i}, {self.layers[i]}, has {what} {describe(like)}, got {have}"
-                )
+        return states.from_layers(self.stages, self.mesh, params, statistics, seed)
 
     def mask_parameters(self, chosen: Callable[[tuple[int, ...]], bool]) -> PyTree:
         """Traced: which parameters are `chosen` by their shapes, in the rectangular form."""
@@ -424,22 +323,15 @@ class Pipeline:
 
     def abstract_arguments(self) -> tuple:
         """The shapes and places of `gradients`' arguments: state, micro-batches and step."""
-        shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        params, stats = (
-            [of_all_devices(s.local_shapes(), self.stages.devices) for s in storages]
-            for storages in (self.stages.params, self.stages.stats)
-        )
-        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-        state = jax.tree.map(shape, State(params, stats, seed), self.state_shardings())
-        split = NamedSharding(self.mesh, P(None, DATA))
-        M = self.micro_batches
-        parts = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((M, a.shape[0] // M, *a.shape[1:]), a.dtype),
-            self.example,
-        )
-        parts = jax.tree.map(lambda a: shape(a, split), parts)
+        M, split = self.micro_batches, NamedSharding(self.mesh, P(None, DATA))
+
+        def part(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (M, a.shape[0] // M, *a.shape[1:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=split)
+
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(self.mesh, P()))
-        return state, parts, step
+        state = states.abstract(self.stages, self.mesh)
+        return state, jax.tree.map(part, self.example), step
 
     def lower(self) -> jax.stages.Lowered:
         """`gradients` lowered for the mesh's devices, from shapes, to compile and to measure."""

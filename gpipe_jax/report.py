@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from gpipe_jax import table
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.schedule import simulate
 from gpipe_jax.slots import lower
 
@@ -35,17 +36,11 @@ def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
                 f"{cut[0]}-{cut[-1]}" if len(cut) > 1 else f"{cut[0]}",
                 str(pipe.layers[cut[0]]),
                 f"{pipe.partition.costs[k] / total:.1%}",
-                f"{sum(_elements(pipe, i) for i in cut):,}",
+                f"{elements(pipe.shapes[i] for i in cut):,}",
                 _bytes(output),
             )
         )
     return rows
-
-
-def _elements(pipe: "Pipeline", i: int) -> int:
-    import jax
-
-    return sum(a.size for a in jax.tree.leaves(pipe.shapes[i].params))
 
 
 def facts(pipe: "Pipeline") -> dict[str, str]:
@@ -67,7 +62,7 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
         "stash": f"{rows.x_slots} boundary inputs, {_bytes(rows.x_slots * wire)} on each device",
-        "parameters": f"{sum(_elements(pipe, i) for i in range(len(pipe.layers))):,}, "
+        "parameters": f"{elements(pipe.shapes):,}, "
         f"{_bytes(device)} on each device, "
         f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
         "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",

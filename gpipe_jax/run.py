@@ -19,11 +19,13 @@ from etils import epath
 from gpipe_jax import checkpoint, hosts, loop, metrics, plots, restoring, writers
 from gpipe_jax.config import Config
 from gpipe_jax.interrupt import Stop, listening
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.loader import ConfigError, compare, dump
 from gpipe_jax.loop import Loop
 from gpipe_jax.parts import Parts, assemble
 from gpipe_jax.terminal import say
 from gpipe_jax.trainer import Trainer
+from gpipe_jax.units import GIB
 
 __all__ = ["Parts", "Summary", "assemble", "default_workdir", "evaluate", "train"]
 
@@ -229,17 +231,17 @@ def _figures(parts: Parts, final: dict, records: list[dict], steps: int) -> dict
         "wall_s": None,
         "workdir": str(parts.workdir),
         "stages": pipe.stages.last + 1,
-        "parameters": sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params)),
+        "parameters": elements(pipe.shapes),
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
-        "device_memory_gib": sum(parts.trainer.device_bytes().values()) / 2**30,
+        "device_memory_gib": sum(parts.trainer.device_bytes().values()) / GIB,
     }
 
 
 def _lost(trainer: Trainer) -> dict[str, Any]:
     """Time that was no training, in seconds, and the most memory that a device has used."""
     used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-    peak = [u / 2**30 for u in used if u is not None]
+    peak = [u / GIB for u in used if u is not None]
     return {
         **{f"{part}_s": seconds for part, seconds in trainer.ledger.seconds.items()},
         "peak_memory_gib": max(peak, default=None),

@@ -21,7 +21,7 @@ from etils import epath
 from orbax.checkpoint import future
 
 from gpipe_jax import checkpoint
-from gpipe_jax.trainer import Layers
+from gpipe_jax.layered import Layers
 
 WRITERS = 4  # files that a process writes at once
 

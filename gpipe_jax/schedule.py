@@ -285,7 +285,6 @@ class Simulation(NamedTuple):
 
     time: float  # until the last operation ends
     bubble_fraction: float  # 1 - useful time over K x time
-    peak_stash: list[int]
 
 
 def simulate(
@@ -310,7 +309,7 @@ def simulate(
         cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float)[stages], 0.0)
     time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
     bubble = 1 - cost.sum() / (schedule.stages * time) if time else 0.0
-    return Simulation(time, float(bubble), schedule.peak_stash)
+    return Simulation(time, float(bubble))
 
 
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:

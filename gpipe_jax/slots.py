@@ -13,7 +13,6 @@ class Rows(NamedTuple):
     Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
     """
 
-    operation: np.ndarray
     micro_batch: np.ndarray
     receive_x: np.ndarray  # slot for the activation that arrived with this tick, or -1
     receive_g: np.ndarray  # slot for the gradient that arrived with this tick, or -1
@@ -42,9 +41,7 @@ def lower(schedule: Schedule) -> Rows:
         }
     receive_x, x_slot, x_slots = _allocate(spans_x, table)
     receive_g, g_slot, g_slots = _allocate(spans_g, table)
-    return Rows(
-        table[..., 0], table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots
-    )
+    return Rows(table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots)
 
 
 def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""A network cut into stages: with `storage` and `wire`, all that knows that stages differ.
+"""A network cut into stages: with `storage`, `packing` and `wire`, all that knows that they differ.
 
 A device holds V chunks, each of them one of K V stages; chunks have arrays of their own. Stages of
 a chunk with the same layers and the same input share one `kind`: one compiled body.
@@ -21,7 +21,8 @@ from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, same_shapes, signature
 from gpipe_jax.mesh import STAGE
-from gpipe_jax.storage import Place, Storage, from_block, to_block
+from gpipe_jax.packing import Place
+from gpipe_jax.storage import Storage, from_block, to_block
 from gpipe_jax.wire import Wire
 
 PyTree = Any

@@ -7,62 +7,23 @@ One SPMD program runs on every device, so every device holds arrays of the same 
 - a *pack* `[K P]` of each dtype holds the rest of a stage's leaves end to end, padded to the
   largest stage (convolution stages).
 
+`packing` chooses between them.
+
 Letters: K stages, k stage, n layers in a run, P packed elements.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpipe_jax.packing import Place, choose_places
 from gpipe_jax.wire import like, pack
 
 PyTree = Any
-
-# Slots may make what a device holds this much larger than packing everything would: they spare the
-# copies that reading a matrix out of a pack costs on TPU. A fifth is enough for Transformers, whose
-# first and last stages have fewer blocks and an embedding or a head.
-SLOT_SLACK = 0.2
-
-
-class Place(NamedTuple):
-    """Where one leaf of a run of layers is kept."""
-
-    shape: tuple[int, ...]  # of one layer's leaf
-    dtype: np.dtype
-    slot: int | None  # index of the slot, or None if packed
-    offset: int  # of the first element within the pack
-
-    @property
-    def size(self) -> int:
-        """Elements of one layer's leaf."""
-        return math.prod(self.shape)
-
-
-class Group(NamedTuple):
-    """The trees of a run of equal layers."""
-
-    count: int
-    scanned: bool  # read as one tree of arrays [n, ...], else as n trees
-    treedef: Any  # of one layer's tree
-    places: tuple[Place, ...]
-
-
-class Slot(NamedTuple):
-    """Shape of an array [depth, *shape] that every device holds."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    depth: int
-
-    @property
-    def size(self) -> int:
-        """Bytes on each device."""
-        return self.depth * math.prod(self.shape) * self.dtype.itemsize
 
 
 class Storage:
@@ -73,8 +34,7 @@ class Storage:
     """
 
     def __init__(self, stages: Sequence[Sequence[tuple[int, bool, PyTree]]]) -> None:
-        groups = [[_group(*run) for run in runs] for runs in stages]
-        self.slots, self.packs, self.groups = _choose_storage(groups)
+        self.slots, self.packs, self.groups = choose_places(stages)
 
     def local_shapes(self) -> dict:
         """One device's arrays, as shapes."""
@@ -84,16 +44,14 @@ class Storage:
     def device_bytes(self) -> int:
         """Bytes that every device holds, padding included."""
         packs = sum(p.size * p.dtype.itemsize for p in self.packs)
-        return packs + sum(s.size for s in self.slots)
+        return packs + sum(s.bytes for s in self.slots)
 
     def read(self, k: int, arrays: dict) -> list[PyTree]:
         """For each run of stage k a list of its layers' trees; if scanned, one tree [n, ...]."""
         runs = []
         for r, group in enumerate(self.groups[k]):
             rows = self.read_run(k, r, arrays)
-            if not group.scanned:
-                rows = [jax.tree.map(lambda a, i=i: a[i], rows) for i in range(group.count)]
-            runs.append(rows)
+            runs.append(rows if group.scanned else _unstacked(rows, group.count))
         return runs
 
     def read_run(self, k: int, r: int, arrays: dict) -> PyTree:
@@ -178,10 +136,8 @@ class Storage:
     def split_layers(self, k: int, arrays: dict) -> list[PyTree]:
         """Stage k's trees, one for each of its layers."""
         layers = []
-        for group, run in zip(self.groups[k], self.read(k, arrays), strict=True):
-            if group.scanned:
-                run = [jax.tree.map(lambda a, i=i: a[i], run) for i in range(group.count)]
-            layers += run
+        for r, group in enumerate(self.groups[k]):
+            layers += _unstacked(self.read_run(k, r, arrays), group.count)
         return layers
 
     def join_layers(self, k: int, layers: Sequence[PyTree]) -> dict:
@@ -215,6 +171,11 @@ def of_all_devices(local: dict, devices: int) -> dict:
     return {"slots": slots, "packs": packs}
 
 
+def _unstacked(tree: PyTree, count: int) -> list[PyTree]:
+    """A tree of arrays [count, ...] as one tree of each row."""
+    return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]
+
+
 def _part(array: Any, start: Any, size: int) -> Any:
     """`size` entries from `start`, which may be traced; of numpy arrays too."""
     if isinstance(start, int):
@@ -225,87 +186,3 @@ def _part(array: Any, start: Any, size: int) -> Any:
 def _add_part(array: jax.Array, start: Any, value: jax.Array) -> jax.Array:
     part = _part(array, start, value.shape[0])
     return lax.dynamic_update_slice_in_dim(array, part + value.astype(array.dtype), start, 0)
-
-
-def _group(count: int, scanned: bool, tree: PyTree) -> Group:
-    """A run whose leaves are not yet placed (offset 0, no slot)."""
-    leaves, treedef = jax.tree.flatten(tree)
-    places = tuple(Place(tuple(a.shape), np.dtype(a.dtype), None, 0) for a in leaves)
-    return Group(count, scanned, treedef, places)
-
-
-def _choose_storage(
-    stages: list[list[Group]],
-) -> tuple[list[Slot], list, list[tuple[Group, ...]]]:
-    """Slots for what is alike, packs for the rest.
-
-    The j-th leaf of a shape within a stage is a candidate for the j-th slot of that shape. Packing
-    everything is smallest; the largest candidates become slots first, as long as what a device
-    holds grows by no more than `SLOT_SLACK` in all.
-    """
-    names = [_candidates(runs) for runs in stages]
-    depth: dict[tuple, int] = {}
-    for candidates in names:
-        for name, count in candidates.values():
-            depth[name] = max(depth.get(name, 0), count)
-    chosen = _affordable(names, depth)
-    slots = [Slot(shape, dtype, depth[shape, dtype, j]) for shape, dtype, j in chosen]
-    index = {name: i for i, name in enumerate(chosen)}
-    placed = [
-        _place(runs, candidates, index) for runs, candidates in zip(stages, names, strict=True)
-    ]
-    widths: dict = {}
-    for _, used in placed:
-        for dtype, size in used.items():
-            widths[dtype] = max(widths.get(dtype, 0), size)
-    packs = [jax.ShapeDtypeStruct((widths[d],), d) for d in sorted(widths, key=str)]
-    return slots, packs, [runs for runs, _ in placed]
-
-
-def _candidates(runs: list[Group]) -> dict:
-    """(run, leaf) -> ((shape, dtype, j), number of layers)."""
-    seen: dict = {}
-    found = {}
-    for r, run in enumerate(runs):
-        for i, place in enumerate(run.places):
-            j = seen[place.shape, place.dtype] = seen.get((place.shape, place.dtype), -1) + 1
-            found[r, i] = ((place.shape, place.dtype, j), run.count)
-    return found
-
-
-def _affordable(names: list[dict], depth: dict) -> list[tuple]:
-    """The candidates worth a slot, largest first."""
-    bytes_of = {name: math.prod(name[0]) * name[1].itemsize for name in depth}
-    packed: dict = {}  # dtype -> bytes of each stage's pack
-    share = {name: np.zeros(len(names)) for name in depth}
-    for k, candidates in enumerate(names):
-        for name, count in candidates.values():
-            share[name][k] += count * bytes_of[name]
-    for name, bytes_K in share.items():
-        packed[name[1]] = packed.get(name[1], 0) + bytes_K
-    limit = sum(p.max() for p in packed.values()) * (1 + SLOT_SLACK)
-    slotted, chosen = 0.0, []
-    for name in sorted(depth, key=lambda n: -depth[n] * bytes_of[n]):
-        smaller = {**packed, name[1]: packed[name[1]] - share[name]}
-        size = slotted + depth[name] * bytes_of[name]
-        if size + sum(p.max() for p in smaller.values()) <= limit:
-            chosen.append(name)
-            slotted, packed = size, smaller
-    return chosen
-
-
-def _place(runs: list[Group], candidates: dict, index: dict) -> tuple[tuple[Group, ...], dict]:
-    """The runs with every leaf placed, and the packed elements they need of each dtype."""
-    used: dict = {}
-    placed = []
-    for r, run in enumerate(runs):
-        places = []
-        for i, place in enumerate(run.places):
-            slot = index.get(candidates[r, i][0])
-            offset = 0
-            if slot is None:
-                offset = used.get(place.dtype, 0)
-                used[place.dtype] = offset + run.count * place.size
-            places.append(place._replace(slot=slot, offset=offset))
-        placed.append(run._replace(places=tuple(places)))
-    return tuple(placed), used

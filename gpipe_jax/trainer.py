@@ -1,28 +1,30 @@
 """The training loop: pipeline step, optimizer update, evaluation. Knows nothing of config files."""
 
 import contextlib
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax import blocks
+from gpipe_jax import layered
+from gpipe_jax import state as states
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.gradients import wide
+from gpipe_jax.layered import Layers, Trained
 from gpipe_jax.ledger import Ledger
 from gpipe_jax.mesh import STAGE
-from gpipe_jax.names import by_name, from_names
 from gpipe_jax.optimizer import check_elementwise, decays, map_parameters, moving_average
-from gpipe_jax.pipeline import Pipeline, State
-from gpipe_jax.storage import Storage
+from gpipe_jax.pipeline import Pipeline
+from gpipe_jax.state import State
 from gpipe_jax.stream import DataError
 
 PyTree = Any
@@ -42,14 +44,6 @@ class TrainState(NamedTuple):
     average: PyTree = None  # moving average of the parameters, in float32, if there is one
 
 
-class Layers(NamedTuple):
-    """A training state by layer, in numpy: the same for any K, V, D and schedule."""
-
-    common: Mapping[str, Any]  # what no layer has: "seed", and the optimizer's counts
-    # By global id: "params", "statistics", "average" and, say, "optimizer.0.mu", each a tree.
-    layers: Mapping[int, dict[str, PyTree]]
-
-
 class DivergedError(RuntimeError):
     """The loss became infinite or NaN."""
 
@@ -66,7 +60,6 @@ class Trainer:
     ) -> None:
         check_elementwise(tx)
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
-        self._params_structure = jax.tree.structure(self._local_params())
         self.ledger, self._compiled = Ledger(), set[str]()
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
@@ -86,22 +79,24 @@ class Trainer:
 
     def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Optimizer state and average, of the gradients' type: float32 at least."""
-        wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), params)
-        return self.tx.init(wide), None if self.ema is None else wide
+        params = wide(params)
+        return self.tx.init(params), None if self.ema is None else params
 
-    def _local_params(self) -> list:
-        return [storage.local_shapes() for storage in self.pipe.stages.params]
+    @functools.cached_property
+    def local_shapes(self) -> Trained:
+        """What one device holds of it all."""
+        state = states.local_shapes(self.pipe.stages)
+        return Trained(state, *jax.eval_shape(self._begin, state.params))
 
-    def _shardings(self) -> tuple[State, PyTree, PyTree]:
-        """Of state, optimizer and average: what is like the parameters lies where they do."""
+    def _shardings(self) -> Trained:
+        """What is like the parameters lies where they do, and the rest on every device."""
         stage = NamedSharding(self.pipe.mesh, P(STAGE))
-        everywhere: Any = NamedSharding(self.pipe.mesh, P())
-        params = self._local_params()
-        shapes = jax.eval_shape(self._begin, params)
-        placed = map_parameters(lambda node: jax.tree.map(lambda _: stage, node), shapes, params)
-        leaf = lambda s: s if isinstance(s, NamedSharding) else everywhere  # noqa: E731
-        is_place = lambda s: isinstance(s, NamedSharding)  # noqa: E731
-        return self.pipe.state_shardings(), *jax.tree.map(leaf, placed, is_leaf=is_place)
+        everywhere = NamedSharding(self.pipe.mesh, P())
+        state, *rest = self.local_shapes
+        like_params = lambda node: jax.tree.map(lambda _: stage, node)  # noqa: E731
+        placed = map_parameters(like_params, rest, state.params)
+        places = jax.tree.map(lambda a: stage if a is stage else everywhere, placed)
+        return Trained(self.pipe.state_shardings(), *places)
 
     def _update(
         self, state: State, optimizer: PyTree, average: PyTree, parts: dict, step: jax.Array
@@ -141,14 +136,13 @@ class Trainer:
 
     def device_bytes(self) -> dict[str, int]:
         """What every device holds, by part, estimated from shapes: bytes. See `memory`."""
-        slots = jax.eval_shape(self._begin, self._local_params())
+        _, *slots = self.local_shapes
         return self.pipe.device_bytes(tree_bytes(slots))
 
     def local_update_arguments(self) -> tuple:
         """The shapes on one device of optimizer, average, parameters and gradients."""
-        params = self._local_params()
-        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-        return *jax.eval_shape(self._begin, params), params, jax.tree.map(wide, params)
+        (params, *_), optimizer, average = self.local_shapes
+        return optimizer, average, params, jax.eval_shape(wide, params)
 
     def abstract_arguments(self) -> tuple:
         """The shapes and places of the training step's arguments; the first three are updated."""
@@ -260,71 +254,14 @@ class Trainer:
 
     def to_layers(self, current: TrainState) -> Layers:
         """Copies of everything that training changes, of the layers that this process saves."""
-        pipe = self.pipe
-        trees, common = self._named(current.state, current.optimizer, current.average)
-        blocks.start_copies(trees)
-        layers: dict[int, dict[str, PyTree]] = {}
-        for k in blocks.owned(pipe.mesh):
-            for name, tree in trees.items():
-                block = blocks.take(pipe.mesh, tree, k)
-                for i, one in pipe.stages.split_block(self._storages(name), k, block).items():
-                    layers.setdefault(i, {})[name] = one
-        return Layers({name: np.array(value) for name, value in common.items()}, layers)
+        trained = Trained(current.state, current.optimizer, current.average)
+        return layered.split(self.pipe.stages, self.pipe.mesh, trained)
 
     def from_layers(self, saved: Layers, step: int) -> TrainState:
         """The inverse of `to_layers`; asks for the layers of this process's devices only."""
-        pipe = self.pipe
-        shapes = self._local_shapes()
-        trees, common = self._named(*shapes)
-
-        def block(k: int) -> dict[str, PyTree]:
-            layers = {i: saved.layers[i] for i in pipe.stages.layers_of(k)}
-            made = {
-                name: pipe.stages.join_block(
-                    self._storages(name), k, lambda i, name=name: layers[i][name]
-                )
-                for name in trees
-            }
-            # Where a stage has nothing of a parameter's type, the optimizer's may be another.
-            return jax.tree.map(lambda a, s: a.astype(s.dtype, copy=False), made, trees)
-
-        placed = blocks.place(pipe.mesh, block)
-        placed |= {name: blocks.replicate(pipe.mesh, saved.common[name]) for name in common}
-        parts = {"optimizer": shapes[1], "average": shapes[2]}
-        rest = from_names(parts, placed, self._is_like_parameters)
-        state = State(placed["params"], placed["statistics"], placed["seed"])
-        return TrainState(state, rest["optimizer"], step, rest["average"])
+        new = layered.join(self.pipe.stages, self.pipe.mesh, saved, self.local_shapes)
+        return TrainState(new.state, new.optimizer, step, new.average)
 
     def layer_shapes(self) -> Layers:
         """What all processes' `to_layers` come to, as shapes."""
-        trees, common = self._named(*self._local_shapes())
-        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-        layers = {}
-        for i, shape in enumerate(self.pipe.shapes):
-            slots = jax.tree.map(wide, shape.params)
-            own = {"params": shape.params, "statistics": shape.stats}
-            layers[i] = {name: own.get(name, slots) for name in trees}
-        return Layers(common, layers)
-
-    def _local_shapes(self) -> tuple[State, PyTree, PyTree]:
-        """One device's state, optimizer and average."""
-        params = self._local_params()
-        stats = [storage.local_shapes() for storage in self.pipe.stages.stats]
-        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-        return State(params, stats, seed), *jax.eval_shape(self._begin, params)
-
-    def _named(self, state: State, optimizer: PyTree, average: PyTree) -> tuple[dict, dict]:
-        """By name what is cut over the devices, and what they all have."""
-        alike = self._is_like_parameters
-        named = by_name({"optimizer": optimizer, "average": average}, alike)
-        trees = {name: tree for name, tree in named.items() if alike(tree)}
-        common = {name: value for name, value in named.items() if name not in trees}
-        trees |= {"params": state.params, "statistics": state.stats}
-        return trees, {**common, "seed": state.seed}
-
-    def _is_like_parameters(self, node: PyTree) -> bool:
-        return jax.tree.structure(node) == self._params_structure
-
-    def _storages(self, name: str) -> list[Storage]:
-        stages = self.pipe.stages
-        return stages.stats if name == "statistics" else stages.params
+        return layered.shapes(self.pipe.stages, self.local_shapes)

@@ -25,6 +25,7 @@ from tables import amoebanet, arguments, compiling, finish, transformer
 
 from gpipe_jax import figure
 from gpipe_jax.cost import tree_bytes
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.memory import GIB, describe
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import accelerators, programs
@@ -115,7 +116,7 @@ class Row(NamedTuple):
 def measure(trainer: Trainer, size: tuple[int, ...], compiling: Compiling) -> Measured:
     """Compile a training step; a time-out is a result too."""
     pipe, problem = trainer.pipe, None
-    count = sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params))
+    count = elements(pipe.shapes)
     step = Compiled("step", 0.0)
     try:
         step = compiling([programs.whole_step(trainer)])["step"]

@@ -106,7 +106,7 @@ class Predictor:
         """Of micro-batches of `size` examples."""
         job = MODELS[self.model](size)
         pipe = job.trainer(Layout(), _any_cost(job)).pipe
-        found = self.compiling([p for pair in programs.of_layers(pipe).values() for p in pair])
+        found = self.compiling(programs.of_layers(pipe))
         alike = programs.first_alike(pipe)
         forward, backward = (
             [self.compiling.seconds(found[f"{name} {i}"]) for i in alike]

@@ -12,10 +12,11 @@ from flax import nnx
 
 import gpipe_jax as gpipe
 from gpipe_jax import keys, losses, sequential
-from gpipe_jax.genotype import GENOTYPES, Cell, Genotype
+from gpipe_jax.genotype import Cell, Genotype
 from gpipe_jax.layers import conv_norm
 from gpipe_jax.layers.cell import AmoebaCell, AuxiliaryHead, Classifier
 from gpipe_jax.layers.shapes import count_parameters, infer_shapes
+from gpipe_jax.published import GENOTYPES
 from gpipe_jax.zoo.amoebanet import amoebanet
 
 # --- counts ---------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from etils import epath
 
 from gpipe_jax import checkpoint, cli, export, restoring, saving, tensorfile
 from gpipe_jax.checkpoint import DamagedError, FormatError
+from gpipe_jax.layered import Layers
 from gpipe_jax.loader import ConfigError
 from gpipe_jax.saving import SaveError, Saver
-from gpipe_jax.trainer import Layers
 
 NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
 

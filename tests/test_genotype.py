@@ -14,15 +14,8 @@ import numpy as np
 import pytest
 
 from gpipe_jax import genotype_drawing as drawing
-from gpipe_jax.genotype import (
-    AMOEBANET_A,
-    AMOEBANET_C,
-    GENOTYPES,
-    OPERATIONS,
-    PAPER_OPERATIONS,
-    Cell,
-    Genotype,
-)
+from gpipe_jax.genotype import OPERATIONS, PAPER_OPERATIONS, Cell, Genotype
+from gpipe_jax.published import AMOEBANET_A, AMOEBANET_C, GENOTYPES
 
 ID, SEP, POOL = "identity", "sep_3x3", "max_pool_3x3"
 
@@ -107,7 +100,7 @@ def test_operations():
 
 def test_the_module_loads_no_library():
     code = (
-        "import sys, gpipe_jax.genotype as g; str(g.AMOEBANET_A); g.AMOEBANET_A._repr_html_(); "
+        "import sys, gpipe_jax.published as g; str(g.AMOEBANET_A); g.AMOEBANET_A._repr_html_(); "
         "print([m for m in ('jax', 'flax', 'matplotlib', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

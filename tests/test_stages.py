@@ -19,8 +19,9 @@ from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.links import Boundary
 from gpipe_jax.layers.shapes import LayerShape, infer_shapes
 from gpipe_jax.mesh import STAGE, make_mesh
+from gpipe_jax.packing import SLOT_SLACK
 from gpipe_jax.stages import MAX_UNROLL, Stages
-from gpipe_jax.storage import SLOT_SLACK, from_block, to_block
+from gpipe_jax.storage import from_block, to_block
 from gpipe_jax.wire import Wire
 
 PyTree = Any

@@ -11,9 +11,10 @@ import pytest
 from helpers import make_batch, network
 
 import gpipe_jax as gpipe
-from gpipe_jax import storage as storages
+from gpipe_jax import packing
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.storage import SLOT_SLACK, Storage, from_block, to_block
+from gpipe_jax.packing import SLOT_SLACK
+from gpipe_jax.storage import Storage, from_block, to_block
 
 PyTree = Any
 Stage = list[tuple[int, bool, PyTree]]  # runs: number of layers, scanned, tree of one
@@ -177,7 +178,7 @@ def single_leaves(stages: list[Stage]) -> list[tuple[int, int, int]]:
 
 def test_read_leaf_and_add_leaf_touch_one_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """In slots and in packs; the others stay as they are."""
-    monkeypatch.setattr(storages, "SLOT_SLACK", 0.05)  # for some of each
+    monkeypatch.setattr(packing, "SLOT_SLACK", 0.05)  # for some of each
     in_slot = []
     for seed in SEEDS:
         stages, rng = random_stages(seed), np.random.default_rng(seed)
@@ -286,7 +287,7 @@ def test_trees_without_leaves_need_no_arrays() -> None:
 
 def test_a_device_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots have an axis for the devices, packs lie end to end."""
-    monkeypatch.setattr(storages, "SLOT_SLACK", 0.05)  # for some of each
+    monkeypatch.setattr(packing, "SLOT_SLACK", 0.05)  # for some of each
     stages, rng = random_stages(3), np.random.default_rng(0)
     storage = Storage(stages)
     each = [storage.join_layers(k, filled(stage, rng)) for k, stage in enumerate(stages)]

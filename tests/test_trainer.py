@@ -14,7 +14,8 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax import optimizer, trainer
 from gpipe_jax.config import AdamConfig
-from gpipe_jax.trainer import DivergedError, Layers, Trainer, TrainState
+from gpipe_jax.layered import Layers
+from gpipe_jax.trainer import DivergedError, Trainer, TrainState
 
 EXAMPLES = 12
 

@@ -13,7 +13,8 @@ from gpipe_jax.config.fields import (
     Text,
     nearest_multiples,
 )
-from gpipe_jax.genotype import GENOTYPES, Genotype, is_json
+from gpipe_jax.genotype import Genotype, is_json
+from gpipe_jax.published import GENOTYPES
 
 
 class ConvNetConfig(Section):

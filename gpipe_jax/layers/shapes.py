@@ -1,6 +1,6 @@
 """What each layer of a network looks like, found without building anything."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +89,11 @@ def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
     """
     if isinstance(example, dict) and {"inputs", "labels"} <= set(example):
         example = example["inputs"]
-    shapes = infer_shapes(layers, example)
+    return elements(infer_shapes(layers, example))
+
+
+def elements(shapes: Iterable[LayerShape]) -> int:
+    """The number of parameters of layers; tied ones count once."""
     return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
 
 

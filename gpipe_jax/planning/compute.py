@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
-
 from gpipe_jax.cost import tree_bytes
-from gpipe_jax.memory import GIB
+from gpipe_jax.layers.shapes import elements
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import libtpu, programs, timing
 from gpipe_jax.planning.accelerators import Topology
@@ -18,6 +16,7 @@ from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.planning.report import Plan, StagePlan, gib
 from gpipe_jax.planning.timing import StageTimes, StepTime
 from gpipe_jax.trainer import Trainer
+from gpipe_jax.units import GIB
 
 
 class Compiling(NamedTuple):
@@ -113,8 +112,7 @@ def _prediction(trainer: Trainer, found: dict[str, Compiled], compiling: Compili
 def layer_seconds(job: Job, layout: Layout, compiling: Compiling) -> list[float]:
     """The time of each layer's backward, recomputation included, for the partitioner."""
     pipe = job.trainer(layout._replace(partition="auto")).pipe
-    wanted = [each[1] for each in programs.of_layers(pipe).values()]
-    found = compiling(wanted)
+    found = compiling(programs.of_layers(pipe, kinds=("backward",)))
     return [compiling.seconds(found[f"backward {i}"]) for i in programs.first_alike(pipe)]
 
 
@@ -143,7 +141,7 @@ def _plan(
     return Plan(
         topology=None if topology is None else str(topology),
         layout={**layout._asdict(), "partition": list(pipe.partition.boundaries)},
-        parameters=sum(a.size for s in pipe.shapes for a in jax.tree.leaves(s.params)),
+        parameters=elements(pipe.shapes),
         batch_size=pipe.batch_size,
         fits=_fits(compiled),
         hbm_needed_gib=compiled.needed_bytes / GIB
@@ -211,7 +209,7 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
                 layers=(cut[0], cut[-1]),
                 first_layer=str(shapes[0].layer),
                 cost=pipe.partition.costs[s] / total,
-                parameters=sum(a.size for x in shapes for a in jax.tree.leaves(x.params)),
+                parameters=elements(shapes),
                 boundary_bytes=tree_bytes(stages.input(s)),
                 padding_bytes=stages.params[stages.at(s)[0]].device_bytes() - own,
                 forward_s=times.forward[s] if times else None,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import export
 
 from gpipe_jax.composite import Call, Composite, start_of_backward
-from gpipe_jax.gradients import float_leaves
+from gpipe_jax.gradients import float_leaves, wide
 from gpipe_jax.keys import step_key
 from gpipe_jax.layers import links
 from gpipe_jax.layers.shapes import as_replica
@@ -41,15 +41,16 @@ def of_stages(pipe: Pipeline) -> list[Program]:
     return [part(pipe, s) for part in (_forward, _backward) for s in kinds]
 
 
-def of_layers(pipe: Pipeline) -> dict[int, list[Program]]:
-    """The forward and the backward of each layer that differs, as a stage of its own.
+def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) -> list[Program]:
+    """The programs of each layer that differs, as a stage of its own.
 
-    By the number of the first layer like it; see `first_alike`.
+    Named "forward 3" and "backward 3" by the first layer like it; see `first_alike`.
     """
-    found = {}
+    part = {"forward": _forward, "backward": _backward}
+    found = []
     for i in sorted(set(first_alike(pipe))):
         alone = _alone(pipe, i)
-        found[i] = [_forward(pipe, i, alone), _backward(pipe, i, alone)]
+        found += [part[kind](pipe, i, alone) for kind in kinds]
     return found
 
 
@@ -115,8 +116,7 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     """With the sums of gradients as they are carried from one micro-batch to the next."""
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
-    wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-    sums = jax.tree.map(wide, (specs[0], specs[2]))
+    sums = jax.eval_shape(wide, (specs[0], specs[2]))
     one = pipe.one_micro_batch
     if s == stages.last:
         start: Any = (one["labels"], one["weights"])

@@ -1,6 +1,7 @@
 """Networks as lists of layers, ready to be cut into stages."""
 
-from gpipe_jax.genotype import AMOEBANET_A, AMOEBANET_B, AMOEBANET_C, AMOEBANET_D, Genotype
+from gpipe_jax.genotype import Genotype
+from gpipe_jax.published import AMOEBANET_A, AMOEBANET_B, AMOEBANET_C, AMOEBANET_D
 from gpipe_jax.zoo.amoebanet import amoebanet
 from gpipe_jax.zoo.basic import convnet, mlp
 from gpipe_jax.zoo.resnet import resnet

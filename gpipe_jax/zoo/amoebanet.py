@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gpipe_jax.genotype import GENOTYPES, Cell, Genotype
+from gpipe_jax.genotype import Cell, Genotype
 from gpipe_jax.layers.cell import POOL, AmoebaCell, AuxiliaryHead, Classifier, Stem
 from gpipe_jax.layers.conv_norm import Normalization
 from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.mesh import DATA
+from gpipe_jax.published import GENOTYPES
 
 
 class Spot(NamedTuple):

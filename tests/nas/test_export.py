@@ -11,7 +11,8 @@ import yaml
 
 import nas
 from gpipe_jax import build, loader
-from gpipe_jax.genotype import GENOTYPES, Genotype
+from gpipe_jax.genotype import Genotype
+from gpipe_jax.published import GENOTYPES
 from nas import cli, finals, scale
 from nas.setup import Setup
 

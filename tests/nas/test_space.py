@@ -8,7 +8,8 @@ import pytest
 from searches import DATA, HAS_TABLE, NO_TABLE, Bits
 
 import nas
-from gpipe_jax.genotype import GENOTYPES, PAPER_OPERATIONS
+from gpipe_jax.genotype import PAPER_OPERATIONS
+from gpipe_jax.published import GENOTYPES
 from nas import nasbench201, space
 
 SPACES = [nas.NASNetSpace(), nas.NASNetSpace(3, ("identity", "sep_3x3")), nas.NASBench201Space(),

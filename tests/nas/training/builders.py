@@ -86,9 +86,9 @@ class Pair:
             self.program = jitted.lower(architecture, values, images).compile()
         return self.program(architecture, values, images)
 
-    def both(self, genotype: Genotype) -> tuple[Step, Step, PyTree]:
+    def both(self, genotype: Genotype, draw: int = 0) -> tuple[Step, Step, PyTree]:
         """The interpreter's step in the static form, the static one, and padding's gradients."""
-        values = shaken(self.static, genotype)
+        values = shaken(self.static, genotype, draw)
         architecture = self.interpreter.encode(genotype)
         found = self.one(architecture, from_static(self.interpreter, genotype, values), self.images)
         wanted = self.other(self.static.encode(genotype), values, self.images)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from builders import Pair, Step, assert_same, random_genotype, shaken, step
 
-from gpipe_jax.genotype import GENOTYPES, Cell, Genotype
+from gpipe_jax.genotype import Cell, Genotype
+from gpipe_jax.published import GENOTYPES
 from nas.nasnet import NASNetSpace
 from nas.training.interpreter import Interpreter
 from nas.training.network import Shape

