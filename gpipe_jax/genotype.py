@@ -9,13 +9,14 @@ https://arxiv.org/abs/1802.01548, "Search space"). A cell is a small graph of hi
     output     some of the states, concatenated over the channels
 """
 
-import difflib
 import json
 import operator
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from gpipe_jax.hints import meant_or_known
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,9 +182,8 @@ def _element(i: int, place: str, value: Any) -> Element:
         raise ValueError(f"{place} has {len(parts)} parts: give two, (operation, state)")
     operation, state = parts
     if operation not in OPERATIONS:
-        close = difflib.get_close_matches(str(operation)[:80], OPERATIONS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(OPERATIONS)}"
-        raise ValueError(f"{place}: unknown operation {_short(operation)}; {hint}")
+        hint = meant_or_known(str(operation), OPERATIONS)
+        raise ValueError(f"{place}: unknown operation {_short(operation)}{hint}")
     state, made = _state(place, state), INPUTS + i
     if not 0 <= state < made:
         raise ValueError(

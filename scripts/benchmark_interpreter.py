@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import trained_by_both
 
-from gpipe_jax import loader, losses
+from gpipe_jax import loader, losses, terminal
 from gpipe_jax.genotype import Genotype
 from gpipe_jax.planning import accelerators, compiler, libtpu
 from gpipe_jax.planning.compiled import Program
@@ -182,7 +182,7 @@ def main() -> int:
     try:
         given = checked(options)
     except (ValueError, OSError, ImportError, libtpu.NotInstalledError) as error:
-        return _fail(error, 2)
+        return terminal.fail(error, 2, "benchmark_interpreter.py")
     machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
     figures: dict[str, Any] = {"machine": machine}
     if options.architectures:
@@ -193,7 +193,7 @@ def main() -> int:
         try:
             rows = trained_by_both.trained_by_both(given, options.trained)
         except (ArithmeticError, RuntimeError) as error:  # it diverges, or memory is short
-            return _fail(error, 1)
+            return terminal.fail(error, 1, "benchmark_interpreter.py")
         figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
         report_trained(figures["trained"], options.trained)
     if options.tpu:
@@ -247,11 +247,6 @@ def drawn(count: int) -> list[Genotype]:
 
 def _shape(options: argparse.Namespace) -> Shape:
     return Shape(options.cells, options.filters, options.image, channels=1, classes=10)
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"benchmark_interpreter.py: {error}", file=sys.stderr)
-    return code
 
 
 def report(figures: dict[str, Any], options: argparse.Namespace) -> None:

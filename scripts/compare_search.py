@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import nas
-from gpipe_jax import figure, loader
+from gpipe_jax import figure, loader, terminal
 from nas import build, evaluate, finals, reading
 from nas.config import SearchConfig
 from nas.evaluate import Job
@@ -209,11 +209,11 @@ def main() -> int:
     try:
         return _run(options)
     except (ValueError, OSError, ImportError, sqlite3.Error) as error:
-        return _fail(error, 2)
+        return terminal.fail(error, 2, "compare_search.py")
     except (RuntimeError, TypeError) as error:
-        return _fail(error, 1)
+        return terminal.fail(error, 1, "compare_search.py")
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on", 130)
+        return terminal.fail("interrupted; the same command goes on", 130, "compare_search.py")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -230,11 +230,6 @@ def _run(options: argparse.Namespace) -> int:
         figures = {"cycles": config.run.cycles, "plot": str(picture)}
         print(json.dumps({"measured": as_json(measured), **figures}, allow_nan=False))
     return 0
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"compare_search.py: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tables import amoebanet, arguments, compiling, finish, transformer
 from gpipe_jax import figure
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.layers.shapes import elements
-from gpipe_jax.memory import GIB, describe
+from gpipe_jax.memory import describe
 from gpipe_jax.pipeline import Pipeline
 from gpipe_jax.planning import accelerators, programs
 from gpipe_jax.planning.compiled import Compiled
@@ -34,6 +34,7 @@ from gpipe_jax.planning.compute import Compiling
 from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.table import as_text
 from gpipe_jax.trainer import Trainer
+from gpipe_jax.units import GIB
 
 SEQUENCES, IMAGES = 32, 128  # in a batch
 MICRO_BATCHES = {"transformer": 32, "amoebanet": 64}

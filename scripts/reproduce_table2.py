@@ -29,13 +29,13 @@ import tables
 from tables import arguments, compiling, finish
 
 from gpipe_jax import figure, partition
-from gpipe_jax.memory import GIB
 from gpipe_jax.planning import accelerators, compute, programs, timing
 from gpipe_jax.planning.compute import Compiling
 from gpipe_jax.planning.job import Job, Layout
 from gpipe_jax.planning.timing import StageTimes, StepTime
 from gpipe_jax.table import as_text
 from gpipe_jax.trainer import Trainer
+from gpipe_jax.units import GIB
 
 TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)

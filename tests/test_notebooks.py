@@ -1,5 +1,6 @@
 """The notebooks run, each in a kernel of its own, and show what they say."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
     """The notebook, executed in an empty folder; a cell that raises is an error."""
     notebook = read(name)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
     return notebook
 
 
@@ -55,6 +56,19 @@ def test_the_notebook_of_a_search(tmp_path):
     assert "hidden_state" in value(done, "mutation_kind")
     assert "results=300" in value(done, "resume(")
     assert 10 < float(value(done, "search.ask()")) < 70
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_notebook_of_a_search_by_training(tmp_path):
+    done = run("training", tmp_path)
+    assert "12 with a fitness" in value(done, "result.wait()", "text/html")
+    table = value(done, "compile_s")
+    assert "cpu 0" in table and "cpu 1" in table
+    assert "<svg" in value(done, "result.best\n", "text/html")
+    text = "".join(output.text for output in shown(done, "!gpipe train"))
+    accuracy = re.search(r"accuracy\s+(0\.\d+)", text)
+    assert accuracy and float(accuracy[1]) > 0.9
 
 
 def test_the_notebook_of_a_pipeline(tmp_path):
