@@ -49,6 +49,12 @@ def images(shape: Shape, examples: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=size), shape.dtype)
 
 
+@functools.lru_cache(maxsize=8)
+def shapes(static: Static, genotype: Genotype) -> Values:
+    """Of its values; seconds for a large one."""
+    return jax.eval_shape(static.init, static.encode(genotype), jax.random.key(0))
+
+
 def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
     """Values of which no two entries are alike, so that to mistake one shows."""
     rng = np.random.default_rng(seed)
@@ -62,8 +68,7 @@ def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
         draw = rng.normal(size=a.shape)
         return jnp.asarray(0.5 + draw**2 if path[-1].key == "var" else draw, static.shape.dtype)
 
-    architecture = static.encode(genotype)
-    parameters, statistics = jax.eval_shape(static.init, architecture, jax.random.key(0))
+    parameters, statistics = shapes(static, genotype)
     return Values(
         jax.tree.map_with_path(parameter, parameters),
         jax.tree.map_with_path(statistic, statistics),
