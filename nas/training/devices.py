@@ -3,8 +3,9 @@
 A thread for each device, so that none waits for another: candidates differ in what they cost. Each
 compiles for its device, at the same time as the others do; JAX's cache on disk goes by device too,
 but for GPUs, and so saves later runs their compilations, not a device another's. One program for
-all, by `jax.shard_map`, would be compiled once, but goes on only when the slowest has ended; see
-scripts/benchmark_devices.py.
+all, by `jax.shard_map`, takes as long when candidates do (scripts/benchmark_devices.py) and is
+compiled once; but each round goes on only when its slowest candidate has ended, and one that is
+stopped early, fails or hangs frees no device for another. So threads are what there is.
 """
 
 import threading
