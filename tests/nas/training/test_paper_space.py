@@ -1,4 +1,4 @@
-"""The interpreter in the paper's space: minutes, and an hour for all fifty random architectures."""
+"""The interpreter in the paper's space: one to two hours for all fifty random architectures."""
 
 import functools
 from collections.abc import Iterator
