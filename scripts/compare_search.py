@@ -2,12 +2,11 @@
 
     python scripts/compare_search.py [CONFIG] [a.b=c ...] [--seeds 3] [--folder FOLDER] [--json]
 
-CONFIG is of a search (configs/search_digits.yaml). Budgets are equal (results, of which the
-cache gives some) and seeds, evolution.seed and the next, are paired: with one seed all three begin
-with the same random architectures, trained alike. Reported are the mean
-validation accuracy of the population's last 50 (of all if it is smaller), and that of the best
-candidate after it was trained again, longer (nan if that failed, in JSON null); and a plot,
-FOLDER/compare.png. Each run is a
+CONFIG is of a search (configs/search_digits.yaml). Budgets are equal (results, of which the cache
+gives some) and seeds, evolution.seed and the next, are paired: with one seed all three begin with
+the same random architectures, trained alike. Reported are the mean validation accuracy of the
+population's last 50 (of all if it is smaller), and that of the best candidate after it was trained
+again, longer (nan if that failed, in JSON null); and a plot, FOLDER/compare.png. Each run is a
 search of its own in FOLDER: what was interrupted goes on, and what is done is not done again.
 """
 
