@@ -69,6 +69,17 @@ def cached_reference(name: str, double: bool) -> tuple:
         return reference(network(name), present(make_batch(name, FULL)))
 
 
+@functools.cache
+def reference_of_all(name: str, examples: int) -> tuple:
+    return reference(network(name), make_batch(name, examples))
+
+
+@functools.cache
+def reference_with_dropout(rate: float) -> tuple:
+    layers = helpers.transformer(dropout=rate)
+    return reference(layers, make_batch("transformer", 16), micro_batches=4)
+
+
 def make_pipeline(
     name: str, K: int, D: int, M: int, kind: str | gpipe.schedule.Schedule, **kwargs: object
 ) -> gpipe.Pipeline:
@@ -149,7 +160,7 @@ def test_equivalence_with_nan_in_idle_buffers(name: str, K: int, M: int, kind: s
         schedule=kind,
         example=example,
     )
-    params, loss, metrics, grads = reference(network(name), example)
+    params, loss, metrics, grads = reference_of_all(name, 30)
     step = jax.jit(functools.partial(pipe.gradients, idle_fill=float("nan")))
     lowered = step.lower(pipe.from_layers(params, 1), pipe.split(example), jnp.uint32(0))
     assert "0x7FC00000" in lowered.as_text(), "no NaN was put in"
@@ -186,11 +197,8 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
 def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
     """The same masks in forward and recomputation, for every cut with as many micro-batches."""
     batch = make_batch("transformer", 16)
-    params, loss, metrics, grads = reference(
-        helpers.transformer(dropout=0.3), batch, micro_batches=4
-    )
-    plain = reference(helpers.transformer(), batch, micro_batches=4)
-    assert abs(loss - plain[1]) > 1e-3, "dropout did nothing"
+    params, loss, metrics, grads = reference_with_dropout(0.3)
+    assert abs(loss - reference_with_dropout(0.0)[1]) > 1e-3, "dropout did nothing"
     pipe = gpipe.Pipeline(
         helpers.transformer(dropout=0.3),
         loss=gpipe.losses.softmax_cross_entropy,
@@ -319,7 +327,7 @@ def test_equivalence_of_initial_parameters_for_every_cut() -> None:
     for name, make in NETWORKS.items():
         inputs = jnp.asarray(make_batch(name, FULL)["inputs"])
         plain, _ = sequential.init(make(), inputs[:1], seed=3)
-        for K, D in ((1, 1), (3, 2), (8, 1)):
+        for K, D in ((3, 2), (8, 1)):
             pipe = make_pipeline(name, K, D, 2, "gpipe")
             assert_trees_close(pipe.to_layers(pipe.init(seed=3)), jax.device_get(plain), 1e-6)
 
