@@ -137,20 +137,31 @@ def _plan(options: argparse.Namespace) -> int:
     except (TimeoutError, RuntimeError) as error:
         return fail(error, 1)
     print(found)
+    code = 0
     if options.search and best.fits is not True:
-        return fail("none of the compiled layouts fits; try a larger topology", 1)
-    try:
-        if options.out:
-            layouts.save(best, options.out)
-            print(f"plan: {options.out}")
-        if options.png:
-            best.plot(options.png)
-            print(f"picture: {options.png}")
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError([str(error)], str(options.out or options.png)) from error
+        code = fail("none of the compiled layouts fits; try a larger topology", 1)
+    else:
+        files = {
+            "plan": (options.out, lambda path: layouts.save(best, path)),
+            "picture": (options.png, best.plot),
+        }
+        for what, (path, write) in files.items():
+            if path and not _written(what, path, write):
+                code = BAD_INPUT
     if options.json:
         print(json.dumps(found.to_dict()))
-    return 0
+    return code
+
+
+def _written(what: str, path: Path, write: Callable[[Path], object]) -> bool:
+    """Whether a file could be written: the rest of what took minutes is not lost if not."""
+    try:
+        write(path)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"no {what} {path}: {error}", BAD_INPUT)
+        return False
+    print(f"{what}: {path}")
+    return True
 
 
 def _misused(options: argparse.Namespace) -> str | None:

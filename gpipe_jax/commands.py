@@ -55,6 +55,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.stages is not None:
         stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
         options.overrides = [*stages, *options.overrides]
+    options.overrides = [*options.overrides, "train.writers=[]"]  # what they need is not needed
     return _run(options, run.evaluate)
 
 

@@ -33,7 +33,7 @@ def cut(
         memory_limit=memory_limit,
         names=[str(shape.layer) for shape in shapes],
     )
-    if wanted != "auto":
+    if not isinstance(wanted, str):
         return partition.explicit(wanted, times, stages=stages, **options)
     padding = [c.parameter_bytes for c in costs]
     return partition.partition(times, stages, padding=padding, **options)

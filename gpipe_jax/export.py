@@ -1,5 +1,6 @@
 """A run's parameters as one plain file of arrays, named by layer: `layers.3.linear.kernel`."""
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     except (OSError, TypeError) as error:
         raise ConfigError([f"--out {out} cannot be written: {error}"], "gpipe export") from error
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink()
     what = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
     raise ConfigError([f"there is {what}; give the folder of a run"], str(run))
 

@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop, and everything is saved."""
+    """The run was asked to stop, and what there was to save is saved."""
 
 
 class Stop:

@@ -87,6 +87,17 @@ def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:
     return AbstractMesh((stages, data), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
+def check_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Raise ValueError unless the axes are those of `make_mesh`: their names, order and types."""
+    axes = (mesh.axis_names, mesh.axis_types)
+    if axes != ((STAGE, DATA), (AxisType.Auto,) * 2):
+        types = ", ".join(kind.name for kind in mesh.axis_types)
+        raise ValueError(
+            f"`mesh` has the axes {mesh.axis_names} ({types}); it needs {STAGE!r} and {DATA!r} in "
+            f"this order (Auto, Auto), as gpipe_jax.make_mesh(stages=..., data=...) makes them"
+        )
+
+
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """ "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
     return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

@@ -15,9 +15,14 @@ def path_name(path: tuple) -> str:
 
 
 def by_name(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
-    """The leaves of a tree by name, in their order."""
+    """The leaves of a tree by name, in their order; ValueError if two have the same name."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
-    return {path_name(path): leaf for path, leaf in leaves}
+    named = {path_name(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        names = [path_name(path) for path, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two leaves of a tree are named {twice!r}; use keys without dots")
+    return named
 
 
 def from_names(like: PyTree, values: dict[str, Any], is_leaf: Callable | None = None) -> PyTree:

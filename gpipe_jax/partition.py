@@ -117,6 +117,9 @@ def explicit(
             f"{stages} stages need {stages - 1} boundaries, got {len(boundaries)}: give the first "
             "layer of each stage but the first"
         )
+    for boundary in boundaries:
+        if not isinstance(boundary, (int, np.integer)):
+            raise ValueError(f"boundary {boundary!r} is no number of a layer: give integers")
     for before, after in itertools.pairwise((0, *boundaries)):
         if not 0 < after < len(costs):
             raise ValueError(

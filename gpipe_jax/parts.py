@@ -55,10 +55,9 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
             _check_data(dataset, example, pipe, build.rules(config.model))
     with section("optimizer"):
         tx = optimizer.build(config.optimizer, config.train.steps)
+    with section("pipeline"):  # with this optimizer it may need more than the memory limit
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
-        return Parts(
-            config, epath.Path(workdir), dataset, trainer, stream.identity(dataset, example)
-        )
+    return Parts(config, epath.Path(workdir), dataset, trainer, stream.identity(dataset, example))
 
 
 def _check_data(dataset: data.Dataset, example: dict, pipe: Pipeline, rules: data.Rules) -> None:

@@ -23,7 +23,7 @@ from gpipe_jax.keys import step_key
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shapes import describe, infer_shapes
 from gpipe_jax.losses import weighted_sums
-from gpipe_jax.mesh import DATA, STAGE, is_shared, platform_of
+from gpipe_jax.mesh import DATA, STAGE, check_axes, is_shared, platform_of
 from gpipe_jax.schedule import Schedule, forward_only, training_schedule
 from gpipe_jax.stages import Stages
 from gpipe_jax.state import State
@@ -86,11 +86,7 @@ class Pipeline:
         self.micro_batches = micro_batches
         if not self.layers:
             raise ValueError("`layers` is empty; give at least one layer for each stage")
-        if set(mesh.axis_names) != {STAGE, DATA}:
-            raise ValueError(
-                f"`mesh` has the axes {mesh.axis_names}; it needs {STAGE!r} and {DATA!r}, as "
-                f"gpipe_jax.make_mesh(stages=..., data=...) makes them"
-            )
+        check_axes(mesh)
         self.keys_per, self.steps = keys_per, steps
         self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches, chunks)
         self.example = batches.shapes_of(example, mesh.shape[DATA], micro_batches)
@@ -116,6 +112,7 @@ class Pipeline:
             chunks=self.schedule.chunks,
             remat_layers=remat == "layer",
         )
+        self.memory_limit = memory_limit
         if memory_limit is not None:
             memory.check(self.device_bytes(), memory_limit)
 
@@ -144,12 +141,13 @@ class Pipeline:
 
         The optimizer is taken for one with two slots for each parameter, if nothing is said.
         """
-        parameters = self.stages.device_bytes()
+        if optimizer_bytes is None:
+            optimizer_bytes = 2 * memory.float32_bytes(self.stages)
         return memory.of_device(
             self.stages,
             self.costs,
             self.schedule,
-            optimizer_bytes=2 * parameters if optimizer_bytes is None else optimizer_bytes,
+            optimizer_bytes=optimizer_bytes,
             loss_bytes=self.loss_bytes(),
             batch_bytes=self.micro_batches * costs.tree_bytes(self.one_micro_batch),
         )

@@ -42,9 +42,10 @@ class _Files(ocp.AsyncCheckpointHandler):
 
     def __init__(self) -> None:
         self._about: Mapping[str, Any] = {}
+        self._layers = 0
 
     async def async_save(self, directory: epath.Path, args: _Save) -> list[future.Future]:
-        self._about = args.about
+        self._about, self._layers = args.about, len(args.descriptions)
         write = asyncio.to_thread(_write, directory, args)
         return [future.CommitFutureAwaitingContractedSignals(write, name="layers")]
 
@@ -59,7 +60,7 @@ class _Files(ocp.AsyncCheckpointHandler):
         paths = sorted(directory.glob("process_*.json"))
         if len(paths) != jax.process_count():
             raise OSError(f"{len(paths)} of {jax.process_count()} processes wrote their layers")
-        parts = _all_parts([json.loads(path.read_text()) for path in paths])
+        parts = _all_parts([json.loads(path.read_text()) for path in paths], self._layers)
         for path in paths:
             path.unlink()
         checkpoint.write_manifest(directory, parts, self._about)
@@ -68,11 +69,10 @@ class _Files(ocp.AsyncCheckpointHandler):
 ocp.args.register_with_handler(_Files, for_save=True, for_restore=True)(_Save)
 
 
-def _all_parts(written: Sequence[Mapping[str, dict]]) -> dict[str, dict]:
+def _all_parts(written: Sequence[Mapping[str, dict]], layers: int) -> dict[str, dict]:
     """The parts that the processes wrote; OSError unless each layer is there, and once."""
     found = sorted(part for one in written for part in one)
-    layers = [part for part in found if part != checkpoint.COMMON]
-    wanted = sorted([checkpoint.COMMON, *map(str, range(len(layers)))])
+    wanted = sorted([checkpoint.COMMON, *map(str, range(layers))])
     if found != wanted:
         raise OSError(f"the processes wrote {found}, not each of {wanted} once")
     return {part: entry for one in written for part, entry in one.items()}

@@ -145,9 +145,11 @@ def _check_layers(
     if len(trees) != len(shapes):
         raise ValueError(f"{len(trees)} trees of {what} for {len(shapes)} layers")
     for i, (tree, like) in enumerate(zip(trees, wanted, strict=True)):
-        have, want = jax.tree.map(np.shape, (tree, like))
-        if have != want:
-            have = describe(jax.tree.map(np.asarray, tree))
+        # As JAX takes them: float64 is float32, unless `jax_enable_x64` is on.
+        have = jax.eval_shape(lambda tree: tree, tree)
+        forms = [jax.tree.map(lambda a: (a.shape, a.dtype), one) for one in (have, like)]
+        if forms[0] != forms[1]:
             raise ValueError(
-                f"layer {i}, {shapes[i].layer}, has {what} {describe(like)}, got {have}"
+                f"layer {i}, {shapes[i].layer}, has {what} {describe(like)}, got {describe(have)}; "
+                f"give arrays of these shapes and types"
             )

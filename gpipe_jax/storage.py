@@ -39,7 +39,7 @@ class Storage:
     def local_shapes(self) -> dict:
         """One device's arrays, as shapes."""
         slots = [jax.ShapeDtypeStruct((s.depth, *s.shape), s.dtype) for s in self.slots]
-        return {"slots": slots, "packs": [jax.ShapeDtypeStruct(*like(p)) for p in self.packs]}
+        return {"slots": slots, "packs": list(self.packs)}
 
     def device_bytes(self) -> int:
         """Bytes that every device holds, padding included."""

@@ -15,7 +15,7 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax import layered
+from gpipe_jax import layered, memory
 from gpipe_jax import state as states
 from gpipe_jax.cost import tree_bytes
 from gpipe_jax.gradients import wide
@@ -60,6 +60,8 @@ class Trainer:
     ) -> None:
         check_elementwise(tx)
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
+        if pipe.memory_limit is not None:
+            memory.check(self.device_bytes(), pipe.memory_limit)
         self.ledger, self._compiled = Ledger(), set[str]()
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
@@ -72,7 +74,10 @@ class Trainer:
         return self.start(self.pipe.init(seed))
 
     def start(self, state: State, step: int = 0) -> TrainState:
-        """Training from these parameters, with a fresh optimizer."""
+        """Training from these parameters, with a fresh optimizer.
+
+        The first step takes the arrays of `state` for its results: they are gone then.
+        """
         begin = jax.jit(self._begin, out_shardings=self._shardings()[1:])
         optimizer, average = begin(state.params)
         return TrainState(state, optimizer, step, average)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from gpipe_jax import checkpoint, cli, export, restoring, saving, tensorfile
+from gpipe_jax import checkpoint, cli, export, names, restoring, saving, tensorfile
 from gpipe_jax.checkpoint import DamagedError, FormatError
 from gpipe_jax.layered import Layers
 from gpipe_jax.loader import ConfigError
@@ -183,6 +183,11 @@ def test_a_file_system_whose_package_is_missing_is_bad_input(monkeypatch):
         export.export(epath.Path("gs://bucket/run"), Path("x.npz"))
 
 
+def test_leaves_of_one_name():
+    with pytest.raises(ValueError, match=r"two leaves of a tree are named 'a\.b'; use keys"):
+        names.by_name({"a.b": 1, "a": {"b": 2}})
+
+
 LAYER = {"0": {}, "common": {}}
 
 
@@ -193,6 +198,7 @@ LAYER = {"0": {}, "common": {}}
         ([LAYER, {"2": {}}], "not each of"),
         ([LAYER, {"0": {}}], "not each of"),
         ([{"0": {}}, {"1": {}}], "not each of"),
+        ([LAYER, {}], "not each of"),
     ],
 )
 def test_no_manifest_without_all_layers(tmp_path, monkeypatch, written, message):
@@ -200,7 +206,9 @@ def test_no_manifest_without_all_layers(tmp_path, monkeypatch, written, message)
     for i, parts in enumerate(written):
         (tmp_path / f"process_{i}.json").write_text(json.dumps(parts))
     with pytest.raises(OSError, match=message):
-        saving._Files().finalize(epath.Path(tmp_path))
+        files = saving._Files()
+        files._layers = 2
+        files.finalize(epath.Path(tmp_path))
     assert not (tmp_path / "manifest.json").exists()
 
 

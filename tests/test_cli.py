@@ -103,6 +103,13 @@ def test_eval_gives_the_last_evaluation(trained, gpipe):
     assert {**wanted, **found, "wall_s": 0} == {**wanted, "wall_s": 0}
 
 
+def test_eval_needs_no_package_of_a_writer(trained, gpipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    given = f"train.workdir={trained[0] / 'run 1'}", "train.writers=[wandb]"
+    refuses(gpipe("train", *given), "pip install")
+    assert gpipe("eval", *given)[0] == 0
+
+
 @pytest.mark.parametrize("more", [[], ["--stages", "1"]])
 def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
     """Which may have been moved, and on other stages."""
@@ -144,6 +151,7 @@ def test_export_writes_plain_files(trained, gpipe, tmp_path):
     [
         ("run 1", "a.pt", "--out a.pt must end in .safetensors or .npz"),
         ("run 1", "missing/a.npz", "--out missing/a.npz cannot be written"),
+        ("run 1", "/etc/passwd/a.npz", "--out /etc/passwd/a.npz cannot be written"),
         (".", "a.npz", "there is no checkpoint to export; give the folder of a run"),
     ],
 )

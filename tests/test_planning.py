@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,18 @@ def test_plan_prints_json(capsys: pytest.CaptureFixture, tmp_path: Path) -> None
     *_, last = capsys.readouterr().out.splitlines()
     assert set(json.loads(last)) >= KEYS
     assert json.loads(out.read_text()) == json.loads(last)
+
+
+def test_a_file_that_cannot_be_written_loses_no_plan(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out, png = tmp_path / "plan.json", tmp_path / "plan.png"
+    files = ["--out", str(out), "--png", str(png), "--json"]
+    assert cli.main(["plan", str(DIGITS), *files]) == cli.BAD_INPUT
+    said = capsys.readouterr()
+    assert f"no picture {png}: pictures need matplotlib" in said.err
+    assert json.loads(said.out.splitlines()[-1]) == json.loads(out.read_text())
 
 
 def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ class PipelineConfig(Section):
         "a cost for each layer",
     )
     memory_limit_gib: Positive | None = Field(
-        default=None, description="memory of a device in GiB; auto keeps each stage below it"
+        default=None,
+        description="memory of a device in GiB; auto keeps each stage below it, "
+        "and takes the optimizer for one of two slots a parameter",
     )
     remat: Literal["stage", "layer"] = Field(
         default="stage", description="what the backward pass recomputes at a time"
