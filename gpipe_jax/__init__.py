@@ -2,9 +2,9 @@
 
 Reading order, which is also the order of the imports and of the data:
 
-    config -> zoo (list of layers) -> cost -> partition -> stages -> composite -> device --+
-                                               schedule (who, what, when) -----------------+->
-    executor -> state -> pipeline -> trainer -> run, planning
+    config -> zoo (layers) -> cost -> partition -> stages -> state -> composite -> device --+
+                                               schedule (who, what, when) ------------------+->
+    executor -> pipeline -> trainer -> run, planning
 
 Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
 need no accelerator (`gpipe schedule`, `gpipe config`) never load one.

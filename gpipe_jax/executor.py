@@ -2,8 +2,8 @@
 
 At each tick a device stores what has arrived, does what the table says (an idle device computes
 nothing; see `device`), and passes its results to its neighbours with one permute each way. After
-the last tick the gradients are summed over the data
-replicas, once, and the running statistics are committed, from forwards only, once.
+the last tick the gradients are summed over the data replicas, once, and the running statistics are
+committed, from forwards only, once.
 
 Letters: K devices, M micro-batches, B examples of a micro-batch on one replica, t tick, k device,
 s stage.
@@ -11,7 +11,7 @@ s stage.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ from gpipe_jax.layers.shapes import differentiable
 from gpipe_jax.mesh import DATA, STAGE
 from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.slots import Rows, lower
+from gpipe_jax.spmd import of_own_stage, on_every_device
 from gpipe_jax.stages import Stages
-from gpipe_jax.storage import Storage, from_block, to_block
+from gpipe_jax.storage import from_block, to_block
 
 PyTree = Any
 
@@ -91,21 +92,9 @@ def build(
     in_specs = (Variables(P(STAGE), P(STAGE), P(), P()), P(STAGE), P(None, DATA))  # type: ignore[arg-type]
     result_spec = P(None, DATA) if loss is None else P()
     out_specs = (result_spec, P(STAGE), P(STAGE)) if trains else result_spec
-    mapped = _on_every_device(body, mesh, in_specs, out_specs)
+    mapped = on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.layer_ids()
     return lambda variables, batch: mapped(variables, ids, batch)
-
-
-def _on_every_device(
-    body: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
-) -> Callable:
-    """`jax.shard_map` over all axes, without its check of which values differ between devices.
-
-    The check would refuse any layer with a loop that starts from a constant (`nnx.RNN`), because
-    the constant does not differ and the loop's result does. Nothing here relies on it: gradients
-    are taken within a device, and the sums over devices are written out in `_finish`.
-    """
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _flat(a: jax.Array) -> jax.Array:
@@ -115,49 +104,6 @@ def _flat(a: jax.Array) -> jax.Array:
     convolution's made 3 GiB of 77 MB of images, twice. A reshape within the loop ends that.
     """
     return a.reshape(a.shape[0], math.prod(a.shape[1:]))
-
-
-def build_arrays(
-    stages: Stages, storages: Sequence[Storage], mesh: Mesh | AbstractMesh, make: Callable
-) -> list[PyTree]:
-    """Traced: the rectangular form of what `make(shape, layer id)` returns for each layer.
-
-    Every device makes its own stages' layers and no others; see `Stages.build`.
-    """
-
-    def body(ids: jax.Array) -> list:
-        build = lambda s: stages.build(storages, s, ids[0], make)  # noqa: E731
-        chunks = [_by_device(stages, c, build) for c in range(stages.chunks)]
-        return [to_block(arrays) for arrays in chunks]
-
-    mapped = _on_every_device(body, mesh, P(STAGE), P(STAGE))
-    return mapped(jnp.asarray(stages.layer_ids()))
-
-
-def mask_parameters(
-    stages: Stages, mesh: Mesh | AbstractMesh, chosen: Callable[[tuple[int, ...]], bool]
-) -> list[PyTree]:
-    """Traced: which parameters are `chosen` by their shapes, in the rectangular form.
-
-    A bool for a slot, of one shape, and arrays of bool for packs only.
-    """
-
-    def body() -> list:
-        mask = lambda s: stages.params[stages.at(s)[0]].mask_packs(stages.at(s)[1], chosen)  # noqa: E731
-        return [_by_device(stages, c, mask) for c in range(stages.chunks)]
-
-    packs = _on_every_device(body, mesh, (), P(STAGE))()
-    slots = [[chosen(slot.shape) for slot in storage.slots] for storage in stages.params]
-    return [{"slots": s, "packs": p} for s, p in zip(slots, packs, strict=True)]
-
-
-def _by_device(stages: Stages, chunk: int, function: Callable[[int], PyTree]) -> PyTree:
-    """Traced, on every device: `function(s)` of the device's own stage s in this chunk."""
-    K = stages.devices
-    kinds = stages.kind[chunk * K : (chunk + 1) * K]
-    known = sorted(set(kinds))
-    branch = jnp.asarray([known.index(kind) for kind in kinds])[lax.axis_index(STAGE)]
-    return lax.switch(branch, [functools.partial(function, s) for s in known])
 
 
 @dataclass(frozen=True)
@@ -220,11 +166,13 @@ class _Ticks:
         count = self.schedule.micro_batches * self.device.replicas
         mean = jax.tree.map(lambda a: a / count, moments)
 
-        def commit(s: int) -> dict:
-            c, _ = self.device.stages.at(s)
-            return self.device.stages.commit(s, self.device.stats[c], mean[c])
+        stages = self.device.stages
 
-        return [_by_device(self.device.stages, c, commit) for c in range(self.device.stages.chunks)]
+        def commit(s: int) -> dict:
+            c, _ = stages.at(s)
+            return stages.commit(s, self.device.stats[c], mean[c])
+
+        return [of_own_stage(stages, c, commit) for c in range(stages.chunks)]
 
     # --- the table -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import batch as batches
-from gpipe_jax import blocks, cutting, executor, keys, memory, report
+from gpipe_jax import blocks, cutting, executor, keys, memory, report, spmd
 from gpipe_jax import cost as costs
 from gpipe_jax import state as states
 from gpipe_jax.executor import Variables
@@ -209,7 +209,7 @@ class Pipeline:
 
     def mask_parameters(self, chosen: Callable[[tuple[int, ...]], bool]) -> PyTree:
         """Traced: which parameters are `chosen` by their shapes, in the rectangular form."""
-        return executor.mask_parameters(self.stages, self.mesh, chosen)
+        return spmd.mask_parameters(self.stages, self.mesh, chosen)
 
     # --- one step --------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax import blocks, executor
+from gpipe_jax import blocks, spmd
 from gpipe_jax.blocks import AnyMesh
 from gpipe_jax.keys import layer_key
 from gpipe_jax.layers import links
@@ -57,8 +57,8 @@ def _init(stages: Stages, mesh: Mesh | AbstractMesh, seed: jax.Array) -> State:
         return shape.layer.init_statistics()
 
     return State(
-        executor.build_arrays(stages, stages.params, mesh, params),
-        executor.build_arrays(stages, stages.stats, mesh, stats),
+        spmd.build_arrays(stages, stages.params, mesh, params),
+        spmd.build_arrays(stages, stages.stats, mesh, stats),
         seed,
     )
 
