@@ -82,9 +82,14 @@ class Driver:
 
     def _fill(self) -> None:
         while len(self._flights) < self.pool.slots - self.pool.lost():
-            job = self.search.ask(until=self._is_to_end)
-            if job is None:
+            # A limit may be measured for minutes: what has ended is written before, and between.
+            job = self.search.ask(until=lambda: self._is_to_end() or not self._done.empty())
+            if job is None and self._done.empty():
                 return
+            while not self._done.empty():
+                self._settle(self._done.get())
+            if job is None:
+                continue
             try:
                 future = self.pool.submit(self._task, job)
             except WorkersError:
@@ -107,6 +112,10 @@ class Driver:
             number = self._done.get(timeout=max(0.0, min(wait, POLL_S)))
         except queue.Empty:
             return
+        self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """Report what an evaluation that has ended came to."""
         if number in self._flights:
             flight = self._flights.pop(number)
             self._report(flight.job, workers.outcome(flight.future))

@@ -5,6 +5,7 @@ goes on, and one that was made is read. What has failed is tried anew.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,8 @@ def _finalist(
     fitness, metrics = outcome.fitness, dict(outcome.metrics)
     if fitness is not None:
         result = {"epochs": longer.epochs, "fitness": fitness, "metrics": metrics}
-        _write(path, {**done, key: result})
+        # Another may have trained meanwhile.
+        _write(path, {**_read(path), key: result})
     return Finalist(row, fitness, metrics, outcome.error)
 
 
@@ -112,6 +114,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, done: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)

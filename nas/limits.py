@@ -1,5 +1,7 @@
 """Hard limits on architectures, how often failures are tried again, and when they are too many."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,15 @@ class Limit(NamedTuple):
     name: str
     measure: Callable[[Any], float]
     at_most: float = math.inf
+
+    @property
+    def goes_by(self) -> dict[str, Any]:
+        """What it is, as JSON has it; of a function all that is known is the name given to it."""
+        owner: Any = getattr(self.measure, "__self__", None)
+        fields = dataclasses.asdict(owner) if dataclasses.is_dataclass(type(owner)) else {}
+        bound = None if math.isinf(self.at_most) else self.at_most
+        found = {"name": self.name, "at_most": bound, **fields}
+        return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
 
 
 class Gate:

@@ -36,16 +36,17 @@ def open_store(
     name: str,
     space: Space[Any],
     settings: dict[str, Any],
+    limits: list[dict[str, Any]],
     setup: bytes | None,
     evaluator: Mapping[str, Any] | None = None,
     other_evaluator: bool = False,
 ) -> Store:
     """The store at `path`, new, or of the same search; MismatchError if not.
 
-    It is one of the same settings, and of the same evaluator by all that is known of both (see
-    `nas.evaluate.goes_by`), unless it may be another.
+    It is one of the same settings and limits, and of the same evaluator by all that is known of
+    both (see `nas.evaluate.goes_by`), unless it may be another.
     """
-    given = {} if evaluator is None else {"evaluate": evaluator}
+    given = {"limits": limits, **({} if evaluator is None else {"evaluate": evaluator})}
     named = {"name": name, "space": space.name, "setup": setup}
     try:
         return Store.create(path, settings={**settings, **given}, **named)
@@ -53,6 +54,7 @@ def open_store(
         store = Store(path)
     try:
         _check_settings(store, space.name, settings)
+        _check_limits(store, limits)
         if evaluator is not None and not other_evaluator:
             _check_evaluator(store, evaluator)
     except BaseException:
@@ -75,6 +77,19 @@ def _check_settings(store: Store, space: str, settings: dict[str, Any]) -> None:
             f"{store.path} holds a search with other settings: {'; '.join(filter(None, lines))}; "
             "use another name, or the same settings"
         )
+
+
+def _check_limits(store: Store, limits: list[dict[str, Any]]) -> None:
+    there = store.study().limits
+    if there is not None and there != limits:
+        raise MismatchError(
+            f"{store.path} holds a search with other limits: {_listed(there)} there, "
+            f"{_listed(limits)} here; use another name, or the same limits"
+        )
+
+
+def _listed(limits: list[dict[str, Any]]) -> str:
+    return "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in limits) or "none"
 
 
 def _check_evaluator(store: Store, evaluator: Mapping[str, Any]) -> None:

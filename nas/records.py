@@ -24,6 +24,7 @@ class Study(NamedTuple):
     created: float  # seconds since 1970
     package: str
     evaluator: dict[str, Any] | None = None  # see `nas.evaluate.goes_by`; not in older files
+    limits: list[dict[str, Any]] | None = None  # see `nas.limits.Limit.goes_by`; likewise
 
     @property
     def maximise(self) -> bool:
@@ -114,10 +115,10 @@ class Reader:
     def study(self) -> Study:
         """What the search is."""
         columns = "name, space, settings, created, package"
-        name, space, settings, *rest = self._one(f"SELECT {columns} FROM study")
+        name, space, settings, created, package = self._one(f"SELECT {columns} FROM study")
         found = json.loads(settings)
-        evaluator = found.pop("evaluate", None)
-        return Study(name, space, found, *rest)._replace(evaluator=evaluator)
+        evaluator, limits = (found.pop(key, None) for key in ("evaluate", "limits"))
+        return Study(name, space, found, created, package, evaluator, limits)
 
     def setup(self) -> bytes | None:
         """Space, evaluator and limits, pickled; None if they could not be."""

@@ -71,12 +71,18 @@ def _paper(data: dict[str, Any], sizes: tuple[int, int, int], examples: int, not
     model: dict[str, Any] = {"image": image, "in_channels": channels, "classes": classes}
     if image >= AUXILIARY:
         model["auxiliary_weight"] = 0.5
-    epoch = math.ceil(examples / 128)
+    micro_batches = 8
+    batch = min(128, examples) // micro_batches * micro_batches
+    if not batch:
+        raise ValueError(
+            f"{examples} training examples do not make {micro_batches} micro-batches; give more"
+        )
+    epoch = math.ceil(examples / batch)
     recipe = f"The recipe is the paper's for CIFAR-10: {EPOCHS} epochs, in train.steps."
     return Target(
         model={**model, "drop_path": 0.3, "batch_norm_momentum": 0.9},
-        data={**{k: v for k, v in data.items() if v is not None}, "batch_size": 128},
-        micro_batches=8,
+        data={**{k: v for k, v in data.items() if v is not None}, "batch_size": batch},
+        micro_batches=micro_batches,
         optimizer={
             **{"kind": "sgd", "learning_rate": 0.024, "momentum": 0.9},
             **{"schedule": "cosine", "l2": 0.0005},

@@ -59,8 +59,9 @@ class Search:
         self.cycles, self.target, self.gate = cycles, target, Gate(limits)
         self.retries, self.failures = retries or Retries(), Failures(max_failures)
         same = {**self.settings.to_dict(), "cache": int(cache)}
+        kept = [limit.goes_by for limit in self.gate.limits]
         self.store = opening.open_store(
-            Path(folder) / name, name, self.space, same, setup, evaluator, other_evaluator
+            Path(folder) / name, name, self.space, same, kept, setup, evaluator, other_evaluator
         )
         self.values = keeping.Values(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()

@@ -197,8 +197,8 @@ class Store(Reader):
 
     def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
         """Replace what is known of the evaluator; see `nas.evaluate.goes_by`."""
-        settings = json.dumps({**self.study().settings, "evaluate": evaluator})
-        self._connection.execute("UPDATE study SET settings = ?", (settings,))
+        settings = {**json.loads(self._one("SELECT settings FROM study")[0]), "evaluate": evaluator}
+        self._connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
 
 
 def _written(value: Any) -> Any:

@@ -21,15 +21,17 @@ END_S = 5.0  # how long a process that ends waits for what is at work
 _ending = threading.Event()
 _busy: set[threading.Thread] = set()
 _changed = threading.Condition()  # of that
+_mine = threading.local()  # `closed`: that of the executor whose thread it is
 
 
 class EndingError(BaseException):
-    """The process ends. It is no failure of a job, nor is anybody told of it."""
+    """Nobody waits for the job any more. It is no failure of it, nor is anybody told."""
 
 
 def check_ending() -> None:
-    """For jobs that can end between two steps: EndingError if the process waits for that."""
-    if _ending.is_set():
+    """For jobs that can end between two steps: EndingError if the process or search is to end."""
+    closed = getattr(_mine, "closed", None)
+    if _ending.is_set() or (closed is not None and closed.is_set()):
         raise EndingError
 
 
@@ -61,6 +63,7 @@ class Threads(Executor):
         self._jobs: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._count = 0
+        self._closed = threading.Event()
         # The last is the first to be called: before JAX is taken down, which is loaded by now.
         atexit.unregister(finish)
         atexit.register(finish)
@@ -76,12 +79,14 @@ class Threads(Executor):
         return future
 
     def close(self) -> None:
-        """Have each thread end when it has nothing left to do."""
+        """Have each thread end when it has nothing left to do, and jobs that can end do so."""
+        self._closed.set()
         for _ in range(self._count):
             self._jobs.put(None)
         self._count = 0
 
     def _work(self) -> None:
+        _mine.closed = self._closed
         while (job := self._jobs.get()) is not None and not _ending.is_set():
             with _at_work():
                 _do(*job)

@@ -11,6 +11,7 @@ As hard limits, or to be recorded only, for the report's Pareto fronts:
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,15 @@ class NetworkCosts:
                 "`topology` is not given, but latency_ms and memory_mib are those on a TPU: give "
                 "such as topology='v5e:1x1'"
             )
-        return _compile(self, genotype.canonical())
+        found = _compile(self, genotype.canonical())
+        if found.error is not None and found.short_by_bytes is None:
+            warnings.warn(
+                f"the TPU compiler failed for a network, which counts as too slow and too large: "
+                f"{found.error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return found
 
     def _network(self) -> "Static":
         from nas.training.network import Shape

@@ -35,10 +35,11 @@ class TrainingEvaluator:
                    evaluate=nas.TrainingEvaluator(data="digits", cells=1, filters=8, epochs=20))
 
     All chance comes from the job's seed, so that a candidate's result depends neither on the worker
-    nor on what was trained before. Recorded beside the fitness: `train_loss` (mean of the last
-    epoch), `parameters` (those that the architecture uses), `train_s`, and `compile_s`: the seconds
-    before, if this evaluation was the first to need a program, else 0. With the interpreter all
-    architectures share one program for each device; "static" compiles each by itself.
+    nor, without `stop_epoch` and inheritance, on what was trained before. Recorded beside the
+    fitness: `train_loss` (mean of the last epoch), `parameters` (those that the architecture uses),
+    `train_s`, and `compile_s`: the seconds before, if this evaluation was the first to need a
+    program, else 0. With the interpreter all architectures share one program for each device;
+    "static" compiles each by itself.
     """
 
     data: str = "digits"

@@ -282,6 +282,43 @@ def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
     check(nas.load("search", tmp_path).resume(evaluate=ones))
 
 
+def test_what_has_ended_is_written_while_limits_are_measured(tmp_path) -> None:
+    """A compiler as a limit takes minutes for each of as many candidates as there are workers."""
+
+    def slow(bits) -> float:
+        time.sleep(0.2)
+        written.append(nas.load("search", tmp_path).counts.evaluations)
+        return 1.0
+
+    written: list[int] = []
+    search = {"name": "search", "workers": 4, "limits": [nas.Limit("size", slow)]}
+    run(tmp_path, cycles=12, population=6, sample=2, **search)
+    assert 1 <= written[3] <= 3
+
+
+def test_a_search_goes_on_with_its_own_limits(tmp_path) -> None:
+    """Or latencies of two chips would stand in one column; and none is lost with the functions."""
+
+    def limited(*bounds: float) -> nas.Result:
+        limits = [nas.Limit("ones", sum, bound) for bound in bounds]
+        return run(tmp_path, evaluate=unpicklable, limits=limits, cycles=20)
+
+    lock = threading.Lock()
+    unpicklable = lambda bits: ones(bits) + 0 * lock.locked()  # noqa: E731
+    limited(7)
+    assert limited(7).counts.results == 20
+    with pytest.raises(MismatchError, match=r"other limits: .*at_most 7 there, .*at_most 9 here"):
+        limited(9)
+    other = {"evaluate": ones, "other_evaluator": True, "cycles": 30}
+    for again in (limited, lambda: run(tmp_path, **other)):
+        with pytest.raises(MismatchError, match="at_most 7 there, none here; use another name"):
+            again()
+    kept = [nas.Limit("ones", sum, 7)]
+    assert run(tmp_path, **other, limits=kept).counts.results == 30
+    small, large = (nas.NetworkCosts(filters=filters).params_m for filters in (4, 8))
+    assert nas.Limit("params_m", small).goes_by != nas.Limit("params_m", large).goes_by
+
+
 def test_in_the_background(tmp_path) -> None:
     go = threading.Event()
 

@@ -89,6 +89,17 @@ def test_on_a_file_of_arrays(export, tmp_path) -> None:
     assert batch.shape == (128, 12, 12, 2) and config.mesh.simulate is None
 
 
+def test_on_few_examples(export, tmp_path) -> None:
+    """What can be searched on can be trained on: the batch is no larger than the data."""
+    few = {"inputs": np.zeros((120, 8, 8, 1), np.float32), "labels": np.arange(120) % 3}
+    np.savez(tmp_path / "few.npz", **few)
+    some = nas.TrainingEvaluator(data=str(tmp_path / "few.npz"), batch_size=16)
+    run("runs", nas.Repeated(some, 2))
+    assert export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
+    config = loader.load("best.yaml")
+    assert next(build.dataset(config).train(0))["inputs"].shape == (104, 8, 8, 1)
+
+
 NASTY = (
     "my #1/a.npz", "a: b.npz", "*.npz", "yes", "null", "007", "1e3", "2026-11-24", "- a", "{a}",
     "it's", 'a "b"', " a ", "a\nb", "\u00e9 \U0001f600", "&a", "!a", "%a", "@a", "~", "",

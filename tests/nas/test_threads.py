@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import nas
-from nas import cli
+from nas import cli, threads
 
 MINE = """\
 import itertools
@@ -121,6 +122,30 @@ def test_a_script_ends_its_trainings_before_its_own_end(tmp_path, stops) -> None
     assert done.returncode == 7, done.stderr
     counts = nas.load("search", tmp_path).counts
     assert (counts.running, counts.failures, counts.evaluations) == (2, 0, 0)
+
+
+def test_what_can_end_does_so_when_its_threads_are_closed() -> None:
+    """So a search that is stopped and resumed does not train twice as many on its devices."""
+
+    def until_asked() -> None:
+        begun.set()
+        try:
+            while True:
+                threads.check_ending()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    begun, ended, other = (threading.Event() for _ in range(3))
+    pool, another = threads.Threads(), threads.Threads()
+    pool.submit(until_asked)
+    waits = another.submit(lambda: other.wait(30) and threads.check_ending())
+    assert begun.wait(10) and not ended.wait(0.1)
+    pool.close()
+    assert ended.wait(10)
+    other.set()
+    assert waits.result(10) is None  # of others nothing is asked
+    another.close()
 
 
 def test_a_fault_has_an_exit_code_too(monkeypatch, capsys) -> None:
