@@ -138,9 +138,14 @@ class Result:
 
     @property
     def evaluations(self) -> "DataFrame":
-        """A row for each evaluation: its candidate, worker, times (seconds since 1970), outcome."""
-        rows = [row._asdict() for row in self.reader.evaluations()]
-        return _frame(rows, EvaluationRow._fields)
+        """A row for each evaluation: its candidate, worker, times (seconds since 1970), outcome.
+
+        And a column for each metric, as in `history`.
+        """
+        rows = list(self.reader.evaluations())
+        metrics = [name for row in rows for name in row.metrics]
+        found = [{**row.metrics, **row._asdict()} for row in rows]
+        return _frame(found, [*EvaluationRow._fields, *metrics])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Best so far, fitness by age, what the cache saved, the workers, and Pareto fronts.
