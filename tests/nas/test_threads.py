@@ -55,6 +55,8 @@ def begin(folder: Path, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Of a job in the background Ctrl-C is ignored, which a process inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
