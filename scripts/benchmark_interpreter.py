@@ -273,8 +273,8 @@ def report_trained(figures: dict[str, Any], count: int) -> None:
         found = figures[builder]
         print(
             f"{count} candidates trained, {builder}: mean accuracy {found['fitness']:.4f}, "
-            f"{found['per_hour']:.0f} an hour, "
-            f"without compilations {found['per_hour_without_compiling']:.0f}"
+            f"{found['per_hour']:.0f} an hour, {found['compilations']} programs compiled; "
+            f"without compilations {found['per_hour_without_compiling']:.0f} an hour"
         )
     ratio = figures["interpreter"]["per_hour"] / figures["static"]["per_hour"]
     ranks = figures["rank_correlation"]

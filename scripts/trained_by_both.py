@@ -3,6 +3,8 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -22,6 +24,8 @@ from nas.training.names import BUILDERS
 from nas.training.translate import to_static
 
 MEASURED = ("fitness", "compile_s", "train_s")
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
+PROGRAMS = ("jit(start)", "jit(epoch)", "jit(validate)")
 Rows = list[dict[str, dict[str, float]]]  # of an architecture: by builder, what was found
 
 
@@ -67,11 +71,29 @@ def one(
         seed = evaluate.seed(0, number)
         job = Job(number, number, genotype, seed, inherit="start.safetensors")
         begun = time.perf_counter()
-        found = evaluator.evaluate(job)
+        with compilations() as compiled:
+            found = evaluator.evaluate(job)
         seconds = time.perf_counter() - begun
         row[builder] = {"seconds": seconds} | {k: found[k] for k in MEASURED}
+        row[builder]["compilations"] = len(compiled)
         print(builder, *(f"{k} {v:.4g}" for k, v in row[builder].items()), sep="  ", flush=True)
     return row
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the search's programs that are compiled meanwhile."""
+
+    def listen(event: str, duration_secs: float, **about: Any) -> None:
+        if event == COMPILED and about.get("fun_name") in PROGRAMS:
+            found.append(about["fun_name"])
+
+    found: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def summary(rows: Rows) -> dict[str, Any]:
@@ -83,6 +105,7 @@ def summary(rows: Rows) -> dict[str, Any]:
         )
         figures[builder] = {
             "fitness": statistics.mean(fitness),
+            "compilations": sum(row[builder]["compilations"] for row in rows),
             "per_hour": 3600 * len(rows) / sum(seconds),
             # Nor with other preparations, which by the layers compile too, part by part.
             "per_hour_without_compiling": 3600 * len(rows) / sum(train_s),

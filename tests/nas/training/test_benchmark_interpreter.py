@@ -35,6 +35,7 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
                 "seconds": times[builder][i][0],
                 "train_s": times[builder][i][0] - times[builder][i][1],
                 "fitness": accuracies[builder][i],
+                "compilations": 3 if times[builder][i][1] else 0,
             }
             for builder in times
         }
@@ -42,16 +43,17 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
     ]
     script.report_trained(script.trained_by_both.summary(rows), 2)
     assert capsys.readouterr().out.splitlines() == [
-        "2 candidates trained, interpreter: mean accuracy 0.6000, 100 an hour, "
-        "without compilations 327",
-        "2 candidates trained, static: mean accuracy 0.5000, 60 an hour, without compilations 360",
+        "2 candidates trained, interpreter: mean accuracy 0.6000, 100 an hour, 3 programs "
+        "compiled; without compilations 327 an hour",
+        "2 candidates trained, static: mean accuracy 0.5000, 60 an hour, 6 programs compiled; "
+        "without compilations 360 an hour",
         "ratio of candidates per hour 1.7; accuracies differ by 0.1000 +- 0.3500, their ranks "
         "correlate -1.000",
     ]
 
 
 def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
-    found = {"seconds": 60, "train_s": 60, "fitness": 0.1}
+    found = {"seconds": 60, "train_s": 60, "fitness": 0.1, "compilations": 3}
     rows = [
         {"interpreter": found, "static": found | {"fitness": fitness}} for fitness in (0.1, 0.2)
     ]
