@@ -52,12 +52,15 @@ def begin(folder: Path, *overrides: str) -> subprocess.Popen:
     (folder / "mine.py").write_text(MINE)
     (folder / "mine.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "nas.cli", "search", "mine.yaml", *overrides]
-    return subprocess.Popen(
-        command, cwd=folder, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # Of a job in the background Ctrl-C is ignored, which a process inherits.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    # In a job of the background Ctrl-C is ignored, which the new process would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, cwd=folder, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
