@@ -249,7 +249,12 @@ def test_tied_parameter_crosses_devices_once_each_way() -> None:
 
 @pytest.mark.parametrize(
     ("K", "D", "kind", "V"),
-    [(2, 1, "1f1b", 1), (4, 1, "gpipe", 1), (8, 1, "1f1b", 1), (2, 2, "interleaved", 2)],
+    [
+        pytest.param(2, 1, "1f1b", 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, "gpipe", 1, marks=pytest.mark.slow),
+        (8, 1, "1f1b", 1),
+        (2, 2, "interleaved", 2),
+    ],
 )
 def test_losses_of_fifty_steps_with_batch_norm_dropout_skip_and_tied(
     K: int, D: int, kind: str, V: int
