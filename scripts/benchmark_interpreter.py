@@ -14,6 +14,9 @@ of the static program and itself, from values that differ in the last digit.
 Then candidates of a search (--config) are trained to the end, as the search trains them, by both
 builders in turn, from the same values. The whole of each evaluation counts for the candidates per
 hour, compilations too; in a longer search the interpreter's one compilation weighs less.
+
+As chaos makes accuracies differ that are of the same training, --float64 N besides trains so many
+in that type, where it takes longer to grow, and by the static program from such values too.
 """
 
 import argparse
@@ -34,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import trained_by_both
+import trained_in_float64
 
 from gpipe_jax import loader, losses, terminal
 from gpipe_jax.genotype import Genotype
@@ -121,7 +125,7 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
         same = jax.tree.map(jnp.copy, to_static(interpreter, genotype, values))
         other, own_compile_s = compiled(static, genotype, batch)
         runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
-        moved = Run(other, static.encode(genotype), in_the_last_digit(same))
+        moved = Run(other, static.encode(genotype), trained_in_float64.in_the_last_digit(same))
         losses = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
         again = [[moved.step(batch), loss[1]] for loss in losses]
         middle = [statistics.median(run.times[1:]) for run in runs]
@@ -139,13 +143,6 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
         )
         print(*(f"{name} {value:.3g}" for name, value in rows[-1].items()), sep="  ", flush=True)
     return {"compile_s": compile_s, "architectures": rows}
-
-
-def in_the_last_digit(values: Values) -> Values:
-    """The values, with parameters changed by that at random."""
-    least = jnp.finfo(jnp.float32).eps
-    moved = lambda a: a * (1 + least * jax.random.rademacher(jax.random.key(1), a.shape))  # noqa: E731
-    return Values(jax.tree.map(moved, values.parameters), jax.tree.map(jnp.copy, values.statistics))
 
 
 def largest_difference(losses: list[list[float]]) -> float:
@@ -189,13 +186,10 @@ def main() -> int:
         found = compare(_shape(options), drawn(options.architectures), options.batch, options.steps)
         figures |= found
         report(figures, options)
-    if options.trained:
-        try:
-            rows = trained_by_both.trained_by_both(given, options.trained)
-        except (ArithmeticError, RuntimeError) as error:  # it diverges, or memory is short
-            return terminal.fail(error, 1, "benchmark_interpreter.py")
-        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
-        report_trained(figures["trained"], options.trained)
+    try:
+        figures |= trained(given, options)
+    except (ArithmeticError, RuntimeError) as error:  # it diverges, or memory is short
+        return terminal.fail(error, 1, "benchmark_interpreter.py")
     if options.tpu:
         shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
         figures["tpu"] = tpu_memory("v5e:2x2", shape, drawn(3), 128)
@@ -204,6 +198,20 @@ def main() -> int:
     if options.json:
         print(json.dumps(figures))
     return 0
+
+
+def trained(given: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What came of whole trainings, which is printed too."""
+    figures = {}
+    if options.trained:
+        rows = trained_by_both.trained_by_both(given, options.trained)
+        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
+        report_trained(figures["trained"], options.trained)
+    if options.float64:
+        rows = trained_in_float64.trained_in_float64(given, options.float64)
+        figures["float64"] = {"rows": rows, **trained_by_both.alike(rows)}
+        trained_in_float64.report(figures["float64"])
+    return figures
 
 
 def _options() -> argparse.Namespace:
@@ -215,16 +223,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--architectures", type=int, default=10, help="to compare (10)")
     parser.add_argument("--steps", type=int, default=7, help="to time, after a first (7)")
     parser.add_argument("--trained", type=int, default=20, help="to train to the end (20)")
+    parser.add_argument("--float64", type=int, default=0, help="to train in float64 too (0)")
     parser.add_argument("--config", default=CONFIG, help=f"of that search ({CONFIG})")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace its own")
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
-    for name, least in (("batch", 1), ("architectures", 0), ("steps", 1), ("trained", 0)):
+    least_of = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "float64": 0}
+    for name, least in least_of.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
-    if options.trained == 1:
-        parser.error("--trained 1: expected at least 2, which can be ranked, or 0")
+    for name in ("trained", "float64"):
+        if getattr(options, name) == 1:
+            parser.error(f"--{name} 1: expected at least 2, which can be ranked, or 0")
     return options
 
 
@@ -234,7 +245,7 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
         Static(_shape(options)).encode(*drawn(1))
     if options.tpu:
         libtpu.check_installed()
-    if not options.trained:
+    if not options.trained and not options.float64:
         return {}
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     return trained_by_both.arguments(config)

@@ -98,22 +98,28 @@ def compilations() -> Iterator[list[str]]:
 
 def summary(rows: Rows) -> dict[str, Any]:
     """By builder the mean fitness and candidates per hour; and how alike the fitnesses are."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = alike(rows)
     for builder in BUILDERS:
-        fitness, train_s, seconds = (
-            [row[builder][name] for row in rows] for name in ("fitness", "train_s", "seconds")
-        )
-        figures[builder] = {
-            "fitness": statistics.mean(fitness),
+        train_s, seconds = ([row[builder][name] for row in rows] for name in ("train_s", "seconds"))
+        figures[builder] |= {
             "compilations": sum(row[builder]["compilations"] for row in rows),
             "per_hour": 3600 * len(rows) / sum(seconds),
             # Nor with other preparations, which by the layers compile too, part by part.
             "per_hour_without_compiling": 3600 * len(rows) / sum(train_s),
         }
+    return figures
+
+
+def alike(rows: Rows) -> dict[str, Any]:
+    """By builder the mean fitness; and by how much the builders' differ."""
+    accuracies = [[row[builder]["fitness"] for row in rows] for builder in BUILDERS]
+    figures: dict[str, Any] = {
+        builder: {"fitness": statistics.mean(found)}
+        for builder, found in zip(BUILDERS, accuracies, strict=True)
+    }
     apart = [row["interpreter"]["fitness"] - row["static"]["fitness"] for row in rows]
     figures["difference"] = statistics.mean(apart)
     figures["standard_error"] = statistics.stdev(apart) / len(rows) ** 0.5
-    accuracies = [[row[builder]["fitness"] for row in rows] for builder in BUILDERS]
     figures["rank_correlation"] = rank_correlation(*accuracies)
     return figures
 
