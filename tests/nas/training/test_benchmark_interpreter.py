@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 from random import Random
 
+import jax
 import pytest
+import toy
 
 import nas
+from nas.training.datasets import Split
+from nas.training.network import Shape
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
@@ -61,6 +65,40 @@ def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
     assert figures["rank_correlation"] is None
     script.report_trained(figures, 2)
     assert capsys.readouterr().out.endswith("their ranks correlate undefined\n")
+
+
+def test_in_float64_the_static_builder_is_the_measure_of_both(script, capsys) -> None:
+    losses = {"interpreter": (1 + 1e-7, 1.5, 0.5), "static": (1.0, 1.0, 0.5), "itself": (1, 1, 0.4)}
+    rows = [
+        {
+            name: {"fitness": 2 * i + found[i], "train_loss": found[i]}
+            for name, found in losses.items()
+        }
+        for i in range(3)
+    ]
+    script.trained_in_float64.report({"rows": rows, **script.trained_by_both.alike(rows)})
+    assert capsys.readouterr().out == (
+        "3 candidates trained in float64: mean accuracy, interpreter 3.0000, static 2.8333; they "
+        "differ by 0.1667 +- 0.1667, their ranks correlate 1.000; the last losses of 2 are the "
+        "same to 1e-6, of the static program and itself 2\n"
+    )
+
+
+def test_in_float64_all_that_is_trained_is_float64(script, monkeypatch) -> None:
+    module, evaluator = script.trained_in_float64, toy.toy()
+    with jax.enable_x64():
+        split = Split(*module.doubled(tuple(evaluator.data_fits())))
+        assert split.images.dtype == "float64" and split.labels.dtype == "int32"
+        network = toy.Toy(Shape(1, 1, 8, 1, 10, dtype="float64"))
+        one = network.encode(toy.job().architecture)
+        run = module.in_double(evaluator, network, split)
+        values = module.doubled(network.init(one, jax.random.key(0)))
+        found = run(one, values, 0)
+        assert run(one, values, 0) == found
+        moved = jax.tree.map(lambda a: a * (1 + 1e-10), values)  # which float32 does not see
+        apart = abs(run(one, moved, 0)["train_loss"] - found["train_loss"])
+    assert found["fitness"] > 0.1
+    assert 0 < apart < 1e-8
 
 
 def run(script, monkeypatch, *arguments: str) -> int:
