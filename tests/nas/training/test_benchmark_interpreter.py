@@ -95,6 +95,8 @@ def test_in_float64_all_that_is_trained_is_float64(script, monkeypatch) -> None:
         values = module.doubled(network.init(one, jax.random.key(0)))
         found = run(one, values, 0)
         assert run(one, values, 0) == found
+        inner = [a.parameters["inner"] for a in (module.in_the_last_digit(values), values)]
+        assert 0 < abs(inner[0] - inner[1]).max() < 3e-16 * abs(inner[1]).max()
         moved = jax.tree.map(lambda a: a * (1 + 1e-10), values)  # which float32 does not see
         apart = abs(run(one, moved, 0)["train_loss"] - found["train_loss"])
     assert found["fitness"] > 0.1
