@@ -11,12 +11,10 @@ turn, so that times are medians, ratios their quotients. The difference of their
 largest of all steps, relative to the loss. Beside it, as such training is chaotic, stands the same
 of the static program and itself, from values that differ in the last digit.
 
-Then candidates of a search (--config) are trained to the end, as the search trains them, by both
-builders in turn, from the same values. The whole of each evaluation counts for the candidates per
-hour, compilations too; in a longer search the interpreter's one compilation weighs less.
-
-As chaos makes accuracies differ that are of the same training, --float64 N besides trains so many
-in that type, where it takes longer to grow, and by the static program from such values too.
+Then candidates of a search (--config) are trained to the end by both builders in turn, from the
+same values, and by the static program again from values that differ in the last digit. The whole of
+each evaluation counts for the candidates per hour, compilations too; in a longer search the
+interpreter's one compilation weighs less.
 """
 
 import argparse
@@ -37,7 +35,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import trained_by_both
-import trained_in_float64
 
 from gpipe_jax import loader, losses, terminal
 from gpipe_jax.genotype import Genotype
@@ -125,9 +122,9 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
         same = jax.tree.map(jnp.copy, to_static(interpreter, genotype, values))
         other, own_compile_s = compiled(static, genotype, batch)
         runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
-        moved = Run(other, static.encode(genotype), trained_in_float64.in_the_last_digit(same))
-        losses = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
-        again = [[moved.step(batch), loss[1]] for loss in losses]
+        moved = Run(other, static.encode(genotype), trained_by_both.in_the_last_digit(same))
+        found = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
+        again = [[moved.step(batch), loss[1]] for loss in found]
         middle = [statistics.median(run.times[1:]) for run in runs]
         cpu = [statistics.median(run.cpu_times[1:]) for run in runs]
         rows.append(
@@ -137,7 +134,7 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
                 "static_ms": 1000 * middle[1],
                 "ratio": middle[0] / middle[1],
                 "cpu_ratio": cpu[0] / cpu[1],
-                "loss_difference": largest_difference(losses),
+                "loss_difference": largest_difference(found),
                 "of_itself": largest_difference(again),
             }
         )
@@ -180,37 +177,34 @@ def main() -> int:
         given = checked(options)
     except (ValueError, OSError, ImportError, libtpu.NotInstalledError) as error:
         return terminal.fail(error, 2, "benchmark_interpreter.py")
+    try:
+        figures = measured(given, options)
+    # It diverges, or memory is short.
+    except (ArithmeticError, RuntimeError, MemoryError) as error:
+        return terminal.fail(error, 1, "benchmark_interpreter.py")
+    if options.json:
+        print(json.dumps(figures))
+    return 0
+
+
+def measured(given: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """All that is asked for, which is printed too."""
     machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
     figures: dict[str, Any] = {"machine": machine}
     if options.architectures:
         found = compare(_shape(options), drawn(options.architectures), options.batch, options.steps)
         figures |= found
         report(figures, options)
-    try:
-        figures |= trained(given, options)
-    except (ArithmeticError, RuntimeError) as error:  # it diverges, or memory is short
-        return terminal.fail(error, 1, "benchmark_interpreter.py")
+    if options.trained:
+        numbers = range(options.first, options.first + options.trained)
+        rows = trained_by_both.trained_by_both(given, numbers)
+        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
+        report_trained(figures["trained"], options.trained)
     if options.tpu:
         shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
         figures["tpu"] = tpu_memory("v5e:2x2", shape, drawn(3), 128)
         for name, (temporary, seconds, error) in figures["tpu"].items():
             print(f"{name}: {temporary / 1e6:.0f} MB, compiled in {seconds:.0f} s {error or ''}")
-    if options.json:
-        print(json.dumps(figures))
-    return 0
-
-
-def trained(given: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """What came of whole trainings, which is printed too."""
-    figures = {}
-    if options.trained:
-        rows = trained_by_both.trained_by_both(given, options.trained)
-        figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
-        report_trained(figures["trained"], options.trained)
-    if options.float64:
-        rows = trained_in_float64.trained_in_float64(given, options.float64)
-        figures["float64"] = {"rows": rows, **trained_by_both.alike(rows)}
-        trained_in_float64.report(figures["float64"])
     return figures
 
 
@@ -223,19 +217,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--architectures", type=int, default=10, help="to compare (10)")
     parser.add_argument("--steps", type=int, default=7, help="to time, after a first (7)")
     parser.add_argument("--trained", type=int, default=20, help="to train to the end (20)")
-    parser.add_argument("--float64", type=int, default=0, help="to train in float64 too (0)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them (0)")
     parser.add_argument("--config", default=CONFIG, help=f"of that search ({CONFIG})")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace its own")
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    options = parser.parse_args()
-    least_of = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "float64": 0}
+    options = terminal.parse(parser)
+    least_of = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "first": 0}
     for name, least in least_of.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
-    for name in ("trained", "float64"):
-        if getattr(options, name) == 1:
-            parser.error(f"--{name} 1: expected at least 2, which can be ranked, or 0")
+    if options.trained == 1:
+        parser.error("--trained 1: expected at least 2, which can be ranked, or 0")
     return options
 
 
@@ -245,7 +238,7 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
         Static(_shape(options)).encode(*drawn(1))
     if options.tpu:
         libtpu.check_installed()
-    if not options.trained and not options.float64:
+    if not options.trained and not options.overrides:
         return {}
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     return trained_by_both.arguments(config)
@@ -289,9 +282,13 @@ def report_trained(figures: dict[str, Any], count: int) -> None:
         )
     ratio = figures["interpreter"]["per_hour"] / figures["static"]["per_hour"]
     ranks = figures["rank_correlation"]
+    apart, of_itself = (
+        "{:.4f} +- {:.4f}".format(*figures[f"difference of {name}"])
+        for name in ("interpreter", "itself")
+    )
     print(
-        f"ratio of candidates per hour {ratio:.1f}; accuracies differ by "
-        f"{figures['difference']:.4f} +- {figures['standard_error']:.4f}, their ranks correlate "
+        f"ratio of candidates per hour {ratio:.1f}; accuracies differ by {apart}, those of the "
+        f"static program from itself by {of_itself}; the builders' ranks correlate "
         f"{'undefined' if ranks is None else format(ranks, '.3f')}"
     )
 

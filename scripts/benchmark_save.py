@@ -53,6 +53,9 @@ def main() -> int:
         "--json", action="store_true", help="print one JSON object as the last line"
     )
     options = parser.parse_args()
+    for name, least in (("steps", WARM_UP + 1), ("rounds", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
     parts = run.assemble(loader.load(options.config), "unused")
     times: dict[str, list[tuple[float, float]]] = {"saving": [], "not saving": []}
     with tempfile.TemporaryDirectory() as folder:

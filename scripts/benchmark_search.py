@@ -142,6 +142,9 @@ def main() -> None:
     parser.add_argument("--million", action="store_true", help="the driver's memory too; minutes")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
+    for name, least in (("rows", 1), ("count", OPTIONS["population"])):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
     figures: dict[str, object] = {
         "machine": f"{platform.machine()}, Python {sys.version.split()[0]}"
     }

@@ -11,4 +11,8 @@ The interpreter, in the order of its data:
 What trains a network of either:
 
     names, datasets -> recipe -> programs -> training -> evaluator;   weights, cache;   devices
+
+What a candidate costs on a topology, and the program of which that is measured:
+
+    inference -> costs
 """

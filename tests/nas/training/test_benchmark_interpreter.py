@@ -5,14 +5,17 @@ import math
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import toy
 
 import nas
-from nas.training.datasets import Split
+from nas.training import weights
 from nas.training.network import Shape
+from nas.training.programs import TooLargeError
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
@@ -31,8 +34,12 @@ def test_the_difference_is_the_largest_of_all_steps(script) -> None:
 
 
 def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
-    times = {"interpreter": ((60, 50), (12, 0)), "static": ((60, 50), (60, 50))}
-    accuracies = {"interpreter": (0.5, 0.7), "static": (0.75, 0.25)}
+    times = {
+        "interpreter": ((60, 50), (12, 0)),
+        "static": ((60, 50), (60, 50)),
+        "itself": ((10, 0), (10, 0)),  # which is not counted
+    }
+    accuracies = {"interpreter": (0.5, 0.7), "static": (0.75, 0.25), "itself": (0.75, 0.35)}
     rows = [
         {
             builder: {
@@ -51,56 +58,21 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
         "compiled; without compilations 327 an hour",
         "2 candidates trained, static: mean accuracy 0.5000, 60 an hour, 6 programs compiled; "
         "without compilations 360 an hour",
-        "ratio of candidates per hour 1.7; accuracies differ by 0.1000 +- 0.3500, their ranks "
-        "correlate -1.000",
+        "ratio of candidates per hour 1.7; accuracies differ by 0.1000 +- 0.3500, those of "
+        "the static program from itself by 0.0500 +- 0.0500; the builders' ranks correlate -1.000",
     ]
 
 
 def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
     found = {"seconds": 60, "train_s": 60, "fitness": 0.1, "compilations": 3}
     rows = [
-        {"interpreter": found, "static": found | {"fitness": fitness}} for fitness in (0.1, 0.2)
+        {"interpreter": found, "static": found | {"fitness": fitness}, "itself": found}
+        for fitness in (0.1, 0.2)
     ]
     figures = script.trained_by_both.summary(rows)
     assert figures["rank_correlation"] is None
     script.report_trained(figures, 2)
-    assert capsys.readouterr().out.endswith("their ranks correlate undefined\n")
-
-
-def test_in_float64_the_static_builder_is_the_measure_of_both(script, capsys) -> None:
-    losses = {"interpreter": (1 + 1e-7, 1.5, 0.5), "static": (1.0, 1.0, 0.5), "itself": (1, 1, 0.4)}
-    rows = [
-        {
-            name: {"fitness": 2 * i + found[i], "train_loss": found[i]}
-            for name, found in losses.items()
-        }
-        for i in range(3)
-    ]
-    script.trained_in_float64.report({"rows": rows, **script.trained_by_both.alike(rows)})
-    assert capsys.readouterr().out == (
-        "3 candidates trained in float64: mean accuracy, interpreter 3.0000, static 2.8333; they "
-        "differ by 0.1667 +- 0.1667, their ranks correlate 1.000; the last losses of 2 are the "
-        "same to 1e-6, of the static program and itself 2\n"
-    )
-
-
-def test_in_float64_all_that_is_trained_is_float64(script, monkeypatch) -> None:
-    module, evaluator = script.trained_in_float64, toy.toy()
-    with jax.enable_x64():
-        split = Split(*module.doubled(tuple(evaluator.data_fits())))
-        assert split.images.dtype == "float64" and split.labels.dtype == "int32"
-        network = toy.Toy(Shape(1, 1, 8, 1, 10, dtype="float64"))
-        one = network.encode(toy.job().architecture)
-        run = module.in_double(evaluator, network, split)
-        values = module.doubled(network.init(one, jax.random.key(0)))
-        found = run(one, values, 0)
-        assert run(one, values, 0) == found
-        inner = [a.parameters["inner"] for a in (module.in_the_last_digit(values), values)]
-        assert 0 < abs(inner[0] - inner[1]).max() < 3e-16 * abs(inner[1]).max()
-        moved = jax.tree.map(lambda a: a * (1 + 1e-10), values)  # which float32 does not see
-        apart = abs(run(one, moved, 0)["train_loss"] - found["train_loss"])
-    assert found["fitness"] > 0.1
-    assert 0 < apart < 1e-8
+    assert capsys.readouterr().out.endswith("the builders' ranks correlate undefined\n")
 
 
 def run(script, monkeypatch, *arguments: str) -> int:
@@ -110,17 +82,45 @@ def run(script, monkeypatch, *arguments: str) -> int:
 
 def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
     def one(evaluators, network, number, genotype):
-        trained.append(genotype)
+        trained.append((number, genotype))
         found = {"seconds": 1, "train_s": 1, "fitness": number, "compilations": 3}
-        return dict.fromkeys(evaluators, found)
+        return dict.fromkeys(script.trained_by_both.TRAINED, found)
 
     trained = []
     monkeypatch.setattr(script.trained_by_both, "one", one)
     small = ("space.pairs=2", "space.operations=[sep_3x3, conv_1x1]")
     config = ("--config", str(SCRIPTS.parent / "configs" / "search_digits.yaml"), *small)
-    assert run(script, monkeypatch, "--architectures", "0", "--trained", "3", *config) == 0
+    options = ("--architectures", "0", "--first", "2", "--trained", "3")
+    before = jax.config.jax_compilation_cache_dir
+    assert run(script, monkeypatch, *config, *options) == 0
     space = nas.NASNetSpace(2, ("sep_3x3", "conv_1x1"))
-    assert trained == [space.random(Random(seed)) for seed in range(3)]
+    assert trained == [(seed, space.random(Random(seed))) for seed in (2, 3, 4)]
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_static_trains_again_from_values_that_differ_in_the_last_digit(
+    script, monkeypatch, tmp_path
+) -> None:
+    def evaluate(job):
+        _, found = weights.load(tmp_path / job.inherit, network)
+        seen.append((job.seed, jax.tree.map(np.asarray, found.parameters)))
+        return {"fitness": 0.5, "compile_s": 0, "train_s": 1}
+
+    seen, genotype = [], nas.NASNetSpace().random(Random(0))
+    network = toy.Toy(Shape(1, 1, 8, 1, 10))
+    monkeypatch.setattr(script.trained_by_both, "to_static", lambda *given: given[-1])
+    evaluator = SimpleNamespace(run=str(tmp_path), evaluate=evaluate)
+    builders = dict.fromkeys(("interpreter", "static"), evaluator)
+    assert list(script.trained_by_both.one(builders, network, 7, genotype)) == [
+        "interpreter",
+        "static",
+        "itself",
+    ]
+    (seed, one), (_, same), (_, moved) = seen
+    assert {seed for seed, _ in seen} == {seed}
+    for a, b, c in zip(*map(jax.tree.leaves, (one, same, moved)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert 0 < np.abs(c - b).max() < 3e-7 * np.abs(b).max()
 
 
 CONFIGS = SCRIPTS.parent / "configs"
@@ -131,6 +131,8 @@ BAD = [
     (("evaluate.epochs=no",), "evaluate.epochs: expected a whole number"),
     (("evaluate.batch_size=2000",), "batch_size 2000 is more than the 512 training images of"),
     (("evaluate.filters=1",), "`filters` is 1, but the narrowest cell needs 2 features"),
+    (("--trained", "0", "evaluate.filters=no"), "evaluate.filters: expected a whole number"),
+    (("evaluate.filters=8", "--steps", "3", "evaluate.epochs=no"), "evaluate.epochs: expected a"),
     (("--image", "2"), "`image` is 2, but cell 4 of 5 halves its input"),
 ]
 
@@ -147,9 +149,10 @@ def test_bad_input_is_known_before_anything_is_measured(
     assert err.startswith("benchmark_interpreter.py: ") and message in err
 
 
-def test_a_training_that_diverges_is_said_in_a_line(script, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("error", [FloatingPointError, TooLargeError])
+def test_a_training_that_fails_is_said_in_a_line(script, monkeypatch, capsys, error) -> None:
     def one(*_):
-        raise FloatingPointError("the loss is nan")
+        raise error("the loss is nan")
 
     monkeypatch.chdir(SCRIPTS.parent)
     monkeypatch.setattr(script.trained_by_both, "one", one)
@@ -159,7 +162,7 @@ def test_a_training_that_diverges_is_said_in_a_line(script, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("--steps", 0), ("--trained", 1), ("--trained", -1), ("--architectures", -1), ("--batch", 0)],
+    [("--steps", 0), ("--trained", 1), ("--trained", -1), ("--first", -1), ("--batch", 0)],
 )
 def test_counts_of_which_nothing_comes_are_refused(
     script, monkeypatch, capsys, name, value
