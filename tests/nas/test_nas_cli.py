@@ -178,11 +178,12 @@ def test_bad_export(nas, tmp_path) -> None:
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 def test_the_benchmark(nas, pytestconfig) -> None:
     config = pytestconfig.rootpath / "configs" / "nasbench201.yaml"
-    arguments = (f"evaluate.folder={DATA}", "limits.params_m=1", "run.cycles=150", "--json")
-    code, lines, _ = nas("search", str(config), *arguments)
+    # With several workers the children depend on who is done first.
+    options = ("limits.params_m=0.7", "run.cycles=150", "run.workers=1", "--json")
+    code, lines, _ = nas("search", str(config), f"evaluate.folder={DATA}", *options)
     figures = json.loads(lines[-1])
     assert code == 0 and figures["best_fitness"] > 80 and figures["rejected"] > 0
-    assert figures["best_metrics"]["params_m"] <= 1
+    assert figures["best_metrics"]["params_m"] <= 0.7
     assert figures["genotype"].startswith("|")
 
 
