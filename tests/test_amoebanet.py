@@ -274,7 +274,9 @@ def assert_all_new(old: Any, new: Any) -> None:
 
 
 @pytest.mark.usefixtures("quick_to_compile")
-@pytest.mark.parametrize("letter", GENOTYPES)
+@pytest.mark.parametrize(
+    "letter", [pytest.param(a, marks=() if a == "D" else pytest.mark.slow) for a in GENOTYPES]
+)
 def test_gradients_and_statistics_reach_every_leaf_of_both_cells(letter: str) -> None:
     network, batch = one_of_each(letter), make_batch()
     params, stats = (list(a) for a in zip(*map(random_values, network, range(5)), strict=True))

@@ -20,7 +20,7 @@ from gpipe_jax.layers.shapes import infer_shapes
 from gpipe_jax.schedule import training_schedule
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-CASES, SLICE = 5000, 300
+CASES, SLICE = 5000, 150
 
 NUMBERS = [0, -1, 1, 2, 3, 7, 64, 1000, 10**6, 2**31 - 1, 2**31, 2**63, -(2**63), 10**400, 0.0]
 NUMBERS += [0.5, -0.5, 1.0, 1.5, 1e-300, 5e-324, 1e308, float("inf"), float("-inf"), float("nan")]

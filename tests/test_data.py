@@ -332,6 +332,7 @@ def is_there() -> bool:
     return any((place / name).exists() for place in places for name in images._READERS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_there(), reason=f"no CIFAR-10 in {REAL}; set GPIPE_JAX_DATA")
 def test_the_real_cifar10(monkeypatch):
     parts = images.read_cifar10(REAL)

@@ -146,6 +146,7 @@ cost._measured_time = lambda program, specs: next(times)
     check_as_one(start, tmp_path, 2, "pipeline.cost=time")
 
 
+@pytest.mark.slow
 def test_preempted_in_an_evaluation(start, tmp_path):
     """SIGTERM to one: both leave the evaluation, and save the step before it."""
     (tmp_path / "sitecustomize.py").write_text("""

@@ -367,6 +367,7 @@ def test_a_file_that_cannot_be_written_loses_no_plan(
     assert json.loads(said.out.splitlines()[-1]) == json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     out, few = tmp_path / "plan.json", ["train.steps=2", "optimizer.warmup_steps=0"]
     assert cli.main(["plan", str(DIGITS), "mesh.data=1", "mesh.stages=2", "--out", str(out)]) == 0

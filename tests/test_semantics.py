@@ -26,11 +26,11 @@ from gpipe_jax.device import Device
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
 STEPS, COUNT = 3, 32
 GRID = [(K, D, *s) for K, D, s in itertools.product((1, 2, 4), (1, 2), SCHEDULES)]
-# A diagonal: every schedule, every K and D.
+# A diagonal: every schedule, every K and D; in float64 the first two.
 FAST = [
     (2, 2, "interleaved", 2),
     (4, 1, "1f1b", 1),
-    (1, 2, "interleaved", 2),
+    (1, 2, "interleaved", 1),
     (4, 2, "gpipe", 1),
     (2, 1, "eager_1f1b", 1),
 ]
@@ -88,7 +88,7 @@ def marked(fast: list) -> list:
     return [pytest.param(*c, marks=() if c in fast else pytest.mark.slow) for c in GRID]
 
 
-@pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST))
+@pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST[1:]))
 def test_batch_norm_dropout_skip_tied_float32(K: int, D: int, kind: str, V: int) -> None:
     pipe = make(K, D, 4 // D, kind, V)
     assert len(pipe.stages.cuts) == K * V
@@ -101,7 +101,7 @@ def test_batch_norm_dropout_skip_tied_float64(K: int, D: int, kind: str, V: int)
         check(make(K, D, 4 // D, kind, V), wanted(True), 1e-12)
 
 
-@pytest.mark.parametrize(("K", "M"), [(4, 3), (2, 5)])
+@pytest.mark.parametrize(("K", "M"), [(4, 3), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
     """Fewer than devices, and not divisible by them; three chunks on each; NaN where idle."""
     data = [linked.make_batch(8 * M)]
@@ -121,7 +121,7 @@ def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
     assert_trees_close(our_grads, grads, 1e-5)
 
 
-@pytest.mark.parametrize(("K", "D"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(("K", "D"), [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_batch_norm_over_replicas(K: int, D: int) -> None:
     """With the replicas' axis named, one micro-batch of all replicas is normalised together."""
     together = wanted(False, 4 // D, D, "data")
@@ -165,7 +165,7 @@ def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
     np.testing.assert_allclose(stats["norm"]["var"], 0.75 + 0.25 * x.var(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("K", "D", "M"), [(1, 1, 1), (2, 2, 2), (4, 1, 8)])
+@pytest.mark.parametrize(("K", "D", "M"), [(2, 2, 2), (4, 1, 8)])
 def test_dropout_keyed_per_example_is_independent_of_the_micro_batches(
     K: int, D: int, M: int
 ) -> None:
@@ -190,7 +190,9 @@ def test_dropout_follows_the_progress_of_training() -> None:
     params, batch = wanted(False)[0], linked.make_batch(COUNT)
     plain = make(2, 1, 4, layers=linked.everything(rate=0.0))
     without = float(run(plain, params, [batch])[0][0])
-    first, last = (float(run(make(2, 1, 4), params, [batch] * n)[0][0]) for n in (1, 3))
+    pipe = make(2, 1, 4)
+    state = pipe.from_layers(params, 1)
+    first, last = (float(pipe.value_and_grad(state, batch, step=n)[0][0]) for n in (0, 2))
     assert first == pytest.approx(without, rel=1e-6)
     assert abs(last - without) > 1e-3
 
@@ -211,7 +213,7 @@ def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
     assert texts[0].count("stablehlo.collective_permute") == 2 + 1
 
 
-@pytest.mark.parametrize(("K", "V"), [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("K", "V"), [(1, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
     """Clipping by the global norm, momentum and weight decay see it once; so do counts."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9), optax.scale(-0.5))
@@ -252,7 +254,7 @@ def test_tied_parameter_crosses_devices_once_each_way() -> None:
     [
         pytest.param(2, 1, "1f1b", 1, marks=pytest.mark.slow),
         pytest.param(4, 1, "gpipe", 1, marks=pytest.mark.slow),
-        (8, 1, "1f1b", 1),
+        pytest.param(8, 1, "1f1b", 1, marks=pytest.mark.slow),
         (2, 2, "interleaved", 2),
     ],
 )

@@ -76,7 +76,7 @@ def transformer() -> list[gpipe.Layer]:
 
 
 def encoder_decoder() -> list[gpipe.Layer]:
-    return zoo.encoder_decoder(layers=3, dtype=str(jnp.zeros(()).dtype), **TRANSFORMER)  # type: ignore[arg-type]
+    return zoo.encoder_decoder(layers=2, dtype=str(jnp.zeros(()).dtype), **TRANSFORMER)  # type: ignore[arg-type]
 
 
 # Layers and a batch. The U-Net's skips cross up to 8 layers: 1 to 3 stages in the cuts below.
