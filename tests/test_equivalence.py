@@ -328,14 +328,20 @@ def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int
     assert_trees_close(pipe.evaluate(state, present(batch)), (loss, metrics), 1e-5)
 
 
-def test_equivalence_of_initial_parameters_for_every_cut() -> None:
-    all_cuts = {"transformer": [(3, 2)], "pytree_mlp": [(1, 1), (3, 2), (8, 1)]}
-    for name, cuts in all_cuts.items():
-        inputs = jnp.asarray(make_batch(name, FULL)["inputs"])
-        plain, _ = sequential.init(network(name), inputs[:1], seed=3)
-        for K, D in cuts:
-            pipe = make_pipeline(name, K, D, 2, "gpipe")
-            assert_trees_close(pipe.to_layers(pipe.init(seed=3)), jax.device_get(plain), 1e-6)
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("pytree_mlp", [(1, 1), (3, 2), (8, 1)]),
+        ("transformer", [(3, 2)]),
+        pytest.param("convnet", [(3, 2)], marks=SLOW),
+    ],
+)
+def test_equivalence_of_initial_parameters_for_every_cut(name: str, cuts: list[tuple]) -> None:
+    inputs = jnp.asarray(make_batch(name, FULL)["inputs"])
+    plain, _ = sequential.init(network(name), inputs[:1], seed=3)
+    for K, D in cuts:
+        pipe = make_pipeline(name, K, D, 2, "gpipe")
+        assert_trees_close(pipe.to_layers(pipe.init(seed=3)), jax.device_get(plain), 1e-6)
 
 
 def test_from_layers_is_the_inverse_of_to_layers() -> None:

@@ -165,7 +165,9 @@ def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
     np.testing.assert_allclose(stats["norm"]["var"], 0.75 + 0.25 * x.var(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("K", "D", "M"), [(2, 2, 2), (4, 1, 8)])
+@pytest.mark.parametrize(
+    ("K", "D", "M"), [pytest.param(1, 1, 1, marks=pytest.mark.slow), (2, 2, 2), (4, 1, 8)]
+)
 def test_dropout_keyed_per_example_is_independent_of_the_micro_batches(
     K: int, D: int, M: int
 ) -> None:
