@@ -14,32 +14,34 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gpipe_jax import data, losses, optimizer, plots, schedule, sequential, zoo
+    from gpipe_jax import data, losses, plots, schedules, sequential, zoo
     from gpipe_jax.config import Config
+    from gpipe_jax.config.loader import ConfigError, load
+    from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
     from gpipe_jax.layers.layer import Layer, layer
-    from gpipe_jax.layers.shapes import count_parameters
-    from gpipe_jax.loader import ConfigError, load
-    from gpipe_jax.mesh import make_mesh, simulate_devices
-    from gpipe_jax.pipeline import Pipeline
-    from gpipe_jax.planning.planner import plan
-    from gpipe_jax.state import State
-    from gpipe_jax.trainer import Trainer
+    from gpipe_jax.layers.shape_inference import count_parameters
+    from gpipe_jax.pipeline.pipeline import Pipeline
+    from gpipe_jax.pipeline.state import State
+    from gpipe_jax.planner.planner import plan
+    from gpipe_jax.training import optimizers
+    from gpipe_jax.training.trainer import Trainer
 
 _HOME = {
     "Config": "config",
-    "ConfigError": "loader",
+    "ConfigError": "config.loader",
     "Layer": "layers.layer",
-    "Pipeline": "pipeline",
-    "State": "state",
-    "Trainer": "trainer",
-    "count_parameters": "layers.shapes",
+    "Pipeline": "pipeline.pipeline",
+    "State": "pipeline.state",
+    "Trainer": "training.trainer",
+    "count_parameters": "layers.shape_inference",
     "layer": "layers.layer",
-    "load": "loader",
-    "make_mesh": "mesh",
-    "plan": "planning.planner",
-    "simulate_devices": "mesh",
+    "load": "config.loader",
+    "make_mesh": "distributed.mesh",
+    "plan": "planner.planner",
+    "simulate_devices": "distributed.mesh",
 }
-_MODULES = ("data", "losses", "optimizer", "plots", "schedule", "sequential", "zoo")
+_MODULES = {name: name for name in ("data", "losses", "plots", "schedules", "sequential", "zoo")}
+_MODULES["optimizers"] = "training.optimizers"
 
 __all__ = [
     "Config",
@@ -54,10 +56,10 @@ __all__ = [
     "load",
     "losses",
     "make_mesh",
-    "optimizer",
+    "optimizers",
     "plan",
     "plots",
-    "schedule",
+    "schedules",
     "sequential",
     "simulate_devices",
     "zoo",
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f"gpipe_jax.{_HOME[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"gpipe_jax.{name}")
+        return importlib.import_module(f"gpipe_jax.{_MODULES[name]}")
     raise AttributeError(f"module 'gpipe_jax' has no attribute {name!r}")
 
 

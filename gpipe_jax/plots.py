@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpipe_jax.figure import blank, saved
-from gpipe_jax.schedule import BACKWARD, FORWARD, Schedule
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
+from gpipe_jax.utils.figures import blank, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

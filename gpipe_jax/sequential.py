@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpipe_jax.keys import apply_key, layer_key
-from gpipe_jax.layers import links
+from gpipe_jax.distributed.mesh import DATA
+from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context, Layer
-from gpipe_jax.layers.links import Boundary
-from gpipe_jax.layers.shapes import as_replica, infer_shapes
+from gpipe_jax.layers.random_keys import apply_key, layer_key
+from gpipe_jax.layers.shape_inference import as_replica, infer_shapes
+from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import weighted_sums
-from gpipe_jax.mesh import DATA
 
 PyTree = Any
 
@@ -31,8 +31,8 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
     for i, shape in enumerate(infer_shapes(layers, x)):
         like = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
         fresh = shape.layer.init(layer_key(seed, i), like)
-        own, _ = links.borrow(shape.layer, fresh, shared)
-        shared = {**shared, **links.offered(shape.layer, own)}
+        own, _ = skips_and_ties.borrow(shape.layer, fresh, shared)
+        shared = {**shared, **skips_and_ties.offered(shape.layer, own)}
         params.append(own)
     return params, [layer.init_statistics() for layer in layers]
 
@@ -55,9 +55,9 @@ def forward(
     """
     boundary, shared, moments = Boundary(x, {}), {}, []
     for i, (layer, p, s) in enumerate(zip(layers, params, stats, strict=True)):
-        shared = {**links.offered(layer, p), **shared}
+        shared = {**skips_and_ties.offered(layer, p), **shared}
         context = Context(apply_key(key, i, micro_batch, examples), train, progress)
-        boundary, seen = links.call(layer, p, s, boundary, shared, context)
+        boundary, seen = skips_and_ties.call(layer, p, s, boundary, shared, context)
         moments.append(seen)
     return boundary.x, moments
 

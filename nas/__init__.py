@@ -26,41 +26,42 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nas import nasbench201, testing
-    from nas.audit import ReplayError, replay
-    from nas.evaluate import Job, Repeated, TabularEvaluator
-    from nas.evolution import Settings
-    from nas.limits import FailuresError, Limit, Retries
-    from nas.nasbench201 import NASBench201Space
-    from nas.nasnet import NASNetSpace
+    from nas import testing
+    from nas.ask_tell.limits import FailuresError, Limit, Retries
+    from nas.ask_tell.replay import ReplayError, replay
+    from nas.ask_tell.search import Search
+    from nas.costs.network_costs import NetworkCosts
+    from nas.evaluators.evaluator import Job, Repeated, TabularEvaluator
+    from nas.evolution.evolution import Settings
     from nas.result import Candidate, Result, load, search
-    from nas.searching import Search
-    from nas.space import Space
-    from nas.training.costs import NetworkCosts
+    from nas.spaces import nasbench201
+    from nas.spaces.nasbench201 import NASBench201Space
+    from nas.spaces.nasnet import NASNetSpace
+    from nas.spaces.space import Space
     from nas.training.evaluator import TrainingEvaluator
 
 _HOME = {
     "Candidate": "result",
-    "FailuresError": "limits",
-    "Job": "evaluate",
-    "Limit": "limits",
-    "NASBench201Space": "nasbench201",
-    "NASNetSpace": "nasnet",
-    "NetworkCosts": "training.costs",
-    "Repeated": "evaluate",
-    "ReplayError": "audit",
+    "FailuresError": "ask_tell.limits",
+    "Job": "evaluators.evaluator",
+    "Limit": "ask_tell.limits",
+    "NASBench201Space": "spaces.nasbench201",
+    "NASNetSpace": "spaces.nasnet",
+    "NetworkCosts": "costs.network_costs",
+    "Repeated": "evaluators.evaluator",
+    "ReplayError": "ask_tell.replay",
     "Result": "result",
-    "Retries": "limits",
-    "Search": "searching",
-    "Settings": "evolution",
-    "Space": "space",
-    "TabularEvaluator": "evaluate",
+    "Retries": "ask_tell.limits",
+    "Search": "ask_tell.search",
+    "Settings": "evolution.evolution",
+    "Space": "spaces.space",
+    "TabularEvaluator": "evaluators.evaluator",
     "TrainingEvaluator": "training.evaluator",
     "load": "result",
-    "replay": "audit",
+    "replay": "ask_tell.replay",
     "search": "result",
 }
-_MODULES = ("nasbench201", "testing")
+_MODULES = {"nasbench201": "spaces.nasbench201", "testing": "testing"}
 
 __all__ = [
     "Candidate",
@@ -91,7 +92,7 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f"nas.{_HOME[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"nas.{name}")
+        return importlib.import_module(f"nas.{_MODULES[name]}")
     raise AttributeError(f"module 'nas' has no attribute {name!r}")
 
 

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpipe_jax import loader, progress, terminal
-from gpipe_jax.loader import ConfigError
-from gpipe_jax.terminal import BAD_INPUT
-from nas import scale, threads
+from gpipe_jax.config import loader
+from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.utils import console, progress
+from gpipe_jax.utils.console import BAD_INPUT
 from nas.config import SearchConfig
-from nas.records import FILE
-from nas.tables import finite
+from nas.export import scaled_config
+from nas.reports.tables import finite
+from nas.storage.reader import FILE
+from nas.workers import threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = terminal.parse(_parser(), arguments)
+    options = console.parse(_parser(), arguments)
     try:
         return options.command(options)
     except (ConfigError, OSError) as error:
@@ -44,7 +46,7 @@ def program() -> NoReturn:
 
 
 def _fail(error: object, code: int) -> int:
-    return terminal.fail(error, code, "nas")
+    return console.fail(error, code, "nas")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,16 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "search as a config says; the same folder continues a search"
-    one = terminal.add_command(commands, "search", _search, text)
-    terminal.add_config(one)
+    one = console.add_command(commands, "search", _search, text)
+    console.add_config(one)
     text = "say what a run has found, also while it goes on"
-    one = terminal.add_command(commands, "report", _report, text)
+    one = console.add_command(commands, "report", _report, text)
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
         "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
     )
     text = "write the best architecture of a run to a file, or a config by which gpipe trains it"
-    one = terminal.add_command(commands, "export", _export, text)
+    one = console.add_command(commands, "export", _export, text)
     one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
     one.add_argument(
         *("--out", "-o"), type=Path, metavar="FILE", required=True,
@@ -71,9 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, text in (
         ("top", 1, "train so many of the best again, longer, and take the best of these"),
         ("epochs", None, "of that training; default: three times the search's"),
-        ("cells", scale.CELLS, "normal cells of the config's network, in three equal stacks (3 N)"),
-        ("filters", scale.FILTERS, "of its first stack (F)"),
-        ("stages", scale.STAGES, "devices in its pipeline"),
+        (
+            "cells",
+            scaled_config.CELLS,
+            "normal cells of the config's network, in three equal stacks (3 N)",
+        ),
+        ("filters", scaled_config.FILTERS, "of its first stack (F)"),
+        ("stages", scaled_config.STAGES, "devices in its pipeline"),
     ):
         said = "" if default is None else f" ({default})"
         one.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + said)
@@ -83,19 +89,19 @@ def _parser() -> argparse.ArgumentParser:
 def _search(options: argparse.Namespace) -> int:
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     import nas
-    from nas import build
+    from nas import from_config
 
     workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
     started = time.perf_counter()
     try:
-        arguments = build.arguments(config)
+        arguments = from_config.arguments(config)
         if not (workdir / FILE).exists():  # of a search that is there it is to be checked first
             _keep(config, workdir)
         with _progress(config.run.cycles) as callback:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
             )
-    except build.SectionError as error:
+    except from_config.SectionError as error:
         found = (error.section, str(error), SearchConfig)
         place = loader.place(options.config, options.overrides, *found)
         raise ConfigError([f"{place}: {error}"], options.config) from error
@@ -118,7 +124,7 @@ def _keep(config: SearchConfig, workdir: Path) -> None:
 
 
 def _summary(result: Any, wall_s: float, as_json: bool) -> int:
-    from nas import export
+    from nas.export import export
 
     counts, best = result.counts, result.best
     figures = {
@@ -148,15 +154,15 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from nas import page, report
-    from nas.reading import Snapshot
+    from nas.reports import html, report
+    from nas.storage.queries import Snapshot
 
     reader = Snapshot(_load(options.run).path)
     found = report.report(reader)
     print(found)
     out = options.out or reader.path.parent / "report.html"
     try:
-        page.write(reader, out)
+        html.write(reader, out)
     except ImportError as error:
         raise ConfigError([str(error)], "--out") from error
     print(f"\npage: {out}")
@@ -166,8 +172,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gpipe_jax.build import SectionError
-    from nas import export
+    from gpipe_jax.training.from_config import SectionError
+    from nas.export import export
 
     result = _load(options.run)
     wanted = export.Wanted(**{name: getattr(options, name) for name in export.Wanted._fields})

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic import ValidationError as PydanticError
 
-from gpipe_jax.config.fields import (
+from gpipe_jax.config.base import (
     Count,
     CountOrZero,
     Fraction,
@@ -18,8 +18,8 @@ from gpipe_jax.config.fields import (
     Text,
     cross_check,
 )
-from gpipe_jax.genotype import PAPER_OPERATIONS
-from nas.evolution import Algorithm, FitnessPolicy, Settings
+from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
+from nas.evolution.evolution import Algorithm, FitnessPolicy, Settings
 
 
 class NASNetConfig(Section):
@@ -116,7 +116,7 @@ class TrainingConfig(Section):
 
 
 class EvolutionConfig(Section):
-    """What decides the proposals: `nas.evolution.Settings`."""
+    """What decides the proposals: `nas.evolution.evolution.Settings`."""
 
     population: Count = Field(default=100, description="P: members of the population")
     sample: Count = Field(default=25, description="S: members of which the best is the parent")

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas import evaluate as evaluators
-from nas import pools, reading
-from nas import space as spaces
-from nas.driver import Callback, Driver, Running, check_seconds
-from nas.limits import Limit
-from nas.records import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, file_of
-from nas.searching import Search
-from nas.setup import Setup, setup_of
-from nas.space import SPACES, Space
+from nas.ask_tell.limits import Limit
+from nas.ask_tell.search import Search
+from nas.evaluators import evaluator as evaluators
+from nas.spaces import space as spaces
+from nas.spaces.space import SPACES, Space
+from nas.storage import queries
+from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, file_of
+from nas.workers import pools
+from nas.workers.driver import Callback, Driver, Running, check_seconds
+from nas.workers.pickled_setup import Setup, setup_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +43,14 @@ class Candidate:
 
     def plot_lineage(self, path: str | Path | None = None) -> "Figure":
         """Its ancestors, each with what differs from its parent; written to `path` where given."""
-        from nas import lineage_plot
+        from nas.reports import lineage_plot
 
         return lineage_plot.figure(self.result.reader, self.number, path)
 
     def _repr_html_(self) -> str:
-        from nas import page
+        from nas.reports import html
 
-        return page.candidate(self.result.reader, self.row)
+        return html.candidate(self.result.reader, self.row)
 
 
 class Result:
@@ -80,9 +81,9 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        from nas import page
+        from nas.reports import html
 
-        return page.result(self.reader)
+        return html.result(self.reader)
 
     # --- what was found ---------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class Result:
 
     def top(self, count: int) -> list[Candidate]:
         """The best candidates of different networks, the best first."""
-        return [self._candidate(row) for row in reading.top(self.reader, count)]
+        return [self._candidate(row) for row in queries.top(self.reader, count)]
 
     def candidate(self, number: int) -> Candidate:
         """The candidate of that number, as in `history`; KeyError if there is none."""
@@ -152,7 +153,7 @@ class Result:
 
         From the store, also while the search goes on; written to `path` where given.
         """
-        from nas import plots
+        from nas.reports import plots
 
         return plots.overview(self.reader, path)
 
@@ -179,7 +180,7 @@ class Result:
         In a notebook this returns at once, and the cell is renewed; elsewhere it waits. Raises what
         ended the search, if it was an error, as `wait` does.
         """
-        from nas import live
+        from nas.reports import live
 
         live.watch(self.path, self._running, every_s)
         if not live.in_notebook():
@@ -228,7 +229,7 @@ def search(
 ) -> Result:
     """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
 
-    `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluate`.
+    `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluators.evaluator`.
     `workers` are a number of threads, `devices` (a thread for each local accelerator), `processes`,
     the address of a dask scheduler, or an executor.
     With `wait=False` the search goes on in the background. `timeout_s` is for one evaluation,

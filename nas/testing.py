@@ -3,7 +3,7 @@
 from random import Random
 from typing import Any
 
-from nas import space as spaces
+from nas.spaces import space as spaces
 
 
 def check_space(space: Any, *, architectures: int = 50, mutations: int = 20) -> None:

@@ -29,10 +29,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpipe_jax
-from nas.nasnet import NASNetSpace
+from nas.spaces.nasnet import NASNetSpace
 from nas.training import programs
 from nas.training.datasets import Data, source
-from nas.training.interpreter import Interpreter
+from nas.training.interpreter.network import Interpreter
 from nas.training.network import Shape
 from nas.training.recipe import Plan, Recipe
 

@@ -36,17 +36,19 @@ import jax.numpy as jnp
 import numpy as np
 import trained_by_both
 
-from gpipe_jax import loader, losses, terminal
-from gpipe_jax.genotype import Genotype
-from gpipe_jax.planning import accelerators, compiler, libtpu
-from gpipe_jax.planning.compiled import Program
+from gpipe_jax import losses
+from gpipe_jax.config import loader
+from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.tpu_compiler import compiler, libtpu, topologies
+from gpipe_jax.tpu_compiler.results import Program
+from gpipe_jax.utils import console
 from nas.config import SearchConfig
-from nas.nasnet import NASNetSpace
-from nas.training.interpreter import Interpreter
-from nas.training.names import BUILDERS
+from nas.spaces.nasnet import NASNetSpace
+from nas.training.interpreter.network import Interpreter
+from nas.training.interpreter.translation import to_static
 from nas.training.network import Network, PyTree, Shape, Values
+from nas.training.options import BUILDERS
 from nas.training.static import Static
-from nas.training.translate import to_static
 
 RATE, MOMENTUM = 0.05, 0.9
 CONFIG = "configs/search_digits.yaml"
@@ -153,7 +155,7 @@ def tpu_memory(topology: str, shape: Shape, genotypes: list[Genotype], examples:
     programs = [_exported("interpreter", Interpreter(shape), genotypes[0], examples)]
     for i, genotype in enumerate(genotypes):
         programs.append(_exported(f"static {i}", Static(shape), genotype, examples))
-    results = compiler.compile_programs(programs, accelerators.parse(topology), show=print)
+    results = compiler.compile_programs(programs, topologies.parse(topology), show=print)
     return {r.name: (r.temporary_bytes, r.compile_s, r.error) for r in results}
 
 
@@ -176,12 +178,12 @@ def main() -> int:
     try:
         given = checked(options)
     except (ValueError, OSError, ImportError, libtpu.NotInstalledError) as error:
-        return terminal.fail(error, 2, "benchmark_interpreter.py")
+        return console.fail(error, 2, "benchmark_interpreter.py")
     try:
         figures = measured(given, options)
     # It diverges, or memory is short.
     except (ArithmeticError, RuntimeError, MemoryError) as error:
-        return terminal.fail(error, 1, "benchmark_interpreter.py")
+        return console.fail(error, 1, "benchmark_interpreter.py")
     if options.json:
         print(json.dumps(figures))
     return 0
@@ -222,7 +224,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace its own")
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    options = terminal.parse(parser)
+    options = console.parse(parser)
     least_of = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "first": 0}
     for name, least in least_of.items():
         if getattr(options, name) < least:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from etils import epath
 
-from gpipe_jax import loader, run
+from gpipe_jax.config import loader
+from gpipe_jax.training import run
 
 WARM_UP = 10
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nas
-from nas.nasbench201 import OPERATIONS
+from nas.spaces.nasbench201 import OPERATIONS
 
 OPTIONS = {"space": nas.NASBench201Space(), "population": 100, "sample": 25, "cache": False}
 EDGES = 6

@@ -29,10 +29,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpipe_jax as gpipe
-from gpipe_jax import keys, sequential
-from gpipe_jax.layers import conv_norm, pool
+from gpipe_jax import sequential
+from gpipe_jax.layers import pooling, random_keys
 from gpipe_jax.layers.layer import Context
-from gpipe_jax.layers.transformer import Block
+from gpipe_jax.zoo.amoebanet import conv_norm
+from gpipe_jax.zoo.transformer.layers import Block
 
 LOSS = gpipe.losses.softmax_cross_entropy
 BLOCK = dict(width=1024, heads=16, feed_forward=4096, dropout=0.0, dtype="bfloat16")
@@ -102,7 +103,7 @@ def step_ratio(model: str, K: int, D: int, M: int, schedule: str, repeats: int) 
     )
     params, stats = jax.tree.map(jnp.asarray, (pipe.to_layers(state), pipe.statistics(state)))
     weights = np.ones(pipe.batch_size, np.float32)
-    whole, key = {**batch, "weights": weights}, keys.step_key(0, 0)
+    whole, key = {**batch, "weights": weights}, random_keys.step_key(0, 0)
     times = in_turn(
         [lambda: ours(state, parts, zero), lambda: plain(params, stats, whole, key)], repeats
     )
@@ -131,14 +132,14 @@ def canonical_ratio(repeats: int) -> float:
         compiled = pipe.lower().compile()
         return lambda: compiled(*arguments)
 
-    ours, chosen = step(), (pool.on_cpu, conv_norm.convolve)
-    pool.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
+    ours, chosen = step(), (pooling.on_cpu, conv_norm.convolve)
+    pooling.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
     conv_norm.convolve = own
     jax.clear_caches()
     try:
         plain = step()
     finally:
-        pool.on_cpu, conv_norm.convolve = chosen
+        pooling.on_cpu, conv_norm.convolve = chosen
         jax.clear_caches()
     times = in_turn([ours, plain], repeats)
     return times[0] / times[1]

@@ -23,10 +23,15 @@ from statistics import fmean, stdev
 from typing import Any
 
 import nas
-from gpipe_jax import figure, loader, terminal
-from nas import build, evaluate, finals, reading
+from gpipe_jax.config import loader
+from gpipe_jax.utils import console
+from gpipe_jax.utils import figures as figure
+from nas import from_config
 from nas.config import SearchConfig
-from nas.evaluate import Job
+from nas.evaluators import evaluator as evaluate
+from nas.evaluators.evaluator import Job
+from nas.export import final_ranking
+from nas.storage import queries
 from nas.training.evaluator import TrainingEvaluator
 
 ALGORITHMS = {"aging": "#1f77b4", "non_aging": "#d9660a", "random": "#9a9a9a"}
@@ -99,7 +104,7 @@ def check(config: SearchConfig) -> None:
 def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **named: Any) -> Any:
     """One run to its end, named by its algorithm and seed."""
     algorithm, seed = overrides["algorithm"], overrides["seed"]
-    arguments = {**build.arguments(config), **overrides, **named}
+    arguments = {**from_config.arguments(config), **overrides, **named}
     started = time.perf_counter()
     result = nas.search(name=f"{algorithm}-{seed}", folder=folder, **arguments)
     counts = result.counts
@@ -115,8 +120,8 @@ def compare(
     config: SearchConfig, seeds: int, folder: Path, epochs: int | None
 ) -> tuple[dict[str, list[Any]], dict[str, Measured]]:
     """The runs by algorithm, and what is measured of each."""
-    trains = build.arguments(config)["evaluate"]
-    finals.for_longer(trains, epochs)  # an error is raised before the runs, not after
+    trains = from_config.arguments(config)["evaluate"]
+    final_ranking.for_longer(trains, epochs)  # an error is raised before the runs, not after
     runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
     members = min(LAST, config.evolution.population)
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
@@ -129,7 +134,7 @@ def compare(
             result = search(config, overrides, folder, evaluate=shared)
             runs[algorithm].append(result)
             last[algorithm].append(mean_of_the_last(result))
-            (best,) = finals.rank(result.reader, result.space, trains, 1, epochs=epochs)
+            (best,) = final_ranking.rank(result.reader, result.space, trains, 1, epochs=epochs)
             again[algorithm].append(math.nan if best.fitness is None else best.fitness)
     return runs, {f"population's last {members}": last, "best trained again": again}
 
@@ -172,7 +177,7 @@ def plot(runs: dict[str, list[Any]], path: Path) -> None:
     shown = figure.blank(10, 4)
     left, right = shown.subplots(1, 2)
     for algorithm, color in ALGORITHMS.items():
-        found = [reading.progress(result.reader) for result in runs[algorithm]]
+        found = [queries.progress(result.reader) for result in runs[algorithm]]
         length = min(len(each.fitness) for each in found)
         recent = [
             [fmean(each.fitness[max(0, n - LAST) : n]) for n in range(1, length + 1)]
@@ -208,11 +213,11 @@ def main() -> int:
     try:
         return _run(options)
     except (ValueError, OSError, ImportError, sqlite3.Error) as error:
-        return terminal.fail(error, 2, "compare_search.py")
+        return console.fail(error, 2, "compare_search.py")
     except (RuntimeError, TypeError) as error:
-        return terminal.fail(error, 1, "compare_search.py")
+        return console.fail(error, 1, "compare_search.py")
     except KeyboardInterrupt:
-        return terminal.fail("interrupted; the same command goes on", 130, "compare_search.py")
+        return console.fail("interrupted; the same command goes on", 130, "compare_search.py")
 
 
 def _run(options: argparse.Namespace) -> int:

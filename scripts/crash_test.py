@@ -74,7 +74,14 @@ class Process:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TPU_SKIP_MDS_QUERY": "1",
         }
-        command = [sys.executable, "-m", "gpipe_jax.train", str(config), f"train.workdir={workdir}"]
+        command = [
+            sys.executable,
+            "-m",
+            "gpipe_jax",
+            "train",
+            str(config),
+            f"train.workdir={workdir}",
+        ]
         command += [f"train.{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

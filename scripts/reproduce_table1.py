@@ -23,18 +23,19 @@ from typing import NamedTuple
 import jax
 from tables import amoebanet, arguments, compiling, finish, transformer
 
-from gpipe_jax import figure
-from gpipe_jax.cost import tree_bytes
-from gpipe_jax.layers.shapes import elements
-from gpipe_jax.memory import describe
-from gpipe_jax.pipeline import Pipeline
-from gpipe_jax.planning import accelerators, programs
-from gpipe_jax.planning.compiled import Compiled
-from gpipe_jax.planning.compute import Compiling
-from gpipe_jax.planning.job import Job, Layout
-from gpipe_jax.table import as_text
-from gpipe_jax.trainer import Trainer
-from gpipe_jax.units import GIB
+from gpipe_jax.layers.shape_inference import elements
+from gpipe_jax.partition.costs import tree_bytes
+from gpipe_jax.pipeline.memory import describe
+from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.planner import programs
+from gpipe_jax.planner.job import Job, Layout
+from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.tpu_compiler import topologies
+from gpipe_jax.tpu_compiler.results import Compiled
+from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils import figures
+from gpipe_jax.utils.table import as_text
+from gpipe_jax.utils.units import GIB
 
 SEQUENCES, IMAGES = 32, 128  # in a batch
 MICRO_BATCHES = {"transformer": 32, "amoebanet": 64}
@@ -306,7 +307,7 @@ def records(model: str, rows: Sequence[Row]) -> Iterator[dict]:
 
 def draw(model: str, rows: Sequence[Row], path: Path) -> None:
     """Bars: parameters of the paper's and of our largest model, by the number of partitions."""
-    picture = figure.blank(6.5, 3.8)
+    picture = figures.blank(6.5, 3.8)
     axes = picture.subplots()
     paper = [row.paper.parameters for row in rows]
     ours = [row.largest.parameters if row.largest else 0 for row in rows]
@@ -341,7 +342,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # no device is used here
     rows = []
     for K in wanted:
-        target = compiling(accelerators.parse(paper[K].topology), options.timeout)
+        target = compiling(topologies.parse(paper[K].topology), options.timeout)
         rows.append(ROWS[options.rows](K, paper[K], target))
     print(f"\n{table(options.rows, rows)}\n")
     for row in rows:

@@ -7,7 +7,7 @@
 
 Needs the TPU compiler (`pip install 'gpipe-jax[tpu]'`, Linux x86-64) and no TPU. Nothing ran on a
 TPU: times are the compiler's cycle estimates for TPU v3, at the clock and with the links of
-`gpipe_jax.planning.accelerators`. A layer takes up to a minute or two to compile and is remembered.
+`gpipe_jax.tpu_compiler.topologies`. A layer takes up to a minute or two to compile and is remembered.
 
 The paper (https://arxiv.org/abs/1811.06965) trains Transformer-48 and AmoebaNet-D (18, 256) on K
 partitions with M micro-batches, and adjusts the batch to memory. Here a batch is 32 sequences or
@@ -28,14 +28,16 @@ import jax
 import tables
 from tables import arguments, compiling, finish
 
-from gpipe_jax import figure, partition
-from gpipe_jax.planning import accelerators, compute, programs, timing
-from gpipe_jax.planning.compute import Compiling
-from gpipe_jax.planning.job import Job, Layout
-from gpipe_jax.planning.timing import StageTimes, StepTime
-from gpipe_jax.table import as_text
-from gpipe_jax.trainer import Trainer
-from gpipe_jax.units import GIB
+from gpipe_jax.partition import solver
+from gpipe_jax.planner import predict, programs, step_time
+from gpipe_jax.planner.job import Job, Layout
+from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.step_time import StageTimes, StepTime
+from gpipe_jax.tpu_compiler import topologies
+from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils import figures
+from gpipe_jax.utils.table import as_text
+from gpipe_jax.utils.units import GIB
 
 TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)
@@ -126,10 +128,10 @@ class Predictor:
         times = self.layer_times(batch // layout.micro_batches)
         trainer = MODELS[self.model](batch).trainer(layout, self._cost(times))
         stages = trainer.pipe.stages
-        whole = timing.stage_times(
+        whole = step_time.stage_times(
             *(of_stages(each, stages.cuts) for each in times), remat_layers=stages.remat_layers
         )
-        step = timing.step_time(
+        step = step_time.step_time(
             stages,
             trainer.pipe.schedule,
             whole,
@@ -143,7 +145,7 @@ class Predictor:
         """A step whose stages are compiled whole; ValueError if one of them does not fit."""
         times = self.layer_times(batch // layout.micro_batches)
         job = MODELS[self.model](batch)
-        trainer, found = compute.predict(job, layout, self.compiling, self._cost(times))
+        trainer, found = predict.predict(job, layout, self.compiling, self._cost(times))
         return self._cell(layout, batch, "stages", trainer, times, found.stages, found.step)
 
     def _cost(self, times: LayerTimes) -> str | list[float]:
@@ -161,7 +163,7 @@ class Predictor:
         step: StepTime,
     ) -> Cell:
         need = sum(trainer.device_bytes().values()) / GIB
-        best = partition.partition(layers.backward, len(whole.backward)).imbalance
+        best = solver.partition(layers.backward, len(whole.backward)).imbalance
         slowest, limit = imbalance(whole.backward), self.compiling.topology.generation.hbm_gib
         found = Cell(
             self.model, layout, batch, basis, step, slowest, best, need, fits=need <= limit
@@ -307,7 +309,7 @@ def records(cells: Sequence[Cell], base: float) -> Iterator[dict]:
 def draw(cells: Sequence[Cell], path: Path) -> None:
     """Lines against the number of partitions, for each M; the paper's are dashed."""
     models = list(dict.fromkeys(cell.model for cell in cells))
-    picture = figure.blank(5 * len(models), 3.8)
+    picture = figures.blank(5 * len(models), 3.8)
     panels = picture.subplots(1, len(models), squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
         own = [cell for cell in cells if cell.model == model]
@@ -327,7 +329,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 def draw_interleaved(cells: Sequence[Cell], path: Path) -> None:
     """Speed-up against the number of chunks."""
-    picture = figure.blank(4.5, 3.6)
+    picture = figures.blank(4.5, 3.6)
     axes, chunks = picture.subplots(), [cell.layout.chunks for cell in cells]
     axes.plot(chunks, [cells[0].step.total / c.step.total for c in cells], "o-", label="predicted")
     theory = [theoretical_speedup(*c.key, c.layout.chunks) for c in cells]
@@ -342,7 +344,7 @@ def draw_interleaved(cells: Sequence[Cell], path: Path) -> None:
 
 def run_model(model: str, options: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
     """Print one model's tables: (its cells by layers, those with more of the largest M)."""
-    predictor = Predictor(model, compiling(accelerators.parse(TOPOLOGY), options.timeout))
+    predictor = Predictor(model, compiling(topologies.parse(TOPOLOGY), options.timeout))
     one = functools.partial(Layout, schedule=options.schedule, remat="stage")
     cells, whole = [], []
     many = max(options.micro_batches)
@@ -376,7 +378,7 @@ def _whole_stages(predictor: Predictor, cells: Sequence[Cell]) -> Iterator[Cell]
 
 def run_interleaved(options: argparse.Namespace) -> list[Cell]:
     """Print Transformer-48's speed-up with several chunks a device, K = 8, M = 8."""
-    predictor = Predictor("transformer", compiling(accelerators.parse(TOPOLOGY), options.timeout))
+    predictor = Predictor("transformer", compiling(topologies.parse(TOPOLOGY), options.timeout))
     batch = batch_of("transformer", 8, options.hold)
     cells = [
         predictor.by_layers(Layout(8, 1, 8, schedule, V), batch) for V, schedule in INTERLEAVED

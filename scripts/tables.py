@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpipe_jax import losses, optimizer, zoo
+from gpipe_jax import losses, zoo
 from gpipe_jax.config import RmsPropConfig
-from gpipe_jax.planning import libtpu
-from gpipe_jax.planning.accelerators import Topology
-from gpipe_jax.planning.compute import Compiling
-from gpipe_jax.planning.job import Job
-from gpipe_jax.planning.report import COMPILED
+from gpipe_jax.planner.job import Job
+from gpipe_jax.planner.plan import COMPILED
+from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.tpu_compiler import libtpu
+from gpipe_jax.tpu_compiler.topologies import Topology
+from gpipe_jax.training import optimizers
 
 LENGTH = 1024  # tokens in a sequence
 IMAGE, CLASSES = 224, 1000
@@ -51,7 +52,7 @@ def amoebanet(layers: int, filters: int, batch: int) -> Job:
 
 def _job(network: list, loss: Callable, inputs: jax.ShapeDtypeStruct, labels: object) -> Job:
     """With RMSProp, whose two slots make 12 bytes a parameter, as the paper counts them."""
-    tx = optimizer.build(RmsPropConfig(learning_rate=1e-4, momentum=0.9), 100)
+    tx = optimizers.build(RmsPropConfig(learning_rate=1e-4, momentum=0.9), 100)
     return Job(network, loss, {"inputs": inputs, "labels": labels}, tx)
 
 

@@ -31,7 +31,7 @@ start() { # CONFIG [a.b=c ...]
   is_idle || fail 'a run is under way: end it first (scripts/tpu_pod.sh stop)'
   cd "$home"
   [[ ! -e $1.new ]] || mv "$1.new" "$1" # not before: a run under way starts again with its own
-  "$python" -m gpipe_jax.cli config "$@" >/dev/null # a wrong config ends here, saying why
+  "$python" -m gpipe_jax config "$@" >/dev/null # a wrong config ends here, saying why
   rm -f "$place/stop"
   # In a session of its own, with nothing of ssh's: it outlives the connection.
   setsid nohup bash scripts/tpu_host.sh supervise "$@" >>"$place/log" 2>&1 </dev/null &
@@ -49,7 +49,7 @@ supervise() { # CONFIG [a.b=c ...]
   while [[ ! -e $place/stop ]]; do
     began=$SECONDS code=0
     note "running since $(date -u +%FT%TZ)"
-    "$python" -m gpipe_jax.train "$@" &
+    "$python" -m gpipe_jax train "$@" &
     echo $! >"$place/pid"
     wait $! || code=$?
     rm -f "$place/pid" # the number may become another process's

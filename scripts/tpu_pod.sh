@@ -14,7 +14,7 @@ usage: scripts/tpu_pod.sh COMMAND NAME [options]
   create NAME --type v5litepod-16   ask for a TPU (a queued resource); --wait until it is there
   setup  NAME                       copy this clone to every host and install it
   run    NAME --config FILE [a.b=c ...]
-                                    start `python -m gpipe_jax.train` on every host and return
+                                    start `python -m gpipe_jax train` on every host and return
   status NAME                       the queued resource's state, and what each host is doing
   logs   NAME [--follow]            the end of every host's log
   stop   NAME                       save and end the run on every host

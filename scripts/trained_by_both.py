@@ -20,16 +20,17 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
 
-from gpipe_jax.genotype import Genotype
-from nas import build, evaluate
+from gpipe_jax.genotypes.genotype import Genotype
+from nas import from_config
 from nas.config import SearchConfig
-from nas.evaluate import Job
+from nas.evaluators import evaluator as evaluate
+from nas.evaluators.evaluator import Job
 from nas.training import weights
 from nas.training.evaluator import TrainingEvaluator
-from nas.training.interpreter import Interpreter
-from nas.training.names import BUILDERS
+from nas.training.interpreter.network import Interpreter
+from nas.training.interpreter.translation import to_static
 from nas.training.network import Values
-from nas.training.translate import to_static
+from nas.training.options import BUILDERS
 
 MEASURED = ("fitness", "compile_s", "train_s")
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
@@ -45,7 +46,7 @@ def arguments(config: SearchConfig) -> dict[str, Any]:
             f"evaluate.kind {config.evaluate.kind}: both builders train; use training, as in "
             "configs/search_digits.yaml"
         )
-    given = build.arguments(config)
+    given = from_config.arguments(config)
     replace(given["evaluate"], builder="static").network().encode(given["space"].random(Random(0)))
     return given
 

@@ -22,10 +22,10 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import nas
-from nas.evaluate import Job, Outcome
-from nas.evolution import Evolution
-from nas.nasbench201 import DATASETS, NASBench201Space, Table
-from nas.simulation import Done, Loop, simulate
+from nas.evaluators.evaluator import Job, Outcome
+from nas.evolution.evolution import Evolution
+from nas.evolution.simulation import Done, Loop, simulate
+from nas.spaces.nasbench201 import DATASETS, NASBench201Space, Table
 
 SPACE = NASBench201Space()
 KILLED, STRAGGLERS, SLOWER = 0.1, 0.05, 10.0

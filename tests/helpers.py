@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax import keys, sequential
+from gpipe_jax import sequential
+from gpipe_jax.layers import random_keys
 
 PyTree = Any
 
@@ -169,7 +170,7 @@ def reference(layers: list[gpipe.Layer], batch: dict, micro_batches: int = 1) ->
     step = jax.jit(
         sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy, micro_batches)
     )
-    (loss, metrics), grads, _ = step(params, stats, batch, keys.step_key(1, 0))
+    (loss, metrics), grads, _ = step(params, stats, batch, random_keys.step_key(1, 0))
     return jax.tree.map(np.asarray, (params, loss, metrics, grads))
 
 

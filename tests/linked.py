@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax import keys, sequential
+from gpipe_jax import sequential
+from gpipe_jax.layers import random_keys
 
 PyTree = Any
 WIDTH, CLASSES = 6, 5
@@ -151,5 +152,5 @@ def run_sequential(
     stats, result, grads = fresh, None, None
     for i, batch in enumerate(batches):
         progress = jnp.asarray(1.0 if steps is None else min(i / steps, 1.0))
-        result, grads, stats = step(params, stats, batch, keys.step_key(1, i), progress)
+        result, grads, stats = step(params, stats, batch, random_keys.step_key(1, i), progress)
     return jax.device_get((params, fresh, result, grads, stats))

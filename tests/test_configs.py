@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from paths import CONFIGS as FOLDER
 
-from gpipe_jax import build, cli, losses, optimizer, run, zoo
+from gpipe_jax import losses, zoo
+from gpipe_jax.cli import main as cli
 from gpipe_jax.config import AmoebaNetConfig, Config, TransformerConfig, image_shape, section_models
-from gpipe_jax.layers.shapes import LayerShape, infer_shapes
-from gpipe_jax.loader import load
+from gpipe_jax.config.loader import load
+from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
+from gpipe_jax.training import from_config, optimizers, run
 
-FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if "\nmodel:" in path.read_text())
 
 
@@ -48,7 +50,7 @@ def infer(config: Config) -> list[LayerShape]:
     if isinstance(model, AmoebaNetConfig):
         # It changes no shape, but makes layers unequal, and each unequal one takes its time.
         model = model.model_copy(update={"drop_path": 0.0})
-    return infer_shapes(build.network(model), micro_batch(config)["inputs"])
+    return infer_shapes(from_config.network(model), micro_batch(config)["inputs"])
 
 
 def count(shapes: list[LayerShape]) -> int:
@@ -72,7 +74,7 @@ def test_a_file_opens_with_its_command_and_says_what_was_checked(name: str) -> N
     command = head(name)[2].split()
     assert command[:3] == ["gpipe", "train", f"configs/{name}"]
     asked = load(FOLDER / name, command[3:])
-    optimizer.build(asked.optimizer, asked.train.steps)  # the warm-up fits into the steps
+    optimizers.build(asked.optimizer, asked.train.steps)  # the warm-up fits into the steps
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,7 +86,9 @@ def test_parameters_and_shapes(name: str) -> None:
     assert claimed("without the auxiliary head", name) == (
         count(shapes) - auxiliary if auxiliary else None
     )
-    values, metrics = jax.eval_shape(build.loss(config.model), shapes[-1].output, one["labels"])
+    values, metrics = jax.eval_shape(
+        from_config.loss(config.model), shapes[-1].output, one["labels"]
+    )
     assert values.shape == metrics["accuracy"].shape == one["labels"].shape
     assert len(shapes) >= config.mesh.stages * config.pipeline.chunks
 
@@ -107,12 +111,12 @@ def test_a_model_has_the_arguments_of_its_network_with_the_same_defaults(kind: s
     known = {name: p.default for name, p in parameters.items() if name != "auxiliary"}
     loss_only = {"kind", "auxiliary_weight", "label_smoothing"}
     assert {k: v for k, v in dict(model).items() if k not in loss_only} == known
-    assert build.network(model) == zoo.MODELS[kind]()  # type: ignore[arg-type]
+    assert from_config.network(model) == zoo.MODELS[kind]()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", section_models("data"))
 def test_a_data_set_has_the_arguments_of_its_function(kind: str) -> None:
-    known = set(inspect.signature(build.DATASETS[kind]).parameters)
+    known = set(inspect.signature(from_config.DATASETS[kind]).parameters)
     fields = set(section_models("data")[kind].model_fields) - {"kind"}
     assert known - fields <= {"seed", "length", "augment", "rules", "decode"} and not fields - known
 
@@ -122,23 +126,25 @@ def test_genotypes(genotype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     Path("C.json").write_text(zoo.AMOEBANET_C.to_json())
     options: dict[str, Any] = {"layers": 3, "filters": 8}
-    found = build.network(AmoebaNetConfig(genotype=genotype, auxiliary_weight=0.4, **options))
+    found = from_config.network(AmoebaNetConfig(genotype=genotype, auxiliary_weight=0.4, **options))
     cells = zoo.AMOEBANET_B if genotype == "B" else zoo.AMOEBANET_C
     assert found == zoo.amoebanet(cells, auxiliary=True, **options)
     assert found != zoo.amoebanet("D", auxiliary=True, **options)
 
 
 def test_losses() -> None:
-    assert build.loss(TransformerConfig()) is losses.softmax_cross_entropy
+    assert from_config.loss(TransformerConfig()) is losses.softmax_cross_entropy
     model = AmoebaNetConfig(label_smoothing=0.1, auxiliary_weight=0.5)
-    assert build.loss(model) == losses.classification(label_smoothing=0.1, auxiliary_weight=0.5)
+    assert from_config.loss(model) == losses.classification(
+        label_smoothing=0.1, auxiliary_weight=0.5
+    )
     convnet = section_models("model")["convnet"]()
-    assert build.loss(convnet) == losses.classification()  # type: ignore[arg-type]
+    assert from_config.loss(convnet) == losses.classification()  # type: ignore[arg-type]
 
 
 def test_tokens_have_the_length_of_the_model() -> None:
     config = load({"model": {"kind": "transformer_lm", "length": 6}, "data": TOKENS})
-    batch = next(build.dataset(config).train(0))
+    batch = next(from_config.dataset(config).train(0))
     assert batch["inputs"].shape == batch["labels"].shape == (4, 6)
     assert batch["inputs"].max() < 3
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from paths import REPOSITORY as ROOT
 
-from gpipe_jax import build, cli, loader, terminal
-from gpipe_jax.config import Config
-from gpipe_jax.planning import accelerators
+from gpipe_jax.cli import main as cli
+from gpipe_jax.config import Config, loader
+from gpipe_jax.tpu_compiler import topologies
+from gpipe_jax.training import from_config
+from gpipe_jax.utils import console
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 SPEC = yaml.safe_load((DOCS / "jobset.yaml").read_text())["spec"]
@@ -26,8 +28,8 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 def trained(words: list[str]) -> Config:
     """The config that a training command names, if it is one."""
-    assert words[1:3] == ["-m", "gpipe_jax.train"] and (ROOT / "gpipe_jax" / "train.py").exists()
-    return loader.load(ROOT / words[3], words[4:])
+    assert words[1:4] == ["-m", "gpipe_jax", "train"]
+    return loader.load(ROOT / words[4], words[5:])
 
 
 def devices(config: Config) -> int:
@@ -49,13 +51,13 @@ def test_jobset() -> None:
     assert JOB["parallelism"] == JOB["completions"]
     shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     chips = JOB["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
-    assert chips == accelerators.parse(f"v5e:{shape}").devices
+    assert chips == topologies.parse(f"v5e:{shape}").devices
     assert chips == devices(trained(container["command"]))
 
 
 def test_skypilot() -> None:
     name = SKY["resources"]["accelerators"].removeprefix("tpu-")
-    assert devices(trained(shlex.split(SKY["run"]))) == accelerators.parse(name).devices
+    assert devices(trained(shlex.split(SKY["run"]))) == topologies.parse(name).devices
     assert 2 not in SKY["resources"]["job_recovery"]["recover_on_exit_codes"]
 
 
@@ -82,7 +84,7 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, section in own.items():
         section["batch_size"] = 32
         config = loader.load({"model": models[name], "data": section})
-        data = build.dataset(config)
+        data = from_config.dataset(config)
         batch = next(data.train(3, np.arange(4)))
         assert len(batch["labels"]) == 4 and len(next(data.test())["labels"])
     assert set(kinds) == {"text", "arrays", "array_record", "python"}
@@ -111,10 +113,10 @@ def test_commands_of_the_pages(page: str, words: list[str]) -> None:
         options = [word for word in words if "=" in word]
         assert all(option in done.stdout for option in options)
     elif words[0] == "gpipe":
-        options = terminal.parse(cli._parser(), words[1:])
+        options = console.parse(cli._parser(), words[1:])
         config = loader.load(ROOT / options.config, options.overrides)
         if options.topology:
-            topology = accelerators.parse(options.topology)
+            topology = topologies.parse(options.topology)
             assert topology.devices == config.mesh.stages * config.mesh.data
     else:
         assert words[0] in ("gcloud", "docker", "kubectl", "sky", "pip"), f"{page}: {words}"

@@ -18,10 +18,13 @@ from flax import nnx
 from helpers import NETWORKS, assert_trees_close, make_batch, network, reference
 
 import gpipe_jax as gpipe
-from gpipe_jax import executor, keys, sequential, stages
-from gpipe_jax.schedule import BACKWARD, FORWARD
-from gpipe_jax.slots import Rows
-from gpipe_jax.storage import Storage
+from gpipe_jax import sequential
+from gpipe_jax.layers import random_keys
+from gpipe_jax.pipeline import executor
+from gpipe_jax.pipeline.ragged import stages
+from gpipe_jax.pipeline.ragged.storage import Storage
+from gpipe_jax.schedules.buffers import Rows
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +84,7 @@ def reference_with_dropout(rate: float) -> tuple:
 
 
 def make_pipeline(
-    name: str, K: int, D: int, M: int, kind: str | gpipe.schedule.Schedule, **kwargs: object
+    name: str, K: int, D: int, M: int, kind: str | gpipe.schedules.Schedule, **kwargs: object
 ) -> gpipe.Pipeline:
     return gpipe.Pipeline(
         network(name, **kwargs),
@@ -172,7 +175,7 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
     """The NaN test bites: reading one stale stash slot gives NaN."""
     lower = executor.lower
 
-    def stale(schedule: gpipe.schedule.Schedule) -> Rows:
+    def stale(schedule: gpipe.schedules.Schedule) -> Rows:
         rows = lower(schedule)
         return rows._replace(
             x_slot=(rows.x_slot + 1) % (rows.x_slots + 1), x_slots=rows.x_slots + 1
@@ -243,7 +246,7 @@ def test_equivalence_of_a_recurrent_module() -> None:
     params, stats = sequential.init(layers, jnp.asarray(batch["inputs"], jnp.float32))
     step = sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy)
     arrays = jax.tree.map(jnp.asarray, {**batch, "inputs": batch["inputs"].astype(np.float32)})
-    wanted, grads, _ = jax.jit(step)(params, stats, arrays, keys.step_key(0, 0))
+    wanted, grads, _ = jax.jit(step)(params, stats, arrays, random_keys.step_key(0, 0))
     pipe = gpipe.Pipeline(
         layers,
         loss=gpipe.losses.softmax_cross_entropy,
@@ -280,10 +283,10 @@ def test_equivalence_of_the_eager_schedule(name: str, K: int, D: int, M: int) ->
 
 def test_equivalence_of_a_table_of_ones_own() -> None:
     """Any valid table: here the micro-batches in reverse."""
-    plan = gpipe.schedule.gpipe(2, 3)
+    plan = gpipe.schedules.gpipe(2, 3)
     table = plan.table.copy()
     table[..., 1] = np.where(table[..., 0] > 0, 2 - table[..., 1], 0)
-    mine = gpipe.schedule.Schedule("reversed", table)
+    mine = gpipe.schedules.Schedule("reversed", table)
     check(make_pipeline("pytree_mlp", 2, 1, 3, mine), "pytree_mlp", double=False, tolerance=1e-5)
 
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY as ROOT
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 TPU = ["gcloud", "compute", "tpus", "queued-resources"]
 EVERYWHERE = ["--worker=all", "--node=all"]
@@ -49,10 +49,10 @@ import json, os, signal, sys, time
 here = os.environ["HOME"]
 with open(os.path.join(here, "trained"), "a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
-if sys.argv[1:3] == ["-m", "gpipe_jax.cli"]:
+if sys.argv[1:4] == ["-m", "gpipe_jax", "config"]:
     sys.exit(int(os.environ.get("CHECKED", 0)))
 print("a line of the run", flush=True)
-calls = [line for line in open(os.path.join(here, "trained")) if "gpipe_jax.train" in line]
+calls = [line for line in open(os.path.join(here, "trained")) if json.loads(line)[1:3] == ["gpipe_jax", "train"]]
 codes = os.environ["CODES"].split()
 code = codes[min(len(calls), len(codes)) - 1]
 if code == "deaf":
@@ -116,7 +116,7 @@ class Pod:
         """The arguments of every training process."""
         path = self.host / "trained"
         calls = [json.loads(line) for line in path.read_text().splitlines()]
-        return [call[2:] for call in calls if call[1] == "gpipe_jax.train"]
+        return [call[3:] for call in calls if call[1:3] == ["gpipe_jax", "train"]]
 
     def play(self) -> None:
         """Every command can succeed: the host is set up, and its log is there and short."""
@@ -377,7 +377,7 @@ def test_setup_brings_the_library_and_installs_it(pod: Pod) -> None:
     )
     said = pod("setup", "my-pod")
     home = pod.host / "gpipe-jax"
-    for name in ("pyproject.toml", "README.md", "gpipe_jax/train.py", "configs/digits.yaml"):
+    for name in ("pyproject.toml", "README.md", "gpipe_jax/__main__.py", "configs/digits.yaml"):
         assert (home / name).read_bytes() == (ROOT / name).read_bytes()
     assert f"venv --python 3.12 .venv in {home}" in said
     assert f"-e .[tpu,examples,tensorboard] in {home}" in said and "ready" in said

@@ -5,12 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpipe_jax.losses import (
-    classification,
-    softmax_cross_entropy,
-    squared_error,
-    weighted_sums,
-)
+from gpipe_jax.losses import classification, softmax_cross_entropy, squared_error, weighted_sums
 
 
 def entropy_in_numpy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+from paths import NOTEBOOKS
 
 
 def read(name: str) -> nbformat.NotebookNode:

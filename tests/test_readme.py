@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY as ROOT
 
-from gpipe_jax import cli, loader, schedule
+from gpipe_jax.cli import main as cli
+from gpipe_jax.config import loader
+from gpipe_jax.schedules import schedule
 from nas import cli as nas_cli
 from nas.config import SearchConfig
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

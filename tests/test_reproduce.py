@@ -7,11 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from paths import SCRIPTS
 
-from gpipe_jax.planning.job import Layout
-from gpipe_jax.planning.timing import StepTime
+from gpipe_jax.planner.job import Layout
+from gpipe_jax.planner.step_time import StepTime
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 GIB = 2**30
 
 

@@ -20,8 +20,10 @@ from helpers import assert_trees_close, widened
 from linked import CLASSES, QUICK
 
 import gpipe_jax as gpipe
-from gpipe_jax import executor, keys, sequential
-from gpipe_jax.device import Device
+from gpipe_jax import sequential
+from gpipe_jax.layers import random_keys
+from gpipe_jax.pipeline import executor
+from gpipe_jax.pipeline.device_step import Device
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
 STEPS, COUNT = 3, 32
@@ -228,7 +230,7 @@ def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
     for i, batch in enumerate(batches()):
         current, _ = trainer.step(current, batch)
         arrays = jax.tree.map(jnp.asarray, batch)
-        _, grads, stats = step(params, stats, arrays, keys.step_key(1, i), i / 4)
+        _, grads, stats = step(params, stats, arrays, random_keys.step_key(1, i), i / 4)
         updates, optimizer = tx.update(grads, optimizer)
         params = optax.apply_updates(params, updates)
     ours = trainer.to_layers(current)

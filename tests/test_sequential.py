@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpipe_jax import keys, losses, sequential, zoo
-from gpipe_jax.layers.dense import Dense
+from gpipe_jax import losses, sequential, zoo
+from gpipe_jax.distributed.mesh import DATA
+from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Context, Layer, layer
-from gpipe_jax.layers.shapes import count_parameters, describe, infer_shapes
-from gpipe_jax.mesh import DATA
+from gpipe_jax.layers.shape_inference import count_parameters, describe, infer_shapes
+from gpipe_jax.zoo.dense_layers import Dense
 
 PyTree = Any
 LAYERS = zoo.mlp((3, 8, 8, 4))
@@ -182,7 +183,7 @@ def test_tied_parameters_count_once() -> None:
 
 def test_parameters_depend_on_the_seed_and_the_layers_place_only() -> None:
     kernel = made(seed=5)[1]["linear"]["kernel"]
-    alone = jax.jit(LAYERS[1].init)(keys.layer_key(5, 1), jnp.ones((2, 8)))
+    alone = jax.jit(LAYERS[1].init)(random_keys.layer_key(5, 1), jnp.ones((2, 8)))
     np.testing.assert_array_equal(kernel, alone["linear"]["kernel"])
     assert not np.array_equal(kernel, made(seed=6)[1]["linear"]["kernel"])
 
@@ -193,7 +194,7 @@ def test_every_layer_and_micro_batch_draws_its_own_numbers() -> None:
     draw = lambda m: float(  # noqa: E731
         sequential.forward(layers, [{}, {}], [{}, {}], x, key, m, train=True)[0][0, 0]
     )
-    contexts = [Context(keys.apply_key(key, i, 1), train=True) for i in (0, 1)]
+    contexts = [Context(random_keys.apply_key(key, i, 1), train=True) for i in (0, 1)]
     alone = [float(layer(Noise).apply({}, {}, x, context)[0][0, 0]) for context in contexts]
     assert draw(1) == pytest.approx(sum(alone)) and alone[0] != alone[1]
     assert draw(0) != draw(1)

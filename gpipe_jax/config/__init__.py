@@ -11,6 +11,17 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic import ValidationError as PydanticError
 
+from gpipe_jax.config.base import (
+    Count,
+    CountOrZero,
+    Depth,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Text,
+    cross_check,
+    nearest_multiples,
+)
 from gpipe_jax.config.data import (
     ArrayRecordConfig,
     ArraysConfig,
@@ -25,18 +36,7 @@ from gpipe_jax.config.data import (
     data_problems,
     image_shape,
 )
-from gpipe_jax.config.fields import (
-    Count,
-    CountOrZero,
-    Depth,
-    Positive,
-    PositiveOrZero,
-    Section,
-    Text,
-    cross_check,
-    nearest_multiples,
-)
-from gpipe_jax.config.model import (
+from gpipe_jax.config.models import (
     AmoebaNetConfig,
     ConvNetConfig,
     MlpConfig,
@@ -44,14 +44,14 @@ from gpipe_jax.config.model import (
     ResNetConfig,
     TransformerConfig,
 )
-from gpipe_jax.config.optimizer import (
+from gpipe_jax.config.optimizers import (
     AdamConfig,
     AnyOptimizerConfig,
     OptimizerConfig,
     RmsPropConfig,
     SgdConfig,
 )
-from gpipe_jax.units import GIB
+from gpipe_jax.utils.units import GIB
 
 __all__ = [
     "AdamConfig",

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from gpipe_jax.config.fields import Count, CountOrZero, Fraction, Section, Text
-from gpipe_jax.config.model import MlpConfig, ModelConfig, TransformerConfig
+from gpipe_jax.config.base import Count, CountOrZero, Fraction, Section, Text
+from gpipe_jax.config.models import MlpConfig, ModelConfig, TransformerConfig
 
 
 class DigitsConfig(Section):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from gpipe_jax.layers.pool import Windows, fast_on_cpu, total
+from gpipe_jax.layers.pooling import Windows, fast_on_cpu, total
 
 AXES = ("NHWC", "HWIO", "NHWC")
 

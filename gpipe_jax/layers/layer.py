@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import jax
 from flax import nnx
 
-from gpipe_jax.layers import statistics
+from gpipe_jax.layers import batch_norm
 
 PyTree = Any
 
@@ -172,7 +172,7 @@ class Template(NamedTuple):
     train: nnx.GraphDef
     evaluate: nnx.GraphDef
     rng_state: tuple[tuple[tuple, type], ...]  # paths of its random streams
-    norms: tuple[statistics.Norm, ...]
+    norms: tuple[batch_norm.Norm, ...]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class ModuleLayer(Layer):
         return nnx.to_pure_dict(nnx.split(self.build(key), nnx.Param, ...)[1])
 
     def init_statistics(self) -> PyTree:
-        return statistics.fresh(_template(self).stats)
+        return batch_norm.fresh(_template(self).stats)
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
         del x
@@ -214,10 +214,10 @@ class ModuleLayer(Layer):
         if not (context.train and template.norms):
             return y, {}
         seen = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
-        return y, statistics.moments(template.norms, stats, seen)
+        return y, batch_norm.moments(template.norms, stats, seen)
 
     def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
-        return statistics.commit(_template(self).norms, stats, moments)
+        return batch_norm.commit(_template(self).norms, stats, moments)
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={_brief(value)}" for name, value in self.kwargs)
@@ -239,7 +239,7 @@ def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
 def _template(description: ModuleLayer) -> Template:
     """Built abstractly: no array of the module ever exists."""
     module = nnx.eval_shape(lambda: description.build(jax.random.key(0)))
-    norms = statistics.prepare(module, str(description))
+    norms = batch_norm.prepare(module, str(description))
     kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
     train, params, stats, rng_state, rest = nnx.split(module, *kinds)
     unknown = nnx.to_flat_state(rest)

@@ -1,11 +1,11 @@
 """Networks as lists of layers, ready to be cut into stages."""
 
-from gpipe_jax.genotype import Genotype
-from gpipe_jax.published import AMOEBANET_A, AMOEBANET_B, AMOEBANET_C, AMOEBANET_D
-from gpipe_jax.zoo.amoebanet import amoebanet
+from gpipe_jax.genotypes.amoebanet import AMOEBANET_A, AMOEBANET_B, AMOEBANET_C, AMOEBANET_D
+from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.zoo.amoebanet.network import amoebanet
 from gpipe_jax.zoo.basic import convnet, mlp
 from gpipe_jax.zoo.resnet import resnet
-from gpipe_jax.zoo.transformer import encoder_decoder, transformer_lm
+from gpipe_jax.zoo.transformer.networks import encoder_decoder, transformer_lm
 from gpipe_jax.zoo.unet import unet
 
 MODELS = {

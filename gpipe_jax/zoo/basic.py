@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from gpipe_jax.layers.conv import ConvHead, ConvStem, ResidualBlock
-from gpipe_jax.layers.dense import Dense
 from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.zoo.dense_layers import Dense
 
 
 def convnet(

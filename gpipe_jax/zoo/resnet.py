@@ -5,7 +5,7 @@ from typing import Literal
 
 from gpipe_jax.layers.conv import ConvHead
 from gpipe_jax.layers.layer import Layer, check_counts, layer
-from gpipe_jax.layers.resnet import BottleneckEnd, BottleneckStart, ConvNormRelu, MaxPool
+from gpipe_jax.zoo.resnet_layers import BottleneckEnd, BottleneckStart, ConvNormRelu, MaxPool
 
 EXPANSION = 4  # output features of a bottleneck over its inner ones
 SKIP = "identity"

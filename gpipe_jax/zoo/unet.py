@@ -3,8 +3,8 @@
 from itertools import pairwise
 
 from gpipe_jax.layers.layer import Layer, check_counts, layer
-from gpipe_jax.layers.resnet import ConvNormRelu
-from gpipe_jax.layers.unet import Down, SegmentationHead, Up
+from gpipe_jax.zoo.resnet_layers import ConvNormRelu
+from gpipe_jax.zoo.unet_layers import Down, SegmentationHead, Up
 
 
 def unet(

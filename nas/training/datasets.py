@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax import data, images
-from nas.training.names import DATASETS
+from gpipe_jax import data
+from gpipe_jax.data import cifar10_files
+from nas.training.options import DATASETS
 
 
 class Split(NamedTuple):
     """What is trained on, and what is held out to judge by."""
 
-    images: np.ndarray  # [N, S, S, C] float32
+    cifar10_files: np.ndarray  # [N, S, S, C] float32
     labels: np.ndarray  # [N] int32
     held_images: np.ndarray
     held_labels: np.ndarray
@@ -74,7 +75,9 @@ class Data:
     """
 
     name: str  # one of `names.DATASETS`, or a .npz file with `inputs` and `labels`
-    folder: str | None = None  # of the files of cifar10, see `gpipe_jax.images.read_cifar10`
+    folder: str | None = (
+        None  # of the files of cifar10, see `gpipe_jax.data.cifar10_files.read_cifar10`
+    )
     validation: int | None = None
     examples: int | None = None
     digest: str | None = None  # of a file, so that another one of its name is another data set
@@ -153,8 +156,8 @@ def _whole(make: Callable[[int], data.Dataset]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _cifar10(folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    train, _ = images.read_cifar10(folder)
-    return images.normalised(train.pixels), train.labels
+    train, _ = cifar10_files.read_cifar10(folder)
+    return cifar10_files.normalised(train.pixels), train.labels
 
 
 _SOURCES = {

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gpipe_jax.genotype import PAPER_OPERATIONS
-from nas import keeping
-from nas.evaluate import TRAINED_VALUES, Job
-from nas.training.names import BUILDERS, DATASETS, DTYPES, RUNG, check_data
+from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
+from nas.ask_tell import trained_values
+from nas.evaluators.evaluator import TRAINED_VALUES, Job
+from nas.training.options import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
     from nas.training.datasets import Data, Split
+    from nas.training.loop import Course
     from nas.training.network import Network
     from nas.training.recipe import Recipe
-    from nas.training.training import Course
 
 
 SMALLEST = 3
@@ -167,7 +167,7 @@ class TrainingEvaluator:
             from nas.training.static import Static
 
             return Static(shape)
-        from nas.training.interpreter import Interpreter
+        from nas.training.interpreter.network import Interpreter
 
         return Interpreter(shape, self.operations, self.pairs)
 
@@ -175,8 +175,9 @@ class TrainingEvaluator:
 
     def evaluate(self, job: Job) -> dict[str, Any]:
         """Train, validate, and keep the trained values if the search does."""
-        from nas.training import cache, programs, weights
-        from nas.training.training import Training
+        from nas.training import compilation_cache as cache
+        from nas.training import programs, weights
+        from nas.training.loop import Training
 
         cache.use(self.compilation_cache)
         begun = time.perf_counter()
@@ -189,7 +190,7 @@ class TrainingEvaluator:
         compile_s = time.perf_counter() - begun if is_new else 0.0
         found: dict[str, Any] = training.run(job.rivals)
         if self.run is not None:
-            name = keeping.name_of(job)
+            name = trained_values.name_of(job)
             weights.save(Path(self.run) / name, job.architecture, training.values)
             found[TRAINED_VALUES] = name
         return {**found, "compile_s": compile_s}
@@ -208,7 +209,7 @@ class TrainingEvaluator:
         return Recipe(self.batch_size, *rest, source(self.data).augmentation)
 
     def _course(self) -> "Course":
-        from nas.training.training import Course
+        from nas.training.loop import Course
 
         return Course(
             self.epochs,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from gpipe_jax.genotype import Genotype
+from gpipe_jax.genotypes.genotype import Genotype
 
 PyTree = Any
 Architecture = Any
@@ -27,7 +27,7 @@ Architecture = Any
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of the networks of a search; the words are those of `gpipe_jax.zoo.amoebanet`."""
+    """The size of the networks of a search; the words are those of `gpipe_jax.zoo.amoebanet.network`."""
 
     cells: int  # normal cells in each of the three stacks (N)
     filters: int  # of the first stack (F)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from gpipe_jax.units import GIB
+from gpipe_jax.utils.units import GIB
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Values
 from nas.training.recipe import Plan, Recipe, rate

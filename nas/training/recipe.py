@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpipe_jax import losses, optimizer
+from gpipe_jax import losses
+from gpipe_jax.training import optimizers
 from nas.training.datasets import Augmentation
 
 PyTree = Any
@@ -39,7 +40,7 @@ class Recipe:
     @property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """To be scaled by `- rate`; `update(..., decaying=)` says which entries decay."""
-        decay = optimizer.weight_decay(self.weight_decay)
+        decay = optimizers.weight_decay(self.weight_decay)
         return optax.chain(decay, optax.trace(self.momentum))
 
     def loss(self, scores: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Networks as the pipeline has them: layers of `gpipe_jax.zoo.amoebanet`, compiled one by one."""
+"""Networks as the pipeline has them: layers of `gpipe_jax.zoo.amoebanet.network`, compiled one by one."""
 
 import functools
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from gpipe_jax import sequential
-from gpipe_jax.genotype import Genotype
+from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.layers.layer import Layer, ModuleLayer
-from gpipe_jax.zoo.amoebanet import amoebanet
+from gpipe_jax.zoo.amoebanet.network import amoebanet
 from nas.training.network import PyTree, Shape, Values
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpipe_jax import tensorfile
-from gpipe_jax.genotype import Genotype
+from gpipe_jax.checkpoint import safetensors
+from gpipe_jax.genotypes.genotype import Genotype
 from nas.training.network import Architecture, Network, Values
 
 
@@ -25,8 +25,8 @@ def save(path: Path, genotype: Genotype, values: Values) -> None:
     shapes = {name: (a.dtype, a.shape) for name, a in arrays.items()}
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with draft.open("wb") as file:
-        summed = tensorfile.Summed(file)
-        tensorfile.write(summed, shapes, arrays.values(), {"genotype": genotype.to_json()})
+        summed = safetensors.Summed(file)
+        safetensors.write(summed, shapes, arrays.values(), {"genotype": genotype.to_json()})
         summed.sync()
     os.replace(draft, path)
 
@@ -36,7 +36,7 @@ def load(path: Path, network: Network) -> tuple[Architecture, Values]:
     try:
         content = path.read_bytes()
         genotype = Genotype.from_json(_metadata(content)["genotype"])
-        arrays = tensorfile.read(content)
+        arrays = safetensors.read(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"trained values {path} cannot be read ({type(error).__name__}: {error}): remove the "

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from paths import SHARED_DATA
+
 import nas
 
-SIBLING = Path(__file__).parents[3] / "shared" / "data"
-DATA = Path(os.environ.get("GPIPE_JAX_DATA") or SIBLING)
+DATA = Path(os.environ.get("GPIPE_JAX_DATA") or SHARED_DATA)
 HAS_TABLE = (DATA / "nasbench201" / "nb201.npz").exists()
 NO_TABLE = f"no NAS-Bench-201 in {DATA}; set GPIPE_JAX_DATA"
 

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import SCRIPTS
 
 import nas
-from nas.evaluate import goes_by
+from nas.evaluators.evaluator import goes_by
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 OVERRIDES = ("evolution.population=4", "evolution.sample=2", "run.cycles=8", "run.workers=1")
 
 

@@ -4,18 +4,17 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY as ROOT
 from searches import DATA, HAS_TABLE, NO_TABLE
 
-from gpipe_jax.genotype import Genotype
-from gpipe_jax.loader import load_as
+from gpipe_jax.config.loader import load_as
+from gpipe_jax.genotypes.genotype import Genotype
 from nas import cli
 from nas.config import SearchConfig, TrainingConfig
 from nas.training.evaluator import TrainingEvaluator
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """\
 space: {kind: nasnet, pairs: 3}
 evaluate:

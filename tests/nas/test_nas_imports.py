@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_imports import imports_of
+from import_graph import imports_of
 
 import nas
 

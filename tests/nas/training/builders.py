@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import assert_trees_close
 
-from gpipe_jax.genotype import Genotype
-from nas.nasnet import NASNetSpace
-from nas.training.interpreter import Interpreter
+from gpipe_jax.genotypes.genotype import Genotype
+from nas.spaces.nasnet import NASNetSpace
+from nas.training.interpreter.network import Interpreter
+from nas.training.interpreter.translation import from_static, to_static
 from nas.training.network import Network, PyTree, Shape, Values
 from nas.training.static import Static
-from nas.training.translate import from_static, to_static
 
 
 class Step(NamedTuple):

@@ -3,11 +3,9 @@
 import importlib
 import math
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+from paths import SCRIPTS
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import importlib
 import math
 import sys
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -11,13 +10,12 @@ import jax
 import numpy as np
 import pytest
 import toy
+from paths import SCRIPTS
 
 import nas
 from nas.training import weights
 from nas.training.network import Shape
 from nas.training.programs import TooLargeError
-
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 @pytest.fixture

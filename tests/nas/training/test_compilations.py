@@ -13,7 +13,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from toy import SMALL_SPACE, search, small
 
-from nas.training import cache, programs
+from nas.training import compilation_cache as cache
+from nas.training import programs
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from builders import Pair, Step, assert_same, floored, random_genotype, shaken
 
-from gpipe_jax.genotype import OPERATIONS, PAPER_OPERATIONS, Genotype
-from gpipe_jax.published import GENOTYPES
-from nas.training.interpreter import Interpreter
+from gpipe_jax.genotypes.amoebanet import GENOTYPES
+from gpipe_jax.genotypes.genotype import OPERATIONS, PAPER_OPERATIONS, Genotype
+from nas.training.interpreter.network import Interpreter
 from nas.training.network import Shape
 
 pytestmark = pytest.mark.slow

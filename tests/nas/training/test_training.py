@@ -15,18 +15,18 @@ import pytest
 from toy import SLOTS, SMALL_SPACE, job, search, small, toy, trace
 
 import nas
-from nas import workers
-from nas.opening import MismatchError
+from nas.ask_tell.reopening import MismatchError
 from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
+from nas.training.loop import Training
 from nas.training.network import Values
 from nas.training.recipe import Plan, rate
-from nas.training.training import Training
+from nas.workers import task
 
 
 @pytest.fixture(autouse=True)
 def no_cache_on_disk(monkeypatch) -> None:
-    monkeypatch.setattr("nas.training.cache.use", lambda folder: None)
+    monkeypatch.setattr("nas.training.compilation_cache.use", lambda folder: None)
 
 
 def numbers(found: dict) -> dict:
@@ -154,7 +154,7 @@ def test_validation_counts_each_image_once() -> None:
 
 def test_the_fitness_is_the_mean_of_the_last_validations(monkeypatch) -> None:
     found = iter([0.1, 0.4, 0.6])
-    monkeypatch.setattr("nas.training.training.Training.accuracy", lambda self: next(found))
+    monkeypatch.setattr("nas.training.loop.Training.accuracy", lambda self: next(found))
     assert toy(epochs=5, validations=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
 
 
@@ -295,8 +295,8 @@ def test_another_space(tmp_path) -> None:
         nas.search(space="nasbench201", evaluate=toy(), folder=tmp_path)
 
 
-def outcome(evaluator, **options) -> nas.evaluate.Outcome:
-    return workers.run(evaluator, job(**options))
+def outcome(evaluator, **options) -> Outcome:
+    return task.run(evaluator, job(**options))
 
 
 def test_a_loss_that_is_nan_stops_the_training() -> None:

@@ -12,19 +12,20 @@ import jax
 import numpy as np
 import pytest
 import toy
+from paths import HELPERS
 from toy import job, search, trace
 
 import nas
-from nas.keeping import LostValuesError
+from nas.ask_tell.trained_values import LostValuesError
 from nas.training import weights
-from nas.training.training import Training
+from nas.training.loop import Training
 
 WARM = {"fitness_policy": "retrain_warm", "cycles": 14, "population": 5, "sample": 2}
 
 
 @pytest.fixture(autouse=True)
 def no_cache_on_disk(monkeypatch) -> None:
-    monkeypatch.setattr("nas.training.cache.use", lambda folder: None)
+    monkeypatch.setattr("nas.training.compilation_cache.use", lambda folder: None)
 
 
 def files(result: nas.Result) -> set[str]:
@@ -169,7 +170,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, eval
         options["space"] = toy.SMALL_SPACE
     whole = search(tmp_path, eval(evaluator), name="whole", **options)
     code = RUN.format(
-        paths=[str(Path(__file__).parent)], cache=str(tmp_path / "cache"), folder=str(tmp_path),
+        paths=[str(path) for path in HELPERS], cache=str(tmp_path / "cache"), folder=str(tmp_path),
         options=options, evaluator=evaluator,
     )  # fmt: skip
     rng = np.random.default_rng(0)

@@ -1,0 +1,283 @@
+"""Cells of the AmoebaNet search space as data: checked, compared, stored, and drawn.
+
+A network of this space repeats two cells, normal and reduction (Real et al. 2019,
+https://arxiv.org/abs/1802.01548, "Search space"). A cell is a small graph of hidden states:
+
+    state 0    the cell's direct input, the output of the cell before it
+    state 1    its skip input, the output of the cell before that
+    state 2+i  made by pair i: op_a(state a) + op_b(state b), with a and b made earlier
+    output     some of the states, concatenated over the channels
+"""
+
+import json
+import operator
+import reprlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from gpipe_jax.genotypes import cell_drawing
+from gpipe_jax.utils.text import meant_or_known
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+Element = tuple[str, int]  # an operation, and the state it reads
+Pair = tuple[Element, Element]
+
+PAPER_OPERATIONS: tuple[str, ...] = (
+    "identity",
+    "sep_3x3",
+    "sep_5x5",
+    "sep_7x7",
+    "avg_pool_3x3",
+    "max_pool_3x3",
+    "dil_sep_3x3",
+    "conv_1x7_7x1",
+)
+"""The eight operations that the paper's search chooses from."""
+
+OPERATIONS: tuple[str, ...] = (
+    *PAPER_OPERATIONS,
+    "conv_1x1",
+    "conv_3x3",
+    "max_pool_2x2",
+    "dil_2_sep_5x5",
+)
+"""All operations: the paper's eight, and four more that AmoebaNet-B and D need."""
+
+INPUTS = 2
+"""The states 0 and 1, which no pair makes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A graph of hidden states; lists are frozen, and what is not a cell raises ValueError."""
+
+    pairs: tuple[Pair, ...]
+    concat: tuple[int, ...]  # the states that form the output
+
+    def __post_init__(self) -> None:
+        given = _items("pairs", self.pairs, "pairs of elements")
+        pairs = tuple(_pair(i, pair) for i, pair in enumerate(given))
+        if not pairs:
+            raise ValueError(f"pairs is {given!r}, but a cell needs at least one pair: add one")
+        object.__setattr__(self, "pairs", pairs)
+        object.__setattr__(self, "concat", _concat(self.concat, len(pairs)))
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[Sequence[Element]]) -> "Cell":
+        """The cell whose output is its unused states, the rule of the paper's search."""
+        draft = cls(tuple(pairs), concat=(INPUTS,))  # type: ignore[arg-type]
+        return replace(draft, concat=draft.unused())
+
+    @property
+    def states(self) -> int:
+        """How many hidden states there are, both inputs included."""
+        return INPUTS + len(self.pairs)
+
+    def unused(self) -> tuple[int, ...]:
+        """The states no pair reads. The paper calls inputs hidden states too, so they count."""
+        read = {state for pair in self.pairs for _, state in pair}
+        return tuple(state for state in range(self.states) if state not in read)
+
+    def canonical(self) -> "Cell":
+        """The one form that all cells with the same graph share, and no other cell.
+
+        The same graph: pairs in another order, elements of a pair swapped, concat in another order,
+        or pairs that do not reach the output. Pairs that read alike stay apart, as each has
+        parameters of its own.
+        """
+        return _canonical(self)
+
+    def __str__(self) -> str:
+        return cell_drawing.cell_text(self)
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """The two cells of a network. The name is for people: equality and canonical forms ignore it.
+
+    In a reduction cell the operations that read an input have stride 2.
+    """
+
+    normal: Cell
+    reduction: Cell
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for kind, cell in (("normal", self.normal), ("reduction", self.reduction)):
+            if not isinstance(cell, Cell):
+                raise ValueError(f"{kind} cell: expected a Cell, got {_short(cell)}: make it one")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name: expected a text, got {_short(self.name)}: correct it")
+
+    def canonical(self) -> "Genotype":
+        """The form, without a name, that all genotypes with the same two graphs share."""
+        return Genotype(self.normal.canonical(), self.reduction.canonical())
+
+    def to_json(self) -> str:
+        """The genotype as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Genotype":
+        """The genotype that `to_json` wrote; ValueError says what is wrong and where."""
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"genotype: not JSON ({error}): give what to_json returned") from error
+        _check_keys("genotype", document, ("normal", "reduction"), ("name",))
+        cells = {kind: _read_cell(kind, document[kind]) for kind in ("normal", "reduction")}
+        return cls(**cells, name=document.get("name", ""))
+
+    def __str__(self) -> str:
+
+        return cell_drawing.text(self)
+
+    def _repr_html_(self) -> str:
+
+        return cell_drawing.html(self)
+
+    def plot(self, path: "str | Path | None" = None) -> "Figure":
+        """Both cells as graphs, in a matplotlib figure; written to `path` where given."""
+
+        return cell_drawing.figure(self, path)
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is meant as what `Genotype.to_json` writes, and not as a name or a path."""
+    return text.lstrip().startswith("{")
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def _items(place: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{place}: expected {wanted}, got {_short(value)}: give a list or a tuple")
+    return tuple(value)
+
+
+def _pair(i: int, value: Any) -> Pair:
+    elements = _items(f"pair {i}", value, "two elements (operation, state)")
+    if len(elements) != 2:
+        raise ValueError(
+            f"pair {i} has {len(elements)} elements: a pair adds two, give (operation, state) twice"
+        )
+    a, b = (_element(i, f"pair {i}, element {k}", item) for k, item in enumerate(elements))
+    return a, b
+
+
+def _element(i: int, place: str, value: Any) -> Element:
+    parts = _items(place, value, "(operation, state)")
+    if len(parts) != 2:
+        raise ValueError(f"{place} has {len(parts)} parts: give two, (operation, state)")
+    operation, state = parts
+    if operation not in OPERATIONS:
+        hint = meant_or_known(str(operation), OPERATIONS)
+        raise ValueError(f"{place}: unknown operation {_short(operation)}{hint}")
+    state, made = _state(place, state), INPUTS + i
+    if not 0 <= state < made:
+        raise ValueError(
+            f"{place} reads state {state}, but pair {i} makes state {made} and can read only "
+            f"earlier ones: use 0 to {made - 1}"
+        )
+    return str(operation), state
+
+
+def _state(place: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{place}: a state is a whole number, got {_short(value)}: give its index")
+    return operator.index(value)
+
+
+def _concat(value: Any, pairs: int) -> tuple[int, ...]:
+    last = INPUTS + pairs - 1
+    given = _items("concat", value, "the states that form the output")
+    states = tuple(_state(f"concat[{k}]", state) for k, state in enumerate(given))
+    for k, state in enumerate(states):
+        if not 0 <= state <= last:
+            raise ValueError(
+                f"concat[{k}] is state {state}, but the last state is {last}: use 0 to {last}"
+            )
+        if states.index(state) < k:
+            raise ValueError(
+                f"concat[{k}] is state {state}, as is concat[{states.index(state)}]: name each "
+                "state once"
+            )
+    if max(states, default=0) < INPUTS:
+        raise ValueError(
+            f"concat is {states}, but the output needs a state that a pair makes: add one of "
+            f"{INPUTS} to {last}"
+        )
+    return states
+
+
+def _canonical(cell: Cell) -> Cell:
+    """Number the pairs anew, so that the sequence of (pair, in concat) is the least there is.
+
+    The least entry wins at each step, as what follows cannot make up for it. All orders that tie
+    are followed, but of twins, which the same elements of the same pairs read, only one: to swap
+    them changes nothing.
+    """
+    made_by = {state: cell.pairs[state - INPUTS] for state in _live(cell)}
+    reads = [(source, op, state) for state, pair in made_by.items() for op, source in pair]
+    readers = {state: tuple(read[1:] for read in reads if read[0] == state) for state in made_by}
+    orders = [{0: 0, 1: 1}]  # old number -> new number, of the states made so far
+    pairs: list[Pair] = []
+    for number in range(INPUTS, INPUTS + len(made_by)):
+        steps = []
+        for order in orders:
+            ready = {
+                (_renamed(pair, order), state in cell.concat, readers[state]): state
+                for state, pair in made_by.items()
+                if state not in order and all(source in order for _, source in pair)
+            }
+            steps += [(entry[:2], {**order, state: number}) for entry, state in ready.items()]
+        least = min(entry for entry, _ in steps)
+        orders = [order for entry, order in steps if entry == least]
+        pairs.append(least[0])
+    return Cell(tuple(pairs), tuple(sorted(orders[0][state] for state in cell.concat)))
+
+
+def _live(cell: Cell) -> list[int]:
+    """The states made by pairs that reach the output."""
+    reached = set(cell.concat)
+    for state in reversed(range(INPUTS, cell.states)):
+        if state in reached:
+            reached.update(source for _, source in cell.pairs[state - INPUTS])
+    return sorted(reached - set(range(INPUTS)))
+
+
+def _renamed(pair: Pair, names: dict[int, int]) -> Pair:
+    a, b = sorted((operation, names[state]) for operation, state in pair)
+    return a, b
+
+
+def _check_keys(
+    place: str, value: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{place}: expected an object with {', '.join(required)}, got {_short(value)}: give "
+            "what to_json returned"
+        )
+    for key in required:
+        if key not in value:
+            raise ValueError(f"{place}: {key!r} is missing from {_short(list(value))}: add it")
+    for key in value:
+        if key not in required + optional:
+            known = ", ".join(required + optional)
+            raise ValueError(f"{place}: unknown key {_short(key)}; known: {known}")
+
+
+def _read_cell(kind: str, value: Any) -> Cell:
+    _check_keys(f"{kind} cell", value, ("pairs", "concat"))
+    try:
+        return Cell(value["pairs"], value["concat"])
+    except ValueError as error:
+        raise ValueError(f"{kind} cell: {error}") from error

@@ -1,0 +1,193 @@
+"""What connects layers beside their order: stashed tensors that are popped later, tied parameters.
+
+kept = {}
+for layer in layers:
+    x = (x, *(kept.pop(name) for name in layer.pops))   # if it pops any
+    y = layer(params with the tied ones filled in, x)
+    y, *stashed = y                                     # if it stashes any
+    kept.update(zip(layer.stashes, stashed))
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.utils.trees import by_name
+
+PyTree = Any
+
+
+class Boundary(NamedTuple):
+    """What passes between two layers."""
+
+    x: PyTree
+    skips: dict[str, PyTree]  # stashed before, not yet popped
+
+
+def call(
+    layer: Layer, params: PyTree, stats: PyTree, boundary: Boundary, shared: dict, context: Context
+) -> tuple[Boundary, PyTree]:
+    """One layer, with its links: what passes on behind it, and the moments of its batch norms."""
+    x, rest = take(layer, boundary)
+    filled = fill(layer, params, shared)
+    y, moments = layer.apply(filled, stats, x, context)
+    return give(layer, y, rest), moments
+
+
+def take(layer: Layer, boundary: Boundary) -> tuple[PyTree, dict]:
+    """The layer's input, and the skips that pass it by."""
+    popped = [boundary.skips[name] for name in layer.pops]
+    rest = {name: kept for name, kept in boundary.skips.items() if name not in layer.pops}
+    return ((boundary.x, *popped) if popped else boundary.x), rest
+
+
+def give(layer: Layer, y: PyTree, rest: dict) -> Boundary:
+    """What passes on behind a layer with this output."""
+    if not layer.stashes:
+        return Boundary(y, rest)
+    return Boundary(y[0], {**rest, **dict(zip(layer.stashes, y[1:], strict=True))})
+
+
+# --- tied parameters ------------------------------------------------------------------------------
+
+
+def borrow(layer: Layer, params: PyTree, shared: dict) -> tuple[PyTree, dict]:
+    """The layer's own parameters, with None where a name is in `shared`; and those shared ones."""
+    borrowed = {}
+    for path, name in layer.ties:
+        if name in shared:
+            params, borrowed[name] = _replaced(params, path.split("."), None), shared[name]
+    return params, borrowed
+
+
+def offered(layer: Layer, own: PyTree) -> dict[str, PyTree]:
+    """Tied name -> parameter, for those names that this layer owns."""
+    found = {name: _at(own, path.split(".")) for path, name in layer.ties}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def fill(layer: Layer, params: PyTree, shared: dict) -> PyTree:
+    """The layer's parameters with the tied ones in their places."""
+    for path, name in layer.ties:
+        if name in shared:
+            params = _replaced(params, path.split("."), shared[name])
+    return params
+
+
+def _at(tree: PyTree, path: Sequence[str]) -> PyTree:
+    for key in path:
+        tree = tree[_key(tree, key)]
+    return tree
+
+
+def _replaced(tree: PyTree, path: Sequence[str], value: PyTree) -> PyTree:
+    """A tree of dicts and sequences with another value at `path`."""
+    if not path:
+        return value
+    key = _key(tree, path[0])
+    new = _replaced(tree[key], path[1:], value)
+    if isinstance(tree, dict):
+        return {**tree, key: new}
+    return type(tree)(new if i == key else a for i, a in enumerate(tree))
+
+
+def _key(tree: PyTree, name: str) -> Any:
+    """The key called `name`, of a dict or a sequence."""
+    keys = (
+        tree if isinstance(tree, dict) else range(len(tree)) if type(tree) in (list, tuple) else ()
+    )
+    for key in keys:
+        if str(key) == name:
+            return key
+    raise KeyError(name)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_names(layers: Sequence[Layer]) -> None:
+    """Raise ValueError unless each stash is popped once, later, and each tied name used twice."""
+    _check_skips(layers)
+    _check_ties(layers)
+
+
+def _check_skips(layers: Sequence[Layer]) -> None:
+    waiting: dict[str, int] = {}
+    for i, layer in enumerate(layers):
+        for name in layer.pops:
+            if name not in waiting:
+                raise ValueError(
+                    f"layer {i}, {layer}, pops {name!r}, but no layer before it stashes that (and "
+                    f"none has popped it already); waiting there: {_listed(waiting)}"
+                )
+            del waiting[name]
+        for name in layer.stashes:
+            if name in waiting:
+                raise ValueError(
+                    f"layer {i}, {layer}, stashes {name!r}, but layer {waiting[name]} stashed that "
+                    f"and no layer popped it yet; use another name"
+                )
+            waiting[name] = i
+    for name, i in waiting.items():
+        raise ValueError(
+            f"layer {i}, {layers[i]}, stashes {name!r}, but no later layer pops it; "
+            f"pop it, or leave the stash out"
+        )
+
+
+def _check_ties(layers: Sequence[Layer]) -> None:
+    users: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        for _, name in layer.ties:
+            users.setdefault(name, []).append(i)
+            if users[name].count(i) > 1:
+                raise ValueError(f"layer {i}, {layer}, ties {name!r} twice; tie it once in a layer")
+        for path, _ in layer.ties:
+            names = [repr(name) for p, name in layer.ties if p == path]
+            if len(names) > 1:
+                raise ValueError(
+                    f"layer {i}, {layer}, ties {path!r} as {' and as '.join(names)}; "
+                    f"tie a parameter by one name"
+                )
+    for name, ids in users.items():
+        if len(ids) == 1:
+            raise ValueError(
+                f"layer {ids[0]}, {layers[ids[0]]}, ties {name!r}, but no other layer does; "
+                f"tie the same name in another layer, or leave the tie out"
+            )
+
+
+def check_stashed(i: int, layer: Layer, output: PyTree) -> None:
+    """Raise ValueError unless an output is (y, *stashed)."""
+    want = 1 + len(layer.stashes)
+    if want > 1 and not (isinstance(output, tuple) and len(output) == want):
+        found = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
+        raise ValueError(
+            f"layer {i}, {layer}, stashes {_listed(layer.stashes)}, so its output must be a tuple "
+            f"of {want}: what goes on, and what is kept; got {found}"
+        )
+
+
+def check_tied(i: int, layer: Layer, params: PyTree, shared: dict) -> None:
+    """Raise ValueError unless every tied path is a parameter, of the shape of its owner's."""
+    for path, name in layer.ties:
+        try:
+            own = _at(params, path.split("."))
+        except KeyError:
+            own = None
+        if own is None or not hasattr(own, "shape"):
+            raise ValueError(
+                f"layer {i}, {layer}, ties {name!r} to {path!r}, which is not a parameter of it; "
+                f"it has {_listed(by_name(params))}"
+            )
+        owner = shared.get(name, own)
+        if (own.shape, own.dtype) != (owner.shape, owner.dtype):
+            raise ValueError(
+                f"layer {i}, {layer}, ties {name!r} to its {path!r} of {own.dtype}"
+                f"{list(own.shape)}, but the first layer of that name has {owner.dtype}"
+                f"{list(owner.shape)}; tied parameters must have one shape and type"
+            )
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"

@@ -1,0 +1,142 @@
+"""What is compiled for a plan: the whole step, and its parts alone, whose cycles can be told apart.
+
+A part runs on one device: the forward and the backward of each stage that differs, and of each
+layer that differs, and the optimizer's update.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from gpipe_jax.layers import skips_and_ties
+from gpipe_jax.layers.random_keys import step_key
+from gpipe_jax.layers.shape_inference import as_replica
+from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.pipeline.ragged.stages import Stages
+from gpipe_jax.pipeline.ragged.storage import Storage
+from gpipe_jax.pipeline.stage_step import Call, Composite, start_of_backward
+from gpipe_jax.tpu_compiler.results import Program
+from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils.gradients import float_leaves, wide
+
+PyTree = Any
+INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def whole_step(trainer: Trainer) -> Program:
+    """Forward, backward and update, with everything updated in place."""
+    updated = trainer.abstract_arguments()[:3]
+    donate = tuple(range(len(jax.tree.leaves(updated))))
+    pipe = trainer.pipe
+    return Program("step", trainer.export(), donate, (pipe.stages.devices, pipe.replicas))
+
+
+def of_stages(pipe: Pipeline) -> list[Program]:
+    """The forward and the backward of each kind of stage, named "forward 3" and "backward 3"."""
+    kinds = sorted(set(pipe.stages.kind))
+    return [part(pipe, s) for part in (_forward, _backward) for s in kinds]
+
+
+def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) -> list[Program]:
+    """The programs of each layer that differs, as a stage of its own.
+
+    Named "forward 3" and "backward 3" by the first layer like it; see `first_alike`.
+    """
+    part = {"forward": _forward, "backward": _backward}
+    found = []
+    for i in sorted(set(first_alike(pipe))):
+        alone = _alone(pipe, i)
+        found += [part[kind](pipe, i, alone) for kind in kinds]
+    return found
+
+
+def first_alike(pipe: Pipeline) -> list[int]:
+    """For each layer the first one with the same programs."""
+    return _singly(pipe).kind
+
+
+def _singly(pipe: Pipeline) -> Stages:
+    cuts = [range(i, i + 1) for i in range(len(pipe.shapes))]
+    return Stages(pipe.shapes, cuts, remat_layers=pipe.stages.remat_layers)
+
+
+def _alone(pipe: Pipeline, i: int) -> Stages:
+    """Each layer a stage, with the parameters of layer i stored as if it had a device to itself.
+
+    Its matrices are then slots, as those of a stage of several such layers are.
+    """
+    stages = _singly(pipe)
+    for name in ("params", "stats"):
+        own = Storage([[(1, False, getattr(pipe.shapes[i], name))]])
+        own.groups = own.groups * len(pipe.shapes)
+        setattr(stages, name, [own])
+    return stages
+
+
+def update(trainer: Trainer) -> Program:
+    """The optimizer's update of what one device holds, from summed gradients."""
+    optimizer, average, params, grads = trainer.local_update_arguments()
+
+    def run(optimizer: PyTree, average: PyTree, params: PyTree, grads: PyTree) -> tuple:
+        return trainer.apply_gradients(optimizer, average, params, grads, jnp.uint32(1), grads)
+
+    return _program("update", run, (optimizer, average, params, grads), donated=4)
+
+
+def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
+    """A function that makes a stage from its arrays, and the shapes of these."""
+    c, _ = stages.at(s)
+    borrowed: dict = {}  # the tied parameters that it uses
+    for shape in (stages.shapes[i] for i in stages.cuts[s]):
+        borrowed |= skips_and_ties.offered(shape.layer, shape.params) | shape.borrowed
+    params, stats = (x[c].local_shapes() for x in (stages.params, stages.stats))
+
+    def make(params: dict, stats: dict, shared: dict, micro_batch: jax.Array) -> Composite:
+        examples = pipe.micro_batch_size if pipe.keys_per == "example" else None
+        key = step_key(jnp.uint32(0), jnp.uint32(0))
+        call = Call(key, micro_batch, examples, train=True, progress=jnp.float32(0.5))
+        ids = jnp.arange(max(map(len, stages.cuts)), dtype=jnp.int32)
+        return Composite(stages, s, params, stats, shared, ids, call)
+
+    return make, (params, stats, borrowed, INDEX)
+
+
+def _forward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
+    stages = stages or pipe.stages
+    make, specs = _stage(stages, s, pipe)
+    run = lambda arrays, x: make(*arrays).forward(x)  # noqa: E731
+    return _program(f"forward {s}", run, (specs, stages.input(s)))
+
+
+def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
+    """With the sums of gradients as they are carried from one micro-batch to the next."""
+    stages = stages or pipe.stages
+    make, specs = _stage(stages, s, pipe)
+    sums = jax.eval_shape(wide, (specs[0], specs[2]))
+    one = pipe.one_micro_batch
+    if s == stages.last:
+        start: Any = (one["labels"], one["weights"])
+    else:
+        start = float_leaves(stages.input(s + 1))
+
+    def run(sums: tuple, arrays: tuple, x: PyTree, start: PyTree) -> tuple:
+        if s == stages.last:
+            begin = functools.partial(start_of_backward, pipe.loss, *start)
+        else:
+            begin = lambda _: (start, None)  # noqa: E731
+        back, moments, result = make(*arrays).backward(x, begin, *sums)
+        d_x = back.x if s > 0 else []
+        return (back.params, back.shared), d_x, moments, result
+
+    return _program(f"backward {s}", run, (sums, specs, stages.input(s), start), donated=1)
+
+
+def _program(name: str, function: Callable, specs: Sequence, donated: int = 0) -> Program:
+    """`function` of one micro-batch on one device, whose first arguments may be updated."""
+    donate = tuple(range(len(jax.tree.leaves(specs[:donated]))))
+    exported = export.export(jax.jit(as_replica(function)), platforms=["tpu"])(*specs)
+    return Program(name, exported, donate)

@@ -1,0 +1,98 @@
+"""The metrics file of a run: one JSON object a line, for logged steps and evaluations."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from etils import epath
+
+from gpipe_jax.checkpoint import safetensors
+from gpipe_jax.training.writers import Writer
+
+Show = Callable[[dict], None]
+
+
+class Log:
+    """`metrics.jsonl`: every `every`-th step, the first one, and every evaluation.
+
+    What lies after `step`, where the run continues, is dropped, for it is written again; as is its
+    evaluation, unless it is `evaluated`. Without a `path` nothing is written, but all is shown.
+    What is written, the `writers` are told too.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path | None,
+        every: int,
+        step: int,
+        evaluated: bool,
+        show: Show,
+        writers: Sequence[Writer] = (),
+    ) -> None:
+        self.path, self.every, self.show, self.writers = path, every, show, writers
+        self.records = [
+            r
+            for r in (read(path) if path else ())
+            if r["step"] < step or (r["step"] == step and ("loss" in r or evaluated))
+        ]
+        if path:
+            replace(path, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def step(self, record: dict) -> None:
+        """A training step."""
+        self.show(record)
+        if record["step"] % self.every == 0 or record["step"] == 1:
+            self._write(record)
+
+    def evaluation(self, record: dict) -> None:
+        """An evaluation."""
+        self.show(record)
+        self._write(record)
+
+    def _write(self, record: dict) -> None:
+        self.records.append(record)
+        for writer in self.writers:
+            writer.write(record)
+        if self.path and is_local(self.path):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def sync(self) -> None:
+        """Have it all on the disk, which a checkpoint that comes later relies on."""
+        if self.path and not is_local(self.path):  # nothing can be added to a remote file
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        elif self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
+
+def read(path: epath.Path) -> Iterator[dict]:
+    """The records of a file, without what a run that was cut off left of a line."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+def replace(path: epath.Path, text: str) -> None:
+    """Write a file at once: a cut must not leave half of it."""
+    if not is_local(path):
+        path.write_text(text)
+        return
+    new = path.with_name(path.name + ".tmp")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    safetensors.sync_folder(path.parent)
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether a path is one of this machine's, not a gs:// address."""
+    return "://" not in str(path)

@@ -1,0 +1,90 @@
+"""The newest whole checkpoint of a run, and what became of newer ones."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint.format import DamagedError, Manifest
+from gpipe_jax.config.loader import ConfigError, no_package
+from gpipe_jax.distributed import processes
+from gpipe_jax.training.trainer import Trainer, TrainState
+
+
+class Restored(NamedTuple):
+    """A training state from a checkpoint."""
+
+    state: TrainState
+    manifest: Manifest
+    damaged: dict[int, str]  # newer steps that are not whole, and why
+
+
+def newest(
+    folder: epath.Path, trainer: Trainer, check: Callable[[Manifest], None]
+) -> Restored | None:
+    """The state in the newest whole checkpoint; None if there has never been one.
+
+    `check` may refuse a manifest. With several processes all of them take the same one. Raises
+    ConfigError if checkpoints are there, but none that is whole, or it does not fit.
+    """
+    damaged: dict[int, str] = {}
+    for found in _manifests(folder):
+        state, problem = None, None
+        if isinstance(found, Manifest):
+            check(found)
+            state, problem = _try(found, trainer)
+        else:
+            problem = str(found[1])
+        if processes.all_agree(problem is None):
+            assert state is not None and isinstance(found, Manifest)
+            return Restored(state, found, damaged)
+        step = found.step if isinstance(found, Manifest) else found[0]
+        damaged[step] = problem or "another host found it damaged"
+    if damaged:
+        lines = [f"step {step}: {problem}" for step, problem in damaged.items()]
+        rule = "none of the checkpoints here is whole; to start anew, remove or rename the folder"
+        raise ConfigError([rule, *lines], str(folder))
+    return None
+
+
+def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedError]]:
+    try:
+        # A network file system may list less to some processes than to others.
+        yield from format.manifests(folder, processes.from_first(format.steps(folder)))
+    except format.FormatError as error:
+        raise ConfigError([str(error)], str(folder)) from error
+    except ImportError as error:
+        problem = no_package(error)
+        raise ConfigError([problem], str(folder)) from error
+
+
+def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:
+    descriptions = [str(layer) for layer in trainer.pipe.layers]
+    try:
+        saved = format.load(manifest, trainer.layer_shapes(), descriptions)
+        return trainer.from_layers(saved, manifest.step), None
+    except DamagedError as error:
+        return None, str(error)
+    except ValueError as error:
+        raise ConfigError([str(error)], str(manifest.path.parent)) from error
+
+
+def describe(restored: Restored) -> list[str]:
+    """One line for each checkpoint that was passed over."""
+    folder = restored.manifest.path.parent.parent
+    return [
+        f"checkpoint {folder / str(step)} is damaged ({problem}); taking that of step "
+        f"{restored.manifest.step}"
+        for step, problem in restored.damaged.items()
+    ]
+
+
+def set_aside(restored: Restored) -> None:
+    """Rename damaged checkpoints, whose steps will be saved again."""
+    folder = restored.manifest.path.parent.parent
+    for step in restored.damaged:
+        new, count = folder / f"{step}.damaged", 1
+        while new.exists():
+            new, count = folder / f"{step}.damaged-{count}", count + 1
+        (folder / str(step)).rename(new)

@@ -1,0 +1,61 @@
+"""Tables as plain text and as HTML, which escapes all that it shows."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gpipe_jax.utils.table import as_text as columns
+
+
+class Table(NamedTuple):
+    """A title, names of the columns, and rows of as many values."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def as_text(table: Table) -> str:
+    """Columns as wide as they need."""
+    rows = [table.header, *([show(value) for value in row] for row in table.rows)]
+    return f"{table.title}\n{columns(rows)}"
+
+
+def as_html(table: Table) -> str:
+    """An HTML table with its title as the caption."""
+    head = _row("th", table.header)
+    body = "".join(_row("td", [show(value) for value in row]) for row in table.rows)
+    title = html.escape(table.title)
+    return f'<table><caption style="text-align:left">{title}</caption>{head}{body}</table>'
+
+
+def facts_as_html(facts: Mapping[str, Any]) -> str:
+    """Names and values, one pair a row."""
+    rows = "".join(
+        f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+        f'<td style="text-align:left">{html.escape(show(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _row(tag: str, values: Iterable[str]) -> str:
+    cells = (
+        f'<{tag} style="text-align:left">{html.escape(str(value))}</{tag}>' for value in values
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The same with None for infinity and NaN, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def show(value: Any) -> str:
+    """A value on one line."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(str(value).split())

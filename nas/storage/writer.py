@@ -1,0 +1,252 @@
+"""Writing a search's file: SQLite in WAL mode, written by one driver only.
+
+Each change of state is one transaction that holds its event, so that a driver can be killed at any
+time and another goes on from what is written. Kinds of events:
+
+    driver      a driver has opened the file; what was running before is lost
+    propose     a candidate, from the population as of the events before; with `non_aging`,
+                `detail` is the sample, of which the worst is to leave
+    reject      the same of one beyond a limit, which `detail` names
+    tournament  members are to be trained again, for the candidate to be proposed; `detail` lists
+                [candidate, fitness, last_trained, where to start from] (files of version 1
+                without the last)
+    start       an evaluation
+    result      an evaluation has given a candidate its fitness: it joins the population
+    answer      a candidate has its twin's fitness: it joins the population
+    retrain     an evaluation has given a candidate a new fitness: if a member, it is young again
+    failure     an evaluation has failed; `detail` is the kind
+    fail        a candidate is given up
+    late        a report of an evaluation that has ended before; it changes nothing
+"""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nas.evaluators.evaluator import Job, Outcome
+from nas.evolution.evolution import Proposal
+from nas.storage import local_disk, schema
+from nas.storage.reader import Reader, file_of
+
+CLOSE_MS = 1000  # how long closing waits for readers
+LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
+
+
+class BusyError(RuntimeError):
+    """Another driver has the file open."""
+
+
+class ExistsError(FileExistsError):
+    """A search is there already."""
+
+
+class Store(Reader):
+    """A search's file, to write to, and this driver's alone until it is closed."""
+
+    def __init__(self, path: str | Path, lock: sqlite3.Connection | None = None) -> None:
+        self.path = file_of(path)
+        self._lock = lock or _lock(self.path)
+        try:
+            self._connection = _open(self.path)
+        except BaseException:
+            self._lock.close()
+            raise
+        try:
+            self._take_over()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_over(self) -> None:
+        schema.migrate(self._connection, self.path)
+        self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM events")[0]
+        with self.change("driver", detail=_who()):
+            self._connection.execute(
+                "UPDATE evaluations SET outcome = 'lost' WHERE outcome = 'running'"
+            )
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        name: str,
+        space: str,
+        settings: dict[str, Any],
+        setup: bytes | None = None,
+    ) -> "Store":
+        """Make the file of a new search, with its folder, and open it; ExistsError if it has one.
+
+        A file whose driver was killed before all of that was written counts as none.
+        """
+        file = file_of(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        local_disk.check_local(file)
+        package = metadata.version("gpipe-jax")
+        row = (name, space, json.dumps(settings), time.time(), package, setup)
+        lock = _lock(file)
+        try:
+            with closing(_open(file)) as connection:
+                if schema.version(connection):
+                    raise ExistsError(f"{file} holds a search already: open it, or use another")
+                schema.create(connection, row)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(file, lock)
+
+    def close(self) -> None:
+        """Let go of the file, for another driver.
+
+        All is in the one file then, also while readers have it open, unless one reads just now.
+        """
+        try:
+            with suppress(sqlite3.Error):  # closed before, or not a database
+                self._connection.execute(f"PRAGMA busy_timeout = {CLOSE_MS}")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self._connection.close()
+            self._lock.close()
+
+    @contextmanager
+    def change(
+        self,
+        kind: str,
+        candidate: int | None = None,
+        *,
+        evaluation: int | None = None,
+        fitness: float | None = None,
+        detail: str | None = None,
+    ) -> Iterator[int]:
+        """A transaction with its event; gives the event's `seq`. All is written, or nothing."""
+        seq = self._seq + 1
+        row = (seq, time.time(), kind, candidate, evaluation, fitness, detail)
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            yield seq
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+        self._seq = seq
+
+    # --- rows, within a change --------------------------------------------------------------------
+
+    def add_candidate(self, proposal: Proposal, event: int, **columns: Any) -> None:
+        """A candidate that is proposed; the columns are architecture, canonical, state, metrics."""
+        self._insert(
+            "candidates",
+            id=proposal.candidate,
+            parent=proposal.parent,
+            mutation=proposal.mutation,
+            proposed=event,
+            **columns,
+        )
+
+    def add_evaluation(self, job: Job) -> None:
+        """An evaluation that begins."""
+        self._insert(
+            "evaluations",
+            id=job.evaluation,
+            candidate=job.candidate,
+            tournament=job.tournament,
+            attempt=job.attempt,
+            outcome="running",
+            submitted=time.time(),
+        )
+
+    def end_evaluation(self, job: Job, outcome: Outcome) -> None:
+        """What came of it."""
+        self._update(
+            "evaluations",
+            job.evaluation,
+            outcome=outcome.kind,
+            worker=outcome.worker,
+            started=outcome.started,
+            finished=outcome.finished or time.time(),
+            fitness=outcome.fitness,
+            metrics=outcome.metrics,
+            error=outcome.error,
+        )
+
+    def set_candidate(self, candidate: int, **columns: Any) -> None:
+        """Change columns of a candidate."""
+        self._update("candidates", candidate, **columns)
+
+    def _insert(self, table: str, **columns: Any) -> None:
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        values = tuple(map(_written, columns.values()))
+        self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+
+    def _update(self, table: str, row: int, **columns: Any) -> None:
+        names = ", ".join(f"{name} = ?" for name in columns)
+        values = (*map(_written, columns.values()), row)
+        self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
+
+    def set_setup(self, setup: bytes | None) -> None:
+        """Replace space, evaluator and limits, as a resumed search may bring other code."""
+        self._connection.execute("UPDATE study SET setup = ?", (setup,))
+
+    def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
+        """Replace what is known of the evaluator; see `nas.evaluators.evaluator.goes_by`."""
+        settings = {**json.loads(self._one("SELECT settings FROM study")[0]), "evaluate": evaluator}
+        self._connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
+
+
+def _written(value: Any) -> Any:
+    return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    local_disk.check_local(path)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+    try:
+        with schema.naming(path):
+            connection.execute("PRAGMA journal_mode = WAL")
+    except BaseException:
+        connection.close()
+        raise
+    # Safe against a killed process; after a power cut the last changes may be missing, in order.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    """An open transaction in a file of its own: gone with the process, whatever ends it.
+
+    Readers of the search's file do not see it.
+    """
+    lock = sqlite3.connect(
+        path.with_suffix(".lock"), isolation_level=None, timeout=LOCK_S, check_same_thread=False
+    )
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        raise BusyError(
+            f"{path} is in use by another driver{_holder(path)}: stop that one first, or read the "
+            "run with nas.load"
+        ) from error
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        reader = Reader(path)
+        found = [event.detail for event in reader.events() if event.kind == "driver"]
+        reader.close()
+    except (OSError, ValueError, sqlite3.Error):
+        return ""
+    return f" ({found[-1]})" if found else ""
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

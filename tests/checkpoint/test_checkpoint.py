@@ -1,0 +1,324 @@
+"""Saved states come back exactly, or an error says what does not fit or is damaged."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from gpipe_jax.checkpoint import export, format
+from gpipe_jax.checkpoint import safetensors as tensorfile
+from gpipe_jax.checkpoint import save as saving
+from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.checkpoint.format import DamagedError, FormatError
+from gpipe_jax.checkpoint.save import SaveError, Saver
+from gpipe_jax.cli import main as cli
+from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.training import resume
+from gpipe_jax.utils import trees as names
+
+NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
+
+
+def make_state(seed: int = 0, size: int = 4) -> Layers:
+    """With running statistics, a moving average, and None in place of a borrowed parameter."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    trees = [
+        {"linear": {"kernel": draw(size, 2), "bias": np.arange(2, dtype=ml_dtypes.bfloat16)}},
+        {},
+        {"linear": {"kernel": None, "scale": np.float32(seed), "flags": np.array([True])}},
+    ]
+    norm = {"mean": draw(3), "count": np.array([], np.int32), "rest": {0: draw(1)}}
+    stats = [{}, {"norm": norm}, {}]
+    layers = {
+        i: {"params": tree, "statistics": stats[i], "optimizer.0.mu": tree}
+        for i, tree in enumerate(trees)
+    }
+    common = {"seed": np.uint32(seed), "optimizer.1.count": np.int32(7)}
+    return Layers(common, layers)
+
+
+def shapes(state: Layers) -> Layers:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), state)
+
+
+def save(folder, *steps: int, state=None, losses=(), **options) -> epath.Path:
+    saver = Saver(epath.Path(folder), **{"keep": 9, **options})
+    for i, step in enumerate(steps):
+        metrics = {"test_loss": losses[i]} if losses else None
+        one = make_state(step) if state is None else state
+        saver.save(one, step, descriptions=NAMES, config={"a": 1}, metrics=metrics, data={})
+    saver.close()
+    return epath.Path(folder)
+
+
+def load(folder, step: int, like: Layers, names=NAMES) -> Layers:
+    saved = format.load(format.read_manifest(folder, step), like, names)
+    return Layers(saved.common, {i: saved.layers[i] for i in saved.layers})
+
+
+def newest_whole(folder) -> int | None:
+    """The step that a reader would take, which must then be as it was saved."""
+    for found in format.manifests(folder):
+        if isinstance(found, format.Manifest):
+            try:
+                state = load(folder, found.step, shapes(make_state()))
+            except DamagedError:
+                continue
+            jax.tree.map(np.testing.assert_array_equal, state, make_state(found.step))
+            return found.step
+    return None
+
+
+# --- what is saved -------------------------------------------------------------------------------
+
+
+def test_roundtrip_is_exact(tmp_path):
+    folder, state = save(tmp_path / "with a space", 5), make_state(5)
+    found = load(folder, 5, shapes(state))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, state)
+    assert found.layers[2]["params"]["linear"]["kernel"] is None
+
+
+def test_the_manifest_says_what_it_is(tmp_path):
+    manifest = format.read_manifest(save(tmp_path, 5, losses=[0.5]), 5)
+    assert (manifest.step, manifest.config, manifest.metrics) == (5, {"a": 1}, {"test_loss": 0.5})
+    assert set(manifest.parts) == {"0", "1", "2", "common"}
+    first = manifest.parts["0"]
+    assert first["description"] == NAMES[0]
+    assert first["arrays"]["params.linear.kernel"] == ["float32", [4, 2]]
+    assert first["arrays"]["params.linear.bias"] == ["bfloat16", [2]]
+    assert manifest.versions["jax"] == jax.__version__
+    data = (manifest.path / "0.safetensors").read_bytes()
+    assert (first["bytes"], first["crc32"]) == (len(data), zlib.crc32(data))
+
+
+def test_files_are_safetensors(tmp_path):
+    """As its own library reads and writes them."""
+    path = save(tmp_path, 5) / "5" / "state" / "2.safetensors"
+    found = safetensors.numpy.load_file(path)
+    wanted = {k: v for k, v in make_state(5).layers[2]["params"]["linear"].items() if k != "kernel"}
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[f"params.linear.{name}"], value)
+    theirs = tensorfile.read(safetensors.numpy.save(found))
+    jax.tree.map(np.testing.assert_array_equal, theirs, found)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = [0.5, 0.1, 0.4, 0.3, 0.2]
+    save(tmp_path, 2, 10, 20, losses=losses, keep=2, keep_best=1)
+    assert format.steps(epath.Path(tmp_path)) == [20, 10]
+    save(tmp_path, 30, 40, losses=losses[3:], keep=2, keep_best=1)
+    assert format.steps(epath.Path(tmp_path)) == [40, 30, 10], "10 was the best"
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert format.steps(epath.Path(tmp_path / "nothing")) == []
+    assert not (tmp_path / "nothing").exists()
+    assert list(format.manifests(epath.Path(tmp_path))) == []
+
+
+def test_everything_that_does_not_fit_is_listed(tmp_path):
+    folder, state = save(tmp_path, 1), make_state(1)
+    linear = {"kernel": np.zeros((4, 5)), "gain": np.zeros(2)}
+    params = {**state.layers[0], "params": {"linear": linear}}
+    layers = {0: params, 1: state.layers[1], 3: state.layers[2]}
+    wanted = (
+        r"checkpoint .*1 does not fit this run: missing layer 3; unknown layer 2; "
+        r"layer 0: missing params.linear.gain; layer 0: unknown params.linear.bias; "
+        r"layer 0: params.linear.kernel is float32\[4, 2\] there, float64\[4, 5\] here; "
+        r"layer 1: is Norm\(\) there, Scale\(\) here$"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        load(folder, 1, shapes(Layers(state.common, layers)), [NAMES[0], "Scale()", "", "Head()"])
+
+
+def test_an_average_is_neither_dropped_nor_made_up(tmp_path):
+    folder, state = save(tmp_path, 1), make_state(1)
+    add = lambda one: {**one, "average": one["params"]}  # noqa: E731
+    more = Layers(state.common, {i: add(one) for i, one in state.layers.items()})
+    with pytest.raises(ValueError, match=r"layer 0: missing average.linear.kernel"):
+        load(folder, 1, shapes(more))
+    folder = save(tmp_path / "more", 1, state=more)
+    with pytest.raises(ValueError, match=r"layer 0: unknown average.linear.kernel"):
+        load(folder, 1, shapes(state))
+
+
+def test_a_format_of_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "FORMAT", 99)
+    folder = save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match=r"has format 99, this version reads 1; use the version"):
+        format.read_manifest(folder, 1)
+
+
+def test_a_format_of_another_version_is_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(format, "FORMAT", 99)
+    save(tmp_path / "checkpoints", 1)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="has format 99"):
+        resume.newest(epath.Path(tmp_path / "checkpoints"), None, lambda manifest: None)
+    out = tmp_path / "x.safetensors"
+    assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 2
+    assert "has format 99, this version reads 1; use the version" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_system_whose_package_is_missing_is_bad_input(monkeypatch):
+    def missing(folder):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(format, "steps", missing)
+    remedy = r"install gcsfs .*; for gs:// run pip install 'gpipe-jax\[tpu\]'"
+    with pytest.raises(ConfigError, match=remedy):
+        resume.newest(epath.Path("gs://bucket/run"), None, lambda manifest: None)
+    with pytest.raises(ConfigError, match=remedy):
+        export.export(epath.Path("gs://bucket/run"), Path("x.npz"))
+
+
+def test_leaves_of_one_name():
+    with pytest.raises(ValueError, match=r"two leaves of a tree are named 'a\.b'; use keys"):
+        names.by_name({"a.b": 1, "a": {"b": 2}})
+
+
+LAYER = {"0": {}, "common": {}}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([LAYER], "1 of 2 processes wrote"),
+        ([LAYER, {"2": {}}], "not each of"),
+        ([LAYER, {"0": {}}], "not each of"),
+        ([{"0": {}}, {"1": {}}], "not each of"),
+        ([LAYER, {}], "not each of"),
+    ],
+)
+def test_no_manifest_without_all_layers(tmp_path, monkeypatch, written, message):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for i, parts in enumerate(written):
+        (tmp_path / f"process_{i}.json").write_text(json.dumps(parts))
+    with pytest.raises(OSError, match=message):
+        files = saving._Files()
+        files._layers = 2
+        files.finalize(epath.Path(tmp_path))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, kind: str, rng: random.Random) -> None:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    path = rng.choice(files)
+    if kind == "deleted manifest":
+        path = folder / "manifest.json"
+    data = bytearray(path.read_bytes())
+    if kind == "truncated file":
+        path.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "flipped byte":
+        data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    return Path(save(tmp_path_factory.mktemp("three"), 10, 20, 30))
+
+
+KINDS = ["truncated file"] * 20 + ["flipped byte"] * 20 + ["deleted file"] * 5
+KINDS += ["deleted manifest"] * 5
+
+
+@pytest.mark.parametrize(("case", "kind"), list(enumerate(KINDS)))
+def test_damage_is_noticed_and_the_newest_whole_one_is_read(three, tmp_path, case, kind):
+    subprocess.run(["cp", "-r", f"{three}/.", str(tmp_path)], check=True)
+    folder, rng = epath.Path(tmp_path), random.Random(case)
+    assert newest_whole(folder) == 30
+    damage(tmp_path / "30" / "state", kind, rng)
+    assert newest_whole(folder) == 20
+    if case % 5 == 0:
+        damage(tmp_path / "20" / "state", kind, rng)
+        assert newest_whole(folder) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.with_name("0.safetensors").unlink(), r"^0.safetensors is missing$"),
+        (lambda p: os.truncate(p.with_name("0.safetensors"), 9), r"has 9 bytes, not \d"),
+        (lambda p: p.unlink(), r"^manifest.json is missing$"),
+        (lambda p: p.write_text("{}"), r"^manifest.json cannot be read$"),
+        (lambda p: p.write_text('{"crc32": 1, "content": "{}"}'), "does not have its checksum"),
+        (lambda p: p.write_bytes(
+            (p.parents[2] / "10" / "state" / p.name).read_bytes()), "that of step 10$"),
+    ],
+)  # fmt: skip
+def test_the_words_for_damage(three, tmp_path, change, message):
+    subprocess.run(["cp", "-r", f"{three}/.", str(tmp_path)], check=True)
+    change(tmp_path / "30" / "state" / "manifest.json")
+    with pytest.raises(DamagedError, match=message):
+        load(epath.Path(tmp_path), 30, shapes(make_state()))
+
+
+def test_one_that_was_never_finished_is_cleared_away(tmp_path):
+    """What SIGKILL leaves of a save is no checkpoint, and is gone after the next start."""
+    folder = save(tmp_path, 10)
+    half = tmp_path / "20.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    (half / "0.safetensors").write_bytes(b"half")
+    assert newest_whole(folder) == 10
+    save(tmp_path, 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(small_disk):
+    folder = small_disk / "checkpoints"
+    save(folder, 10)
+    message = r"cannot save into .*: No space left on device; free space there, or lower train.keep"
+    with pytest.raises(SaveError, match=message):
+        save(folder, 20, state=make_state(20, size=100_000))
+    assert [path.name for path in folder.iterdir()] == ["10"], "the space is free again"
+    assert newest_whole(epath.Path(folder)) == 10
+    save(folder, 30)
+    assert newest_whole(epath.Path(folder)) == 30
+
+
+def test_reading_needs_no_orbax(three):
+    code = f"""
+import sys
+from etils import epath
+from gpipe_jax import checkpoint
+manifest = checkpoint.read_manifest(epath.Path({str(three)!r}), 30)
+for part in manifest.parts:
+    checkpoint.read_part(manifest, part)
+print("orbax" in sys.modules, "orbax.checkpoint" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.lower().split()[1]) is False

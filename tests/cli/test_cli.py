@@ -1,0 +1,411 @@
+"""The commands as a user runs them: what is printed, written and returned."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from paths import REPOSITORY
+from rich.console import Console
+
+from gpipe_jax.cli import main as cli
+from gpipe_jax.utils import progress
+
+CONFIG = """\
+model:
+  kind: mlp
+  features: [64, 12, 10]
+data: {kind: digits, batch_size: 24}
+mesh:
+  stages: 2
+pipeline: {micro_batches: 2}
+optimizer: {kind: sgd, learning_rate: 0.05, schedule: constant}
+train: {steps: 5, eval_every: 4, log_every: 2}
+"""
+JSON_KEYS = {
+    "test_loss", "test_accuracy", "steps", "step_time_s", "wall_s", "workdir", "stages",
+    "bubble_fraction",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a space in its name, with a config and a finished run of it in `run 1`."""
+    folder = tmp_path_factory.mktemp("some where")
+    (folder / "digits.yaml").write_text(CONFIG)
+    command = ["train", str(folder / "digits.yaml"), "--json", f"train.workdir={folder / 'run 1'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *a, **k: lines.extend(str(a[0]).splitlines()))
+        assert cli.main(command) == 0
+    return folder, lines
+
+
+@pytest.fixture
+def gpipe(trained, capsys, monkeypatch, tmp_path):
+    """`gpipe(command, *arguments)` on the config: (exit code, lines of stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, *arguments: str, config=trained[0] / "digits.yaml"):
+        try:
+            code = cli.main([command, *([str(config)] if config else []), *map(str, arguments)])
+        except SystemExit as error:  # argparse
+            code = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), err
+
+    return run
+
+
+def refuses(result, *texts: str) -> None:
+    """Exit code 2, each text on stderr, no result on stdout."""
+    code, out, err = result
+    assert (code, out) == (2, []), err
+    for text in texts:
+        assert text in err
+
+
+# --- train and eval ------------------------------------------------------------------------------
+
+
+def test_train_prints_table_progress_and_summary(trained):
+    _, lines = trained
+    assert lines[0].startswith("stage  layers  first layer")
+    progress = [line for line in lines if line.startswith("step ")]
+    steps = [line.split(":")[0] for line in progress]
+    assert steps == [f"step {s}/5" for s in (1, 2, 4, 4, 5, 5)]
+    assert "loss" in progress[0] and "step_time_s" in progress[0]
+    assert "test_accuracy" in progress[-1]
+    assert lines[-2].startswith("curves: ") and Path(lines[-2][8:]).is_file()
+
+
+def test_train_ends_with_one_json_object(trained):
+    folder, lines = trained
+    figures = json.loads(lines[-1])
+    assert figures.keys() >= JSON_KEYS
+    assert (figures["steps"], figures["stages"]) == (5, 2)
+    assert figures["workdir"] == str(folder / "run 1")
+    names = {path.name for path in (folder / "run 1").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
+
+
+def test_eval_gives_the_last_evaluation(trained, gpipe):
+    folder, lines = trained
+    code, out, _ = gpipe("eval", f"train.workdir={folder / 'run 1'}", "--json")
+    found, wanted = json.loads(out[-1]), json.loads(lines[-1])
+    assert code == 0 and found.keys() >= JSON_KEYS
+    assert {**wanted, **found, "wall_s": 0} == {**wanted, "wall_s": 0}
+
+
+def test_eval_needs_no_package_of_a_writer(trained, gpipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    given = f"train.workdir={trained[0] / 'run 1'}", "train.writers=[wandb]"
+    refuses(gpipe("train", *given), "pip install")
+    assert gpipe("eval", *given)[0] == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--stages", "1"]])
+def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
+    """Which may have been moved, and on other stages."""
+    folder, lines = trained
+    shutil.copytree(folder / "run 1", tmp_path / "moved")
+    code, out, _ = gpipe("eval", "--json", *more, config=tmp_path / "moved")
+    found, wanted = json.loads(out[-1]), json.loads(lines[-1])
+    assert code == 0 and found["workdir"] == str(tmp_path / "moved")
+    assert found["stages"] == (1 if more else 2)
+    assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-5)
+
+
+def test_eval_of_a_folder_that_is_no_run(gpipe, tmp_path):
+    refuses(gpipe("eval", config=tmp_path), "no config.yaml here; give the folder of a run")
+
+
+def test_export_writes_plain_files(trained, gpipe, tmp_path):
+    run = trained[0] / "run 1"
+    for suffix in ("safetensors", "npz"):
+        code, out, _ = gpipe("export", "--out", f"a file.{suffix}", "--json", config=run)
+        assert code == 0 and json.loads(out[-1])["out"] == f"a file.{suffix}"
+    found = safetensors.numpy.load_file("a file.safetensors")
+    other = dict(np.load("a file.npz"))
+    assert (
+        list(found)
+        == list(other)
+        == [f"layers.{i}.linear.{name}" for i in (0, 1) for name in ("bias", "kernel")]
+    )
+    layer = safetensors.numpy.load_file(run / "checkpoints" / "5" / "state" / "1.safetensors")
+    for some in (found, other):
+        kernel = some["layers.1.linear.kernel"]
+        np.testing.assert_array_equal(kernel, layer["params.linear.kernel"])
+        assert kernel.dtype == np.float32 and kernel.shape == (12, 10)
+    assert json.loads(out[-1])["numbers"] == 64 * 12 + 12 + 12 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("run", "out", "text"),
+    [
+        ("run 1", "a.pt", "--out a.pt must end in .safetensors or .npz"),
+        ("run 1", "missing/a.npz", "--out missing/a.npz cannot be written"),
+        ("run 1", "/etc/passwd/a.npz", "--out /etc/passwd/a.npz cannot be written"),
+        (".", "a.npz", "there is no checkpoint to export; give the folder of a run"),
+    ],
+)
+def test_exports_that_cannot_be(trained, gpipe, tmp_path, run, out, text):
+    refuses(gpipe("export", "--out", out, config=trained[0] / run), text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_saved_config_names_its_run(trained, gpipe):
+    folder = trained[0]
+    code, out, _ = gpipe("train", "--json", config=folder / "run 1" / "config.yaml")
+    assert code == 0 and not any(line.startswith("step ") for line in out)
+    assert json.loads(out[-1])["workdir"] == str(folder / "run 1")
+
+
+def test_eval_without_a_checkpoint(gpipe, tmp_path):
+    code, _, err = gpipe("eval")
+    assert code == 2 and "no checkpoint to evaluate" in err and "runs/digits" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_config_in_the_folder(trained, gpipe):
+    arguments = [f"train.workdir={trained[0] / 'run 1'}", "train.steps=3", "train.seed=1"]
+    code, _, err = gpipe("train", *arguments)
+    assert code == 2
+    assert err.splitlines()[1:] == [
+        "this folder holds a run of another config; use another (train.workdir=...)",
+        "train.steps: 5 there, 3 here",
+        "train.seed: 0 there, 1 here",
+    ]
+
+
+def test_a_workdir_that_is_a_file(trained, gpipe):
+    code, _, err = gpipe("train", f"train.workdir={trained[0] / 'digits.yaml'}")
+    assert code == 2 and "cannot write here" in err and "train.workdir=" in err
+    assert (trained[0] / "digits.yaml").read_text() == CONFIG
+
+
+def test_divergence(gpipe):
+    code, out, err = gpipe("train", "optimizer.learning_rate=1e30", "train.steps=20")
+    assert code == 1 and out[0].startswith("stage")
+    assert "at step" in err and "try a lower optimizer.learning_rate" in err
+    assert "last finite loss was" in err
+
+
+def test_training_without_matplotlib(gpipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, _ = gpipe("train", "train.steps=1", "--json", "mesh.stages=1")
+    assert code == 0 and json.loads(out[-1])["steps"] == 1
+    assert out[-2] == "no curves: pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
+
+
+def test_digits_without_scikit_learn(gpipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    refuses(gpipe("train"), "pip install 'gpipe-jax[examples]'")
+
+
+def test_interrupted_by_the_user(gpipe, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpipe_jax.training.run.assemble", interrupt)
+    code, _, err = gpipe("train")
+    assert code == 130 and "interrupted" in err
+
+
+def test_text_reports_bits_per_byte(gpipe, tmp_path):
+    (tmp_path / "a text.txt").write_bytes(b"so it goes, " * 40)
+    (tmp_path / "text.yaml").write_text(
+        "model: {kind: transformer_lm, width: 8, heads: 2, feed_forward: 8, layers: 1, length: 8}\n"
+        "data: {kind: text, source: a text.txt, batch_size: 4}\n"
+        "train: {steps: 2}\n"
+    )
+    code, out, _ = gpipe("train", "--json", config="text.yaml")
+    figures = json.loads(out[-1])
+    assert code == 0 and figures["workdir"] == "runs/text"
+    assert figures["bits_per_byte"] == pytest.approx(figures["test_loss"] / 0.6931471805599453)
+
+
+def test_module_is_the_same_command(trained, tmp_path):
+    """`python -m gpipe_jax train`, with overrides on both sides of an option, on simulated CPUs."""
+    command = [
+        sys.executable, "-m", "gpipe_jax", "train", str(trained[0] / "digits.yaml"),
+        f"train.workdir={tmp_path / 'run'}", "--json", "mesh.simulate=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, wanted = json.loads(done.stdout.splitlines()[-1]), json.loads(trained[1][-1])
+    assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-6)
+    assert found["device"] == "cpu x 2"
+
+
+def test_a_terminal_gets_a_bar_and_the_evaluations():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120)
+    with progress.show(4, 1, console) as show:
+        show({"step": 4, "loss": 0.25})
+        show({"step": 4, "test_loss": 0.5})
+    assert "4/4" in file.getvalue() and "loss 0.25" in file.getvalue()
+    assert "step 4: test_loss 0.5" in file.getvalue()
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_everything_wrong_in_a_file_at_once(gpipe, tmp_path):
+    text = CONFIG.replace("stages: 2", "stagse: 2").replace("lr: ", "")
+    text = text.replace("learning_rate: 0.05", "learning_rate: fast")
+    (tmp_path / "bad.yaml").write_text(text)
+    refuses(
+        gpipe("train", "train.stepps=3", config="bad.yaml"),
+        "3 problems in bad.yaml",
+        "bad.yaml:6: unknown key 'mesh.stagse'; did you mean 'mesh.stages'?",
+        "bad.yaml:8: optimizer.learning_rate: expected a number, got 'fast'",
+        "override 'train.stepps=3': unknown key 'train.stepps'; did you mean 'train.steps'?",
+    )
+
+
+MANY = jax.device_count() + 1
+BAD = {
+    "stages=0": (["mesh.stages=0"], ["mesh.stages: expected at least 1, got 0"]),
+    "more stages than layers": (["mesh.stages=3"], ["cannot cut 2 layers into 3 stages"]),
+    "mesh larger than the devices": (
+        [f"mesh.data={MANY}", f"data.batch_size={2 * MANY}"],
+        [f"needs {2 * MANY} devices", f"mesh.simulate={2 * MANY}"],
+    ),
+    "simulate less than the mesh": (["mesh.simulate=1"], ["simulate 1 is less than", "raise it"]),
+    "layer too large": (
+        ["pipeline.memory_limit_gib=1e-6"],
+        ["layer 0 (Dense(in_features=64", "above memory_limit"],
+    ),
+    "batch does not split": (["pipeline.micro_batches=7"], ["batch_size 24", "values: 21, 28"]),
+    "costs of other layers": (["pipeline.cost=[1,2,3]"], ["2 layers"]),
+    "warm-up as long as the run": (["optimizer.warmup_steps=5"], ["use at most 4"]),
+    "batch above the data": (["data.batch_size=1500"], ["training examples of digits"]),
+    "no value": (["mesh.stages"], ["expected section.field=value"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_bad_input(gpipe, tmp_path, command, name):
+    arguments, texts = BAD[name]
+    refuses(gpipe(command, *arguments), *texts)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "config"])
+def test_no_such_config(gpipe, command):
+    refuses(gpipe(command, config="nothing.yaml"), "nothing.yaml: no such file")
+
+
+@pytest.mark.parametrize("source", ["missing.txt", ".", "empty.txt"])
+def test_an_unreadable_text(gpipe, tmp_path, source):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "text.yaml").write_text(
+        f"model: {{kind: transformer_lm}}\ndata: {{kind: text, source: {source}}}\n"
+    )
+    refuses(gpipe("train", config="text.yaml"), f"text file {source}", "give")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["tarin"], ["train"], ["train", "x.yaml", "--jsno"], ["schedule", "--stages", "x"],
+     ["schedule", "--stages", "2", "--micro-batches", "2", "a=b"]],
+)  # fmt: skip
+def test_bad_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert "usage: gpipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["export"], ["config"], ["schedule"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as error:
+        cli.main([*command, "--help"])
+    assert error.value.code == 0
+    assert "usage: gpipe" in capsys.readouterr().out
+
+
+# --- schedule ------------------------------------------------------------------------------------
+
+
+def test_schedule_draws(gpipe, tmp_path):
+    arguments = ["--stages", 2, "--micro-batches", 3, "--kind", "gpipe", "--png", "a picture.png"]
+    code, out, _ = gpipe("schedule", *arguments, "--json", config=None)
+    assert code == 0
+    assert [line.split() for line in out[1:3]] == [
+        ["stage", "0", "F0", "F1", "F2", ".", ".", "B0", "B1", "B2"],
+        ["stage", "1", ".", "F0", "F1", "F2", "B0", "B1", "B2", "."],
+    ]
+    figures = json.loads(out[-1])
+    assert figures["bubble_fraction"] == 0.25 and figures["peak_stash"] == [3, 3]
+    assert out[-2] == "picture: a picture.png"
+    assert (tmp_path / "a picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--stages", 0, "--micro-batches", 2], "`stages` must be at least 1, got 0"),
+        (["--stages", 2, "--micro-batches", -1], "`micro_batches` must be at least 1, got -1"),
+    ],
+)
+def test_schedules_that_cannot_be(gpipe, arguments, text):
+    refuses(gpipe("schedule", *arguments, config=None), text)
+
+
+@pytest.mark.parametrize("path", ["missing/s.png", "s.exe", "."])
+def test_pictures_that_cannot_be_written(gpipe, path):
+    arguments = ["--stages", 2, "--micro-batches", 2, "--png", path]
+    code, _, err = gpipe("schedule", *arguments, config=None)
+    assert code == 2 and f"--png {path}" in err
+
+
+# --- config --------------------------------------------------------------------------------------
+
+
+def test_config_shows_every_setting(gpipe, tmp_path):
+    code, out, _ = gpipe("config", "mesh.data=3")
+    assert code == 0 and "  data: 3" in out and "  nesterov: false" in out
+    (tmp_path / "again.yaml").write_text("\n".join(out))
+    assert gpipe("config", config="again.yaml")[1] == out
+
+
+def test_config_diff(gpipe):
+    code, out, _ = gpipe("config", "--diff")
+    assert code == 0 and "mesh.stages: 2 (default 1)" in out
+    assert not any(line.startswith("train.seed") for line in out)
+    _, (line,), _ = gpipe("config", "--diff", "--json")
+    assert json.loads(line)["mesh.stages"] == {"default": 1, "value": 2}
+
+
+@pytest.mark.parametrize("command", ["config", "train"])
+def test_a_setting_that_does_nothing_is_said(gpipe, trained, tmp_path, command):
+    """And no more than that, also where a run goes on."""
+    shutil.copytree(trained[0] / "run 1", tmp_path / "run")
+    given = [f"train.workdir={tmp_path / 'run'}", "optimizer.decay_rate=0.5"]
+    code, _, err = gpipe(command, *given)
+    said = "gpipe: optimizer.decay_rate has no effect with optimizer.schedule constant\n"
+    assert (code, err.count(said)) == (0, 1), err
+
+
+def test_config_json_and_schema(gpipe):
+    _, (line,), _ = gpipe("config", "--json")
+    assert json.loads(line)["mesh"]["stages"] == 2
+    code, out, _ = gpipe("config", "--schema", config=None)
+    assert code == 0 and "model" in json.loads("\n".join(out))["required"]
+
+
+def test_config_needs_a_file_or_the_schema(gpipe):
+    refuses(gpipe("config", config=None), "give a CONFIG file, or --schema")

@@ -1,0 +1,104 @@
+"""Signals while the main thread cannot answer: as a user's terminal or a supervisor sends them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from paths import REPOSITORY
+
+CONFIG = """\
+model: {kind: mlp, features: [64, 12, 10]}
+data: {kind: digits, batch_size: 24}
+train: {steps: 1000000, save_every: 5}
+"""
+# The step takes long to compile; or a checkpoint takes long to write.
+SLOW = {
+    "start": """
+import time
+from gpipe_jax import run
+def slow(*args):
+    print("starting", flush=True)
+    time.sleep(60)
+run.assemble = slow
+""",
+    "compile": """
+import time
+from gpipe_jax import trainer
+def slow(*args):
+    print("compiling", flush=True)
+    time.sleep(60)
+trainer.Trainer._update = slow
+""",
+    "save": """
+import time
+from gpipe_jax import checkpoint
+def slow(*args):
+    print("saving", flush=True)
+    time.sleep(60)
+checkpoint.write_part = slow
+""",
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(slow)`: a run in a process of its own."""
+    started = []
+
+    def run(slow: str) -> subprocess.Popen:
+        (tmp_path / "c.yaml").write_text(CONFIG)
+        arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
+        code = f"{SLOW[slow]}\nfrom gpipe_jax.cli.main import main\nraise SystemExit(main({arguments}))"
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"never said {text!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_compiling_there_is_nothing_to_save(start, tmp_path, number):
+    process = start("compile")
+    wait_for(process, "compiling")
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 75
+    assert f"{number.name}: ends at once, there is nothing to save" in process.stdout.read()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.yaml", "lock", "metrics.jsonl",
+    ]  # fmt: skip
+
+
+def test_while_starting_there_is_nothing_to_save(start, tmp_path):
+    process = start("start")
+    wait_for(process, "starting")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+    assert "SIGTERM: ends at once, there is nothing to save" in process.stdout.read()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(start):
+    process = start("save")
+    wait_for(process, "saving")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "SIGINT: saving after this step (Ctrl-C: stop at once)")
+    process.send_signal(signal.SIGTERM)  # as supervisors do again and again
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert "stopped at once; the newest checkpoint is as it was" in process.stdout.read()

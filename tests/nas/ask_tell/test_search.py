@@ -1,0 +1,435 @@
+"""Ask and tell: cache, twins, limits, failures, retraining, and what is refused."""
+
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from searches import Bits, drive, ones, population, small, trace
+
+import nas
+from nas.ask_tell import limits
+from nas.evaluators import evaluator
+from nas.evaluators.evaluator import FAILURES, Outcome, ReturnError
+from nas.storage.writer import Store
+
+
+def test_the_loop_of_the_readme(tmp_path) -> None:
+    search, told = small(tmp_path), 0
+    while (job := search.ask()) is not None:
+        search.tell(job, {"fitness": ones(job.architecture), "zeros": 12 - ones(job.architecture)})
+        told += 1
+    counts = search.store.counts()
+    assert told == counts.results == counts.evaluations == 60 and len(population(search)) == 8
+    best = next(search.store.ranked())
+    assert best.fitness >= 9.0 and best.metrics == {"zeros": 12.0 - best.fitness}
+    assert search.is_over and search.ask() is None
+    search.close()
+
+
+def test_any_order_of_reports_keeps_the_population_exact(tmp_path) -> None:
+    with small(tmp_path, cycles=200) as search:
+        drive(search, slots=16)
+        assert search.store.counts().results == 200 and len(population(search)) == 8
+        assert len(search.evolution.members) == 8
+        nas.replay(search.store, Bits())
+
+
+def test_evolution_waits_for_results_not_for_proposals(tmp_path) -> None:
+    with small(tmp_path) as search:
+        jobs = [search.ask() for _ in range(20)]
+        rows = list(search.store.candidates())
+        assert all(jobs) and all(row.parent is None for row in rows)
+        for job in jobs[:8]:
+            search.tell(job, 1.0)
+        search.ask()
+        assert search.store.candidate(20).parent is not None
+
+
+def test_the_two_directions_are_mirror_images(tmp_path) -> None:
+    with small(tmp_path / "a") as up, small(tmp_path / "b", maximise=False) as down:
+        drive(up), drive(down, lambda job: -ones(job.architecture))
+        assert [row[:5] for row in trace(up)] == [row[:5] for row in trace(down)]
+        assert up.best_fitness == -down.best_fitness >= 9.0
+
+
+@pytest.mark.parametrize(("maximise", "target"), [(True, 9.0), (False, 3.0)])
+def test_a_target_ends_the_search(tmp_path, maximise, target) -> None:
+    with small(tmp_path, maximise=maximise, target=target, cycles=10_000) as search:
+        drive(search)
+        fitnesses = [row.fitness for row in search.store.candidates()]
+        assert fitnesses[-1] == target and fitnesses.count(target) == 1
+
+
+def test_a_target_is_met_by_a_retraining_too(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> float:
+        return 1.0 if job.tournament is None else 50.0
+
+    with small(tmp_path, target=50.0, fitness_policy="retrain_scratch") as search:
+        drive(search, evaluator)
+        assert search.best_fitness == 50.0 and search.store.counts().results == 8
+
+
+def test_random_search_needs_no_population(tmp_path) -> None:
+    with small(tmp_path, algorithm="random", population=100, cycles=5) as search:
+        assert drive(search).store.counts().results == 5
+
+
+def test_asking_and_telling_from_many_threads(tmp_path) -> None:
+    def work() -> None:
+        while (job := search.ask()) is not None:
+            search.tell(job, ones(job.architecture))
+
+    search = small(tmp_path, cycles=400)
+    with search, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(work) for _ in range(8)]:
+            done.result()
+        drive(search)
+        counts = search.store.counts()
+        assert (counts.results, counts.evaluations, counts.proposed) == (400, 400, 400)
+        nas.replay(search.store, Bits())
+
+
+def test_a_report_that_cannot_be_written_can_be_told_again(tmp_path, monkeypatch) -> None:
+    with small(tmp_path) as search:
+        job = search.ask()
+        with monkeypatch.context() as patch:
+            patch.setattr(search.store, "change", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                search.tell(job, 1.0)
+        search.tell(job, 3.0)
+        assert search.store.candidate(0).fitness == 3.0
+
+
+def test_what_cannot_be_written_changes_nothing_in_memory(tmp_path, monkeypatch) -> None:
+    """Each write of a whole search fails once, and is done again: all is as without, also later."""
+
+    def failing(store, table: str, row: int, **columns) -> None:
+        nonlocal failures
+        key = (table, row, *columns)
+        if key not in failed:
+            failed.add(key)
+            failures += 1
+            raise OSError("disk full")
+        update(store, table, row, **columns)
+
+    def again(function, *arguments):
+        while True:
+            try:
+                return function(*arguments)
+            except OSError:
+                members = [member.candidate for member in search.evolution.members]
+                assert members == population(search)
+
+    with small(tmp_path / "whole", cache=True) as whole:
+        drive(whole)
+        wanted = trace(whole), population(whole)
+    update, failed, failures = Store._update, set(), 0
+    monkeypatch.setattr(Store, "_update", failing)
+    with small(tmp_path, cache=True) as search:
+        while (job := again(search.ask)) is not None:
+            again(search.tell, job, ones(job.architecture))
+        assert (trace(search), population(search)) == wanted and failures > 150
+        nas.replay(search.store, Bits())
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def test_equal_networks_are_evaluated_once_and_nothing_else_changes(tmp_path) -> None:
+    with small(tmp_path / "a") as plain, small(tmp_path / "b", cache=True) as cached:
+        drive(plain), drive(cached)
+        assert trace(plain) == trace(cached)
+        counts = cached.store.counts()
+        assert counts.evaluations + counts.cache_hits == 60 and counts.cache_hits > 10
+        networks = [Bits().canonical(Bits().decode(row.architecture))
+                    for row in cached.store.candidates("answered_by IS NULL")]  # fmt: skip
+        assert len(set(networks)) == len(networks)
+        for row in cached.store.candidates("answered_by IS NOT NULL"):
+            assert row.fitness == cached.store.candidate(row.answered_by).fitness
+
+
+def test_a_twin_in_flight_waits(tmp_path) -> None:
+    with small(tmp_path, cache=True, cycles=300) as search:
+        under_way: dict[str, int] = {}
+        running = []
+        while not search.is_over:
+            while len(running) < 16 and (job := search.ask()) is not None:
+                running.append(job)
+                name = Bits().canonical(job.architecture)
+                under_way[name] = under_way.get(name, 0) + 1
+                assert under_way[name] == 1, "a twin is evaluated at the same time, or again"
+            job = running.pop()
+            search.tell(job, ones(job.architecture))
+        assert search.store.counts().cache_hits > 100
+        nas.replay(search.store, Bits())
+
+
+def test_a_twin_takes_over_when_the_first_fails(tmp_path) -> None:
+    class One(Bits):
+        def canonical(self, bits):
+            return "all the same"
+
+    with small(tmp_path, space=One(), cache=True, retries=nas.Retries(exception=0)) as search:
+        first = search.ask()
+        assert search.ask() is None  # everyone else waits
+        assert search.store.counts().proposed == 60
+        search.report(first, Outcome("exception", error="no"))
+        second = search.ask()
+        assert second.candidate == 1
+        search.tell(second, 5.0)
+        drive(search)
+        counts = search.store.counts()
+        assert (counts.evaluations, counts.cache_hits, counts.failed) == (1, 59, 1)
+
+
+def test_with_noise_the_mean_answers_after_n(tmp_path) -> None:
+    with small(tmp_path, cache=3, cycles=400) as search:
+        drive(search, lambda job: ones(job.architecture) + (job.seed % 1000) / 1000, slots=4)
+        by_network: dict = {}
+        for row in search.store.candidates():
+            by_network.setdefault(row.canonical, []).append(row)
+        often = [rows for rows in by_network.values() if len(rows) > 5]
+        assert often
+        for rows in often:
+            own = [row for row in rows if row.answered_by is None]
+            mean = sum(row.fitness for row in own) / 3
+            assert len(own) == 3 and len({row.fitness for row in own}) > 1
+            assert all(row.fitness == pytest.approx(mean) for row in rows if row not in own)
+
+
+def test_the_mean_of_a_metric_is_over_those_that_have_it(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> dict[str, float]:
+        seen[network := Bits().canonical(job.architecture)] += 1
+        only = {"early": 4.0} if seen[network] == 1 else {"late": 6.0}
+        return {"fitness": ones(job.architecture), "both": seen[network], **only}
+
+    seen: Counter[str] = Counter()
+    with small(tmp_path, cache=2, cycles=200) as search:
+        drive(search, evaluator)
+        answered = list(search.store.candidates("answered_by IS NOT NULL"))
+    assert len(answered) > 5
+    for row in answered:
+        assert row.metrics == {"both": 1.5, "early": 4.0, "late": 6.0}
+
+
+# --- limits and failures --------------------------------------------------------------------------
+
+
+def test_limits_reject_before_training(tmp_path) -> None:
+    both = [nas.Limit("ones", ones, 7), nas.Limit("first", lambda bits: bits[0], 1)]
+    with small(tmp_path, limits=both) as search:
+        drive(search)
+        counts = search.store.counts()
+        assert counts.results == 60 and counts.rejected > 5
+        assert counts.proposed == 60 + counts.rejected
+        assert max(row.fitness for row in search.store.ranked()) == 7.0
+        rejected = next(search.store.candidates("state = 'rejected'"))
+        assert rejected.metrics == {"ones": ones(map(int, rejected.architecture))}
+        done = next(search.store.candidates("state = 'done'"))
+        assert set(done.metrics) == {"ones", "first"}
+        nas.replay(search.store, Bits())
+
+
+def test_limits_that_nothing_keeps_end_the_search(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(limits, "MAX_REJECTED", 100)
+    search = small(tmp_path, limits=[nas.Limit("ones", ones, -1)])
+    with search, pytest.raises(nas.FailuresError, match="rejected 100 candidates in a row, the l"):
+        search.ask()
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failures_are_tried_again_as_often_as_said(tmp_path, kind) -> None:
+    with small(tmp_path, retries=nas.Retries(**{kind: 2}), max_failures=100) as search:
+        job = search.ask()
+        for attempt in (1, 2, 3):
+            assert (job.candidate, job.attempt) == (0, attempt)
+            search.report(job, Outcome(kind, error="no"))
+            job = search.ask()
+        assert job.candidate == 1
+        assert search.store.candidate(0).state == "failed"
+        search.tell(job, 1.0)
+        drive(search)
+        counts = search.store.counts()
+        assert (counts.results, counts.failed, counts.failures) == (60, 1, 3)
+        assert search.store.failures_by_kind() == {kind: 3}
+        nas.replay(search.store, Bits())
+
+
+def test_the_same_seed_is_used_in_every_attempt(tmp_path) -> None:
+    with small(tmp_path) as search:
+        job = search.ask()
+        search.report(job, Outcome("exception"))
+        again = search.ask()
+        assert again.seed == job.seed and again.evaluation != job.evaluation
+        assert search.ask().seed != job.seed
+
+
+def test_failures_in_a_row_end_the_search_with_the_last(tmp_path) -> None:
+    message = r"4 evaluations have failed in a row \(max_failures\), .*, by exception: no: 4"
+    search = small(tmp_path, max_failures=4)
+    with search, pytest.raises(nas.FailuresError, match=message):
+        for attempt in range(1, 9):
+            search.report(search.ask(), Outcome("exception", error=f"no: {attempt}"))
+    with small(tmp_path, max_failures=4) as search:  # and it goes on, if the reason is gone
+        for _ in range(3):
+            search.report(search.ask(), Outcome("exception"))
+        search.tell(search.ask(), 1.0)
+        for _ in range(3):
+            search.report(search.ask(), Outcome("exception"))
+        drive(search)
+        assert search.store.counts().results == 60
+
+
+def test_late_and_repeated_reports_change_nothing(tmp_path) -> None:
+    with small(tmp_path) as search:
+        job, other = search.ask(), search.ask()
+        search.tell(job, 3.0)
+        search.tell(job, 9.0)
+        assert search.store.candidate(0).fitness == 3.0
+    with small(tmp_path) as search:  # `other` belongs to the driver before
+        again = search.ask()
+        assert (again.candidate, again.attempt) == (other.candidate, 2)
+        search.tell(other, 5.0)
+        assert search.store.candidate(1).fitness is None
+        search.tell(again, 4.0)
+        assert search.store.candidate(1).fitness == 4.0
+        assert [event.kind for event in search.store.events()].count("late") == 2
+        assert [row.outcome for row in search.store.evaluations()] == ["ok", "lost", "ok"]
+
+
+# --- retraining -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+@pytest.mark.parametrize("policy", ["retrain_scratch", "retrain_warm"])
+def test_sampled_members_are_trained_again(tmp_path, policy, slots) -> None:
+    """Their fitness, stamp and values are new; warm ones, and their children, start from these."""
+    jobs = []
+
+    def evaluate(job: nas.Job) -> dict:
+        jobs.append(job)
+        fitness = ones(job.architecture) + (job.seed % 1000) / 10_000
+        return {"fitness": fitness, "trained_values": f"{job.candidate}/{len(jobs)}"}
+
+    with small(tmp_path, fitness_policy=policy, cycles=40) as search:
+        drive(search, evaluator, slots)
+        store = search.store
+        assert store.counts().results == 40 and len(population(search)) == 8
+        again = list(store.evaluations("tournament IS NOT NULL"))
+        assert len(again) > 32
+        stamps: dict[int, list[int]] = {}
+        for event in store.events():
+            if event.kind in ("result", "retrain"):
+                stamps.setdefault(event.candidate, []).append(event.seq)
+        for row in store.candidates():
+            assert row.last_trained == stamps[row.id][-1]
+            last = list(store.evaluations("candidate = ?", row.id))
+            assert row.fitness in [one.fitness for one in last]
+        retrained = [job for job in jobs if job.tournament is not None]
+        children = [job for job in jobs if job.tournament is None and job.candidate >= 8 + slots]
+        if policy == "retrain_warm":
+            assert all(job.inherit.startswith(f"{job.candidate}/") for job in retrained)
+            parents = {row.id: row.parent for row in store.candidates()}
+            assert all(job.inherit.startswith(f"{parents[job.candidate]}/") for job in children)
+        else:
+            assert all(job.inherit is None for job in jobs)
+        nas.replay(store, Bits())
+
+
+def test_the_least_recently_trained_is_removed_not_the_first_proposed(tmp_path) -> None:
+    with small(tmp_path, fitness_policy="retrain_scratch", cycles=40) as search:
+        drive(search)
+        removed = [(row.removed, row.id) for row in search.store.candidates("removed NOT NULL")]
+        assert [number for _, number in sorted(removed)] != sorted(number for _, number in removed)
+
+
+def test_a_retraining_leaves_of_the_old_metrics_those_of_the_limits(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> dict:
+        of = "first" if job.tournament is None else "again"
+        return {"fitness": ones(job.architecture), of: 1.0}
+
+    limit = nas.Limit("zeros", lambda bits: 12 - ones(bits))
+    with small(tmp_path, fitness_policy="retrain_scratch", limits=[limit], cycles=20) as search:
+        drive(search, evaluator)
+        again = {row.candidate for row in search.store.evaluations("tournament IS NOT NULL")}
+        assert len(again) > 8
+        for row in search.store.candidates():
+            of = "again" if row.id in again else "first"
+            assert row.metrics == {"zeros": 12 - row.fitness, of: 1.0}
+
+
+def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
+    def evaluate(job: nas.Job) -> float:
+        return math.nan if job.tournament is not None else ones(job.architecture)
+
+    with small(tmp_path, fitness_policy="retrain_scratch", cycles=20, max_failures=99) as search:
+        drive(search, evaluator)
+        assert search.store.counts().results == 20 and search.store.counts().failed == 0
+        nas.replay(search.store, Bits())
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("0.9", r"evaluate returned '0.9' \(str\) as fitness of candidate 0: expected one number"),
+        (np.ones(2), r"returned array.* \(ndarray of shape \(2,\)\) as fitness of candidate 0"),
+        (None, r"returned None \(NoneType\) as fitness"),
+        (True, r"returned True \(bool\) as fitness"),
+        ({"accuracy": 1.0}, "a dict with 'accuracy' for candidate 0, but its fitness is looked up"),
+        ({"fitness": 1.0, "curve": [1, 2]}, r"returned \[1, 2\] \(list\) as curve of candidate 0"),
+        (
+            {"fitness": 1.0, "trained_values": 3},
+            "trained_values 3 for candidate 0: expected a text",
+        ),
+    ],
+)
+def test_what_is_no_fitness(tmp_path, returned, message) -> None:
+    with small(tmp_path) as search, pytest.raises(ReturnError, match=message):
+        search.tell(search.ask(), returned)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), 1])
+def test_what_is_one_number(tmp_path, value) -> None:
+    with small(tmp_path) as search:
+        search.tell(search.ask(), value)
+        assert search.store.candidate(0).fitness == float(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cycles": "many"}, "cycles 'many': expected a whole number of at least 1"),
+        ({"maximise": "no"}, "maximise 'no': expected True or False"),
+        ({"cycles": 7}, "cycles 7 is less than population 8: evolution begins when"),
+        ({"cache": -1}, "cache -1: expected True, False, or how many times"),
+        ({"max_failures": 0}, "max_failures 0: expected a whole number of at least 1"),
+        ({"population": 0}, "population 0: expected a whole number of at least 1"),
+        ({"space": "nasbench"}, "unknown space 'nasbench'; did you mean 'nasbench201'"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_retries() -> None:
+    with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number, 0 or more"):
+        nas.Retries(nan=-1)
+
+
+@pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
+def test_what_an_evaluator_goes_by_is_a_dict(own) -> None:
+    class Own:
+        goes_by = own
+
+        def evaluate(self, job) -> float:
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
+        evaluator.goes_by(Own())

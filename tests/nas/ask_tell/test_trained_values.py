@@ -1,0 +1,167 @@
+"""Files of trained values: there while someone may start from them, gone afterwards."""
+
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import nas
+from nas.ask_tell import trained_values
+
+
+class Numbers:
+    """A space of numbers, of which four are the same network."""
+
+    name = "numbers"
+
+    def random(self, rng):
+        return rng.randrange(1000)
+
+    def mutate(self, number, rng):
+        return number + rng.choice((-1, 1)), "step: by one"
+
+    def canonical(self, number):
+        return str(number // 4)
+
+    encode = staticmethod(str)
+    decode = staticmethod(int)
+
+
+def begin(folder: Path) -> nas.Search:
+    kept = {"fitness_policy": "retrain_warm", "cache": 1}
+    return nas.Search(
+        space=Numbers(), folder=folder, population=3, sample=3, cycles=80, max_failures=100, **kept
+    )
+
+
+def origin(search: nas.Search, job: nas.Job) -> int | None:
+    """Whose values a job is to start from."""
+    return (
+        job.candidate
+        if job.tournament is not None
+        else search.store.candidate(job.candidate).parent
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_files_are_there_while_they_are_needed(tmp_path, seed) -> None:
+    """Eight jobs at once, ended in any order and often badly, and a driver that is gone at times.
+
+    Only the values of a twin may be gone before its own candidate leaves.
+    """
+    run, rng, search, running = tmp_path / "search", Random(seed), begin(tmp_path), []
+    (run / trained_values.FOLDER).mkdir()
+    inherited = 0
+    while not search.is_over:
+        while len(running) < 8 and (job := search.ask()) is not None:
+            whose = origin(search, job)
+            if whose is not None and search.store.candidate(whose).answered_by is None:
+                inherited += 1
+                assert job.inherit is not None and (run / job.inherit).exists()
+            (run / trained_values.name_of(job)).touch()  # as if it were being written
+            running.append(job)
+        job = running.pop(rng.randrange(len(running)))
+        assert (run / trained_values.name_of(job)).exists()
+        fitness = rng.random() if rng.random() < 0.7 else math.nan
+        search.tell(job, {"fitness": fitness, "trained_values": trained_values.name_of(job)})
+        if rng.random() < 0.1:
+            search.close()
+            search, running = begin(tmp_path), []
+    assert inherited > 20
+    assert len(list((run / trained_values.FOLDER).iterdir())) <= 3 + 8
+    search.close()
+
+
+def test_only_names_of_the_pattern_are_removed(tmp_path) -> None:
+    folder = tmp_path / trained_values.FOLDER
+    folder.mkdir()
+    names = ["1-1.safetensors", "1-2.safetensors", "1-3.safetensors.7.tmp", "1-4.safetensors.7.tmp"]
+    for name in (*names, "best.safetensors", "1-1.txt"):
+        (folder / name).touch()
+    trained_values.remove_unneeded(tmp_path, {"weights/1-1.safetensors", None}, {4})
+    left = {path.name for path in folder.iterdir()}
+    assert left == {names[0], names[3], "best.safetensors", "1-1.txt"}
+
+
+def test_what_counts_as_gone(tmp_path) -> None:
+    assert trained_values.is_gone(tmp_path, "weights/3-4.safetensors")
+    assert not trained_values.is_gone(tmp_path, "s3://mine/3-4.safetensors")
+    assert not trained_values.is_gone(tmp_path, "weights/mine")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "3-4.safetensors").touch()
+    assert not trained_values.is_gone(tmp_path, "weights/3-4.safetensors")
+
+
+def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left(tmp_path) -> None:
+    class Prescribed(Numbers):
+        def mutate(self, number, rng):
+            return next(children), "step: as told"
+
+    children = iter([8, 9, 500])  # of which two are the same network
+    search = nas.Search(
+        space=Prescribed(), folder=tmp_path, population=1, sample=1, cycles=4, cache=1,
+        fitness_policy="retrain_warm",
+    )  # fmt: skip
+    (tmp_path / "search" / trained_values.FOLDER).mkdir()
+
+    def tell(job: nas.Job, fitness: float = 1.0) -> None:
+        (tmp_path / "search" / trained_values.name_of(job)).touch()
+        search.tell(job, {"fitness": fitness, "trained_values": trained_values.name_of(job)})
+
+    def ask() -> nas.Job:
+        job = search.ask()
+        assert job is not None
+        return job
+
+    tell(ask())
+    for retraining in [ask(), ask(), ask()]:
+        tell(retraining)
+    twin, other = ask(), ask()
+    assert (twin.candidate, other.candidate) == (1, 3) and search.ask() is None
+    tell(other)
+    assert [row.id for row in search.store.population()] == [3]
+    tell(twin, math.nan)
+    waited = ask()
+    assert waited.candidate == 2 and waited.inherit is not None
+    assert waited.inherit == "weights/0-3.safetensors"  # of the retraining it was proposed after
+    search.close()
+
+
+def test_what_is_started_from_outlives_the_driver(tmp_path) -> None:
+    """A child and retrainings start from the values of their proposal, whatever came after it."""
+
+    def begin() -> nas.Search:
+        return nas.Search(
+            space=Numbers(), folder=tmp_path, population=1, sample=1, cycles=4, cache=False,
+            fitness_policy="retrain_warm",
+        )  # fmt: skip
+
+    def ask() -> nas.Job:
+        job = search.ask()
+        assert job is not None
+        return job
+
+    def tell(job: nas.Job) -> None:
+        (run / trained_values.name_of(job)).touch()
+        search.tell(job, {"fitness": 1.0, "trained_values": trained_values.name_of(job)})
+
+    def starts(jobs: list[nas.Job]) -> list[tuple]:
+        return [(job.candidate, job.tournament, job.inherit) for job in jobs]
+
+    run = tmp_path / "search"
+    (run / trained_values.FOLDER).mkdir(parents=True)
+    with begin() as search:
+        tell(ask())
+        first, second, third = ask(), ask(), ask()  # of the one member, for three children
+        tell(first)
+        child = ask()
+        tell(second)  # its parent is trained once more
+        before = starts([child, ask(), third])
+    expected = [(1, None, 2), (2, None, 3), (0, 3, 1)]
+    assert before == [(a, b, f"weights/0-{n}.safetensors") for a, b, n in expected]
+    with begin() as search:
+        jobs = [ask(), ask(), ask()]
+        assert starts(jobs) == before
+        assert all(job.inherit and (run / job.inherit).exists() for job in jobs)
+        nas.replay(search.store, Numbers())

@@ -1,0 +1,269 @@
+"""`workers="devices"`: a candidate on each device, and one that is gone takes none with it."""
+
+import dataclasses
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+
+import jax
+import pytest
+from toy import job, search, toy, trace
+
+import nas
+from nas.evaluators.evaluator import Outcome
+from nas.training.programs import this_device
+from nas.workers import devices, pools
+from nas.workers.dask import WorkersError
+
+
+@pytest.fixture(autouse=True)
+def no_cache_on_disk(monkeypatch) -> None:
+    monkeypatch.setattr("nas.training.compilation_cache.use", lambda folder: None)
+
+
+@pytest.fixture
+def three(monkeypatch) -> list:
+    """This process's devices."""
+    found = jax.local_devices()[1:4]
+    monkeypatch.setattr(jax, "local_devices", lambda: found)
+    return found
+
+
+def test_each_device_has_one_candidate_at_a_time(tmp_path, three) -> None:
+    def evaluate(genotype) -> float:
+        device = this_device()
+        assert jax.numpy.ones(3).devices() == {device}
+        with lock:
+            assert device not in busy
+            busy.add(device)
+            most.append(len(busy))
+        time.sleep(0.02)
+        with lock:
+            busy.remove(device)
+        return str(genotype).count("sep")
+
+    lock, busy, most = threading.Lock(), set(), []
+    result = search(tmp_path, evaluate, workers="devices", cycles=30)
+    assert max(most) == 3
+    assert set(result.evaluations["worker"]) == {"cpu 1", "cpu 2", "cpu 3"}
+    assert result.counts.failures == 0
+
+
+def test_results_do_not_depend_on_the_device_each_of_which_compiles_once(tmp_path, three) -> None:
+    random = {"algorithm": "random", "cycles": 9, "evaluate": toy(weight_decay=0.01)}
+    many = search(tmp_path, name="many", workers="devices", **random)
+    one = search(tmp_path, name="one", **random)
+    assert set(many.evaluations["worker"]) == {"cpu 1", "cpu 2", "cpu 3"}
+    assert trace(one) == trace(many)
+    evaluations = [row for row in many.reader.evaluations() if row.outcome == "ok"]
+    compiled = [row.worker for row in evaluations if row.metrics["compile_s"] > 0]
+    assert sorted(compiled) == ["cpu 1", "cpu 2", "cpu 3"]
+
+
+def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
+    """Its job is done elsewhere, and it gets no other one."""
+    gone = three[1]
+    monkeypatch.setattr(devices, "answers", lambda device: device is not gone)
+
+    def evaluate(genotype) -> float:
+        if this_device() is gone and next(done) >= 2:
+            raise RuntimeError("UNAVAILABLE: the device is in a bad state")
+        time.sleep(0.02)
+        return str(genotype).count("sep")
+
+    done = iter(range(1000))
+    result = search(tmp_path, evaluate, workers="devices", cycles=30)
+    assert result.counts.results == 30 and result.counts.failed == 0
+    deaths = result.evaluations[result.evaluations["outcome"] == "worker_death"]
+    assert len(deaths) == 1
+    assert "device cpu 2 answers no more: RuntimeError: UNAVAILABLE" in deaths["error"].iloc[0]
+    assert set(result.evaluations.loc[deaths.index[0] + 3 :, "worker"]) == {"cpu 1", "cpu 3"}
+
+
+def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
+    monkeypatch.setattr(devices, "answers", lambda device: False)
+
+    def evaluate(genotype) -> float:
+        raise RuntimeError("UNAVAILABLE")
+
+    with pytest.raises(RuntimeError, match=r"^no device is left: .*UNAVAILABLE"):
+        search(tmp_path, evaluate, workers="devices", cycles=30, max_failures=100)
+
+
+def test_a_failure_on_a_device_that_answers_is_the_candidates_own() -> None:
+    assert devices.answers(jax.local_devices()[2])
+    pool = devices.Devices(jax.local_devices()[:1]).pool()
+    error = Outcome("exception", error="ValueError: mine")
+    for _ in range(3):
+        assert pool.submit(lambda job: error, job()).result(timeout=60) == error
+    pool.close()
+
+
+def test_a_job_that_hangs_gives_its_device_to_the_next(tmp_path, three, monkeypatch) -> None:
+    def evaluate(genotype) -> float:
+        if next(count) == 4:
+            end.wait(30)
+        return str(genotype).count("sep")
+
+    monkeypatch.setattr(jax, "local_devices", lambda: three[:1])
+    count, end, begun = iter(range(1000)), threading.Event(), time.monotonic()
+    result = search(tmp_path, evaluate, workers="devices", cycles=40, timeout_s=0.3)
+    assert time.monotonic() - begun < 20
+    end.set()
+    assert result.counts.results == 40
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+
+
+def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
+    def task(one: nas.Job) -> Outcome:
+        return Outcome("ok", float(end.wait(30)))
+
+    pool, end = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event()
+    first, second = (pool.submit(task, job()) for _ in range(2))
+    while not (pool.begun(first) or pool.begun(second)):
+        time.sleep(0.001)
+    assert not (pool.begun(first) and pool.begun(second))
+    end.set()
+    assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.begun(second)
+    pool.close()
+
+
+def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None:
+    def task(one: nas.Job) -> Outcome:
+        began.append(one.candidate)
+        return Outcome("ok", float(end.wait(30)))
+
+    pool, end, began = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event(), []
+    first = pool.submit(task, job(0))
+    while not pool.begun(first):
+        time.sleep(0.001)
+    second = pool.submit(task, job(1))
+    pool.expire(second)
+    with pytest.raises(CancelledError):
+        second.result(60)
+    end.set()
+    assert first.result(60).kind == pool.submit(task, job(2)).result(60).kind == "ok"
+    assert began == [0, 2]
+    pool.close()
+
+
+def test_a_device_that_fails_and_then_hangs_is_lost(monkeypatch) -> None:
+    monkeypatch.setattr(devices, "answers", lambda device: device is not hung or end.wait(30))
+    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    (hung, other), end = jax.local_devices()[:2], threading.Event()
+    pool = devices.Devices([hung, other]).pool()
+    task = lambda one: Outcome("exception", error="UNAVAILABLE")  # noqa: E731
+    found = sorted(pool.submit(task, job()).result(20).kind for _ in range(2))
+    end.set()
+    assert found == ["exception", "worker_death"] and pool.lost() == 1
+    pool.close()
+
+
+def test_a_default_device_may_be_a_platform() -> None:
+    with jax.default_device("cpu"):
+        assert this_device() == jax.local_devices()[0]
+
+
+@pytest.mark.parametrize("handed_out_again", [True, False])
+def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_out_again) -> None:
+    """Also if two jobs fail on it then: the other device goes on, and it gets none any more."""
+
+    def task(one: nas.Job) -> Outcome:
+        end.wait(30)
+        return Outcome("exception", error="no") if this_device() is gone else Outcome("ok", 1.0)
+
+    def begin() -> Future:
+        future = pool.submit(task, job())
+        while not pool.begun(future):
+            time.sleep(0.001)
+        return future
+
+    gone, other = jax.local_devices()[:2]
+    answers = lambda device: device is not gone or not end.is_set()  # noqa: E731
+    monkeypatch.setattr(devices, "answers", answers)
+    pool, end = devices.Devices([gone, other]).pool(), threading.Event()
+    dying, well = [begin()], begin()
+    pool.expire(dying[0])
+    if handed_out_again:
+        dying.append(begin())
+    end.set()
+    assert [future.result(60).kind for future in dying] == ["worker_death"] * len(dying)
+    assert [future.result(60).kind for future in (well, begin(), begin())] == ["ok"] * 3
+    assert pool.lost() == 1
+    pool.close()
+
+
+def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
+    tmp_path, three, monkeypatch
+) -> None:
+    def evaluate(genotype) -> float:
+        if this_device() is hung:
+            end.wait(30)
+        time.sleep(0.02)
+        return str(genotype).count("sep")
+
+    def answers(device) -> bool:
+        return device is not hung or end.wait(30)
+
+    hung, end, pool = three[1], threading.Event(), devices.Devices(three).pool()
+    monkeypatch.setattr(devices, "answers", answers)
+    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 3.0}
+    result = search(tmp_path, evaluate, cycles=60, cache=False, **options)
+    assert result.reader.failures_by_kind() == {"timeout": 1} and result.counts.results == 60
+    assert pool.lost() == 1
+    end.set()
+    begun = time.monotonic()
+    while pool.lost():
+        assert time.monotonic() < begun + 20
+        time.sleep(0.001)
+    pool.close()
+
+
+def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkeypatch) -> None:
+    def task(one: nas.Job) -> Outcome:
+        return Outcome("exception", error="UNAVAILABLE")
+
+    monkeypatch.setattr(devices, "answers", lambda device: False)
+    pool, lost = devices.Devices(three).pool(), []
+    for _ in three:
+        assert pool.submit(task, job()).result(60).kind == "worker_death"
+        lost.append(pool.lost())
+    assert lost == [1, 2, 2]  # so that the next one is submitted
+    with pytest.raises(WorkersError, match=r"^no device is left: .*UNAVAILABLE"):
+        pool.submit(task, job())
+    pool.close()
+
+
+def test_the_words_of_workers() -> None:
+    with pytest.raises(ValueError, match="expected a number of threads, 'devices', 'processes'"):
+        pools.pool("device")
+
+
+def test_the_only_device_may_be_late(monkeypatch) -> None:
+    """The next job waits until it answers; it is no reason to end a search."""
+    began, end = threading.Event(), threading.Event()
+
+    def task(one: nas.Job) -> Outcome:
+        began.set()
+        return Outcome("ok", 1.0)
+
+    def hang(one: nas.Job) -> Outcome:
+        end.wait(30)
+        return task(one)
+
+    monkeypatch.setattr(devices, "answers", lambda device: end.wait(30))
+    monkeypatch.setattr(devices, "ANSWER_S", 0.01)
+    one = devices.Devices(jax.local_devices()[:1])
+    pool = one.pool()
+    hung = pool.submit(hang, job())
+    while not pool.begun(hung):
+        time.sleep(0.001)
+    pool.expire(hung)
+    while not one._late:
+        time.sleep(0.001)
+    waiting = pool.submit(task, job())
+    assert not began.wait(0.1)
+    end.set()
+    assert waiting.result(30).kind == "ok"
+    pool.close()

@@ -1,0 +1,591 @@
+"""Whole searches: workers of every kind, what goes wrong on them, and going on later."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+from paths import HELPERS
+from searches import Bits, ones
+
+import nas
+from nas.ask_tell.reopening import MismatchError
+from nas.evaluators.evaluator import Function, ReturnError
+from nas.workers import dask, pools
+from nas.workers import task as workers
+from nas.workers.driver import Driver, Running
+
+SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
+
+
+def run(folder, evaluate=ones, **options) -> nas.Result:
+    return nas.search(evaluate=evaluate, folder=folder, **{**SMALL, **options})
+
+
+def check(result: nas.Result, results: int = 60) -> None:
+    """Nothing is lost, nothing counted twice, and the log says the same."""
+    counts = result.counts
+    assert counts.results == results and counts.running == 0
+    assert counts.proposed == results + counts.failed + counts.rejected
+    assert counts.evaluations + counts.cache_hits == results
+    assert len(result.population) == 8
+    nas.replay(result.reader, result.space)
+
+
+def test_threads(tmp_path) -> None:
+    def slow(bits) -> float:
+        names.add(threading.current_thread().name)
+        time.sleep(0.005)
+        return ones(bits)
+
+    names: set[str] = set()
+    result = run(tmp_path, slow, workers=4)
+    check(result)
+    assert len(names) == 4
+    assert set(result.evaluations["worker"]) == names
+    assert all(result.evaluations["finished"] >= result.evaluations["started"])
+
+
+def test_any_executor(tmp_path) -> None:
+    with ThreadPoolExecutor(3) as executor:
+        check(run(tmp_path, workers=executor))
+        assert executor.submit(int).result() == 0  # it is the caller's to shut down
+
+    class Odd(pools.Threads):
+        pass
+
+    with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
+        pools.pool(Odd())
+    check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
+
+
+def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> None:
+    """Four jobs at once on one thread: those that wait do not run out of time."""
+
+    def slow(bits) -> float:
+        time.sleep(0.2)
+        return ones(bits)
+
+    with ThreadPoolExecutor(1, "mine") as executor:
+        pool = pools.of_executor(executor, slots=4)
+        result = run(tmp_path, slow, workers=pool, timeout_s=0.6, cycles=10)
+    check(result, 10)
+    assert result.counts.failures == 0
+    assert set(result.evaluations["worker"]) == {"mine_0"}
+
+
+def test_tables_of_nothing_and_of_metrics_with_names_of_columns(tmp_path) -> None:
+    with nas.Search(folder=tmp_path, **SMALL) as search:
+        result = nas.load("search", tmp_path)
+        assert len(result.history) == len(result.evaluations) == 0
+        assert {"parent", "fitness", "mutation_kind"} <= set(result.history.columns)
+        search.tell(search.ask(), {"fitness": 1.0, "id": 7, "parent": 8, "state": 9, "loss": 3})
+    (row,) = result.history.to_dict("records")
+    assert list(result.history.index) == [0] and row["parent"] is None and row["state"] == "done"
+    assert row["loss"] == 3 and result.reader.candidate(0).metrics["parent"] == 8
+
+
+def test_repeats_keep_the_last_trained_values_and_metrics_of_some() -> None:
+    class Odd:
+        def evaluate(self, job):
+            found = {"fitness": job.seed, "trained_values": str(job.seed)}
+            return {**found, "loss": job.seed} if job.seed else found
+
+    outcome = nas.Repeated(Odd(), 3).evaluate(nas.Job(1, 0, (), 0))
+    assert outcome["loss"] == 1.5 and outcome["trained_values"] == "2" and outcome["fitness"] == 1
+
+
+class Few(Bits):
+    """Four networks, so that the cache soon knows all."""
+
+    def canonical(self, bits):
+        return str(bits[:2])
+
+
+@pytest.mark.parametrize("by", ["callback", "time", "stop"])
+def test_a_search_can_be_ended_while_the_cache_answers(tmp_path, by) -> None:
+    def ends(search) -> bool:
+        seen.append(search.evolution.results)
+        if by == "time":
+            time.sleep(0.05)
+        if by == "stop" and len(seen) > 50:
+            running[0].stop()
+        return by == "callback" and len(seen) > 50
+
+    seen: list[int] = []
+    running: list = []
+    options = {"space": Few(), "cache": True, "cycles": 5000, "callback": ends}
+    if by == "time":
+        options["time_limit_s"] = 2.0
+    if by == "stop":
+        search = nas.Search(
+            folder=tmp_path, **{**SMALL, "cache": True, "space": Few(), "cycles": 5000}
+        )
+        pool = pools.pool(1)
+        running.append(Running(Driver(search, Function(lambda bits: 1.0), pool, callback=ends)))
+        running[0].run()
+        assert 50 <= nas.load("search", tmp_path).counts.results < 70
+        return
+    result = run(tmp_path, lambda bits: 1.0, **options)
+    assert result.counts.results < 70 and result.counts.cache_hits > 0
+
+
+def test_an_evaluator_that_cannot_be_pickled(tmp_path) -> None:
+    lock = threading.Lock()
+
+    def locked(bits) -> float:
+        with lock:
+            return ones(bits)
+
+    with (
+        ProcessPoolExecutor(1) as executor,
+        pytest.raises(
+            ValueError, match=r"evaluate cannot be sent to .* \(.*\): make it a function"
+        ),
+    ):
+        run(tmp_path, locked, workers=executor)
+    check(run(tmp_path, locked))  # the file is free
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "time_limit_s"])
+def test_limits_that_are_no_time(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match=f"{name} 0: expected seconds, more than 0, or None"):
+        run(tmp_path, **{name: 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_threads_of_a_search_end_with_it(tmp_path) -> None:
+    before = set(threading.enumerate())
+    run(tmp_path, workers=4)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def leaves(bits) -> float:
+    """Ends its process, as scripts do, for some bits."""
+    return sys.exit("no such option") if bits[:2] == (0, 0) else ones(bits)
+
+
+def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
+    result = run(tmp_path, leaves, workers=2, max_failures=60, algorithm="random")
+    check(result)
+    assert set(result.reader.failures_by_kind()) == {"exception"}
+
+
+def test_an_evaluator_that_a_worker_cannot_import_is_no_dead_worker() -> None:
+    pickled = b"cno_such_module\nevaluate\n."
+    outcome = workers._run_pickled(pickled, nas.Job(1, 0, (), 0))
+    assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
+
+
+def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:
+    with ProcessPoolExecutor(1) as executor:
+        check(run(tmp_path, workers=executor, cycles=20), 20)
+        with pytest.raises(dask.WorkersError, match=r"take no more jobs .*: use workers='proc"):
+            run(tmp_path / "dies", dies, workers=executor)
+
+
+def dies(bits) -> float:
+    os._exit(1)
+
+
+def fails_sometimes(bits) -> float:
+    """By the bits: an exception, NaN, out of memory; otherwise the number of ones."""
+    if bits[:3] == (0, 0, 0):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+    if bits[:3] == (0, 0, 1):
+        return math.nan
+    if bits[:3] == (0, 1, 0):
+        raise KeyError("of the evaluator")
+    return ones(bits)
+
+
+def test_failures_of_evaluations_are_outcomes(tmp_path) -> None:
+    result = run(tmp_path, fails_sometimes, workers=3, max_failures=60, algorithm="random")
+    check(result)
+    kinds = result.reader.failures_by_kind()
+    assert set(kinds) == {"exception", "nan", "out_of_memory"}
+    assert kinds["exception"] % 2 == 0  # each is tried twice
+    errors = {row.outcome: row.error for row in result.reader.evaluations()}
+    assert errors["exception"] == "KeyError: 'of the evaluator'"
+    assert errors["nan"] == "the fitness is nan"
+
+
+def test_a_thread_that_hangs_is_given_up_and_its_late_report_noted(tmp_path) -> None:
+    given_up, seen = threading.Event(), []
+
+    def hangs(bits) -> float:
+        seen.append(bits)
+        if len(seen) == 5:
+            given_up.wait(20)
+            return 99.0
+        return ones(bits)
+
+    def after_each(search) -> None:
+        if search.store.failures_by_kind():
+            given_up.set()
+            time.sleep(0.1)  # for the thread to end
+
+    result = run(tmp_path, hangs, workers=2, timeout_s=0.5, callback=after_each)
+    check(result)
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+    assert result.best.fitness <= 12
+    assert [event.kind for event in result.reader.events()].count("late") == 1
+
+
+class Compiles:
+    """Takes its time for the first job."""
+
+    grace_s = 20.0
+
+    def __init__(self, first_s: float) -> None:
+        self.left_s = first_s
+
+    def evaluate(self, job: nas.Job) -> float:
+        left_s, self.left_s = self.left_s, 0.0
+        time.sleep(left_s)
+        return ones(job.architecture)
+
+
+def test_compiling_is_not_of_the_time_of_a_job(tmp_path) -> None:
+    result = run(tmp_path, nas.Repeated(Compiles(0.8), 1), timeout_s=0.2)
+    check(result)
+    assert result.counts.failures == 0 and nas.TrainingEvaluator.grace_s == 1800
+
+
+def test_compiling_has_an_end(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Compiles, "grace_s", 0.1)
+    result = run(tmp_path, Compiles(1.0), timeout_s=0.2)
+    assert result.reader.failures_by_kind() == {"timeout": 1}
+    (error,) = result.evaluations["error"].dropna()
+    assert error == "took more than timeout_s 0.2, and 0.1 s to compile"
+
+
+def test_an_evaluator_that_always_fails_ends_the_search(tmp_path) -> None:
+    def broken(bits) -> float:
+        raise ImportError("no module named torch")
+
+    with pytest.raises(nas.FailuresError, match=r"5 evaluations .* ImportError: no module named t"):
+        run(tmp_path, broken, workers=2, max_failures=5)
+    result = nas.load("search", tmp_path).resume(evaluate=ones)
+    assert result.counts.results == 60 and result.counts.failures >= 5
+
+
+def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
+    with pytest.raises(ReturnError, match=r"returned '\d+' \(str\) as fitness of candidate 0: exp"):
+        run(tmp_path, lambda bits: str(sum(bits)))
+    check(nas.load("search", tmp_path).resume(evaluate=ones))
+
+
+def test_what_has_ended_is_written_while_limits_are_measured(tmp_path) -> None:
+    """A compiler as a limit takes minutes for each of as many candidates as there are workers."""
+
+    def slow(bits) -> float:
+        time.sleep(0.2)
+        written.append(nas.load("search", tmp_path).counts.evaluations)
+        return 1.0
+
+    written: list[int] = []
+    search = {"name": "search", "workers": 4, "limits": [nas.Limit("size", slow)]}
+    run(tmp_path, cycles=12, population=6, sample=2, **search)
+    assert 1 <= written[3] <= 3
+
+
+def test_a_search_goes_on_with_its_own_limits(tmp_path) -> None:
+    """Or latencies of two chips would stand in one column; and none is lost with the functions."""
+
+    def limited(*bounds: float) -> nas.Result:
+        limits = [nas.Limit("ones", sum, bound) for bound in bounds]
+        return run(tmp_path, evaluate=unpicklable, limits=limits, cycles=20)
+
+    lock = threading.Lock()
+    unpicklable = lambda bits: ones(bits) + 0 * lock.locked()  # noqa: E731
+    limited(7)
+    assert limited(7).counts.results == 20
+    with pytest.raises(MismatchError, match=r"other limits: .*at_most 7 there, .*at_most 9 here"):
+        limited(9)
+    other = {"evaluate": ones, "other_evaluator": True, "cycles": 30}
+    for again in (limited, lambda: run(tmp_path, **other)):
+        with pytest.raises(MismatchError, match="at_most 7 there, none here; use another name"):
+            again()
+    kept = [nas.Limit("ones", sum, 7)]
+    assert run(tmp_path, **other, limits=kept).counts.results == 30
+    small, large = (nas.NetworkCosts(filters=filters).params_m for filters in (4, 8))
+    assert nas.Limit("params_m", small).goes_by != nas.Limit("params_m", large).goes_by
+
+
+def test_in_the_background(tmp_path) -> None:
+    go = threading.Event()
+
+    def waits(bits) -> float:
+        go.wait(20)
+        return ones(bits)
+
+    result = run(tmp_path, waits, wait=False, workers=2)
+    assert result.is_running and result.counts.results == 0
+    with pytest.raises(LookupError, match="has no result yet: wait for the first evaluation"):
+        result.best  # noqa: B018
+    with pytest.raises(RuntimeError, match="in use by another driver"):
+        result.resume(evaluate=ones)
+    go.set()
+    assert result.wait().counts.results == 60 and not result.is_running
+    check(result)
+
+
+def test_an_error_in_the_background_is_raised_by_wait(tmp_path) -> None:
+    result = run(tmp_path, lambda bits: "no number", wait=False)
+    with pytest.raises(ReturnError, match="returned 'no number'"):
+        result.wait()
+
+
+def test_stopped_by_a_callback_the_clock_or_the_user_and_resumed(tmp_path) -> None:
+    def slow(bits) -> float:
+        time.sleep(0.01)
+        return ones(bits)
+
+    result = run(tmp_path, slow, callback=lambda search: search.evolution.results >= 10)
+    assert result.counts.results == 10
+    result = run(tmp_path, slow, time_limit_s=0.1)
+    assert 10 < result.counts.results < 60
+    result = run(tmp_path, slow, wait=False).stop()
+    assert result.counts.results < 60
+    check(run(tmp_path, slow))
+
+
+def test_history_and_ranking(tmp_path) -> None:
+    result = run(tmp_path, lambda bits: {"fitness": ones(bits), "zeros": 12 - ones(bits)})
+    history = result.history
+    assert list(history.index) == list(range(60))
+    assert set(history["mutation_kind"].dropna()) == {"flip"}
+    assert (history["fitness"] + history["zeros"] == 12).all()
+    assert result.best.fitness == history["fitness"].max()
+    top = result.top(5)
+    assert [c.fitness for c in top] == sorted((c.fitness for c in top), reverse=True)
+    assert len({Bits().canonical(c.architecture) for c in top}) == 5
+    assert result.best.lineage[-1] == result.best and result.best.lineage[0].row.parent is None
+    assert result.candidate(3).number == 3
+    assert repr(result).startswith("nas.Result('search': 60 results, 60 evaluations, best fitn")
+
+
+def test_a_repeated_evaluator_averages(tmp_path) -> None:
+    class Noisy:
+        def evaluate(self, job: nas.Job) -> dict:
+            return {"fitness": ones(job.architecture) + job.seed % 2, "one": 1.0}
+
+    result = run(tmp_path, nas.Repeated(Noisy(), 4), cycles=10)
+    for candidate in result.population:
+        assert candidate.fitness == ones(candidate.architecture) + 0.5
+        assert candidate.metrics == {"one": 1.0, "fitness_std": 0.5}
+    with pytest.raises(ValueError, match="repeats 0: expected at least 1"):
+        nas.Repeated(Noisy(), 0)
+
+
+# --- another process, another day ----------------------------------------------------------------
+
+LATER = """
+import nas
+result = nas.load("first", {folder!r})
+result.resume(cycles=90)
+print(result.counts.results, result.best.fitness, len(result.population))
+"""
+NOTEBOOK = """
+import sys; sys.path.insert(0, {tests!r})
+import nas
+from searches import Bits
+
+class Mine(Bits):
+    name = "mine"
+
+def evaluate(bits):
+    return float(sum(bits))
+
+nas.search(space=Mine(), evaluate=evaluate, population=8, sample=3, cycles=60, name="first",
+           folder={folder!r}, limits=[nas.Limit("ones", evaluate, 11)])
+"""
+
+
+def test_resumed_in_another_process_without_its_functions(tmp_path) -> None:
+    """As after a restart of a notebook's kernel, whose functions and classes are gone."""
+    tests = os.pathsep.join(map(str, HELPERS))
+    environment = {**os.environ, "PYTHONPATH": tests}
+    for code in (NOTEBOOK, LATER):
+        text = code.format(folder=str(tmp_path), tests=tests)
+        done = subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    results, best, members = done.stdout.split()
+    assert (results, members) == ("90", "8") and 9 <= float(best) <= 11
+
+
+def test_functions_that_cannot_be_stored(tmp_path) -> None:
+    lock = threading.Lock()
+    run(tmp_path, lambda bits: ones(bits) if lock else 0.0)
+    with pytest.raises(
+        ValueError, match=r"does not have the search's functions .*: give the evalu"
+    ):
+        nas.load("search", tmp_path).resume(cycles=70)
+    result = nas.search(evaluate=ones, folder=tmp_path, **{**SMALL, "cycles": 70})
+    assert result.counts.results == 70
+
+
+def test_an_evaluator_of_another_name_is_refused_unless_it_is_wanted(tmp_path) -> None:
+    def twos(bits) -> float:
+        return 2 * ones(bits)
+
+    run(tmp_path)
+    with pytest.raises(MismatchError, match=r"evaluate.function is 'ones' there, 'twos' here; eva"):
+        run(tmp_path, twos, cycles=61)
+    table = nas.TabularEvaluator(lambda bits: {"valid12": ones(bits)})
+    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Function' there, 'TabularEvaluat"):
+        run(tmp_path, table, cycles=61)
+    run(tmp_path, table, cycles=61, other_evaluator=True)
+    with pytest.raises(MismatchError, match=r"evaluate.fitness is 'valid12' there, 'test200' here"):
+        run(tmp_path, nas.TabularEvaluator(table.table, "test200"), cycles=62)
+    nas.load("search", tmp_path).resume(evaluate=twos, cycles=62)
+    assert run(tmp_path, twos, cycles=63).counts.results == 63
+
+
+def test_a_file_that_does_not_say_which_evaluator_goes_on_with_any(tmp_path) -> None:
+    with nas.Search(folder=tmp_path, **{**SMALL, "cycles": 8}) as search:
+        while job := search.ask():
+            search.tell(job, 1.0)
+    assert nas.load("search", tmp_path).study.evaluator is None
+    check(run(tmp_path))
+    assert nas.load("search", tmp_path).study.evaluator == {
+        "kind": "Function", "function": "ones", "module": "searches",
+    }  # fmt: skip
+
+
+def test_what_cannot_be_resumed(tmp_path) -> None:
+    result = run(tmp_path)
+    with pytest.raises(ValueError, match="population: a search cannot be resumed with other ones"):
+        result.resume(population=9)
+    with pytest.raises(FileNotFoundError, match=r"no run 'serach': .*; runs in .*: search"):
+        nas.load("serach", tmp_path)
+    assert nas.load(tmp_path / "search").counts.results == 60
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0, "workers 0: expected at least 1"),
+        ("threads", "workers 'threads': expected a number of threads, 'devices'"),
+        ("processes:none", "workers 'processes:none': expected such as 'processes' or"),
+    ],
+)
+def test_bad_workers(tmp_path, given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, workers=given)
+    check(run(tmp_path))  # the store was let go of
+
+
+def test_an_evaluator_that_is_none(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"evaluate 0\.9: expected a function of an architecture"):
+        run(tmp_path, 0.9)
+
+
+class Gone:
+    """A job's future that is done, but the worker that has its result is gone: a cluster waits for
+    another to do it again."""
+
+    def __init__(self, add_done_callback) -> None:
+        self.add_done_callback, self.cancelled = add_done_callback, threading.Event()
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def result(self, timeout: float | None = None) -> None:
+        assert not self.cancelled.wait(timeout or 30), "cancelled while it waits"
+        raise TimeoutError
+
+
+def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> None:
+    def submit(task, job):
+        future = pool.submit(task, job)
+        if job.candidate in (5, 20) and job.attempt == 1:
+            future.result()
+            future = Gone(future.add_done_callback)
+            gone.append(future)
+        return future
+
+    monkeypatch.setattr(workers, "RESULT_S", 0.05)
+    pool, gone = pools.pool(2), []
+    broken = dataclasses.replace(pool, submit=submit)
+    started = time.monotonic()
+    result = run(tmp_path, workers=broken)
+    check(result)
+    assert time.monotonic() - started < 10 and all(future.cancelled.is_set() for future in gone)
+    assert result.reader.failures_by_kind() == {"worker_death": 2}
+    errors = {row.error for row in result.reader.evaluations("outcome = 'worker_death'")}
+    assert errors == {"it was done, but its result did not come within 0.05 s"}
+
+
+def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
+    def evaluate(bits) -> float:
+        with lock:
+            busy.append(bits)
+            at_once.append(len(busy))
+        time.sleep(0.002)
+        with lock:
+            busy.pop()
+        return ones(bits)
+
+    lock, busy, at_once = threading.Lock(), [], []
+    pool = dataclasses.replace(pools.pool(4), lost=lambda: 3 if len(at_once) >= 20 else 0)
+    check(run(tmp_path, evaluate, workers=pool))
+    assert max(at_once) > 1 and set(at_once[25:]) == {1}
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def test_an_address_that_does_not_answer(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    monkeypatch.setattr(dask, "ANSWER_S", 0.3)
+    with pytest.raises(dask.WorkersError, match=r"'tcp://127.0.0.1:9': no dask scheduler answ"):
+        run(tmp_path, workers="tcp://127.0.0.1:9")
+
+
+class Perilous:
+    """By the job: the worker dies, hangs or does its work."""
+
+    def __init__(self, hangs: int | None = None) -> None:
+        self.hangs = hangs
+
+    def evaluate(self, job: nas.Job) -> float:
+        if job.attempt == 1 and job.candidate in (4, 11, 12):
+            os._exit(1)
+        if job.candidate == self.hangs:
+            time.sleep(60)
+        return ones(job.architecture)
+
+
+def test_processes_that_die(tmp_path) -> None:
+    """Nannies restart them, and what they did is tried again."""
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    result = run(tmp_path, Perilous(), workers="processes:2", cycles=30)
+    check(result, 30)
+    kinds = result.reader.failures_by_kind()
+    # A job that waits for the worker that another one ends is lost with it.
+    assert set(kinds) == {"worker_death"} and kinds["worker_death"] >= 3
+    assert result.counts.failed == 0
+    assert all(name.startswith("worker ") for name in result.evaluations["worker"].dropna())
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_with_its_worker(tmp_path) -> None:
+    pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
+    result = run(tmp_path, Perilous(20), workers="processes:2", cycles=30, timeout_s=4)
+    check(result, 30)
+    assert result.reader.failures_by_kind()["timeout"] == 1
+    assert [row.id for row in result.reader.candidates("state = 'failed'")] == [20]

@@ -1,0 +1,78 @@
+"""One stage on one micro-batch: its gradients, and how often it computes what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpipe_jax.layers.layer import layer
+from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
+from gpipe_jax.pipeline.stage_step import Call, Composite
+
+WIDTH = 4
+RNG = np.random.default_rng(0)
+
+
+def affine(params: dict, x: dict) -> dict:
+    """Tanh of a product; integers pass it by."""
+    jax.debug.callback(lambda _: CALLS.append(1), x["x"][0, 0])
+    return {"x": jnp.tanh(x["x"] @ params["w"]), "ids": x["ids"]}
+
+
+CALLS: list[int] = []
+LAYER = layer(lambda key, x: {"w": jnp.zeros((WIDTH, WIDTH))}, affine)
+
+
+@pytest.mark.parametrize("count", [1, 3, MAX_UNROLL + 1])
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
+    count: int, remat: bool
+) -> None:
+    x = {"x": jnp.asarray(RNG.normal(size=(2, WIDTH))), "ids": jnp.arange(3)}
+    shapes = infer_shapes([LAYER] * count, x)
+    stages = Stages(shapes, [range(count)], remat_layers=remat)
+    (storage,) = stages.params
+    params = [{"w": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)} for _ in range(count)]
+    before = [{"w": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)} for _ in range(count)]
+    g = jnp.asarray(RNG.normal(size=(2, WIDTH)))
+
+    def last(params: list, x_float: jax.Array) -> jax.Array:
+        y = x_float
+        for p in params:
+            y = jnp.tanh(y @ p["w"])
+        return y
+
+    _, pull = jax.vjp(last, params, x["x"])
+    wanted, wanted_x = pull(g)
+
+    @jax.jit
+    def backward(local: dict, sums: dict) -> tuple:
+        call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
+        ids = jnp.asarray(stages.layer_ids()[0, 0])
+        stage = Composite(stages, 0, local, {"slots": [], "packs": []}, {}, ids, call)
+        return stage.backward(Boundary(x, {}), lambda y: ([g], y.x["ids"]), sums, {})
+
+    arrays = storage.join_layers(0, params)
+    CALLS.clear()
+    back, _, ids = jax.device_get(backward(arrays, storage.join_layers(0, before)))
+    jax.effects_barrier()
+    assert len(CALLS) == count * (2 if remat else 1)
+    np.testing.assert_array_equal(ids, x["ids"])
+    np.testing.assert_allclose(back.x[0], wanted_x, rtol=1e-5, atol=1e-6)
+    sums = storage.split_layers(0, back.params)
+    for had, more, now in zip(before, wanted, sums, strict=True):
+        np.testing.assert_allclose(now["w"], had["w"] + more["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_are_read_late_change_nothing() -> None:
+    """The stage's input is replaced in a case that never comes, whatever its type."""
+    x = {"x": jnp.full((2, WIDTH), jnp.nan), "ids": jnp.arange(3)}
+    stages = Stages(infer_shapes([LAYER], x), [range(1)])
+    arrays = stages.params[0].join_layers(0, [{"w": np.full((WIDTH, WIDTH), np.inf, np.float32)}])
+    call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
+    stage = Composite(stages, 0, arrays, {}, {}, jnp.zeros(1, int), call)
+    _, after = stage._after(arrays, Boundary({**x, "x": jnp.ones((2, WIDTH))}, {}))
+    np.testing.assert_array_equal(after.x["x"], np.ones((2, WIDTH)))
+    np.testing.assert_array_equal(after.x["ids"], x["ids"])

@@ -1,0 +1,439 @@
+"""Plans: their memory and time, what the compiler adds, and what is wrong with a request."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from paths import CONFIGS
+
+import gpipe_jax as gpipe
+from gpipe_jax.cli import main as cli
+from gpipe_jax.config import loader
+from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.pipeline import memory
+from gpipe_jax.planner import job, plan_file, predict, programs, search, step_time
+from gpipe_jax.planner.job import Layout
+from gpipe_jax.planner.plan import Plan
+from gpipe_jax.schedules import schedule
+from gpipe_jax.schedules.buffers import lower
+from gpipe_jax.tpu_compiler import libtpu, topologies
+from gpipe_jax.training import from_config
+
+TPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install 'gpipe-jax[tpu]' (Linux x86-64)",
+)
+DIGITS = CONFIGS / "digits.yaml"
+V3 = topologies.parse("v3:2x2")
+LM = {"vocabulary": 64, "length": 16, "width": 32, "heads": 2, "feed_forward": 64, "layers": 6}
+
+
+def small_job(batch: int = 16, **options: Any) -> job.Job:
+    tokens = jax.ShapeDtypeStruct((batch, 16), np.int32)
+    layers = gpipe.zoo.transformer_lm(**{**LM, **options})
+    loss = gpipe.losses.softmax_cross_entropy
+    return job.Job(layers, loss, {"inputs": tokens, "labels": tokens}, optax.adam(1e-3))
+
+
+# ---- by analysis --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits", "text", "transformer_48", "amoebanet_digits"])
+def test_the_example_of_a_config_is_what_its_data_looks_like(name: str) -> None:
+    config = loader.load(CONFIGS / f"{name}.yaml")
+    batch = next(from_config.dataset(config).train(0))
+    like = lambda a: (np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype))  # noqa: E731
+    wanted = {k: like(batch[k]) for k in ("inputs", "labels")}
+    assert {k: (a.shape, a.dtype) for k, a in from_config.example(config).items()} == wanted
+
+
+def test_memory_is_that_of_the_arrays() -> None:
+    """On one device: parameters, two slots of Adam and its count, and gradients in float32."""
+    trainer = small_job().trainer(Layout(micro_batches=4))
+    parts = trainer.device_bytes()
+    own = 4 * sum(a.size for s in trainer.pipe.shapes for a in jax.tree.leaves(s.params))
+    assert (parts["parameters"], parts["gradients"], parts["stash"]) == (own, own, 0)
+    assert parts["optimizer"] == 2 * own + 4
+    assert parts["batch"] == 16 * (2 * 16 * 4 + 4)
+    assert sum(parts.values()) > 4 * own + parts["working_set"] > 4 * own
+
+
+def test_the_stash_is_what_the_schedule_keeps() -> None:
+    boundary = 2 * 16 * 32 * 4  # two sequences of 16 vectors of 32 floats
+    for kind in ("gpipe", "1f1b"):
+        layout = Layout(stages=2, micro_batches=8, schedule=kind)
+        stash = small_job().trainer(layout).device_bytes()["stash"]
+        rows = lower(schedule.make(kind, 2, 8))
+        assert rows.x_slots == (8 if kind == "gpipe" else 2)
+        assert stash == (rows.x_slots + rows.g_slots + 4) * boundary
+
+
+def test_recomputing_layer_by_layer_needs_less() -> None:
+    working = [
+        small_job().trainer(Layout(micro_batches=4, remat=remat)).device_bytes()["working_set"]
+        for remat in ("stage", "layer")
+    ]
+    assert working[1] < 0.5 * working[0]
+
+
+def test_a_plan_without_a_topology_asks_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "compile_programs", None)
+    found = gpipe.plan(DIGITS)
+    assert found.topology is found.step_time_s is found.fits is found.collectives is None
+    assert found.hbm_needed_gib == found.hbm_analysed_gib == sum(found.memory_gib.values())
+    assert [s.layers[0] for s in found.stages[1:]] == found.layout["partition"]
+    assert sum(s.parameters for s in found.stages) == found.parameters == 193_242
+    assert found.bubble_fraction == pytest.approx(3 / 11)
+    assert "by analysis" in str(found) and "<table>" in found._repr_html_()
+    json.dumps(found.to_dict())
+
+
+def test_the_picture_of_a_plan_has_the_name_that_was_given(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = gpipe.plan(DIGITS).plot(tmp_path / "plan")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+    assert len(figure.axes) == 1
+
+
+def test_a_plan_of_layers_is_the_plan_of_the_config() -> None:
+    config = loader.load(DIGITS)
+    work, layout = job.from_config(config)
+    options = {"loss": work.loss, "example": work.example, "tx": work.tx, **layout._asdict()}
+    ours = gpipe.plan(work.layers, steps=work.steps, **options)
+    assert replace(gpipe.plan(config), config=None) == ours
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_step_are_those_of_its_schedule() -> None:
+    """Two stages of 1 + 3 and 0 + 4 s, two micro-batches, GPipe's schedule: by hand."""
+    pipe = small_job(4).trainer(Layout(stages=2, micro_batches=2, schedule="gpipe")).pipe
+    times = step_time.stage_times([1.0, 5.0], [3.0, 4.0], remat_layers=False)
+    assert times == ([1.0, 0.0], [3.0, 4.0], [1.0, 0.0])
+    step = step_time.step_time(pipe.stages, pipe.schedule, times, V3, replicas=4, update_s=0.5)
+    # Ticks: F, F, (F), B 4, B 4, B 3.
+    assert step.compute + step.recompute + step.imbalance + step.bubble == pytest.approx(13)
+    assert (step.compute, step.recompute) == (7.0, 1.0)  # 3 and 4 s a micro-batch; 1 and 0
+    assert (step.imbalance, step.bubble) == (0.0, 5.0)
+    wire = 2 * 16 * 32 * 4 // 2 * 2
+    assert step.transfer == pytest.approx((3 + 3) * wire / 100e9)
+    held = memory.float32_bytes(pipe.stages)
+    assert step.gradient_reduction == pytest.approx(2 * 3 / 4 * held / 100e9)
+    assert step.total == pytest.approx(sum(step)) and step.update == 0.5
+
+
+def test_what_is_recomputed_layer_by_layer_is_computed_twice_again() -> None:
+    times = step_time.stage_times([1.0, 2.0], [4.0, 7.0], remat_layers=True)
+    assert times.recompute == [2.0, 2.0]
+
+
+def test_between_slices_the_network_is_the_slowest_link() -> None:
+    pipe = small_job(4).trainer(Layout(stages=2, micro_batches=2)).pipe
+    times = step_time.stage_times([1.0, 1.0], [3.0, 3.0], remat_layers=False)
+    one, two = (
+        step_time.step_time(
+            pipe.stages, pipe.schedule, times, replace(V3, slices=n), replicas=1, update_s=0.0
+        )
+        for n in (1, 2)
+    )
+    assert two.transfer == pytest.approx(one.transfer * 100e9 / 6.25e9)
+
+
+# ---- with the compiler --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Plan:
+    work = small_job()
+    return gpipe.plan(
+        work.layers,
+        loss=work.loss,
+        example=work.example,
+        tx=work.tx,
+        topology="v3-8",
+        stages=2,
+        data=2,
+        micro_batches=4,
+        schedule="eager_1f1b",
+    )
+
+
+@TPU
+def test_a_compiled_plan_says_what_it_is_made_of(compiled: Plan) -> None:
+    assert compiled.fits and compiled.topology == "v3:2x2"
+    assert compiled.step_time_s == pytest.approx(sum(compiled.time_s.values())) and (
+        compiled.throughput == pytest.approx(16 / compiled.step_time_s)
+    )
+    assert all(value > 0 for name, value in compiled.time_s.items() if name != "imbalance")
+    assert set(compiled.collectives_in_loops) == {"collective-permute"}
+    assert set(compiled.collectives) == {"all-reduce"} and compiled.asynchronous is False
+    assert compiled.compiled_gib["arguments"] >= 0.9 * 3 * compiled.memory_gib["parameters"]
+    assert compiled.hbm_needed_gib == pytest.approx(sum(compiled.compiled_gib.values()))
+    assert compiled.versions["libtpu"]
+    assert any("uses 4 of the 8 devices" in warning for warning in compiled.warnings)
+    assert [stage.forward_s > 0 for stage in compiled.stages] == [True, False]
+    assert "compiled, not run" in str(compiled)
+
+
+@TPU
+def test_the_compiler_needs_what_the_analysis_says() -> None:
+    """No copies of parameters or gradients: each of the five arrays of their size is held once."""
+    sizes = {"width": 1024, "heads": 8, "feed_forward": 4096, "vocabulary": 1024}
+    work = small_job(8, layers=8, dtype="bfloat16", **sizes)
+    layout = Layout(stages=2, micro_batches=8, remat="layer")
+    found = predict.with_compiler(work, layout, predict.Compiling(V3))
+    share = sum(found.memory_gib[name] for name in ("parameters", "optimizer", "gradients"))
+    assert share > 0.9 * found.hbm_analysed_gib
+    assert 0.9 < found.hbm_needed_gib / found.hbm_analysed_gib < 1.15
+
+
+@TPU
+def test_a_plan_is_drawn(compiled: Plan, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = compiled.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+    assert len(figure.axes) == len(compiled.plot().axes) == 2
+
+
+@TPU
+def test_cycles_of_layers_balance_the_stages() -> None:
+    """A wide feed-forward layer counts for more; equal blocks are compiled once."""
+    work = small_job()
+    seconds = predict.layer_seconds(work, Layout(micro_batches=4), predict.Compiling(V3))
+    assert len(seconds) == len(work.layers) and min(seconds) > 0
+    assert len(set(seconds[2:-1])) == 1  # the first block has no gradient to send
+    wide = predict.layer_seconds(
+        small_job(feed_forward=4096), Layout(micro_batches=4), predict.Compiling(V3)
+    )
+    assert wide[2] > 1.5 * seconds[2]
+
+
+@TPU
+def test_what_does_not_fit_is_a_plan_too() -> None:
+    found = gpipe.plan(
+        gpipe.zoo.mlp((30_000, 30_000, 30_000, 10)),
+        loss=gpipe.losses.softmax_cross_entropy,
+        example={
+            "inputs": jax.ShapeDtypeStruct((4, 30_000), np.float32),
+            "labels": jax.ShapeDtypeStruct((4,), np.int32),
+        },
+        tx=optax.adam(1e-3),
+        topology="v2:2x2",
+    )
+    assert found.fits is False and found.hbm_needed_gib > found.hbm_usable_gib == 7.48
+    assert found.problem.startswith("does not fit by ") and "no, by" in str(found)
+    assert found.collectives is None and found.step_time_s is None
+    json.dumps(found.to_dict())
+
+
+def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fake(work: job.Job, layout: Layout, compiling: Any) -> Plan:
+        seen.append(layout)
+        plan = predict.analyse(work, layout)
+        if len(seen) == 2:
+            return replace(plan, fits=False)
+        return replace(plan, fits=True, step_time_s=1.0 / len(seen), throughput=1.0)
+
+    monkeypatch.setattr(predict, "with_compiler", fake)
+    ranking = search.search(small_job(), predict.Compiling(V3), 3)
+    assert [p.fits for p in ranking.plans] == [True, True, True, False]  # until three fit
+    assert ranking.plans[0].step_time_s < ranking.plans[1].step_time_s
+    assert ranking.plans[-1].step_time_s is None and "unknown" in str(ranking)
+    assert all(layout.stages * layout.data == 8 for layout in seen)
+    # What is compiled is cut as it was analysed.
+    assert all(len(layout.partition) == layout.stages * layout.chunks - 1 for layout in seen)
+    assert len(str(ranking).splitlines()) == 7 and ranking.too_large == 0
+    json.dumps(ranking.to_dict())
+
+
+def test_candidates_are_all_legal_layouts() -> None:
+    """By hand: eight devices, eight layers, 16 sequences in micro-batches of a power of two."""
+    found = {c.layout for c in search.candidates(small_job(), V3)}
+    wanted = set()
+    for K in (1, 2, 4, 8):
+        kinds = [("1f1b", 1)] if K == 1 else [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1)]
+        kinds += [("interleaved", V) for V in (2, 4) if K > 1 and K * V <= 8]
+        counts = [M for M in (1, 2, 4, 8, 16) if M <= 16 // (8 // K)]
+        wanted |= {Layout(K, 8 // K, M, *kind) for M in counts for kind in kinds}
+    assert found == wanted
+    for layout in list(found)[:5]:
+        small_job().trainer(layout)  # legal
+
+
+def test_layer_by_layer_is_tried_where_a_stage_is_too_large() -> None:
+    small = replace(V3, generation=V3.generation._replace(hbm_gib=1e-3))
+    found = {c.layout.remat for c in search.candidates(small_job(), small)}
+    assert found == {"stage", "layer"}
+
+
+@pytest.mark.parametrize("remat", ["stage", "layer"])
+def test_stages_with_tied_parameters_can_be_compiled_alone(remat: str) -> None:
+    pipe = small_job(tied=True).trainer(Layout(stages=2, micro_batches=4, remat=remat)).pipe
+    assert len(programs.of_stages(pipe)) == 4
+    alone = [part.name for part in programs.of_layers(pipe, kinds=("backward",))]
+    assert alone == ["backward 0", "backward 1", "backward 7"]  # embedding, block, head
+
+
+def test_the_gradients_of_a_scanned_run_exist_at_once() -> None:
+    """Of nine layers; of eight, which are unrolled, one layer's at a time."""
+    short, long = (
+        small_job(layers=n).trainer(Layout(micro_batches=4)).device_bytes()["working_set"]
+        for n in (8, 9)
+    )
+    block = 4 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)  # the matrices of one
+    assert long - short > 8 * block
+
+
+def test_a_slow_schedule_and_more_bubble_rank_lower() -> None:
+    steps = {c.layout: c.step_s for c in search.candidates(small_job(), V3)}
+    at = lambda kind, V=1, M=8: steps[Layout(4, 2, M, kind, V)]  # noqa: E731
+    assert at("eager_1f1b") == pytest.approx(at("gpipe"), rel=0.05)  # but for transfers
+    assert at("eager_1f1b") < at("1f1b")
+    assert at("interleaved", 2) < at("eager_1f1b")
+
+
+# ---- plan files ---------------------------------------------------------------------------------
+
+
+def test_a_plan_file_lays_a_run_out(tmp_path: Path) -> None:
+    found = gpipe.plan(loader.load(DIGITS, ["mesh.stages=3", "mesh.data=1"]))
+    plan_file.save(found, tmp_path / "plan.json")
+    given = plan_file.overrides(tmp_path / "plan.json", str(DIGITS), ["train.seed=3"])
+    config = loader.load(DIGITS, given)
+    assert (config.mesh.stages, config.mesh.data, config.train.seed) == (3, 1, 3)
+    assert list(config.pipeline.partition) == found.layout["partition"]
+
+
+def test_a_plan_file_of_one_stage(tmp_path: Path) -> None:
+    found = gpipe.plan(loader.load(DIGITS, ["mesh.stages=1"]))
+    plan_file.save(found, tmp_path / "plan.json")
+    given = plan_file.overrides(tmp_path / "plan.json", str(DIGITS), [])
+    assert loader.load(DIGITS, given).pipeline.partition == "auto"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"config": 3}'])
+def test_what_is_no_plan_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"cannot be read as a plan .*gpipe plan \.\.\. --out"):
+        plan_file.overrides(tmp_path / "plan.json", str(DIGITS), [])
+
+
+def test_a_plan_of_another_config(tmp_path: Path) -> None:
+    plan_file.save(gpipe.plan(DIGITS), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"made for another config[^$]*data.batch_size: 64 there"):
+        plan_file.overrides(tmp_path / "plan.json", str(DIGITS), ["data.batch_size=32"])
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+KEYS = {
+    "fits", "hbm_needed_gib", "hbm_usable_gib", "memory_gib", "step_time_s", "time_s", "throughput",
+    "bubble_fraction", "collectives", "collectives_in_loops", "stages", "versions",
+}  # fmt: skip
+
+
+def test_plan_prints_json(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert cli.main(["plan", str(DIGITS), "--json", "--out", str(out)]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert set(json.loads(last)) >= KEYS
+    assert json.loads(out.read_text()) == json.loads(last)
+
+
+def test_a_file_that_cannot_be_written_loses_no_plan(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out, png = tmp_path / "plan.json", tmp_path / "plan.png"
+    files = ["--out", str(out), "--png", str(png), "--json"]
+    assert cli.main(["plan", str(DIGITS), *files]) == cli.BAD_INPUT
+    said = capsys.readouterr()
+    assert f"no picture {png}: pictures need matplotlib" in said.err
+    assert json.loads(said.out.splitlines()[-1]) == json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out, few = tmp_path / "plan.json", ["train.steps=2", "optimizer.warmup_steps=0"]
+    assert cli.main(["plan", str(DIGITS), "mesh.data=1", "mesh.stages=2", "--out", str(out)]) == 0
+    given = [str(DIGITS), "--plan", str(out), f"train.workdir={tmp_path / 'run'}", *few, "--json"]
+    # The number of steps is no part of a plan, but the warm-up is the optimizer's.
+    assert cli.main(["train", *given]) == cli.BAD_INPUT
+    assert "optimizer.warmup_steps: 20 there, 0 here" in capsys.readouterr().err
+    planned = ["mesh.data=1", "mesh.stages=2", few[1], "--out", str(out)]
+    assert cli.main(["plan", str(DIGITS), *planned]) == 0
+    assert cli.main(["train", *given]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert (json.loads(last)["stages"], json.loads(last)["steps"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5litpod-16"], "did you mean 'v5litepod'"),
+        (["--topology", "v3:4x4x4"], "has 3 dimensions, but v3 pods have 2"),
+        (["--topology", "v3:64x64"], "the largest is 'v3:32x32'"),
+        (["--topology", "v3:2x2", "--slices", "0"], "`slices` must be at least 1, got 0"),
+        (
+            ["--topology", "v3:2x2", "mesh.stages=3", "mesh.data=1"],
+            "make stages x data one of 1, 2",
+        ),
+        (["--search"], "--search needs a --topology"),
+        (["--cost", "cycles"], "`cost` 'cycles' needs a `topology`"),
+        (["--out", "/nowhere/plan.json"], "there is no folder /nowhere; make it first"),
+        (
+            ["--topology", "v3:2x2", "--search", "--cost", "cycles"],
+            "--cost does not go with --search",
+        ),
+        (["--slices", "2"], "--slices 2 needs a --topology"),
+        (
+            ["--topology", "v3-8", "--search", "--compile-best", "0"],
+            "`compile_best` must be at least",
+        ),
+    ],
+)
+def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", str(DIGITS), *arguments]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_tpu_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    absent = {"jax": "1", "jaxlib": "1", "libtpu": None, "libtpu_pinned": "2"}
+    monkeypatch.setattr(libtpu, "versions", lambda: absent)
+    assert cli.main(["plan", str(DIGITS), "--topology", "v3:2x2"]) == cli.BAD_INPUT
+    assert "pip install 'gpipe-jax[tpu]'" in capsys.readouterr().err
+
+
+def test_what_fits_nowhere_says_what_would_help() -> None:
+    work = small_job(8, width=65_536, feed_forward=8, vocabulary=65_536, layers=1)
+    work = work._replace(layers=work.layers[:1] + work.layers[-1:])
+    with pytest.raises(ValueError, match=r"no layout fits v2:2x2: .* more than its 7.48; more dev"):
+        search.search(work, predict.Compiling(topologies.parse("v2:2x2")), 1)
+
+
+def test_a_batch_that_splits_in_no_way() -> None:
+    two = replace(V3, shape=(4, 4))
+    with pytest.raises(ValueError, match="does not split over the 32 devices"):
+        search.search(small_job(1), predict.Compiling(two), 1)
+
+
+def test_layers_need_a_loss_and_a_config_says_all() -> None:
+    with pytest.raises(TypeError, match="a plan of layers needs loss, example, tx too"):
+        gpipe.plan(gpipe.zoo.mlp((4, 4)))
+    with pytest.raises(
+        TypeError, match=r"a config says everything itself; unexpected \['stages'\]"
+    ):
+        gpipe.plan(DIGITS, stages=3)

@@ -1,0 +1,534 @@
+"""Whole runs: what they write, and that an interrupted one ends as if it had not been."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+import gpipe_jax as gpipe
+from gpipe_jax.checkpoint import format
+from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.distributed.preemption import StoppedError, listening
+from gpipe_jax.training import run, trainer
+from gpipe_jax.training.trainer import DivergedError
+
+STEPS = 11
+CONFIG = {
+    "model": {"kind": "mlp", "features": [64, 12, 12, 10]},
+    "data": {"kind": "digits", "batch_size": 24},
+    "mesh": {"stages": 2},
+    "pipeline": {"micro_batches": 2},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.1},
+    "train": {"steps": STEPS, "eval_every": 4, "log_every": 3},
+}
+
+
+def assemble(workdir, *overrides: str) -> run.Parts:
+    return run.assemble(gpipe.load(CONFIG, overrides), workdir)
+
+
+def records_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.endswith("_s")} for r in records]
+
+
+def saved(workdir, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint by name, without the manifest, which has the folder's name."""
+    files = (workdir / "checkpoints" / str(step) / "state").glob("*.safetensors")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def latest_step(workdir) -> int | None:
+    return max(format.steps(epath.Path(workdir) / "checkpoints"), default=None)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run from beginning to end: (parts, summary, records shown)."""
+    parts, shown = assemble(tmp_path_factory.mktemp("a run") / "whole"), []
+    return parts, run.train(parts, shown.append), shown
+
+
+# --- what a run writes ---------------------------------------------------------------------------
+
+
+def test_every_record_is_shown_and_every_third_written(whole):
+    parts, _, shown = whole
+    steps = [r["step"] for r in shown if "loss" in r]
+    assert steps == list(range(1, STEPS + 1))
+    written = records_of(parts.workdir)
+    assert [r["step"] for r in written if "loss" in r] == [1, 3, 6, 9]
+    assert [r["step"] for r in written if "test_loss" in r] == [4, 8, STEPS]
+    assert [r["step"] for r in written] == sorted(r["step"] for r in written)
+    assert all(r in shown for r in written)
+    assert set(written[0]) == {"step", "loss", "accuracy", "step_time_s"}
+    assert all(r["step_time_s"] > 0 for r in written if "loss" in r)
+
+
+def test_the_summary(whole):
+    parts, summary, shown = whole
+    figures = summary.figures
+    assert figures["test_loss"] == shown[-1]["test_loss"]
+    assert figures["test_accuracy"] == shown[-1]["test_accuracy"]
+    assert (figures["steps"], figures["stages"]) == (STEPS, 2)
+    assert figures["bubble_fraction"] == pytest.approx(1 / 3)
+    assert figures["workdir"] == str(parts.workdir)
+    assert 0 < figures["step_time_s"] < figures["wall_s"]
+    assert summary.note == f"curves: {parts.workdir / 'curves.png'}"
+    assert len((parts.workdir / "curves.png").read_bytes()) > 5000
+
+
+def test_the_two_newest_checkpoints_are_kept(whole):
+    folder = whole[0].workdir / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [str(STEPS), "8"]
+
+
+def test_the_saved_config_is_that_of_the_run(whole):
+    """It names its own folder, so that `gpipe train WORKDIR/config.yaml` continues the run."""
+    parts = whole[0]
+    config = gpipe.load(parts.workdir / "config.yaml")
+    assert config.train.workdir == str(parts.workdir)
+    back = config.train.model_copy(update={"workdir": None})
+    assert config.model_copy(update={"train": back}) == parts.config
+
+
+def test_evaluate_repeats_the_last_evaluation(whole):
+    parts, summary, _ = whole
+    again = run.evaluate(parts)
+    for name in ("test_loss", "test_accuracy", "steps", "step_time_s"):
+        assert again.figures[name] == summary.figures[name]
+    assert again.note == f"checkpoint: step {STEPS}"
+
+
+def test_evaluate_on_other_stages(whole):
+    """The network is the same however it is cut."""
+    other = assemble(whole[0].workdir, "mesh.stages=1", "pipeline.micro_batches=1")
+    found = run.evaluate(other).figures
+    assert found["test_loss"] == pytest.approx(whole[1].figures["test_loss"], rel=1e-5)
+    assert found["stages"] == 1
+
+
+# --- continuing ----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
+    """Cut off after the first checkpoint, and again after the second, with half a line written."""
+    parts, reference, _ = whole
+    workdir = tmp_path / "interrupted"
+    again = parts._replace(workdir=epath.Path(workdir))
+    for last in (6, 10):
+
+        def show(record, last=last):
+            if record["step"] == last and "loss" in record:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run.train(again, show)
+        assert latest_step(workdir) == last // 4 * 4
+        with (workdir / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "lo')
+    shown: list[dict] = []
+    summary = run.train(again, shown.append)
+    assert shown[0]["step"] == 9, "it continues from step 8"
+    assert len(saved(workdir, STEPS)) == 4 and saved(workdir, STEPS) == saved(parts.workdir, STEPS)
+    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert here == there
+    assert summary.figures["test_loss"] == reference.figures["test_loss"]
+
+
+def test_a_finished_run_only_repeats_its_summary(whole):
+    parts, reference, _ = whole
+    before = (parts.workdir / "metrics.jsonl").read_bytes()
+    shown: list[dict] = []
+    summary = run.train(parts, shown.append)
+    assert not shown and summary.note == reference.note
+    ignored = {"wall_s", "compile_s", "data_s", "checkpoint_s", "evaluation_s"}
+    assert {k: v for k, v in summary.figures.items() if k not in ignored} == {
+        k: v for k, v in reference.figures.items() if k not in ignored
+    }
+    assert (parts.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
+    parts, reference, _ = whole
+    path = parts.workdir / "metrics.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    try:
+        summary = run.train(parts, lambda record: None)
+    finally:
+        path.write_bytes(before)
+    assert summary.figures["test_loss"] == reference.figures["test_loss"]
+    assert summary.figures["step_time_s"] is None
+    assert summary.note.startswith("no curves")
+
+
+def train_to_the_end(parts, workdir) -> None:
+    """As often as it takes; the result is that of the run that was left alone."""
+    run.train(parts._replace(workdir=epath.Path(workdir)), lambda record: None)
+    assert saved(workdir, STEPS) == saved(parts.workdir, STEPS)
+    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert here == there
+
+
+def signal_now(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # the thread that hears it
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+def test_preempted_during_a_step(whole, tmp_path, last, capsys):
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == last and "loss" in record:
+            signal_now()
+
+    with pytest.raises(StoppedError, match=r"stopped after step (\d+), which is saved") as error:
+        run.train(parts, show)
+    assert "SIGTERM: saving after this step" in capsys.readouterr().err
+    done = int(str(error.value).split()[3].strip(","))
+    assert last <= done <= last + trainer.IN_FLIGHT and latest_step(tmp_path) == done
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
+    write, told = format.write_part, []
+
+    def once(*args):
+        if not told:
+            told.append(signal_now())
+        return write(*args)
+
+    monkeypatch.setattr(format, "write_part", once)
+    with pytest.raises(StoppedError):
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
+    assert told and 4 <= latest_step(tmp_path) <= 8
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
+    """Which is left, and done again by the run that goes on."""
+    parts, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
+
+    def test():
+        signal_now()
+        yield from batches()
+
+    dataset = dataclasses.replace(parts.dataset, test=test)
+    with pytest.raises(StoppedError, match="after step 4, which is saved"):
+        run.train(parts._replace(dataset=dataset), lambda record: None)
+    assert not any("test_loss" in r for r in records_of(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.train(parts, show)
+    assert any("test_loss" in r for r in records_of(tmp_path)), "of step 4, which is done again"
+    train_to_the_end(whole[0], tmp_path)
+
+
+def test_signals_are_as_before_a_run(whole):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_path, monkeypatch):
+    """Step 4 is saved without its loss, the lowest: it is evaluated again, and kept."""
+    config = gpipe.load(CONFIG, ["train.keep=1", "train.keep_best=1"])
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path), config=config)
+    losses = {4: 1.0, 8: 2.0, STEPS: 3.0}
+
+    def stopped(*_):
+        raise StoppedError("stopped during an evaluation")
+
+    monkeypatch.setattr(run.loop, "evaluate", stopped)
+    with pytest.raises(StoppedError, match="after step 4, which is saved"):
+        run.train(parts, lambda record: None)
+    monkeypatch.setattr(
+        run.loop, "evaluate", lambda _, state, stop: {"test_loss": losses[state.step]}
+    )
+    run.train(parts, lambda record: None)
+    assert format.steps(parts.checkpoints) == [STEPS, 4]
+
+
+def test_other_steps_between_saves(whole, tmp_path):
+    config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
+    run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
+    folder = epath.Path(tmp_path) / "checkpoints"
+    assert format.steps(folder) == [11, 9, 6, 3]
+    evaluated = [m.step for m in format.manifests(folder) if m.metrics]
+    assert evaluated == [11], "the others were not due for an evaluation"
+    assert saved(tmp_path, STEPS) == saved(whole[0].workdir, STEPS)
+
+
+def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, capsys):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    part = tmp_path / "run" / "checkpoints" / "11" / "state" / "1.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    note = run.evaluate(parts).note.splitlines()
+    assert re.search(r"11 is damaged \(1.safetensors has .*\); taking that of step 8", note[0])
+    assert note[1] == "checkpoint: step 8"
+    train_to_the_end(whole[0], tmp_path / "run")
+    assert "11 is damaged" in capsys.readouterr().err
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["11", "11.damaged", "8"]
+
+
+def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    for step in (8, 11):
+        (tmp_path / "run" / "checkpoints" / str(step) / "state" / "manifest.json").unlink()
+    with pytest.raises(ConfigError) as error:
+        run.train(parts, lambda record: None)
+    assert error.value.problems == (
+        "none of the checkpoints here is whole; to start anew, remove or rename the folder",
+        "step 11: manifest.json is missing",
+        "step 8: manifest.json is missing",
+    )
+
+
+OTHER = {
+    "fewer stages": ["mesh.stages=1"],
+    "more replicas and micro-batches": ["mesh.data=2", "pipeline.micro_batches=4"],
+    "chunks": ["mesh.stages=1", "pipeline.chunks=3", "pipeline.schedule=interleaved"],
+    "another schedule and cut": ["pipeline.schedule=gpipe", "pipeline.partition=[2]"],
+}
+
+
+@pytest.mark.parametrize("overrides", OTHER.values(), ids=OTHER)
+def test_a_run_goes_on_with_another_layout(whole, tmp_path, overrides):
+    """From step 8 of the run; the losses are those of the run that kept its layout."""
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "11")
+    shown: list[dict] = []
+    run.train(assemble(tmp_path / "run", *overrides), shown.append)
+    assert [r["step"] for r in shown] == [9, 10, 11, 11]
+    wanted = [r for r in whole[2] if r["step"] > 8]
+    for name in ("loss", "test_loss"):
+        found, there = ([r[name] for r in some if name in r] for some in (shown, wanted))
+        assert found == pytest.approx(there, rel=1e-5) and found
+
+
+GRID = {
+    "K 1": ["mesh.stages=1"],
+    "K 2, D 2": ["mesh.stages=2", "mesh.data=2"],
+    "K 3, gpipe": ["mesh.stages=3", "pipeline.schedule=gpipe"],
+    "K 5, M 8, eager": [
+        "mesh.stages=5", "pipeline.micro_batches=8", "pipeline.schedule=eager_1f1b",
+    ],
+    "K 2, V 2": ["mesh.stages=2", "pipeline.schedule=interleaved", "pipeline.chunks=2"],
+    "K 1, V 3, D 4": [
+        "mesh.stages=1", "mesh.data=4", "pipeline.schedule=interleaved", "pipeline.chunks=3",
+    ],
+    "layer by layer": ["pipeline.remat=layer"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """A convolution network of 4 stages, 40 steps, with a checkpoint of step 20."""
+    config = {
+        **CONFIG,
+        "model": {"kind": "convnet", "widths": [4, 8], "depths": [2, 2]},
+        "data": {"kind": "digits", "batch_size": 32, "shift": 1},
+        "mesh": {"stages": 4},
+        "pipeline": {"micro_batches": 4},
+        "optimizer": {**CONFIG["optimizer"], "ema": 0.9},
+        "train": {"steps": 40, "eval_every": 20},
+    }
+    workdir, shown = tmp_path_factory.mktemp("forty"), []
+    run.train(run.assemble(gpipe.load(config), workdir), shown.append)
+    return config, workdir, [r["loss"] for r in shown if r["step"] > 20 and "loss" in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", GRID.values(), ids=GRID)
+def test_the_next_twenty_losses_with_another_layout(forty, tmp_path, overrides):
+    config, workdir, wanted = forty
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    shown: list[dict] = []
+    run.train(run.assemble(gpipe.load(config, overrides), tmp_path / "run"), shown.append)
+    found = [r["loss"] for r in shown if "loss" in r]
+    assert len(found) == 20 and found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "stats", "names"),
+    [
+        ("mesh.data=2", {"mean": 0}, "changes batch norm: "),
+        (
+            "model.dropout=0.1",
+            {"mean": 0},
+            "batch norm and dropout (pipeline.keys_per: micro_batch)",
+        ),
+        ("model.dropout=0.1", {}, "changes dropout (pipeline.keys_per: micro_batch): "),
+    ],
+)
+def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, names):
+    config = gpipe.load("configs/text.yaml", ["mesh.stages=1", "mesh.simulate=null"])
+    before = config.model_dump(mode="json")
+    now = gpipe.load(config, [override, "pipeline.micro_batches=1"])
+    pipe = SimpleNamespace(shapes=[SimpleNamespace(stats=stats)])
+    parts = SimpleNamespace(config=now, trainer=SimpleNamespace(pipe=pipe))
+    assert names in run._not_the_same(parts, before)
+    assert run._not_the_same(parts, now.model_dump(mode="json")) is None, "it is the same"
+    per_example = gpipe.load(now, ["pipeline.keys_per=example"])
+    found = run._not_the_same(SimpleNamespace(config=per_example, trainer=parts.trainer), before)
+    assert ("dropout" in found) is False if stats else found is None
+
+
+# --- folders that cannot be used -----------------------------------------------------------------
+
+
+def other_config(whole, *overrides: str) -> run.Parts:
+    parts = whole[0]
+    return parts._replace(config=gpipe.load(CONFIG, overrides))
+
+
+def test_a_folder_of_another_config_lists_what_differs(whole):
+    before = (whole[0].workdir / "config.yaml").read_bytes()
+    other = other_config(whole, "train.steps=5", "optimizer.learning_rate=0.5")
+    with pytest.raises(ConfigError) as error:
+        run.train(other, lambda record: None)
+    rule, *lines = error.value.problems
+    assert "another config; use another (train.workdir=...)" in rule
+    assert lines == [
+        "optimizer.learning_rate: 0.01 there, 0.5 here",
+        f"train.steps: {STEPS} there, 5 here",
+    ]
+    assert (whole[0].workdir / "config.yaml").read_bytes() == before
+
+
+def test_another_way_to_write_the_same_folder_is_no_difference(whole):
+    workdir = whole[0].workdir
+    other = other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")
+    run._same_run(other)(next(iter(format.manifests(whole[0].checkpoints))))
+
+
+def test_a_setting_that_does_nothing_makes_no_other_run(whole):
+    """Nor one that an earlier version wrote down."""
+    manifest = next(iter(format.manifests(whole[0].checkpoints)))
+    run._same_run(other_config(whole, "optimizer.decay_rate=0.5"))(manifest)
+    old = {**manifest.config, "profile": {"start": 5, "steps": 0}}
+    old["optimizer"] = {**old["optimizer"], "decay_steps": 7}
+    run._same_run(whole[0])(manifest._replace(config=old))
+    with pytest.raises(ConfigError, match=r"optimizer.decay_steps: 7 there, 1000 here"):
+        falling = other_config(whole, "optimizer.schedule=exponential")
+        run._same_run(falling)(manifest._replace(config=old))
+
+
+@pytest.mark.parametrize("work", [lambda parts: run.train(parts, print), run.evaluate])
+def test_other_data_under_the_same_config(whole, work):
+    """Such as a text file that has grown."""
+    data = {**whole[0].data, "train_examples": 1438, "first_labels_crc32": 1}
+    with pytest.raises(ConfigError, match="not the one that this run began with; bring") as error:
+        work(whole[0]._replace(data=data))
+    assert error.value.problems[1] == "train_examples: 1437 there, 1438 here"
+    assert error.value.problems[2].startswith("first_labels_crc32: ")
+
+
+@pytest.mark.parametrize(
+    "override", ["train.seed=1", "data.test_fraction=0.3", "model.features=[64, 12, 10]"]
+)
+def test_evaluate_refuses_other_held_out_data_or_another_network(whole, override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        run.evaluate(other_config(whole, override))
+
+
+def test_evaluate_without_a_checkpoint(whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"no checkpoint to evaluate; train it first"):
+        run.evaluate(whole[0]._replace(workdir=epath.Path(tmp_path) / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_another_run_is_using(whole, tmp_path):
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+    with (
+        run.alone_in(parts.workdir),
+        pytest.raises(run.InUseError, match=r"another run is using .*: end it, or wait until"),
+    ):
+        run.train(parts, lambda record: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with run.alone_in(parts.workdir):
+        pass
+
+
+def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypatch):
+    """Another run that is about to end may still write some."""
+
+    def newest(*_):
+        with pytest.raises(run.InUseError), run.alone_in(whole[0].workdir):
+            pass
+        raise Interrupted
+
+    monkeypatch.setattr(run.restoring, "newest", newest)
+    with pytest.raises(Interrupted):
+        run.train(whole[0], lambda record: None)
+
+
+def test_checkpoints_from_before_data_was_told(whole, monkeypatch):
+    old = next(iter(format.manifests(whole[0].checkpoints)))._replace(data={})
+    monkeypatch.setattr(format, "read_manifest", lambda *_: old)
+    assert run.evaluate(whole[0]).figures["steps"] == STEPS
+
+
+def test_a_folder_that_is_a_file(whole, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"cannot write here .*train.workdir"):
+            run.train(whole[0]._replace(workdir=epath.Path(workdir)), lambda record: None)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "config.yaml")
+
+    monkeypatch.setattr(run.metrics, "replace", refuse)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"cannot write here .*Permission denied"):
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
+
+
+def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
+    parts, shapes = whole[0], whole[0].trainer.layer_shapes()
+    more = shapes._replace(layers={**shapes.layers, 3: shapes.layers[2]})
+    monkeypatch.setattr(parts.trainer, "layer_shapes", lambda: more)
+    monkeypatch.setattr(parts.trainer.pipe, "layers", (*parts.trainer.pipe.layers, "another"))
+    for action in (run.evaluate, lambda p: run.train(p, lambda record: None)):
+        with pytest.raises(ConfigError, match="does not fit this run: missing layer 3"):
+            action(parts)
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
+    """The last update may ruin the parameters after the training loss was still good."""
+    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+    monkeypatch.setattr(parts.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
+    with pytest.raises(DivergedError, match=r"held-out loss became nan at step 4 \(the last fin"):
+        run.train(parts, lambda record: None)
+    assert latest_step(tmp_path) is None
+    assert all("test_loss" not in r for r in records_of(tmp_path))

@@ -1,0 +1,496 @@
+"""The training loop: the same losses for every K, its buffers, its queue, and how it fails."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import gpipe_jax as gpipe
+from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.config import AdamConfig
+from gpipe_jax.training import optimizers, trainer
+from gpipe_jax.training.trainer import DivergedError, Trainer, TrainState
+
+EXAMPLES = 12
+
+
+def dense_init(width: int, key: jax.Array, x: jax.Array) -> dict:
+    return {
+        "w": jax.random.normal(key, (x.shape[-1], width)) / x.shape[-1] ** 0.5,
+        "b": jax.random.normal(key, (width,)) / 10,
+    }
+
+
+def dense_apply(params: dict, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["w"] + params["b"])
+
+
+def ten_layers() -> list[gpipe.Layer]:
+    widths = (6, 6, 6, 6, 9, 9, 4, 4, 5, 4)
+    inits = {width: functools.partial(dense_init, width) for width in widths}
+    return [gpipe.layer(inits[width], dense_apply) for width in widths]
+
+
+def make_batches(start: int = 0, size: int = EXAMPLES):
+    for step in itertools.count(start):
+        rng = np.random.default_rng(step)
+        inputs = rng.normal(size=(size, 3)).astype(np.float32)
+        yield {"inputs": inputs, "labels": (inputs.sum(1) > 0).astype(np.int32) * 3}
+
+
+def make_trainer(K: int, tx=None) -> Trainer:
+    pipe = gpipe.Pipeline(
+        ten_layers(),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=K),
+        example=next(make_batches()),
+        micro_batches=2,
+    )
+    config = AdamConfig(learning_rate=0.003, weight_decay=0.1, clip_norm=0.5, schedule="constant")
+    return Trainer(pipe, optimizers.build(config, 1000) if tx is None else tx)
+
+
+@pytest.fixture(scope="module")
+def trainers() -> dict[int, Trainer]:
+    return {K: make_trainer(K) for K in (1, 2, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def fresh(trainers) -> Layers:
+    """The state that all tests start from, as layers."""
+    one = trainers[2]
+    current = one.init(seed=3)
+    saved = one.to_layers(current)
+    one.step(current, next(make_batches()))  # compiled for what `init` returns
+    return saved
+
+
+def params_of(saved: Layers) -> list:
+    return [saved.layers[i]["params"] for i in range(len(saved.layers))]
+
+
+def fit(one: Trainer, current, steps: int, batches=None):
+    records: list[dict] = []
+    batches = make_batches(current.step) if batches is None else batches
+    return one.fit(current, batches, steps, records.append), records
+
+
+def losses(records: list[dict]) -> np.ndarray:
+    return np.array([r["loss"] for r in records])
+
+
+def plain_losses(params: list, batch: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and accuracy of each example, in numpy."""
+    x = batch["inputs"].astype(np.float64)
+    for p in params:
+        x = np.tanh(x @ p["w"] + p["b"])
+    chosen = x[np.arange(len(x)), batch["labels"]]
+    return np.log(np.exp(x).sum(1)) - chosen, x.argmax(1) == batch["labels"]
+
+
+# --- the same training for every K ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fifty(trainers, fresh):
+    """The first 50 steps, and the state after 20 of them as layers, of each K."""
+    found = {}
+    for K, one in trainers.items():
+        middle, first = fit(one, one.from_layers(fresh, 0), 20)
+        saved = one.to_layers(middle)
+        found[K] = (saved, [*first, *fit(one, middle, 50)[1]])
+    return found
+
+
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_fifty_losses_do_not_depend_on_the_number_of_stages(fifty, K):
+    one, other = losses(fifty[1][1]), losses(fifty[K][1])
+    assert len(one) == 50 and one[-5:].mean() < 0.8 * one[:5].mean(), "it must learn"
+    np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 4), (4, 1), (2, 8), (8, 2)])
+def test_a_saved_state_continues_on_another_number_of_stages(trainers, fifty, there, here):
+    saved, records = fifty[there]
+    current = trainers[here].from_layers(saved, 20)
+    _, after = fit(trainers[here], current, 25)
+    assert [r["step"] for r in after] == [21, 22, 23, 24, 25]
+    np.testing.assert_allclose(losses(after), losses(records[20:25]), rtol=1e-6)
+
+
+def test_layers_roundtrip_exactly(trainers, fifty):
+    saved = fifty[4][0]
+    again = trainers[4].to_layers(trainers[4].from_layers(saved, 20))
+    jax.tree.map(np.testing.assert_array_equal, again, saved)
+    assert int(saved.common["seed"]) == 3 and sorted(saved.layers) == list(range(10))
+
+
+def test_layer_shapes_are_those_of_the_layers(trainers, fifty):
+    shapes = trainers[2].layer_shapes()
+    assert jax.tree.structure(shapes) == jax.tree.structure(fifty[2][0])
+    have = jax.tree.map(lambda a: (a.shape, a.dtype), fifty[2][0])
+    assert have == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+
+
+def test_weight_decay_skips_vectors_in_every_form(fresh):
+    """After a step without gradient, matrices are half of what they were and vectors the same."""
+    tx = optax.chain(optax.scale(0.0), optimizers.weight_decay(1.0), optax.scale(-0.5))
+    one = make_trainer(4, tx=tx)
+    current = one.start(one.pipe.from_layers(params_of(fresh)))
+    current, _ = one.step(current, next(make_batches()))
+    for old, new in zip(params_of(fresh), one.pipe.to_layers(current.state), strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(b, a * (0.5 if a.ndim > 1 else 1.0)), old, new
+        )
+
+
+def test_weight_decay_needs_no_array_of_the_parameters_size():
+    """A byte for each packed number says whether it decays; of a slot one number does."""
+    pipe = gpipe.Pipeline(
+        gpipe.zoo.mlp((64, 256, 128, 96, 32)),
+        loss=gpipe.losses.softmax_cross_entropy,
+        mesh=gpipe.make_mesh(stages=2),
+        example={"inputs": np.zeros((2, 64), np.float32), "labels": np.zeros(2, np.int32)},
+    )
+    with_decay, without = (
+        Trainer(pipe, optimizers.build(AdamConfig(weight_decay=rate), 10)).lower().compile()
+        for rate in (0.1, 0.0)
+    )
+    local = [storage.local_shapes() for storage in pipe.stages.params]
+    packed = sum(a.size for arrays in local for a in arrays["packs"])
+    held = sum(a.size for a in jax.tree.leaves(local))
+    more, less = (one.memory_analysis().temp_size_in_bytes for one in (with_decay, without))
+    assert 0 < packed < held and more - less <= packed + 1000 < held
+
+
+# --- the step ------------------------------------------------------------------------------------
+
+
+def test_the_old_state_is_given_up(trainers, fresh):
+    one = trainers[2]
+    current = one.from_layers(fresh, 0)
+    old = [current.state.params, current.optimizer]
+    arrays = [a for a in jax.tree.leaves(old) if a.size > 1]
+    one.step(current, next(make_batches()))
+    assert arrays and all(a.is_deleted() for a in arrays)
+
+
+def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, fresh):
+    one = trainers[2]
+    current = one.from_layers(fresh, 0)
+    parts = one.pipe.split(next(make_batches()))
+    args = (current.state, current.optimizer, current.average, parts, jnp.uint32(0))
+    text = one._step.lower(*args).compile().as_text()
+    aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
+    assert aliases >= len(jax.tree.leaves((current.state.params, current.optimizer)))
+
+
+def test_one_compilation_of_the_step(trainers, fresh, fifty):
+    """From `init` and from saved layers, for a full and for a ragged batch."""
+    one = trainers[2]
+    fit(one, one.from_layers(fresh, 0), 2, iter([next(make_batches(size=5)), next(make_batches())]))
+    assert [one._step._cache_size() for one in trainers.values()] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_a_ragged_batch_is_the_mean_over_its_examples(trainers, fresh, K):
+    batch = next(make_batches(size=5))
+    wanted = plain_losses(params_of(fresh), batch)[0].mean()
+    _, metrics = trainers[K].step(trainers[K].from_layers(fresh, 0), batch)
+    assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_optimizer_that_depends_on_the_cut_is_refused():
+    with pytest.raises(ValueError, match="depends on how parameters are grouped"):
+        make_trainer(2, tx=optax.lamb(1e-3))
+
+
+# --- the queue -----------------------------------------------------------------------------------
+
+
+def not_started() -> TrainState:
+    """Of a step that is replaced, so that nobody looks at the arrays."""
+    nothing: Any = None
+    return TrainState(nothing, None, 0)
+
+
+class Waited:
+    """A loss that notes when somebody waits for it."""
+
+    def __init__(self, log: list, step: int, value: float = 1.0) -> None:
+        self.log, self.step, self.value = log, step, value
+
+    def __float__(self) -> float:
+        self.log.append(("waited", self.step))
+        return self.value
+
+
+def without_devices(monkeypatch, one: Trainer, values=None) -> list:
+    """Replace the step by one that only notes that it was started."""
+    log: list = []
+
+    def step(current, batch):
+        log.append(("started", current.step + 1))
+        value = 1.0 if values is None else values[current.step]
+        metrics = {"loss": Waited(log, current.step + 1, value)}
+        return current._replace(step=current.step + 1), metrics
+
+    monkeypatch.setattr(one, "step", step)
+    return log
+
+
+def test_at_most_eight_steps_are_under_way(trainers, monkeypatch):
+    one = trainers[1]
+    current = not_started()
+    log = without_devices(monkeypatch, one)
+    _, records = fit(one, current, 30)
+    under_way = np.cumsum([1 if what == "started" else -1 for what, _ in log])
+    assert under_way.max() == trainer.IN_FLIGHT == 8
+    assert under_way[-1] == 0
+    assert [r["step"] for r in records] == list(range(1, 31))
+
+
+def test_step_times_add_up_also_where_the_host_is_slower(trainers, monkeypatch):
+    """Steps done before anyone waits for them have taken at least what starting them took."""
+    one = trainers[1]
+    current = not_started()
+    without_devices(monkeypatch, one)
+    clock = itertools.count()
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))
+    _, records = fit(one, current, 5)
+    assert all(r["step_time_s"] >= 1 for r in records)
+
+
+def test_batches_that_end_are_an_error(trainers, monkeypatch):
+    one = trainers[1]
+    without_devices(monkeypatch, one)
+    with pytest.raises(ValueError, match="`batches` ended after 2 of 5 steps"):
+        fit(one, not_started(), 5, itertools.islice(make_batches(), 2))
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_training(trainers, monkeypatch, bad):
+    one = trainers[1]
+    current = not_started()
+    without_devices(monkeypatch, one, [2.0, 1.25, bad, 1.0, 1.0])
+    message = f"loss became {bad} at step 3 .*finite loss was 1.25.*lower optimizer.learning_rate"
+    with pytest.raises(DivergedError, match=message):
+        fit(one, current, 5)
+
+
+def test_the_last_good_loss_is_known_across_calls(trainers, monkeypatch):
+    one = trainers[1]
+    current = not_started()
+    without_devices(monkeypatch, one, [2.0, 1.5, float("nan")])
+    current, _ = fit(one, current, 2)
+    with pytest.raises(DivergedError, match=r"at step 3 \(the last finite loss was 1.5\)"):
+        fit(one, current, 3)
+
+
+def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
+    one = trainers[1]
+    monkeypatch.setattr(one, "_last_loss", float("nan"))
+    without_devices(monkeypatch, one, [float("nan"), 1.0])
+    with pytest.raises(DivergedError, match=r"nan at step 1 \(there was no step before it"):
+        fit(one, not_started(), 2)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(12, 12, 5), (3,), (12,), (1, 1)])
+def test_evaluation_is_the_mean_over_all_examples(trainers, fresh, sizes):
+    one = trainers[4]
+    state = one.pipe.from_layers(params_of(fresh))
+    batches = [next(make_batches(i, size)) for i, size in enumerate(sizes)]
+    found = one.evaluate(state, iter(batches))
+    each = [plain_losses(params_of(fresh), batch) for batch in batches]
+    loss, accuracy = (np.concatenate(values).mean() for values in zip(*each, strict=True))
+    assert found == {
+        "test_loss": pytest.approx(loss, rel=1e-5),
+        "test_accuracy": pytest.approx(accuracy, abs=1e-6),
+    }
+
+
+def test_evaluation_weighs_the_examples(trainers, fresh):
+    one = trainers[4]
+    rng = np.random.default_rng(0)
+    batches = [next(make_batches(i, size)) for i, size in enumerate((12, 5))]
+    batches = [{**b, "weights": rng.uniform(0.1, 5.0, len(b["labels"]))} for b in batches]
+    found = one.evaluate(one.pipe.from_layers(params_of(fresh)), iter(batches))
+    each = [plain_losses(params_of(fresh), batch)[0] for batch in batches]
+    wanted = np.average(
+        np.concatenate(each), weights=np.concatenate([b["weights"] for b in batches])
+    )
+    assert found["test_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_nothing_to_evaluate_is_an_error(trainers):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        trainers[1].evaluate(None, iter([]))
+
+
+# --- the moving average, statistics and progress -------------------------------------------------
+
+
+class Normed(nnx.Module):
+    """linear without bias, batch norm, tanh."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.75, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(self.norm(self.linear(x)))
+
+
+def averaging(K: int, *, ema: float | None = 0.6, **options) -> Trainer:
+    """Batch norms, a matrix shared by the first and the fourth layer, and a moving average."""
+    tied = gpipe.layer(Normed).tie("w", "linear.kernel")
+    normed = gpipe.layer(Normed)
+    pipe = gpipe.Pipeline(
+        [tied, normed, normed, tied, normed],
+        loss=gpipe.losses.squared_error,
+        mesh=gpipe.make_mesh(stages=K),
+        example=regression(0),
+        micro_batches=2,
+        cost=[1, 1, 1, 1, 1],
+        **options,
+    )
+    return Trainer(pipe, optax.sgd(0.5, momentum=0.9), ema=ema)
+
+
+def regression(step: int) -> dict:
+    rng = np.random.default_rng(step)
+    return {
+        "inputs": rng.normal(1.0, 2.0, (EXAMPLES, 3)).astype(np.float32),
+        "labels": rng.normal(size=(EXAMPLES, 3)).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def averaged() -> tuple:
+    """(trainer, state after five steps, parameters by layer after 0 to 5 of them)."""
+    one = averaging(2)
+    current = one.init(seed=1)
+    seen = [one.pipe.to_layers(current.state)]
+    for step in range(5):
+        current, _ = one.step(current, regression(step))
+        seen.append(one.pipe.to_layers(current.state))
+    return one, current, seen
+
+
+def test_evaluated_are_the_averages_of_the_parameters(averaged):
+    """a <- d a + (1 - d) p, with d = min(0.6, (1 + t) / (10 + t)) after t updates before it."""
+    one, current, seen = averaged
+    wanted = seen[0]
+    for t, params in enumerate(seen[1:]):
+        d = min(0.6, (1 + t) / (10 + t))
+        wanted = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, wanted, params)
+    evaluated = one.evaluated(current)
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
+    jax.tree.map(assert_close, one.pipe.to_layers(evaluated), wanted)
+    assert not np.allclose(wanted[1]["linear"]["kernel"], seen[-1][1]["linear"]["kernel"], 1e-2)
+    assert evaluated.stats is current.state.stats and evaluated.seed is current.state.seed
+
+
+def test_what_is_evaluated_has_the_parameters_type(averaged):
+    one, current, _ = averaged
+    found, wanted = one.evaluated(current).params, current.state.params
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), wanted
+    )
+    assert {a.dtype for a in jax.tree.leaves(current.average)} == {jnp.dtype("float32")}
+
+
+def test_without_an_average_the_parameters_themselves_are_evaluated(trainers, fresh):
+    current = trainers[1].from_layers(fresh, 0)
+    assert current.average is None
+    assert trainers[1].evaluated(current) is current.state
+
+
+def test_the_average_starts_as_the_parameters_and_is_given_up_too(averaged):
+    one, *_ = averaged
+    current = one.init(seed=1)
+    jax.tree.map(np.testing.assert_array_equal, current.average, current.state.params)
+    old = jax.tree.leaves((current.state.params, current.state.stats, current.average))
+    one.step(current, regression(0))
+    assert all(a.is_deleted() for a in old)
+    assert one._step._cache_size() == 1
+
+
+def test_statistics_move_with_every_step(averaged):
+    """Those of the last micro-batches weigh most; evaluation uses them."""
+    one, current, _ = averaged
+    stats = one.pipe.statistics(current.state)
+    fresh = one.pipe.statistics(one.init(seed=1).state)
+    for new, old in zip(stats, fresh, strict=True):
+        assert np.abs(new["norm"]["mean"] - old["norm"]["mean"]).max() > 1e-3
+        assert np.abs(new["norm"]["var"] - old["norm"]["var"]).max() > 1e-3
+    params = one.pipe.to_layers(current.state)
+    losses = [
+        one.evaluate(one.pipe.from_layers(params, statistics=s), iter([regression(9)]))["test_loss"]
+        for s in (stats, fresh)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("K", "options"), [(1, {}), (5, {}), (2, {"schedule": "interleaved", "chunks": 2})]
+)
+def test_averages_and_statistics_are_the_same_bits_for_every_cut(averaged, K, options):
+    one, current, _ = averaged
+    saved = one.to_layers(current)
+    other = averaging(K, **options)
+    moved = other.from_layers(saved, 5)
+    assert moved.step == 5
+    again = other.to_layers(moved)
+    assert jax.tree.structure(again) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, again, saved)
+    shapes = other.layer_shapes()
+    assert jax.tree.structure(shapes) == jax.tree.structure(saved)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), saved
+    )
+    last = saved.layers[3]
+    assert last["statistics"]["norm"]["mean"].any() and sorted(saved.layers) == list(range(5))
+    assert last["average"]["linear"]["kernel"] is None, "kept by the first layer of that name"
+
+
+def test_a_saved_average_goes_on_elsewhere(averaged):
+    one, current, _ = averaged
+    saved, other = one.to_layers(current), averaging(5)
+    there, metrics_there = other.step(other.from_layers(saved, 5), regression(5))
+    here, metrics_here = one.step(one.from_layers(saved, 5), regression(5))
+    assert float(metrics_there["loss"]) == pytest.approx(float(metrics_here["loss"]), rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, other.to_layers(there), one.to_layers(here))
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(4, [0.0, 0.25, 0.5, 1.0, 1.0]), (None, [1.0] * 5)])
+def test_the_progress_of_training_is_the_share_of_steps_done(steps, wanted):
+    """And 1 from the end on, in evaluation, and where no length is given."""
+    told = gpipe.layer(lambda key, x: {}, lambda params, x, progress: 0 * x + progress)
+    same = gpipe.layer(lambda key, x: {}, lambda params, x: x)
+    batch = {"inputs": np.zeros((4, 1), np.float32), "labels": np.zeros((4, 1), np.float32)}
+    pipe = gpipe.Pipeline(
+        [same, told],
+        loss=lambda outputs, labels: outputs,
+        mesh=gpipe.make_mesh(stages=2),
+        example=batch,
+        micro_batches=2,
+        steps=steps,
+    )
+    state = pipe.init(0)
+    found = [float(pipe.value_and_grad(state, batch, step)[0][0]) for step in (0, 1, 2, 4, 9)]
+    assert found == wanted
+    assert float(pipe.evaluate(state, batch)[0]) == 1.0
