@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpipe_jax import data, losses, plots, schedules, sequential, zoo
-    from gpipe_jax.config import Config
-    from gpipe_jax.config.loader import ConfigError, load
+    from gpipe_jax.config.loader import load
+    from gpipe_jax.config.run import Config
     from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
+    from gpipe_jax.errors import ConfigError
     from gpipe_jax.layers.layer import Layer, layer
     from gpipe_jax.layers.shape_inference import count_parameters
     from gpipe_jax.pipeline.pipeline import Pipeline

@@ -7,12 +7,11 @@ weighted mean over the whole batch, whatever the number of micro-batches.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:

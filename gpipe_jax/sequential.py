@@ -17,8 +17,7 @@ from gpipe_jax.layers.random_keys import apply_key, layer_key
 from gpipe_jax.layers.shape_inference import as_replica, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import weighted_sums
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree], list[PyTree]]:

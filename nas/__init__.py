@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nas import testing
-    from nas.ask_tell.limits import FailuresError, Limit, Retries
-    from nas.ask_tell.replay import ReplayError, replay
+    from nas.ask_tell.limits import Limit, Retries
+    from nas.ask_tell.replay import replay
     from nas.ask_tell.search import Search
     from nas.costs.network_costs import NetworkCosts
-    from nas.evaluators.evaluator import Job, Repeated, TabularEvaluator
+    from nas.errors import FailuresError, ReplayError
+    from nas.evaluators.builtin import Repeated, TabularEvaluator
+    from nas.evaluators.evaluator import Job
     from nas.evolution.evolution import Settings
     from nas.result import Candidate, Result, load, search
     from nas.spaces import nasbench201
@@ -48,14 +50,14 @@ _HOME = {
     "NASBench201Space": "spaces.nasbench201",
     "NASNetSpace": "spaces.nasnet",
     "NetworkCosts": "costs.network_costs",
-    "Repeated": "evaluators.evaluator",
+    "Repeated": "evaluators.builtin",
     "ReplayError": "ask_tell.replay",
     "Result": "result",
     "Retries": "ask_tell.limits",
     "Search": "ask_tell.search",
     "Settings": "evolution.evolution",
     "Space": "spaces.space",
-    "TabularEvaluator": "evaluators.evaluator",
+    "TabularEvaluator": "evaluators.builtin",
     "TrainingEvaluator": "training.evaluator",
     "load": "result",
     "replay": "ask_tell.replay",

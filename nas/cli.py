@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpipe_jax.config import loader
-from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT
 from nas.config import SearchConfig
@@ -172,7 +172,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gpipe_jax.training.from_config import SectionError
+    from gpipe_jax.errors import SectionError
     from nas.export import export
 
     result = _load(options.run)

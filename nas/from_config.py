@@ -17,8 +17,9 @@ from nas.config import (
     TrainingConfig,
 )
 from nas.costs.network_costs import COMPILED, NetworkCosts
-from nas.evaluators.evaluator import TabularEvaluator
-from nas.spaces.nasbench201 import NASBench201Space, Table
+from nas.evaluators.builtin import TabularEvaluator
+from nas.evaluators.nasbench201_table import Table
+from nas.spaces.nasbench201 import NASBench201Space
 from nas.spaces.nasnet import NASNetSpace
 from nas.training.evaluator import TrainingEvaluator
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search
 from nas.evaluators import evaluator as evaluators
+from nas.reports import lineage as reports_lineage
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
@@ -43,9 +44,8 @@ class Candidate:
 
     def plot_lineage(self, path: str | Path | None = None) -> "Figure":
         """Its ancestors, each with what differs from its parent; written to `path` where given."""
-        from nas.reports import lineage_plot
 
-        return lineage_plot.figure(self.result.reader, self.number, path)
+        return reports_lineage.figure(self.result.reader, self.number, path)
 
     def _repr_html_(self) -> str:
         from nas.reports import html

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from gpipe_jax import errors
+
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
@@ -177,7 +179,7 @@ def main() -> int:
     options = _options()
     try:
         given = checked(options)
-    except (ValueError, OSError, ImportError, libtpu.NotInstalledError) as error:
+    except (ValueError, OSError, ImportError, errors.NotInstalledError) as error:
         return console.fail(error, 2, "benchmark_interpreter.py")
     try:
         figures = measured(given, options)

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gpipe_jax.layers import windows as layers_windows
+
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
@@ -30,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
-from gpipe_jax.layers import pooling, random_keys
+from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.zoo.amoebanet import conv_norm
 from gpipe_jax.zoo.transformer.layers import Block
@@ -132,14 +134,14 @@ def canonical_ratio(repeats: int) -> float:
         compiled = pipe.lower().compile()
         return lambda: compiled(*arguments)
 
-    ours, chosen = step(), (pooling.on_cpu, conv_norm.convolve)
-    pooling.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
+    ours, chosen = step(), (layers_windows.on_cpu, conv_norm.convolve)
+    layers_windows.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
     conv_norm.convolve = own
     jax.clear_caches()
     try:
         plain = step()
     finally:
-        pooling.on_cpu, conv_norm.convolve = chosen
+        layers_windows.on_cpu, conv_norm.convolve = chosen
         jax.clear_caches()
     times = in_turn([ours, plain], repeats)
     return times[0] / times[1]

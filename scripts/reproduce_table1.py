@@ -24,7 +24,6 @@ import jax
 from tables import amoebanet, arguments, compiling, finish, transformer
 
 from gpipe_jax.layers.shape_inference import elements
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.pipeline.memory import describe
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs
@@ -34,8 +33,8 @@ from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.tpu_compiler.results import Compiled
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import figures
-from gpipe_jax.utils.table import as_text
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB, as_text
+from gpipe_jax.utils.trees import tree_bytes
 
 SEQUENCES, IMAGES = 32, 128  # in a batch
 MICRO_BATCHES = {"transformer": 32, "amoebanet": 64}

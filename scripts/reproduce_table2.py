@@ -36,8 +36,7 @@ from gpipe_jax.planner.step_time import StageTimes, StepTime
 from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import figures
-from gpipe_jax.utils.table import as_text
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB, as_text
 
 TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)

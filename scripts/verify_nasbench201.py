@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import nas
 from nas.evaluators.evaluator import Job, Outcome
+from nas.evaluators.nasbench201_table import DATASETS, Table
 from nas.evolution.evolution import Evolution
 from nas.evolution.simulation import Done, Loop, simulate
-from nas.spaces.nasbench201 import DATASETS, NASBench201Space, Table
+from nas.spaces.nasbench201 import NASBench201Space
 
 SPACE = NASBench201Space()
 KILLED, STRAGGLERS, SLOWER = 0.1, 0.05, 10.0

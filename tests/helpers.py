@@ -12,8 +12,7 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
 from gpipe_jax.layers import random_keys
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 class Join(nnx.Module):

@@ -11,7 +11,6 @@ import gpipe_jax as gpipe
 from gpipe_jax import sequential
 from gpipe_jax.layers import random_keys
 
-PyTree = Any
 WIDTH, CLASSES = 6, 5
 QUICK = {"xla_backend_optimization_level": 0}  # for compiling, not for running
 

@@ -12,8 +12,10 @@ from paths import CONFIGS as FOLDER
 
 from gpipe_jax import losses, zoo
 from gpipe_jax.cli import main as cli
-from gpipe_jax.config import AmoebaNetConfig, Config, TransformerConfig, image_shape, section_models
+from gpipe_jax.config import AmoebaNetConfig, TransformerConfig
+from gpipe_jax.config.data import image_shape
 from gpipe_jax.config.loader import load
+from gpipe_jax.config.run import Config, section_models
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.training import from_config, optimizers, run
 

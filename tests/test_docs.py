@@ -13,7 +13,8 @@ import yaml
 from paths import REPOSITORY as ROOT
 
 from gpipe_jax.cli import main as cli
-from gpipe_jax.config import Config, loader
+from gpipe_jax.config import loader
+from gpipe_jax.config.run import Config
 from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.training import from_config
 from gpipe_jax.utils import console

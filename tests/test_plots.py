@@ -7,7 +7,7 @@ import pytest
 from matplotlib import image, pyplot
 
 from gpipe_jax import plots
-from gpipe_jax.schedules.schedule import KINDS, make
+from gpipe_jax.schedules.generators import KINDS, make
 
 
 def pixels(path) -> np.ndarray:

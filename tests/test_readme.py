@@ -11,7 +11,7 @@ from paths import REPOSITORY as ROOT
 
 from gpipe_jax.cli import main as cli
 from gpipe_jax.config import loader
-from gpipe_jax.schedules import schedule
+from gpipe_jax.schedules import generators, schedule, simulation
 from nas import cli as nas_cli
 from nas.config import SearchConfig
 
@@ -39,12 +39,12 @@ def simulated_time(plan: schedule.Schedule) -> float:
     """Of one step, in forward times of a device; the last stage's forward is in its backward."""
     count, V = plan.stages * plan.chunks, plan.chunks
     forward = [*[1 / V] * (count - 1), 0.0]
-    return schedule.simulate(plan, forward, [3 / V] * count).time
+    return simulation.simulate(plan, forward, [3 / V] * count).time
 
 
 def test_the_table_of_schedules() -> None:
-    plans = [schedule.make(kind, 8, 32) for kind in ("gpipe", "1f1b", "eager_1f1b")]
-    plans.append(schedule.interleaved(8, 32, 2))
+    plans = [generators.make(kind, 8, 32) for kind in ("gpipe", "1f1b", "eager_1f1b")]
+    plans.append(generators.interleaved(8, 32, 2))
     times = [simulated_time(plan) for plan in plans]
     row = re.search(r"\| time of a step.*?\|(.*)\|", README)
     assert row and row[1].replace("|", " ").split() == [f"{time:.0f}" for time in times]

@@ -4,7 +4,6 @@ And what pipelines are compared with: statistics, links, progress and keys of ex
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,10 @@ from gpipe_jax import losses, sequential, zoo
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Context, Layer, layer
-from gpipe_jax.layers.shape_inference import count_parameters, describe, infer_shapes
-from gpipe_jax.zoo.dense_layers import Dense
+from gpipe_jax.layers.shape_inference import count_parameters, infer_shapes
+from gpipe_jax.utils.trees import PyTree, describe
+from gpipe_jax.zoo.basic import Dense
 
-PyTree = Any
 LAYERS = zoo.mlp((3, 8, 8, 4))
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 

@@ -11,10 +11,7 @@ from gpipe_jax.distributed.host_arrays import AnyMesh
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage
 from gpipe_jax.pipeline.state import State
-from gpipe_jax.utils.gradients import wide
-from gpipe_jax.utils.trees import by_name, from_names
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, by_name, from_names, wide
 
 
 class Trained(NamedTuple):

@@ -11,9 +11,11 @@ import ml_dtypes  # noqa: F401  so that numpy knows the names of its types
 import numpy as np
 from etils import epath
 
+from gpipe_jax import errors
 from gpipe_jax.checkpoint import format, safetensors
-from gpipe_jax.checkpoint.format import COMMON, DamagedError, Manifest
-from gpipe_jax.config.loader import ConfigError, no_package
+from gpipe_jax.checkpoint.format import COMMON, Manifest
+from gpipe_jax.config.loader import no_package
+from gpipe_jax.errors import ConfigError, DamagedError
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -38,7 +40,7 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
                     damaged.append(found.step)
             else:
                 damaged.append(found[0])
-    except format.FormatError as error:
+    except errors.FormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
         problem = no_package(error)

@@ -19,20 +19,14 @@ from etils import epath
 
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.errors import DamagedError, FormatError
+from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.trees import by_name, from_names
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
 COMMITTED = "commit_success.txt"
 FORMAT = 1
 PACKAGES = ("gpipe-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not whole: it was cut off while it was written, or damaged afterwards."""
-
-
-class FormatError(ValueError):
-    """A checkpoint is of a format that this version does not read."""
 
 
 class Manifest(NamedTuple):
@@ -73,7 +67,7 @@ def write_manifest(path: epath.Path, parts: Mapping[str, dict], about: Mapping[s
         summed = safetensors.Summed(file)
         summed.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": text}).encode())
         summed.sync()
-    safetensors.sync_folder(path)
+    atomic_files.sync_folder(path)
 
 
 def _versions() -> dict[str, str]:

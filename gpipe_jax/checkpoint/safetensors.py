@@ -12,7 +12,6 @@ from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 
 Shape = tuple[np.dtype, tuple[int, ...]]
 
@@ -55,17 +54,6 @@ class Summed:
         except (OSError, AttributeError):
             return  # a remote file
         os.fsync(descriptor)
-
-
-def sync_folder(path: epath.Path) -> None:
-    """Have a folder's new names on the disk too, if it is a local one."""
-    if "://" in str(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(

@@ -22,12 +22,9 @@ from orbax.checkpoint import future
 
 from gpipe_jax.checkpoint import format
 from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.errors import SaveError
 
 WRITERS = 4  # files that a process writes at once
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written."""
 
 
 @dataclasses.dataclass

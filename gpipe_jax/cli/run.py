@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from gpipe_jax import data
+from gpipe_jax import data, errors
 from gpipe_jax.checkpoint import export
-from gpipe_jax.config import Config, loader
-from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.config import loader
+from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed import processes as hosts
 from gpipe_jax.distributed.cluster import Cluster
-from gpipe_jax.distributed.preemption import PREEMPTED, Stop, StoppedError, listening
-from gpipe_jax.training import from_config, run
-from gpipe_jax.training.trainer import DivergedError
+from gpipe_jax.distributed.preemption import PREEMPTED, Stop, listening
+from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
+from gpipe_jax.training import run
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT, fail
 
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace, work: Work) -> int:
         if joined is None:
             raise
         code = fail(error, BAD_INPUT)
-    except (hosts.MissingError, OSError) as error:
+    except (errors.MissingError, OSError) as error:
         code = fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if joined is None:
@@ -102,7 +102,7 @@ def _one_of(
     workdir = config.train.workdir or run.default_workdir(options.config)
     try:
         parts = run.assemble(config, workdir, processes)
-    except from_config.SectionError as error:
+    except errors.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
     if not hosts.all_have(json.dumps([config.model_dump(mode="json"), parts.data])):

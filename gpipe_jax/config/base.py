@@ -44,13 +44,3 @@ def cross_check(name: str, message: str) -> InitErrorDetails:
     """What is wrong between sections, as an error of pydantic with its own place."""
     error = PydanticCustomError("cross_check", "{error}", {"error": message})
     return InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)
-
-
-def nearest_multiples(n: int, m: int) -> tuple[int, ...]:
-    """The multiples of `m` next to `n`: the one below, unless that is zero, and the one above.
-
-    >>> nearest_multiples(60, 16), nearest_multiples(5, 16)
-    ((48, 64), (16,))
-    """
-    below = n // m * m
-    return (below, below + m) if below else (m,)

@@ -9,31 +9,24 @@ of the values, the place of each is looked up by its path, and `messages` words 
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
 from etils import epath
 
-from gpipe_jax.config import Config, Section, section_models, unused
+from gpipe_jax.config import Section
 from gpipe_jax.config.messages import KeyPath, describe, show
+from gpipe_jax.config.run import Config, section_models, unused
 from gpipe_jax.config.yaml_parser import Draft, Place, TextError, override, parse
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.utils import text as hints
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Section
 C = TypeVar("C", bound=Section)
 
 _AFTER_THE_FILE = 10**9  # more than any line number
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used. `problems` holds one line for each reason."""
-
-    def __init__(self, problems: Sequence[str], where: str) -> None:
-        self.problems = tuple(problems)
-        count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
-        super().__init__("\n".join([f"{count} in {where}:", *problems]))
 
 
 def load(source: Source, overrides: Iterable[str] = ()) -> Config:

@@ -8,7 +8,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-from gpipe_jax.config import Config, Section, section_models
+from gpipe_jax.config import Section
+from gpipe_jax.config.run import Config, section_models
 from gpipe_jax.utils import text
 
 KeyPath = tuple[Any, ...]  # from the root of the configuration to a value

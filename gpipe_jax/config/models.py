@@ -4,17 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from gpipe_jax.config.base import (
-    Count,
-    Depth,
-    Fraction,
-    PositiveOrZero,
-    Section,
-    Text,
-    nearest_multiples,
-)
+from gpipe_jax.config.base import Count, Depth, Fraction, PositiveOrZero, Section, Text
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
+from gpipe_jax.utils.text import nearest_multiples
 
 
 class ConvNetConfig(Section):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gpipe_jax.config import Config, Section
+from gpipe_jax.config import Section
 from gpipe_jax.config.messages import KeyPath, dotted, fields_of, show, unknown_key
+from gpipe_jax.config.run import Config
 
 _DEPTH = 20  # a configuration is three levels deep; much deeper would exhaust Python's stack
 _TAG = "tag:yaml.org,2002:"

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpipe_jax.data.dataset import Draws
-
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 
@@ -197,31 +195,3 @@ _READERS: dict[str, Callable[[Path], tuple[Images, Images]]] = {
 
 
 # --- random changes -------------------------------------------------------------------------------
-
-
-def shifted(images: np.ndarray, rng: Draws, *, most: int, fill: float = 0.0) -> np.ndarray:
-    """Each image of [B, S, S, C] moved by up to `most` pixels each way, its edge set to `fill`."""
-    size = images.shape[1]
-    pad = ((0, 0), (most, most), (most, most), (0, 0))
-    padded = np.pad(images, pad, constant_values=fill)
-    corners = rng.integers(0, 2 * most + 1, 2)
-    moved = [a[r : r + size, c : c + size] for a, (r, c) in zip(padded, corners, strict=True)]
-    return np.stack(moved)
-
-
-def flipped(images: np.ndarray, rng: Draws) -> np.ndarray:
-    """Each image of [B, S, S, C] mirrored left to right with probability one half."""
-    mirrored = rng.random() < 0.5
-    return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-
-
-def cut_out(images: np.ndarray, rng: Draws, *, size: int) -> np.ndarray:
-    """Each image of [B, S, S, C] with a square of `size` pixels each way set to zero.
-
-    Its centre is any pixel, so part of it may be outside (DeVries and Taylor, Improved
-    Regularization of Convolutional Neural Networks with Cutout, section 3.2).
-    """
-    pixels = np.arange(images.shape[1])
-    start_2B1 = rng.integers(0, len(pixels), 2).T[:, :, None] - size // 2
-    rows_BS, columns_BS = (start_2B1 <= pixels) & (pixels < start_2B1 + size)
-    return np.where(rows_BS[:, :, None, None] & columns_BS[:, None, :, None], 0, images)

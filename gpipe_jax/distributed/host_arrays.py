@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.mesh import DATA, STAGE
+from gpipe_jax.utils.trees import PyTree
 
-PyTree = Any
 AnyMesh = Any  # with devices: one that is abstract has no blocks
 
 

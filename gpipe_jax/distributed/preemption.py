@@ -17,10 +17,6 @@ PREEMPTED = 75  # exit code: saved, start it again
 INTERRUPTED = 130
 
 
-class StoppedError(RuntimeError):
-    """The run was asked to stop, and what there was to save is saved."""
-
-
 class Stop:
     """Whether the run is to stop.
 

@@ -19,16 +19,13 @@ import jax
 import numpy as np
 
 from gpipe_jax.distributed.cluster import TIMEOUT_S, Cluster
+from gpipe_jax.errors import MissingError
 from gpipe_jax.utils.console import say
 
 GRACE_S = 5  # for the others to end by themselves
 SHUTDOWN_S = 45  # to wait at the end for others, who have said goodbye or are gone
 HEARTBEAT_S = 30  # without a sign of life a host counts as gone; JAX's own limit is 100 s
 GOODBYE, READY = b"goodbye\n", b"ready\n"
-
-
-class MissingError(RuntimeError):
-    """Not all processes have come."""
 
 
 @contextlib.contextmanager

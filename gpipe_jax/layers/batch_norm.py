@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 class Norm(NamedTuple):

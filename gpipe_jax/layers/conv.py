@@ -6,15 +6,13 @@ written as convolutions that need no rewriting, and depthwise convolutions are s
 shifted products (see `pool`). Elsewhere all are XLA's own.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
 
-from gpipe_jax.layers.pooling import Windows, fast_on_cpu, total
+from gpipe_jax.layers.windows import Windows, fast_on_cpu, total
 
 AXES = ("NHWC", "HWIO", "NHWC")
 
@@ -111,46 +109,3 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return conv2d(x, self.kernel[...], self.stride)
-
-
-def group_norm(features: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group norm with four groups, or as many as divide the features."""
-    return nnx.GroupNorm(features, num_groups=math.gcd(features, 4), rngs=rngs)
-
-
-class ConvStem(nnx.Module):
-    """Images to features: convolution, group norm, relu."""
-
-    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs) -> None:
-        self.conv = Conv(in_features, features, rngs=rngs)
-        self.norm = group_norm(features, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.relu(self.norm(self.conv(x)))
-
-
-class ResidualBlock(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1x1 convolution of x where shapes change."""
-
-    def __init__(self, in_features: int, features: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = group_norm(in_features, rngs)
-        self.conv1 = Conv(in_features, features, stride=stride, rngs=rngs)
-        self.norm2 = group_norm(features, rngs)
-        self.conv2 = Conv(features, features, rngs=rngs)
-        same = stride == 1 and in_features == features
-        self.shortcut = None if same else Conv(in_features, features, 1, stride, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(jax.nn.relu(self.norm1(x)))
-        y = self.conv2(jax.nn.relu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
-
-
-class ConvHead(nnx.Module):
-    """relu, mean over positions, and a linear map to class scores [B, classes]."""
-
-    def __init__(self, in_features: int, classes: int, *, rngs: nnx.Rngs) -> None:
-        self.linear = nnx.Linear(in_features, classes, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear(jax.nn.relu(x).mean((1, 2)))

@@ -16,8 +16,7 @@ import jax
 from flax import nnx
 
 from gpipe_jax.layers import batch_norm
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """What each layer of a network looks like, found without building anything."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.skips_and_ties import Boundary
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, describe, differentiable, signature
 
 
 class LayerShape(NamedTuple):
@@ -104,28 +102,6 @@ def _check_parameters(i: int, layer: Layer, params: PyTree) -> None:
                 f"layer {i}, {layer}, has the parameter {jax.tree_util.keystr(path)} of type "
                 f"{a.dtype}, which cannot be trained; make it a constant of the layer instead"
             )
-
-
-def differentiable(a: Any) -> bool:
-    """Whether an array (or shape) has a gradient: floating point or complex."""
-    return jnp.issubdtype(a.dtype, jnp.inexact)
-
-
-def same_shapes(a: PyTree, b: PyTree) -> bool:
-    """Whether two trees have the same structure, shapes and types."""
-    return signature(a) == signature(b)
-
-
-def signature(tree: PyTree) -> tuple:
-    """Structure, shapes and types of a tree, as a value to compare and to hash."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((a.shape, a.dtype) for a in leaves)
-
-
-def describe(tree: PyTree) -> str:
-    """The shapes of a tree in one line, as `float32[4,8]`."""
-    named = jax.tree.map(lambda a: f"{a.dtype}[{','.join(map(str, a.shape))}]", tree)
-    return str(named).replace("'", "")
 
 
 def _first_line(error: Exception) -> str:

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpipe_jax.layers.layer import Context, Layer
-from gpipe_jax.utils.trees import by_name
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, by_name
 
 
 class Boundary(NamedTuple):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.partition import solver
-from gpipe_jax.partition.costs import LayerCost, tree_bytes
+from gpipe_jax.partition.costs import LayerCost
+from gpipe_jax.utils.trees import tree_bytes
 
 
 def cut(

@@ -4,7 +4,6 @@ Costs feed the partitioner. Times are estimates in seconds, from the count of fl
 operations at a nominal rate, or measured; only their ratios matter.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +18,10 @@ from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context
-from gpipe_jax.layers.shape_inference import LayerShape, as_replica, signature
+from gpipe_jax.layers.shape_inference import LayerShape, as_replica
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition.flops import count_flops
-from gpipe_jax.utils.gradients import float_leaves, vjp
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, float_leaves, signature, tree_bytes, vjp
 
 # Nominal (floating-point operations, bytes over the link to the next stage) in a second, to weigh
 # compute against transfer. Orders of magnitude: what a matrix unit and one interconnect link of a
@@ -81,11 +78,6 @@ def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
     """Time to send each layer's output to the next stage and to get its gradient back."""
     rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[1]
     return [2 * cost.boundary_bytes / rate for cost in costs]
-
-
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays of a tree (of arrays or shapes)."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 
 PerLayer = Sequence[float] | np.ndarray  # [L]
 # Equal stages whose layers were summed in another order differ by rounding; they still tie.

@@ -10,7 +10,7 @@ Letters: M micro-batches, B examples of a micro-batch on one replica, k device, 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,7 @@ from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.stage_step import Call, Composite, start_of_backward
-from gpipe_jax.utils.gradients import float_leaves, wide, with_floats
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, float_leaves, wide, with_floats
 
 
 class Entry(NamedTuple):

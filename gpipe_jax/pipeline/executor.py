@@ -23,15 +23,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.mesh import DATA, STAGE
-from gpipe_jax.layers.shape_inference import differentiable
 from gpipe_jax.pipeline.device_step import Device, Entry, Kept, Sums, Work, get, put
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
 from gpipe_jax.pipeline.spmd import of_own_stage, on_every_device
 from gpipe_jax.schedules.buffers import Rows, lower
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, differentiable
 
 
 class Variables(NamedTuple):

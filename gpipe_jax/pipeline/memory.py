@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import jax
 
-from gpipe_jax.partition.costs import LayerCost, tree_bytes
+from gpipe_jax.partition.costs import LayerCost
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.schedules.buffers import lower
 from gpipe_jax.schedules.schedule import Schedule
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.trees import tree_bytes
 
 
 def of_device(

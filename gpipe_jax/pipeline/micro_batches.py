@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax.config import batch_problem
-from gpipe_jax.data.dataset import DataError
-
-PyTree = Any
+from gpipe_jax.errors import DataError
+from gpipe_jax.utils.text import batch_problem
+from gpipe_jax.utils.trees import PyTree
 
 
 def shapes_of(example: dict, data: int, micro_batches: int) -> dict:

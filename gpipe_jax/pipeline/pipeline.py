@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.data.dataset import DataError
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.mesh import DATA, STAGE, check_axes, is_shared, platform_of
+from gpipe_jax.errors import DataError
 from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.random_keys import step_key
-from gpipe_jax.layers.shape_inference import describe, infer_shapes
+from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition import balance, costs
 from gpipe_jax.pipeline import executor, memory, spmd, summary
@@ -29,9 +29,11 @@ from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.executor import Variables
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.state import State
-from gpipe_jax.schedules.schedule import Schedule, forward_only, training_schedule
+from gpipe_jax.schedules.generators import forward_only, training_schedule
+from gpipe_jax.schedules.schedule import Schedule
+from gpipe_jax.utils import trees
+from gpipe_jax.utils.trees import PyTree, describe
 
-PyTree = Any
 REMAT = ("stage", "layer")
 
 
@@ -154,7 +156,7 @@ class Pipeline:
             self.schedule,
             optimizer_bytes=optimizer_bytes,
             loss_bytes=self.loss_bytes(),
-            batch_bytes=self.micro_batches * costs.tree_bytes(self.one_micro_batch),
+            batch_bytes=self.micro_batches * trees.tree_bytes(self.one_micro_batch),
         )
 
     def loss_bytes(self) -> int:

@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gpipe_jax.distributed.mesh import STAGE
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage, to_block
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 def on_every_device(

@@ -29,9 +29,7 @@ from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage
-from gpipe_jax.utils.gradients import vjp
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, vjp
 
 
 class Call(NamedTuple):

@@ -19,12 +19,11 @@ from gpipe_jax.distributed.host_arrays import AnyMesh
 from gpipe_jax.distributed.mesh import STAGE, platform_of
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import layer_key
-from gpipe_jax.layers.shape_inference import LayerShape, describe
+from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.pipeline import spmd
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage, of_all_devices
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, describe
 
 
 class State(NamedTuple):

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from gpipe_jax.layers.shape_inference import elements
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.schedules.buffers import lower
-from gpipe_jax.schedules.schedule import simulate
-from gpipe_jax.utils import table
+from gpipe_jax.schedules.simulation import simulate
+from gpipe_jax.utils import text
+from gpipe_jax.utils.trees import tree_bytes
 
 if TYPE_CHECKING:
     from gpipe_jax.pipeline.pipeline import Pipeline
@@ -17,12 +17,12 @@ HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
 def as_text(pipe: "Pipeline") -> str:
     """The table in plain text, with the facts of the whole pipeline below it."""
     found = (f"{name}: {value}" for name, value in facts(pipe).items())
-    return "\n".join([table.as_text([HEADER, *_rows(pipe)]), *found])
+    return "\n".join([text.as_text([HEADER, *_rows(pipe)]), *found])
 
 
 def as_html(pipe: "Pipeline") -> str:
     """The same for a notebook."""
-    return table.as_html([HEADER, *_rows(pipe)], facts(pipe))
+    return text.as_html([HEADER, *_rows(pipe)], facts(pipe))
 
 
 def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from gpipe_jax.config import Config
+from gpipe_jax.config.run import Config
 from gpipe_jax.distributed.mesh import abstract_mesh
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline.pipeline import Pipeline

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.utils import table
+from gpipe_jax.utils import text as utils_text
 from gpipe_jax.utils.figures import blank, saved
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
 ANALYSED = "by analysis of shapes alone, not compiled: name a topology to compile for it"
@@ -61,10 +61,10 @@ class Plan:
 
     def __str__(self) -> str:
         found = (f"{name}: {value}" for name, value in self.facts().items())
-        return "\n".join([table.as_text(self._rows()), *found])
+        return "\n".join([utils_text.as_text(self._rows()), *found])
 
     def _repr_html_(self) -> str:
-        return table.as_html(self._rows(), self.facts())
+        return utils_text.as_html(self._rows(), self.facts())
 
     def _rows(self) -> list[tuple[str, ...]]:
         head = ["stage", "layers", "first layer", "cost", "parameters", "boundary", "padding"]

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpipe_jax.config import Config, loader
-from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.config import loader
+from gpipe_jax.config.run import Config
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.planner.plan import Plan
 
 # What a plan chooses, by its name in a config.

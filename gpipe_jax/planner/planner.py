@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.config import Config
+from gpipe_jax.config.run import Config
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.planner import job, predict
 from gpipe_jax.planner import search as searching

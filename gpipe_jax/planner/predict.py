@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpipe_jax.layers.shape_inference import elements
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs, step_time
 from gpipe_jax.planner.job import Job, Layout
@@ -17,7 +16,8 @@ from gpipe_jax.tpu_compiler.compiler import compile_programs
 from gpipe_jax.tpu_compiler.results import Compiled, Program
 from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.training.trainer import Trainer
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.trees import tree_bytes
 
 
 class Compiling(NamedTuple):

@@ -21,9 +21,8 @@ from gpipe_jax.pipeline.ragged.storage import Storage
 from gpipe_jax.pipeline.stage_step import Call, Composite, start_of_backward
 from gpipe_jax.tpu_compiler.results import Program
 from gpipe_jax.training.trainer import Trainer
-from gpipe_jax.utils.gradients import float_leaves, wide
+from gpipe_jax.utils.trees import PyTree, float_leaves, wide
 
-PyTree = Any
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 

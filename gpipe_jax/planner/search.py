@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from gpipe_jax.partition import solver
-from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost, tree_bytes
+from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost
 from gpipe_jax.pipeline import memory
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
@@ -15,10 +15,11 @@ from gpipe_jax.planner import predict, step_time
 from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan
 from gpipe_jax.planner.predict import Compiling
-from gpipe_jax.schedules.schedule import make
+from gpipe_jax.schedules.generators import make
 from gpipe_jax.tpu_compiler.topologies import Generation, Topology
-from gpipe_jax.utils import table
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils import text
+from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.trees import tree_bytes
 
 CHUNKS = (2, 4)  # of the interleaved schedule
 MOST_TRIED = 3  # times as many are compiled at most, if some do not fit after all
@@ -46,7 +47,7 @@ class Ranking(NamedTuple):
                 "GiB", "step", "examples/s")  # fmt: skip
         rows = [head, *(self._row(n, p) for n, p in enumerate(self.plans, 1))]
         looked = f"{self.looked_at} layouts analysed, {self.too_large} of them too large"
-        return f"{table.as_text(rows)}\n{looked}; {len(self.plans)} compiled, not run"
+        return f"{text.as_text(rows)}\n{looked}; {len(self.plans)} compiled, not run"
 
     @staticmethod
     def _row(n: int, plan: Plan) -> tuple[str, ...]:

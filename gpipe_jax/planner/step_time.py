@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.pipeline.memory import float32_bytes
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule, simulate
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
+from gpipe_jax.schedules.simulation import simulate
 from gpipe_jax.tpu_compiler.topologies import Topology
+from gpipe_jax.utils.trees import tree_bytes
 
 
 class StageTimes(NamedTuple):

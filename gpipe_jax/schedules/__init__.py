@@ -1,19 +1,16 @@
 """Decide who does what, when: pure numpy, no JAX."""
 
-from gpipe_jax.schedules.schedule import (
-    BACKWARD,
-    FORWARD,
-    IDLE,
-    Schedule,
+from gpipe_jax.schedules.generators import (
     eager_1f1b,
     forward_only,
     gpipe,
     interleaved,
     make,
     one_f_one_b,
-    simulate,
     training_schedule,
 )
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule, render
+from gpipe_jax.schedules.simulation import simulate
 
 __all__ = [
     "BACKWARD",
@@ -26,6 +23,7 @@ __all__ = [
     "interleaved",
     "make",
     "one_f_one_b",
+    "render",
     "simulate",
     "training_schedule",
 ]

@@ -26,7 +26,7 @@ from gpipe_jax.tpu_compiler import cache
 from gpipe_jax.tpu_compiler.libtpu import check_installed
 from gpipe_jax.tpu_compiler.results import Compiled, Program, too_large
 from gpipe_jax.tpu_compiler.topologies import Topology
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 
 SHOW_EVERY_S = 3.0
 _TICK_S = 0.2  # how late a time-out may come

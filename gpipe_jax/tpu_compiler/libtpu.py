@@ -4,11 +4,9 @@ import importlib.metadata
 import re
 from contextlib import suppress
 
+from gpipe_jax.errors import NotInstalledError
+
 INSTALL = "pip install 'gpipe-jax[tpu]'"
-
-
-class NotInstalledError(RuntimeError):
-    """The TPU compiler is not there."""
 
 
 def versions() -> dict[str, str | None]:

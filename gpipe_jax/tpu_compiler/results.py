@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.export
 
 from gpipe_jax.tpu_compiler.hlo import Collective
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 
 
 class Program(NamedTuple):

@@ -4,28 +4,37 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from gpipe_jax import data, losses, zoo
 from gpipe_jax.config import (
     AmoebaNetConfig,
     ArraysConfig,
-    Config,
     FromFiles,
     MlpConfig,
     ModelConfig,
     SyntheticTokensConfig,
     TextConfig,
     TransformerConfig,
-    image_shape,
 )
+from gpipe_jax.config.data import image_shape
+from gpipe_jax.config.run import Config
+from gpipe_jax.data import stream
+from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
+from gpipe_jax.errors import SectionError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.partition.costs import tree_bytes
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.pipeline import micro_batches
+from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.training import optimizers, writers
+from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.trees import tree_bytes
 
 DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "digits": data.digits,
@@ -37,15 +46,6 @@ DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "synthetic_images": data.synthetic_images,
     "synthetic_tokens": data.synthetic_tokens,
 }
-
-
-class SectionError(ValueError):
-    """What a section of the config asks for cannot be had."""
-
-    def __init__(self, section: str, problem: str) -> None:
-        named = problem.startswith(f"{section}.")
-        super().__init__(problem if named else f"{section}: {problem}")
-        self.section = section
 
 
 @contextlib.contextmanager
@@ -133,3 +133,72 @@ def _genotype(source: str) -> Genotype:
             f"`genotype` {source} cannot be read ({reason}); give a file that Genotype.to_json "
             f"wrote, or one of {', '.join(GENOTYPES)}"
         ) from error
+
+
+class Parts(NamedTuple):
+    """What a config describes."""
+
+    config: Config
+    workdir: epath.Path
+    dataset: data.Dataset
+    trainer: Trainer
+    data: dict  # what the data set is, as `stream.identity` tells it
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of the run's checkpoints."""
+        return self.workdir / "checkpoints"
+
+
+def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Parts:
+    """Data, network, mesh, pipeline and optimizer of a config; trains nothing.
+
+    Simulated devices are shared among so many processes. Raises `build.SectionError`: until the
+    first step, what is wrong is the config.
+    """
+    if config.mesh.simulate:
+        with section("mesh"):
+            simulate_devices(_share(config.mesh.simulate, processes))
+    with section("train"):
+        writers.check(config.train.writers)
+    with section("data"):
+        batches = dataset(config)
+        example = next(batches.train(0))
+    with section("model"):
+        layers, loss_function = network(config.model), loss(config.model)
+    with section("mesh"):
+        mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
+    with section("pipeline"):
+        options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
+        options["memory_limit"] = config.pipeline.memory_limit
+        steps = config.train.steps
+        pipe = Pipeline(
+            layers, loss=loss_function, mesh=mesh, example=example, steps=steps, **options
+        )
+    if isinstance(config.data, FromFiles):
+        with section("data"):
+            _check_data(batches, example, pipe, rules(config.model))
+    with section("optimizer"):
+        tx = optimizers.build(config.optimizer, config.train.steps)
+    with section("pipeline"):  # with this optimizer it may need more than the memory limit
+        trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
+    return Parts(config, epath.Path(workdir), batches, trainer, stream.identity(batches, example))
+
+
+def _check_data(dataset: data.Dataset, example: dict, pipe: Pipeline, rules: data.Rules) -> None:
+    """Raise DataError now for what would be found at the first step, or the first evaluation."""
+    held_out = next(iter(dataset.test()), None)
+    if held_out is None:
+        raise data.DataError(f"the held-out data of {dataset.name} has no examples; give some")
+    micro_batches.split(held_out, pipe.example, pipe.micro_batches)
+    rules.check(f"the first training batch of {dataset.name}", example)
+    rules.check(f"the first held-out batch of {dataset.name}", held_out)
+
+
+def _share(simulated: int, processes: int) -> int:
+    if simulated % processes:
+        raise ValueError(
+            f"`simulate` {simulated} devices do not split over {processes} processes; use a "
+            f"multiple of {processes}"
+        )
+    return simulated // processes

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from gpipe_jax.config import TextConfig
-from gpipe_jax.data.dataset import DataError
 from gpipe_jax.distributed import processes
-from gpipe_jax.distributed.preemption import Stop, StoppedError
+from gpipe_jax.distributed.preemption import Stop
+from gpipe_jax.errors import DataError, StoppedError
 from gpipe_jax.training import metrics, resume, writers
-from gpipe_jax.training.parts import Parts
-from gpipe_jax.training.profile import Profile
+from gpipe_jax.training.from_config import Parts
+from gpipe_jax.training.profiling import Profile
 from gpipe_jax.training.trainer import TrainState
 from gpipe_jax.utils.console import say
 

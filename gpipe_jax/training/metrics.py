@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
-from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.training.writers import Writer
+from gpipe_jax.utils.atomic_files import is_local, replace
 
 Show = Callable[[dict], None]
 
@@ -77,22 +77,3 @@ def read(path: epath.Path) -> Iterator[dict]:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
-
-
-def replace(path: epath.Path, text: str) -> None:
-    """Write a file at once: a cut must not leave half of it."""
-    if not is_local(path):
-        path.write_text(text)
-        return
-    new = path.with_name(path.name + ".tmp")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    safetensors.sync_folder(path.parent)
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether a path is one of this machine's, not a gs:// address."""
-    return "://" not in str(path)

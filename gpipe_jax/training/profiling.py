@@ -3,6 +3,10 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from etils import epath
 
 PARTS = ("compile", "data", "checkpoint", "evaluation")
 
@@ -22,3 +26,23 @@ class Ledger:
         finally:
             inner = sum(self.seconds.values()) - before
             self.seconds[part] += time.perf_counter() - start - inner
+
+
+class Profile(NamedTuple):
+    """Which steps are traced, from 1, and where the trace goes; none without a folder."""
+
+    start: int
+    steps: int
+    folder: epath.Path | None
+
+    def until(self, step: int) -> int | None:
+        """The step up to which the next ones are all traced, or all not; None for all of them."""
+        ends = [end for end in (self.start - 1, self.start - 1 + self.steps) if end > step]
+        return ends[0] if self.steps and ends else None
+
+    def over(self, step: int) -> contextlib.AbstractContextManager:
+        """The context that the steps after `step` run in."""
+        traced = self.start - 1 <= step < self.start - 1 + self.steps
+        if self.folder is None or not traced:
+            return contextlib.nullcontext()
+        return jax.profiler.trace(str(self.folder))

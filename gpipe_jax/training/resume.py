@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 from etils import epath
 
+from gpipe_jax import errors
 from gpipe_jax.checkpoint import format
-from gpipe_jax.checkpoint.format import DamagedError, Manifest
-from gpipe_jax.config.loader import ConfigError, no_package
+from gpipe_jax.checkpoint.format import Manifest
+from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
+from gpipe_jax.errors import ConfigError, DamagedError
 from gpipe_jax.training.trainer import Trainer, TrainState
 
 
@@ -52,7 +54,7 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedErro
     try:
         # A network file system may list less to some processes than to others.
         yield from format.manifests(folder, processes.from_first(format.steps(folder)))
-    except format.FormatError as error:
+    except errors.FormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:
         problem = no_package(error)

@@ -18,17 +18,19 @@ from etils import epath
 
 from gpipe_jax import plots
 from gpipe_jax.checkpoint import format
-from gpipe_jax.config import Config
-from gpipe_jax.config.loader import ConfigError, compare, dump
+from gpipe_jax.config.loader import compare, dump
+from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import Stop, listening
+from gpipe_jax.errors import ConfigError, InUseError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.training import loop, metrics, resume, writers
+from gpipe_jax.training.from_config import Parts, assemble
 from gpipe_jax.training.loop import Loop
-from gpipe_jax.training.parts import Parts, assemble
 from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.console import say
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 
 __all__ = ["Parts", "Summary", "assemble", "default_workdir", "evaluate", "train"]
 
@@ -105,10 +107,6 @@ def evaluate(parts: Parts, stop: Stop | None = None) -> Summary:
     return Summary(figures, "\n".join(notes))
 
 
-class InUseError(OSError):
-    """Another run is at work in the folder; it will end."""
-
-
 @contextlib.contextmanager
 def alone_in(workdir: epath.Path) -> Iterator[None]:
     """Make a folder, and have it to oneself. Raises InUseError, or ConfigError if it cannot be.
@@ -120,7 +118,7 @@ def alone_in(workdir: epath.Path) -> Iterator[None]:
         if processes.is_first():
             with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
-                local = metrics.is_local(workdir)
+                local = atomic_files.is_local(workdir)
                 file = held.enter_context((workdir / "lock").open("w")) if local else None
             _lock(file, workdir)
         processes.all_agree(True)  # the others wait for it
@@ -144,7 +142,7 @@ def keep_config(parts: Parts) -> None:
         train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
         with _writing(parts.workdir):
             text = dump(parts.config.model_copy(update={"train": train}))
-            metrics.replace(parts.workdir / "config.yaml", text)
+            atomic_files.replace(parts.workdir / "config.yaml", text)
 
 
 @contextlib.contextmanager
@@ -212,7 +210,7 @@ def _draw(parts: Parts, records: list[dict]) -> str:
         return "no curves: the first process draws them"
     if not records:
         return "no curves: metrics.jsonl is gone"
-    if not metrics.is_local(picture):
+    if not atomic_files.is_local(picture):
         return "no curves: they are drawn into local folders only"
     try:
         plots.curves(records, Path(picture))

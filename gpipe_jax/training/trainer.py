@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,18 +17,17 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.checkpoint import by_layer
 from gpipe_jax.checkpoint.by_layer import Layers, Trained
-from gpipe_jax.data.dataset import DataError
 from gpipe_jax.distributed.mesh import STAGE
-from gpipe_jax.partition.costs import tree_bytes
+from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.state import State
-from gpipe_jax.training.optimizers import check_elementwise, decays, map_parameters, moving_average
+from gpipe_jax.training.elementwise import check_elementwise
+from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
 from gpipe_jax.training.profiling import Ledger
-from gpipe_jax.utils.gradients import wide
+from gpipe_jax.utils.trees import PyTree, tree_bytes, wide
 
-PyTree = Any
 Record = Callable[[dict], None]
 
 # Steps that may be under way at once: enough to hide Python, few enough that jax 0.10's CPU
@@ -43,10 +42,6 @@ class TrainState(NamedTuple):
     optimizer: PyTree
     step: int
     average: PyTree = None  # moving average of the parameters, in float32, if there is one
-
-
-class DivergedError(RuntimeError):
-    """The loss became infinite or NaN."""
 
 
 class Trainer:

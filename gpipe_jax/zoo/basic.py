@@ -1,11 +1,71 @@
 """Small networks for small images."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from gpipe_jax.layers.conv import ConvHead, ConvStem, ResidualBlock
+import jax
+from flax import nnx
+
+from gpipe_jax.layers.conv import Conv
 from gpipe_jax.layers.layer import Layer, layer
-from gpipe_jax.zoo.dense_layers import Dense
+
+
+class Dense(nnx.Module):
+    """A linear map of the flattened input, followed by a gelu unless it is the last layer."""
+
+    def __init__(
+        self, in_features: int, out_features: int, last: bool = False, *, rngs: nnx.Rngs
+    ) -> None:
+        self.linear = nnx.Linear(in_features, out_features, rngs=rngs)
+        self.last = last
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.linear(x.reshape(x.shape[0], -1))
+        return y if self.last else jax.nn.gelu(y)
+
+
+def group_norm(features: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Group norm with four groups, or as many as divide the features."""
+    return nnx.GroupNorm(features, num_groups=math.gcd(features, 4), rngs=rngs)
+
+
+class ConvStem(nnx.Module):
+    """Images to features: convolution, group norm, relu."""
+
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs) -> None:
+        self.conv = Conv(in_features, features, rngs=rngs)
+        self.norm = group_norm(features, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.norm(self.conv(x)))
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1x1 convolution of x where shapes change."""
+
+    def __init__(self, in_features: int, features: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = group_norm(in_features, rngs)
+        self.conv1 = Conv(in_features, features, stride=stride, rngs=rngs)
+        self.norm2 = group_norm(features, rngs)
+        self.conv2 = Conv(features, features, rngs=rngs)
+        same = stride == 1 and in_features == features
+        self.shortcut = None if same else Conv(in_features, features, 1, stride, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(jax.nn.relu(self.norm1(x)))
+        y = self.conv2(jax.nn.relu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ConvHead(nnx.Module):
+    """relu, mean over positions, and a linear map to class scores [B, classes]."""
+
+    def __init__(self, in_features: int, classes: int, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(in_features, classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(jax.nn.relu(x).mean((1, 2)))
 
 
 def convnet(

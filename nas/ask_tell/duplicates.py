@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from typing import Literal, NamedTuple
 
-from nas.evaluators import evaluator
+from nas.evaluators import outcomes
 from nas.storage.reader import Reader
 
 
@@ -41,7 +41,7 @@ class Twins:
         rows = list(self.reader.candidates(where, network, order=f"id LIMIT {self.limit}"))
         n = len(rows)
         if n >= self.limit:
-            means = evaluator.means([row.metrics for row in rows])
+            means = outcomes.means([row.metrics for row in rows])
             fitness = sum(row.fitness or 0.0 for row in rows) / n
             return Answer(rows[0].id, fitness, means, rows[0].trained_values)
         if self.under_way[network] + n >= self.limit:

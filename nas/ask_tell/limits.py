@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from nas.errors import FailuresError
+
 MAX_REJECTED = 10_000
 """So many rejections in a row, and it is the limits that are wrong."""
-
-
-class FailuresError(RuntimeError):
-    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
 
 
 class Limit(NamedTuple):

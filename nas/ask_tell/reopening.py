@@ -4,13 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.errors import ExistsError, MismatchError
 from nas.evolution.evolution import Settings
 from nas.spaces.space import Space
-from nas.storage.writer import ExistsError, Store
-
-
-class MismatchError(ValueError):
-    """The file holds a search with other settings, or by another evaluator."""
+from nas.storage.writer import Store
 
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:

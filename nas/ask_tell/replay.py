@@ -4,14 +4,11 @@ import json
 from contextlib import closing
 from typing import Any
 
+from nas.errors import ReplayError
 from nas.evolution.evolution import Evolution, Member, Proposal, Settings
 from nas.spaces.space import Space
 from nas.storage.queries import Snapshot
 from nas.storage.reader import CandidateRow, Event, Reader
-
-
-class ReplayError(AssertionError):
-    """The log does not lead to what the store has."""
 
 
 def replay(reader: Reader, space: Space[Any]) -> Evolution:

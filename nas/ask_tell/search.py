@@ -21,6 +21,7 @@ from nas.ask_tell.duplicates import Answer, Twins, digest
 from nas.ask_tell.limits import Failures, Gate, Limit, Retries
 from nas.ask_tell.pending import Open, Tournament
 from nas.evaluators import evaluator as evaluate
+from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Member, Proposal, Settings
 from nas.spaces import space as spaces
@@ -100,12 +101,12 @@ class Search:
 
         To tell a job twice, or one of a driver that is gone, changes nothing.
         """
-        self.report(job, evaluate.read(fitness, job))
+        self.report(job, outcomes.read(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
         """What came of a job, also if it failed; FailuresError if that is one too many.
 
-        `nas.ask_tell.trained_values.LostValuesError` if what it trained is not there; nothing is written then.
+        `nas.errors.LostValuesError` if what it trained is not there; nothing is written then.
         """
         with self._lock:
             if job.evaluation not in self._running:

@@ -11,15 +11,12 @@ from pathlib import Path
 
 from nas.ask_tell import pending
 from nas.ask_tell.pending import Open, Tournament
+from nas.errors import LostValuesError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.storage.reader import Reader
 
 FOLDER = "weights"
 _NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")
-
-
-class LostValuesError(RuntimeError):
-    """What a worker has trained is not where this machine can see it."""
 
 
 class Values:

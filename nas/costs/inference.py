@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import export
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from gpipe_jax import errors
 from gpipe_jax.genotypes.genotype import Genotype
-from gpipe_jax.tpu_compiler import compiler, libtpu, topologies
+from gpipe_jax.tpu_compiler import compiler, topologies
 from gpipe_jax.tpu_compiler.results import Compiled, Program
 from nas.training.network import Values
 from nas.training.static import Static
@@ -62,7 +63,7 @@ def compile_for(network: Static, genotype: Genotype, batch: int, topology: str) 
     where = topologies.parse(topology)
     try:
         return compiler.compile_programs([program], where)[0]
-    except libtpu.NotInstalledError:
+    except errors.NotInstalledError:
         raise
     except RuntimeError as error:  # the compiler's process died: of this network, not of all
         return Compiled(program.name, 0.0, error=str(error))

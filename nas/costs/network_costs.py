@@ -40,7 +40,7 @@ class NetworkCosts:
     are measured one by one, before a candidate is handed out: workers that train faster than this
     compiles wait for it.
 
-    ValueError for a topology that does not exist, and `gpipe_jax.tpu_compiler.libtpu.NotInstalledError`
+    ValueError for a topology that does not exist, and `gpipe_jax.errors.NotInstalledError`
     where the TPU compiler is missing.
     """
 

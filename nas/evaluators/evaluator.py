@@ -6,13 +6,10 @@ sees the whole `Job`.
 """
 
 import json
-import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
@@ -70,10 +67,6 @@ class Evaluator(Protocol):
         ...
 
 
-class ReturnError(TypeError):
-    """The evaluator returned what is no fitness: a mistake in it, not a failed candidate."""
-
-
 def in_search(
     evaluator: Evaluator, space: Any, run: Path, fitness_policy: str, timeout_s: float | None
 ) -> Evaluator:
@@ -123,138 +116,3 @@ class Function:
     def evaluate(self, job: Job) -> Any:
         """What the function returns."""
         return self.function(job.architecture)
-
-
-@dataclass(frozen=True)
-class TabularEvaluator:
-    """Looks up: `table(architecture)` gives all metrics, of which one is the fitness.
-
-    Such a table is `nas.spaces.nasbench201.Table("cifar10")`, a function, or a dict's `__getitem__`.
-    """
-
-    table: Callable[[Any], Mapping[str, float]]
-    fitness: str = "valid12"
-
-    @property
-    def goes_by(self) -> dict[str, Any]:
-        """The column, and of which data if the table says so."""
-        dataset = getattr(self.table, "dataset", None)
-        return {"fitness": self.fitness, **({} if dataset is None else {"dataset": dataset})}
-
-    def evaluate(self, job: Job) -> Mapping[str, float]:
-        """All metrics, and `fitness`."""
-        metrics = self.table(job.architecture)
-        return {**metrics, "fitness": metrics[self.fitness]}
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """The mean of several evaluations with different seeds, for an evaluator with noise.
-
-    Their standard deviation is recorded as the metric `fitness_std`.
-    """
-
-    evaluator: Any
-    repeats: int = 3
-    _inner: Evaluator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"repeats {self.repeats}: expected at least 1")
-        object.__setattr__(self, "_inner", check(self.evaluator))
-
-    @property
-    def compares(self) -> str | None:
-        """As of the inner one."""
-        return getattr(self._inner, "compares", None)
-
-    @property
-    def grace_s(self) -> float:
-        """As of the inner one."""
-        return getattr(self._inner, "grace_s", 0.0)
-
-    @property
-    def goes_by(self) -> dict[str, Any]:
-        """As of the inner one, and how often."""
-        return {"repeats": self.repeats, "evaluator": goes_by(self._inner)}
-
-    def in_search(self, *search: Any) -> "Repeated":
-        """With the inner one told; see `in_search`."""
-        return replace(self, evaluator=in_search(self._inner, *search))
-
-    def evaluate(self, job: Job) -> Mapping[str, float | str]:
-        """Means over the repeats, of every metric where it is given; the last's trained values."""
-        jobs = [replace(job, seed=job.seed + i) for i in range(self.repeats)]
-        found = [read(self._inner.evaluate(one), one) for one in jobs]
-        values = [each.fitness if each.fitness is not None else math.nan for each in found]
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        kept = found[-1].trained_values
-        values_at = {} if kept is None else {TRAINED_VALUES: kept}
-        metrics = means([each.metrics for each in found])
-        return {**metrics, **values_at, "fitness": mean, "fitness_std": spread}
-
-
-def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over those that have it."""
-    names = dict.fromkeys(name for metrics in found for name in metrics)
-    return {name: fmean(metrics[name] for metrics in found if name in metrics) for name in names}
-
-
-def read(returned: Any, job: Job) -> Outcome:
-    """What an evaluator returned as an outcome; ReturnError if it cannot be one."""
-    named = dict(returned) if isinstance(returned, Mapping) else {"fitness": returned}
-    if "fitness" not in named:
-        raise ReturnError(
-            f"evaluate returned a dict with {', '.join(map(repr, named)) or 'nothing'} for "
-            f"candidate {job.candidate}, but its fitness is looked up as 'fitness': add that"
-        )
-    values = named.pop(TRAINED_VALUES, None)
-    if not (values is None or isinstance(values, str)):
-        raise ReturnError(
-            f"evaluate returned {TRAINED_VALUES} {_show(values)} for candidate {job.candidate}: "
-            "expected a text, such as the name of a file with them"
-        )
-    numbers = {name: _number(name, value, job) for name, value in named.items()}
-    fitness = numbers.pop("fitness")
-    if not math.isfinite(fitness):
-        return Outcome("nan", metrics=numbers, error=f"the fitness is {fitness}")
-    return Outcome("ok", fitness, numbers, values)
-
-
-def _number(name: str, value: Any, job: Job) -> float:
-    shape = getattr(value, "shape", ())
-    if shape == () and not isinstance(value, str | bytes | bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    of_shape = f" of shape {shape}" if shape else ""
-    raise ReturnError(
-        f"evaluate returned {_show(value)} ({type(value).__name__}{of_shape}) as {name} of "
-        f"candidate {job.candidate}: expected one number"
-    )
-
-
-def _show(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def failure(error: BaseException) -> Outcome:
-    """The outcome of a job that raised."""
-    last = "".join(traceback.format_exception_only(error)).strip()
-    return Outcome(_kind(error), error=last[:2000])
-
-
-def _kind(error: BaseException) -> str:
-    if _is_out_of_memory(error):
-        return "out_of_memory"
-    if isinstance(error, FloatingPointError):  # also of jax_debug_nans
-        return "nan"
-    return "timeout" if isinstance(error, TimeoutError) else "exception"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of the host, or of an accelerator, whose errors jax raises by this name."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

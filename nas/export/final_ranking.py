@@ -5,20 +5,19 @@ goes on, and one that was made is read. What has failed is tried anew.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from nas.evaluators import evaluator as evaluators
+from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
 from nas.spaces.space import Space
 from nas.storage import queries
+from nas.storage.finals_file import FILE, _read, _write
 from nas.storage.reader import CandidateRow, Reader
 from nas.training.evaluator import TrainingEvaluator
 
-FILE = "finals.json"
 LONGER = 3  # times the epochs of the search, unless epochs are given
 
 
@@ -29,23 +28,6 @@ class Finalist(NamedTuple):
     fitness: float | None  # after training again; None if that failed
     metrics: dict[str, float]
     error: str | None = None  # by which it failed
-
-
-class Again(NamedTuple):
-    """What came of training a candidate again."""
-
-    candidate: int
-    epochs: int | None  # None in files of older versions
-    fitness: float
-
-
-def known(reader: Reader) -> list[Again]:
-    """All that has been trained again so far, the best first."""
-    found = [
-        Again(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
-        for key, one in _read(reader.path.parent / FILE).items()
-    ]
-    return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)
 
 
 def rank(
@@ -104,16 +86,6 @@ def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow)
     seed = evaluators.seed(reader.study().settings["seed"], row.id, -1)
     job = Job(0, row.id, space.decode(row.architecture), seed)
     try:
-        return evaluators.read(evaluator.evaluate(job), job)
+        return outcomes.read(evaluator.evaluate(job), job)
     except (ArithmeticError, MemoryError, RuntimeError, TimeoutError) as error:
-        return evaluators.failure(error)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write(path: Path, done: dict[str, Any]) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+        return outcomes.failure(error)

@@ -14,6 +14,7 @@ from gpipe_jax.utils.figures import png
 from nas.reports import lineage as drawing
 from nas.reports import plots, tables
 from nas.reports.report import Report, report
+from nas.spaces import pictures
 from nas.storage.reader import CandidateRow, Reader
 
 MARK = "<!-- nas report -->"  # by which a page of ours is known
@@ -85,9 +86,9 @@ def candidate(reader: Reader, row: CandidateRow) -> str:
         facts["evaluated as"] = f"#{row.answered_by}, the same network"
     before = None
     if row.parent is not None:
-        before = drawing.read(reader.study().space, reader.candidate(row.parent).architecture)
-    one = drawing.read(reader.study().space, row.architecture)
-    return f"<b>candidate {row.id}</b>{tables.facts_as_html(facts)}{drawing.html(one, before)}"
+        before = pictures.read(reader.study().space, reader.candidate(row.parent).architecture)
+    one = pictures.read(reader.study().space, row.architecture)
+    return f"<b>candidate {row.id}</b>{tables.facts_as_html(facts)}{pictures.html(one, before)}"
 
 
 def lineage(reader: Reader, number: int) -> str:
@@ -111,4 +112,4 @@ def _facts(found: Report) -> str:
 
 
 def _cells(reader: Reader, row: CandidateRow) -> str:
-    return drawing.html(drawing.read(reader.study().space, row.architecture))
+    return pictures.html(pictures.read(reader.study().space, row.architecture))

@@ -9,9 +9,8 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils import progress
-from nas.export import final_ranking
 from nas.reports.tables import Table, as_text, finite
-from nas.storage import queries
+from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
 
 BEST, FRONT = 10, 10  # rows that are shown
@@ -36,7 +35,7 @@ class Report(NamedTuple):
     failures: list[Failure]
     best: list[CandidateRow]  # of different networks
     fronts: dict[str, list[CandidateRow]]  # by cost
-    again: list[final_ranking.Again]  # trained again, by `nas export`
+    again: list[finals_file.Again]  # trained again, by `nas export`
 
     def facts(self) -> dict[str, Any]:
         """The study and its numbers, by name."""
@@ -108,7 +107,7 @@ def report(reader: Reader) -> Report:
         failures=_failures(reader),
         best=queries.top(reader, BEST),
         fronts={cost: list(queries.front(reader, cost)) for cost in queries.costs(reader)},
-        again=final_ranking.known(reader),
+        again=finals_file.known(reader),
     )
 
 

@@ -5,15 +5,13 @@ See https://www.sqlite.org/wal.html, "all processes using a database must be on 
 
 from pathlib import Path
 
+from nas.errors import NetworkFileSystemError
+
 MOUNTS = Path("/proc/self/mounts")  # Linux; elsewhere nothing is known, and nothing refused
 NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
 NETWORK |= {"nfs", "nfs3", "nfs4", "ocfs2", "smb3", "smbfs"}
 # A program serves it: mostly from a network, such as drives and buckets; these are not.
 LOCAL_FUSE = {"bindfs", "encfs", "fuse-overlayfs", "gocryptfs", "lxcfs", "mergerfs", "unionfs"}
-
-
-class NetworkFileSystemError(OSError):
-    """The folder is on another machine, or in a bucket."""
 
 
 def check_local(path: Path) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from nas.errors import NotASearchError, VersionError
+
 VERSION = 2
 
 TABLES = """
@@ -85,14 +87,6 @@ MIGRATIONS = {
     """
 }
 """Version n to the statements that make a file of it one of version n + 1."""
-
-
-class VersionError(ValueError):
-    """The file was written by a newer version of this package."""
-
-
-class NotASearchError(ValueError):
-    """The file is something else."""
 
 
 def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:

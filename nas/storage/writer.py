@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nas.errors import BusyError, ExistsError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Proposal
 from nas.storage import local_disk, schema
@@ -37,14 +38,6 @@ from nas.storage.reader import Reader, file_of
 
 CLOSE_MS = 1000  # how long closing waits for readers
 LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
-
-
-class BusyError(RuntimeError):
-    """Another driver has the file open."""
-
-
-class ExistsError(FileExistsError):
-    """A search is there already."""
 
 
 class Store(Reader):

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpipe_jax import data
-from gpipe_jax.data import cifar10_files
+from gpipe_jax.data import cifar10_files, images
 from nas.training.options import DATASETS
 
 
 class Split(NamedTuple):
     """What is trained on, and what is held out to judge by."""
 
-    cifar10_files: np.ndarray  # [N, S, S, C] float32
+    images: np.ndarray  # [N, S, S, C] float32
     labels: np.ndarray  # [N] int32
     held_images: np.ndarray
     held_labels: np.ndarray
@@ -162,7 +162,7 @@ def _cifar10(folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
 
 _SOURCES = {
     "digits": Source(
-        lambda _: _whole(lambda size: data.digits(size, 0)),
+        lambda _: _whole(lambda size: images.digits(size, 0)),
         lambda n: n // 4,
         Augmentation(shift=1, fill=-1.0),
     ),

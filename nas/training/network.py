@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.utils.trees import PyTree
 
-PyTree = Any
 Architecture = Any
 """A pytree that says which network: what `encode` returns."""
 

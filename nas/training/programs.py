@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
+from nas.errors import TooLargeError
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Values
 from nas.training.recipe import Plan, Recipe, rate
@@ -134,10 +135,6 @@ class Programs(NamedTuple):
 
 KEPT = 32
 """Of so many networks, or single architectures; those used least recently go, on all devices."""
-
-
-class TooLargeError(MemoryError):
-    """A device cannot hold a training."""
 
 
 class _Key(NamedTuple):

@@ -15,8 +15,6 @@ from gpipe_jax import losses
 from gpipe_jax.training import optimizers
 from nas.training.datasets import Augmentation
 
-PyTree = Any
-
 
 class Plan(NamedTuple):
     """What may differ between trainings by the same program: scalars."""

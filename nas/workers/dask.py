@@ -10,13 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nas.errors import WorkersError
+
 ANSWER_S = 10.0  # how long a scheduler may take to answer
 BEGUN = "nas job"  # the topic by which workers say that they have begun one
 RESTART_S = 5.0  # how long a hung worker has to end by itself
-
-
-class WorkersError(RuntimeError):
-    """The workers cannot be reached or started, or can take no more work."""
 
 
 @dataclass(frozen=True)

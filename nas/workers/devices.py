@@ -16,9 +16,10 @@ from concurrent.futures import CancelledError, Future
 import jax
 import numpy as np
 
+from nas.errors import WorkersError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.training.programs import Device
-from nas.workers.dask import Pool, WorkersError
+from nas.workers.dask import Pool
 from nas.workers.threads import Threads
 
 ANSWER_S = 60.0  # how long a device may take to answer; less than jobs may wait for one

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nas.ask_tell.search import Search
+from nas.errors import WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.workers import task
-from nas.workers.dask import Pool, WorkersError
+from nas.workers.dask import Pool
 
 Callback = Callable[[Search], object]
 POLL_S = 0.5

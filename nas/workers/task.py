@@ -10,7 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from nas.evaluators.evaluator import Evaluator, Job, Outcome, ReturnError, failure, read
+from nas.errors import ReturnError
+from nas.evaluators.evaluator import Evaluator, Job, Outcome
+from nas.evaluators.outcomes import failure, read
 from nas.workers.dask import BEGUN
 
 RESULT_S = 20.0  # how long the result of a job that is done may take to arrive

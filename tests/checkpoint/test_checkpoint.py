@@ -19,10 +19,9 @@ from gpipe_jax.checkpoint import export, format
 from gpipe_jax.checkpoint import safetensors as tensorfile
 from gpipe_jax.checkpoint import save as saving
 from gpipe_jax.checkpoint.by_layer import Layers
-from gpipe_jax.checkpoint.format import DamagedError, FormatError
-from gpipe_jax.checkpoint.save import SaveError, Saver
+from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
-from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.errors import ConfigError, DamagedError, FormatError, SaveError
 from gpipe_jax.training import resume
 from gpipe_jax.utils import trees as names
 

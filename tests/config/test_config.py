@@ -11,13 +11,10 @@ from gpipe_jax.config import (
     AdamConfig,
     AmoebaNetConfig,
     Cifar10Config,
-    Config,
     ConvNetConfig,
     DigitsConfig,
     FromFiles,
-    MeshConfig,
     MlpConfig,
-    PipelineConfig,
     ResNetConfig,
     RmsPropConfig,
     SgdConfig,
@@ -25,12 +22,16 @@ from gpipe_jax.config import (
     SyntheticTokensConfig,
     TextConfig,
     TransformerConfig,
-    batch_problem,
+)
+from gpipe_jax.config.run import (
+    Config,
+    MeshConfig,
+    PipelineConfig,
     cross_checks,
-    nearest_multiples,
     section_models,
     unused,
 )
+from gpipe_jax.utils.text import batch_problem, nearest_multiples
 
 DIGITS = {"model": {"kind": "mlp"}, "data": {"kind": "digits"}}
 TEXT = {"model": {"kind": "transformer_lm"}, "data": {"kind": "text"}}

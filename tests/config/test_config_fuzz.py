@@ -19,8 +19,8 @@ import yaml
 from gpipe_jax.cli import main as cli
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.pipeline import micro_batches
-from gpipe_jax.schedules.schedule import training_schedule
-from gpipe_jax.training import parts, run
+from gpipe_jax.schedules.generators import training_schedule
+from gpipe_jax.training import from_config, run
 
 CONFIGS = sorted(paths.CONFIGS.glob("*.yaml"))
 CASES, SLICE = 5000, 150
@@ -254,9 +254,11 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GPIPE_JAX_DATA", raising=False)
     digits = sklearn.datasets.load_digits(return_X_y=True)
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda **_: digits)
-    monkeypatch.setattr(parts, "simulate_devices", lambda _: None)  # this process has 16 already
-    monkeypatch.setattr(parts, "Pipeline", Cheap)
-    monkeypatch.setattr(parts, "Trainer", lambda pipe, tx, ema: Trained(pipe))
+    monkeypatch.setattr(
+        from_config, "simulate_devices", lambda _: None
+    )  # this process has 16 already
+    monkeypatch.setattr(from_config, "Pipeline", Cheap)
+    monkeypatch.setattr(from_config, "Trainer", lambda pipe, tx, ema: Trained(pipe))
     monkeypatch.setattr(run, "train", lambda parts, show, stop: run.Summary({"done": 1}, ""))
 
 

@@ -9,8 +9,10 @@ import pytest
 import yaml
 from pydantic import Field
 
-from gpipe_jax.config import AdamConfig, Config, MeshConfig, Section, SgdConfig, loader
-from gpipe_jax.config.loader import ConfigError, load
+from gpipe_jax.config import AdamConfig, Section, SgdConfig, loader
+from gpipe_jax.config.loader import load
+from gpipe_jax.config.run import Config, MeshConfig
+from gpipe_jax.errors import ConfigError
 
 BASE = """\
 model:

@@ -11,19 +11,12 @@ import own_files
 import pytest
 from paths import SHARED_DATA
 
-from gpipe_jax.data import (
-    _stdlib_files,
-    array_record,
-    arrays,
-    cifar10,
-    digits,
-    synthetic_images,
-    synthetic_tokens,
-    text,
-)
+from gpipe_jax.data import array_record, arrays, stream
 from gpipe_jax.data import cifar10_files as images
-from gpipe_jax.data import dataset as stream
-from gpipe_jax.data.cifar10_files import cut_out, flipped, normalised, shifted
+from gpipe_jax.data.cifar10_files import normalised
+from gpipe_jax.data.images import cifar10, cut_out, digits, flipped, shifted
+from gpipe_jax.data.synthetic import synthetic_images, synthetic_tokens
+from gpipe_jax.data.text_files import _stdlib_files, text
 
 LENGTH = 16
 
@@ -344,7 +337,7 @@ def test_the_real_cifar10(monkeypatch):
     # Of a tenth of the images; lossy JPEG takes 0.7 % of the deviation.
     np.testing.assert_allclose(some.mean(0), 0, atol=0.03)
     np.testing.assert_allclose(some.std(0), 1, atol=0.03)
-    monkeypatch.setattr("gpipe_jax.data.read_cifar10", lambda folder: parts)
+    monkeypatch.setattr("gpipe_jax.data.images.read_cifar10", lambda folder: parts)
     dataset = cifar10(1000, 0, validation=5000)
     assert (dataset.train_examples, dataset.test_examples) == (45_000, 5_000)
     held_out = np.bincount(rows(dataset.test(), "labels"))

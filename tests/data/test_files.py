@@ -14,8 +14,8 @@ import own_files
 import pytest
 
 from gpipe_jax.cli import main as cli
-from gpipe_jax.data import DataError, Rules, array_record, arrays, files, iterable
-from gpipe_jax.data.dataset import Dataset
+from gpipe_jax.data import DataError, Rules, array_record, arrays, iterable, python_source
+from gpipe_jax.data.stream import Dataset
 
 OWN = own_files.example_arrays()
 
@@ -318,11 +318,13 @@ def test_functions_of_the_file_can_be_sent_to_other_processes(here: Path, monkey
     for path in (here / "my-own.data.py", here / "other" / "my-own.data.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-        made.append(pickle.loads(files._call(str(path), "make")))
+        made.append(pickle.loads(python_source._call(str(path), "make")))
     assert [read() for read in made] == [7, 7]
     assert made[0] is not made[1]
     monkeypatch.chdir(here / "other")
-    assert pickle.loads(files._call("my-own.data.py", "make")).__module__ == made[1].__module__
+    assert (
+        pickle.loads(python_source._call("my-own.data.py", "make")).__module__ == made[1].__module__
+    )
 
 
 FINITE = """

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gpipe_jax.data import cifar10_files
-from gpipe_jax.data.cifar10_files import cut_out, flipped, normalised, read_cifar10, shifted
-from gpipe_jax.data.dataset import Draws
+from gpipe_jax.data.cifar10_files import normalised, read_cifar10
+from gpipe_jax.data.images import cut_out, flipped, shifted
+from gpipe_jax.data.stream import Draws
 
 FILES = written.draw()
 

@@ -16,7 +16,8 @@ from paths import REPOSITORY
 
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed.cluster import Cluster
-from gpipe_jax.distributed.processes import MissingError, roll_call
+from gpipe_jax.distributed.processes import roll_call
+from gpipe_jax.errors import MissingError
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 12, 10]}

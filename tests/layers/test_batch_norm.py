@@ -1,7 +1,5 @@
 """Batch norm's running statistics: those of the mini-batch, in NumPy, once a step."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,8 @@ from flax import nnx
 from gpipe_jax.layers import batch_norm
 from gpipe_jax.layers.batch_norm import Norm
 from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.utils.trees import PyTree
 
-PyTree = Any
 F = 3  # features
 KEY = jax.random.key(0)
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from gpipe_jax.layers import conv
 from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.zoo import basic
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -262,10 +263,10 @@ def test_other_platforms_use_their_own_forms() -> None:
 LAYERS: list[tuple[Layer, tuple[int, ...], tuple[int, ...]]] = [
     (layer(conv.Conv, in_features=3, out_features=5), (2, 7, 6, 3), (2, 7, 6, 5)),
     (layer(conv.Conv, in_features=3, out_features=5, stride=2), (2, 7, 6, 3), (2, 4, 3, 5)),
-    (layer(conv.ConvStem, in_features=1, features=16), (2, 6, 6, 1), (2, 6, 6, 16)),
-    (layer(conv.ResidualBlock, in_features=4, features=4), (2, 6, 6, 4), (2, 6, 6, 4)),
-    (layer(conv.ResidualBlock, in_features=4, features=8, stride=2), (2, 7, 6, 4), (2, 4, 3, 8)),
-    (layer(conv.ConvHead, in_features=4, classes=10), (2, 6, 6, 4), (2, 10)),
+    (layer(basic.ConvStem, in_features=1, features=16), (2, 6, 6, 1), (2, 6, 6, 16)),
+    (layer(basic.ResidualBlock, in_features=4, features=4), (2, 6, 6, 4), (2, 6, 6, 4)),
+    (layer(basic.ResidualBlock, in_features=4, features=8, stride=2), (2, 7, 6, 4), (2, 4, 3, 8)),
+    (layer(basic.ConvHead, in_features=4, classes=10), (2, 6, 6, 4), (2, 10)),
 ]
 
 
@@ -282,8 +283,8 @@ def test_shapes_of_the_convolution_layers(
 
 def test_a_residual_block_of_equal_shapes_has_no_shortcut_weights() -> None:
     x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
-    same = layer(conv.ResidualBlock, in_features=4, features=4)
-    wider = layer(conv.ResidualBlock, in_features=4, features=8)
+    same = layer(basic.ResidualBlock, in_features=4, features=4)
+    wider = layer(basic.ResidualBlock, in_features=4, features=8)
     key = jax.random.key(0)
     assert "shortcut" not in jax.eval_shape(same.init, key, x)
     assert "shortcut" in jax.eval_shape(wider.init, key, x)

@@ -12,8 +12,8 @@ from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.utils.trees import PyTree
 
-PyTree = Any
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 CONTEXT = Context(jax.random.key(0), train=True)
 

@@ -16,9 +16,10 @@ from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.losses import softmax_cross_entropy
 from gpipe_jax.partition import costs as cost
-from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost, measure, transfer_s, tree_bytes
+from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost, measure, transfer_s
 from gpipe_jax.pipeline.pipeline import Pipeline
-from gpipe_jax.zoo.dense_layers import Dense
+from gpipe_jax.utils.trees import tree_bytes
+from gpipe_jax.zoo.basic import Dense
 
 B = 64
 

@@ -17,14 +17,13 @@ from gpipe_jax.distributed.mesh import STAGE, make_mesh
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.pipeline.ragged.boundary import Wire
 from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK
 from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
 from gpipe_jax.pipeline.stage_step import Call, Composite
+from gpipe_jax.utils.trees import PyTree, tree_bytes
 
-PyTree = Any
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 
 

@@ -11,12 +11,11 @@ import pytest
 from helpers import make_batch, network
 
 import gpipe_jax as gpipe
-from gpipe_jax.partition.costs import tree_bytes
 from gpipe_jax.pipeline.ragged import packing
 from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK
 from gpipe_jax.pipeline.ragged.storage import Storage, from_block, to_block
+from gpipe_jax.utils.trees import PyTree, tree_bytes
 
-PyTree = Any
 Stage = list[tuple[int, bool, PyTree]]  # runs: number of layers, scanned, tree of one
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -16,12 +16,12 @@ from paths import CONFIGS
 import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
 from gpipe_jax.config import loader
-from gpipe_jax.config.loader import ConfigError
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.pipeline import memory
 from gpipe_jax.planner import job, plan_file, predict, programs, search, step_time
 from gpipe_jax.planner.job import Layout
 from gpipe_jax.planner.plan import Plan
-from gpipe_jax.schedules import schedule
+from gpipe_jax.schedules import generators
 from gpipe_jax.schedules.buffers import lower
 from gpipe_jax.tpu_compiler import libtpu, topologies
 from gpipe_jax.training import from_config
@@ -70,7 +70,7 @@ def test_the_stash_is_what_the_schedule_keeps() -> None:
     for kind in ("gpipe", "1f1b"):
         layout = Layout(stages=2, micro_batches=8, schedule=kind)
         stash = small_job().trainer(layout).device_bytes()["stash"]
-        rows = lower(schedule.make(kind, 2, 8))
+        rows = lower(generators.make(kind, 2, 8))
         assert rows.x_slots == (8 if kind == "gpipe" else 2)
         assert stash == (rows.x_slots + rows.g_slots + 4) * boundary
 

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from gpipe_jax.schedules.buffers import Rows, lower
-from gpipe_jax.schedules.schedule import (
-    BACKWARD,
-    CHUNKED,
-    FORWARD,
-    IDLE,
-    KINDS,
-    TRAINING,
-    Schedule,
-    make,
-)
+from gpipe_jax.schedules.generators import CHUNKED, KINDS, TRAINING, make
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 
 GRID = list(itertools.product(range(1, 9), range(1, 13)))  # (K, M)
 

@@ -6,20 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gpipe_jax.schedules import schedule
-from gpipe_jax.schedules.schedule import (
-    BACKWARD,
-    FORWARD,
-    IDLE,
-    KINDS,
-    TRAINING,
-    Schedule,
-    interleaved,
-    make,
-    simulate,
-    training_schedule,
-    validate,
-)
+from gpipe_jax.schedules import generators
+from gpipe_jax.schedules.generators import KINDS, TRAINING, interleaved, make, training_schedule
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule, validate
+from gpipe_jax.schedules.simulation import simulate
 
 GRID = list(itertools.product(range(1, 9), range(1, 13)))  # (K, M)
 CHUNKED_GRID = list(itertools.product(range(1, 6), range(1, 13), range(1, 4)))  # (K, M, V)
@@ -101,7 +91,7 @@ def entries(table: np.ndarray) -> dict[tuple[int, int, int], int]:
 def grid_of(kind: str) -> list[tuple[int, int, int]]:
     """(K, M, V)."""
     one = [(K, M, 1) for K, M in GRID]
-    return [*one, *CHUNKED_GRID] if kind in schedule.CHUNKED else one
+    return [*one, *CHUNKED_GRID] if kind in generators.CHUNKED else one
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,7 +317,7 @@ def test_chunks_of_a_schedule_that_has_none_are_refused(kind: str) -> None:
             function(kind, 2, 2, 2)
 
 
-@pytest.mark.parametrize("kind", schedule.CHUNKED)
+@pytest.mark.parametrize("kind", generators.CHUNKED)
 @pytest.mark.parametrize("chunks", [0, -1])
 def test_chunks_below_one_are_refused(kind: str, chunks: int) -> None:
     with pytest.raises(ValueError, match=f"`chunks` must be at least 1, got {chunks}"):
@@ -475,7 +465,7 @@ def test_one_time_for_each_stage() -> None:
 def test_every_generator_is_known_by_name() -> None:
     assert [make(kind, 2, 2).kind for kind in KINDS] == list(KINDS)
     assert interleaved(2, 3).kind == "interleaved"
-    assert schedule.gpipe(2, 3).kind == "gpipe" and schedule.one_f_one_b(2, 3).kind == "1f1b"
+    assert generators.gpipe(2, 3).kind == "gpipe" and generators.one_f_one_b(2, 3).kind == "1f1b"
 
 
 def test_idle_entries_have_no_chunk():

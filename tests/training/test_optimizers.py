@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
-from gpipe_jax.training import optimizers
+from gpipe_jax.training import elementwise, optimizers
 
 STEPS = 3
 
@@ -241,18 +241,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_elementwise_transformations_are_accepted(name):
-    optimizers.check_elementwise(ACCEPTED[name]())
+    elementwise.check_elementwise(ACCEPTED[name]())
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_depends_on_the_grouping_is_refused(name):
     with pytest.raises(ValueError, match="depends on how parameters are grouped into arrays"):
-        optimizers.check_elementwise(REFUSED[name]())
+        elementwise.check_elementwise(REFUSED[name]())
 
 
 def test_a_transformation_that_makes_nan_is_refused():
     with pytest.raises(ValueError, match="use elementwise transformations"):
-        optimizers.check_elementwise(optax.scale(float("nan")))
+        elementwise.check_elementwise(optax.scale(float("nan")))
 
 
 # --- moving average ------------------------------------------------------------------------------

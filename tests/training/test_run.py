@@ -13,11 +13,11 @@ import pytest
 from etils import epath
 
 import gpipe_jax as gpipe
+from gpipe_jax import errors
 from gpipe_jax.checkpoint import format
-from gpipe_jax.config.loader import ConfigError
-from gpipe_jax.distributed.preemption import StoppedError, listening
+from gpipe_jax.distributed.preemption import listening
+from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
 from gpipe_jax.training import run, trainer
-from gpipe_jax.training.trainer import DivergedError
 
 STEPS = 11
 CONFIG = {
@@ -467,7 +467,7 @@ def test_a_folder_that_another_run_is_using(whole, tmp_path):
     parts = whole[0]._replace(workdir=epath.Path(tmp_path))
     with (
         run.alone_in(parts.workdir),
-        pytest.raises(run.InUseError, match=r"another run is using .*: end it, or wait until"),
+        pytest.raises(errors.InUseError, match=r"another run is using .*: end it, or wait until"),
     ):
         run.train(parts, lambda record: None)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -479,11 +479,11 @@ def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypat
     """Another run that is about to end may still write some."""
 
     def newest(*_):
-        with pytest.raises(run.InUseError), run.alone_in(whole[0].workdir):
+        with pytest.raises(errors.InUseError), run.alone_in(whole[0].workdir):
             pass
         raise Interrupted
 
-    monkeypatch.setattr(run.restoring, "newest", newest)
+    monkeypatch.setattr(run.resume, "newest", newest)
     with pytest.raises(Interrupted):
         run.train(whole[0], lambda record: None)
 

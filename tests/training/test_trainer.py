@@ -14,8 +14,9 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import Layers
 from gpipe_jax.config import AdamConfig
+from gpipe_jax.errors import DivergedError
 from gpipe_jax.training import optimizers, trainer
-from gpipe_jax.training.trainer import DivergedError, Trainer, TrainState
+from gpipe_jax.training.trainer import Trainer, TrainState
 
 EXAMPLES = 12
 

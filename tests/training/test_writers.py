@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
 from gpipe_jax.training import metrics, run, writers
-from gpipe_jax.training.profile import Profile
+from gpipe_jax.training.profiling import Profile
 
 CONFIG = {
     "model": {"kind": "mlp", "features": [64, 12, 10]},

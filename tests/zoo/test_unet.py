@@ -11,7 +11,7 @@ from gpipe_jax import losses, sequential, zoo
 from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shape_inference import infer_shapes
-from gpipe_jax.zoo.unet_layers import Down, Up
+from gpipe_jax.zoo.unet import Down, Up
 
 RNG = np.random.default_rng(0)
 

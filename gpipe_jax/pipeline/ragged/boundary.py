@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax.layers.shape_inference import differentiable
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree, differentiable
 
 
 class Wire:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 # Slots may make what a device holds this much larger than packing everything would: they spare the
 # copies that reading a matrix out of a pack costs on TPU. A fifth is enough for Transformers, whose

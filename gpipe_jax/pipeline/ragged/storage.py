@@ -22,8 +22,7 @@ from jax import lax
 
 from gpipe_jax.pipeline.ragged.boundary import like, pack
 from gpipe_jax.pipeline.ragged.packing import Place, choose_places
-
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 class Storage:

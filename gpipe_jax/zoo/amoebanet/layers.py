@@ -4,18 +4,16 @@ Behind the stem's x, the boundary between two layers is (x, skip): the outputs o
 of the one before. B images, H and W height and width, C channels.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gpipe_jax.genotypes.genotype import INPUTS, Cell
 from gpipe_jax.layers.pooling import avg_pool
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import INIT, ConvNorm, Identity, Normalization, match
 from gpipe_jax.zoo.amoebanet.operations import OPERATIONS
 
-PyTree = Any
 Boundary = tuple[jax.Array, jax.Array]
 
 AUXILIARY_WIDTHS = (51, 307)

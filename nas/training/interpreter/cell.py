@@ -13,14 +13,13 @@ import numpy as np
 
 from gpipe_jax.genotypes.genotype import INPUTS
 from gpipe_jax.layers.layer import layer
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import ConvNorm, FactorizedReduction, Normalization
 from nas.training.interpreter.encoding import CellCode, Concat
 from nas.training.interpreter.operation_union import Operation, Union
 from nas.training.interpreter.pairs import Steps, run_slots
 from nas.training.interpreter.parameter_table import Entries
 from nas.training.interpreter.switch import switch
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

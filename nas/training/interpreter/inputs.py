@@ -14,14 +14,13 @@ import numpy as np
 from flax import nnx
 
 from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.encoding import Concat
 from nas.training.interpreter.operation_union import call
 from nas.training.interpreter.parameter_table import Entries, entries, masked
 from nas.training.interpreter.projection import at, project
 from nas.training.interpreter.switch import switch
-
-PyTree = Any
 
 
 class Norm(nnx.Module):

@@ -16,11 +16,10 @@ import numpy as np
 from flax import nnx
 
 from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.operations import OPERATIONS
 from nas.training.interpreter.parameter_table import Entries, entries, is_entries
-
-PyTree = Any
 
 
 class Operation(nnx.Module):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
+
 _CUT = 0.87962566103423978  # standard deviation of a normal distribution that is cut at 2
 
 

@@ -7,16 +7,14 @@ So neither the concatenation nor the states that are not in it cost anything:
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import convolve, halve
 from nas.training.interpreter.encoding import Concat
-
-PyTree = Any
 
 
 def project(concat: Concat, kernels: dict[str, jax.Array], states: jax.Array) -> jax.Array:

@@ -1,17 +1,17 @@
 """The cells of an interpreted network in order, and where their numbers are."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gpipe_jax.genotypes.genotype import INPUTS
+from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.cell import Body
 from nas.training.interpreter.encoding import Code, Concat, whole
 from nas.training.interpreter.inputs import Reader
 
-PyTree = Any
 STEM = 3
 """The stem is as wide as so many states of the first cell."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
-PyTree = Any
+from gpipe_jax.utils.trees import PyTree
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,7 +11,7 @@ from paths import HELPERS
 from searches import Bits, drive, ones, population, small, trace
 
 import nas
-from nas.ask_tell.replay import ReplayError
+from nas.errors import ReplayError
 from nas.storage.reader import Reader
 from nas.storage.writer import Store
 

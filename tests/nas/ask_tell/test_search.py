@@ -10,8 +10,9 @@ from searches import Bits, drive, ones, population, small, trace
 
 import nas
 from nas.ask_tell import limits
+from nas.errors import ReturnError
 from nas.evaluators import evaluator
-from nas.evaluators.evaluator import FAILURES, Outcome, ReturnError
+from nas.evaluators.evaluator import FAILURES, Outcome
 from nas.storage.writer import Store
 
 

@@ -9,9 +9,10 @@ from random import Random
 import pytest
 
 import nas
+from gpipe_jax import errors as gpipe_jax_errors
 from gpipe_jax.tpu_compiler import cache, compiler, libtpu, topologies
 from gpipe_jax.tpu_compiler.results import Compiled, too_large
-from gpipe_jax.utils.units import GIB
+from gpipe_jax.utils.text import GIB
 from nas import from_config
 from nas.config import SearchConfig
 from nas.costs import inference
@@ -145,8 +146,8 @@ def test_a_compiler_that_dies_costs_only_the_candidate(monkeypatch) -> None:
     with pytest.warns(RuntimeWarning, match="TPU compiler failed for a network.*killed by signal"):
         assert costs.latency_ms(genotype) == costs.memory_mib(genotype) == math.inf
     assert _compile(costs, genotype.canonical()).error == str(errors[0])
-    errors[0] = libtpu.NotInstalledError("no libtpu")
-    with pytest.raises(libtpu.NotInstalledError, match="no libtpu"):
+    errors[0] = gpipe_jax_errors.NotInstalledError("no libtpu")
+    with pytest.raises(gpipe_jax_errors.NotInstalledError, match="no libtpu"):
         costs.latency_ms(other)
 
 
@@ -209,7 +210,9 @@ def test_what_is_missing(monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"`topology` is not given, but latency_ms and memory_mib"):
         NetworkCosts().latency_ms(genotypes(1)[0])
     monkeypatch.setattr(libtpu, "versions", lambda: {"libtpu": None})
-    with pytest.raises(libtpu.NotInstalledError, match=r"needs its compiler, libtpu, .*: pip inst"):
+    with pytest.raises(
+        gpipe_jax_errors.NotInstalledError, match=r"needs its compiler, libtpu, .*: pip inst"
+    ):
         NetworkCosts(topology="v5e:1x1")
 
 

@@ -15,7 +15,8 @@ from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.training import from_config
 from nas import cli
-from nas.export import final_ranking, scaled_config
+from nas.export import scaled_config
+from nas.storage import finals_file
 from nas.workers.pickled_setup import Setup
 
 SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))
@@ -161,7 +162,7 @@ def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None
         assert Genotype.from_json(file.read()) == wanted and said["candidate"] == 4
     assert export("searched", "-o", "new.yaml", "--top", "3", "--epochs", "7")[0] == 0
     assert trained[4:] == [(6, 7, None), (4, 7, None), (2, 7, None)]
-    assert len(json.loads((nas.load("searched").path / final_ranking.FILE).read_text())) == 4
+    assert len(json.loads((nas.load("searched").path / finals_file.FILE).read_text())) == 4
 
 
 def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypatch) -> None:

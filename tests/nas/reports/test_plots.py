@@ -10,8 +10,9 @@ from searches import drive, small
 import nas
 from gpipe_jax.genotypes import cell_drawing
 from gpipe_jax.utils import graph_drawing
-from nas.reports import html, lineage, lineage_plot, plots
+from nas.reports import html, lineage, plots
 from nas.spaces import nasbench201_drawing
+from nas.spaces import pictures as spaces_pictures
 from nas.spaces.nasbench201 import EDGES, OPERATIONS
 from nas.storage import queries
 
@@ -227,7 +228,7 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
         elif step.drawn:
             assert step.lines[0] == words.replace(", ", ": ").replace("->", "→")
             assert all(marks(one) for one in step.drawn)
-    figure = lineage_plot.figure(cells.store, number, tmp_path / "lineage.png")
+    figure = lineage.figure(cells.store, number, tmp_path / "lineage.png")
     (curve,) = figure.axes[0].lines
     np.testing.assert_array_equal(curve.get_ydata(), [row.fitness for row in rows])
     texts = [text.get_text() for text in figure.texts]
@@ -244,7 +245,7 @@ def test_of_a_long_lineage_the_first_and_the_last_are_drawn(cells, monkeypatch) 
     monkeypatch.setattr(lineage, "MOST", 3)
     number = next(cells.store.ranked()).id
     rows = cells.store.lineage(number)
-    figure = lineage_plot.figure(cells.store, number)
+    figure = lineage.figure(cells.store, number)
     headings = [text.get_text() for text in figure.texts if text.get_text()[0] == "#"]
     shown = [lineage.heading(row) for row in (rows[0], *rows[-2:])]
     assert list(dict.fromkeys(headings)) == shown
@@ -258,10 +259,10 @@ def test_a_space_of_another_is_shown_as_it_writes_itself(tmp_path) -> None:
     with drive(small(tmp_path, cycles=30)) as search:
         number = max(row.id for row in search.store.candidates("parent IS NOT NULL"))
         steps = lineage.steps(search.store, number)
-        one = lineage.read("bits", "<0110>")
-        figure = lineage_plot.figure(search.store, number)
+        one = spaces_pictures.read("bits", "<0110>")
+        figure = lineage.figure(search.store, number)
     assert steps[0].lines == [f"random: {steps[0].row.architecture}"]
     assert steps[1].lines == [f"{steps[0].row.architecture} → {steps[1].row.architecture}"]
-    assert ElementTree.fromstring(lineage.html(one)).text == "<0110>"
+    assert ElementTree.fromstring(spaces_pictures.html(one)).text == "<0110>"
     assert len(figure.axes) == 1
-    assert lineage.pictures(lineage.read("nasnet", "no JSON")) == []
+    assert spaces_pictures.pictures(spaces_pictures.read("nasnet", "no JSON")) == []

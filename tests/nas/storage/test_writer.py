@@ -13,11 +13,11 @@ from paths import HELPERS
 from searches import Bits, drive, small
 
 import nas
-from nas import Job, Search
-from nas.ask_tell.reopening import MismatchError
+from nas import Job, Search, errors
+from nas.errors import BusyError, MismatchError
 from nas.storage import local_disk, schema
 from nas.storage.reader import Reader
-from nas.storage.writer import BusyError, Store
+from nas.storage.writer import Store
 
 
 @pytest.fixture
@@ -152,9 +152,9 @@ def test_a_newer_version_is_refused(path) -> None:
     connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     connection.close()
     for opens in (Reader, Store):
-        with pytest.raises(schema.VersionError, match=r"has version 3 .* knows up to 2: install a"):
+        with pytest.raises(errors.VersionError, match=r"has version 3 .* knows up to 2: install a"):
             opens(path)
-    with pytest.raises(schema.VersionError):
+    with pytest.raises(errors.VersionError):
         Store(path)  # the lock is free again
 
 

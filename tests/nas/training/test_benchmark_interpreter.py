@@ -13,9 +13,9 @@ import toy
 from paths import SCRIPTS
 
 import nas
+from nas.errors import TooLargeError
 from nas.training import weights
 from nas.training.network import Shape
-from nas.training.programs import TooLargeError
 
 
 @pytest.fixture

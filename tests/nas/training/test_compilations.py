@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from toy import SMALL_SPACE, search, small
 
+from nas import errors
 from nas.training import compilation_cache as cache
 from nas.training import programs
 
@@ -117,7 +118,7 @@ def test_no_program_waits_for_the_compilation_of_another(uncompiled, monkeypatch
 def test_what_is_too_large_is_compiled_but_once(uncompiled, monkeypatch) -> None:
     def compiled(*network) -> None:
         count.append(network)
-        raise programs.TooLargeError("training needs 9 GiB")
+        raise errors.TooLargeError("training needs 9 GiB")
 
     count: list[tuple] = []
     monkeypatch.setattr(programs, "_compiled", compiled)

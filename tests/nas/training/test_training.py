@@ -15,7 +15,8 @@ import pytest
 from toy import SLOTS, SMALL_SPACE, job, search, small, toy, trace
 
 import nas
-from nas.ask_tell.reopening import MismatchError
+from gpipe_jax import data
+from nas.errors import MismatchError
 from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.loop import Training
@@ -170,7 +171,6 @@ def test_images_are_split_once_and_in_proportion() -> None:
     assert counts.min() >= 28 and counts.max() <= 32
     whole = Data("digits").split()
     assert len(whole.images) + len(whole.held_images) == 1437 and whole.classes == 10
-    from gpipe_jax import data
 
     test = np.concatenate([batch["inputs"] for batch in data.digits(64, 0).test()]).reshape(360, -1)
     rows = np.concatenate([whole.images, whole.held_images]).reshape(1437, -1)
@@ -295,7 +295,7 @@ def test_another_space(tmp_path) -> None:
         nas.search(space="nasbench201", evaluate=toy(), folder=tmp_path)
 
 
-def outcome(evaluator, **options) -> Outcome:
+def outcome(evaluator, **options):
     return task.run(evaluator, job(**options))
 
 

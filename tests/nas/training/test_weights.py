@@ -16,7 +16,7 @@ from paths import HELPERS
 from toy import job, search, trace
 
 import nas
-from nas.ask_tell.trained_values import LostValuesError
+from nas.errors import LostValuesError
 from nas.training import weights
 from nas.training.loop import Training
 

@@ -10,10 +10,10 @@ import pytest
 from toy import job, search, toy, trace
 
 import nas
+from nas.errors import WorkersError
 from nas.evaluators.evaluator import Outcome
 from nas.training.programs import this_device
 from nas.workers import devices, pools
-from nas.workers.dask import WorkersError
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from paths import HELPERS
 from searches import Bits, ones
 
 import nas
-from nas.ask_tell.reopening import MismatchError
-from nas.evaluators.evaluator import Function, ReturnError
+from nas import errors as nas_errors
+from nas.errors import MismatchError, ReturnError
+from nas.evaluators.evaluator import Function
 from nas.workers import dask, pools
 from nas.workers import task as workers
 from nas.workers.driver import Driver, Running
@@ -187,7 +188,9 @@ def test_an_evaluator_that_a_worker_cannot_import_is_no_dead_worker() -> None:
 def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:
     with ProcessPoolExecutor(1) as executor:
         check(run(tmp_path, workers=executor, cycles=20), 20)
-        with pytest.raises(dask.WorkersError, match=r"take no more jobs .*: use workers='proc"):
+        with pytest.raises(
+            nas_errors.WorkersError, match=r"take no more jobs .*: use workers='proc"
+        ):
             run(tmp_path / "dies", dies, workers=executor)
 
 
@@ -552,7 +555,9 @@ def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
 def test_an_address_that_does_not_answer(tmp_path, monkeypatch) -> None:
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
     monkeypatch.setattr(dask, "ANSWER_S", 0.3)
-    with pytest.raises(dask.WorkersError, match=r"'tcp://127.0.0.1:9': no dask scheduler answ"):
+    with pytest.raises(
+        nas_errors.WorkersError, match=r"'tcp://127.0.0.1:9': no dask scheduler answ"
+    ):
         run(tmp_path, workers="tcp://127.0.0.1:9")
 
 

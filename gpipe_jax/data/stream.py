@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from gpipe_jax.errors import DataError
+
 Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
-
-
-class DataError(ValueError):
-    """What was read while training is not what the data set was to hold."""
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,0 @@
-"""Units of what is counted in bytes."""
-
-GIB = 2**30

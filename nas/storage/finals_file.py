@@ -1,0 +1,37 @@
+"""Keep the results of candidates that an export trained again, beside the store."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nas.storage.reader import Reader
+
+FILE = "finals.json"
+
+
+class Again(NamedTuple):
+    """What came of training a candidate again."""
+
+    candidate: int
+    epochs: int | None  # None in files of older versions
+    fitness: float
+
+
+def known(reader: Reader) -> list[Again]:
+    """All that has been trained again so far, the best first."""
+    found = [
+        Again(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
+        for key, one in _read(reader.path.parent / FILE).items()
+    ]
+    return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, done: dict[str, Any]) -> None:
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
