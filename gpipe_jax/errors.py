@@ -33,7 +33,7 @@ class StoppedError(RuntimeError):
     """The run was asked to stop, and what there was to save is saved."""
 
 
-class MissingError(RuntimeError):
+class MissingProcessError(RuntimeError):
     """Not all processes have come."""
 
 
@@ -41,17 +41,17 @@ class SaveError(OSError):
     """A checkpoint could not be written."""
 
 
-class DamagedError(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint is not whole: it was cut off while it was written, or damaged afterwards."""
 
 
-class FormatError(ValueError):
+class CheckpointFormatError(ValueError):
     """A checkpoint is of a format that this version does not read."""
 
 
-class InUseError(OSError):
+class RunInUseError(OSError):
     """Another run is at work in the folder; it will end."""
 
 
-class NotInstalledError(RuntimeError):
+class CompilerNotInstalledError(RuntimeError):
     """The TPU compiler is not there."""

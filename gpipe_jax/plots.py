@@ -18,12 +18,12 @@ def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
 
     The later a chunk is in the network, the paler is its box. Written to `path` where given.
     """
-    figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.stages + 1.3)
+    figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.num_devices + 1.3)
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
     for t in range(plan.ticks):
-        for k in range(plan.stages):
+        for k in range(plan.num_devices):
             op, m, chunk = plan.table[t, k].tolist()
             if op in COLOURS:
                 face = (COLOURS[op], 1 - 0.6 * chunk / plan.chunks)
@@ -31,11 +31,13 @@ def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
                 axes.add_patch(box)
                 if plan.ticks <= 120:
                     axes.text(t + 0.5, k, str(m), ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, plan.ticks), ylim=(plan.stages - 0.4, -0.6), xlabel="tick", ylabel="device")
-    axes.set_yticks(range(plan.stages))
+    axes.set(
+        xlim=(0, plan.ticks), ylim=(plan.num_devices - 0.4, -0.6), xlabel="tick", ylabel="device"
+    )
+    axes.set_yticks(range(plan.num_devices))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(
-        f"{plan.kind}: {plan.stages} devices, {plan.micro_batches} micro-batches, "
+        f"{plan.kind}: {plan.num_devices} devices, {plan.micro_batches} micro-batches, "
         f"bubble {plan.bubble_fraction:.1%}",
         fontsize=10,
     )

@@ -76,7 +76,9 @@ class TrainingConfig(Section):
         default=None,
         description="folder of cifar10's files; default: the environment variable GPIPE_JAX_DATA",
     )
-    cells: Count = Field(default=1, description="N: normal cells in each of the three stacks")
+    cells_per_stack: Count = Field(
+        default=1, description="N: normal cells in each of the three stacks"
+    )
     filters: Count = Field(default=8, description="F: width of the first stack")
     epochs: Count = Field(default=20, description="times that each image is seen")
     batch_size: Count = Field(default=64, description="images in a step")
@@ -90,12 +92,12 @@ class TrainingConfig(Section):
     examples: Count | None = Field(
         default=None, description="training images; default: all that are not held out"
     )
-    validation: Count | None = Field(
+    validation_images: Count | None = Field(
         default=None,
         description="training images held out to judge by; default: a quarter of the digits, a "
         "tenth of others",
     )
-    validations: Count = Field(
+    final_epochs: Count = Field(
         default=3, description="the fitness is the mean accuracy after so many last epochs"
     )
     builder: Literal["interpreter", "static"] = Field(

@@ -13,11 +13,11 @@ class MismatchError(ValueError):
     """The file holds a search with other settings, or by another evaluator."""
 
 
-class LostValuesError(RuntimeError):
+class LostWeightsError(RuntimeError):
     """What a worker has trained is not where this machine can see it."""
 
 
-class VersionError(ValueError):
+class StoreVersionError(ValueError):
     """The file was written by a newer version of this package."""
 
 
@@ -25,11 +25,11 @@ class NotASearchError(ValueError):
     """The file is something else."""
 
 
-class BusyError(RuntimeError):
+class SearchInUseError(RuntimeError):
     """Another driver has the file open."""
 
 
-class ExistsError(FileExistsError):
+class SearchExistsError(FileExistsError):
     """A search is there already."""
 
 

@@ -18,7 +18,7 @@ from nas.config import (
 )
 from nas.costs.network_costs import COMPILED, NetworkCosts
 from nas.evaluators.builtin import TabularEvaluator
-from nas.evaluators.nasbench201_table import Table
+from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.spaces.nasbench201 import NASBench201Space
 from nas.spaces.nasnet import NASNetSpace
 from nas.training.evaluator import TrainingEvaluator
@@ -64,7 +64,9 @@ def _evaluate(evaluate: TableConfig | FunctionConfig | TrainingConfig) -> Any:
         found.data_fits()
         return found
     if isinstance(evaluate, TableConfig):
-        return TabularEvaluator(Table(evaluate.dataset, evaluate.folder), evaluate.fitness)
+        return TabularEvaluator(
+            NASBench201Table(evaluate.dataset, evaluate.folder), evaluate.fitness
+        )
     name, colon, attribute = evaluate.function.partition(":")
     if not (name and colon and attribute):
         raise ValueError(f"`function` {evaluate.function!r}: expected module:name")
@@ -96,7 +98,7 @@ def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:
 def _costs(evaluate: TrainingEvaluator, limits: LimitsConfig) -> NetworkCosts:
     data = evaluate.data_fits()
     return NetworkCosts(
-        cells=evaluate.cells,
+        cells_per_stack=evaluate.cells_per_stack,
         filters=evaluate.filters,
         image=data.images.shape[1],
         channels=data.images.shape[3],

@@ -48,7 +48,7 @@ from nas.config import SearchConfig
 from nas.spaces.nasnet import NASNetSpace
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.translation import to_static
-from nas.training.network import Network, PyTree, Shape, Values
+from nas.training.network import Network, PyTree, Shape, Variables
 from nas.training.options import BUILDERS
 from nas.training.static import Static
 
@@ -57,19 +57,19 @@ CONFIG = "configs/search_digits.yaml"
 
 
 def step(
-    network: Network, architecture: Any, values: Values, velocity: PyTree, batch: dict
-) -> tuple[Values, PyTree, jax.Array]:
+    network: Network, architecture: Any, values: Variables, velocity: PyTree, batch: dict
+) -> tuple[Variables, PyTree, jax.Array]:
     """(values, velocity, loss) after a step of SGD with momentum."""
 
     def loss(parameters: PyTree) -> tuple[jax.Array, PyTree]:
-        both = Values(parameters, values.statistics)
+        both = Variables(parameters, values.statistics)
         scores, new = network.apply(architecture, both, batch["images"], train=True)
         return losses.softmax_cross_entropy(scores, batch["labels"])[0].mean(), new
 
     (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(values.parameters)
     velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, gradients)
     parameters = jax.tree.map(lambda p, v: p - RATE * v, values.parameters, velocity)
-    return Values(parameters, new), velocity, value
+    return Variables(parameters, new), velocity, value
 
 
 def batch_of(shape: Shape, examples: int) -> dict:
@@ -89,7 +89,7 @@ def compiled(network: Network, genotype: Genotype, batch: dict) -> tuple[Callabl
     return program, time.perf_counter() - began
 
 
-def start(network: Network, architecture: Any) -> Values:
+def start(network: Network, architecture: Any) -> Variables:
     """Initial values."""
     return jax.jit(network.init)(architecture, jax.random.key(0))
 
@@ -97,7 +97,7 @@ def start(network: Network, architecture: Any) -> Values:
 class Run:
     """A program and its state."""
 
-    def __init__(self, program: Callable, architecture: Any, values: Values) -> None:
+    def __init__(self, program: Callable, architecture: Any, values: Variables) -> None:
         self.program, self.architecture = program, architecture
         self.state = (values, jax.tree.map(jnp.zeros_like, values.parameters))
         self.times: list[float] = []
@@ -179,7 +179,7 @@ def main() -> int:
     options = _options()
     try:
         given = checked(options)
-    except (ValueError, OSError, ImportError, errors.NotInstalledError) as error:
+    except (ValueError, OSError, ImportError, errors.CompilerNotInstalledError) as error:
         return console.fail(error, 2, "benchmark_interpreter.py")
     try:
         figures = measured(given, options)
@@ -205,7 +205,9 @@ def measured(given: dict[str, Any], options: argparse.Namespace) -> dict[str, An
         figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
         report_trained(figures["trained"], options.trained)
     if options.tpu:
-        shape = Shape(cells=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16")
+        shape = Shape(
+            cells_per_stack=3, filters=24, image=32, channels=3, classes=10, dtype="bfloat16"
+        )
         figures["tpu"] = tpu_memory("v5e:2x2", shape, drawn(3), 128)
         for name, (temporary, seconds, error) in figures["tpu"].items():
             print(f"{name}: {temporary / 1e6:.0f} MB, compiled in {seconds:.0f} s {error or ''}")

@@ -26,7 +26,7 @@ WARM_UP = 10
 
 
 def step_times_s(
-    parts: run.Parts, steps: int, save_every: int, folder: Path
+    parts: run.Assembly, steps: int, save_every: int, folder: Path
 ) -> tuple[float, float]:
     """The mean time of a step of one run, and its processor time."""
     settings = {"steps": steps, "save_every": save_every, "eval_every": 10**6}

@@ -128,7 +128,8 @@ class Predictor:
         trainer = MODELS[self.model](batch).trainer(layout, self._cost(times))
         stages = trainer.pipe.stages
         whole = step_time.stage_times(
-            *(of_stages(each, stages.cuts) for each in times), remat_layers=stages.remat_layers
+            *(of_stages(each, stages.layer_ranges) for each in times),
+            remat_layers=stages.remat_layers,
         )
         step = step_time.step_time(
             stages,

@@ -29,7 +29,7 @@ from nas.training import weights
 from nas.training.evaluator import TrainingEvaluator
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.translation import to_static
-from nas.training.network import Values
+from nas.training.network import Variables
 from nas.training.options import BUILDERS
 
 MEASURED = ("fitness", "compile_s", "train_s")
@@ -94,14 +94,16 @@ def one(
     return row
 
 
-def in_the_last_digit(values: Values) -> Values:
+def in_the_last_digit(values: Variables) -> Variables:
     """The values, with parameters changed by that at random."""
 
     def moved(a: jax.Array) -> jax.Array:
         sign = jax.random.rademacher(jax.random.key(1), a.shape)
         return a + a * sign * jnp.finfo(a.dtype).eps
 
-    return Values(jax.tree.map(moved, values.parameters), jax.tree.map(jnp.copy, values.statistics))
+    return Variables(
+        jax.tree.map(moved, values.parameters), jax.tree.map(jnp.copy, values.statistics)
+    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import nas
 from nas.evaluators.evaluator import Job, Outcome
-from nas.evaluators.nasbench201_table import DATASETS, Table
+from nas.evaluators.nasbench201_table import DATASETS, NASBench201Table
 from nas.evolution.evolution import Evolution
 from nas.evolution.simulation import Done, Loop, simulate
 from nas.spaces.nasbench201 import NASBench201Space
@@ -47,7 +47,7 @@ class Lookup:
     """A table's columns as plain dicts, which are quicker."""
 
     def __init__(self, dataset: str, folder: Path | None) -> None:
-        table = Table(dataset, folder)
+        table = NASBench201Table(dataset, folder)
         self.path, names = table.path, ("valid12", "test200", "time_s")
         self.valid, self.test, self.time_s = (
             dict(zip(table.rows, table.columns[name].tolist(), strict=True)) for name in names

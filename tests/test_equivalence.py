@@ -23,7 +23,7 @@ from gpipe_jax.layers import random_keys
 from gpipe_jax.pipeline import executor
 from gpipe_jax.pipeline.ragged import stages
 from gpipe_jax.pipeline.ragged.storage import Storage
-from gpipe_jax.schedules.buffers import Rows
+from gpipe_jax.schedules.buffers import BufferTable
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD
 
 
@@ -102,7 +102,10 @@ def expected_permutes(pipe: gpipe.Pipeline) -> int:
     has = [(operation == op).any(axis=1) for op in (FORWARD, BACKWARD)]
     first_b, last_f = np.argmax(has[1]), len(has[0]) - np.argmax(has[0][::-1])
     stretches = [range(0, first_b), range(first_b, last_f), range(last_f, len(operation))]
-    wires = (len(pipe.stages.wire.shapes), len(pipe.stages.wire.gradient_shapes))
+    wires = (
+        len(pipe.stages.boundary_format.shapes),
+        len(pipe.stages.boundary_format.gradient_shapes),
+    )
     sent = [operation[:, :-1] == FORWARD, operation[:, 1:] == BACKWARD]
     return sum(
         wire * bool(sends[list(ticks)].any())
@@ -175,7 +178,7 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
     """The NaN test bites: reading one stale stash slot gives NaN."""
     lower = executor.lower
 
-    def stale(schedule: gpipe.schedules.Schedule) -> Rows:
+    def stale(schedule: gpipe.schedules.Schedule) -> BufferTable:
         rows = lower(schedule)
         return rows._replace(
             x_slot=(rows.x_slot + 1) % (rows.x_slots + 1), x_slots=rows.x_slots + 1

@@ -37,7 +37,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 def simulated_time(plan: schedule.Schedule) -> float:
     """Of one step, in forward times of a device; the last stage's forward is in its backward."""
-    count, V = plan.stages * plan.chunks, plan.chunks
+    count, V = plan.num_devices * plan.chunks, plan.chunks
     forward = [*[1 / V] * (count - 1), 0.0]
     return simulation.simulate(plan, forward, [3 / V] * count).time
 

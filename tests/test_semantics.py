@@ -23,7 +23,7 @@ import gpipe_jax as gpipe
 from gpipe_jax import sequential
 from gpipe_jax.layers import random_keys
 from gpipe_jax.pipeline import executor
-from gpipe_jax.pipeline.device_step import Device
+from gpipe_jax.pipeline.device_step import DeviceStep
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
 STEPS, COUNT = 3, 32
@@ -93,7 +93,7 @@ def marked(fast: list) -> list:
 @pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST[1:]))
 def test_batch_norm_dropout_skip_tied_float32(K: int, D: int, kind: str, V: int) -> None:
     pipe = make(K, D, 4 // D, kind, V)
-    assert len(pipe.stages.cuts) == K * V
+    assert len(pipe.stages.layer_ranges) == K * V
     check(pipe, wanted(False), 1e-5)
 
 
@@ -117,7 +117,7 @@ def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
         chunks=3,
         example=data[0],
     )
-    assert len(pipe.stages.cuts) == 3 * K
+    assert len(pipe.stages.layer_ranges) == 3 * K
     our_result, our_grads, _ = run(pipe, params, data, idle_fill=float("nan"))
     assert_trees_close(our_result, result, 1e-5)
     assert_trees_close(our_grads, grads, 1e-5)
@@ -294,7 +294,7 @@ FAULTS = {
 def test_batch_norm_skip_tied_dropout_faults_are_seen(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, stages = Device, executor.Stages
+    device, stages = DeviceStep, executor.Stages
     if fault.startswith("moments"):
         backward = device._backward
 

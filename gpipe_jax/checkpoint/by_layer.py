@@ -22,7 +22,7 @@ class Trained(NamedTuple):
     average: PyTree  # of the parameters, if there is one
 
 
-class Layers(NamedTuple):
+class LayerTrees(NamedTuple):
     """A training state by layer, in numpy."""
 
     common: Mapping[str, Any]  # what no layer has: "seed", and the optimizer's counts
@@ -30,7 +30,7 @@ class Layers(NamedTuple):
     layers: Mapping[int, dict[str, PyTree]]
 
 
-def split(stages: Stages, mesh: AnyMesh, trained: Trained) -> Layers:
+def split(stages: Stages, mesh: AnyMesh, trained: Trained) -> LayerTrees:
     """Copies of everything, of the layers that this process saves."""
     trees, common = _named(trained)
     host_arrays.start_copies(trees)
@@ -40,10 +40,10 @@ def split(stages: Stages, mesh: AnyMesh, trained: Trained) -> Layers:
             block = host_arrays.take(mesh, tree, k)
             for i, one in stages.split_block(_storages(stages, name), k, block).items():
                 layers.setdefault(i, {})[name] = one
-    return Layers({name: np.array(value) for name, value in common.items()}, layers)
+    return LayerTrees({name: np.array(value) for name, value in common.items()}, layers)
 
 
-def join(stages: Stages, mesh: AnyMesh, saved: Layers, local: Trained) -> Trained:
+def join(stages: Stages, mesh: AnyMesh, saved: LayerTrees, local: Trained) -> Trained:
     """The inverse of `split`; asks for the layers of this process's devices only.
 
     `local` are the shapes of what one device has.
@@ -68,7 +68,7 @@ def join(stages: Stages, mesh: AnyMesh, saved: Layers, local: Trained) -> Traine
     return Trained(state, **rest)
 
 
-def shapes(stages: Stages, local: Trained) -> Layers:
+def shapes(stages: Stages, local: Trained) -> LayerTrees:
     """What all processes' `split` come to, as shapes."""
     trees, common = _named(local)
     layers = {}
@@ -76,7 +76,7 @@ def shapes(stages: Stages, local: Trained) -> Layers:
         slots = jax.eval_shape(wide, shape.params)
         own = {"params": shape.params, "statistics": shape.stats}
         layers[i] = {name: own.get(name, slots) for name in trees}
-    return Layers(common, layers)
+    return LayerTrees(common, layers)
 
 
 def _named(trained: Trained) -> tuple[dict, dict]:

@@ -15,7 +15,7 @@ from gpipe_jax import errors
 from gpipe_jax.checkpoint import format, safetensors
 from gpipe_jax.checkpoint.format import COMMON, Manifest
 from gpipe_jax.config.loader import no_package
-from gpipe_jax.errors import ConfigError, DamagedError
+from gpipe_jax.errors import ConfigError, DamagedCheckpointError
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -36,11 +36,11 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
                     figures = _write(found, new)
                     new.replace(out)
                     return {**figures, "damaged_steps": damaged, "out": str(out)}
-                except DamagedError:
+                except DamagedCheckpointError:
                     damaged.append(found.step)
             else:
                 damaged.append(found[0])
-    except errors.FormatError as error:
+    except errors.CheckpointFormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
         problem = no_package(error)

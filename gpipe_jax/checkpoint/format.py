@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from gpipe_jax.checkpoint import safetensors
-from gpipe_jax.checkpoint.by_layer import Layers
-from gpipe_jax.errors import DamagedError, FormatError
+from gpipe_jax.checkpoint.by_layer import LayerTrees
+from gpipe_jax.errors import CheckpointFormatError, DamagedCheckpointError
 from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.trees import by_name, from_names
 
@@ -100,27 +100,29 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
         outer = json.loads((path / MANIFEST).read_bytes())
         text = outer["content"]
         if zlib.crc32(text.encode()) != outer["crc32"]:
-            raise DamagedError(f"{MANIFEST} does not have its checksum")
+            raise DamagedCheckpointError(f"{MANIFEST} does not have its checksum")
         content = json.loads(text)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedError(f"{MANIFEST} is missing") from error
+        raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error if isinstance(error, DamagedError) else f"{MANIFEST} cannot be read"
-        raise DamagedError(str(reason)) from error
+        reason = (
+            error if isinstance(error, DamagedCheckpointError) else f"{MANIFEST} cannot be read"
+        )
+        raise DamagedCheckpointError(str(reason)) from error
     if content["format"] != FORMAT:
-        raise FormatError(
+        raise CheckpointFormatError(
             f"the checkpoint {path} has format {content['format']}, this version reads {FORMAT}; "
             f"use the version that wrote it ({content['versions']['gpipe-jax']})"
         )
     if content["step"] != step:
-        raise DamagedError(f"{MANIFEST} is that of step {content['step']}")
+        raise DamagedCheckpointError(f"{MANIFEST} is that of step {content['step']}")
     content.setdefault("data", {})
     return Manifest(path, **{name: content[name] for name in Manifest._fields[1:]})
 
 
 def manifests(
     folder: epath.Path, those: Iterable[int] | None = None
-) -> Iterator[Manifest | tuple[int, DamagedError]]:
+) -> Iterator[Manifest | tuple[int, DamagedCheckpointError]]:
     """The manifests in a folder, the newest first, or of `those` steps.
 
     For one that is damaged, its step and why.
@@ -128,7 +130,7 @@ def manifests(
     for step in steps(folder) if those is None else those:
         try:
             yield read_manifest(folder, step)
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             yield step, error
 
 
@@ -138,11 +140,11 @@ def read_part(manifest: Manifest, part: str) -> dict[str, np.ndarray]:
     try:
         data = (manifest.path / name).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedError(f"{name} is missing") from error
+        raise DamagedCheckpointError(f"{name} is missing") from error
     if len(data) != entry["bytes"]:
-        raise DamagedError(f"{name} has {len(data)} bytes, not {entry['bytes']}")
+        raise DamagedCheckpointError(f"{name} has {len(data)} bytes, not {entry['bytes']}")
     if zlib.crc32(data) != entry["crc32"]:
-        raise DamagedError(f"{name} does not have its checksum")
+        raise DamagedCheckpointError(f"{name} does not have its checksum")
     return safetensors.read(data)
 
 
@@ -162,7 +164,7 @@ class _Lazy(Mapping[int, Any]):
         return len(self._ids)
 
 
-def load(manifest: Manifest, like: Layers, descriptions: list[str]) -> Layers:
+def load(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -> LayerTrees:
     """A checkpoint as a state like `like` (of shapes), each layer read when it is asked for.
 
     Raises ValueError, listing them, if layers or arrays are missing, unknown or different; and
@@ -174,10 +176,10 @@ def load(manifest: Manifest, like: Layers, descriptions: list[str]) -> Layers:
         return from_names(like.layers[i], read_part(manifest, str(i)))
 
     common = read_part(manifest, COMMON)
-    return Layers({name: common[name] for name in like.common}, _Lazy(list(like.layers), layer))
+    return LayerTrees({name: common[name] for name in like.common}, _Lazy(list(like.layers), layer))
 
 
-def _check_fits(manifest: Manifest, like: Layers, descriptions: list[str]) -> None:
+def _check_fits(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -> None:
     wanted = {str(i): tree for i, tree in like.layers.items()} | {COMMON: like.common}
     problems = [f"missing {_layer(p)}" for p in wanted if p not in manifest.parts]
     problems += [f"unknown {_layer(p)}" for p in manifest.parts if p not in wanted]

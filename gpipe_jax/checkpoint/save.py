@@ -21,7 +21,7 @@ from etils import epath
 from orbax.checkpoint import future
 
 from gpipe_jax.checkpoint import format
-from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.errors import SaveError
 
 WRITERS = 4  # files that a process writes at once
@@ -29,7 +29,7 @@ WRITERS = 4  # files that a process writes at once
 
 @dataclasses.dataclass
 class _Save(ocp.args.CheckpointArgs):
-    state: Layers
+    state: LayerTrees
     descriptions: Sequence[str]
     about: Mapping[str, Any]
 
@@ -133,7 +133,7 @@ class Saver:
 
     def save(
         self,
-        state: Layers,
+        state: LayerTrees,
         step: int,
         *,
         descriptions: Sequence[str],

@@ -54,7 +54,7 @@ def _plan(options: argparse.Namespace) -> int:
     except errors.SectionError as error:
         place = loader.place(options.config, options.overrides, error.section, str(error))
         raise ConfigError([f"{place}: {error}"], options.config) from error
-    except (ValueError, errors.NotInstalledError) as error:
+    except (ValueError, errors.CompilerNotInstalledError) as error:
         raise ConfigError([str(error)], options.config) from error
     except (TimeoutError, RuntimeError) as error:
         return fail(error, 1)

@@ -21,7 +21,7 @@ from gpipe_jax.training import run
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT, fail
 
-Work = Callable[[run.Parts, Stop], run.Summary]
+Work = Callable[[run.Assembly, Stop], run.RunSummary]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> int:
         options.overrides = plan_file.overrides(options.plan, options.config, options.overrides)
         predicted_s = plan_file.step_time_s(options.plan)
 
-    def work(parts: run.Parts, stop: Stop) -> run.Summary:
+    def work(parts: run.Assembly, stop: Stop) -> run.RunSummary:
         config = parts.config.train
         for line in loader.without_effect(parts.config) if hosts.is_first() else ():
             console.say(line)
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace, work: Work) -> int:
         if joined is None:
             raise
         code = fail(error, BAD_INPUT)
-    except (errors.MissingError, OSError) as error:
+    except (errors.MissingProcessError, OSError) as error:
         code = fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if joined is None:

@@ -40,7 +40,7 @@ def _schedule(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)], "gpipe schedule") from error
     figures = {
         "kind": plan.kind,
-        "stages": plan.stages,
+        "stages": plan.num_devices,
         "micro_batches": plan.micro_batches,
         "chunks": plan.chunks,
         "ticks": plan.ticks,
@@ -71,7 +71,7 @@ lockstep a tick lasts as long as its slowest operation, as it does in one progra
 
 def _times(plan: schedule.Schedule) -> dict[str, float]:
     """Time of the schedule, in the unit that `_TIMES` says."""
-    forward = [1 / plan.chunks] * (plan.stages * plan.chunks)
+    forward = [1 / plan.chunks] * (plan.num_devices * plan.chunks)
     backward = [3 * time for time in forward]
     if plan.kind == "forward":
         backward = [0.0 for _ in forward]

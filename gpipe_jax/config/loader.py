@@ -19,7 +19,7 @@ from etils import epath
 from gpipe_jax.config import Section
 from gpipe_jax.config.messages import KeyPath, describe, show
 from gpipe_jax.config.run import Config, section_models, unused
-from gpipe_jax.config.yaml_parser import Draft, Place, TextError, override, parse
+from gpipe_jax.config.yaml_parser import Draft, Location, YamlError, override, parse
 from gpipe_jax.errors import ConfigError
 from gpipe_jax.utils import text as hints
 
@@ -132,7 +132,7 @@ def _draft(source: Source, overrides: Iterable[str], root: type[Section] = Confi
         message = f"expected a path, a dict or a Config, got {show(source)}"
         raise ConfigError([message], "the configuration")
     for order, text in enumerate(overrides, _AFTER_THE_FILE):
-        override(draft, text, Place(order, f"override {text!r}"))
+        override(draft, text, Location(order, f"override {text!r}"))
     return draft
 
 
@@ -145,7 +145,7 @@ def _read(path: epath.Path, root: type[Section]) -> Draft:
     draft = Draft(str(path), root)
     try:
         parse(draft, _text(path))
-    except TextError as error:
+    except YamlError as error:
         draft.report(draft.line(error.line), str(error))
         raise _error(draft) from None
     return draft

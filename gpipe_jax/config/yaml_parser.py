@@ -24,7 +24,7 @@ _TAGS = {
 }
 
 
-class TextError(Exception):
+class YamlError(Exception):
     """The text cannot be used at all, because of what is at `line`."""
 
     def __init__(self, line: int, message: str) -> None:
@@ -32,7 +32,7 @@ class TextError(Exception):
         self.line = line
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a value was written; places sort in the order of reading: file, then overrides."""
 
     order: int
@@ -46,21 +46,21 @@ class Draft:
         self.path = path  # of the file; empty if the values did not come from one
         self.root = root  # what the values are to become
         self.values: dict[Any, Any] = {}
-        self.places: dict[KeyPath, Place] = {(): self.line(1)}
+        self.places: dict[KeyPath, Location] = {(): self.line(1)}
         self.unreadable: set[KeyPath] = set()
-        self.problems: list[tuple[Place, str]] = []
+        self.problems: list[tuple[Location, str]] = []
 
-    def line(self, number: int) -> Place:
+    def line(self, number: int) -> Location:
         """The place that is a line of the file."""
-        return Place(number, f"{self.path}:{number}" if self.path else "")
+        return Location(number, f"{self.path}:{number}" if self.path else "")
 
-    def find(self, path: KeyPath) -> Place:
+    def find(self, path: KeyPath) -> Location:
         """The place of a value, or of the nearest thing around it that was written at all."""
         while path not in self.places:
             path = path[:-1]
         return self.places[path]
 
-    def report(self, place: Place, message: str) -> None:
+    def report(self, place: Location, message: str) -> None:
         """Add a problem."""
         self.problems.append((place, message))
 
@@ -78,10 +78,10 @@ def parse(draft: Draft, text: str) -> None:
     elif node is not None:
         first, second, *_ = draft.root.model_fields
         message = f"expected sections such as '{first}:' and '{second}:', got {_noun(node)}"
-        raise TextError(node.start_mark.line + 1, message)
+        raise YamlError(node.start_mark.line + 1, message)
 
 
-def override(draft: Draft, text: str, place: Place) -> None:
+def override(draft: Draft, text: str, place: Location) -> None:
     """Set one value; an override that cannot be applied becomes a problem."""
     name, equals, value = text.removeprefix("--").partition("=")
     path = tuple(name.strip().split("."))
@@ -96,13 +96,13 @@ def override(draft: Draft, text: str, place: Place) -> None:
     else:
         try:
             node = _compose(value)
-        except TextError as error:
+        except YamlError as error:
             draft.report(place, f"{error}; try quotes around the value")
         else:
             _assign(draft, path, node, place)
 
 
-def _assign(draft: Draft, path: KeyPath, node: yaml.Node | None, place: Place) -> None:
+def _assign(draft: Draft, path: KeyPath, node: yaml.Node | None, place: Location) -> None:
     section = draft.values
     if len(path) == 2:
         if section.get(path[0]) is None:
@@ -127,11 +127,11 @@ class _Composer(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise TextError(
+            raise YamlError(
                 line, f"aliases are not supported, got *{event.anchor}; write the value out"
             )
         if self.depth > _DEPTH:
-            raise TextError(line, f"nested more than {_DEPTH} levels deep, expected three")
+            raise YamlError(line, f"nested more than {_DEPTH} levels deep, expected three")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -148,10 +148,10 @@ def _compose(text: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         message = f"not YAML: {', '.join(filter(None, [error.context, error.problem]))}"
-    raise TextError(line, message)
+    raise YamlError(line, message)
 
 
-def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Place | None) -> Any:
+def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Location | None) -> Any:
     """The plain value of a node; notes where each part was written (`place`, or its own line)."""
     here = place or draft.line(node.start_mark.line + 1)
     draft.places.setdefault(path, here)
@@ -177,7 +177,7 @@ def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Place | None) ->
 
 
 def _build_mapping(
-    draft: Draft, node: yaml.MappingNode, path: KeyPath, place: Place | None
+    draft: Draft, node: yaml.MappingNode, path: KeyPath, place: Location | None
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}

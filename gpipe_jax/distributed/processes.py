@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gpipe_jax.distributed.cluster import TIMEOUT_S, Cluster
-from gpipe_jax.errors import MissingError
+from gpipe_jax.errors import MissingProcessError
 from gpipe_jax.utils.console import say
 
 GRACE_S = 5  # for the others to end by themselves
@@ -93,7 +93,7 @@ def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
                 for peer in here.values():
                     with contextlib.suppress(OSError):  # it has gone again
                         peer.socket.sendall(f"{problem}\n".encode())
-                raise MissingError(problem)
+                raise MissingProcessError(problem)
             if time.monotonic() - said > 30:
                 say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
                 said = time.monotonic()
@@ -116,9 +116,9 @@ def _server(cluster: Cluster) -> socket.socket:
         return socket.create_server(("", port), backlog=cluster.count, **options)
     except OSError as error:
         problem = f"port {port} of --coordinator {cluster.coordinator} cannot be opened here"
-        raise MissingError(f"{problem} ({error.strerror}); use another, the same everywhere") from (
-            error
-        )
+        raise MissingProcessError(
+            f"{problem} ({error.strerror}); use another, the same everywhere"
+        ) from (error)
 
 
 def _greet(connection: socket.socket) -> Peer:
@@ -140,9 +140,9 @@ def _answer(cluster: Cluster, deadline: float, hint: str) -> Peer:
         if answer == READY:
             return Peer(0, host, _kept_alive(connection))
         if answer:
-            raise MissingError(answer.decode().strip())
+            raise MissingProcessError(answer.decode().strip())
         if time.monotonic() > deadline:
-            raise MissingError(
+            raise MissingProcessError(
                 f"host 1 of {cluster.count} ({cluster.coordinator}) did not come; {hint}"
             )
         time.sleep(0.5)

@@ -15,8 +15,8 @@ from gpipe_jax.utils.graph_drawing import (
     MARGIN,
     TITLE_HEIGHT,
     Box,
+    Edge,
     Picture,
-    Wire,
 )
 
 if TYPE_CHECKING:
@@ -110,13 +110,13 @@ class _Layout:
     def bottom(self, k: int) -> float:
         return self.top(k) + (PAIR_HEIGHT if k else BOX_HEIGHT)
 
-    def wire(self, state: int, end: tuple[float, float], k: int) -> Wire:
+    def wire(self, state: int, end: tuple[float, float], k: int) -> Edge:
         """From a state through its lanes to a point on top of layer k."""
         points = []
         for j in range(self.layer[state], k):
             x = self.columns[j][state]
             points += [(x, self.top(j)), (x, self.bottom(j))]
-        return Wire([*points[1:], end], WIRES[state % len(WIRES)])
+        return Edge([*points[1:], end], WIRES[state % len(WIRES)])
 
 
 def _spread(wanted: list[float], widths: list[float]) -> list[float]:
@@ -139,7 +139,7 @@ def picture(cell: "Cell", title: str, before: "Cell | None" = None) -> Picture:
         Box(layout.columns[0][0], layout.top(0), OPERATION_WIDTH, "h0: direct", edge=WIRES[0]),
         Box(layout.columns[0][1], layout.top(0), OPERATION_WIDTH, "h1: skip", edge=WIRES[1]),
     ]
-    wires: list[Wire] = []
+    wires: list[Edge] = []
     for made in range(INPUTS, cell.states):
         _draw_pair(layout, made, before or cell, boxes, wires)
     _draw_output(layout, before or cell, boxes, wires)
@@ -147,7 +147,7 @@ def picture(cell: "Cell", title: str, before: "Cell | None" = None) -> Picture:
 
 
 def _draw_pair(
-    layout: _Layout, made: int, before: "Cell", boxes: list[Box], wires: list[Wire]
+    layout: _Layout, made: int, before: "Cell", boxes: list[Box], wires: list[Edge]
 ) -> None:
     k, i = layout.layer[made], made - INPUTS
     x, top = layout.columns[k][made], layout.top(k)
@@ -164,12 +164,12 @@ def _draw_pair(
         wire = layout.wire(source, (centre, top), k)
         boxes.append(box.marked() if changed else box)
         wires.append(wire.marked() if changed else wire)
-        wires.append(Wire([(centre, top + BOX_HEIGHT), (x + side * 14, sum_top)], GREY))
+        wires.append(Edge([(centre, top + BOX_HEIGHT), (x + side * 14, sum_top)], GREY))
     edge = WIRES[made % len(WIRES)]
     boxes.append(Box(x, sum_top, OPERATION_WIDTH, f"h{made} = sum", edge=edge))
 
 
-def _draw_output(layout: _Layout, before: "Cell", boxes: list[Box], wires: list[Wire]) -> None:
+def _draw_output(layout: _Layout, before: "Cell", boxes: list[Box], wires: list[Edge]) -> None:
     k, cell = layout.depth, layout.cell
     above = layout.columns[k - 1]
     order = sorted(cell.concat, key=lambda state: above[state])

@@ -37,7 +37,7 @@ class Partition:
     layers: int  # L
 
     @property
-    def stages(self) -> list[range]:
+    def layer_ranges(self) -> list[range]:
         """The layer indices of each stage."""
         ends = (*self.boundaries, self.layers)
         return [range(i, e) for i, e in zip((0, *self.boundaries), ends, strict=True)]

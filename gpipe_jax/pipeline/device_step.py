@@ -20,7 +20,7 @@ from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.stage_step import Call, Composite, start_of_backward
+from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide, with_floats
 
 
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceStep:
     """One device's arrays, at work on one micro-batch after the other."""
 
     stages: Stages
@@ -98,7 +98,7 @@ class Device:
 
     def _forward(self, s: int, kept: Kept, entry: Entry, work: Work) -> Work:
         y, moments = self._stage(s, entry).forward(self._input(s, kept, entry))
-        wire = self.stages.wire
+        wire = self.stages.boundary_format
         return work._replace(
             send_x=wire.encode(jax.tree.leaves(y), wire.shapes),
             sums=self._with_moments(s, work.sums, moments),
@@ -140,16 +140,16 @@ class Device:
             return work._replace(sums=sums)
         inner = with_floats(x, back.x, rest=lambda _: None)
         boundary = Boundary(inner.x, {**inner.skips, **passed})
-        sent = self.stages.wire.encode(jax.tree.leaves(boundary), self.gradient_shapes)
+        sent = self.stages.boundary_format.encode(jax.tree.leaves(boundary), self.gradient_shapes)
         return work._replace(send_g=sent, sums=sums)
 
-    def _stage(self, s: int, entry: Entry) -> Composite:
+    def _stage(self, s: int, entry: Entry) -> StageStep:
         c, _ = self.stages.at(s)
         examples = self.batch_rows if self.per_example else None
         micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
         call = Call(self.key, micro_batch, examples, self.trains, self.progress)
         arrays = (self.params[c], self.stats[c], self.shared)
-        return Composite(self.stages, s, *arrays, self.ids[c], call)
+        return StageStep(self.stages, s, *arrays, self.ids[c], call)
 
     def _with_moments(self, s: int, sums: Sums, moments: list) -> Sums:
         """Each micro-batch's moments are added in one forward: that of a recomputation is not."""
@@ -166,19 +166,19 @@ class Device:
             return Boundary(jax.tree.map(one, self.batch["inputs"], self.stages.input(0).x), {})
         leaves, structure = jax.tree.flatten(self.stages.input(s))
         arrays = [get(a, entry.x) for a in kept.x]
-        return jax.tree.unflatten(structure, self.stages.wire.decode(arrays, leaves))
+        return jax.tree.unflatten(structure, self.stages.boundary_format.decode(arrays, leaves))
 
     def _gradient(self, s: int, kept: Kept, entry: Entry) -> Boundary:
         """The gradient of what stage s handed on; None in place of leaves that have none."""
         like = self.stages.input(s + 1)
         arrays = [get(a, entry.g) for a in kept.g]
-        values = self.stages.wire.decode(arrays, float_leaves(like))
+        values = self.stages.boundary_format.decode(arrays, float_leaves(like))
         return with_floats(like, values, rest=lambda _: None)
 
     @property
     def gradient_shapes(self) -> list:
         """What goes back over a boundary; nothing if nothing is trained."""
-        return self.stages.wire.gradient_shapes if self.trains else []
+        return self.stages.boundary_format.gradient_shapes if self.trains else []
 
     @property
     def batch_rows(self) -> int:

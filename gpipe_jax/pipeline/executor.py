@@ -23,11 +23,11 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.mesh import DATA, STAGE
-from gpipe_jax.pipeline.device_step import Device, Entry, Kept, Sums, Work, get, put
+from gpipe_jax.pipeline.device_step import DeviceStep, Entry, Kept, Sums, Work, get, put
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
 from gpipe_jax.pipeline.spmd import of_own_stage, on_every_device
-from gpipe_jax.schedules.buffers import Rows, lower
+from gpipe_jax.schedules.buffers import BufferTable, lower
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.utils.trees import PyTree, differentiable
 
@@ -71,7 +71,7 @@ def build(
 
     def body(variables: Variables, ids: jax.Array, batch: dict) -> PyTree:
         here = lambda chunks: [from_block(arrays) for arrays in chunks]  # noqa: E731
-        device = Device(
+        device = DeviceStep(
             stages=stages,
             trains=trains,
             loss=loss,
@@ -108,9 +108,9 @@ def _flat(a: jax.Array) -> jax.Array:
 class _Ticks:
     """All ticks of a device, and the sums over devices after them."""
 
-    device: Device
+    device: DeviceStep
     schedule: Schedule
-    rows: Rows
+    rows: BufferTable
     fill: float
 
     def run(self) -> PyTree:
@@ -130,7 +130,7 @@ class _Ticks:
     # --- buffers ---------------------------------------------------------------------------------
 
     def _start(self) -> Carry:
-        wire, back = self.device.stages.wire.shapes, self.device.gradient_shapes
+        wire, back = self.device.stages.boundary_format.shapes, self.device.gradient_shapes
         return Carry(
             arrived_x=[self._filled(s) for s in wire],
             arrived_g=[self._filled(s) for s in back],
@@ -187,14 +187,14 @@ class _Ticks:
         last_f = max(int(forward[-1]) + 1, first_b)
         arrives = (self.rows.receive_x >= 0) | (self.rows.receive_g >= 0)
         busy = ((self._names() != "idle") | arrives).any(axis=1)
-        cuts = [first_b, last_f] if len(self.device.stages.cuts) > 1 else []
+        cuts = [first_b, last_f] if len(self.device.stages.layer_ranges) > 1 else []
         segments = np.split(np.arange(len(operation)), cuts)
         return [ticks[busy[ticks]] for ticks in segments if busy[ticks].any()]
 
     def _names(self) -> np.ndarray:
         """[T, K]: the branch that does each slot of the table, as "operation stage"."""
         operation, _, chunk = np.moveaxis(self.schedule.table, -1, 0)
-        stage = chunk * self.device.stages.devices + np.arange(self.device.stages.devices)
+        stage = chunk * self.device.stages.num_devices + np.arange(self.device.stages.num_devices)
         names = np.full(operation.shape, "idle", dtype="U32")
         for s, kind in enumerate(self.device.stages.kind):
             forward = f"forward {kind}"
@@ -212,7 +212,7 @@ class _Ticks:
             g=_store(carry.kept.g, carry.arrived_g, receive_g),
         )
         work = Work(
-            send_x=[self._filled(s) for s in self.device.stages.wire.shapes],
+            send_x=[self._filled(s) for s in self.device.stages.boundary_format.shapes],
             send_g=[self._filled(s) for s in self.device.gradient_shapes],
             sums=carry.sums,
         )
@@ -234,7 +234,7 @@ class _Ticks:
 
         XLA has mis-compiled permutes of several rings on GPU (issue 45222).
         """
-        K = self.device.stages.devices
+        K = self.device.stages.num_devices
         around = [(K - 1, 0)] if self.device.stages.chunks > 1 else []
         return [(k, k + 1) for k in range(K - 1)] + around
 

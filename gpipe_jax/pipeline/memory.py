@@ -30,9 +30,12 @@ def of_device(
 ) -> dict[str, int]:
     """Bytes by part. `loss_bytes` is the working set of the loss, `batch_bytes` one device's."""
     rows = lower(schedule)
-    wire, back = tree_bytes(stages.wire.shapes), tree_bytes(stages.wire.gradient_shapes)
+    wire, back = (
+        tree_bytes(stages.boundary_format.shapes),
+        tree_bytes(stages.boundary_format.gradient_shapes),
+    )
     statistics = sum(storage.device_bytes() for storage in stages.stats)
-    working = [_working_set(stages, costs, s) for s in range(len(stages.cuts))]
+    working = [_working_set(stages, costs, s) for s in range(len(stages.layer_ranges))]
     working[-1] += loss_bytes
     return {
         # A tied parameter is copied to every device for the step, as is its gradient.
@@ -53,7 +56,7 @@ def float32_bytes(stages: Stages) -> int:
 
 
 def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
-    cut = stages.cuts[s]
+    cut = stages.layer_ranges[s]
     kept = [costs[i].working_bytes for i in cut]
     own = [costs[i].parameter_bytes for i in cut]
     if stages.remat_layers:

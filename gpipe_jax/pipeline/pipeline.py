@@ -115,7 +115,7 @@ class Pipeline:
         )
         self.stages = Stages(
             self.shapes,
-            self.partition.stages,
+            self.partition.layer_ranges,
             chunks=self.schedule.chunks,
             remat_layers=remat == "layer",
         )

@@ -30,7 +30,7 @@ def on_every_device(
 
 def of_own_stage(stages: Stages, chunk: int, function: Callable[[int], PyTree]) -> PyTree:
     """Traced, on every device: `function(s)` of the device's own stage s in this chunk."""
-    K = stages.devices
+    K = stages.num_devices
     kinds = stages.kind[chunk * K : (chunk + 1) * K]
     known = sorted(set(kinds))
     branch = jnp.asarray([known.index(kind) for kind in kinds])[lax.axis_index(STAGE)]

@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Composite:
+class StageStep:
     """Stage s with its device's arrays, at work on one micro-batch."""
 
     stages: Stages

@@ -83,7 +83,7 @@ def abstract(stages: Stages, mesh: Mesh | AbstractMesh) -> State:
     """The shapes and places of a state's arrays."""
     local = local_shapes(stages)
     params, stats = (
-        [of_all_devices(arrays, stages.devices) for arrays in chunks]
+        [of_all_devices(arrays, stages.num_devices) for arrays in chunks]
         for chunks in (local.params, local.stats)
     )
     shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731

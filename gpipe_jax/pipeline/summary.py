@@ -28,7 +28,7 @@ def as_html(pipe: "Pipeline") -> str:
 def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
     total = sum(pipe.partition.costs) or 1.0
     rows = []
-    for k, cut in enumerate(pipe.stages.cuts):
+    for k, cut in enumerate(pipe.stages.layer_ranges):
         output = tree_bytes(pipe.shapes[cut[-1]].output)
         rows.append(
             (
@@ -46,13 +46,13 @@ def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
 def facts(pipe: "Pipeline") -> dict[str, str]:
     """The figures of the whole pipeline, by name."""
     schedule, stages = pipe.schedule, pipe.stages
-    own = [stages.parameter_bytes(k) for k in range(stages.devices)]
+    own = [stages.parameter_bytes(k) for k in range(stages.num_devices)]
     device = stages.device_bytes()
-    wire = sum(a.size * a.dtype.itemsize for a in stages.wire.shapes)
+    wire = sum(a.size * a.dtype.itemsize for a in stages.boundary_format.shapes)
     rows = lower(schedule)
     cut = pipe.partition
     return {
-        "mesh": f"{stages.devices} devices x {pipe.replicas} replicas"
+        "mesh": f"{stages.num_devices} devices x {pipe.replicas} replicas"
         + (f", {stages.chunks} stages on each device" if stages.chunks > 1 else ""),
         "batch": f"{pipe.batch_size} examples in {pipe.micro_batches} micro-batches of "
         f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
@@ -65,7 +65,9 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         "parameters": f"{elements(pipe.shapes):,}, "
         f"{_bytes(device)} on each device, "
         f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
-        "boundaries": "packed to the largest" if stages.wire.packed else "all alike, as they are",
+        "boundaries": "packed to the largest"
+        if stages.boundary_format.packed
+        else "all alike, as they are",
     }
 
 

@@ -202,7 +202,7 @@ def _permutes(compiled: Compiled | None) -> list[bool]:
 def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
     stages, total = pipe.stages, sum(pipe.partition.costs) or 1.0
     found = []
-    for s, cut in enumerate(stages.cuts):
+    for s, cut in enumerate(stages.layer_ranges):
         shapes = [pipe.shapes[i] for i in cut]
         own = tree_bytes([shape.params for shape in shapes])
         found.append(
@@ -223,11 +223,11 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
 def _warnings(pipe: Pipeline, topology: Topology | None) -> list[str]:
     if topology is None:
         return []
-    used, found = pipe.stages.devices * pipe.replicas, []
+    used, found = pipe.stages.num_devices * pipe.replicas, []
     if used < topology.devices:
         found.append(
             f"the mesh uses {used} of the {topology.devices} devices of {topology}; "
-            f"mesh.data={topology.devices // pipe.stages.devices} would use all of them"
+            f"mesh.data={topology.devices // pipe.stages.num_devices} would use all of them"
         )
     other = libtpu.version_warning()
     return [*found, other] if other else found

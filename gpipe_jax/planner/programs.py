@@ -18,7 +18,7 @@ from gpipe_jax.layers.shape_inference import as_replica
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage
-from gpipe_jax.pipeline.stage_step import Call, Composite, start_of_backward
+from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.tpu_compiler.results import Program
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide
@@ -31,7 +31,7 @@ def whole_step(trainer: Trainer) -> Program:
     updated = trainer.abstract_arguments()[:3]
     donate = tuple(range(len(jax.tree.leaves(updated))))
     pipe = trainer.pipe
-    return Program("step", trainer.export(), donate, (pipe.stages.devices, pipe.replicas))
+    return Program("step", trainer.export(), donate, (pipe.stages.num_devices, pipe.replicas))
 
 
 def of_stages(pipe: Pipeline) -> list[Program]:
@@ -90,16 +90,16 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     """A function that makes a stage from its arrays, and the shapes of these."""
     c, _ = stages.at(s)
     borrowed: dict = {}  # the tied parameters that it uses
-    for shape in (stages.shapes[i] for i in stages.cuts[s]):
+    for shape in (stages.shapes[i] for i in stages.layer_ranges[s]):
         borrowed |= skips_and_ties.offered(shape.layer, shape.params) | shape.borrowed
     params, stats = (x[c].local_shapes() for x in (stages.params, stages.stats))
 
-    def make(params: dict, stats: dict, shared: dict, micro_batch: jax.Array) -> Composite:
+    def make(params: dict, stats: dict, shared: dict, micro_batch: jax.Array) -> StageStep:
         examples = pipe.micro_batch_size if pipe.keys_per == "example" else None
         key = step_key(jnp.uint32(0), jnp.uint32(0))
         call = Call(key, micro_batch, examples, train=True, progress=jnp.float32(0.5))
-        ids = jnp.arange(max(map(len, stages.cuts)), dtype=jnp.int32)
-        return Composite(stages, s, params, stats, shared, ids, call)
+        ids = jnp.arange(max(map(len, stages.layer_ranges)), dtype=jnp.int32)
+        return StageStep(stages, s, params, stats, shared, ids, call)
 
     return make, (params, stats, borrowed, INDEX)
 

@@ -146,7 +146,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     K, V, M = layout.stages, layout.chunks, layout.micro_batches
     backward = [_layer_s(c, topology.generation) for c in alone.costs]
     cut = solver.partition(backward, K * V)
-    stages = Stages(alone.shapes, cut.stages, chunks=V, remat_layers=layout.remat == "layer")
+    stages = Stages(alone.shapes, cut.layer_ranges, chunks=V, remat_layers=layout.remat == "layer")
     schedule = make(layout.schedule, K, M, V)
     slots = jax.eval_shape(job.tx.init, [storage.local_shapes() for storage in stages.params])
     held = memory.of_device(
@@ -157,7 +157,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
         loss_bytes=alone.loss_bytes(),
         batch_bytes=M * tree_bytes(alone.one_micro_batch),
     )
-    whole = [sum(backward[i] for i in part) for part in cut.stages]
+    whole = [sum(backward[i] for i in part) for part in cut.layer_ranges]
     third = [time / 3 for time in whole]  # a forward's part
     if stages.remat_layers:
         whole = [time + again for time, again in zip(whole, third, strict=True)]

@@ -70,7 +70,7 @@ def step_time(
 ) -> StepTime:
     """One training step, if its stages take so long."""
     ticks = simulate(schedule, times.forward, times.backward).time
-    of_device = lambda each: np.asarray(each).reshape(-1, stages.devices).sum(0)  # noqa: E731
+    of_device = lambda each: np.asarray(each).reshape(-1, stages.num_devices).sum(0)  # noqa: E731
     busy = of_device(np.add(times.forward, times.backward)) * schedule.micro_batches
     again = of_device(times.recompute) * schedule.micro_batches
     return StepTime(
@@ -91,7 +91,7 @@ def _transfer(stages: Stages, schedule: Schedule, topology: Topology) -> float:
     operation = schedule.table[..., 0]
     forwards = np.nonzero((operation == FORWARD).any(axis=1))[0]
     backwards = np.nonzero((operation == BACKWARD).any(axis=1))[0]
-    wire = stages.wire
+    wire = stages.boundary_format
     sent = (int(forwards[-1]) + 1) * tree_bytes(wire.shapes)
     sent += (schedule.ticks - int(backwards[0])) * tree_bytes(wire.gradient_shapes)
     return float(sent / _speed_between_stages(topology))
@@ -102,7 +102,7 @@ def _reduction(stages: Stages, replicas: int, topology: Topology) -> float:
     tied = stages.shared_bytes() + stages.shared_bytes(4)
     return _all_reduce(
         replicas, float32_bytes(stages), topology.generation.link_bytes_s
-    ) + _all_reduce(stages.devices, tied, _speed_between_stages(topology))
+    ) + _all_reduce(stages.num_devices, tied, _speed_between_stages(topology))
 
 
 def _all_reduce(devices: int, size: int, bytes_s: float) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from gpipe_jax.schedules.schedule import Schedule, ticks_of
 
 
-class Rows(NamedTuple):
+class BufferTable(NamedTuple):
     """A schedule with its buffers allocated, as the executor runs it. Arrays are int32 [T, K].
 
     Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
@@ -22,13 +22,13 @@ class Rows(NamedTuple):
     g_slots: int
 
 
-def lower(schedule: Schedule) -> Rows:
+def lower(schedule: Schedule) -> BufferTable:
     """Give every arriving activation and gradient the lowest slot that is free on its device.
 
     The chunks of a device share its slots.
     """
     table, M = schedule.table, schedule.micro_batches
-    S = schedule.stages * schedule.chunks
+    S = schedule.num_devices * schedule.chunks
     forward, backward = ticks_of(table)
     last_use = backward or forward
     spans_x = {
@@ -41,7 +41,7 @@ def lower(schedule: Schedule) -> Rows:
         }
     receive_x, x_slot, x_slots = _allocate(spans_x, table)
     receive_g, g_slot, g_slots = _allocate(spans_g, table)
-    return Rows(table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots)
+    return BufferTable(table[..., 1], receive_x, receive_g, x_slot, g_slot, x_slots, g_slots)
 
 
 def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -7,21 +7,21 @@ import numpy as np
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 
 
-def gpipe(stages: int, micro_batches: int) -> Schedule:
+def gpipe(num_devices: int, micro_batches: int) -> Schedule:
     """All forwards, then all backwards (GPipe, section 2.2). Stashes M micro-batches."""
-    K, M = _checked(stages, micro_batches)
+    K, M = _checked(num_devices, micro_batches)
     ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
     ops += [(M + K - 1 + (K - 1 - k) + m, k, BACKWARD, m) for k in range(K) for m in range(M)]
     return Schedule("gpipe", _table(K, ops))
 
 
-def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+def one_f_one_b(num_devices: int, micro_batches: int) -> Schedule:
     """One forward, one backward in turn (PipeDream-flush). Stage k stashes at most K - k.
 
     Each device does the backward that is ready, else the next forward as long as fewer than K - k
     micro-batches are under way on it.
     """
-    K, M = _checked(stages, micro_batches)
+    K, M = _checked(num_devices, micro_batches)
     forward, backward = [0] * K, [0] * K  # how many each stage has done
     ops, t = [], 0
     while min(backward) < M:
@@ -45,7 +45,7 @@ def _next_operation(k: int, K: int, M: int, forward: list[int], backward: list[i
     return IDLE
 
 
-def eager_1f1b(stages: int, micro_batches: int) -> Schedule:
+def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
     """1F1B in which all devices go forward in one tick and backward in the next.
 
     In one SPMD program a tick lasts as long as its slowest operation. Plain 1F1B always has some
@@ -53,19 +53,19 @@ def eager_1f1b(stages: int, micro_batches: int) -> Schedule:
     micro-batch; here it takes a forward and a backward, as in GPipe. The price is a stash of
     2(K - k) - 1 instead of K - k. `simulate` shows both.
     """
-    K, M = _checked(stages, micro_batches)
+    K, M = _checked(num_devices, micro_batches)
     ops = [(2 * (m + k), k, FORWARD, m) for k in range(K) for m in range(M)]
     ops += [(2 * (m + 2 * (K - 1) - k) + 1, k, BACKWARD, m) for k in range(K) for m in range(M)]
     return Schedule("eager_1f1b", _table(K, ops))
 
 
-def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> Schedule:
+def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedule:
     """`eager_1f1b` with V chunks a device, for a V-th of the bubble (Narayanan et al. 2021, 2.2).
 
     A group of K micro-batches, or a few more so that M need not divide by K, goes through all
     chunks before the next group starts. Forwards of all devices share ticks, and so do backwards.
     """
-    K, M = _checked(stages, micro_batches)
+    K, M = _checked(num_devices, micro_batches)
     forwards = _ring_order(K, M, range(_at_least_one(chunks)))
     backwards = _ring_order(K, M, range(chunks)[::-1])
     # The last stage must have gone forward on a micro-batch before it goes backward.
@@ -93,9 +93,9 @@ def _ring_order(K: int, M: int, chunks: Sequence[int]) -> dict[tuple[int, int], 
     return turns
 
 
-def forward_only(stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """The forward half of GPipe, or of `interleaved`, for evaluation."""
-    K, M = _checked(stages, micro_batches)
+    K, M = _checked(num_devices, micro_batches)
     turns = _ring_order(K, M, range(_at_least_one(chunks)))
     ops = [(turn + k, k, FORWARD, m, c) for (c, m), turn in turns.items() for k in range(K)]
     return Schedule("forward", _table(K, ops))
@@ -115,35 +115,35 @@ KINDS = {**TRAINING, "forward": forward_only}
 CHUNKED = ("interleaved", "forward")  # those that take several chunks a device
 
 
-def make(kind: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """The schedule of that name."""
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
     if kind in CHUNKED:
-        return KINDS[kind](stages, micro_batches, chunks)
+        return KINDS[kind](num_devices, micro_batches, chunks)
     if chunks != 1:
         raise ValueError(
             f"the schedule {kind!r} has one chunk on each device, got `chunks` {chunks}; "
             f"use 'interleaved'"
         )
-    return KINDS[kind](stages, micro_batches)
+    return KINDS[kind](num_devices, micro_batches)
 
 
 def training_schedule(
-    wanted: "str | Schedule", stages: int, micro_batches: int, chunks: int = 1
+    wanted: "str | Schedule", num_devices: int, micro_batches: int, chunks: int = 1
 ) -> Schedule:
     """`wanted`, or the schedule of that name; ValueError unless it trains that pipeline."""
     if isinstance(wanted, str):
         if wanted not in TRAINING:
             raise ValueError(f"unknown schedule {wanted!r} for training: {', '.join(TRAINING)}")
-        return make(wanted, stages, micro_batches, chunks)
+        return make(wanted, num_devices, micro_batches, chunks)
     if not (wanted.table[..., 0] == BACKWARD).any():
         raise ValueError(f"the schedule {wanted.kind!r} has no backwards; it cannot train")
-    sizes = (wanted.stages, wanted.micro_batches)
-    if sizes != (stages, micro_batches):
+    sizes = (wanted.num_devices, wanted.micro_batches)
+    if sizes != (num_devices, micro_batches):
         raise ValueError(
             f"the schedule is for {sizes[0]} stages and {sizes[1]} micro-batches, the pipeline has "
-            f"{stages} and {micro_batches}"
+            f"{num_devices} and {micro_batches}"
         )
     if chunks not in (1, wanted.chunks):
         raise ValueError(
@@ -153,11 +153,11 @@ def training_schedule(
     return wanted
 
 
-def _checked(stages: int, micro_batches: int) -> tuple[int, int]:
-    for name, value in (("stages", stages), ("micro_batches", micro_batches)):
+def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:
+    for name, value in (("stages", num_devices), ("micro_batches", micro_batches)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    return stages, micro_batches
+    return num_devices, micro_batches
 
 
 def _at_least_one(chunks: int) -> int:

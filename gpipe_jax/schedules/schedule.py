@@ -34,7 +34,7 @@ class Schedule:
         return self.table.shape[0]
 
     @property
-    def stages(self) -> int:
+    def num_devices(self) -> int:
         """K, the number of devices in the pipeline."""
         return self.table.shape[1]
 
@@ -57,10 +57,10 @@ class Schedule:
     def peak_stash(self) -> list[int]:
         """For each device, the most boundary inputs that it holds at once."""
         forward, backward = ticks_of(self.table)
-        held = np.zeros((self.ticks + 1, self.stages), int)
+        held = np.zeros((self.ticks + 1, self.num_devices), int)
         for (s, m), t in forward.items():
-            held[t, s % self.stages] += 1
-            held[(backward or forward)[s, m] + 1, s % self.stages] -= 1
+            held[t, s % self.num_devices] += 1
+            held[(backward or forward)[s, m] + 1, s % self.num_devices] -= 1
         return held.cumsum(axis=0).max(axis=0).tolist()
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ def render(schedule: Schedule) -> str:
     several = schedule.chunks > 1
     width = len(str(schedule.micro_batches - 1)) + 2 + several * 2
     lines = ["tick    " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
-    for k in range(schedule.stages):
+    for k in range(schedule.num_devices):
         cells = [
             "." if op == IDLE else f"{' FB'[op]}{m}" + several * f".{c}"
             for op, m, c in schedule.table[:, k].tolist()

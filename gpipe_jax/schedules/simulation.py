@@ -28,21 +28,21 @@ def simulate(
     devices exchange boundaries at every tick; without, an operation starts as soon as its device is
     free and its input has arrived.
     """
-    stages = schedule.table[..., 2] * schedule.stages + np.arange(schedule.stages)
-    count = schedule.stages * schedule.chunks
+    stages = schedule.table[..., 2] * schedule.num_devices + np.arange(schedule.num_devices)
+    count = schedule.num_devices * schedule.chunks
     cost = np.zeros(schedule.table.shape[:2])
     for op, times in ((FORWARD, forward), (BACKWARD, backward)):
         if len(times) != count:
             raise ValueError(f"{len(times)} stage times for a schedule of {count} stages")
         cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float)[stages], 0.0)
     time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
-    bubble = 1 - cost.sum() / (schedule.stages * time) if time else 0.0
+    bubble = 1 - cost.sum() / (schedule.num_devices * time) if time else 0.0
     return Simulation(time, float(bubble))
 
 
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
     forward, backward = ticks_of(schedule.table)
-    K, end, free = schedule.stages, {}, [0.0] * schedule.stages
+    K, end, free = schedule.num_devices, {}, [0.0] * schedule.num_devices
     last = K * schedule.chunks - 1
     order = sorted(
         [(t, FORWARD, s, m) for (s, m), t in forward.items()]

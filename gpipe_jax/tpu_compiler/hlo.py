@@ -44,7 +44,7 @@ class Collective(NamedTuple):
     times: int  # how often it runs; a loop of unknown length counts as one
 
 
-class Loop(NamedTuple):
+class WhileLoop(NamedTuple):
     """A `while` instruction."""
 
     body: str  # the name of its computation
@@ -103,10 +103,10 @@ class Module:
             for kind, size, asynchronous in self._summaries[name].collectives
         ]
 
-    def loops(self) -> list[Loop]:
+    def loops(self) -> list[WhileLoop]:
         """All loops, outer ones first."""
         return [
-            Loop(call.computations[0], call.trips, times * (call.trips or 1), depth)
+            WhileLoop(call.computations[0], call.trips, times * (call.trips or 1), depth)
             for name, times, depth in self._walk(self.entry, 1, 0)
             for call in self._summaries[name].calls
             if call.kind == "while"

@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 from contextlib import suppress
 
-from gpipe_jax.errors import NotInstalledError
+from gpipe_jax.errors import CompilerNotInstalledError
 
 INSTALL = "pip install 'gpipe-jax[tpu]'"
 
@@ -23,7 +23,7 @@ def versions() -> dict[str, str | None]:
 def check_installed() -> None:
     """NotInstalledError unless the TPU compiler is there."""
     if versions()["libtpu"] is None:
-        raise NotInstalledError(
+        raise CompilerNotInstalledError(
             f"compiling for a TPU needs its compiler, libtpu, which is not installed: {INSTALL} "
             f"(Linux x86-64; no TPU is needed)"
         )

@@ -135,7 +135,7 @@ def _genotype(source: str) -> Genotype:
         ) from error
 
 
-class Parts(NamedTuple):
+class Assembly(NamedTuple):
     """What a config describes."""
 
     config: Config
@@ -150,7 +150,7 @@ class Parts(NamedTuple):
         return self.workdir / "checkpoints"
 
 
-def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Parts:
+def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Assembly:
     """Data, network, mesh, pipeline and optimizer of a config; trains nothing.
 
     Simulated devices are shared among so many processes. Raises `build.SectionError`: until the
@@ -182,7 +182,9 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Par
         tx = optimizers.build(config.optimizer, config.train.steps)
     with section("pipeline"):  # with this optimizer it may need more than the memory limit
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
-    return Parts(config, epath.Path(workdir), batches, trainer, stream.identity(batches, example))
+    return Assembly(
+        config, epath.Path(workdir), batches, trainer, stream.identity(batches, example)
+    )
 
 
 def _check_data(dataset: data.Dataset, example: dict, pipe: Pipeline, rules: data.Rules) -> None:

@@ -10,18 +10,18 @@ from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import Stop
 from gpipe_jax.errors import DataError, StoppedError
 from gpipe_jax.training import metrics, resume, writers
-from gpipe_jax.training.from_config import Parts
+from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
 from gpipe_jax.training.trainer import TrainState
 from gpipe_jax.utils.console import say
 
 
-class Loop:
+class TrainingLoop:
     """The loop of a training run, and where it stands."""
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Assembly,
         restored: resume.Restored | None,
         show: Callable[[dict], None],
         stop: Stop,
@@ -39,7 +39,7 @@ class Loop:
             resume.set_aside(restored)
         path = parts.workdir / "metrics.jsonl" if processes.is_first() else None
         done = self.evaluated is not None
-        self.log = metrics.Log(path, config.log_every, self.current.step, done, show, told)
+        self.log = metrics.MetricsLog(path, config.log_every, self.current.step, done, show, told)
         traces = parts.workdir / "profile" if processes.is_first() else None
         self.profile = Profile(parts.config.profile.start, parts.config.profile.steps, traces)
         self.saver = Saver(parts.checkpoints, keep=config.keep, keep_best=config.keep_best)
@@ -132,7 +132,7 @@ class Loop:
         return StoppedError(f"stopped {after}; the same command goes on")
 
 
-def evaluate(parts: Parts, current: TrainState, stop: Stop | None = None) -> dict[str, float]:
+def evaluate(parts: Assembly, current: TrainState, stop: Stop | None = None) -> dict[str, float]:
     """Loss and metrics on the held-out data. Raises StoppedError if that is wished for."""
     trainer = parts.trainer
 

@@ -12,7 +12,7 @@ from gpipe_jax.utils.atomic_files import is_local, replace
 Show = Callable[[dict], None]
 
 
-class Log:
+class MetricsLog:
     """`metrics.jsonl`: every `every`-th step, the first one, and every evaluation.
 
     What lies after `step`, where the run continues, is dropped, for it is written again; as is its

@@ -11,7 +11,7 @@ from etils import epath
 PARTS = ("compile", "data", "checkpoint", "evaluation")
 
 
-class Ledger:
+class Timings:
     """Seconds by part; what is no part is training. Parts within parts count once, as the inner."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from gpipe_jax.checkpoint import format
 from gpipe_jax.checkpoint.format import Manifest
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
-from gpipe_jax.errors import ConfigError, DamagedError
+from gpipe_jax.errors import ConfigError, DamagedCheckpointError
 from gpipe_jax.training.trainer import Trainer, TrainState
 
 
@@ -50,11 +50,11 @@ def newest(
     return None
 
 
-def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedError]]:
+def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedCheckpointError]]:
     try:
         # A network file system may list less to some processes than to others.
         yield from format.manifests(folder, processes.from_first(format.steps(folder)))
-    except errors.FormatError as error:
+    except errors.CheckpointFormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:
         problem = no_package(error)
@@ -66,7 +66,7 @@ def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str |
     try:
         saved = format.load(manifest, trainer.layer_shapes(), descriptions)
         return trainer.from_layers(saved, manifest.step), None
-    except DamagedError as error:
+    except DamagedCheckpointError as error:
         return None, str(error)
     except ValueError as error:
         raise ConfigError([str(error)], str(manifest.path.parent)) from error

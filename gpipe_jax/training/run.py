@@ -22,17 +22,17 @@ from gpipe_jax.config.loader import compare, dump
 from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import Stop, listening
-from gpipe_jax.errors import ConfigError, InUseError
+from gpipe_jax.errors import ConfigError, RunInUseError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.training import loop, metrics, resume, writers
-from gpipe_jax.training.from_config import Parts, assemble
-from gpipe_jax.training.loop import Loop
+from gpipe_jax.training.from_config import Assembly, assemble
+from gpipe_jax.training.loop import TrainingLoop
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.console import say
 from gpipe_jax.utils.text import GIB
 
-__all__ = ["Parts", "Summary", "assemble", "default_workdir", "evaluate", "train"]
+__all__ = ["Assembly", "RunSummary", "assemble", "default_workdir", "evaluate", "train"]
 
 # What may differ from the run that wrote a checkpoint: where and how the work is done, and what is
 # written about it.
@@ -48,14 +48,14 @@ FREE = (
 )
 
 
-class Summary(NamedTuple):
+class RunSummary(NamedTuple):
     """What a run came to."""
 
     figures: dict  # what `--json` prints
     note: str  # where the curves are, or why there are none
 
 
-def train(parts: Parts, show: Callable[[dict], None], stop: Stop | None = None) -> Summary:
+def train(parts: Assembly, show: Callable[[dict], None], stop: Stop | None = None) -> RunSummary:
     """Train to the end, from the newest whole checkpoint if there is one.
 
     `show` gets every record: of each step, and of each evaluation. On SIGTERM or Ctrl-C, unless
@@ -68,7 +68,7 @@ def train(parts: Parts, show: Callable[[dict], None], stop: Stop | None = None) 
         restored = resume.newest(parts.checkpoints, parts.trainer, _same_run(parts))
         keep_config(parts)
         told = held.enter_context(_writers(parts, restored))
-        run = Loop(parts, restored, show, heard, told)
+        run = TrainingLoop(parts, restored, show, heard, told)
         changed = _not_the_same(parts, restored.manifest.config) if restored else None
         if changed and processes.is_first():
             say(changed)
@@ -78,16 +78,18 @@ def train(parts: Parts, show: Callable[[dict], None], stop: Stop | None = None) 
     final = run.evaluated or {}
     times = {**_figures(parts, final, run.log.records, run.current.step), **_lost(parts.trainer)}
     times["wall_s"] = time.perf_counter() - started
-    return Summary(times, _draw(parts, run.log.records))
+    return RunSummary(times, _draw(parts, run.log.records))
 
 
-def _writers(parts: Parts, restored: resume.Restored | None) -> contextlib.AbstractContextManager:
+def _writers(
+    parts: Assembly, restored: resume.Restored | None
+) -> contextlib.AbstractContextManager:
     names = parts.config.train.writers if processes.is_first() else ()
     step = restored.state.step if restored else 0
     return writers.opened(names, parts.workdir, parts.config.model_dump(mode="json"), step)
 
 
-def evaluate(parts: Parts, stop: Stop | None = None) -> Summary:
+def evaluate(parts: Assembly, stop: Stop | None = None) -> RunSummary:
     """Evaluate the newest whole checkpoint of a run on its held-out data.
 
     Raises StoppedError if that is wished for meanwhile.
@@ -104,7 +106,7 @@ def evaluate(parts: Parts, stop: Stop | None = None) -> Summary:
     figures = _figures(parts, figures, records, restored.state.step)
     figures["wall_s"] = time.perf_counter() - started
     notes = [*resume.describe(restored), f"checkpoint: step {restored.state.step}"]
-    return Summary(figures, "\n".join(notes))
+    return RunSummary(figures, "\n".join(notes))
 
 
 @contextlib.contextmanager
@@ -131,12 +133,12 @@ def _lock(file: IO | None, workdir: epath.Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         problem = f"another run is using {workdir}: end it, or wait until it has ended"
-        raise InUseError(f"{problem}, or use another folder (train.workdir=...)") from error
+        raise RunInUseError(f"{problem}, or use another folder (train.workdir=...)") from error
     except OSError:
         pass  # a file system without locks
 
 
-def keep_config(parts: Parts) -> None:
+def keep_config(parts: Assembly) -> None:
     """Write the config into the working folder, with the folder's own name."""
     if processes.is_first():
         train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
@@ -154,7 +156,7 @@ def _writing(workdir: epath.Path) -> Iterator[None]:
         raise ConfigError([problem], str(workdir)) from error
 
 
-def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[format.Manifest], None]:
+def _same_run(parts: Assembly, only: tuple[str, ...] = ("",)) -> Callable[[format.Manifest], None]:
     """A check that a checkpoint's run had this config, in settings that start with `only`."""
 
     def check(manifest: format.Manifest) -> None:
@@ -186,7 +188,7 @@ def _same_run(parts: Parts, only: tuple[str, ...] = ("",)) -> Callable[[format.M
     return check
 
 
-def _not_the_same(parts: Parts, there: dict) -> str | None:
+def _not_the_same(parts: Assembly, there: dict) -> str | None:
     """What another cut of the batch changes, if it is cut otherwise than in the config `there`."""
     now = parts.config
     parts_of_a_batch = now.mesh.data * now.pipeline.micro_batches
@@ -204,7 +206,7 @@ def _not_the_same(parts: Parts, there: dict) -> str | None:
     )
 
 
-def _draw(parts: Parts, records: list[dict]) -> str:
+def _draw(parts: Assembly, records: list[dict]) -> str:
     picture = parts.workdir / "curves.png"
     if not processes.is_first():
         return "no curves: the first process draws them"
@@ -219,7 +221,7 @@ def _draw(parts: Parts, records: list[dict]) -> str:
     return f"curves: {picture}"
 
 
-def _figures(parts: Parts, final: dict, records: list[dict], steps: int) -> dict[str, Any]:
+def _figures(parts: Assembly, final: dict, records: list[dict], steps: int) -> dict[str, Any]:
     pipe, times = parts.trainer.pipe, [r["step_time_s"] for r in records if "step_time_s" in r]
     step_time_s = statistics.median(times) if times else None
     return {

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.checkpoint import by_layer
-from gpipe_jax.checkpoint.by_layer import Layers, Trained
+from gpipe_jax.checkpoint.by_layer import LayerTrees, Trained
 from gpipe_jax.distributed.mesh import STAGE
 from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory
@@ -25,7 +25,7 @@ from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.state import State
 from gpipe_jax.training.elementwise import check_elementwise
 from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
-from gpipe_jax.training.profiling import Ledger
+from gpipe_jax.training.profiling import Timings
 from gpipe_jax.utils.trees import PyTree, tree_bytes, wide
 
 Record = Callable[[dict], None]
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
     """Everything that training changes."""
 
     state: State
-    optimizer: PyTree
+    opt_state: PyTree
     step: int
     average: PyTree = None  # moving average of the parameters, in float32, if there is one
 
@@ -58,7 +58,7 @@ class Trainer:
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
         if pipe.memory_limit is not None:
             memory.check(self.device_bytes(), pipe.memory_limit)
-        self.ledger, self._compiled = Ledger(), set[str]()
+        self.ledger, self._compiled = Timings(), set[str]()
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
         # of one device) would compile the second step anew.
@@ -171,7 +171,7 @@ class Trainer:
         parts = self.pipe.training_split(batch)
         with self._compiling("step"):
             state, optimizer, average, metrics = self._step(
-                current.state, current.optimizer, current.average, parts, np.uint32(current.step)
+                current.state, current.opt_state, current.average, parts, np.uint32(current.step)
             )
         return TrainState(state, optimizer, current.step + 1, average), metrics
 
@@ -253,16 +253,16 @@ class Trainer:
 
     # --- layer by layer, for checkpoints ----------------------------------------------------------
 
-    def to_layers(self, current: TrainState) -> Layers:
+    def to_layers(self, current: TrainState) -> LayerTrees:
         """Copies of everything that training changes, of the layers that this process saves."""
-        trained = Trained(current.state, current.optimizer, current.average)
+        trained = Trained(current.state, current.opt_state, current.average)
         return by_layer.split(self.pipe.stages, self.pipe.mesh, trained)
 
-    def from_layers(self, saved: Layers, step: int) -> TrainState:
+    def from_layers(self, saved: LayerTrees, step: int) -> TrainState:
         """The inverse of `to_layers`; asks for the layers of this process's devices only."""
         new = by_layer.join(self.pipe.stages, self.pipe.mesh, saved, self.local_shapes)
         return TrainState(new.state, new.optimizer, step, new.average)
 
-    def layer_shapes(self) -> Layers:
+    def layer_shapes(self) -> LayerTrees:
         """What all processes' `to_layers` come to, as shapes."""
         return by_layer.shapes(self.pipe.stages, self.local_shapes)

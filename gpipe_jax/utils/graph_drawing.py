@@ -36,14 +36,14 @@ class Box(NamedTuple):
         return self._replace(fill=MARK_FILL, edge=MARK, line=MARK_LINE)
 
 
-class Wire(NamedTuple):
+class Edge(NamedTuple):
     """A smooth line through points, vertical at each, that ends in an arrow head."""
 
     points: list[tuple[float, float]]
     colour: str
     line: float = LINE
 
-    def marked(self) -> "Wire":
+    def marked(self) -> "Edge":
         """The same, as one that has changed."""
         return self._replace(colour=MARK, line=MARK_LINE)
 
@@ -55,10 +55,10 @@ class Picture(NamedTuple):
     width: float
     height: float
     boxes: list[Box]
-    wires: list[Wire]
+    wires: list[Edge]
 
 
-def fitted(title: str, boxes: Sequence[Box], wires: Sequence[Wire], height: float) -> Picture:
+def fitted(title: str, boxes: Sequence[Box], wires: Sequence[Edge], height: float) -> Picture:
     """The picture that is as wide as these and its title need."""
     ends = [box.x + side * box.width / 2 for box in boxes for side in (-1, 1)]
     ends += [x for wire in wires for x, _ in wire.points]
@@ -98,7 +98,7 @@ def side_by_side(pictures: Sequence[Picture]) -> str:
     return f'<div style="display:flex;flex-wrap:wrap">{"".join(map(svg, pictures))}</div>'
 
 
-def _svg_wire(wire: Wire) -> str:
+def _svg_wire(wire: Edge) -> str:
     (x, y), end = wire.points[0], wire.points[-1]
     path = f"M{x:.1f} {y:.1f}" + "".join(
         f"C{x0:.1f} {(y0 + y1) / 2:.1f} {x1:.1f} {(y0 + y1) / 2:.1f} {x1:.1f} {y1:.1f}"

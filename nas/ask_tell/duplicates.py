@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     trained_values: str | None
 
 
-class Twins:
+class Duplicates:
     """What is under way, and who waits for it, of each network by the digest of its canonical form.
 
     Only that is kept in memory: what is known is looked up in the store.

@@ -10,7 +10,7 @@ from nas.spaces.space import Space
 from nas.storage.reader import CandidateRow, Reader
 
 
-class Open(NamedTuple):
+class PendingCandidate(NamedTuple):
     """A candidate without a result."""
 
     architecture: Any
@@ -53,14 +53,16 @@ def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolutio
     return found
 
 
-def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, Open]:
+def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCandidate]:
     """By number, in order."""
     found = {}
     for row in reader.candidates("state = 'open'"):
         (event,) = reader.events(row.proposed - 1, most=1)
         sample = tuple(json.loads(event.detail or "[]"))
         architecture = space.decode(row.architecture)
-        found[row.id] = Open(architecture, row.canonical, row.inherit, row.metrics, sample)
+        found[row.id] = PendingCandidate(
+            architecture, row.canonical, row.inherit, row.metrics, sample
+        )
     return found
 
 
@@ -79,7 +81,9 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     return found
 
 
-def inherited(open_: Iterable[Open], tournaments: Iterable[Tournament]) -> set[str | None]:
+def inherited(
+    open_: Iterable[PendingCandidate], tournaments: Iterable[Tournament]
+) -> set[str | None]:
     """The trained values that are to be started from."""
     retrained = {values for found in tournaments for values in found.inherit.values()}
     return retrained | {found.inherit for found in open_}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nas.errors import ExistsError, MismatchError
+from nas.errors import MismatchError, SearchExistsError
 from nas.evolution.evolution import Settings
 from nas.spaces.space import Space
 from nas.storage.writer import Store
@@ -47,7 +47,7 @@ def open_store(
     named = {"name": name, "space": space.name, "setup": setup}
     try:
         return Store.create(path, settings={**settings, **given}, **named)
-    except ExistsError:
+    except SearchExistsError:
         store = Store(path)
     try:
         _check_settings(store, space.name, settings)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nas.ask_tell import pending, reopening, trained_values
-from nas.ask_tell.duplicates import Answer, Twins, digest
+from nas.ask_tell.duplicates import Answer, Duplicates, digest
 from nas.ask_tell.limits import Failures, Gate, Limit, Retries
-from nas.ask_tell.pending import Open, Tournament
+from nas.ask_tell.pending import PendingCandidate, Tournament
 from nas.evaluators import evaluator as evaluate
 from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
@@ -65,12 +65,12 @@ class Search:
         self.store = reopening.open_store(
             Path(folder) / name, name, self.space, same, kept, setup, evaluator, other_evaluator
         )
-        self.values = trained_values.Values(self.store, self.settings.fitness_policy, compare)
+        self.values = trained_values.WeightFiles(self.store, self.settings.fitness_policy, compare)
         self._lock = threading.RLock()
-        self.twins = Twins(self.store, int(cache))
+        self.twins = Duplicates(self.store, int(cache))
         self._todo: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by evaluation
-        self._open: dict[int, Open] = {}  # by candidate, as are these:
+        self._open: dict[int, PendingCandidate] = {}  # by candidate, as are these:
         self._unplaced: deque[int] = deque()
         self._tournaments: dict[int, Tournament] = {}
         try:
@@ -186,7 +186,7 @@ class Search:
         if broken:
             self.gate.count(broken)
         else:
-            self._open[number] = Open(architecture, network, inherit, metrics, sample)
+            self._open[number] = PendingCandidate(architecture, network, inherit, metrics, sample)
             self._place_all([number])
 
     def _place_all(self, more: Iterable[int] = ()) -> None:

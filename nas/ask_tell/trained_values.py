@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nas.ask_tell import pending
-from nas.ask_tell.pending import Open, Tournament
-from nas.errors import LostValuesError
+from nas.ask_tell.pending import PendingCandidate, Tournament
+from nas.errors import LostWeightsError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.storage.reader import Reader
 
@@ -19,7 +19,7 @@ FOLDER = "weights"
 _NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")
 
 
-class Values:
+class WeightFiles:
     """What evaluations start from: trained values, where the policy is to, and what rivals had."""
 
     def __init__(self, reader: Reader, fitness_policy: str, compare: str | None) -> None:
@@ -44,7 +44,7 @@ class Values:
         """Raise LostValuesError if what has just been trained is nowhere to start from."""
         values = trained.trained_values
         if self.warm and values is not None and is_gone(self.run, values):
-            raise LostValuesError(
+            raise LostWeightsError(
                 f"{trained.worker or 'a worker'} has written the trained values {values}, but in "
                 f"{self.run} on this machine there is no such file: with retrain_warm workers "
                 "must write into the run's folder itself; resume with workers on this machine, "
@@ -54,7 +54,7 @@ class Values:
 
     def sweep(
         self,
-        waiting: Mapping[int, Open],
+        waiting: Mapping[int, PendingCandidate],
         tournaments: Mapping[int, Tournament],
         running: Mapping[int, Job],
     ) -> None:

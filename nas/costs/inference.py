@@ -16,7 +16,7 @@ from gpipe_jax import errors
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.tpu_compiler import compiler, topologies
 from gpipe_jax.tpu_compiler.results import Compiled, Program
-from nas.training.network import Values
+from nas.training.network import Variables
 from nas.training.static import Static
 
 
@@ -63,7 +63,7 @@ def compile_for(network: Static, genotype: Genotype, batch: int, topology: str) 
     where = topologies.parse(topology)
     try:
         return compiler.compile_programs([program], where)[0]
-    except errors.NotInstalledError:
+    except errors.CompilerNotInstalledError:
         raise
     except RuntimeError as error:  # the compiler's process died: of this network, not of all
         return Compiled(program.name, 0.0, error=str(error))
@@ -75,7 +75,7 @@ def _program(network: Static, genotype: Genotype, batch: int) -> tuple[Callable,
     values = jax.eval_shape(lambda: network.init(architecture, jax.random.key(0)))
     pixels = (batch, shape.image, shape.image, shape.channels)
 
-    def scores(values: Values, images: jax.Array) -> jax.Array:
+    def scores(values: Variables, images: jax.Array) -> jax.Array:
         return network.apply(architecture, values, images, train=False)[0]
 
     return scores, (values, jax.ShapeDtypeStruct(pixels, jnp.float32))

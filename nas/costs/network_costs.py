@@ -44,7 +44,7 @@ class NetworkCosts:
     where the TPU compiler is missing.
     """
 
-    cells: int = 1
+    cells_per_stack: int = 1
     """Normal cells in each of the three stacks (N)."""
     filters: int = 8
     """Of the first stack (F)."""
@@ -107,7 +107,7 @@ class NetworkCosts:
         from nas.training.network import Shape
         from nas.training.static import Static
 
-        sizes = (self.cells, self.filters, self.image, self.channels, self.classes)
+        sizes = (self.cells_per_stack, self.filters, self.image, self.channels, self.classes)
         return Static(Shape(*sizes, dtype=self.dtype))
 
 

@@ -14,7 +14,7 @@ DATASETS = ("cifar10", "cifar100", "imagenet16_120")
 FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 
 
-class Table:
+class NASBench201Table:
     """What is known of every cell on one data set, read when it is first asked for.
 
     `valid12` is the accuracy on validation data after 12 epochs, in percent, which is what searches

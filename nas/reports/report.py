@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils import progress
-from nas.reports.tables import Table, as_text, finite
+from nas.reports.tables import SearchTable, as_text, finite
 from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
 
@@ -35,7 +35,7 @@ class Report(NamedTuple):
     failures: list[Failure]
     best: list[CandidateRow]  # of different networks
     fronts: dict[str, list[CandidateRow]]  # by cost
-    again: list[finals_file.Again]  # trained again, by `nas export`
+    again: list[finals_file.Retrained]  # trained again, by `nas export`
 
     def facts(self) -> dict[str, Any]:
         """The study and its numbers, by name."""
@@ -57,16 +57,16 @@ class Report(NamedTuple):
             "the candidates with a fitness)",
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[SearchTable]:
         """Failures, the best candidates, those trained again, and a front for each cost."""
         found = []
         if self.failures:
-            found.append(Table("failures", ("kind", "count", "last error"), self.failures))
+            found.append(SearchTable("failures", ("kind", "count", "last error"), self.failures))
         if self.best:
             found.append(_candidates("best candidates", self.best))
         if self.again:
             rows = [(f"#{one.candidate}", one.epochs, one.fitness) for one in self.again]
-            found.append(Table("trained again", ("candidate", "epochs", "fitness"), rows))
+            found.append(SearchTable("trained again", ("candidate", "epochs", "fitness"), rows))
         for cost, rows in self.fronts.items():
             title = f"Pareto front, fitness against {cost}: {len(rows)} candidates"
             shown = title + f", the {FRONT} best" * (len(rows) > FRONT)
@@ -119,11 +119,11 @@ def _failures(reader: Reader) -> list[Failure]:
     return found
 
 
-def _candidates(title: str, rows: list[CandidateRow]) -> Table:
+def _candidates(title: str, rows: list[CandidateRow]) -> SearchTable:
     names = dict.fromkeys(name for row in rows for name in row.metrics)
     names = [n for n in names if any(row.metrics.get(n) != row.fitness for row in rows)]
     header = ("candidate", "fitness", *names, "parent", "mutation")
-    return Table(
+    return SearchTable(
         title,
         header,
         [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gpipe_jax.utils.text import as_text as columns
 
 
-class Table(NamedTuple):
+class SearchTable(NamedTuple):
     """A title, names of the columns, and rows of as many values."""
 
     title: str
@@ -16,13 +16,13 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Any]]
 
 
-def as_text(table: Table) -> str:
+def as_text(table: SearchTable) -> str:
     """Columns as wide as they need."""
     rows = [table.header, *([show(value) for value in row] for row in table.rows)]
     return f"{table.title}\n{columns(rows)}"
 
 
-def as_html(table: Table) -> str:
+def as_html(table: SearchTable) -> str:
     """An HTML table with its title as the caption."""
     head = _row("th", table.header)
     body = "".join(_row("td", [show(value) for value in row]) for row in table.rows)

@@ -10,8 +10,8 @@ from gpipe_jax.utils.graph_drawing import (
     MARGIN,
     TITLE_HEIGHT,
     Box,
+    Edge,
     Picture,
-    Wire,
     fitted,
 )
 from nas.spaces.nasbench201 import EDGES, OPERATIONS, Edges
@@ -34,15 +34,15 @@ def picture(edges: Edges, title: str, before: Edges | None = None) -> Picture:
     """The layout of one cell; marked are edges that differ from those `before`."""
     boxes = [Box(0.0, _top(2 * node), NODE_WIDTH, text) for node, text in enumerate(NODES)]
     boxes = [box._replace(edge=WIRES[node]) for node, box in enumerate(boxes[:3])] + boxes[3:]
-    wires: list[Wire] = []
+    wires: list[Edge] = []
     for edge, (source, target) in enumerate(EDGES):
         (column, row, leaves, enters), name = PLACES[edge], OPERATIONS[edges[edge]]
         colour = PALE if name == "none" else WIRES[source]
         x, top = column * COLUMN, _top(row)
         box = Box(x, top, WIDTH, name, _fill(name), PALE if name == "none" else GREY)
         both = [
-            Wire([(leaves, _top(2 * source) + BOX_HEIGHT), (x, top)], colour),
-            Wire([(x, top + BOX_HEIGHT), (enters, _top(2 * target))], colour),
+            Edge([(leaves, _top(2 * source) + BOX_HEIGHT), (x, top)], colour),
+            Edge([(x, top + BOX_HEIGHT), (enters, _top(2 * target))], colour),
         ]
         changed = before is not None and before[edge] != edges[edge]
         boxes.append(box.marked() if changed else box)

@@ -10,7 +10,7 @@ from nas.storage.reader import Reader
 FILE = "finals.json"
 
 
-class Again(NamedTuple):
+class Retrained(NamedTuple):
     """What came of training a candidate again."""
 
     candidate: int
@@ -18,10 +18,10 @@ class Again(NamedTuple):
     fitness: float
 
 
-def known(reader: Reader) -> list[Again]:
+def known(reader: Reader) -> list[Retrained]:
     """All that has been trained again so far, the best first."""
     found = [
-        Again(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
+        Retrained(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
         for key, one in _read(reader.path.parent / FILE).items()
     ]
     return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)

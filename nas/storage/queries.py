@@ -82,7 +82,7 @@ def progress(reader: Reader) -> Progress:
     return found
 
 
-class Member(NamedTuple):
+class PopulationRow(NamedTuple):
     """A member of the population."""
 
     candidate: int
@@ -90,10 +90,10 @@ class Member(NamedTuple):
     fitness: float
 
 
-def ages(reader: Reader) -> list[Member]:
+def ages(reader: Reader) -> list[PopulationRow]:
     """The population, the youngest first."""
     members = reversed(reader.population())
-    return [Member(row.id, age, row.fitness or 0.0) for age, row in enumerate(members)]
+    return [PopulationRow(row.id, age, row.fitness or 0.0) for age, row in enumerate(members)]
 
 
 class Bar(NamedTuple):

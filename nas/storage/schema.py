@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from nas.errors import NotASearchError, VersionError
+from nas.errors import NotASearchError, StoreVersionError
 
 VERSION = 2
 
@@ -130,7 +130,7 @@ def check(connection: sqlite3.Connection, path: object) -> None:
     if not found:
         raise NotASearchError(f"{path} holds no search: give the name of another run")
     if found > VERSION:
-        raise VersionError(
+        raise StoreVersionError(
             f"{path} has version {found} of the tables, but this package knows up to {VERSION}: "
             "install a newer gpipe-jax"
         )

@@ -30,7 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nas.errors import BusyError, ExistsError
+from nas.errors import SearchExistsError, SearchInUseError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Proposal
 from nas.storage import local_disk, schema
@@ -88,7 +88,9 @@ class Store(Reader):
         try:
             with closing(_open(file)) as connection:
                 if schema.version(connection):
-                    raise ExistsError(f"{file} holds a search already: open it, or use another")
+                    raise SearchExistsError(
+                        f"{file} holds a search already: open it, or use another"
+                    )
                 schema.create(connection, row)
         except BaseException:
             lock.close()
@@ -224,7 +226,7 @@ def _lock(path: Path) -> sqlite3.Connection:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         lock.close()
-        raise BusyError(
+        raise SearchInUseError(
             f"{path} is in use by another driver{_holder(path)}: stop that one first, or read the "
             "run with nas.load"
         ) from error

@@ -46,7 +46,7 @@ class TrainingEvaluator:
     """digits, cifar10, or a .npz file with `inputs` and `labels`. Test images are left alone."""
     folder: str | None = None
     """Where the files of cifar10 are; default: the environment variable GPIPE_JAX_DATA."""
-    cells: int = 1
+    cells_per_stack: int = 1
     """Normal cells in each of the three stacks (N)."""
     filters: int = 8
     """Of the first stack (F)."""
@@ -61,9 +61,9 @@ class TrainingEvaluator:
     label_smoothing: float = 0.0
     examples: int | None = None
     """Training images; default: all that are not held out."""
-    validation: int | None = None
+    validation_images: int | None = None
     """Images held out to judge by; default: a quarter of the digits, a tenth of others."""
-    validations: int = 3
+    final_epochs: int = 3
     """The fitness is the mean of the accuracies after so many last epochs."""
     builder: str = "interpreter"
     dtype: str = "float32"
@@ -162,7 +162,9 @@ class TrainingEvaluator:
 
         found = self.data_fits()
         size, _, channels = found.images.shape[1:]
-        shape = Shape(self.cells, self.filters, size, channels, found.classes, dtype=self.dtype)
+        shape = Shape(
+            self.cells_per_stack, self.filters, size, channels, found.classes, dtype=self.dtype
+        )
         if self.builder == "static":
             from nas.training.static import Static
 
@@ -199,7 +201,7 @@ class TrainingEvaluator:
         from nas.training import datasets
 
         digest = None if self.data in DATASETS else datasets.digest(self.data)
-        return datasets.Data(self.data, self.folder, self.validation, self.examples, digest)
+        return datasets.Data(self.data, self.folder, self.validation_images, self.examples, digest)
 
     def _recipe(self) -> "Recipe":
         from nas.training.datasets import source
@@ -215,7 +217,7 @@ class TrainingEvaluator:
             self.epochs,
             self.learning_rate,
             self.warmup_epochs,
-            self.validations,
+            self.final_epochs,
             self.stop_epoch,
             self.stop_quantile,
             self.timeout_s,
@@ -228,9 +230,9 @@ def _check_counts(given: TrainingEvaluator) -> None:
     for name in ("examples", "validation", "stop_epoch"):
         if getattr(given, name) is not None:
             _check_count(name, getattr(given, name))
-    if given.validations > given.epochs:
+    if given.final_epochs > given.epochs:
         raise ValueError(
-            f"validations {given.validations} is more than epochs {given.epochs}, after each of "
+            f"validations {given.final_epochs} is more than epochs {given.epochs}, after each of "
             "which there is one; give as many or less"
         )
 

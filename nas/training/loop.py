@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.training.network import Architecture, Values
+from nas.training.network import Architecture, Variables
 from nas.training.options import RUNG
 from nas.training.programs import Programs
 from nas.training.recipe import Plan
@@ -44,11 +44,11 @@ class Training:
         self.parameters = int(size)
 
     @property
-    def values(self) -> Values:
+    def values(self) -> Variables:
         """What the network has learned."""
         return self._state.values
 
-    def inherit(self, parent: Architecture, trained: Values) -> None:
+    def inherit(self, parent: Architecture, trained: Variables) -> None:
         """Begin with the parent's values where slot and shape agree."""
         found = self._programs.inherit(self._architecture, parent, self.values, trained)
         self._state = self._state._replace(values=found)

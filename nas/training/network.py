@@ -29,7 +29,7 @@ Architecture = Any
 class Shape:
     """The size of the networks of a search; the words are those of `gpipe_jax.zoo.amoebanet.network`."""
 
-    cells: int  # normal cells in each of the three stacks (N)
+    cells_per_stack: int  # normal cells in each of the three stacks (N)
     filters: int  # of the first stack (F)
     image: int  # height and width
     channels: int  # of an image
@@ -39,7 +39,7 @@ class Shape:
     batch_norm_momentum: float = 0.9  # decay of the running statistics, once a step
 
 
-class Values(NamedTuple):
+class Variables(NamedTuple):
     """What a network has learned."""
 
     parameters: PyTree
@@ -58,12 +58,12 @@ class Network(Protocol):
         """The genotype as the other methods take it; ValueError if the builder can't make it."""
         ...
 
-    def init(self, architecture: Architecture, key: jax.Array) -> Values:
+    def init(self, architecture: Architecture, key: jax.Array) -> Variables:
         """Fresh values."""
         ...
 
     def apply(
-        self, architecture: Architecture, values: Values, images: jax.Array, *, train: bool
+        self, architecture: Architecture, values: Variables, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
         """Scores [B, classes] of images [B, H, W, C], and the statistics after this call.
 
@@ -81,7 +81,7 @@ class Network(Protocol):
         ...
 
     def inherit(
-        self, child: Architecture, parent: Architecture, fresh: Values, trained: Values
-    ) -> Values:
+        self, child: Architecture, parent: Architecture, fresh: Variables, trained: Variables
+    ) -> Variables:
         """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree."""
         ...

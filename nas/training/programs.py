@@ -24,7 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from gpipe_jax.utils.text import GIB
 from nas.errors import TooLargeError
 from nas.training.datasets import Data, Split
-from nas.training.network import Architecture, Network, PyTree, Values
+from nas.training.network import Architecture, Network, PyTree, Variables
 from nas.training.recipe import Plan, Recipe, rate
 
 Device = Any  # jax.Device, which is no type to type checkers
@@ -35,7 +35,7 @@ VALIDATION_BATCH = 256  # at most
 class State(NamedTuple):
     """What training changes."""
 
-    values: Values
+    values: Variables
     momentum: PyTree  # the optimizer's state
     step: jax.Array
 
@@ -50,7 +50,7 @@ def start(network: Network, recipe: Recipe, architecture: Architecture, seed: An
     return fresh(recipe, values), size
 
 
-def fresh(recipe: Recipe, values: Values) -> State:
+def fresh(recipe: Recipe, values: Variables) -> State:
     """The state at the first step, from these values."""
     return State(values, recipe.optimizer.init(values.parameters), jnp.zeros((), jnp.int32))
 
@@ -89,7 +89,7 @@ def epoch(
         )
         now = rate(plan, state.step)
         moved = jax.tree.map(lambda p, u: p - now.astype(p.dtype) * u, parameters, updates)
-        return State(Values(moved, statistics), momentum, state.step + 1), value
+        return State(Variables(moved, statistics), momentum, state.step + 1), value
 
     state, losses = jax.lax.scan(step, state, index_SB)
     return state, losses.mean()
@@ -98,7 +98,7 @@ def epoch(
 def validate(
     network: Network,
     architecture: Architecture,
-    values: Values,
+    values: Variables,
     images_N: jax.Array,
     labels_N: jax.Array,
 ) -> jax.Array:

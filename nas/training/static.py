@@ -11,7 +11,7 @@ from gpipe_jax import sequential
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.layers.layer import Layer, ModuleLayer
 from gpipe_jax.zoo.amoebanet.network import amoebanet
-from nas.training.network import PyTree, Shape, Values
+from nas.training.network import PyTree, Shape, Variables
 
 
 @jax.tree_util.register_static
@@ -41,14 +41,14 @@ class Static:
         """The layers of the network: a stem, cells, and a classifier."""
         return _layers(self.shape, architecture.genotype)
 
-    def init(self, architecture: Fixed, key: jax.Array) -> Values:
+    def init(self, architecture: Fixed, key: jax.Array) -> Variables:
         """Fresh values."""
         layers = self.layers(architecture)
         parameters = [a.init(jax.random.fold_in(key, i), None) for i, a in enumerate(layers)]
-        return Values(tuple(parameters), tuple(layer.init_statistics() for layer in layers))
+        return Variables(tuple(parameters), tuple(layer.init_statistics() for layer in layers))
 
     def apply(
-        self, architecture: Fixed, values: Values, images: jax.Array, *, train: bool
+        self, architecture: Fixed, values: Variables, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
         """Scores [B, classes] of images [B, H, W, C], and the statistics after this call."""
         layers, (parameters, statistics) = self.layers(architecture), values
@@ -67,7 +67,9 @@ class Static:
         shapes = [layer.shapes(None)[0] for layer in self.layers(architecture)]
         return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tuple(shapes))
 
-    def inherit(self, child: Fixed, parent: Fixed, fresh: Values, trained: Values) -> Values:
+    def inherit(
+        self, child: Fixed, parent: Fixed, fresh: Variables, trained: Variables
+    ) -> Variables:
         """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.
 
         An operation agrees as a whole; a projection of concatenated states has the rows of those
@@ -79,7 +81,7 @@ class Static:
             _inherited(*pair, new, old) for pair, new, old in zip(outlines, *values, strict=True)
         ]
         parameters, statistics = zip(*found, strict=True)
-        return Values(parameters, statistics)
+        return Variables(parameters, statistics)
 
     def _outlines(self, architecture: Fixed) -> list["_Outline"]:
         """Of the layers."""
@@ -92,7 +94,7 @@ class Static:
 def _layers(shape: Shape, genotype: Genotype) -> list[Layer]:
     return amoebanet(
         genotype,
-        layers=3 * shape.cells,
+        layers=3 * shape.cells_per_stack,
         filters=shape.filters,
         image=shape.image,
         classes=shape.classes,

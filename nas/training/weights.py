@@ -14,10 +14,10 @@ import numpy as np
 
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.genotypes.genotype import Genotype
-from nas.training.network import Architecture, Network, Values
+from nas.training.network import Architecture, Network, Variables
 
 
-def save(path: Path, genotype: Genotype, values: Values) -> None:
+def save(path: Path, genotype: Genotype, values: Variables) -> None:
     """Write a file; a process that is killed meanwhile leaves none of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(values))
@@ -31,7 +31,7 @@ def save(path: Path, genotype: Genotype, values: Values) -> None:
     os.replace(draft, path)
 
 
-def load(path: Path, network: Network) -> tuple[Architecture, Values]:
+def load(path: Path, network: Network) -> tuple[Architecture, Variables]:
     """Whose values they are, and the values; ValueError if the file holds no such network's."""
     try:
         content = path.read_bytes()

@@ -18,17 +18,17 @@ from etils import epath
 from gpipe_jax.checkpoint import export, format
 from gpipe_jax.checkpoint import safetensors as tensorfile
 from gpipe_jax.checkpoint import save as saving
-from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
-from gpipe_jax.errors import ConfigError, DamagedError, FormatError, SaveError
+from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError, SaveError
 from gpipe_jax.training import resume
 from gpipe_jax.utils import trees as names
 
 NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
 
 
-def make_state(seed: int = 0, size: int = 4) -> Layers:
+def make_state(seed: int = 0, size: int = 4) -> LayerTrees:
     """With running statistics, a moving average, and None in place of a borrowed parameter."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -44,10 +44,10 @@ def make_state(seed: int = 0, size: int = 4) -> Layers:
         for i, tree in enumerate(trees)
     }
     common = {"seed": np.uint32(seed), "optimizer.1.count": np.int32(7)}
-    return Layers(common, layers)
+    return LayerTrees(common, layers)
 
 
-def shapes(state: Layers) -> Layers:
+def shapes(state: LayerTrees) -> LayerTrees:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), state)
 
 
@@ -61,9 +61,9 @@ def save(folder, *steps: int, state=None, losses=(), **options) -> epath.Path:
     return epath.Path(folder)
 
 
-def load(folder, step: int, like: Layers, names=NAMES) -> Layers:
+def load(folder, step: int, like: LayerTrees, names=NAMES) -> LayerTrees:
     saved = format.load(format.read_manifest(folder, step), like, names)
-    return Layers(saved.common, {i: saved.layers[i] for i in saved.layers})
+    return LayerTrees(saved.common, {i: saved.layers[i] for i in saved.layers})
 
 
 def newest_whole(folder) -> int | None:
@@ -72,7 +72,7 @@ def newest_whole(folder) -> int | None:
         if isinstance(found, format.Manifest):
             try:
                 state = load(folder, found.step, shapes(make_state()))
-            except DamagedError:
+            except DamagedCheckpointError:
                 continue
             jax.tree.map(np.testing.assert_array_equal, state, make_state(found.step))
             return found.step
@@ -141,13 +141,15 @@ def test_everything_that_does_not_fit_is_listed(tmp_path):
         r"layer 1: is Norm\(\) there, Scale\(\) here$"
     )
     with pytest.raises(ValueError, match=wanted):
-        load(folder, 1, shapes(Layers(state.common, layers)), [NAMES[0], "Scale()", "", "Head()"])
+        load(
+            folder, 1, shapes(LayerTrees(state.common, layers)), [NAMES[0], "Scale()", "", "Head()"]
+        )
 
 
 def test_an_average_is_neither_dropped_nor_made_up(tmp_path):
     folder, state = save(tmp_path, 1), make_state(1)
     add = lambda one: {**one, "average": one["params"]}  # noqa: E731
-    more = Layers(state.common, {i: add(one) for i, one in state.layers.items()})
+    more = LayerTrees(state.common, {i: add(one) for i, one in state.layers.items()})
     with pytest.raises(ValueError, match=r"layer 0: missing average.linear.kernel"):
         load(folder, 1, shapes(more))
     folder = save(tmp_path / "more", 1, state=more)
@@ -159,7 +161,9 @@ def test_a_format_of_another_version(tmp_path, monkeypatch):
     monkeypatch.setattr(format, "FORMAT", 99)
     folder = save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(FormatError, match=r"has format 99, this version reads 1; use the version"):
+    with pytest.raises(
+        CheckpointFormatError, match=r"has format 99, this version reads 1; use the version"
+    ):
         format.read_manifest(folder, 1)
 
 
@@ -270,7 +274,7 @@ def test_damage_is_noticed_and_the_newest_whole_one_is_read(three, tmp_path, cas
 def test_the_words_for_damage(three, tmp_path, change, message):
     subprocess.run(["cp", "-r", f"{three}/.", str(tmp_path)], check=True)
     change(tmp_path / "30" / "state" / "manifest.json")
-    with pytest.raises(DamagedError, match=message):
+    with pytest.raises(DamagedCheckpointError, match=message):
         load(epath.Path(tmp_path), 30, shapes(make_state()))
 
 

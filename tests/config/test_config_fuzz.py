@@ -259,7 +259,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )  # this process has 16 already
     monkeypatch.setattr(from_config, "Pipeline", Cheap)
     monkeypatch.setattr(from_config, "Trainer", lambda pipe, tx, ema: Trained(pipe))
-    monkeypatch.setattr(run, "train", lambda parts, show, stop: run.Summary({"done": 1}, ""))
+    monkeypatch.setattr(run, "train", lambda parts, show, stop: run.RunSummary({"done": 1}, ""))
 
 
 class Trained:

@@ -17,7 +17,7 @@ from paths import REPOSITORY
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed.cluster import Cluster
 from gpipe_jax.distributed.processes import roll_call
-from gpipe_jax.errors import MissingError
+from gpipe_jax.errors import MissingProcessError
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 12, 10]}
@@ -226,7 +226,7 @@ def call(*clusters: Cluster, timeout_s: float) -> list:
     def one(i: int) -> None:
         try:
             found[i] = roll_call(clusters[i], timeout_s)
-        except MissingError as error:
+        except MissingProcessError as error:
             found[i] = str(error)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(clusters))]

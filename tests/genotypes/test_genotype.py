@@ -408,7 +408,7 @@ CELLS = {
 }
 
 
-def wire_points(wire: cell_drawing.Wire) -> np.ndarray:
+def wire_points(wire: cell_drawing.Edge) -> np.ndarray:
     """Points [N, 2] on a wire: cubic curves, vertical at their ends."""
     t = np.linspace(0, 1, 40)
     ends = np.array(list(itertools.pairwise(wire.points)))

@@ -32,7 +32,7 @@ def brute_force(costs, stages, *, transfer, memory, memory_limit, padding, objec
 
 def key_of(result: Partition, padding, objective):
     squares = sum(cost**2 for cost in result.costs)
-    largest = max(sum(padding[i] for i in stage) for stage in result.stages)
+    largest = max(sum(padding[i] for i in stage) for stage in result.layer_ranges)
     return (result.bottleneck, largest, squares) if objective == "bottleneck" else squares
 
 
@@ -61,9 +61,9 @@ def greedy_optimum(costs, stages):
 
 def assert_cut(result: Partition, layers, stages):
     """Contiguous, complete, no empty stage, bound kept."""
-    assert [i for stage in result.stages for i in stage] == list(range(layers))
-    assert len(result.stages) == len(result.costs) == stages
-    assert all(len(stage) > 0 for stage in result.stages)
+    assert [i for stage in result.layer_ranges for i in stage] == list(range(layers))
+    assert len(result.layer_ranges) == len(result.costs) == stages
+    assert all(len(stage) > 0 for stage in result.layer_ranges)
     assert result.bottleneck >= result.bound * (1 - 1e-12)
 
 
@@ -86,7 +86,7 @@ def test_partition_equals_enumeration(layers, objective):
         result = partition(costs, stages, objective=objective, **given)
         assert_cut(result, layers, stages)
         assert key_of(result, padding, objective) == best
-        assert max(sum(memory[i] for i in stage) for stage in result.stages) <= limit
+        assert max(sum(memory[i] for i in stage) for stage in result.layer_ranges) <= limit
         assert explicit(result.boundaries, costs, stages=stages, transfer=transfer) == result
     assert fits > 0
 
@@ -157,9 +157,9 @@ def test_memory_limit_moves_the_cut():
 def test_description():
     result = partition([10, 1, 1, 1], 2)
     assert result == Partition((1,), (10.0, 3.0), bound=10.0, layers=4)
-    assert result.stages == [range(0, 1), range(1, 4)]
+    assert result.layer_ranges == [range(0, 1), range(1, 4)]
     assert result.bottleneck == 10 and result.imbalance == pytest.approx(10 / 6.5)
-    assert partition([1, 2, 3], 1).stages == [range(3)]
+    assert partition([1, 2, 3], 1).layer_ranges == [range(3)]
     assert partition([0, 0], 2).imbalance == 1.0  # 0 / 0: even
 
 

@@ -9,7 +9,7 @@ from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
-from gpipe_jax.pipeline.stage_step import Call, Composite
+from gpipe_jax.pipeline.stage_step import Call, StageStep
 
 WIDTH = 4
 RNG = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
     def backward(local: dict, sums: dict) -> tuple:
         call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
         ids = jnp.asarray(stages.layer_ids()[0, 0])
-        stage = Composite(stages, 0, local, {"slots": [], "packs": []}, {}, ids, call)
+        stage = StageStep(stages, 0, local, {"slots": [], "packs": []}, {}, ids, call)
         return stage.backward(Boundary(x, {}), lambda y: ([g], y.x["ids"]), sums, {})
 
     arrays = storage.join_layers(0, params)
@@ -72,7 +72,7 @@ def test_parameters_that_are_read_late_change_nothing() -> None:
     stages = Stages(infer_shapes([LAYER], x), [range(1)])
     arrays = stages.params[0].join_layers(0, [{"w": np.full((WIDTH, WIDTH), np.inf, np.float32)}])
     call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
-    stage = Composite(stages, 0, arrays, {}, {}, jnp.zeros(1, int), call)
+    stage = StageStep(stages, 0, arrays, {}, {}, jnp.zeros(1, int), call)
     _, after = stage._after(arrays, Boundary({**x, "x": jnp.ones((2, WIDTH))}, {}))
     np.testing.assert_array_equal(after.x["x"], np.ones((2, WIDTH)))
     np.testing.assert_array_equal(after.x["ids"], x["ids"])

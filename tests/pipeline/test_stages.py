@@ -17,11 +17,11 @@ from gpipe_jax.distributed.mesh import STAGE, make_mesh
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.pipeline.ragged.boundary import Wire
+from gpipe_jax.pipeline.ragged.boundary import BoundaryFormat
 from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK
 from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
-from gpipe_jax.pipeline.stage_step import Call, Composite
+from gpipe_jax.pipeline.stage_step import Call, StageStep
 from gpipe_jax.utils.trees import PyTree, tree_bytes
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -97,12 +97,12 @@ def assert_equal(actual: PyTree, wanted: PyTree) -> None:
 def join(stages: Stages, layers: list[PyTree], *, statistics: bool = False) -> list[PyTree]:
     """All devices' arrays [K, ...] of each chunk."""
     storages = stages.stats if statistics else stages.params
-    blocks = [stages.join_block(storages, k, layers.__getitem__) for k in range(stages.devices)]
+    blocks = [stages.join_block(storages, k, layers.__getitem__) for k in range(stages.num_devices)]
     return jax.tree.map(lambda *a: np.concatenate(a), *blocks)
 
 
 def block_of(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
-    return jax.tree.map(lambda a: np.split(np.asarray(a), stages.devices)[k], arrays)
+    return jax.tree.map(lambda a: np.split(np.asarray(a), stages.num_devices)[k], arrays)
 
 
 def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
@@ -112,7 +112,7 @@ def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
 def split(stages: Stages, arrays: list[PyTree]) -> list[PyTree]:
     """All layers' parameters, in order."""
     layers: dict[int, PyTree] = {}
-    for k in range(stages.devices):
+    for k in range(stages.num_devices):
         layers |= stages.split_block(stages.params, k, block_of(stages, k, arrays))
     return [layers[i] for i in range(len(layers))]
 
@@ -147,7 +147,7 @@ def test_stages_go_round_the_devices() -> None:
     """Chunk c of device k is stage c K + k."""
     shapes = infer_shapes([Fake("a")] * 6, X)
     stages = Stages(shapes, even_cuts(6, 6), chunks=2)
-    assert (stages.devices, stages.last) == (3, 5)
+    assert (stages.num_devices, stages.last) == (3, 5)
     assert [stages.at(s) for s in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -183,7 +183,7 @@ def test_the_body_of_a_transformer_is_slots_without_padding() -> None:
     (storage,) = stages.params
     assert storage.packs == [] and {slot.depth for slot in storage.slots} == {2}
     assert {stages.parameter_bytes(k) for k in range(4)} == {stages.device_bytes()}
-    assert not stages.wire.packed
+    assert not stages.boundary_format.packed
 
 
 def test_unequal_convolution_stages_are_packed_and_no_larger_than_the_largest() -> None:
@@ -191,7 +191,7 @@ def test_unequal_convolution_stages_are_packed_and_no_larger_than_the_largest() 
     shapes = infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     stages = Stages(shapes, [range(0, 3), range(3, 5), range(5, 7), range(7, 9)])
     largest = max(stages.parameter_bytes(k) for k in range(4))
-    assert stages.params[0].packs and stages.wire.packed
+    assert stages.params[0].packs and stages.boundary_format.packed
     assert largest <= stages.device_bytes() <= largest * (1 + SLOT_SLACK)
     # Slots alone would hold one of almost everything.
     assert stages.device_bytes() < 0.5 * sum(stages.parameter_bytes(k) for k in range(4))
@@ -205,7 +205,7 @@ def test_one_stage_holds_its_parameters_and_nothing_else() -> None:
         == stages.parameter_bytes(0)
         == tree_bytes([shape.params for shape in shapes])
     )
-    assert stages.kind == [0] and stages.wire.shapes == []
+    assert stages.kind == [0] and stages.boundary_format.shapes == []
 
 
 # ---- kinds and runs -----------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_shared_parameters_are_gathered_and_their_gradients_added_where_they_are
     shapes, rng = infer_shapes(linked_network(2), X), np.random.default_rng(0)
     stages = Stages(shapes, cut_of_links(2), chunks=chunks)
     layers = [fill(shape.params, rng) for shape in shapes]
-    K = stages.devices
+    K = stages.num_devices
 
     def body(params: list) -> tuple:
         local = [from_block(arrays) for arrays in params]
@@ -372,7 +372,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, rema
         for s in range(4):
             (c, k), ids = stages.at(s), jnp.asarray(stages.layer_ids())
             p, st = on_device(stages, k, arrays)[c], on_device(stages, k, running)[c]
-            stage = Composite(stages, s, p, st, shared, ids[k, c], call)
+            stage = StageStep(stages, s, p, st, shared, ids[k, c], call)
             boundary, seen = stage.forward(boundary)
             moments.append(seen)
         assert boundary.skips == {}
@@ -406,7 +406,7 @@ def test_keys_of_examples_and_of_micro_batches_reach_every_layer(count: int) -> 
     def run(micro_batch: int, examples: int | None) -> np.ndarray:
         call = Call(jax.random.key(0), micro_batch, examples, train=True, progress=1.0)
         x = Boundary(jnp.zeros((examples or 2, 3)), {})
-        stage = Composite(stages, 0, params, params, {}, ids[0], call)
+        stage = StageStep(stages, 0, params, params, {}, ids[0], call)
         return np.asarray(stage.forward(x)[0].x)
 
     np.testing.assert_allclose(np.concatenate([run(0, 2), run(1, 2)]), run(0, 4), rtol=1e-5)
@@ -444,7 +444,7 @@ def test_commit_moves_every_layers_own_statistics(chunks: int) -> None:
     stages = Stages(shapes, [range(0, 11), range(11, 21)], chunks=chunks)
     stats, moments = ([fill(shape.stats, rng) for shape in shapes] for _ in range(2))
     arrays, seen = (join(stages, trees, statistics=True) for trees in (stats, moments))
-    for s, cut in enumerate(stages.cuts):
+    for s, cut in enumerate(stages.layer_ranges):
         c, k = stages.at(s)
         local = (on_device(stages, k, arrays)[c], on_device(stages, k, seen)[c])
         new = jax.device_get(jax.jit(stages.commit, static_argnums=0)(s, *local))
@@ -469,7 +469,7 @@ ALIKE = [{"x": spec((2, 3)), "ids": spec((2,), jnp.int32)}] * 3
 
 @pytest.mark.parametrize("boundaries", [RAGGED, ALIKE, RAGGED[:1], []])
 def test_boundaries_survive_the_wire(boundaries: list[PyTree]) -> None:
-    wire, rng = Wire(boundaries), np.random.default_rng(0)
+    wire, rng = BoundaryFormat(boundaries), np.random.default_rng(0)
     for tree in boundaries:
         specs = jax.tree.leaves(tree)
         leaves = [jnp.asarray(a) for a in jax.tree.leaves(fill(tree, rng))]
@@ -479,7 +479,7 @@ def test_boundaries_survive_the_wire(boundaries: list[PyTree]) -> None:
 
 
 def test_gradients_survive_the_wire_without_the_integers() -> None:
-    wire, rng = Wire(RAGGED), np.random.default_rng(0)
+    wire, rng = BoundaryFormat(RAGGED), np.random.default_rng(0)
     assert all(jnp.issubdtype(s.dtype, jnp.floating) for s in wire.gradient_shapes)
     for tree in RAGGED:
         specs = [s for s in jax.tree.leaves(tree) if s.dtype != jnp.int32]
@@ -490,10 +490,10 @@ def test_gradients_survive_the_wire_without_the_integers() -> None:
 
 
 def test_boundaries_that_are_alike_keep_their_shapes_and_others_are_packed_to_the_largest() -> None:
-    alike, ragged = Wire(ALIKE), Wire(RAGGED)
+    alike, ragged = BoundaryFormat(ALIKE), BoundaryFormat(RAGGED)
     assert not alike.packed and [s.shape for s in alike.shapes] == [(2,), (2, 3)]
     assert ragged.packed
     widths = {str(s.dtype): s.shape for s in ragged.shapes}
     assert widths == {"bfloat16": (3,), "float32": (14,), "int32": (10,)}
-    same_shapes_in_other_trees = Wire([{"x": spec((2,))}, (spec((2,)),)])
+    same_shapes_in_other_trees = BoundaryFormat([{"x": spec((2,))}, (spec((2,)),)])
     assert same_shapes_in_other_trees.packed

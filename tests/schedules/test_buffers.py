@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gpipe_jax.schedules.buffers import Rows, lower
+from gpipe_jax.schedules.buffers import BufferTable, lower
 from gpipe_jax.schedules.generators import CHUNKED, KINDS, TRAINING, make
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 
@@ -19,7 +19,7 @@ def schedules(kind: str) -> list[Schedule]:
     return [make(kind, *sizes) for sizes in [*GRID, *chunked]]
 
 
-def replay(schedule: Schedule, rows: Rows) -> list[tuple[int, int, str]]:
+def replay(schedule: Schedule, rows: BufferTable) -> list[tuple[int, int, str]]:
     """Run the rows as the executor does, on symbols: (operation, stage, what it sends) in turn.
 
     At each tick every device stores what arrived, reads its operands, and sends to the next device
@@ -60,7 +60,7 @@ def replay(schedule: Schedule, rows: Rows) -> list[tuple[int, int, str]]:
 
 def wanted(schedule: Schedule) -> set[tuple[int, int, str]]:
     """What `replay` must give, in the same symbols."""
-    last, trains = schedule.stages * schedule.chunks - 1, schedule.kind in TRAINING
+    last, trains = schedule.num_devices * schedule.chunks - 1, schedule.kind in TRAINING
     found = set()
     for m in range(schedule.micro_batches):
         inputs = [f"x{m}"]

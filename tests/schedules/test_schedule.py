@@ -101,7 +101,7 @@ def test_every_pair_is_done_once_and_when_its_inputs_are_there(kind: str) -> Non
         table = make(kind, K, M, V)
         tick = entries(table.table)
         assert set(tick) == set(itertools.product(operations, range(V * K), range(M)))
-        assert (table.stages, table.micro_batches, table.chunks) == (K, M, V)
+        assert (table.num_devices, table.micro_batches, table.chunks) == (K, M, V)
         validate(table.table)
         for (op, s, m), t in tick.items():
             needs = {

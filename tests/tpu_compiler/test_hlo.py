@@ -84,14 +84,14 @@ def test_cycles_follow_loops_and_the_slowest_branch() -> None:
 
 def test_loops_with_their_trip_counts() -> None:
     assert hlo.Module(MODULE).loops() == [
-        hlo.Loop("outer_body", 5, 5, 0),
-        hlo.Loop("inner_body", 3, 15, 1),
+        hlo.WhileLoop("outer_body", 5, 5, 0),
+        hlo.WhileLoop("inner_body", 3, 15, 1),
     ]
 
 
 def test_a_loop_of_unknown_length_counts_once() -> None:
     unknown = MODULE.replace("constant(7)", "parameter(1)")
-    assert hlo.Module(unknown).loops()[1] == hlo.Loop("inner_body", None, 5, 1)
+    assert hlo.Module(unknown).loops()[1] == hlo.WhileLoop("inner_body", None, 5, 1)
     assert hlo.Module(unknown).cycles() == 5 * (10 + 1) + 1000 + 100
     assert hlo.Module(MODULE.replace("direction=LT", "direction=NE")).loops()[1].trips is None
 

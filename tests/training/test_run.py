@@ -30,7 +30,7 @@ CONFIG = {
 }
 
 
-def assemble(workdir, *overrides: str) -> run.Parts:
+def assemble(workdir, *overrides: str) -> run.Assembly:
     return run.assemble(gpipe.load(CONFIG, overrides), workdir)
 
 
@@ -402,7 +402,7 @@ def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, 
 # --- folders that cannot be used -----------------------------------------------------------------
 
 
-def other_config(whole, *overrides: str) -> run.Parts:
+def other_config(whole, *overrides: str) -> run.Assembly:
     parts = whole[0]
     return parts._replace(config=gpipe.load(CONFIG, overrides))
 
@@ -467,7 +467,9 @@ def test_a_folder_that_another_run_is_using(whole, tmp_path):
     parts = whole[0]._replace(workdir=epath.Path(tmp_path))
     with (
         run.alone_in(parts.workdir),
-        pytest.raises(errors.InUseError, match=r"another run is using .*: end it, or wait until"),
+        pytest.raises(
+            errors.RunInUseError, match=r"another run is using .*: end it, or wait until"
+        ),
     ):
         run.train(parts, lambda record: None)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -479,7 +481,7 @@ def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypat
     """Another run that is about to end may still write some."""
 
     def newest(*_):
-        with pytest.raises(errors.InUseError), run.alone_in(whole[0].workdir):
+        with pytest.raises(errors.RunInUseError), run.alone_in(whole[0].workdir):
             pass
         raise Interrupted
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax.checkpoint.by_layer import Layers
+from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.config import AdamConfig
 from gpipe_jax.errors import DivergedError
 from gpipe_jax.training import optimizers, trainer
@@ -63,7 +63,7 @@ def trainers() -> dict[int, Trainer]:
 
 
 @pytest.fixture(scope="module")
-def fresh(trainers) -> Layers:
+def fresh(trainers) -> LayerTrees:
     """The state that all tests start from, as layers."""
     one = trainers[2]
     current = one.init(seed=3)
@@ -72,7 +72,7 @@ def fresh(trainers) -> Layers:
     return saved
 
 
-def params_of(saved: Layers) -> list:
+def params_of(saved: LayerTrees) -> list:
     return [saved.layers[i]["params"] for i in range(len(saved.layers))]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gpipe_jax.utils.trees import PyTree, differentiable
 
 
-class Wire:
+class BoundaryFormat:
     """What crosses stage boundaries, as arrays whose shapes are the same for every boundary."""
 
     def __init__(self, boundaries: Sequence[PyTree]) -> None:

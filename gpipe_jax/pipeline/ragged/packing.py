@@ -15,7 +15,7 @@ from gpipe_jax.utils.trees import PyTree
 SLOT_SLACK = 0.2
 
 
-class Place(NamedTuple):
+class LeafPlace(NamedTuple):
     """Where one leaf of a run of layers is kept."""
 
     shape: tuple[int, ...]  # of one layer's leaf
@@ -35,7 +35,7 @@ class Group(NamedTuple):
     count: int
     scanned: bool  # read as one tree of arrays [n, ...], else as n trees
     treedef: Any  # of one layer's tree
-    places: tuple[Place, ...]
+    places: tuple[LeafPlace, ...]
 
 
 class Slot(NamedTuple):
@@ -84,7 +84,7 @@ def choose_places(
 def _group(count: int, scanned: bool, tree: PyTree) -> Group:
     """A run whose leaves are not yet placed (offset 0, no slot)."""
     leaves, treedef = jax.tree.flatten(tree)
-    places = tuple(Place(tuple(a.shape), np.dtype(a.dtype), None, 0) for a in leaves)
+    places = tuple(LeafPlace(tuple(a.shape), np.dtype(a.dtype), None, 0) for a in leaves)
     return Group(count, scanned, treedef, places)
 
 

@@ -20,8 +20,8 @@ from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.pipeline.ragged.boundary import Wire
-from gpipe_jax.pipeline.ragged.packing import Place
+from gpipe_jax.pipeline.ragged.boundary import BoundaryFormat
+from gpipe_jax.pipeline.ragged.packing import LeafPlace
 from gpipe_jax.pipeline.ragged.storage import Storage, from_block, to_block
 from gpipe_jax.utils.trees import PyTree, same_shapes, signature, tree_bytes
 
@@ -45,7 +45,7 @@ class Owner(NamedTuple):
     """Where a tied parameter is kept."""
 
     stage: int
-    place: Place
+    place: LeafPlace
 
 
 class Stages:
@@ -59,43 +59,43 @@ class Stages:
     def __init__(
         self,
         shapes: Sequence[LayerShape],
-        cuts: Sequence[range],
+        layer_ranges: Sequence[range],
         *,
         chunks: int = 1,
         remat_layers: bool = False,
     ) -> None:
-        self.shapes, self.cuts, self.chunks = shapes, cuts, chunks
+        self.shapes, self.layer_ranges, self.chunks = shapes, layer_ranges, chunks
         self.remat_layers = remat_layers
-        self.devices = len(cuts) // chunks
-        self.wire = Wire([shapes[cut[0]].boundary for cut in cuts[1:]])
+        self.num_devices = len(layer_ranges) // chunks
+        self.boundary_format = BoundaryFormat([shapes[cut[0]].boundary for cut in layer_ranges[1:]])
         longest = 1 if remat_layers else MAX_UNROLL
-        self.runs = [_find_runs(shapes, cut, longest) for cut in cuts]
+        self.runs = [_find_runs(shapes, cut, longest) for cut in layer_ranges]
         self.params = self._store(lambda shape: shape.params)
         self.stats = self._store(lambda shape: shape.stats)
         self.owners = self._find_owners()
         names: dict = {}
-        self.kind = [names.setdefault(self._signature(s), s) for s in range(len(cuts))]
+        self.kind = [names.setdefault(self._signature(s), s) for s in range(len(layer_ranges))]
 
     def _store(self, tree: Callable[[LayerShape], PyTree]) -> list[Storage]:
         stages = [
             [(run.count, run.scanned, tree(self.shapes[cut[run.start]])) for run in runs]
-            for runs, cut in zip(self.runs, self.cuts, strict=True)
+            for runs, cut in zip(self.runs, self.layer_ranges, strict=True)
         ]
-        K = self.devices
+        K = self.num_devices
         return [Storage(stages[c * K : (c + 1) * K]) for c in range(self.chunks)]
 
     @property
     def last(self) -> int:
         """The last stage, K V - 1."""
-        return len(self.cuts) - 1
+        return len(self.layer_ranges) - 1
 
     def at(self, s: int) -> tuple[int, int]:
         """(chunk, device) of stage s."""
-        return divmod(s, self.devices)
+        return divmod(s, self.num_devices)
 
     def input(self, s: int) -> Boundary:
         """What stage s gets, as shapes."""
-        return self.shapes[self.cuts[s][0]].boundary
+        return self.shapes[self.layer_ranges[s][0]].boundary
 
     def passing(self, s: int) -> set[str]:
         """Names of the skips that cross stage s, which does nothing but hand them on."""
@@ -112,8 +112,8 @@ class Stages:
 
     def layer_ids(self) -> np.ndarray:
         """int32 [K, V, longest stage]: the global ids of each stage's layers, padded with zeros."""
-        ids = np.zeros((self.devices, self.chunks, max(map(len, self.cuts))), np.int32)
-        for s, cut in enumerate(self.cuts):
+        ids = np.zeros((self.num_devices, self.chunks, max(map(len, self.layer_ranges))), np.int32)
+        for s, cut in enumerate(self.layer_ranges):
             c, k = self.at(s)
             ids[k, c, : len(cut)] = cut
         return ids
@@ -134,7 +134,7 @@ class Stages:
         c, k = self.at(s)
         trees = []
         for run in self.runs[s]:
-            shape = self.shapes[self.cuts[s][run.start]]
+            shape = self.shapes[self.layer_ranges[s][run.start]]
             one = lambda i, shape=shape: make(shape, i)  # noqa: E731
             each = ids[c, run.start : run.start + run.count]
             trees.append(lax.map(one, each) if run.scanned else [one(i) for i in each])
@@ -142,7 +142,7 @@ class Stages:
 
     def layers_of(self, k: int) -> list[int]:
         """Global ids of device k's layers, in all its chunks."""
-        return [i for cut in self.cuts[k :: self.devices] for i in cut]
+        return [i for cut in self.layer_ranges[k :: self.num_devices] for i in cut]
 
     def split_block(self, storages: Sequence[Storage], k: int, block: list) -> dict[int, PyTree]:
         """Device k's arrays, in numpy, as one tree for each of its layers, by global id."""
@@ -157,7 +157,7 @@ class Stages:
         self, storages: Sequence[Storage], k: int, layer: Callable[[int], PyTree]
     ) -> list[dict]:
         """The inverse of `split_block`, of `layer(i)` for each of device k's layers."""
-        cuts = self.cuts[k :: self.devices]
+        cuts = self.layer_ranges[k :: self.num_devices]
         return [
             to_block(storage.join_layers(k, [jax.tree.map(np.asarray, layer(i)) for i in cut]))
             for storage, cut in zip(storages, cuts, strict=True)
@@ -217,7 +217,7 @@ class Stages:
 
     def parameter_bytes(self, k: int) -> int:
         """Bytes of device k's own parameters, in all its chunks."""
-        cuts = self.cuts[k :: self.devices]
+        cuts = self.layer_ranges[k :: self.num_devices]
         return sum(tree_bytes(self.shapes[i].params) for cut in cuts for i in cut)
 
     def device_bytes(self) -> int:

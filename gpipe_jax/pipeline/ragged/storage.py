@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from gpipe_jax.pipeline.ragged.boundary import like, pack
-from gpipe_jax.pipeline.ragged.packing import Place, choose_places
+from gpipe_jax.pipeline.ragged.packing import LeafPlace, choose_places
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -68,18 +68,18 @@ class Storage:
         """Which leaves of run r of stage k are in a pack."""
         return [n for n, place in enumerate(self.groups[k][r].places) if place.slot is None]
 
-    def read_leaf(self, place: Place, arrays: dict) -> Any:
+    def read_leaf(self, place: LeafPlace, arrays: dict) -> Any:
         """The leaf kept at `place`, of a single layer."""
         return self._rows(place, 0, 1, arrays)[0]
 
-    def _rows(self, place: Place, i: Any, count: int, arrays: dict) -> Any:
+    def _rows(self, place: LeafPlace, i: Any, count: int, arrays: dict) -> Any:
         """A leaf of `count` layers of a run from layer i on, [count, ...]."""
         if place.slot is not None:
             return _part(arrays["slots"][place.slot], i, count)
         flat, size = arrays["packs"][self._pack(place)], place.size
         return _part(flat, place.offset + i * size, count * size).reshape(count, *place.shape)
 
-    def _pack(self, place: Place) -> int:
+    def _pack(self, place: LeafPlace) -> int:
         return [spec.dtype for spec in self.packs].index(place.dtype)
 
     def add(self, k: int, r: int, i: Any, arrays: dict, tree: PyTree) -> dict:
@@ -93,11 +93,11 @@ class Storage:
             arrays = self._add_rows(place, 0 if i is None else i, arrays, value)
         return arrays
 
-    def add_leaf(self, place: Place, arrays: dict, value: jax.Array) -> dict:
+    def add_leaf(self, place: LeafPlace, arrays: dict, value: jax.Array) -> dict:
         """Traced: `arrays` with `value` added to the leaf kept at `place`, of a single layer."""
         return self._add_rows(place, 0, arrays, value[None])
 
-    def _add_rows(self, place: Place, i: Any, arrays: dict, value: jax.Array) -> dict:
+    def _add_rows(self, place: LeafPlace, i: Any, arrays: dict, value: jax.Array) -> dict:
         """Add to a leaf of some layers of a run from layer i on; `value` is [some, ...]."""
         slots, packs = list(arrays["slots"]), list(arrays["packs"])
         if place.slot is not None:

@@ -35,7 +35,7 @@ class Norm(nnx.Module):
 
 
 @dataclass(frozen=True)
-class Reader:
+class InputReader:
     """relu, 1x1 convolution and batch norm of a concatenation: a state of `features`.
 
     With `halve` at half the resolution. If it is `optional` it leaves out what a match leaves out:

@@ -23,7 +23,7 @@ from nas.training.interpreter import encoding, parameter_table, structure
 from nas.training.interpreter.encoding import Code, Concat
 from nas.training.interpreter.operation_union import call
 from nas.training.interpreter.structure import STEM, Spot
-from nas.training.network import PyTree, Shape, Values
+from nas.training.network import PyTree, Shape, Variables
 from nas.training.static import Static
 
 
@@ -74,7 +74,7 @@ class Interpreter:
         """The cells."""
         norm = Normalization(self.shape.batch_norm_momentum)
         return structure.make_spots(
-            self.shape.cells, self.shape.filters, self.operations, self.pairs, norm
+            self.shape.cells_per_stack, self.shape.filters, self.operations, self.pairs, norm
         )
 
     @functools.cached_property
@@ -100,17 +100,17 @@ class Interpreter:
 
     # --- Network ----------------------------------------------------------------------------------
 
-    def init(self, architecture: Code, key: jax.Array) -> Values:
+    def init(self, architecture: Code, key: jax.Array) -> Variables:
         """Fresh values, distributed as those of `Static`; zero where nothing is used."""
         parameters, statistics = self.entries(architecture)
-        return Values(parameter_table.draw(parameters, key), parameter_table.starts(statistics))
+        return Variables(parameter_table.draw(parameters, key), parameter_table.starts(statistics))
 
     def used(self, architecture: Code) -> PyTree:
         """Like the parameters: 1 for each entry that the network has, 0 for padding."""
         return parameter_table.used(self.entries(architecture)[0])
 
     def apply(
-        self, architecture: Code, values: Values, images: jax.Array, *, train: bool
+        self, architecture: Code, values: Variables, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
         """Scores [B, classes] of images [B, H, W, C], and the statistics after this call."""
         p, s = values
@@ -120,7 +120,7 @@ class Interpreter:
         return scores, {**new, "stem": stem, "classifier": classifier}
 
     def _cells(
-        self, code: Code, values: Values, x: jax.Array, train: bool
+        self, code: Code, values: Variables, x: jax.Array, train: bool
     ) -> tuple[Buffer, PyTree]:
         """The last cell's output for the stem's, and the cells' statistics."""
         p, s = values
@@ -134,7 +134,7 @@ class Interpreter:
                 reduced, new = _reduce(spot, code, *both, now, before, train)
                 before, now, place = now, reduced, place + 1
                 reductions.append(new)
-            count = self.shape.cells - (k == 0)
+            count = self.shape.cells_per_stack - (k == 0)
             run = self.spots[place : place + count]
             place += count
             new = {}
@@ -153,7 +153,7 @@ class Interpreter:
         whole = {"linear": {**linear, "kernel": kernel}}
         return call(self.classifier, whole, statistics, (x, x), train=False)
 
-    def inherit(self, child: Code, parent: Code, fresh: Values, trained: Values) -> Values:
+    def inherit(self, child: Code, parent: Code, fresh: Variables, trained: Variables) -> Variables:
         """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.
 
         That is where both have the entry, and in a slot the operations have equal shapes; a
@@ -165,7 +165,7 @@ class Interpreter:
             jax.tree.map(lambda keep, new, old: jnp.where(keep, old, new), *trees)
             for trees in zip(same, fresh, trained, strict=True)
         ]
-        return Values(*agreeing)
+        return Variables(*agreeing)
 
 
 def _cell_entries(spot: Spot, code: Code) -> tuple[PyTree, PyTree]:

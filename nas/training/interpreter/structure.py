@@ -10,7 +10,7 @@ from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.cell import Body
 from nas.training.interpreter.encoding import Code, Concat, whole
-from nas.training.interpreter.inputs import Reader
+from nas.training.interpreter.inputs import InputReader
 
 STEM = 3
 """The stem is as wide as so many states of the first cell."""
@@ -21,8 +21,8 @@ class Spot(NamedTuple):
 
     kind: str  # "first", "normal" or "reduction"
     body: Body
-    enter: Reader
-    match: Reader | None  # the first cell has none
+    enter: InputReader
+    match: InputReader | None  # the first cell has none
     sources: tuple[str, str]  # whose outputs these read: "stem", "normal" or "reduction"
 
 
@@ -39,12 +39,12 @@ def make_spots(
         (skip, skip_features, skip_states), (x, x_features, x_states) = outputs[-2:]
         halve = i > 0 and kinds[i - 1] == "reduction"
         optional = not halve and skip != "stem"
-        match = Reader(skip_states, skip_features, features, norm, halve, optional)
+        match = InputReader(skip_states, skip_features, features, norm, halve, optional)
         spots.append(
             Spot(
                 kind,
                 Body(kind, operations, pairs, features, norm),
-                Reader(x_states, x_features, features, norm),
+                InputReader(x_states, x_features, features, norm),
                 None if kind == "first" else match,
                 (x, skip),
             )

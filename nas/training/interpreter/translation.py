@@ -14,7 +14,7 @@ from nas.training.interpreter import parameter_table, structure
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.operation_union import flatten, unflatten
 from nas.training.interpreter.structure import STEM, Spot
-from nas.training.network import PyTree, Values
+from nas.training.network import PyTree, Variables
 from nas.training.static import Static
 
 
@@ -23,7 +23,7 @@ def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> A
     static = Static(interpreter.shape)
     architecture = static.encode(genotype)
     likes = zip(*(layer.shapes(None) for layer in static.layers(architecture)), strict=True)
-    return Values(
+    return Variables(
         *(
             _layers(interpreter, genotype, tree, list(like), side)
             for side, (tree, like) in enumerate(zip(values, likes, strict=True))
@@ -31,14 +31,14 @@ def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> A
     )
 
 
-def from_static(interpreter: Interpreter, genotype: Genotype, values: Values) -> Values:
+def from_static(interpreter: Interpreter, genotype: Genotype, values: Variables) -> Variables:
     """The values that the interpreter has for the same network; its padding is zero."""
     found = interpreter.entries(interpreter.encode(genotype))
     dtype = jax.tree.leaves(values)[0].dtype
     blank = [
         jax.tree.map(lambda a: a.astype(dtype), parameter_table.starts(tree)) for tree in found
     ]
-    return Values(
+    return Variables(
         *(
             _tree(interpreter, genotype, start, layers)
             for start, layers in zip(blank, values, strict=True)

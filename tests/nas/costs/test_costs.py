@@ -130,7 +130,7 @@ def test_what_is_compiled_is_inference_of_a_batch_on_one_device(monkeypatch) -> 
 
     seen: list = []
     monkeypatch.setattr(compiler, "compile_programs", compile_programs)
-    network = Static(Shape(cells=1, filters=2, image=4, channels=3, classes=5))
+    network = Static(Shape(cells_per_stack=1, filters=2, image=4, channels=3, classes=5))
     inference.compile_for(network, genotypes(1)[0], 7, "v3:2x2")
     assert seen == [((7, 4, 4, 3), ("tpu",), topologies.parse("v3:2x2"))]
 
@@ -146,8 +146,8 @@ def test_a_compiler_that_dies_costs_only_the_candidate(monkeypatch) -> None:
     with pytest.warns(RuntimeWarning, match="TPU compiler failed for a network.*killed by signal"):
         assert costs.latency_ms(genotype) == costs.memory_mib(genotype) == math.inf
     assert _compile(costs, genotype.canonical()).error == str(errors[0])
-    errors[0] = gpipe_jax_errors.NotInstalledError("no libtpu")
-    with pytest.raises(gpipe_jax_errors.NotInstalledError, match="no libtpu"):
+    errors[0] = gpipe_jax_errors.CompilerNotInstalledError("no libtpu")
+    with pytest.raises(gpipe_jax_errors.CompilerNotInstalledError, match="no libtpu"):
         costs.latency_ms(other)
 
 
@@ -211,7 +211,8 @@ def test_what_is_missing(monkeypatch) -> None:
         NetworkCosts().latency_ms(genotypes(1)[0])
     monkeypatch.setattr(libtpu, "versions", lambda: {"libtpu": None})
     with pytest.raises(
-        gpipe_jax_errors.NotInstalledError, match=r"needs its compiler, libtpu, .*: pip inst"
+        gpipe_jax_errors.CompilerNotInstalledError,
+        match=r"needs its compiler, libtpu, .*: pip inst",
     ):
         NetworkCosts(topology="v5e:1x1")
 

@@ -166,7 +166,7 @@ def test_other_texts_are_no_cells(text) -> None:
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 def test_the_table_and_its_classes() -> None:
     """Texts, the optimum, and canonical forms, of which each published class has only one."""
-    each, table = nas.NASBench201Space(), nasbench201_table.Table("cifar10", DATA)
+    each, table = nas.NASBench201Space(), nasbench201_table.NASBench201Table("cifar10", DATA)
     with np.load(table.path, allow_pickle=False) as file:
         texts, classes = file["arch_str"].tolist(), file["canonical_id"].tolist()
     cells = list(table.rows)
@@ -180,11 +180,11 @@ def test_the_table_and_its_classes() -> None:
 def test_a_table_that_is_not_there(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("GPIPE_JAX_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="is not given and GPIPE_JAX_DATA is not set: give"):
-        nasbench201_table.Table()
+        nasbench201_table.NASBench201Table()
     with pytest.raises(FileNotFoundError, match=r"has no nb201\.npz; put it there"):
-        nasbench201_table.Table(folder=tmp_path)
+        nasbench201_table.NASBench201Table(folder=tmp_path)
     with pytest.raises(ValueError, match="dataset: unknown 'mnist'; known: cifar10, cifar100"):
-        nasbench201_table.Table("mnist")
+        nasbench201_table.NASBench201Table("mnist")
     (tmp_path / "nb201.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="cannot be read as NAS-Bench-201's table"):
-        nasbench201_table.Table(folder=tmp_path).rows  # noqa: B018
+        nasbench201_table.NASBench201Table(folder=tmp_path).rows  # noqa: B018

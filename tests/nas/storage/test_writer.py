@@ -14,7 +14,7 @@ from searches import Bits, drive, small
 
 import nas
 from nas import Job, Search, errors
-from nas.errors import BusyError, MismatchError
+from nas.errors import MismatchError, SearchInUseError
 from nas.storage import local_disk, schema
 from nas.storage.reader import Reader
 from nas.storage.writer import Store
@@ -49,7 +49,7 @@ small({str(tmp_path)!r})
 """
     with small(tmp_path):
         with pytest.raises(
-            BusyError, match=r"in use by another driver \(process \d+ on .*\): stop"
+            SearchInUseError, match=r"in use by another driver \(process \d+ on .*\): stop"
         ):
             small(tmp_path)
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -152,9 +152,11 @@ def test_a_newer_version_is_refused(path) -> None:
     connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     connection.close()
     for opens in (Reader, Store):
-        with pytest.raises(errors.VersionError, match=r"has version 3 .* knows up to 2: install a"):
+        with pytest.raises(
+            errors.StoreVersionError, match=r"has version 3 .* knows up to 2: install a"
+        ):
             opens(path)
-    with pytest.raises(errors.VersionError):
+    with pytest.raises(errors.StoreVersionError):
         Store(path)  # the lock is free again
 
 

@@ -13,7 +13,7 @@ from gpipe_jax.genotypes.genotype import Genotype
 from nas.spaces.nasnet import NASNetSpace
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.translation import from_static, to_static
-from nas.training.network import Network, PyTree, Shape, Values
+from nas.training.network import Network, PyTree, Shape, Variables
 from nas.training.static import Static
 
 
@@ -27,18 +27,18 @@ class Step(NamedTuple):
     evaluation: jax.Array
 
 
-def step(network: Network, architecture: Any, values: Values, images: jax.Array) -> Step:
+def step(network: Network, architecture: Any, values: Variables, images: jax.Array) -> Step:
     labels = jnp.arange(images.shape[0]) % network.shape.classes
 
     def loss(parameters: PyTree) -> tuple[jax.Array, tuple]:
-        both = Values(parameters, values.statistics)
+        both = Variables(parameters, values.statistics)
         scores, statistics = network.apply(architecture, both, images, train=True)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)
         return -chosen.mean(), (scores, statistics)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     (value, (scores, statistics)), gradients = gradient(values.parameters)
-    after = Values(values.parameters, statistics)
+    after = Variables(values.parameters, statistics)
     evaluation, same = network.apply(architecture, after, images, train=False)
     assert same is statistics or jax.tree.structure(same) == jax.tree.structure(statistics)
     return Step(value, scores, gradients, statistics, evaluation)
@@ -50,12 +50,12 @@ def images(shape: Shape, examples: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def shapes(static: Static, genotype: Genotype) -> Values:
+def shapes(static: Static, genotype: Genotype) -> Variables:
     """Of its values; seconds for a large one."""
     return jax.eval_shape(static.init, static.encode(genotype), jax.random.key(0))
 
 
-def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
+def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Variables:
     """Values of which no two entries are alike, so that to mistake one shows."""
     rng = np.random.default_rng(seed)
 
@@ -69,7 +69,7 @@ def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Values:
         return jnp.asarray(0.5 + draw**2 if path[-1].key == "var" else draw, static.shape.dtype)
 
     parameters, statistics = shapes(static, genotype)
-    return Values(
+    return Variables(
         jax.tree.map_with_path(parameter, parameters),
         jax.tree.map_with_path(statistic, statistics),
     )
@@ -84,7 +84,7 @@ class Pair:
         self.program: jax.stages.Compiled | None = None
         self.other = jax.jit(functools.partial(step, self.static))
 
-    def one(self, architecture: Any, values: Values, images: jax.Array) -> Step:
+    def one(self, architecture: Any, values: Variables, images: jax.Array) -> Step:
         """The interpreter's step, by a program that can't be compiled anew for what differs."""
         if self.program is None:
             jitted = jax.jit(functools.partial(step, self.interpreter))
@@ -99,7 +99,7 @@ class Pair:
         wanted = self.other(self.static.encode(genotype), values, self.images)
         used = self.interpreter.used(architecture)
         padding = jax.tree.map(lambda g, u: g[np.asarray(u) == 0], found.gradients, used)
-        both = Values(found.gradients, found.statistics)
+        both = Variables(found.gradients, found.statistics)
         gradients, statistics = to_static(self.interpreter, genotype, both)
         return found._replace(gradients=gradients, statistics=statistics), wanted, padding
 
@@ -114,7 +114,7 @@ class Pair:
         one = self._train(self.one, self.interpreter.encode(genotype), both, steps)
         return one, self._train(self.other, self.static.encode(genotype), values, steps)
 
-    def _train(self, run: Any, architecture: Any, values: Values, steps: int) -> list[float]:
+    def _train(self, run: Any, architecture: Any, values: Variables, steps: int) -> list[float]:
         losses = []
         for _ in range(steps):
             found = run(architecture, values, self.images)
@@ -122,7 +122,7 @@ class Pair:
             parameters = jax.tree.map(
                 lambda p, g: p - 0.001 * g, values.parameters, found.gradients
             )
-            values = Values(parameters, found.statistics)
+            values = Variables(parameters, found.statistics)
         return losses
 
 

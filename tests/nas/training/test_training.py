@@ -20,7 +20,7 @@ from nas.errors import MismatchError
 from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.loop import Training
-from nas.training.network import Values
+from nas.training.network import Variables
 from nas.training.recipe import Plan, rate
 from nas.workers import task
 
@@ -78,7 +78,7 @@ def test_an_epoch_is_this_loop() -> None:
     seen = []
 
     def loss(parameters, statistics, index):
-        values = Values(parameters, statistics)
+        values = Variables(parameters, statistics)
         scores, new = network.apply(architecture, values, data.images[index], train=True)
         wanted = 0.9 * jax.nn.one_hot(data.labels[index], 10) + 0.1 / 10
         return -(wanted * jax.nn.log_softmax(scores)).sum(-1).mean(), new
@@ -102,7 +102,7 @@ def test_an_epoch_is_this_loop() -> None:
                 velocity, gradient, want.parameters, used,
             )  # fmt: skip
             moved = jax.tree.map(lambda p, v: p - now * v, want.parameters, velocity)  # noqa: B023
-            want, step = Values(moved, new), step + 1
+            want, step = Variables(moved, new), step + 1
         state, mean = jax.jit(functools.partial(programs.epoch, network, recipe))(
             state, architecture, plan, data.images, data.labels
         )

@@ -16,7 +16,7 @@ from paths import HELPERS
 from toy import job, search, trace
 
 import nas
-from nas.errors import LostValuesError
+from nas.errors import LostWeightsError
 from nas.training import weights
 from nas.training.loop import Training
 
@@ -121,7 +121,7 @@ def test_workers_that_do_not_see_the_runs_folder_end_the_search(tmp_path) -> Non
     whole = search(tmp_path, name="whole", **WARM)
     found = r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search on"
     remedy = ".*: with retrain_warm .* resume with workers on this machine, such as 'devices', or"
-    with pytest.raises(LostValuesError, match=found + remedy):
+    with pytest.raises(LostWeightsError, match=found + remedy):
         search(tmp_path, Elsewhere(tmp_path / "disk"), **WARM)
     assert (tmp_path / "disk" / "search" / "weights" / "0-1.safetensors").exists()
     result = nas.load("search", tmp_path)

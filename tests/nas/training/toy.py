@@ -15,7 +15,7 @@ import numpy as np
 
 import nas
 from nas.training.evaluator import TrainingEvaluator
-from nas.training.network import Shape, Values
+from nas.training.network import Shape, Variables
 
 SLOTS = 10
 
@@ -33,12 +33,12 @@ class Toy:
         elements = [element for pair in genotype.normal.pairs for element in pair]
         return np.array([name != "identity" for name, _ in elements], np.float32)
 
-    def init(self, architecture, key) -> Values:
+    def init(self, architecture, key) -> Variables:
         pixels = self.shape.image**2 * self.shape.channels
         a, b = jax.random.split(key)
         inner = jax.random.normal(a, (pixels, SLOTS)) / 8 * architecture
         outer = jax.random.normal(b, (SLOTS, self.shape.classes)) / 3 * architecture[:, None]
-        return Values({"inner": inner, "outer": outer}, {"mean": jnp.zeros(SLOTS)})
+        return Variables({"inner": inner, "outer": outer}, {"mean": jnp.zeros(SLOTS)})
 
     def apply(self, architecture, values, images, *, train):
         p, s = values
@@ -54,12 +54,12 @@ class Toy:
         outer = jnp.broadcast_to(architecture[:, None], (SLOTS, self.shape.classes))
         return {"inner": inner, "outer": outer}
 
-    def inherit(self, child, parent, fresh, trained) -> Values:
+    def inherit(self, child, parent, fresh, trained) -> Variables:
         both = child * parent > 0
         inner = jnp.where(both, trained.parameters["inner"], fresh.parameters["inner"])
         outer = jnp.where(both[:, None], trained.parameters["outer"], fresh.parameters["outer"])
         mean = jnp.where(both, trained.statistics["mean"], fresh.statistics["mean"])
-        return Values({"inner": inner, "outer": outer}, {"mean": mean})
+        return Variables({"inner": inner, "outer": outer}, {"mean": mean})
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ToyEvaluator(TrainingEvaluator):
     def network(self) -> Any:
         found = self.data_fits()
         _, size, _, channels = found.images.shape
-        sizes = (self.cells, self.filters, size, channels, found.classes)
+        sizes = (self.cells_per_stack, self.filters, size, channels, found.classes)
         return Toy(Shape(*sizes, dtype=self.dtype))
 
 

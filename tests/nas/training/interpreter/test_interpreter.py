@@ -20,7 +20,7 @@ from nas.training.network import Shape
 from nas.training.static import Static
 
 SPACE = NASNetSpace(2, ("identity", "sep_3x3", "max_pool_3x3", "conv_1x7_7x1"))
-SMALL = Shape(cells=2, filters=4, image=8, channels=1, classes=3, dtype="float64")
+SMALL = Shape(cells_per_stack=2, filters=4, image=8, channels=1, classes=3, dtype="float64")
 
 
 def cell(*pairs: tuple, concat: tuple[int, ...]) -> Cell:
@@ -109,7 +109,7 @@ def test_values_survive_both_translations(pair: Pair) -> None:
 @SLOW
 def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
     """Means, spreads and bounds, of every array that is large enough to tell."""
-    shape = Shape(cells=2, filters=32, image=8, channels=3, classes=10)
+    shape = Shape(cells_per_stack=2, filters=32, image=8, channels=3, classes=10)
     interpreter, static = Interpreter(shape), Static(shape)
     genotype = random_genotype(2)
     values = interpreter.init(interpreter.encode(genotype), jax.random.key(1))
