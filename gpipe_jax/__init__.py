@@ -1,20 +1,27 @@
-"""Pipeline parallelism with micro-batches for any sequence of Flax layers.
+"""Train any list of Flax layers as a pipeline with micro-batches.
 
-Reading order, which is also the order of the imports and of the data:
+The public names are those of `__all__`; everything else may change between versions. A file
+imports only from rooms (folders) below its own:
 
-    config -> zoo (layers) -> cost -> partition -> stages -> state -> composite -> device --+
-                                               schedule (who, what, when) ------------------+->
-    executor -> pipeline -> trainer -> run, planning
+    cli                                   the commands of `gpipe`
+    planner                               memory and time on a TPU slice, predicted; best layouts
+    training                              optimizers, the trainer, runs that save and resume
+    checkpoint                            one file format for every layout; export
+    pipeline                              the program of all devices
+    partition, zoo, sequential            balanced stages; networks; the reference
+    layers, config, tpu_compiler          Flax layers; settings; compile without a TPU
+    distributed, genotypes, data, plots   meshes, hosts; cells; data sets; pictures
+    utils, errors, schedules, losses      what everything else uses
 
-Names are imported when they are first used, so that `import gpipe_jax` is quick, and commands that
-need no accelerator (`gpipe schedule`, `gpipe config`) never load one.
+Names are imported when they are first used. So `import gpipe_jax` is quick, and commands that need
+no accelerator (`gpipe schedule`, `gpipe config`) never load one.
 """
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gpipe_jax import data, losses, plots, schedules, sequential, zoo
+    from gpipe_jax import data, errors, losses, plots, schedules, sequential, zoo
     from gpipe_jax.config.loader import load
     from gpipe_jax.config.run import Config
     from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
@@ -27,22 +34,31 @@ if TYPE_CHECKING:
     from gpipe_jax.training import optimizers
     from gpipe_jax.training.trainer import Trainer
 
+    __version__: str
+
+# Each public name and its home, "module:name"; "module:" is the module itself.
 _HOME = {
-    "Config": "config",
-    "ConfigError": "config.loader",
-    "Layer": "layers.layer",
-    "Pipeline": "pipeline.pipeline",
-    "State": "pipeline.state",
-    "Trainer": "training.trainer",
-    "count_parameters": "layers.shape_inference",
-    "layer": "layers.layer",
-    "load": "config.loader",
-    "make_mesh": "distributed.mesh",
-    "plan": "planner.planner",
-    "simulate_devices": "distributed.mesh",
+    "Config": "config.run:Config",
+    "ConfigError": "errors:ConfigError",
+    "Layer": "layers.layer:Layer",
+    "Pipeline": "pipeline.pipeline:Pipeline",
+    "State": "pipeline.state:State",
+    "Trainer": "training.trainer:Trainer",
+    "count_parameters": "layers.shape_inference:count_parameters",
+    "data": "data:",
+    "errors": "errors:",
+    "layer": "layers.layer:layer",
+    "load": "config.loader:load",
+    "losses": "losses:",
+    "make_mesh": "distributed.mesh:make_mesh",
+    "optimizers": "training.optimizers:",
+    "plan": "planner.planner:plan",
+    "plots": "plots:",
+    "schedules": "schedules:",
+    "sequential": "sequential:",
+    "simulate_devices": "distributed.mesh:simulate_devices",
+    "zoo": "zoo:",
 }
-_MODULES = {name: name for name in ("data", "losses", "plots", "schedules", "sequential", "zoo")}
-_MODULES["optimizers"] = "training.optimizers"
 
 __all__ = [
     "Config",
@@ -53,6 +69,7 @@ __all__ = [
     "Trainer",
     "count_parameters",
     "data",
+    "errors",
     "layer",
     "load",
     "losses",
@@ -69,9 +86,11 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(importlib.import_module(f"gpipe_jax.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"gpipe_jax.{_MODULES[name]}")
+        return pkgutil.resolve_name(f"gpipe_jax.{_HOME[name]}")
+    if name == "__version__":
+        import importlib.metadata  # takes longer than the rest of this module
+
+        return importlib.metadata.version("gpipe-jax")
     raise AttributeError(f"module 'gpipe_jax' has no attribute {name!r}")
 
 
