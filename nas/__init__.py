@@ -1,76 +1,86 @@
-"""Regularized evolution of cell architectures: asynchronous, durable, replayable.
+"""Search for cell architectures by regularized evolution: asynchronous, durable, replayable.
 
-Reading order, which is also that of the imports and of the data:
+The public names are those of `__all__`; everything else may change between versions. A file
+imports only from rooms (folders) and modules below its own:
 
-    space       (nasnet, nasbench201; testing)    what is searched
-    evolution                                     what is proposed, and who leaves; no clock, no I/O
-    evaluate    (limits)                          what tells how good an architecture is
-    schema -> records -> store  (filesystem)      what is written, and read
-    state, twins, keeping, opening -> searching   ask and tell
-    threads, cluster -> pools, workers -> driver  who evaluates, and the loop
-    setup -> result                               nas.search, nas.load, what was found
-    scale, finals -> export                       the winner as a config for `gpipe train`
-    config -> build -> cli                        the command line
-    audit, simulation                             a log replayed; a search on a simulated clock
+    cli                              the commands of `nas`
+    from_config, export              arguments from a file; the winner as a file
+    result, costs                    `search`, `load`; the cost of a network before it is trained
+    reports, training                text, pages and plots; training of one candidate
+    workers                          threads, devices, processes, and the driver that feeds them
+    ask_tell                         the search as an open loop: cache, limits, retries, replay
+    storage, config                  one SQLite file for each run; settings
+    evolution                        what is proposed, and which member leaves
+    evaluators, testing              what gives the fitness; a check of a search space
+    spaces, errors                   what is searched; every exception
 
-Candidates are trained for real by `nas.TrainingEvaluator`: see `nas.training`, which loads JAX.
-What a person looks at is made from the store, and from what an export has trained again:
+    space --> evolution --> ask_tell --> workers --> evaluators (training)
+                               |  ^                      |
+                   storage <---+  +------ Outcome -------+
+                      |
+                      +--> result, reports, export
 
-    records -> reading -> tables, plots, drawing (nasbench201_drawing, lineage_plot) -> report
-            -> page;   live
-
-Names are imported when they are first used, so that `import nas` is quick and loads no JAX.
+Names are imported when they are first used. So `import nas` is quick. Only training, costs and
+`workers="devices"` load JAX.
 """
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nas import testing
+    from nas import errors, testing
     from nas.ask_tell.limits import Limit, Retries
     from nas.ask_tell.replay import replay
     from nas.ask_tell.search import Search
     from nas.costs.network_costs import NetworkCosts
     from nas.errors import FailuresError, ReplayError
     from nas.evaluators.builtin import Repeated, TabularEvaluator
-    from nas.evaluators.evaluator import Job
+    from nas.evaluators.evaluator import Evaluator, Job
+    from nas.evaluators.nasbench201_table import NASBench201Table
     from nas.evolution.evolution import Settings
     from nas.result import Candidate, Result, load, search
-    from nas.spaces import nasbench201
     from nas.spaces.nasbench201 import NASBench201Space
     from nas.spaces.nasnet import NASNetSpace
     from nas.spaces.space import Space
     from nas.training.evaluator import TrainingEvaluator
 
+    __version__: str
+
+# Each public name and its home, "module:name"; "module:" is the module itself.
 _HOME = {
-    "Candidate": "result",
-    "FailuresError": "ask_tell.limits",
-    "Job": "evaluators.evaluator",
-    "Limit": "ask_tell.limits",
-    "NASBench201Space": "spaces.nasbench201",
-    "NASNetSpace": "spaces.nasnet",
-    "NetworkCosts": "costs.network_costs",
-    "Repeated": "evaluators.builtin",
-    "ReplayError": "ask_tell.replay",
-    "Result": "result",
-    "Retries": "ask_tell.limits",
-    "Search": "ask_tell.search",
-    "Settings": "evolution.evolution",
-    "Space": "spaces.space",
-    "TabularEvaluator": "evaluators.builtin",
-    "TrainingEvaluator": "training.evaluator",
-    "load": "result",
-    "replay": "ask_tell.replay",
-    "search": "result",
+    "Candidate": "result:Candidate",
+    "Evaluator": "evaluators.evaluator:Evaluator",
+    "FailuresError": "errors:FailuresError",
+    "Job": "evaluators.evaluator:Job",
+    "Limit": "ask_tell.limits:Limit",
+    "NASBench201Space": "spaces.nasbench201:NASBench201Space",
+    "NASBench201Table": "evaluators.nasbench201_table:NASBench201Table",
+    "NASNetSpace": "spaces.nasnet:NASNetSpace",
+    "NetworkCosts": "costs.network_costs:NetworkCosts",
+    "Repeated": "evaluators.builtin:Repeated",
+    "ReplayError": "errors:ReplayError",
+    "Result": "result:Result",
+    "Retries": "ask_tell.limits:Retries",
+    "Search": "ask_tell.search:Search",
+    "Settings": "evolution.evolution:Settings",
+    "Space": "spaces.space:Space",
+    "TabularEvaluator": "evaluators.builtin:TabularEvaluator",
+    "TrainingEvaluator": "training.evaluator:TrainingEvaluator",
+    "errors": "errors:",
+    "load": "result:load",
+    "replay": "ask_tell.replay:replay",
+    "search": "result:search",
+    "testing": "testing:",
 }
-_MODULES = {"nasbench201": "spaces.nasbench201", "testing": "testing"}
 
 __all__ = [
     "Candidate",
+    "Evaluator",
     "FailuresError",
     "Job",
     "Limit",
     "NASBench201Space",
+    "NASBench201Table",
     "NASNetSpace",
     "NetworkCosts",
     "Repeated",
@@ -82,8 +92,8 @@ __all__ = [
     "Space",
     "TabularEvaluator",
     "TrainingEvaluator",
+    "errors",
     "load",
-    "nasbench201",
     "replay",
     "search",
     "testing",
@@ -92,9 +102,11 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(importlib.import_module(f"nas.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"nas.{_MODULES[name]}")
+        return pkgutil.resolve_name(f"nas.{_HOME[name]}")
+    if name == "__version__":
+        import importlib.metadata  # takes longer than the rest of this module
+
+        return importlib.metadata.version("gpipe-jax")
     raise AttributeError(f"module 'nas' has no attribute {name!r}")
 
 

@@ -2,48 +2,61 @@
 
 
 class ReplayError(AssertionError):
-    """The log does not lead to what the store has."""
+    """Report that a run's log and its tables do not agree.
+
+    `nas.replay` raises it. The message has both sides: what the store holds and what the log gives.
+    """
 
 
 class FailuresError(RuntimeError):
-    """Too many evaluations have failed, or too many candidates were rejected, in a row."""
+    """Report too many failures in a row, which end the search.
+
+    Either `max_failures` evaluations failed, or the limits rejected 10,000 candidates. The message
+    has the last error. Everything until then is in the store: remove the cause and resume.
+    """
 
 
 class MismatchError(ValueError):
-    """The file holds a search with other settings, or by another evaluator."""
+    """Report that the run's file holds another search.
+
+    Its space, settings, limits or evaluator differ from the given ones; the message lists both.
+    """
 
 
 class LostWeightsError(RuntimeError):
-    """What a worker has trained is not where this machine can see it."""
+    """Report that a worker's trained weights are not in the run's folder on this machine."""
 
 
 class StoreVersionError(ValueError):
-    """The file was written by a newer version of this package."""
+    """Report a run's file that a newer version of this package has written."""
 
 
 class NotASearchError(ValueError):
-    """The file is something else."""
+    """Report a file that is no run's store."""
 
 
 class SearchInUseError(RuntimeError):
-    """Another driver has the file open."""
+    """Report that another driver has the run's file open; the message says which process."""
 
 
 class SearchExistsError(FileExistsError):
-    """A search is there already."""
+    """Report that the file already holds a search, where a new one was to be created."""
 
 
 class NetworkFileSystemError(OSError):
-    """The folder is on another machine, or in a bucket."""
+    """Report a run's folder on a network file system or in a bucket, where SQLite can lose data."""
 
 
 class ReturnError(TypeError):
-    """The evaluator returned what is no fitness: a mistake in it, not a failed candidate."""
+    """Report that an evaluator returned something that is no fitness.
+
+    It is a mistake in the evaluator, not a failed candidate, and therefore ends the search.
+    """
 
 
 class WorkersError(RuntimeError):
-    """The workers cannot be reached or started, or can take no more work."""
+    """Report workers that cannot be started or reached, or that accept no more jobs."""
 
 
 class TooLargeError(MemoryError):
-    """A device cannot hold a training."""
+    """Report a training that needs more memory than its device has."""

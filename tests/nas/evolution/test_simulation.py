@@ -65,7 +65,7 @@ def test_the_curves_of_the_benchmark(P, S) -> None:
             for row in csv.DictReader(file)
             if row["dataset"] == "cifar10" and (int(row["P"] or 0), int(row["S"] or 0)) == (P, S)
         }
-    table = nas.nasbench201.Table("cifar10", DATA)
+    table = nas.NASBench201Table("cifar10", DATA)
     lookup = {cell: table(cell) for cell in table.rows}
     settings = {"population": P, "sample": S} if P else {"algorithm": "random"}
     found: dict[int, list[float]] = {150: [], 200: []}
