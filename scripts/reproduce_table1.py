@@ -33,7 +33,7 @@ from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.tpu_compiler.results import Compiled
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import figures
-from gpipe_jax.utils.text import GIB, as_text
+from gpipe_jax.utils.text import GIB, text_table
 from gpipe_jax.utils.trees import tree_bytes
 
 SEQUENCES, IMAGES = 32, 128  # in a batch
@@ -251,7 +251,7 @@ def table(model: str, rows: Sequence[Row]) -> str:
         ours = (counted(same.parameters), *_figures(same), f"{same.compile_s:.0f}")
         theirs = (named(paper.size), counted(paper.parameters), f"{paper.memory_gib / K:.2f}")
         found.append((str(K), *theirs, *ours, *_largest(row, best)))
-    return as_text(found, right=True)
+    return text_table(found, align_right=True)
 
 
 def _largest(row: Row, best: Measured | None) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from gpipe_jax.planner.step_time import StageTimes, StepTime
 from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import figures
-from gpipe_jax.utils.text import GIB, as_text
+from gpipe_jax.utils.text import GIB, text_table
 
 TOPOLOGY = "v3:2x2"
 STAGES, MICRO_BATCHES = (2, 4, 8), (1, 4, 32)
@@ -129,7 +129,7 @@ class Predictor:
         stages = trainer.pipe.stages
         whole = step_time.stage_times(
             *(of_stages(each, stages.layer_ranges) for each in times),
-            remat_layers=stages.remat_layers,
+            remat=stages.remat,
         )
         step = step_time.step_time(
             stages,
@@ -222,7 +222,7 @@ def throughput_table(cells: Sequence[Cell], interleaved: Sequence[Cell] = ()) ->
         ours = [f"{row[K].throughput / base:.2f}{'' if row[K].fits else '*'}" for K in stages]
         theirs = [f"{paper.get(row[K].key, '')}" * (row[K].layout.chunks == 1) for K in stages]
         rows.append((name, *(text for pair in zip(ours, theirs, strict=True) for text in pair)))
-    return as_text(rows, right=True)
+    return text_table(rows, align_right=True)
 
 
 def shares(step: StepTime) -> dict[str, float]:
@@ -250,7 +250,7 @@ def breakdown_table(cells: Sequence[Cell]) -> str:
                 "yes" if cell.fits else "no",
             )
         )
-    return as_text(rows, right=True)
+    return text_table(rows, align_right=True)
 
 
 def theoretical_speedup(stages: int, micro_batches: int, chunks: int) -> float:
@@ -278,7 +278,7 @@ def interleaved_table(cells: Sequence[Cell]) -> str:
                 "yes" if cell.fits else "no",
             )
         )
-    return as_text(rows, right=True)
+    return text_table(rows, align_right=True)
 
 
 def records(cells: Sequence[Cell], base: float) -> Iterator[dict]:

@@ -103,7 +103,7 @@ def unknown_key(path: KeyPath, kind: str, root: type[Section] = Config) -> str:
         f"{name}.{leaf}": leaf for name in root.model_fields for leaf in fields_of(name, root)
     }
     for names in (near, everywhere):
-        meant = text.nearest(str(field), names.values())
+        meant = text.nearest_name(str(field), names.values())
         for name, leaf in names.items():
             if leaf == meant:
                 return f"{message}; did you mean '{name}'?"

@@ -175,7 +175,7 @@ def cross_checks(config: Config) -> list[tuple[str, str]]:
     devices = mesh.stages * mesh.data
     found: list[tuple[str, str]] = []
     batch = batch_problem(
-        config.data.batch_size, data=mesh.data, micro_batches=pipeline.micro_batches
+        config.data.batch_size, replicas=mesh.data, micro_batches=pipeline.micro_batches
     )
     if batch:
         found.append(("data.batch_size", batch))

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.genotypes import cell_drawing
-from gpipe_jax.utils.text import meant_or_known
+from gpipe_jax.utils.text import did_you_mean_or_list
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +178,7 @@ def _element(i: int, place: str, value: Any) -> Element:
         raise ValueError(f"{place} has {len(parts)} parts: give two, (operation, state)")
     operation, state = parts
     if operation not in OPERATIONS:
-        hint = meant_or_known(str(operation), OPERATIONS)
+        hint = did_you_mean_or_list(str(operation), OPERATIONS)
         raise ValueError(f"{place}: unknown operation {_short(operation)}{hint}")
     state, made = _state(place, state), INPUTS + i
     if not 0 <= state < made:

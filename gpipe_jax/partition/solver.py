@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import format_bytes
 
 PerLayer = Sequence[float] | np.ndarray  # [L]
 # Equal stages whose layers were summed in another order differ by rounding; they still tie.
@@ -194,8 +194,8 @@ def _check_memory(layers: _Layers, starts: Sequence[int], labels: Sequence[str])
     largest = int(np.argmax(needed))
     if needed[largest] > layers.memory_limit:
         raise ValueError(
-            f"{labels[largest]} alone needs {_gib(needed[largest])}, above memory_limit "
-            f"{_gib(layers.memory_limit)}: raise the limit, or shrink or split it"
+            f"{labels[largest]} alone needs {format_bytes(needed[largest])}, above memory_limit "
+            f"{format_bytes(layers.memory_limit)}: raise the limit, or shrink or split it"
         )
 
 
@@ -207,13 +207,10 @@ def _nothing_fits(layers: _Layers, stages: int) -> str:
         if held > layers.memory_limit:
             enough, held = enough + 1, value
     return (
-        f"no cut into {stages} stages fits: the largest stage needs at least {_gib(least)}, "
-        f"memory_limit is {_gib(layers.memory_limit)}: use {enough} or more stages, or raise it"
+        f"no cut into {stages} stages fits: the largest stage needs at least "
+        f"{format_bytes(least)}, memory_limit is {format_bytes(layers.memory_limit)}: use {enough} "
+        f"or more stages, or raise it"
     )
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:.3g} GiB"
 
 
 def _cut(layers: _Layers, boundaries: Sequence[int]) -> Partition:

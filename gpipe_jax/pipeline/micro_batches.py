@@ -25,7 +25,7 @@ def shapes_of(example: dict, data: int, micro_batches: int) -> dict:
                 f"example{jax.tree_util.keystr(path)} has shape {list(a.shape)}, but the batch has "
                 f"{count} examples; the first axis must be the examples"
             )
-    problem = batch_problem(count, data=data, micro_batches=micro_batches)
+    problem = batch_problem(count, replicas=data, micro_batches=micro_batches)
     if problem:
         raise ValueError(f"the example does not split into equal micro-batches: {problem}")
     canonical = jax.dtypes.canonicalize_dtype

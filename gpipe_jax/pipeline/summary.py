@@ -6,6 +6,7 @@ from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.schedules.buffers import lower
 from gpipe_jax.schedules.simulation import simulate
 from gpipe_jax.utils import text
+from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
 def as_text(pipe: "Pipeline") -> str:
     """The table in plain text, with the facts of the whole pipeline below it."""
     found = (f"{name}: {value}" for name, value in facts(pipe).items())
-    return "\n".join([text.as_text([HEADER, *_rows(pipe)]), *found])
+    return "\n".join([text.text_table([HEADER, *_rows(pipe)]), *found])
 
 
 def as_html(pipe: "Pipeline") -> str:
     """The same for a notebook."""
-    return text.as_html([HEADER, *_rows(pipe)], facts(pipe))
+    return text.html_table([HEADER, *_rows(pipe)], facts(pipe))
 
 
 def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
@@ -37,7 +38,7 @@ def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
                 str(pipe.layers[cut[0]]),
                 f"{pipe.partition.costs[k] / total:.1%}",
                 f"{elements(pipe.shapes[i] for i in cut):,}",
-                _bytes(output),
+                format_bytes(output),
             )
         )
     return rows
@@ -61,9 +62,10 @@ def facts(pipe: "Pipeline") -> dict[str, str]:
         "schedule": f"{schedule.kind}, {schedule.ticks} ticks, "
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
-        "stash": f"{rows.x_slots} boundary inputs, {_bytes(rows.x_slots * wire)} on each device",
+        "stash": f"{rows.x_slots} boundary inputs, "
+        f"{format_bytes(rows.x_slots * wire)} on each device",
         "parameters": f"{elements(pipe.shapes):,}, "
-        f"{_bytes(device)} on each device, "
+        f"{format_bytes(device)} on each device, "
         f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
         "boundaries": "packed to the largest"
         if stages.boundary_format.packed
@@ -76,11 +78,3 @@ def _lockstep_bubble(pipe: "Pipeline") -> float:
     backward = pipe.partition.costs
     forward = [*(cost / 3 for cost in backward[:-1]), 0.0]
     return simulate(pipe.schedule, forward, backward).bubble_fraction
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpipe_jax.utils import text as utils_text
 from gpipe_jax.utils.figures import blank, saved
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import GIB, format_bytes, format_seconds
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
 ANALYSED = "by analysis of shapes alone, not compiled: name a topology to compile for it"
@@ -61,10 +61,10 @@ class Plan:
 
     def __str__(self) -> str:
         found = (f"{name}: {value}" for name, value in self.facts().items())
-        return "\n".join([utils_text.as_text(self._rows()), *found])
+        return "\n".join([utils_text.text_table(self._rows()), *found])
 
     def _repr_html_(self) -> str:
-        return utils_text.as_html(self._rows(), self.facts())
+        return utils_text.html_table(self._rows(), self.facts())
 
     def _rows(self) -> list[tuple[str, ...]]:
         head = ["stage", "layers", "first layer", "cost", "parameters", "boundary", "padding"]
@@ -78,10 +78,10 @@ class Plan:
                 stage.first_layer,
                 f"{stage.cost:.1%}",
                 f"{stage.parameters:,}",
-                _mib(stage.boundary_bytes),
-                _mib(stage.padding_bytes),
+                format_bytes(stage.boundary_bytes),
+                format_bytes(stage.padding_bytes),
             ]
-            times = [_ms(stage.forward_s or 0), _ms(stage.backward_s or 0)] if timed else []
+            times = [format_seconds(s or 0) for s in (stage.forward_s, stage.backward_s) if timed]
             rows.append((*row, *times))
         return rows
 
@@ -105,8 +105,10 @@ class Plan:
                 f"of the analysis: {_sizes(self.compiled_gib)}"
             )
         if self.time_s is not None and self.step_time_s is not None:
-            parts = ", ".join(f"{k.replace('_', ' ')} {_ms(v)}" for k, v in self.time_s.items())
-            found["step"] = f"{_ms(self.step_time_s)} predicted: {parts}"
+            parts = ", ".join(
+                f"{k.replace('_', ' ')} {format_seconds(v)}" for k, v in self.time_s.items()
+            )
+            found["step"] = f"{format_seconds(self.step_time_s)} predicted: {parts}"
             found["throughput"] = f"{self.throughput:.4g} examples/s predicted"
         if self.collectives is not None and self.collectives_in_loops is not None:
             kind = "asynchronous" if self.asynchronous else "synchronous"
@@ -158,16 +160,8 @@ def _sizes(parts: dict[str, float]) -> str:
 
 
 def _size(gib: float) -> str:
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"
+    return format_bytes(gib * GIB)
 
 
 def _counts(kinds: dict[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
-
-
-def _mib(n: float) -> str:
-    return f"{n / 2**20:,.3g} MiB" if n >= 2**20 else f"{n / 2**10:.3g} KiB"
-
-
-def _ms(s: float) -> str:
-    return f"{1000 * s:,.3g} ms" if s < 1 else f"{s:,.3g} s"

@@ -8,7 +8,7 @@ import jax
 
 from gpipe_jax.partition import solver
 from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost
-from gpipe_jax.pipeline import memory
+from gpipe_jax.pipeline import memory, remat
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.planner import predict, step_time
@@ -47,7 +47,7 @@ class Ranking(NamedTuple):
                 "GiB", "step", "examples/s")  # fmt: skip
         rows = [head, *(self._row(n, p) for n, p in enumerate(self.plans, 1))]
         looked = f"{self.looked_at} layouts analysed, {self.too_large} of them too large"
-        return f"{text.as_text(rows)}\n{looked}; {len(self.plans)} compiled, not run"
+        return f"{text.text_table(rows)}\n{looked}; {len(self.plans)} compiled, not run"
 
     @staticmethod
     def _row(n: int, plan: Plan) -> tuple[str, ...]:
@@ -135,8 +135,8 @@ def _of_layout(
     job: Job, alone: Pipeline, topology: Topology, layout: Layout
 ) -> Iterator[Candidate]:
     limit = topology.generation.hbm_gib
-    for remat in ("stage", "layer"):
-        candidate = _analysed(job, alone, topology, layout._replace(remat=remat))
+    for policy in remat.POLICIES:
+        candidate = _analysed(job, alone, topology, layout._replace(remat=policy))
         yield candidate
         if candidate.needed_gib <= limit:
             return
@@ -146,7 +146,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     K, V, M = layout.stages, layout.chunks, layout.micro_batches
     backward = [_layer_s(c, topology.generation) for c in alone.costs]
     cut = solver.partition(backward, K * V)
-    stages = Stages(alone.shapes, cut.layer_ranges, chunks=V, remat_layers=layout.remat == "layer")
+    stages = Stages(alone.shapes, cut.layer_ranges, chunks=V, remat=remat.by_name(layout.remat))
     schedule = make(layout.schedule, K, M, V)
     slots = jax.eval_shape(job.tx.init, [storage.local_shapes() for storage in stages.params])
     held = memory.of_device(
@@ -159,9 +159,9 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     )
     whole = [sum(backward[i] for i in part) for part in cut.layer_ranges]
     third = [time / 3 for time in whole]  # a forward's part
-    if stages.remat_layers:
-        whole = [time + again for time, again in zip(whole, third, strict=True)]
-    times = step_time.stage_times(third, whole, remat_layers=stages.remat_layers)
+    again = stages.remat.forwards - 1  # `whole` has one recomputation already
+    whole = [time + again * forward for time, forward in zip(whole, third, strict=True)]
+    times = step_time.stage_times(third, whole, stages.remat)
     generation = topology.generation
     update_s = 3 * memory.float32_bytes(stages) / generation.hbm_bytes_s
     step = step_time.step_time(

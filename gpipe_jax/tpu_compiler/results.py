@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.export
 
 from gpipe_jax.tpu_compiler.hlo import Collective
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import format_bytes
 
 
 class Program(NamedTuple):
@@ -55,7 +55,7 @@ class Compiled(NamedTuple):
 def too_large(result: Compiled, usable_bytes: int) -> Compiled:
     """The result of a program that needs more than a device has."""
     short = result.needed_bytes - usable_bytes
-    error = f"does not fit by {short / GIB:.2f} GiB"
+    error = f"does not fit by {format_bytes(short)}"
     return result._replace(error=error, usable_bytes=usable_bytes, short_by_bytes=short)
 
 

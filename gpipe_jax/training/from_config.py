@@ -33,7 +33,7 @@ from gpipe_jax.pipeline import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.training import optimizers, writers
 from gpipe_jax.training.trainer import Trainer
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
 DATASETS: dict[str, Callable[..., data.Dataset]] = {
@@ -82,8 +82,8 @@ def _check_memory(config: Config) -> None:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise ValueError(
-            f"`batch_size` {config.data.batch_size} takes {need / GIB:.3g} GiB, and this machine "
-            f"has {have / GIB:.3g} GiB of memory; use a smaller batch"
+            f"`batch_size` {config.data.batch_size} takes {format_bytes(need)}, and this machine "
+            f"has {format_bytes(have)} of memory; use a smaller batch"
         )
 
 

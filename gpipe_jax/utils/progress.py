@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpipe_jax.utils.text import format_value
+
 Show = Callable[[dict], None]
 
 
@@ -76,14 +78,10 @@ def _line(record: dict, steps: int, every: int) -> None:
 
 def _values(record: dict) -> str:
     named = {k: v for k, v in record.items() if k != "step"}
-    return "  ".join(f"{name} {_number(value)}" for name, value in named.items())
+    return "  ".join(f"{name} {format_value(value)}" for name, value in named.items())
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """Names and values, one a line."""
     width = max(len(name) for name in figures)
-    return "\n".join(f"{name:<{width}}  {_number(value)}" for name, value in figures.items())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "\n".join(f"{name:<{width}}  {format_value(value)}" for name, value in figures.items())

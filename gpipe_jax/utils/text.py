@@ -1,13 +1,17 @@
-"""What was meant by a name that is not known."""
+"""Format text for people: suggestions, tables, sizes, times; and word a rule that rooms share."""
 
 import difflib
 import html
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-def nearest(given: Any, names: Collection[str]) -> str | None:
-    """The name most like a given text, if one is."""
+# --- suggestions ----------------------------------------------------------------------------------
+
+
+def nearest_name(given: Any, names: Collection[str]) -> str | None:
+    """Return the name that is most like the given text, or None if no name is close."""
     if not isinstance(given, str):
         return None
     # Cut, because the comparison takes quadratic time.
@@ -15,42 +19,77 @@ def nearest(given: Any, names: Collection[str]) -> str | None:
 
 
 def did_you_mean(given: Any, names: Collection[str]) -> str:
-    """The end of a message: a question if something legal is close, or else nothing."""
-    near = nearest(given, names)
+    """Return the end of a message: a question if a legal name is close, or else nothing."""
+    near = nearest_name(given, names)
     return f"; did you mean {near!r}?" if near else ""
 
 
-def meant_or_known(given: Any, names: Collection[str]) -> str:
-    """The end of a message: a question if something legal is close, or else all that is."""
+def did_you_mean_or_list(given: Any, names: Collection[str]) -> str:
+    """Return the end of a message: a question if a legal name is close, or else all names."""
     return did_you_mean(given, names) or f"; known: {', '.join(names)}"
 
 
-def as_text(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
-    """Columns of equal width, a line under the head; `right` is where the texts are aligned."""
+# --- sizes, times and numbers ---------------------------------------------------------------------
+
+
+def format_bytes(size: float) -> str:
+    """Format a size in bytes with the largest unit that leaves at least one.
+
+    >>> format_bytes(1023), format_bytes(2048), format_bytes(2**31)
+    ('1023 B', '2.0 KiB', '2.00 GiB')
+    """
+    if size < KIB:
+        return f"{size:.0f} B"
+    if size < MIB:
+        return f"{size / KIB:.1f} KiB"
+    if size < GIB:
+        return f"{size / MIB:.1f} MiB"
+    return f"{size / GIB:.2f} GiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a time in milliseconds, or in seconds from one second on.
+
+    >>> format_seconds(0.0123), format_seconds(4.5)
+    ('12.3 ms', '4.5 s')
+    """
+    return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+
+
+def format_value(value: Any) -> str:
+    """Format a figure of a table: a float with four significant digits, anything else by `str`."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def text_table(rows: Sequence[Sequence[str]], *, align_right: bool = False) -> str:
+    """Lay out rows in columns of equal width, with a line under the head (the first row)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = str.rjust if right else str.ljust
+    align = str.rjust if align_right else str.ljust
     lines = ["  ".join(map(align, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def as_html(rows: Sequence[Sequence[str]], facts: Mapping[str, str]) -> str:
-    """For a notebook, with a list of facts below."""
+def html_table(rows: Sequence[Sequence[str]], facts: Mapping[str, str]) -> str:
+    """Write rows (the first is the head) as HTML for a notebook, and a list of facts below."""
     head, *body = rows
-    table = _row("th", head) + "".join(_row("td", row) for row in body)
+    table = _html_row("th", head) + "".join(_html_row("td", row) for row in body)
     listed = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in facts.items())
     return f"<table>{table}</table><ul>{listed}</ul>"
 
 
-def _row(tag: str, row: Sequence[str]) -> str:
+def _html_row(tag: str, row: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
 
 
-GIB = 2**30
+# --- batch sizes ----------------------------------------------------------------------------------
 
 
 def nearest_multiples(n: int, m: int) -> tuple[int, ...]:
-    """The multiples of `m` next to `n`: the one below, unless that is zero, and the one above.
+    """Return the multiples of `m` next to `n`: the one below, unless it is zero, and the one above.
 
     >>> nearest_multiples(60, 16), nearest_multiples(5, 16)
     ((48, 64), (16,))
@@ -59,13 +98,13 @@ def nearest_multiples(n: int, m: int) -> tuple[int, ...]:
     return (below, below + m) if below else (m,)
 
 
-def batch_problem(batch_size: int, *, data: int, micro_batches: int) -> str | None:
-    """What is wrong with a batch that cannot be cut into equal micro-batches; None if it can."""
-    unit = data * micro_batches
+def batch_problem(batch_size: int, *, replicas: int, micro_batches: int) -> str | None:
+    """Explain why a batch cannot be cut into equal micro-batches; return None if it can."""
+    unit = replicas * micro_batches
     if batch_size % unit == 0:
         return None
     legal = ", ".join(map(str, nearest_multiples(batch_size, unit)))
     return (
         f"batch_size {batch_size} is not a multiple of data x micro_batches = "
-        f"{data} x {micro_batches} = {unit}; nearest legal values: {legal}"
+        f"{replicas} x {micro_batches} = {unit}; nearest legal values: {legal}"
     )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gpipe_jax.utils.text import as_text as columns
+from gpipe_jax.utils.text import text_table as columns
 
 
 class SearchTable(NamedTuple):

@@ -74,7 +74,7 @@ def check(space: Any) -> Space[Any]:
     """`space`, or the one of that name; ValueError if it is none."""
     if isinstance(space, str):
         if space not in SPACES:
-            hint = hints.meant_or_known(space, SPACES)
+            hint = hints.did_you_mean_or_list(space, SPACES)
             raise ValueError(f"space: unknown space {space!r}{hint}")
         return SPACES[space]()
     members = ("name", "random", "mutate", "canonical", "encode", "decode")

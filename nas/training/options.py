@@ -15,7 +15,7 @@ def check_data(name: str) -> None:
     """Raise ValueError for a data set that is neither known nor a file."""
     if name in DATASETS or Path(name).exists():
         return
-    hint = text.meant_or_known(name, DATASETS)
+    hint = text.did_you_mean_or_list(name, DATASETS)
     raise ValueError(
         f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import format_bytes
 from nas.errors import TooLargeError
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Variables
@@ -270,7 +270,7 @@ def check_memory(program: Any, device: Device, split: Split) -> None:
     have = memory_of(device)
     if need > have:
         raise TooLargeError(
-            f"training needs {need / GIB:.3g} GiB and {device} has {have / GIB:.3g} GiB: give "
+            f"training needs {format_bytes(need)} and {device} has {format_bytes(have)}: give "
             "a smaller batch_size, fewer filters or cells, or dtype bfloat16"
         )
 

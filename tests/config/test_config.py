@@ -78,7 +78,7 @@ def test_adam_is_adamw():
 
 
 def test_jax_is_not_imported():
-    code = "import sys, gpipe_jax.config, gpipe_jax.loader; sys.exit('jax' in sys.modules)"
+    code = "import sys, gpipe_jax.config.loader; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -224,8 +224,8 @@ def test_nearest_multiples(n: int, m: int, expected: tuple[int, ...]):
 
 
 def test_batch_problem():
-    assert batch_problem(64, data=2, micro_batches=8) is None
-    assert batch_problem(60, data=2, micro_batches=8) == (
+    assert batch_problem(64, replicas=2, micro_batches=8) is None
+    assert batch_problem(60, replicas=2, micro_batches=8) == (
         "batch_size 60 is not a multiple of data x micro_batches = 2 x 8 = 16; "
         "nearest legal values: 48, 64"
     )

@@ -96,11 +96,3 @@ def test_html_is_escaped():
         example={"inputs": np.zeros((2, 1)), "labels": np.zeros((2, 1))},
     )
     assert "&lt;b&gt;&amp;" in pipe._repr_html_() and "<b>" not in pipe._repr_html_()
-
-
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (2**31, "2.00 GiB")],
-)
-def test_bytes(n, text):
-    assert summary._bytes(n) == text
