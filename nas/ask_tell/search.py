@@ -106,7 +106,7 @@ class Search:
     def report(self, job: Job, outcome: Outcome) -> None:
         """What came of a job, also if it failed; FailuresError if that is one too many.
 
-        `nas.errors.LostValuesError` if what it trained is not there; nothing is written then.
+        `nas.errors.LostWeightsError` if what it trained is not there; nothing is written then.
         """
         with self._lock:
             if job.evaluation not in self._running:

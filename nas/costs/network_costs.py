@@ -2,7 +2,7 @@
 
 As hard limits, or to be recorded only, for the report's Pareto fronts:
 
-    costs = nas.NetworkCosts(cells=3, filters=24, image=32, channels=3, topology="v5e:1x1")
+    costs = nas.NetworkCosts(cells_per_stack=3, filters=24, image=32, channels=3, topology="v5e:1x1")
     nas.search(space=nas.NASNetSpace(), limits=[
         nas.Limit("params_m", costs.params_m, 3.2),
         nas.Limit("latency_ms", costs.latency_ms),  # recorded, whatever it is
@@ -40,7 +40,7 @@ class NetworkCosts:
     are measured one by one, before a candidate is handed out: workers that train faster than this
     compiles wait for it.
 
-    ValueError for a topology that does not exist, and `gpipe_jax.errors.NotInstalledError`
+    ValueError for a topology that does not exist, and `gpipe_jax.errors.CompilerNotInstalledError`
     where the TPU compiler is missing.
     """
 

@@ -13,7 +13,7 @@ from nas.evaluators.outcomes import means, read
 class TabularEvaluator:
     """Looks up: `table(architecture)` gives all metrics, of which one is the fitness.
 
-    Such a table is `nas.evaluators.nasbench201_table.Table("cifar10")`, a function, or a dict's `__getitem__`.
+    Such a table is `nas.NASBench201Table("cifar10")`, a function, or a dict's `__getitem__`.
     """
 
     table: Callable[[Any], Mapping[str, float]]

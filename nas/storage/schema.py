@@ -69,7 +69,7 @@ CREATE INDEX of_tournament ON evaluations (tournament) WHERE tournament IS NOT N
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,
     at REAL NOT NULL,
-    kind TEXT NOT NULL,           -- see nas.store
+    kind TEXT NOT NULL,           -- see nas.storage.writer
     candidate INTEGER,
     evaluation INTEGER,
     fitness REAL,

@@ -140,9 +140,9 @@ def test_all_cut_by_the_times_of_the_first(start, tmp_path):
     """By their own the first would put two layers into the first stage, the second one."""
     (tmp_path / "sitecustomize.py").write_text("""
 import sys
-from gpipe_jax import cost
+from gpipe_jax.partition import costs
 times = iter([9.0, 1.0, 1.0] if "--process=1" in sys.argv else [1.0, 1.0, 9.0])
-cost._measured_time = lambda program, specs: next(times)
+costs._measured_time = lambda program, specs: next(times)
 """)
     check_as_one(start, tmp_path, 2, "pipeline.cost=time")
 
@@ -152,7 +152,7 @@ def test_preempted_in_an_evaluation(start, tmp_path):
     """SIGTERM to one: both leave the evaluation, and save the step before it."""
     (tmp_path / "sitecustomize.py").write_text("""
 import time
-from gpipe_jax.trainer import Trainer
+from gpipe_jax.training.trainer import Trainer
 whole = Trainer.evaluate
 def slow(self, state, batches):
     def slowly():

@@ -18,7 +18,7 @@ train: {steps: 1000000, save_every: 5}
 SLOW = {
     "start": """
 import time
-from gpipe_jax import run
+from gpipe_jax.training import run
 def slow(*args):
     print("starting", flush=True)
     time.sleep(60)
@@ -26,7 +26,7 @@ run.assemble = slow
 """,
     "compile": """
 import time
-from gpipe_jax import trainer
+from gpipe_jax.training import trainer
 def slow(*args):
     print("compiling", flush=True)
     time.sleep(60)
@@ -34,11 +34,11 @@ trainer.Trainer._update = slow
 """,
     "save": """
 import time
-from gpipe_jax import checkpoint
+from gpipe_jax.checkpoint import format
 def slow(*args):
     print("saving", flush=True)
     time.sleep(60)
-checkpoint.write_part = slow
+format.write_part = slow
 """,
 }
 
@@ -51,7 +51,7 @@ def start(tmp_path):
     def run(slow: str) -> subprocess.Popen:
         (tmp_path / "c.yaml").write_text(CONFIG)
         arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
-        code = f"{SLOW[slow]}\nfrom gpipe_jax.cli.main import main\nraise SystemExit(main({arguments}))"
+        code = f"{SLOW[slow]}\nfrom gpipe_jax.cli import main\nraise SystemExit(main.main({arguments}))"
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))

@@ -331,7 +331,7 @@ def test_dropout_is_off_in_evaluation(module: type[nnx.Module]) -> None:
 STATIC_GRAPHS = """
 import jax, jax.numpy as jnp
 from gpipe_jax import zoo, sequential, losses
-from gpipe_jax.layers.shapes import infer_shapes
+from gpipe_jax.layers.shape_inference import infer_shapes
 text = zoo.transformer_lm(
     vocabulary=5, length=4, width=4, heads=2, feed_forward=4, layers=1, dropout=0.5
 )

@@ -23,7 +23,7 @@ from nas.training.interpreter.parameter_table import Entries, entries, is_entrie
 
 
 class Operation(nnx.Module):
-    """One of `gpipe_jax.zoo.amoebanet.network.operations`, by name."""
+    """One of `gpipe_jax.zoo.amoebanet.operations`, by name."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def entries(shapes: PyTree) -> PyTree:
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(spread, start), as `gpipe_jax.zoo.amoebanet.network.conv_norm.INIT` and `nnx.BatchNorm` have it."""
+    """(spread, start), as `gpipe_jax.zoo.amoebanet.conv_norm.INIT` and `nnx.BatchNorm` have it."""
     if name in ("bias", "mean"):
         return 0.0, 0.0
     if name in ("scale", "var"):

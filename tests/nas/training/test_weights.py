@@ -149,8 +149,8 @@ import nas
 from nas import NASNetSpace
 sys.path[:0] = {paths!r}
 import toy
-from nas.training import cache
-cache.use({cache!r})
+from nas.training import compilation_cache
+compilation_cache.use({cache!r})
 toy.search({folder!r}, {evaluator}, name="killed", **{options!r})
 """
 

@@ -96,15 +96,15 @@ import sys
 import threading
 sys.path[:0] = {paths!r}
 import toy
-from nas.training import cache
-from nas.training.training import Training
+from nas.training import compilation_cache
+from nas.training.loop import Training
 
 def spy(self, number):
     begun.set()
     return epoch(self, number)
 
 begun, epoch, Training._epoch = threading.Event(), Training._epoch, spy
-cache.use({cache!r})
+compilation_cache.use({cache!r})
 result = toy.search({folder!r}, toy.toy(epochs=10**9, warmup_epochs=0), workers=2, wait=False)
 begun.wait()
 if {stops}:
