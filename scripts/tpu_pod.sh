@@ -157,7 +157,7 @@ create() {
       v5p-*) runtime=v2-alpha-tpuv5 ;;
       v6e-*) runtime=v2-alpha-tpuv6e ;;
       *) fail "no runtime version is known for $type: give --runtime-version (TPUs newer than v6e \
-are on GKE only: see docs/gke.md)" 2 ;;
+are on GKE only: see docs/guides/gke.md)" 2 ;;
     esac
   fi
   local nodes=("--node-id=$name")

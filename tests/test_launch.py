@@ -348,7 +348,7 @@ def test_overrides_arrive_as_they_were_written(pod: Pod) -> None:
         (("create",), "give a command and the name"),
         (("create", "my-pod"), "create needs a --type"),
         (("create", "my-pod", "--type"), "--type needs a value"),
-        (("create", "my-pod", "--type", "tpu7x-8"), "GKE only: see docs/gke.md"),
+        (("create", "my-pod", "--type", "tpu7x-8"), "GKE only: see docs/guides/gke.md"),
         (("run", "my-pod"), "run needs a --config"),
         (("run", "my-pod", "--config", "none.yaml"), "there is no file none.yaml"),
         (("stop", "my-pod", "--config", "x"), "--config is an option of run, not of stop"),
