@@ -51,7 +51,8 @@ def start(tmp_path):
     def run(slow: str) -> subprocess.Popen:
         (tmp_path / "c.yaml").write_text(CONFIG)
         arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
-        code = f"{SLOW[slow]}\nfrom gpipe_jax.cli import main\nraise SystemExit(main.main({arguments}))"
+        command = f"from gpipe_jax.cli.main import main\nraise SystemExit(main({arguments}))"
+        code = SLOW[slow] + command
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))
