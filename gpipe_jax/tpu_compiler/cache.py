@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from gpipe_jax.tpu_compiler import child_process, hlo, results
 from gpipe_jax.tpu_compiler.libtpu import versions
 from gpipe_jax.tpu_compiler.results import Compiled, Program
 from gpipe_jax.tpu_compiler.topologies import Topology
+from gpipe_jax.utils import atomic_files
 
 
 def key_of(program: Program, topology: Topology) -> str:
@@ -61,6 +61,4 @@ def save(key: str, result: Compiled) -> None:
     place = folder()
     with suppress(OSError, RuntimeError):
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place, suffix=".tmp", delete=False) as file:
-            json.dump(result.to_dict(), file)
-        os.replace(file.name, place / f"{key}.json")
+        atomic_files.write_text(place / f"{key}.json", json.dumps(result.to_dict()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from etils import epath
 
 from gpipe_jax.training.writers import Writer
-from gpipe_jax.utils.atomic_files import is_local, replace
+from gpipe_jax.utils.atomic_files import is_local, write_text
 
 Show = Callable[[dict], None]
 
@@ -36,7 +36,8 @@ class MetricsLog:
             if r["step"] < step or (r["step"] == step and ("loss" in r or evaluated))
         ]
         if path:
-            replace(path, "".join(json.dumps(r) + "\n" for r in self.records))
+            lines = (json.dumps(r) + "\n" for r in self.records)
+            write_text(path, "".join(lines), durable=True)
 
     def step(self, record: dict) -> None:
         """A training step."""

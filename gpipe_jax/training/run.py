@@ -144,7 +144,7 @@ def keep_config(parts: Assembly) -> None:
         train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
         with _writing(parts.workdir):
             text = dump(parts.config.model_copy(update={"train": train}))
-            atomic_files.replace(parts.workdir / "config.yaml", text)
+            atomic_files.write_text(parts.workdir / "config.yaml", text, durable=True)
 
 
 @contextlib.contextmanager
@@ -231,7 +231,7 @@ def _figures(parts: Assembly, final: dict, records: list[dict], steps: int) -> d
         "examples_per_s": pipe.batch_size / step_time_s if step_time_s else None,
         "wall_s": None,
         "workdir": str(parts.workdir),
-        "stages": pipe.stages.last + 1,
+        "stages": pipe.stages.geometry.last + 1,
         "parameters": elements(pipe.shapes),
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",

@@ -1,33 +1,64 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, so that a process that is killed leaves no half of one."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
 
+AnyPath = TypeVar("AnyPath", epath.Path, Path)
 
-def replace(path: epath.Path, text: str) -> None:
-    """Write a file at once: a cut must not leave half of it."""
+
+@contextlib.contextmanager
+def replacing(path: AnyPath, *, durable: bool = False) -> Iterator[AnyPath]:
+    """Yield the path of a draft; when the block ends without an error, it becomes the file `path`.
+
+    An error removes the draft. On remote storage (gs://) the draft is `path` itself: objects there
+    appear only when they are complete.
+
+    Args:
+        path: The file to write or to replace. Its folder must exist.
+        durable: Flush the file and its new name to the disk, so that a power cut keeps them.
+    """
     if not is_local(path):
-        path.write_text(text)
+        yield path
         return
-    new = path.with_name(path.name + ".tmp")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    sync_folder(path.parent)
+    # Several threads and processes may write the same file; on one machine their ids are unique.
+    draft = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
+    try:
+        yield draft
+        if durable:
+            _sync(draft)
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    if durable:
+        sync_folder(path.parent)
 
 
-def is_local(path: epath.Path) -> bool:
-    """Whether a path is one of this machine's, not a gs:// address."""
+def write_text(path: AnyPath, text: str, *, durable: bool = False) -> None:
+    """Write a text file at once, as UTF-8; see `replacing`."""
+    with replacing(path, durable=durable) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def is_local(path: epath.Path | Path) -> bool:
+    """Return whether a path is on this machine, not a gs:// address."""
     return "://" not in str(path)
 
 
-def sync_folder(path: epath.Path) -> None:
-    """Have a folder's new names on the disk too, if it is a local one."""
-    if "://" in str(path):
-        return
+def sync_folder(path: epath.Path | Path) -> None:
+    """Flush the names in a folder to the disk, if it is a local folder."""
+    if is_local(path):
+        _sync(path)
+
+
+def _sync(path: epath.Path | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

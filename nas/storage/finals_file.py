@@ -1,10 +1,10 @@
 """Keep the results of candidates that an export trained again, beside the store."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpipe_jax.utils import atomic_files
 from nas.storage.reader import Reader
 
 FILE = "finals.json"
@@ -18,20 +18,18 @@ class Retrained(NamedTuple):
     fitness: float
 
 
-def known(reader: Reader) -> list[Retrained]:
+def read_finals(reader: Reader) -> list[Retrained]:
     """All that has been trained again so far, the best first."""
     found = [
         Retrained(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
-        for key, one in _read(reader.path.parent / FILE).items()
+        for key, one in read_entries(reader.path.parent / FILE).items()
     ]
     return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_entries(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _write(path: Path, done: dict[str, Any]) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+def write_entries(path: Path, done: dict[str, Any]) -> None:
+    atomic_files.write_text(path, json.dumps(done, indent=1) + "\n")

@@ -5,7 +5,6 @@ genotype, by which a child knows what each of them was.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.utils import atomic_files
 from nas.training.network import Architecture, Network, Variables
 
 
@@ -23,12 +23,8 @@ def save(path: Path, genotype: Genotype, values: Variables) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(values))
     arrays = {jax.tree_util.keystr(key): np.asarray(a) for key, a in leaves}
     shapes = {name: (a.dtype, a.shape) for name, a in arrays.items()}
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with draft.open("wb") as file:
-        summed = safetensors.Summed(file)
-        safetensors.write(summed, shapes, arrays.values(), {"genotype": genotype.to_json()})
-        summed.sync()
-    os.replace(draft, path)
+    with atomic_files.replacing(path, durable=True) as draft, draft.open("wb") as file:
+        safetensors.write(file, shapes, arrays.values(), {"genotype": genotype.to_json()})
 
 
 def load(path: Path, network: Network) -> tuple[Architecture, Variables]:
