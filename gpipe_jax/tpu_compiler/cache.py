@@ -1,7 +1,7 @@
-"""Compiled results, kept on disk between runs.
+"""Cache compiled results on disk between runs.
 
-A compilation takes from seconds to minutes and depends on nothing but the program, the topology and
-the versions.
+A compilation takes seconds to minutes. Its result depends only on the program, the topology and the
+versions.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from gpipe_jax.utils import atomic_files
 
 
 def key_of(program: Program, topology: Topology) -> str:
-    """A name for the result: a hash of all that it depends on."""
-    parts = (
-        *(inspect.getsource(module) for module in (hlo, results, child_process)),  # who read it
+    """Return the name of the result: a hash of everything that it depends on."""
+    inputs = (
+        *(inspect.getsource(module) for module in (hlo, results, child_process)),
         _without_locations(program.exported.mlir_module()),
         program.donate,
         program.mesh_shape,
@@ -30,26 +30,26 @@ def key_of(program: Program, topology: Topology) -> str:
         {k: v for k, v in versions().items() if k != "libtpu_pinned"},
         os.environ.get("LIBTPU_INIT_ARGS"),
     )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 _LOCATION = re.compile(r' ?\bloc\((?:"[^"]*"|[^()"]|\((?:"[^"]*"|[^()"]|\([^()]*\))*\))*\)')
 
 
 def _without_locations(text: str) -> str:
-    """An MLIR text without line numbers, which move when unrelated code does."""
+    """Remove line numbers from an MLIR text: they change with unrelated code."""
     lines = (line for line in text.splitlines() if not line.startswith("#loc"))
     return "\n".join(_LOCATION.sub("", line) for line in lines)
 
 
 def folder() -> Path:
-    """Where they are."""
+    """Return the folder of the cached results."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "gpipe-jax" / "plan"
 
 
 def load(key: str) -> Compiled | None:
-    """A damaged file is as good as none."""
+    """Return a cached result, or None if its file is missing or damaged."""
     try:
         return Compiled.from_dict(json.loads((folder() / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -57,8 +57,11 @@ def load(key: str) -> Compiled | None:
 
 
 def save(key: str, result: Compiled) -> None:
-    """Atomically, as several plans may run at once; without a place to write, not at all."""
-    place = folder()
+    """Write a result atomically, as several plans may run at once.
+
+    A result that cannot be written is not cached.
+    """
+    root = folder()
     with suppress(OSError, RuntimeError):
-        place.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_text(place / f"{key}.json", json.dumps(result.to_dict()))
+        root.mkdir(parents=True, exist_ok=True)
+        atomic_files.write_text(root / f"{key}.json", json.dumps(result.to_dict()))

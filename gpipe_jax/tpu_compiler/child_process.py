@@ -1,8 +1,8 @@
-"""What runs in the process that has libtpu loaded.
+"""Compile programs in the child process that loads libtpu.
 
-The folder has a job (job.json) and the exported programs (0.bin, 1.bin, ...). Each result is a line
-of JSON on standard output as soon as it is there. The process ends with its standard input, so that
-it never outlives the one that started it.
+The folder holds a job (job.json) and the exported programs (0.bin, 1.bin, ...). The process prints
+each result as a line of JSON on standard output as soon as it is ready. It exits when its standard
+input closes, so that it never outlives its parent.
 """
 
 import json
@@ -25,27 +25,27 @@ from gpipe_jax.tpu_compiler.results import Compiled, failed
 
 
 def main(folder: Path) -> None:
-    """Compile the job's programs in turn."""
+    """Compile the job's programs one after the other."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not get between the replies
+    os.dup2(2, 1)  # libraries must not print between the replies
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     devices = topologies.get_topology_desc(**job["options"]).devices
     for i, (name, donate, (stages, data)) in enumerate(job["programs"]):
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             exported = jax.export.deserialize(bytearray((folder / f"{i}.bin").read_bytes()))
             mesh = _mesh(stages, data, devices)
             result = _compile(name, exported, donate, mesh)
         except Exception as e:
-            result = failed(name, time.monotonic() - began, str(e))
+            result = failed(name, time.monotonic() - start, str(e))
         print(json.dumps(result.to_dict()), file=replies)
 
 
 def _mesh(stages: int, data: int, devices: Sequence[Any]) -> Mesh:
     if stages * data < len(devices):
-        # libtpu 0.0.42 refuses collectives of some parts of a slice, such as 0, 1, 4 and 5 of 16
-        # ("Unexpected device_id"), but none that begins with its first devices.
+        # libtpu 0.0.42 refuses collectives over some subsets of a slice, such as devices 0, 1, 4
+        # and 5 of 16 ("Unexpected device_id"), but none over its first devices.
         devices = sorted(devices, key=lambda device: device.id)
     return make_mesh(stages=stages, data=data, devices=devices)
 
@@ -58,10 +58,10 @@ def _end_with_parent() -> None:
 def _compile(
     name: str, exported: jax.export.Exported, donate: Sequence[int], mesh: Mesh
 ) -> Compiled:
-    began = time.monotonic()
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    start = time.monotonic()
+    replicated = NamedSharding(mesh, PartitionSpec())
     specs = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding or everywhere)
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding or replicated)
         for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)
     ]
     jitted = jax.jit(
@@ -72,7 +72,7 @@ def _compile(
     compiled = jitted.lower(*specs).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory is not None
-    compile_s = time.monotonic() - began
+    compile_s = time.monotonic() - start
     module = Module(text)
     return Compiled(
         name,

@@ -1,8 +1,7 @@
-"""Compiling for TPU pods that are not here, with the real TPU compiler.
+"""Compile for TPU slices with the real TPU compiler, on a machine without a TPU.
 
-libtpu compiles for any topology with no TPU present. It is loaded in a process of its own, so that
-this one keeps its backend, its environment and its standard error; `compile_child` is what runs
-there.
+libtpu compiles for any topology with no TPU present. A child process loads it
+(`child_process`), so that this process keeps its backend, its environment and its standard error.
 """
 
 import dataclasses
@@ -21,7 +20,6 @@ from pathlib import Path
 import jax
 import jax.export
 
-import gpipe_jax
 from gpipe_jax.tpu_compiler import cache
 from gpipe_jax.tpu_compiler.libtpu import check_installed
 from gpipe_jax.tpu_compiler.results import Compiled, Program, too_large
@@ -29,8 +27,8 @@ from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.utils.text import GIB
 
 SHOW_EVERY_S = 3.0
-_TICK_S = 0.2  # how late a time-out may come
-# No TPU is looked for, other users of libtpu are not waited for, and its log is no one's concern.
+_TICK_S = 0.2  # the interval at which a time-out is checked
+# Look for no TPU, do not wait for other users of libtpu, and write no log.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -49,10 +47,24 @@ def compile_programs(
     timeout_s: float | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[Compiled]:
-    """Compile all of them for `topology`, or find them among the results of earlier runs.
+    """Compile programs for `topology`, or read their results from the cache.
 
-    No program may take longer than `timeout_s`. `show` is told every few seconds what is being
-    compiled and for how long. A program that does not fit is a result; its `error` says so.
+    A program that does not fit is a result; its `error` says so.
+
+    Args:
+        programs: What to compile.
+        topology: The slices to compile for.
+        timeout_s: The longest that one program may take; None is without limit.
+        show: Called every few seconds with a line of text: what compiles, and for how long.
+
+    Returns:
+        The results, in the order of the programs.
+
+    Raises:
+        ValueError: A program does not match the topology.
+        CompilerNotInstalledError: libtpu is not installed.
+        TimeoutError: A program took longer than `timeout_s`.
+        RuntimeError: The compiler's process died.
     """
     for program in programs:
         _check(program, topology)
@@ -60,20 +72,30 @@ def compile_programs(
         return []
     check_installed()
     keys = [cache.key_of(program, topology) for program in programs]
-    results = {key: found for key in keys if (found := cache.load(key))}
+    results = {key: cached for key in keys if (cached := cache.load(key))}
     missing = {k: p for k, p in zip(keys, programs, strict=True) if k not in results}
     if missing:
-        # Closed at once when we are interrupted, not when the traceback lets go of it.
+        # `closing` ends the process at once on an interruption, not when the traceback is freed.
         with closing(_compile(list(missing.values()), topology, timeout_s, show)) as compiled:
             for key, result in zip(missing, compiled, strict=True):
                 results[key] = result
                 if result.error is None or result.short_by_bytes is not None:
                     cache.save(key, result)
-    found = [results[k]._replace(name=p.name) for k, p in zip(keys, programs, strict=True)]
-    # The compiler lets programs pass that need a little more than it calls usable: we don't.
+    return [
+        _limited(results[key]._replace(name=program.name), topology)
+        for key, program in zip(keys, programs, strict=True)
+    ]
+
+
+def _limited(result: Compiled, topology: Topology) -> Compiled:
+    """Mark a program as too large by our own count.
+
+    The compiler accepts programs that need a little more than it calls usable.
+    """
     usable = round(topology.generation.hbm_gib * GIB)
-    fits = lambda x: x.error is not None or x.needed_bytes <= usable  # noqa: E731
-    return [result if fits(result) else too_large(result, usable) for result in found]
+    if result.error is None and result.needed_bytes > usable:
+        return too_large(result, usable)
+    return result
 
 
 def _check(program: Program, topology: Topology) -> None:
@@ -82,7 +104,7 @@ def _check(program: Program, topology: Topology) -> None:
         raise ValueError(
             f"{program.name}: a mesh of {stages} stages x {data} data replicas needs "
             f"{stages * data} devices, but {topology} has {topology.devices}; lower `stages` or "
-            f"`data`, or take a larger topology"
+            f"`data`, or use a larger topology"
         )
     if program.exported.nr_devices != stages * data:
         raise ValueError(
@@ -92,21 +114,21 @@ def _check(program: Program, topology: Topology) -> None:
     count = len(program.exported.in_avals)
     if any(not 0 <= i < count for i in program.donate):
         raise ValueError(
-            f"{program.name}: `donate` {program.donate} names an argument that is not there; "
-            f"flattened, the program has {count}"
+            f"{program.name}: `donate` {program.donate} has an index out of range; flattened, the "
+            f"program has {count} arguments, so give indices of 0 to {count - 1}"
         )
     if topology.slices == 1 or stages * data == 1:
         return
     if stages % topology.slices:
         raise ValueError(
             f"{program.name}: {stages} stages do not divide by {topology.slices} slices; stages "
-            f"go across slices, so make `stages` a multiple of `slices`"
+            f"are split over slices, so make `stages` a multiple of `slices`"
         )
-    if stages * data < topology.devices:  # the compiler takes no part of several slices
+    if stages * data < topology.devices:  # the compiler accepts no subset of several slices
         raise ValueError(
             f"{program.name}: a mesh of {stages} stages x {data} data replicas leaves some of the "
-            f"{topology.devices} devices of {topology} idle, which several slices can't; raise "
-            f"`stages` or `data`, or take smaller slices"
+            f"{topology.devices} devices of {topology} idle, which several slices do not allow; "
+            f"raise `stages` or `data`, or use smaller slices"
         )
 
 
@@ -120,21 +142,21 @@ def _compile(
         _write_job(Path(folder), programs, topology)
         with _child(folder) as (process, replies):
             for i, program in enumerate(programs):
-                what = f"{program.name} for {topology}"
-                began, position = time.monotonic(), f"{i + 1} of {len(programs)}"
+                target = f"{program.name} for {topology}"
+                start, position = time.monotonic(), f"{i + 1} of {len(programs)}"
                 due = SHOW_EVERY_S
                 while (reply := _next(replies)) is None:
-                    elapsed = time.monotonic() - began
+                    elapsed = time.monotonic() - start
                     if timeout_s is not None and elapsed > timeout_s:
                         raise TimeoutError(
-                            f"compiling {what} ({position}) took longer than `timeout_s` "
-                            f"{timeout_s:g} s and was ended; raise it, or plan a smaller program"
+                            f"compiling {target} ({position}) took longer than `timeout_s` "
+                            f"{timeout_s:g} s and was stopped; raise it, or plan a smaller program"
                         )
                     if show and elapsed >= due:
-                        show(f"compiling {what} ({position}), {elapsed:.0f} s")
+                        show(f"compiling {target} ({position}), {elapsed:.0f} s")
                         due = elapsed + SHOW_EVERY_S
-                if not reply.endswith(b"\n"):  # no line, or half of one
-                    raise RuntimeError(_obituary(process, what, Path(folder)))
+                if not reply.endswith(b"\n"):  # no line, or an incomplete one
+                    raise RuntimeError(_death(process, target, Path(folder)))
                 yield Compiled.from_dict(json.loads(reply))
 
 
@@ -149,10 +171,10 @@ def _write_job(folder: Path, programs: Sequence[Program], topology: Topology) ->
 
 
 def _flat(exported: jax.export.Exported) -> jax.export.Exported:
-    """The same, from a flat list of arguments to one of results.
+    """Return the program with a flat list of arguments and one of results.
 
-    Node types of the user's (a NamedTuple, say) could not be written without being registered, and
-    need not exist in the other process.
+    Node types of the user (such as a NamedTuple) cannot be serialized unless they are registered,
+    and need not exist in the child process.
     """
     arguments = jax.tree.structure((tuple(exported.in_avals), {}))
     return dataclasses.replace(
@@ -162,15 +184,15 @@ def _flat(exported: jax.export.Exported) -> jax.export.Exported:
 
 @contextmanager
 def _child(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], "queue.Queue[bytes]"]]:
-    """The process and what it replies, a line for each program; killed however we leave."""
+    """Start the process; yield it and its replies, a line for each program; kill it at the end."""
     with open(Path(folder) / "log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "gpipe_jax.tpu_compiler.child_process", folder],
-            stdin=subprocess.PIPE,  # its end tells the child that we are gone
+            stdin=subprocess.PIPE,  # closes with this process, which ends the child
             stdout=subprocess.PIPE,
             stderr=log,
             env=_environment(),
-            start_new_session=True,  # an interruption is ours to handle
+            start_new_session=True,  # Ctrl-C must not reach the child
         )
     replies: queue.Queue[bytes] = queue.Queue()
     reader = threading.Thread(target=_read, args=(process, replies), daemon=True)
@@ -187,10 +209,10 @@ def _child(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], "queue.Queue[
 
 
 def _environment() -> dict[str, str]:
-    path = [str(Path(gpipe_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    found.pop("XLA_FLAGS", None)  # they are meant for this machine's backend
-    return found
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    variables.pop("XLA_FLAGS", None)  # they are meant for this machine's backend
+    return variables
 
 
 def _read(process: subprocess.Popen[bytes], replies: "queue.Queue[bytes]") -> None:
@@ -201,17 +223,18 @@ def _read(process: subprocess.Popen[bytes], replies: "queue.Queue[bytes]") -> No
 
 
 def _next(replies: "queue.Queue[bytes]") -> bytes | None:
-    """The next line, b"" if there are no more, None if there is none yet."""
+    """Return the next line, b"" if there are no more, None if there is none yet."""
     try:
         return replies.get(timeout=_TICK_S)
     except queue.Empty:
         return None
 
 
-def _obituary(process: subprocess.Popen[bytes], what: str, folder: Path) -> str:
+def _death(process: subprocess.Popen[bytes], target: str, folder: Path) -> str:
+    """Describe how the process ended, with the last lines of its log."""
     code = process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     if code == -9:
-        how += ", probably as this machine ran out of memory"
+        how += ", probably because this machine ran out of memory"
     last = (folder / "log").read_text(errors="replace").strip().splitlines()[-8:]
-    return "\n".join([f"the TPU compiler's process {how} while compiling {what}", *last])
+    return "\n".join([f"the TPU compiler's process {how} while compiling {target}", *last])

@@ -1,4 +1,4 @@
-"""Which TPU compiler is installed, and whether it is the one that jax wants."""
+"""Find the installed TPU compiler, and check that its version is the one that jax pins."""
 
 import importlib.metadata
 import re
@@ -10,18 +10,18 @@ INSTALL = "pip install 'gpipe-jax[tpu]'"
 
 
 def versions() -> dict[str, str | None]:
-    """jax, jaxlib, libtpu, and the libtpu that this jax asks for; None for what isn't there."""
-    found: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", "libtpu"))
-    for name in found:
+    """Return the versions of jax, jaxlib and libtpu, and the libtpu that jax pins, or None."""
+    installed: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", "libtpu"))
+    for name in installed:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    wanted = importlib.metadata.requires("jax") or []
-    pins = [m[1] for r in wanted if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", r))]
-    return {**found, "libtpu_pinned": pins[0] if pins else None}
+            installed[name] = importlib.metadata.version(name)
+    requirements = importlib.metadata.requires("jax") or []
+    pins = [m[1] for r in requirements if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", r))]
+    return {**installed, "libtpu_pinned": pins[0] if pins else None}
 
 
 def check_installed() -> None:
-    """NotInstalledError unless the TPU compiler is there."""
+    """Raise CompilerNotInstalledError unless the TPU compiler is installed."""
     if versions()["libtpu"] is None:
         raise CompilerNotInstalledError(
             f"compiling for a TPU needs its compiler, libtpu, which is not installed: {INSTALL} "
@@ -30,14 +30,14 @@ def check_installed() -> None:
 
 
 def version_warning() -> str | None:
-    """What to tell the user if libtpu is not the one that this jax was made for."""
-    found = versions()
-    installed, pinned = found["libtpu"], found["libtpu_pinned"]
+    """Return a warning if libtpu is not the version that jax pins."""
+    known = versions()
+    installed, pinned = known["libtpu"], known["libtpu_pinned"]
     if installed is None or pinned is None:
         return None
     if f"{installed}.".startswith(pinned.removesuffix("*").rstrip(".") + "."):
         return None
     return (
-        f"libtpu {installed} is installed, but jax {found['jax']} is made for libtpu {pinned}; "
-        f"another one can fail to compile: {INSTALL}"
+        f"libtpu {installed} is installed, but jax {known['jax']} pins libtpu {pinned}; "
+        f"another version can fail to compile: {INSTALL}"
     )

@@ -1,4 +1,4 @@
-"""Compiling for TPU pods with the real TPU compiler, in a process of its own."""
+"""Compile for TPU slices with the real TPU compiler, in a child process."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ V3 = parse("v3:2x2")
 
 
 class State(NamedTuple):
-    """A node that `jax.export` can't write."""
+    """Hold a tree node that `jax.export` cannot serialize."""
 
     step: Any
     weight: Any
@@ -54,7 +54,7 @@ def loop(trips: int, name: str = "loop") -> Program:
 
 
 def training_step(shape: tuple[int, int], donate: Sequence[int] = (0, 1)) -> Program:
-    """A step over a mesh: a permute in a loop, and a reduction after it."""
+    """Build a step over a mesh: a permute in a loop, and a reduction after it."""
     mesh = AbstractMesh(shape, ("stage", "data"), axis_types=(AxisType.Auto,) * 2)
     state_sharding = State(NamedSharding(mesh, P()), NamedSharding(mesh, P("stage")))
     data_sharding = NamedSharding(mesh, P("stage", "data"))
@@ -98,7 +98,7 @@ def too_large() -> Program:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory):
-    """A folder of results for this module, instead of the user's."""
+    """Use a folder of results for this module instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield cache_files.folder()
@@ -106,7 +106,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No folder can be made below a file; what would be left behind goes to an empty folder."""
+    """Make the cache unwritable: its folder is below a file. Use an empty folder for the rest."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "temporary").mkdir()
@@ -115,20 +115,20 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
-    """All processes that are started."""
-    found: list[subprocess.Popen] = []
+    """Record all processes that are started."""
+    processes: list[subprocess.Popen] = []
 
     class Recorded(subprocess.Popen):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            found.append(self)
+            processes.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
-    return found
+    return processes
 
 
-def instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
-    """Run a shell script where the compiler's process would be."""
+def replace_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """Run a shell script in place of the compiler's process."""
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -138,7 +138,7 @@ def instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Non
 
 @pytest.fixture(scope="module")
 def compiled(cache: Path) -> dict[str, Compiled]:
-    """All that is compiled for v3, in one process."""
+    """Compile all programs for v3, in one process."""
     programs = [
         product(4096),
         loop(3),
@@ -152,10 +152,10 @@ def compiled(cache: Path) -> dict[str, Compiled]:
 
 
 def peak_fraction(result: Compiled, name: str, size: int) -> float:
-    """Of the FLOPs that the generation has, those of a product in the cycles estimated."""
+    """Return the fraction of peak FLOP/s that a product reaches in its estimated cycles."""
     generation = GENERATIONS[name]
     seconds = result.cycles / (generation.clock_ghz * 1e9)
-    return 2 * size**3 / seconds / generation.peak_flops
+    return 2 * size**3 / seconds / generation.peak_flops_s
 
 
 @TPU
@@ -181,20 +181,20 @@ def test_cycles_are_proportional_to_a_loops_iterations(compiled: dict[str, Compi
 
 @TPU
 def test_donated_arguments_are_aliased(compiled: dict[str, Compiled]) -> None:
-    """The weights of a stage, replicated over data, and the step."""
-    donated, kept = compiled["step"], compiled["not donated"]
-    assert kept.alias_bytes == 0
+    """Alias the weights of a stage, replicated over data, and the step."""
+    donated, copied = compiled["step"], compiled["not donated"]
+    assert copied.alias_bytes == 0
     assert donated.alias_bytes >= 256 * 256 * 4
     assert donated.alias_bytes == pytest.approx(donated.output_bytes, rel=0.01)
-    parts = donated.argument_bytes + donated.output_bytes - donated.alias_bytes
-    assert donated.needed_bytes == parts + donated.temporary_bytes + donated.code_bytes
+    total = donated.argument_bytes + donated.output_bytes - donated.alias_bytes
+    assert donated.needed_bytes == total + donated.temporary_bytes + donated.code_bytes
 
 
 @TPU
 def test_collectives_of_a_sharded_step(compiled: dict[str, Compiled]) -> None:
-    """v3 has no asynchronous permutes. It sends bfloat16, as the product takes no more anyway."""
-    found = {c.kind: c for c in compiled["step"].collectives}
-    assert found == {
+    """Find synchronous permutes on v3. They send bfloat16, the input type of the product."""
+    collectives = {c.kind: c for c in compiled["step"].collectives}
+    assert collectives == {
         "collective-permute": Collective("collective-permute", 32 * 256 * 2, False, True, 6),
         "all-reduce": Collective("all-reduce", 256 * 256 * 4, False, False, 1),
     }
@@ -213,8 +213,8 @@ def test_what_does_not_fit_is_a_result(compiled: dict[str, Compiled]) -> None:
 
 @TPU
 @pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False)])
-def test_what_compiles_but_adds_up_to_more_does_not_fit(cache: Path, over: int, fits: bool) -> None:
-    """The TPU compiler lets programs pass that need some more than it calls usable."""
+def test_our_own_count_decides(cache: Path, over: int, fits: bool) -> None:
+    """Refuse what the TPU compiler accepts: slightly more than it calls usable."""
     usable = round(GENERATIONS["v3"].hbm_gib * 2**30)
     program = product(1024 + over)
     known = Compiled("known", 1.0, needed_bytes=usable + over, cycles=5.0)
@@ -226,21 +226,21 @@ def test_what_compiles_but_adds_up_to_more_does_not_fit(cache: Path, over: int, 
 
 @TPU
 def test_several_slices(cache: Path) -> None:
-    """Stages go across them: the permutes do, the reduction does not."""
+    """Split stages over slices: permutes cross them, the reduction does not."""
     result = compile_programs([training_step((4, 2))], parse("v5e:2x2", slices=2))[0]
     assert result.error is None
     assert {c.kind: c.times for c in result.collectives}["collective-permute"] == 6
 
 
 @TPU
-def test_a_part_of_a_slice_of_several_hosts(cache: Path) -> None:
-    """libtpu refuses the reduction on some four devices of the sixteen."""
+def test_a_subset_of_a_slice(cache: Path) -> None:
+    """Use the first devices: libtpu refuses the reduction on some four of the sixteen."""
     result = compile_programs([training_step((1, 4))], parse("v5e:4x4"))[0]
     assert result.error is None and result.collectives
 
 
 @TPU
-def test_results_are_kept(
+def test_results_are_cached(
     compiled: dict[str, Compiled], cache: Path, started: list[subprocess.Popen]
 ) -> None:
     again = compile_programs([loop(3, name="another name")], V3)[0]
@@ -265,8 +265,8 @@ def test_a_damaged_result_is_compiled_again(
 
 
 @TPU
-def test_no_place_to_keep_results_is_no_error(no_cache: None, tmp_path: Path) -> None:
-    """And the process leaves nothing behind, in our environment or on disk."""
+def test_an_unwritable_cache_is_no_error(no_cache: None, tmp_path: Path) -> None:
+    """Leave nothing behind either, in the environment or on disk."""
     before = dict(os.environ)
     result = compile_programs([loop(2), loop(2, "same")], V3)
     assert [r.name for r in result] == ["loop", "same"]
@@ -276,7 +276,7 @@ def test_no_place_to_keep_results_is_no_error(no_cache: None, tmp_path: Path) ->
 
 
 @TPU
-def test_other_failures_say_why_and_are_not_kept(cache: Path) -> None:
+def test_other_failures_are_reported_and_not_cached(cache: Path) -> None:
     spec = jax.ShapeDtypeStruct((8,), jnp.float32)
     program = Program("for CPU", jax.export.export(jax.jit(jnp.sin), platforms=["cpu"])(spec))
     result = compile_programs([program], V3)[0]
@@ -292,7 +292,7 @@ def test_a_time_out_ends_the_process(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    instead(monkeypatch, tmp_path, "exec sleep 600")
+    replace_compiler(monkeypatch, tmp_path, "exec sleep 600")
     monkeypatch.setattr(compiler, "SHOW_EVERY_S", 0.3)
     shown: list[str] = []
     with pytest.raises(
@@ -312,7 +312,7 @@ def test_an_interruption_ends_the_process(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    instead(monkeypatch, tmp_path, "exec sleep 600")
+    replace_compiler(monkeypatch, tmp_path, "exec sleep 600")
     monkeypatch.setattr(compiler, "SHOW_EVERY_S", 0.3)
 
     def interrupt(_: str) -> None:
@@ -329,13 +329,13 @@ def test_an_interruption_ends_the_process(
     [
         ("echo a reason >&2; exit 3", r"(?s)ended with exit code 3 while compiling loop.*a reason"),
         ("printf '{\\\"name\\\"'; exit 4", "ended with exit code 4"),
-        ("kill -9 $$", "was killed by signal 9, probably as this machine ran out of memory"),
+        ("kill -9 $$", "was killed by signal 9, probably because this machine ran out of memory"),
     ],
 )
 def test_a_process_that_dies(
     no_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str
 ) -> None:
-    instead(monkeypatch, tmp_path, script)
+    replace_compiler(monkeypatch, tmp_path, script)
     with pytest.raises(RuntimeError, match=message):
         compile_programs([loop(2)], V3)
 
@@ -371,12 +371,14 @@ def test_any_other_error_is_its_first_line() -> None:
     assert failed("p", 1.0, "").error == "no message"
 
 
-def test_the_key_knows_what_matters_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     program = loop(2)
     key = cache_files.key_of(program, V3)
     # The same program, written at another place in this file.
-    f = lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), x, None, 2)[0]  # noqa: E731
-    f.__name__ = "f"
+
+    def f(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), x, None, 2)[0]
+
     moved = Program("moved", export(f, jax.ShapeDtypeStruct((512, 512), jnp.float32)))
     assert moved.exported.mlir_module() != program.exported.mlir_module()
     assert cache_files.key_of(moved, V3) == key
@@ -397,7 +399,7 @@ def test_the_key_knows_what_matters_and_nothing_else(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("shape", "topology", "message"),
     [
-        ((4, 4), V3, "16 devices, but v3:2x2 has 8; lower `stages` or `data`, or take a larger"),
+        ((4, 4), V3, "16 devices, but v3:2x2 has 8; lower `stages` or `data`, or use a larger"),
         ((4, 1), V3, r"exported for 1 device\(s\), but `mesh_shape` is \(4, 1\)"),
     ],
 )
@@ -407,7 +409,9 @@ def test_a_mesh_that_does_not_fit(shape: tuple[int, int], topology, message: str
 
 
 def test_donated_arguments_exist() -> None:
-    with pytest.raises(ValueError, match=r"`donate` \(0, 1\) names an argument .* has 1"):
+    with pytest.raises(
+        ValueError, match=r"`donate` \(0, 1\) has an index out of range; .* has 1 arguments"
+    ):
         compile_programs([loop(2)._replace(donate=(0, 1))], V3)
 
 
@@ -424,8 +428,8 @@ def test_nothing_to_compile(started: list[subprocess.Popen]) -> None:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: str | None, pinned: str | None) -> None:
-    found = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": version, "libtpu_pinned": pinned}
-    monkeypatch.setattr(libtpu, "versions", lambda: found)
+    known = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": version, "libtpu_pinned": pinned}
+    monkeypatch.setattr(libtpu, "versions", lambda: known)
 
 
 def test_without_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,10 +458,10 @@ def test_another_libtpu_is_a_warning(
     installed(monkeypatch, version, pinned)
     warning = libtpu.version_warning()
     assert (warning is not None) is warns
-    assert not warns or f"libtpu {version} is installed, but jax 0.10.2 is made for" in str(warning)
+    assert not warns or f"libtpu {version} is installed, but jax 0.10.2 pins libtpu" in str(warning)
 
 
 def test_versions_are_those_installed() -> None:
-    found = libtpu.versions()
-    assert found["jax"] == jax.__version__
-    assert found["libtpu_pinned"]
+    known = libtpu.versions()
+    assert known["jax"] == jax.__version__
+    assert known["libtpu_pinned"]

@@ -1,4 +1,4 @@
-"""Reading compiled programs: written by hand here, and from CPU's compiler."""
+"""Read compiled programs: one written by hand, and one of the CPU's compiler."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ to_apply=%small
 
 
 def test_cycles_follow_loops_and_the_slowest_branch() -> None:
-    """The inner loop goes 1, 3, 5; the cycles inside fusions are in the fusion's own."""
+    """Count the inner loop (1, 3, 5) thrice; a fusion's cycles include those inside it."""
     assert hlo.Module(MODULE).cycles() == 5 * 3 * (10 + 1) + 1000 + 100
 
 
@@ -97,7 +97,7 @@ def test_a_loop_of_unknown_length_counts_once() -> None:
 
 
 def test_a_bound_that_the_loop_carries() -> None:
-    """The TPU compiler moves constants out of loops; the loop carries them."""
+    """Follow constants that the TPU compiler moved out of a loop: the loop carries them."""
     carried = MODULE.replace(
         "s32[]{:T(256)} constant(7)", "s32[]{:T(256)} get-tuple-element(%d), index=2"
     )
@@ -142,13 +142,13 @@ def test_a_program_of_the_cpu_compiler() -> None:
     text = f.lower(jnp.ones((4, 3))).compile().as_text() or ""
     module = hlo.Module(text)
     assert [loop.trips for loop in module.loops()] == [6]
-    found = {c.kind: (c.bytes, c.in_loop, c.times) for c in module.collectives()}
-    assert found == {"collective-permute": (12, True, 6), "all-reduce": (12, False, 1)}
+    collectives = {c.kind: (c.bytes, c.in_loop, c.times) for c in module.collectives()}
+    assert collectives == {"collective-permute": (12, True, 6), "all-reduce": (12, False, 1)}
     assert module.entry in module.computations
 
 
 def test_thousands_of_instructions() -> None:
-    """Thousands of computations and instructions, as in a network without repetition."""
+    """Read as many instructions as a network without repetition has."""
     line = f"  %f = f32[8]{{0}} fusion(%a), kind=kLoop, calls=%fused, {COST % 1}\n"
     text = MODULE.replace("  %nought", line * 20_000 + "  %nought")
     assert hlo.Module(text).cycles() == hlo.Module(MODULE).cycles() + 20_000

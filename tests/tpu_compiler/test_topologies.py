@@ -1,4 +1,4 @@
-"""The names of TPU slices, and the table of their constants."""
+"""Parse the names of TPU slices, and check the table of their constants."""
 
 import math
 
@@ -51,15 +51,21 @@ def test_both_kinds_of_names(text: str, name: str, devices: int) -> None:
         ("", "the accelerator is empty; write a topology such as 'v3:2x2'"),
         ("v5q:2x2", "unknown TPU generation 'v5q'; did you mean 'v5p'.*known: tpu7x, v2, v3, v4"),
         ("h100-8", r"unknown TPU generation 'h100' \(known: tpu7x"),
-        ("v3", "can't read the accelerator 'v3'; write a topology such as 'v3:2x2', or a .*'v3-8'"),
-        ("v3:4x", "can't read the accelerator 'v3:4x'"),
-        ("v3-4x4", "'v3-4x4' has a shape, which follows a colon"),
+        (
+            "v3",
+            "cannot read the accelerator 'v3'; write a topology such as 'v3:2x2', or a .*'v3-8'",
+        ),
+        ("v3:4x", "cannot read the accelerator 'v3:4x'"),
+        ("v3-4x4", "'v3-4x4' has a shape, which must follow a colon"),
         ("v3:4x4x4", "'v3:4x4x4' has 3 dimensions, but v3 pods have 2"),
         ("v5p:4x4", "'v5p:4x4' has 2 dimensions, but v5p pods have 3; .*'v5p:2x2x1'"),
         ("v5e:3x5", "'v5e:3x5' does not divide into hosts of 2x2 chips"),
         ("v5e:0x0", "'v5e:0x0' does not divide into hosts"),
-        ("v3:6x6", "no shape of a v3 slice: every size must be a power of two"),
-        ("v5p:2x2x5", "no shape of a v5p slice: every size must be at most 4, or a multiple of 4"),
+        ("v3:6x6", "not the shape of a v3 slice: every size must be a power of two"),
+        (
+            "v5p:2x2x5",
+            "not the shape of a v5p slice: every size must be at most 4, or a multiple of 4",
+        ),
         ("v3:64x64", r"4096 chips, more than .*the largest is 'v3:32x32' \(1024 chips\)"),
         ("v5e:4x64", "'v5e:4x64' has 256 chips, more than a slice of a v5e pod"),
         (
@@ -67,8 +73,11 @@ def test_both_kinds_of_names(text: str, name: str, devices: int) -> None:
             "7168 chips, more than a slice of a v5p pod; the largest is 'v5p:16x16x24",
         ),
         ("v3-4096", r"2048 chips, more than .*largest is 'v3-2048' \('v3:32x32', 1024 chips\)"),
-        ("v3-48", r"no size of a v3 slice \(the number counts cores\); nearest: 'v3-32', 'v3-64'"),
-        ("v3-33", "'v3-33' is no size of a v3 slice"),
+        (
+            "v3-48",
+            r"not the size of a v3 slice \(the number counts cores\); nearest: 'v3-32', 'v3-64'",
+        ),
+        ("v3-33", "'v3-33' is not the size of a v3 slice"),
         ("v5e-2", r"\(the number counts chips\); nearest: 'v5litepod-1', 'v5litepod-4'"),
         ("v5p-100", "nearest: 'v5p-64', 'v5p-128'"),
         ("v3-2", "nearest: 'v3-8'"),
@@ -96,15 +105,15 @@ def test_options_that_libtpu_needs() -> None:
 
 @pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
 def test_the_table_is_consistent(generation) -> None:
-    """A shape for each power of two up to the pod, and figures of one magnitude."""
-    chips = math.prod(generation.max_shape)
+    """Find a shape for each power of two up to the pod, and figures of one magnitude."""
+    chips = generation.max_chips
     for power in range(2, int(math.log2(chips)) + 1):
         shape = squarest(generation, 2**power)
         assert shape is not None
         assert math.prod(shape) == 2**power
         assert parse(str(Topology(generation, shape))).shape == shape
-    assert squarest(generation, chips) == generation.max_shape
+    assert squarest(generation, chips) == generation.max_shape_chips
     # The peak is a power of two of operations a cycle.
-    per_cycle = math.log2(generation.peak_flops / generation.clock_ghz / 1e9)
+    per_cycle = math.log2(generation.peak_flops_s / generation.clock_ghz / 1e9)
     assert per_cycle == pytest.approx(round(per_cycle), abs=0.01)
     assert 1e9 < generation.dcn_bytes_s < generation.link_bytes_s < generation.hbm_bytes_s
