@@ -15,10 +15,10 @@ from nas.reports import lineage as reports_lineage
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
-from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, file_of
+from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, store_path
 from nas.workers import pools
-from nas.workers.driver import Callback, Driver, Running, check_seconds
-from nas.workers.pickled_setup import Setup, setup_of
+from nas.workers.driver import Callback, Driver, DriverThread, check_seconds
+from nas.workers.pickled_setup import Setup, load_setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +64,9 @@ class Result:
         self,
         path: str | Path,
         space: Space[Any] | None = None,
-        running: Running | None = None,
+        running: DriverThread | None = None,
     ) -> None:
-        self.path = file_of(path).parent
+        self.path = store_path(path).parent
         self.reader = Reader(path)
         self.study: Study = self.reader.study()
         self._space, self._running = space, running
@@ -92,7 +92,7 @@ class Result:
         """The search's space: one of this package, or else as it was pickled with the run."""
         if self._space is None:
             known = SPACES.get(self.study.space)
-            self._space = known() if known else setup_of(self.reader).space
+            self._space = known() if known else load_setup(self.reader).space
         return self._space
 
     @property
@@ -197,7 +197,7 @@ class Result:
 
         The options are those of `nas.search`, but for what the search is: its space and settings.
         """
-        setup = setup_of(self.reader, needed=evaluate is None)
+        setup = load_setup(self.reader, needed=evaluate is None)
         fixed = [name for name in options if name in self.study.settings or name == "space"]
         if fixed:
             raise ValueError(f"{', '.join(fixed)}: a search cannot be resumed with other ones")
@@ -241,21 +241,21 @@ def search(
     evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
     """
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
-    space, evaluator = spaces.check(space), evaluators.check(evaluate)
+    space, evaluator = spaces.check(space), evaluators.as_evaluator(evaluate)
     driving = {"workers": workers, "timeout_s": timeout_s}
     setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
     policy = options.get("fitness_policy", "stored")
-    evaluator = evaluators.in_search(evaluator, space, Path(folder) / name, policy, timeout_s)
-    options.setdefault("compare", getattr(evaluator, "compares", None))
-    known = {"evaluator": evaluators.goes_by(evaluator), "other_evaluator": other_evaluator}
+    evaluator = evaluator.in_search(space, Path(folder) / name, policy, timeout_s)
+    options.setdefault("compare", evaluator.compares)
+    known = {"evaluator": evaluators.identity_of(evaluator), "other_evaluator": other_evaluator}
     loop = Search(
         space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(),
         **known, **options,
     )  # fmt: skip
     pool = None
     try:
-        pool = pools.pool(workers)
-        running = Running(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
+        pool = pools.make_pool(workers)
+        running = DriverThread(Driver(loop, evaluator, pool, timeout_s, time_limit_s, callback))
     except BaseException:
         loop.close()
         if pool is not None:

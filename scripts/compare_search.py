@@ -58,7 +58,7 @@ class Remembered:
     @property
     def goes_by(self) -> dict[str, Any]:
         """As the inner one: a folder goes on with the same training only."""
-        return evaluate.goes_by(self.evaluator)
+        return evaluate.identity_of(self.evaluator)
 
     def in_search(self, *search: Any) -> "Remembered":
         """With the inner one told what it is to serve."""

@@ -82,7 +82,7 @@ def one(
         evaluator = evaluators["static" if name == "itself" else name]
         assert evaluator.run is not None
         weights.save(Path(evaluator.run) / "start.safetensors", genotype, start)
-        seed = evaluate.seed(0, number)
+        seed = evaluate.job_seed(0, number)
         job = Job(number, number, genotype, seed, inherit="start.safetensors")
         begun = time.perf_counter()
         with compilations() as compiled:

@@ -25,7 +25,7 @@ import nas
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evaluators.nasbench201_table import DATASETS, NASBench201Table
 from nas.evolution.evolution import Evolution
-from nas.evolution.simulation import Done, Loop, simulate
+from nas.evolution.simulation import FinishedJob, StorelessLoop, simulate
 from nas.spaces.nasbench201 import NASBench201Space
 
 SPACE = NASBench201Space()
@@ -58,7 +58,7 @@ class Lookup:
         return Outcome("ok", self.valid[job.architecture]), self.time_s[job.architecture]
 
 
-def best(lookup: Lookup, done: list[Done], counts: list[int]) -> list[float]:
+def best(lookup: Lookup, done: list[FinishedJob], counts: list[int]) -> list[float]:
     """Test accuracy of the best cell by what was reported, after so many results."""
     found, top, n, picked = [], -math.inf, 0, ()
     for each in done:
@@ -71,10 +71,12 @@ def best(lookup: Lookup, done: list[Done], counts: list[int]) -> list[float]:
     return found
 
 
-def loop(seed: int, cycles: int, population: int = 100, sample: int = 25, **rest: Any) -> Loop:
+def loop(
+    seed: int, cycles: int, population: int = 100, sample: int = 25, **rest: Any
+) -> StorelessLoop:
     """A search without a store."""
     settings = nas.Settings(population=population, sample=sample, seed=seed, **rest)
-    return Loop(Evolution(SPACE, settings), cycles)
+    return StorelessLoop(Evolution(SPACE, settings), cycles)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -114,7 +116,7 @@ def random_search(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
         cells = [one.evolution.propose(k).architecture for k in range(500)]
         for dataset, lookup in lookups.items():
             done = [
-                Done(0.0, Job(k, k, cell, 0), Outcome("ok", lookup.valid[cell]))
+                FinishedJob(0.0, Job(k, k, cell, 0), Outcome("ok", lookup.valid[cell]))
                 for k, cell in enumerate(cells)
             ]
             found[dataset].append(best(lookup, done, counts))
@@ -253,7 +255,7 @@ def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
         for cache in (True, False):
             folder, cycles = tempfile.TemporaryDirectory(), 600 if cache else 200
             with folder as name, search(name, seed, cycles, cache=cache) as one:
-                done = simulate(one, lookup.work, slots=8, most=200)
+                done = simulate(one, lookup.work, slots=8, max_jobs=200)
                 tests[cache] += best(lookup, done, [len(done)])
                 rows = list(one.store.candidates())
                 made[cache] += sum(row.answered_by is None for row in rows[:200])

@@ -13,10 +13,10 @@ from nas.evaluators import outcomes
 from nas.storage.reader import Reader
 
 
-class Answer(NamedTuple):
+class CachedResult(NamedTuple):
     """What is known of a network."""
 
-    twin: int  # the candidate that was evaluated; the first, if there are several
+    evaluated: int  # the candidate that was evaluated; the first, if there are several
     fitness: float
     metrics: dict[str, float]
     trained_values: str | None
@@ -30,10 +30,10 @@ class Duplicates:
 
     def __init__(self, reader: Reader, limit: int) -> None:
         self.reader, self.limit = reader, limit
-        self.under_way: dict[str, int] = defaultdict(int)
+        self.running: dict[str, int] = defaultdict(int)
         self.waiting: dict[str, list[int]] = defaultdict(list)
 
-    def place(self, network: str, candidate: int) -> Answer | Literal["evaluate", "wait"]:
+    def look_up(self, network: str, candidate: int) -> CachedResult | Literal["evaluate", "wait"]:
         """The answer to a candidate, or what becomes of it."""
         if not self.limit:
             return "evaluate"
@@ -41,22 +41,22 @@ class Duplicates:
         rows = list(self.reader.candidates(where, network, order=f"id LIMIT {self.limit}"))
         n = len(rows)
         if n >= self.limit:
-            means = outcomes.means([row.metrics for row in rows])
+            means = outcomes.mean_metrics([row.metrics for row in rows])
             fitness = sum(row.fitness or 0.0 for row in rows) / n
-            return Answer(rows[0].id, fitness, means, rows[0].trained_values)
-        if self.under_way[network] + n >= self.limit:
+            return CachedResult(rows[0].id, fitness, means, rows[0].trained_values)
+        if self.running[network] + n >= self.limit:
             self.waiting[network].append(candidate)
             return "wait"
-        self.under_way[network] += 1
+        self.running[network] += 1
         return "evaluate"
 
-    def end(self, network: str) -> list[int]:
+    def finish(self, network: str) -> list[int]:
         """One under way has ended, well or badly; returns those that waited, to be placed anew."""
         if not self.limit:
             return []
-        self.under_way[network] -= 1
-        if not self.under_way[network]:
-            del self.under_way[network]
+        self.running[network] -= 1
+        if not self.running[network]:
+            del self.running[network]
         return self.waiting.pop(network, [])
 
 

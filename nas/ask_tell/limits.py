@@ -25,7 +25,7 @@ class Limit(NamedTuple):
     at_most: float = math.inf
 
     @property
-    def goes_by(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What it is, as JSON has it; of a function all that is known is the name given to it."""
         owner: Any = getattr(self.measure, "__self__", None)
         fields = dataclasses.asdict(owner) if dataclasses.is_dataclass(type(owner)) else {}
@@ -34,13 +34,13 @@ class Limit(NamedTuple):
         return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
 
 
-class Gate:
+class LimitCheck:
     """Lets candidates pass that keep all limits."""
 
     def __init__(self, limits: Sequence[Limit]) -> None:
         self.limits, self._in_a_row = tuple(limits), 0
 
-    def check(self, architecture: Any) -> tuple[dict[str, float], str | None]:
+    def measure(self, architecture: Any) -> tuple[dict[str, float], str | None]:
         """What the limits measure, and in words the first that is broken."""
         found: dict[str, float] = {}
         for name, measure, at_most in self.limits:
@@ -50,11 +50,11 @@ class Gate:
         self._in_a_row = 0
         return found, None
 
-    def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def measured_in(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those of the metrics that the limits have measured."""
         return {limit.name: metrics[limit.name] for limit in self.limits if limit.name in metrics}
 
-    def count(self, broken: str) -> None:
+    def count_rejection(self, broken: str) -> None:
         """One more is rejected; FailuresError if that is one too many."""
         self._in_a_row += 1
         if self._in_a_row >= MAX_REJECTED:
@@ -64,13 +64,13 @@ class Gate:
             )
 
 
-class Failures:
+class FailureCounter:
     """Counts evaluations that fail in a row, up to `at_most`."""
 
     def __init__(self, at_most: int) -> None:
         self.at_most, self._in_a_row = at_most, 0
 
-    def end(self) -> None:
+    def reset(self) -> None:
         """An evaluation has not failed."""
         self._in_a_row = 0
 

@@ -14,7 +14,7 @@ class PendingCandidate(NamedTuple):
     """A candidate without a result."""
 
     architecture: Any
-    network: str  # digest of its canonical form
+    digest: str  # digest of its canonical form
     inherit: str | None  # trained values of its parent, as of its proposal
     metrics: dict[str, float]  # of the limits
     sample: tuple[int, ...]  # see `nas.evolution.evolution.Proposal`
@@ -24,11 +24,11 @@ class Tournament(NamedTuple):
     """Members that are trained again before the best of them has a child."""
 
     sample: list[Member]  # with their new fitness, as far as it is known
-    missing: set[int]  # candidates
+    untrained: set[int]  # candidates
     inherit: dict[int, str | None]  # by candidate, what its training starts from
 
     @property
-    def detail(self) -> str:
+    def event_detail(self) -> str:
         """What its event has, before anything is judged."""
         return json.dumps(
             [
@@ -37,15 +37,15 @@ class Tournament(NamedTuple):
             ]
         )
 
-    def judge(self, candidate: int, fitness: float | None) -> None:
+    def record(self, candidate: int, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
-        self.missing.discard(candidate)
+        self.untrained.discard(candidate)
         for place, member in enumerate(self.sample):
             if member.candidate == candidate and fitness is not None:
                 self.sample[place] = replace(member, fitness=fitness)
 
 
-def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolution:
+def restore_evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolution:
     """With the population that the store has."""
     found = Evolution(space, settings)
     found.members = [_member(space, row) for row in reader.population()]
@@ -53,7 +53,7 @@ def evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolutio
     return found
 
 
-def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCandidate]:
+def restore_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCandidate]:
     """By number, in order."""
     found = {}
     for row in reader.candidates("state = 'open'"):
@@ -66,7 +66,7 @@ def open_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCandi
     return found
 
 
-def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
+def restore_tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     """Those without a child as yet, by its number; perhaps with nothing missing any more."""
     found: dict[int, Tournament] = {}
     for number, drawn in reader.open_tournaments():
@@ -77,11 +77,11 @@ def tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
         inherit = {c: values for c, _, _, *recorded in drawn for values in recorded}
         found[number] = Tournament(sample, {m.candidate for m in sample}, inherit)
         for row in reader.evaluations("tournament = ? AND outcome = 'ok'", number):
-            found[number].judge(row.candidate, row.fitness)
+            found[number].record(row.candidate, row.fitness)
     return found
 
 
-def inherited(
+def weights_to_inherit(
     open_: Iterable[PendingCandidate], tournaments: Iterable[Tournament]
 ) -> set[str | None]:
     """The trained values that are to be started from."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nas.ask_tell import pending, reopening, trained_values
-from nas.ask_tell.duplicates import Answer, Duplicates, digest
-from nas.ask_tell.limits import Failures, Gate, Limit, Retries
+from nas.ask_tell.duplicates import CachedResult, Duplicates, digest
+from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Retries
 from nas.ask_tell.pending import PendingCandidate, Tournament
 from nas.evaluators import evaluator as evaluate
 from nas.evaluators import outcomes
@@ -58,23 +58,25 @@ class Search:
     ) -> None:
         self.space, self.settings = spaces.check(space), Settings(**settings)
         reopening.check_arguments(self.settings, cycles, cache, max_failures)
-        self.cycles, self.target, self.gate = cycles, target, Gate(limits)
-        self.retries, self.failures = retries or Retries(), Failures(max_failures)
+        self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
+        self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
         same = {**self.settings.to_dict(), "cache": int(cache)}
-        kept = [limit.goes_by for limit in self.gate.limits]
+        kept = [limit.identity for limit in self.limit_check.limits]
         self.store = reopening.open_store(
             Path(folder) / name, name, self.space, same, kept, setup, evaluator, other_evaluator
         )
-        self.values = trained_values.WeightFiles(self.store, self.settings.fitness_policy, compare)
+        self.weight_files = trained_values.WeightFiles(
+            self.store, self.settings.fitness_policy, compare
+        )
         self._lock = threading.RLock()
-        self.twins = Duplicates(self.store, int(cache))
-        self._todo: deque[Job] = deque()
+        self.duplicates = Duplicates(self.store, int(cache))
+        self._queue: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by evaluation
-        self._open: dict[int, PendingCandidate] = {}  # by candidate, as are these:
-        self._unplaced: deque[int] = deque()
+        self._pending: dict[int, PendingCandidate] = {}  # by candidate, as are these:
+        self._unscheduled: deque[int] = deque()
         self._tournaments: dict[int, Tournament] = {}
         try:
-            self.evolution = pending.evolution(self.store, self.space, self.settings)
+            self.evolution = pending.restore_evolution(self.store, self.space, self.settings)
             self._restore()
         except BaseException:
             self.close()
@@ -87,11 +89,14 @@ class Search:
         called, and by True makes this return None.
         """
         with self._lock:
-            self._place_all()
+            self._schedule_all()
             while not self.is_over and not until():
-                if self._todo:
-                    return self._start(self._todo.popleft())
-                if self.evolution.results + len(self._open) + len(self._tournaments) >= self.cycles:
+                if self._queue:
+                    return self._start(self._queue.popleft())
+                if (
+                    self.evolution.results + len(self._pending) + len(self._tournaments)
+                    >= self.cycles
+                ):
                     return None
                 self._advance()
         return None
@@ -101,7 +106,7 @@ class Search:
 
         To tell a job twice, or one of a driver that is gone, changes nothing.
         """
-        self.report(job, outcomes.read(fitness, job))
+        self.report(job, outcomes.as_outcome(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
         """What came of a job, also if it failed; FailuresError if that is one too many.
@@ -112,14 +117,14 @@ class Search:
             if job.evaluation not in self._running:
                 with self.store.change("late", job.candidate, evaluation=job.evaluation):
                     return
-            self.values.check(outcome)
+            self.weight_files.check_written(outcome)
             if outcome.kind != "ok":
-                self._failure(job, outcome)
+                self._end_failure(job, outcome)
             elif job.tournament is None:
-                self._result(job, outcome)
+                self._end_result(job, outcome)
             else:
-                self._retrained(job, outcome)
-            self.values.sweep(self._open, self._tournaments, self._running)
+                self._end_retrained(job, outcome)
+            self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)
 
     @property
     def is_over(self) -> bool:
@@ -149,29 +154,31 @@ class Search:
         if self.settings.fitness_policy == "stored" or self.evolution.is_random:
             return self._propose(self.evolution.propose(number))
         sample = self.evolution.tournament(number)
-        inherit = {m.candidate: self.values.of(m.candidate) for m in sample}
+        inherit = {m.candidate: self.weight_files.of_candidate(m.candidate) for m in sample}
         tournament = Tournament(sample, set(inherit), inherit)
-        with self.store.change("tournament", number, detail=tournament.detail):
+        with self.store.change("tournament", number, detail=tournament.event_detail):
             pass
         self._next = number + 1
-        self._hold(number, tournament)
+        self._queue_retrainings(number, tournament)
 
-    def _hold(self, number: int, tournament: Tournament) -> None:
+    def _queue_retrainings(self, number: int, tournament: Tournament) -> None:
         """Have the members trained again that have not been."""
         self._tournaments[number] = tournament
-        missing = {m.candidate: m for m in tournament.sample if m.candidate in tournament.missing}
+        missing = {m.candidate: m for m in tournament.sample if m.candidate in tournament.untrained}
         for candidate, member in missing.items():
             # Files of version 1 do not say where it starts.
-            start = tournament.inherit.setdefault(candidate, self.values.of(candidate))
-            seed = evaluate.seed(self.settings.seed, candidate, number)
-            self._todo.append(Job(0, candidate, member.architecture, seed, 1, number, start))
+            start = tournament.inherit.setdefault(
+                candidate, self.weight_files.of_candidate(candidate)
+            )
+            seed = evaluate.job_seed(self.settings.seed, candidate, number)
+            self._queue.append(Job(0, candidate, member.architecture, seed, 1, number, start))
 
     def _propose(self, proposal: Proposal) -> None:
         number, architecture, parent, _, sample = proposal
-        metrics, broken = self.gate.check(architecture)
+        metrics, broken = self.limit_check.measure(architecture)
         network = digest(self.space.canonical(architecture))
         detail = broken or (json.dumps(sample) if sample else None)
-        inherit = self.values.of(parent)
+        inherit = self.weight_files.of_candidate(parent)
         with self.store.change("reject" if broken else "propose", number, detail=detail) as event:
             self.store.add_candidate(
                 proposal,
@@ -184,34 +191,36 @@ class Search:
             )
         self._next = max(self._next, number + 1)
         if broken:
-            self.gate.count(broken)
+            self.limit_check.count_rejection(broken)
         else:
-            self._open[number] = PendingCandidate(architecture, network, inherit, metrics, sample)
-            self._place_all([number])
+            self._pending[number] = PendingCandidate(
+                architecture, network, inherit, metrics, sample
+            )
+            self._schedule_all([number])
 
-    def _place_all(self, more: Iterable[int] = ()) -> None:
+    def _schedule_all(self, more: Iterable[int] = ()) -> None:
         """Place these, and before them what an answer that could not be written has left."""
-        self._unplaced.extend(more)
-        while self._unplaced:
-            self._place(self._unplaced[0])
-            self._unplaced.popleft()
+        self._unscheduled.extend(more)
+        while self._unscheduled:
+            self._schedule(self._unscheduled[0])
+            self._unscheduled.popleft()
 
-    def _place(self, number: int) -> None:
+    def _schedule(self, number: int) -> None:
         """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
-        found = self._open[number]
-        seed = evaluate.seed(self.settings.seed, number)
-        start = {"inherit": found.inherit, "rivals": self.values.rivals(number)}
-        answer = self.twins.place(found.network, number)
+        found = self._pending[number]
+        seed = evaluate.job_seed(self.settings.seed, number)
+        start = {"inherit": found.inherit, "rivals": self.weight_files.rivals(number)}
+        answer = self.duplicates.look_up(found.digest, number)
         if answer == "evaluate":
-            self._todo.append(Job(0, number, found.architecture, seed, **start))
+            self._queue.append(Job(0, number, found.architecture, seed, **start))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
-                member = self._write(event, number, answer)
-                self.store.set_candidate(number, answered_by=answer.twin)
-            self._join(member)
+                member = self._write_result(event, number, answer)
+                self.store.set_candidate(number, answered_by=answer.evaluated)
+            self._add_member(member)
 
     def _start(self, job: Job) -> Job:
-        inherit = self.values.if_there(job.inherit)
+        inherit = self.weight_files.if_exists(job.inherit)
         job = replace(job, evaluation=self._next_evaluation, inherit=inherit)
         with self.store.change("start", job.candidate, evaluation=job.evaluation):
             self.store.add_evaluation(job)
@@ -221,20 +230,20 @@ class Search:
 
     # --- outcomes ---------------------------------------------------------------------------------
 
-    def _result(self, job: Job, outcome: Outcome) -> None:
-        network = self._open[job.candidate].network
+    def _end_result(self, job: Job, outcome: Outcome) -> None:
+        network = self._pending[job.candidate].digest
         named = {"evaluation": job.evaluation, "fitness": outcome.fitness}
         with self.store.change("result", job.candidate, **named) as event:
             self.store.end_evaluation(job, outcome)
-            member = self._write(event, job.candidate, outcome)
-        self._join(member)
+            member = self._write_result(event, job.candidate, outcome)
+        self._add_member(member)
         del self._running[job.evaluation]
-        self.failures.end()
-        self._place_all(self.twins.end(network))
+        self.failure_counter.reset()
+        self._schedule_all(self.duplicates.finish(network))
 
-    def _write(self, event: int, number: int, result: Outcome | Answer) -> Member:
+    def _write_result(self, event: int, number: int, result: Outcome | CachedResult) -> Member:
         """Within a change, that a candidate joins the population; returns what is to be joined."""
-        found, fitness = self._open[number], result.fitness or 0.0
+        found, fitness = self._pending[number], result.fitness or 0.0
         member = Member(number, found.architecture, fitness, event)
         removed = self.evolution.removed_by(member, found.sample)
         self.store.set_candidate(
@@ -249,15 +258,18 @@ class Search:
             self.store.set_candidate(removed.candidate, removed=event)
         return member
 
-    def _join(self, member: Member) -> None:
+    def _add_member(self, member: Member) -> None:
         """The same in memory, once it is written."""
-        self.evolution.add(member, self._open.pop(member.candidate).sample)
+        self.evolution.add(member, self._pending.pop(member.candidate).sample)
         if self.best_fitness is None or self.settings.better(member.fitness, self.best_fitness):
             self.best_fitness = member.fitness
 
-    def _retrained(self, job: Job, outcome: Outcome) -> None:
+    def _end_retrained(self, job: Job, outcome: Outcome) -> None:
         number, fitness = job.candidate, outcome.fitness or 0.0
-        metrics = {**self.gate.of(self.store.candidate(number).metrics), **outcome.metrics}
+        metrics = {
+            **self.limit_check.measured_in(self.store.candidate(number).metrics),
+            **outcome.metrics,
+        }
         kept = {"metrics": metrics, "trained_values": outcome.trained_values}
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
@@ -265,20 +277,20 @@ class Search:
             self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
         self.evolution.refresh(number, fitness, event)
         del self._running[job.evaluation]
-        self.failures.end()
+        self.failure_counter.reset()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
-        self._judge(job, fitness)
+        self._end_retraining(job, fitness)
 
-    def _judge(self, job: Job, fitness: float | None) -> None:
+    def _end_retraining(self, job: Job, fitness: float | None) -> None:
         """A retraining has ended; without a fitness the member keeps the one it has."""
         assert job.tournament is not None
         tournament = self._tournaments[job.tournament]
-        tournament.judge(job.candidate, fitness)
-        if not tournament.missing:
+        tournament.record(job.candidate, fitness)
+        if not tournament.untrained:
             del self._tournaments[job.tournament]
             self._propose(self.evolution.child(job.tournament, tournament.sample))
 
-    def _failure(self, job: Job, outcome: Outcome) -> None:
+    def _end_failure(self, job: Job, outcome: Outcome) -> None:
         """Try again, or give the candidate up, as the retries of this kind of failure are."""
         before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
         again = before < getattr(self.retries, outcome.kind)
@@ -291,12 +303,12 @@ class Search:
                 self.store.set_candidate(job.candidate, state="failed")
         del self._running[job.evaluation]
         if again:
-            self._todo.appendleft(replace(job, attempt=job.attempt + 1))
+            self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         elif job.tournament is not None:
-            self._judge(job, None)
+            self._end_retraining(job, None)
         else:
-            self._place_all(self.twins.end(self._open.pop(job.candidate).network))
-        self.failures.count(f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}")
+            self._schedule_all(self.duplicates.finish(self._pending.pop(job.candidate).digest))
+        self.failure_counter.count(f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}")
 
     # --- going on ---------------------------------------------------------------------------------
 
@@ -304,15 +316,15 @@ class Search:
         """What the last driver left under way is to be done first, in the order of its numbers."""
         self._next, self._next_evaluation = self.store.next_numbers()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
-        self._open = pending.open_candidates(self.store, self.space)
-        self._place_all(self._open)
-        for number, tournament in pending.tournaments(self.store, self.space).items():
-            if tournament.missing:
-                self._hold(number, tournament)
+        self._pending = pending.restore_candidates(self.store, self.space)
+        self._schedule_all(self._pending)
+        for number, tournament in pending.restore_tournaments(self.store, self.space).items():
+            if tournament.untrained:
+                self._queue_retrainings(number, tournament)
             else:
                 self._propose(self.evolution.child(number, tournament.sample))
-        self._todo = deque(
+        self._queue = deque(
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
-            for job in self._todo
+            for job in self._queue
         )
-        self.values.sweep(self._open, self._tournaments, self._running)
+        self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)

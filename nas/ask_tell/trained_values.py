@@ -30,20 +30,20 @@ class WeightFiles:
         """The metric to compare by, of the members as of the candidate's proposal."""
         return self.reader.rivals(candidate, self.compare) if self.compare else ()
 
-    def of(self, candidate: int | None) -> str | None:
+    def of_candidate(self, candidate: int | None) -> str | None:
         """Where to start from, after this candidate: as it was trained, if that is still there."""
         if candidate is None or not self.warm:
             return None
-        return self.if_there(self.reader.candidate(candidate).trained_values)
+        return self.if_exists(self.reader.candidate(candidate).trained_values)
 
-    def if_there(self, values: str | None) -> str | None:
+    def if_exists(self, values: str | None) -> str | None:
         """The same, or None if it is gone."""
-        return None if values is None or is_gone(self.run, values) else values
+        return None if values is None or is_removed(self.run, values) else values
 
-    def check(self, trained: Outcome) -> None:
+    def check_written(self, trained: Outcome) -> None:
         """Raise LostValuesError if what has just been trained is nowhere to start from."""
         values = trained.trained_values
-        if self.warm and values is not None and is_gone(self.run, values):
+        if self.warm and values is not None and is_removed(self.run, values):
             raise LostWeightsError(
                 f"{trained.worker or 'a worker'} has written the trained values {values}, but in "
                 f"{self.run} on this machine there is no such file: with retrain_warm workers "
@@ -52,7 +52,7 @@ class WeightFiles:
                 "'stored' or 'retrain_scratch'"
             )
 
-    def sweep(
+    def remove_unneeded(
         self,
         waiting: Mapping[int, PendingCandidate],
         tournaments: Mapping[int, Tournament],
@@ -61,16 +61,16 @@ class WeightFiles:
         """Remove the files that no member has and nothing of these may start from."""
         if self.warm:
             drawn = {member.candidate for found in tournaments.values() for member in found.sample}
-            inherited = pending.inherited(waiting.values(), tournaments.values())
+            inherited = pending.weights_to_inherit(waiting.values(), tournaments.values())
             remove_unneeded(self.run, self.reader.trained_values(drawn) | inherited, running)
 
 
-def name_of(job: Job) -> str:
+def file_name(job: Job) -> str:
     """Of the file for what the job trains, from the run's folder."""
     return f"{FOLDER}/{job.candidate}-{job.evaluation}.safetensors"
 
 
-def is_gone(run: Path, values: str) -> bool:
+def is_removed(run: Path, values: str) -> bool:
     """Whether these were a file that has been removed."""
     folder, _, name = values.partition("/")
     return folder == FOLDER and _NAME.fullmatch(name) is not None and not (run / values).exists()

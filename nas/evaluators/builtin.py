@@ -2,78 +2,109 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, check, goes_by, in_search
-from nas.evaluators.outcomes import means, read
+from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
+from nas.evaluators.outcomes import as_outcome, mean_metrics
 
 
 @dataclass(frozen=True)
-class TabularEvaluator:
-    """Looks up: `table(architecture)` gives all metrics, of which one is the fitness.
+class TabularEvaluator(Evaluator):
+    """Look up the metrics of an architecture in a table; one of them is the fitness.
 
-    Such a table is `nas.NASBench201Table("cifar10")`, a function, or a dict's `__getitem__`.
+    Args:
+        table: A function of an architecture that returns all metrics: `nas.NASBench201Table`, a
+            function of yours, or the `__getitem__` of a dict. If it has an attribute `dataset`, a
+            search resumes only with the same one.
+        fitness: Name of the metric that is the fitness.
+
+    Example::
+
+        evaluator = nas.TabularEvaluator(nas.NASBench201Table("cifar10"), fitness="valid12")
+        nas.search(space=nas.NASBench201Space(), evaluate=evaluator)
     """
 
     table: Callable[[Any], Mapping[str, float]]
     fitness: str = "valid12"
 
     @property
-    def goes_by(self) -> dict[str, Any]:
-        """The column, and of which data if the table says so."""
+    def goes_by(self) -> Mapping[str, Any]:
+        """Return the metric's name, and the table's data set if it has one."""
         dataset = getattr(self.table, "dataset", None)
-        return {"fitness": self.fitness, **({} if dataset is None else {"dataset": dataset})}
+        own = {"fitness": self.fitness}
+        return own if dataset is None else {**own, "dataset": dataset}
 
     def evaluate(self, job: Job) -> Mapping[str, float]:
-        """All metrics, and `fitness`."""
+        """Return all metrics and `fitness`."""
         metrics = self.table(job.architecture)
         return {**metrics, "fitness": metrics[self.fitness]}
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """The mean of several evaluations with different seeds, for an evaluator with noise.
+class Repeated(Evaluator):
+    """Average several evaluations with different seeds, for an evaluator with noise.
 
-    Their standard deviation is recorded as the metric `fitness_std`.
+    The seeds are the job's seed and the numbers after it. The standard deviation is recorded as
+    the metric `fitness_std`. Each other metric is the mean over the repeats that have it.
+
+    Args:
+        evaluator: Any evaluator, as for `nas.search`.
+        repeats: Number of evaluations, at least 1.
+
+    Raises:
+        ValueError: `repeats` is less than 1.
+        TypeError: `evaluator` is none.
+
+    Example::
+
+        nas.search(space=space, evaluate=nas.Repeated(my_evaluator, repeats=3))
     """
 
     evaluator: Any
     repeats: int = 3
-    _inner: Evaluator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats {self.repeats}: expected at least 1")
-        object.__setattr__(self, "_inner", check(self.evaluator))
+        as_evaluator(self.evaluator)
+
+    @property
+    def _inner(self) -> Evaluator:
+        return as_evaluator(self.evaluator)
 
     @property
     def compares(self) -> str | None:
-        """As of the inner one."""
-        return getattr(self._inner, "compares", None)
+        """Return the inner evaluator's."""
+        return self._inner.compares
 
     @property
     def grace_s(self) -> float:
-        """As of the inner one."""
-        return getattr(self._inner, "grace_s", 0.0)
+        """Return the inner evaluator's."""
+        return self._inner.grace_s
 
     @property
-    def goes_by(self) -> dict[str, Any]:
-        """As of the inner one, and how often."""
-        return {"repeats": self.repeats, "evaluator": goes_by(self._inner)}
+    def goes_by(self) -> Mapping[str, Any]:
+        """Return the number of repeats and the inner evaluator's identity."""
+        return {"repeats": self.repeats, "evaluator": identity_of(self._inner)}
 
-    def in_search(self, *search: Any) -> "Repeated":
-        """With the inner one told; see `in_search`."""
-        return replace(self, evaluator=in_search(self._inner, *search))
+    def in_search(
+        self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+    ) -> "Repeated":
+        """Prepare the inner evaluator."""
+        inner = self._inner.in_search(space, folder, fitness_policy, timeout_s)
+        return replace(self, evaluator=inner)
 
     def evaluate(self, job: Job) -> Mapping[str, float | str]:
-        """Means over the repeats, of every metric where it is given; the last's trained values."""
+        """Return means over the repeats, and the trained weights of the last one."""
+        inner = self._inner
         jobs = [replace(job, seed=job.seed + i) for i in range(self.repeats)]
-        found = [read(self._inner.evaluate(one), one) for one in jobs]
-        values = [each.fitness if each.fitness is not None else math.nan for each in found]
+        outcomes = [as_outcome(inner.evaluate(each), each) for each in jobs]
+        values = [math.nan if each.fitness is None else each.fitness for each in outcomes]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        kept = found[-1].trained_values
-        values_at = {} if kept is None else {TRAINED_VALUES: kept}
-        metrics = means([each.metrics for each in found])
-        return {**metrics, **values_at, "fitness": mean, "fitness_std": spread}
+        weights = outcomes[-1].trained_values
+        stored = {} if weights is None else {TRAINED_VALUES: weights}
+        metrics = mean_metrics([each.metrics for each in outcomes])
+        return {**metrics, **stored, "fitness": mean, "fitness_std": spread}

@@ -1,8 +1,12 @@
-"""What tells how good an architecture is, and all that can come of asking.
+"""Define jobs, their outcomes, and the evaluators that turn one into the other.
 
-An evaluator is a function of an architecture that returns its fitness, or a dict with `fitness` and
-any other numbers to record; or an object with a method `evaluate(job)` that returns the same, which
-sees the whole `Job`.
+    Job --> Evaluator.evaluate --> number or dict --> Outcome
+
+An evaluator is one of three things; `as_evaluator` makes the same of all:
+
+    a function of an architecture       returns the fitness, or a dict with `fitness` and metrics
+    an object with `evaluate(job)`      the same, but it gets the whole `Job`
+    a subclass of `Evaluator`           the same, with the optional members declared
 """
 
 import json
@@ -10,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
 TRAINED_VALUES = "trained_values"
@@ -18,79 +22,126 @@ TRAINED_VALUES = "trained_values"
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt to train one candidate: what `Search.ask` hands out and workers are sent."""
+    """Describe one attempt to train one candidate.
+
+    `Search.ask` returns jobs, and workers receive them.
+
+    Attributes:
+        evaluation: Number of this evaluation in the store.
+        candidate: Number of the candidate.
+        architecture: The candidate's architecture, a value of the search space.
+        seed: Seed for all randomness of the evaluator. It is the same in every attempt, so that
+            results repeat.
+        attempt: Number of the attempt, from 1.
+        tournament: For a member that is trained again, the candidate whose parent it may become;
+            otherwise None.
+        inherit: Location of trained weights to start from, or None. It is what an evaluation
+            returned as `trained_values`. With `retrain_warm` a member that is trained again starts
+            from its own weights, and a child from its parent's.
+        rivals: Values of the metric that the search compares by, of the population's members at
+            the time of the proposal. Empty if the search compares by none.
+    """
 
     evaluation: int
     candidate: int
     architecture: Any
     seed: int
-    """For all of the evaluator's chance: the same in every attempt, so that results repeat."""
     attempt: int = 1
     tournament: int | None = None
-    """Of a member that is trained again: the candidate of which it may become the parent."""
     inherit: str | None = None
-    """Where there are trained values to start from: what an evaluation returned by the name
-    `trained_values`. With `retrain_warm` a re-trained member's own, and a child's parent's."""
     rivals: tuple[float, ...] = ()
-    """What the population's members had, when the candidate was proposed, by the metric that the
-    search compares by, if it does."""
 
 
-def seed(search: int, candidate: int, tournament: int | None = None) -> int:
-    """Of a job, from the search's own: a number of 31 bits."""
-    return Random(f"{search} {candidate} {tournament} evaluation").getrandbits(31)
+def job_seed(search_seed: int, candidate: int, tournament: int | None = None) -> int:
+    """Derive a job's seed, a number of 31 bits, from the search's seed."""
+    return Random(f"{search_seed} {candidate} {tournament} evaluation").getrandbits(31)
 
 
 class Outcome(NamedTuple):
-    """What came of a job. `kind` is `ok`, or one of `FAILURES`."""
+    """Hold the result of a job: a fitness, or the kind of its failure."""
 
-    kind: str
+    kind: str  # "ok", or one of `FAILURES`
     fitness: float | None = None
     metrics: Mapping[str, float] = {}
-    trained_values: str | None = None
+    trained_values: str | None = None  # where the evaluator stored the trained weights
     error: str | None = None
     worker: str | None = None
     started: float | None = None  # seconds since 1970
     finished: float | None = None
 
 
-class Evaluator(Protocol):
-    """An evaluator that sees the whole job.
+class Evaluator:
+    """Measure the fitness of architectures: the base class of evaluators.
 
-    One that keeps to `timeout_s` itself, and does not count its compiling as such, may have an
-    attribute `grace_s`: so many seconds more it is given before the search gives a job up. Another,
-    `goes_by`, may be a dict of what its fitnesses depend on: a search goes on with the same only.
+    Only `evaluate` is required. Override the other members with a property, a class attribute or
+    a method. A class that does not inherit from this one may have the same members.
+
+    Example::
+
+        class Accuracy(nas.Evaluator):
+            goes_by = {"data": "digits, version 2"}
+
+            def evaluate(self, job):
+                return {"fitness": train(job.architecture, job.seed), "epochs": 20}
     """
 
+    @property
+    def kind(self) -> str:
+        """Name the evaluator in the store: its class."""
+        return type(self).__name__
+
+    @property
+    def goes_by(self) -> Mapping[str, Any]:
+        """Return what the fitness depends on, by name.
+
+        A search resumes only with an evaluator whose values are the same.
+        """
+        return {}
+
+    @property
+    def compares(self) -> str | None:
+        """Name the metric whose values jobs get in `Job.rivals`, or return None for no metric."""
+        return None
+
+    @property
+    def grace_s(self) -> float:
+        """Return the seconds that a job may take in addition to the search's `timeout_s`.
+
+        For evaluators that check `timeout_s` themselves and do not count compilation.
+        """
+        return 0.0
+
+    def in_search(
+        self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+    ) -> "Evaluator":
+        """Return the evaluator that this search uses, before its first job.
+
+        Args:
+            space: The search space.
+            folder: The run's folder.
+            fitness_policy: See `nas.Settings`.
+            timeout_s: Seconds for one evaluation, or None for no limit.
+
+        Raises:
+            ValueError, OSError: The evaluator cannot serve this search.
+        """
+        return self
+
     def evaluate(self, job: Job) -> float | Mapping[str, Any]:
-        """The fitness, or a dict with `fitness`, other metrics, and perhaps `trained_values`."""
-        ...
+        """Return the fitness, or a dict with `fitness`, other metrics and `trained_values`."""
+        raise NotImplementedError(f"{type(self).__name__} has no method evaluate(job): define it")
 
 
-def in_search(
-    evaluator: Evaluator, space: Any, run: Path, fitness_policy: str, timeout_s: float | None
-) -> Evaluator:
-    """An evaluator that can be told what it is to serve, told: by its method `in_search`."""
-    told = getattr(evaluator, "in_search", None)
-    return told(space, run, fitness_policy, timeout_s) if told else evaluator
+def as_evaluator(evaluate: Any) -> Evaluator:
+    """Return an `Evaluator` for a function, an object with `evaluate`, or an `Evaluator`.
 
-
-def goes_by(evaluator: Evaluator) -> dict[str, Any]:
-    """What its fitnesses depend on, as JSON has it: at least its class."""
-    own = getattr(evaluator, "goes_by", {})
-    if not (isinstance(own, Mapping) and all(isinstance(name, str) for name in own)):
-        raise ValueError(
-            f"`goes_by` of {type(evaluator).__name__} is {own!r}: expected a dict with texts as "
-            "names, or a property that returns one"
-        )
-    found = {"kind": type(evaluator).__name__, **own}
-    return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
-
-
-def check(evaluate: Any) -> Evaluator:
-    """The evaluator, or a function as one; TypeError if it is neither."""
-    if hasattr(evaluate, "evaluate"):
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(evaluate, Evaluator):
         return evaluate
+    if hasattr(evaluate, "evaluate"):
+        return Adapter(evaluate)
     if callable(evaluate):
         return Function(evaluate)
     raise TypeError(
@@ -99,20 +150,82 @@ def check(evaluate: Any) -> Evaluator:
     )
 
 
+def identity_of(evaluate: Any) -> dict[str, Any]:
+    """Return the evaluator's kind and what its fitness depends on, as JSON values.
+
+    Raises:
+        ValueError: Its `goes_by` is no dict with texts as names.
+    """
+    evaluator = as_evaluator(evaluate)
+    own = evaluator.goes_by
+    if not (isinstance(own, Mapping) and all(isinstance(name, str) for name in own)):
+        raise ValueError(
+            f"`goes_by` of {evaluator.kind} is {own!r}: expected a dict with texts as "
+            "names, or a property that returns one"
+        )
+    identity = {"kind": evaluator.kind, **own}
+    return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
+
+
 @dataclass(frozen=True)
-class Function:
-    """A function of an architecture as an evaluator."""
+class Adapter(Evaluator):
+    """Adapt an object with a method `evaluate`.
+
+    This is the only place that looks for optional members: what the object has overrides the
+    defaults of `Evaluator`.
+    """
+
+    wrapped: Any
+
+    @property
+    def kind(self) -> str:
+        """Name the wrapped object's class."""
+        return type(self.wrapped).__name__
+
+    @property
+    def goes_by(self) -> Mapping[str, Any]:
+        """Return the wrapped object's, or the default."""
+        return getattr(self.wrapped, "goes_by", super().goes_by)
+
+    @property
+    def compares(self) -> str | None:
+        """Return the wrapped object's, or the default."""
+        return getattr(self.wrapped, "compares", super().compares)
+
+    @property
+    def grace_s(self) -> float:
+        """Return the wrapped object's, or the default."""
+        return getattr(self.wrapped, "grace_s", super().grace_s)
+
+    def in_search(
+        self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+    ) -> Evaluator:
+        """Call the wrapped object's method, if it has one."""
+        prepare = getattr(self.wrapped, "in_search", None)
+        if prepare is None:
+            return self
+        return as_evaluator(prepare(space, folder, fitness_policy, timeout_s))
+
+    def evaluate(self, job: Job) -> float | Mapping[str, Any]:
+        """Return what the wrapped object returns."""
+        return self.wrapped.evaluate(job)
+
+
+@dataclass(frozen=True)
+class Function(Evaluator):
+    """Adapt a function of an architecture."""
 
     function: Callable[[Any], Any]
 
     @property
-    def goes_by(self) -> dict[str, Any]:
-        """Its name and module, as far as these stay the same in another process."""
-        name, module = (getattr(self.function, f"__{key}__", "") for key in ("name", "module"))
+    def goes_by(self) -> Mapping[str, Any]:
+        """Return the function's name and module, if they are the same in another process."""
+        name = getattr(self.function, "__name__", "")
+        module = getattr(self.function, "__module__", "")
         if not name.isidentifier():  # such as <lambda>
             return {}
-        return {"function": name, **({"module": module} if module != "__main__" else {})}
+        return {"function": name} if module == "__main__" else {"function": name, "module": module}
 
     def evaluate(self, job: Job) -> Any:
-        """What the function returns."""
+        """Return what the function returns."""
         return self.function(job.architecture)

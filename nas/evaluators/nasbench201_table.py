@@ -26,7 +26,7 @@ class NASBench201Table:
         if dataset not in DATASETS:
             raise ValueError(f"dataset: unknown {dataset!r}; known: {', '.join(DATASETS)}")
         self.dataset = dataset
-        self.path = find(folder)
+        self.path = find_table(folder)
 
     def __call__(self, architecture: Edges) -> Mapping[str, float]:
         """All columns of one cell."""
@@ -65,7 +65,7 @@ def _read(path: Path, dataset: str) -> tuple[dict[Edges, int], dict[str, Any]]:
     return rows, columns
 
 
-def find(folder: str | Path | None = None) -> Path:
+def find_table(folder: str | Path | None = None) -> Path:
     """The table's file nb201.npz: in `folder`, or in a folder nasbench201 within it.
 
     The default is the folder that the environment variable GPIPE_JAX_DATA names.

@@ -111,7 +111,7 @@ class Evolution:
 
     def tournament(self, candidate: int) -> list[Member]:
         """The S members of which the candidate's parent is to be the best."""
-        return self._sample(self._random(candidate, "tournament"))
+        return self._draw_sample(self._random(candidate, "tournament"))
 
     def child(self, candidate: int, sample: Sequence[Member]) -> Proposal:
         """A mutation of the best of the sample, the first of equals; without one, at random."""
@@ -146,7 +146,7 @@ class Evolution:
         if self.settings.algorithm == "non_aging":
             there = [m for m in self.members if m.candidate in sample]
             # Others' results may have removed all of them, and a random candidate has no sample.
-            there = there or self._sample(self._random(member.candidate, "removal"))
+            there = there or self._draw_sample(self._random(member.candidate, "removal"))
             return min(there, key=self._merit)
         return min(self.members, key=lambda member: member.last_trained)
 
@@ -161,7 +161,7 @@ class Evolution:
                 return member
         return None
 
-    def _sample(self, rng: Random) -> list[Member]:
+    def _draw_sample(self, rng: Random) -> list[Member]:
         if self.settings.replacement:
             return rng.choices(self.members, k=self.settings.sample)
         return rng.sample(self.members, self.settings.sample)

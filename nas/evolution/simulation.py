@@ -13,7 +13,7 @@ from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Evolution, Member
 
 
-class Asks(Protocol):
+class OpenLoop(Protocol):
     """The open loop of `nas.Search`."""
 
     def ask(self) -> Job | None:
@@ -25,7 +25,7 @@ class Asks(Protocol):
         ...
 
 
-class Loop:
+class StorelessLoop:
     """The open loop around an evolution, without a store or a cache; what fails is done again."""
 
     def __init__(self, evolution: Evolution, cycles: int) -> None:
@@ -43,7 +43,7 @@ class Loop:
         number, self._asked = self._asked, self._asked + 1
         proposal = self.evolution.propose(number)
         self._samples[number] = proposal.sample
-        seed = evaluator.seed(self.evolution.settings.seed, number)
+        seed = evaluator.job_seed(self.evolution.settings.seed, number)
         return Job(number, number, proposal.architecture, seed)
 
     def report(self, job: Job, outcome: Outcome) -> None:
@@ -56,7 +56,7 @@ class Loop:
         self.evolution.add(member, self._samples.pop(job.candidate))
 
 
-class Done(NamedTuple):
+class FinishedJob(NamedTuple):
     """A job that has ended: when, in seconds from the start, and how."""
 
     at_s: float
@@ -65,23 +65,23 @@ class Done(NamedTuple):
 
 
 def simulate(
-    loop: Asks,
+    loop: OpenLoop,
     work: Callable[[Job], tuple[Outcome, float]],
     *,
     slots: int = 1,
     synchronous: bool = False,
-    most: int | None = None,
-) -> list[Done]:
+    max_jobs: int | None = None,
+) -> list[FinishedJob]:
     """Every job, or the first `most`, in order of their ends. `work` gives outcome and seconds.
 
     Of `slots` workers each takes a new job as soon as it is free; `synchronous` ones wait until all
     are, as in an algorithm of generations.
     """
-    done: list[Done] = []
+    done: list[FinishedJob] = []
     running: list[tuple[float, int, Job, Outcome]] = []
     now, count = 0.0, 0
     while True:
-        while len(running) < slots and count != most and (job := loop.ask()) is not None:
+        while len(running) < slots and count != max_jobs and (job := loop.ask()) is not None:
             outcome, seconds = work(job)
             heapq.heappush(running, (now + seconds, count, job, outcome))
             count += 1
@@ -90,6 +90,6 @@ def simulate(
         while running:
             now, _, job, outcome = heapq.heappop(running)
             loop.report(job, outcome)
-            done.append(Done(now, job, outcome))
+            done.append(FinishedJob(now, job, outcome))
             if not synchronous:
                 break

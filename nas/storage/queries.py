@@ -14,12 +14,12 @@ from nas.storage.reader import CandidateRow, Event, Reader
 
 UNDER_WAY = "under way"
 RECENT = 4000  # evaluations that the timeline reaches back
-COSTS = (
+COST_NAMES = (
     r"(^|_)(params|parameters|flops|madds|macs|latency|memory|time|seconds|size|loss|error)(_|$)"
     r"|_(s|ms|us|bytes|kb|mb|gb|kib|mib|gib)$"
 )
 """Names of metrics of which less is better, such as `params_m`, `flops`, `latency_ms`, `time_s`."""
-NO_COSTS = ("compile_s", "train_s", "train_loss")
+NOT_COSTS = ("compile_s", "train_s", "train_loss")
 """Of `nas.TrainingEvaluator`, but no costs of a network: who came first compiles, times depend on
 what else the machine does, and the loss is of the training whose accuracy is the fitness."""
 
@@ -175,14 +175,14 @@ def top(reader: Reader, count: int) -> list[CandidateRow]:
     return list(found.values())
 
 
-def costs(reader: Reader) -> list[str]:
+def cost_metrics(reader: Reader) -> list[str]:
     """The recorded metrics of which less is better, going by their names; see `COSTS`."""
     for row in reader.candidates("state = 'done'", order="id LIMIT 1"):
-        return [n for n in row.metrics if re.search(COSTS, n) and n not in NO_COSTS]
+        return [n for n in row.metrics if re.search(COST_NAMES, n) and n not in NOT_COSTS]
     return []
 
 
-def front(reader: Reader, cost: str) -> Iterator[CandidateRow]:
+def pareto_front(reader: Reader, cost: str) -> Iterator[CandidateRow]:
     """Candidates that no other beats in fitness and cost: the best first, each one cheaper."""
     cheapest = float("inf")
     rows = (

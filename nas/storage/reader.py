@@ -99,13 +99,13 @@ class Reader:
     """A search's file, to read from; `path` is the file, or the folder of the run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = file_of(path)
+        self.path = store_path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: there is no search here (no file {self.path})")
         uri = f"{self.path.absolute().as_uri()}?mode=ro"
         self._connection = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
         try:
-            schema.check(self._connection, self.path)
+            schema.check_version(self._connection, self.path)
         except BaseException:
             self.close()
             raise
@@ -117,20 +117,20 @@ class Reader:
     def study(self) -> Study:
         """What the search is."""
         columns = "name, space, settings, created, package"
-        name, space, settings, created, package = self._one(f"SELECT {columns} FROM study")
+        name, space, settings, created, package = self._fetch_one(f"SELECT {columns} FROM study")
         found = json.loads(settings)
         evaluator, limits = (found.pop(key, None) for key in ("evaluate", "limits"))
         return Study(name, space, found, created, package, evaluator, limits)
 
     def setup(self) -> bytes | None:
         """Space, evaluator and limits, pickled; None if they could not be."""
-        return self._one("SELECT setup FROM study")[0]
+        return self._fetch_one("SELECT setup FROM study")[0]
 
     def counts(self) -> Counts:
         """How many candidates and evaluations there are."""
         states = dict(self._rows("SELECT state, COUNT(*) FROM candidates GROUP BY state"))
         outcomes = dict(self._rows("SELECT outcome, COUNT(*) FROM evaluations GROUP BY outcome"))
-        hits = self._one("SELECT COUNT(*) FROM candidates WHERE answered_by IS NOT NULL")[0]
+        hits = self._fetch_one("SELECT COUNT(*) FROM candidates WHERE answered_by IS NOT NULL")[0]
         ended = {kind: n for kind, n in outcomes.items() if kind not in ("running", "lost")}
         return Counts(
             proposed=sum(states.values()),
@@ -159,7 +159,7 @@ class Reader:
     ) -> Iterator[CandidateRow]:
         """Rows of `candidates`, `CandidateRow` each, such as `candidates("state = ?", "done")`."""
         for row in self._rows(f"SELECT * FROM candidates WHERE {where} ORDER BY {order}", *values):
-            yield _read(CandidateRow, row)
+            yield _record(CandidateRow, row)
 
     def ranked(self) -> Iterator[CandidateRow]:
         """Candidates with a fitness, the best first, and of equals the earlier."""
@@ -197,13 +197,13 @@ class Reader:
     def evaluations(self, where: str = "1", *values: Any) -> Iterator[EvaluationRow]:
         """Rows of `evaluations` in order, `EvaluationRow` each."""
         for row in self._rows(f"SELECT * FROM evaluations WHERE {where} ORDER BY id", *values):
-            yield _read(EvaluationRow, row)
+            yield _record(EvaluationRow, row)
 
     def attempts(self, candidate: int, tournament: int | None, outcome: str | None = None) -> int:
         """How many evaluations of a candidate there are, for this purpose and of this outcome."""
         query = "SELECT COUNT(*) FROM evaluations WHERE candidate = ? AND tournament IS ?"
         values = (candidate, tournament) if outcome is None else (candidate, tournament, outcome)
-        return self._one(query + " AND outcome = ?" * (outcome is not None), *values)[0]
+        return self._fetch_one(query + " AND outcome = ?" * (outcome is not None), *values)[0]
 
     def events(self, after: int = 0, most: int = -1) -> Iterator[Event]:
         """Rows of `events` in order, `Event` each: of a greater `seq` than `after`, all, or so many
@@ -217,7 +217,7 @@ class Reader:
         candidates = "SELECT MAX(id) FROM candidates"
         tournaments = "SELECT MAX(candidate) FROM events WHERE kind = 'tournament'"
         evaluations = "SELECT MAX(id) FROM evaluations"
-        last = [self._one(query)[0] for query in (candidates, tournaments, evaluations)]
+        last = [self._fetch_one(query)[0] for query in (candidates, tournaments, evaluations)]
         numbers = [-1 if number is None else number for number in last]
         return max(numbers[:2]) + 1, max(numbers[2], 0) + 1
 
@@ -231,16 +231,16 @@ class Reader:
         with closing(self._connection.execute(query, values)) as cursor:
             yield from cursor
 
-    def _one(self, query: str, *values: Any) -> tuple:
+    def _fetch_one(self, query: str, *values: Any) -> tuple:
         return next(self._rows(query, *values))
 
 
-def file_of(path: str | Path) -> Path:
+def store_path(path: str | Path) -> Path:
     """The file of a run that is named by its folder or its file."""
     path = Path(path)
     return path if path.suffix == ".sqlite" else path / FILE
 
 
-def _read(kind: type, row: tuple) -> Any:
+def _record(kind: type, row: tuple) -> Any:
     record = kind(*row)
     return record._replace(metrics=json.loads(record.metrics) if record.metrics else {})

@@ -97,7 +97,7 @@ def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:
 
 
 @contextmanager
-def naming(path: object) -> Iterator[None]:
+def refusing_other_files(path: object) -> Iterator[None]:
     """Raise NotASearchError, with the path, where SQLite finds that a file is none of its."""
     try:
         yield
@@ -120,12 +120,12 @@ def migrate(connection: sqlite3.Connection, path: object) -> None:
     while 0 < (found := version(connection)) < VERSION:
         steps = f"{MIGRATIONS[found]} PRAGMA user_version = {found + 1};"
         connection.executescript(f"BEGIN; {steps} COMMIT;")
-    check(connection, path)
+    check_version(connection, path)
 
 
-def check(connection: sqlite3.Connection, path: object) -> None:
+def check_version(connection: sqlite3.Connection, path: object) -> None:
     """Raise VersionError if a file is newer than this package; older ones can be read."""
-    with naming(path):
+    with refusing_other_files(path):
         found = version(connection)
     if not found:
         raise NotASearchError(f"{path} holds no search: give the name of another run")

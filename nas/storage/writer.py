@@ -34,7 +34,7 @@ from nas.errors import SearchExistsError, SearchInUseError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Proposal
 from nas.storage import local_disk, schema
-from nas.storage.reader import Reader, file_of
+from nas.storage.reader import Reader, store_path
 
 CLOSE_MS = 1000  # how long closing waits for readers
 LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
@@ -44,7 +44,7 @@ class Store(Reader):
     """A search's file, to write to, and this driver's alone until it is closed."""
 
     def __init__(self, path: str | Path, lock: sqlite3.Connection | None = None) -> None:
-        self.path = file_of(path)
+        self.path = store_path(path)
         self._lock = lock or _lock(self.path)
         try:
             self._connection = _open(self.path)
@@ -59,8 +59,8 @@ class Store(Reader):
 
     def _take_over(self) -> None:
         schema.migrate(self._connection, self.path)
-        self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM events")[0]
-        with self.change("driver", detail=_who()):
+        self._seq = self._fetch_one("SELECT COALESCE(MAX(seq), 0) FROM events")[0]
+        with self.change("driver", detail=_this_process()):
             self._connection.execute(
                 "UPDATE evaluations SET outcome = 'lost' WHERE outcome = 'running'"
             )
@@ -79,7 +79,7 @@ class Store(Reader):
 
         A file whose driver was killed before all of that was written counts as none.
         """
-        file = file_of(path)
+        file = store_path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         local_disk.check_local(file)
         package = metadata.version("gpipe-jax")
@@ -178,12 +178,12 @@ class Store(Reader):
 
     def _insert(self, table: str, **columns: Any) -> None:
         names, marks = ", ".join(columns), ", ".join("?" * len(columns))
-        values = tuple(map(_written, columns.values()))
+        values = tuple(map(_to_sql, columns.values()))
         self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
 
     def _update(self, table: str, row: int, **columns: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in columns)
-        values = (*map(_written, columns.values()), row)
+        values = (*map(_to_sql, columns.values()), row)
         self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
 
     def set_setup(self, setup: bytes | None) -> None:
@@ -192,11 +192,14 @@ class Store(Reader):
 
     def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
         """Replace what is known of the evaluator; see `nas.evaluators.evaluator.goes_by`."""
-        settings = {**json.loads(self._one("SELECT settings FROM study")[0]), "evaluate": evaluator}
+        settings = {
+            **json.loads(self._fetch_one("SELECT settings FROM study")[0]),
+            "evaluate": evaluator,
+        }
         self._connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
 
 
-def _written(value: Any) -> Any:
+def _to_sql(value: Any) -> Any:
     return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value
 
 
@@ -204,7 +207,7 @@ def _open(path: Path) -> sqlite3.Connection:
     local_disk.check_local(path)
     connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
     try:
-        with schema.naming(path):
+        with schema.refusing_other_files(path):
             connection.execute("PRAGMA journal_mode = WAL")
     except BaseException:
         connection.close()
@@ -243,5 +246,5 @@ def _holder(path: Path) -> str:
     return f" ({found[-1]})" if found else ""
 
 
-def _who() -> str:
+def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"

@@ -18,19 +18,19 @@ RESTART_S = 5.0  # how long a hung worker has to end by itself
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkerPool:
     """Where jobs are done. `submit` gives a future; `expire` ends one that takes too long."""
 
     submit: Callable[..., Any]
     slots: int  # jobs at once, at first
     pickles: bool  # whether jobs go to other processes
     expire: Callable[[Any], None]
-    begun: Callable[[Any], bool] = lambda future: True  # whether a job waits for no worker
+    has_begun: Callable[[Any], bool] = lambda future: True  # whether a job waits for no worker
     close: Callable[[], None] = lambda: None
-    lost: Callable[[], int] = lambda: 0  # how many of the slots are gone, but for the last
+    count_lost: Callable[[], int] = lambda: 0  # how many of the slots are gone, but for the last
 
 
-def pool(workers: str) -> Pool:
+def dask_pool(workers: str) -> WorkerPool:
     """Of `processes`, `processes:4`, or a scheduler's address."""
     try:
         import dask.config
@@ -41,7 +41,7 @@ def pool(workers: str) -> Pool:
         ) from error
     if "://" in workers:
         try:
-            return of_client(Client(workers, timeout=ANSWER_S), owned=True)
+            return pool_of_client(Client(workers, timeout=ANSWER_S), owned=True)
         except (OSError, TimeoutError, ValueError) as error:
             raise WorkersError(
                 f"workers {workers!r}: no dask scheduler answers there within {ANSWER_S:g} s "
@@ -55,7 +55,7 @@ def pool(workers: str) -> Pool:
             threads_per_worker=1,
             dashboard_address=None,  # type: ignore[arg-type]  # documented: no dashboard
         )
-    return of_client(Client(local), local=local, owned=True)
+    return pool_of_client(Client(local), local=local, owned=True)
 
 
 def _count(workers: str) -> int:
@@ -65,7 +65,7 @@ def _count(workers: str) -> int:
     return int(text)
 
 
-def of_client(client: Any, *, local: Any = None, owned: bool = False) -> Pool:
+def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> WorkerPool:
     """A pool of a cluster's workers, as many jobs at once as they have threads."""
     slots = sum(client.nthreads().values())
     if not slots:
@@ -93,7 +93,7 @@ def of_client(client: Any, *, local: Any = None, owned: bool = False) -> Pool:
         future.add_done_callback(lambda done: begun.discard(done.key))
         return future
 
-    return Pool(
+    return WorkerPool(
         submit,
         slots,
         True,

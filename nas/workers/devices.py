@@ -19,25 +19,25 @@ import numpy as np
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.training.programs import Device
-from nas.workers.dask import Pool
-from nas.workers.threads import Threads
+from nas.workers.dask import WorkerPool
+from nas.workers.threads import DaemonThreads
 
 ANSWER_S = 60.0  # how long a device may take to answer; less than jobs may wait for one
 
 
-def pool() -> Pool:
+def pool() -> WorkerPool:
     """Of all devices that are this process's own."""
-    return Devices(jax.local_devices()).pool()
+    return DeviceAllocator(jax.local_devices()).pool()
 
 
-class Turn:
+class DeviceLease:
     """A job's time on a device."""
 
     device: Device | None = None
     over = False  # the device is no more the job's, or will not be
 
 
-class Devices:
+class DeviceAllocator:
     """Hands devices to jobs. One that answers no more is lost, until it answers after all."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
@@ -46,20 +46,20 @@ class Devices:
         self._late: set[Device] = set()  # of these, who may answer yet
         self._reason = ""  # of the last loss
         self._changed = threading.Condition()
-        self._threads = Threads()
-        self._turns: dict[Future, Turn] = {}
+        self._threads = DaemonThreads()
+        self._turns: dict[Future, DeviceLease] = {}
 
-    def pool(self) -> Pool:
+    def pool(self) -> WorkerPool:
         """For the driver."""
-        return Pool(
+        return WorkerPool(
             self._submit,
             slots=self._count,
             pickles=False,
             expire=self._expire,
-            begun=self._has_begun,
+            has_begun=self._has_begun,
             close=self._threads.close,
             # With none left the next job is to be submitted, which says why.
-            lost=lambda: min(len(self._lost), self._count - 1),
+            count_lost=lambda: min(len(self._lost), self._count - 1),
         )
 
     @property
@@ -74,13 +74,13 @@ class Devices:
     def _submit(self, task: Callable[[Job], Outcome], job: Job) -> Future:
         if not self._left:
             raise WorkersError(f"no device is left: {self._reason}")
-        turn = Turn()
+        turn = DeviceLease()
         future = self._threads.submit(self._run, turn, task, job)
         self._turns[future] = turn
         future.add_done_callback(lambda done: self._turns.pop(done, None))
         return future
 
-    def _run(self, turn: Turn, task: Callable[[Job], Outcome], job: Job) -> Outcome:
+    def _run(self, turn: DeviceLease, task: Callable[[Job], Outcome], job: Job) -> Outcome:
         device = self._take(turn)
         threading.current_thread().name = name = f"{device.platform} {device.id}"
         lost = False
@@ -95,7 +95,7 @@ class Devices:
         finally:
             self._give_back(turn, device, outcome.error or "" if lost else None)
 
-    def _take(self, turn: Turn) -> Device:
+    def _take(self, turn: DeviceLease) -> Device:
         with self._changed:
             self._changed.wait_for(lambda: self._free or not self._left or turn.over)
             if turn.over:
@@ -105,7 +105,7 @@ class Devices:
             turn.device = self._free.popleft()
             return turn.device
 
-    def _give_back(self, turn: Turn, device: Device, lost: str | None) -> None:
+    def _give_back(self, turn: DeviceLease, device: Device, lost: str | None) -> None:
         with self._changed:
             if lost is not None:
                 self._lose(device, lost)
@@ -134,13 +134,13 @@ class Devices:
 
     def _answers(self, device: Device) -> bool:
         try:
-            return self._threads.submit(answers, device).result(ANSWER_S)
+            return self._threads.submit(is_responsive, device).result(ANSWER_S)
         except TimeoutError:
             return False
 
     def _take_back(self, device: Device) -> None:
         """Hand a device out again when it answers; it is lost while that takes too long."""
-        asked, late = self._threads.submit(answers, device), False
+        asked, late = self._threads.submit(is_responsive, device), False
         try:
             answered = asked.result(ANSWER_S)
         except TimeoutError:
@@ -159,7 +159,7 @@ class Devices:
                 self._changed.notify_all()
 
 
-def answers(device: Device) -> bool:
+def is_responsive(device: Device) -> bool:
     """Whether a device still computes."""
     try:
         return float(jax.device_put(np.float32(1), device) + 1) == 2

@@ -12,7 +12,7 @@ from nas.ask_tell.search import Search
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.workers import task
-from nas.workers.dask import Pool
+from nas.workers.dask import WorkerPool
 
 Callback = Callable[[Search], object]
 POLL_S = 0.5
@@ -29,7 +29,7 @@ def check_seconds(**limits: float | None) -> None:
             )
 
 
-class Flight(NamedTuple):
+class RunningJob(NamedTuple):
     """A job that is being done."""
 
     job: Job
@@ -44,7 +44,7 @@ class Driver:
 
     search: Search
     evaluator: Evaluator
-    pool: Pool
+    pool: WorkerPool
     timeout_s: float | None = None
     time_limit_s: float | None = None
     callback: Callback | None = None
@@ -52,15 +52,13 @@ class Driver:
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
         self._end = math.inf  # of time.monotonic
-        self._grace_s = getattr(
-            self.evaluator, "grace_s", 0.0
-        )  # see `nas.evaluators.evaluator.Evaluator`
+        self._grace_s = self.evaluator.grace_s
         self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
         self._told = self.search.evolution.results  # of how many the callback knows
-        self._task = task.task(self.evaluator, self.pool.pickles)
+        self._task = task.make_task(self.evaluator, self.pool.pickles)
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._flights: dict[int, Flight] = {}
-        self._expired: dict[int, Flight] = {}
+        self._flights: dict[int, RunningJob] = {}
+        self._expired: dict[int, RunningJob] = {}
 
     def run(self) -> None:
         """To the end of the search; the store and the pool are closed then, whatever ends it."""
@@ -84,7 +82,7 @@ class Driver:
         return self.stopping.is_set() or time.monotonic() >= self._end
 
     def _fill(self) -> None:
-        while len(self._flights) < self.pool.slots - self.pool.lost():
+        while len(self._flights) < self.pool.slots - self.pool.count_lost():
             # A limit may be measured for minutes: what has ended is written before, and between.
             job = self.search.ask(until=lambda: self._is_to_end() or not self._done.empty())
             if job is None and self._done.empty():
@@ -103,7 +101,7 @@ class Driver:
                     "workers are restarted, and resume the run"
                 ) from error
             deadline = time.monotonic() + BEGIN_S + self._job_s
-            self._flights[job.evaluation] = Flight(job, future, deadline)
+            self._flights[job.evaluation] = RunningJob(job, future, deadline)
             future.add_done_callback(lambda _, number=job.evaluation: self._done.put(number))
 
     def _collect(self) -> None:
@@ -131,7 +129,7 @@ class Driver:
             return
         now = time.monotonic()
         for number, flight in list(self._flights.items()):
-            if not flight.begun and self.pool.begun(flight.future):
+            if not flight.begun and self.pool.has_begun(flight.future):
                 flight = flight._replace(begun=True, deadline=now + self._job_s)
                 self._flights[number] = flight
             if flight.deadline <= now and not flight.future.done():
@@ -151,7 +149,7 @@ class Driver:
             self.stopping.set()
 
 
-class Running:
+class DriverThread:
     """A driver at work, perhaps in a thread of its own."""
 
     def __init__(self, driver: Driver) -> None:

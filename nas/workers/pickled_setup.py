@@ -25,7 +25,7 @@ class Setup(NamedTuple):
             return None
 
 
-def setup_of(reader: Reader, *, needed: bool = True) -> Setup:
+def load_setup(reader: Reader, *, needed: bool = True) -> Setup:
     """The run's own setup; ValueError if it is needed and not to be had. Runs what is pickled."""
     blob = reader.setup()
     try:

@@ -7,20 +7,20 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
 
 from nas.workers import dask
-from nas.workers.dask import Pool
-from nas.workers.threads import Threads
+from nas.workers.dask import WorkerPool
+from nas.workers.threads import DaemonThreads
 
 
-def pool(workers: Any) -> Pool:
+def make_pool(workers: Any) -> WorkerPool:
     """Of a number of threads, `devices`, `processes`, `processes:4`, the address of a dask
     scheduler, a dask client, an executor, or a pool as it is.
     """
-    if isinstance(workers, Pool):
+    if isinstance(workers, WorkerPool):
         return workers
     if isinstance(workers, int) and not isinstance(workers, bool):
         if workers < 1:
             raise ValueError(f"workers {workers}: expected at least 1")
-        return of_executor(Threads(), workers)
+        return of_executor(DaemonThreads(), workers)
     if isinstance(workers, Executor):
         return of_executor(workers)
     if workers == "devices":
@@ -28,9 +28,9 @@ def pool(workers: Any) -> Pool:
 
         return devices.pool()
     if isinstance(workers, str) and ("://" in workers or workers.split(":")[0] == "processes"):
-        return dask.pool(workers)
+        return dask.dask_pool(workers)
     if type(workers).__name__ == "Client":
-        return dask.of_client(workers)
+        return dask.pool_of_client(workers)
     raise ValueError(
         f"workers {workers!r}: expected a number of threads, 'devices', 'processes', "
         "'processes:4', the address of a dask scheduler such as 'tcp://10.0.0.1:8786', a dask "
@@ -38,7 +38,7 @@ def pool(workers: Any) -> Pool:
     )
 
 
-def of_executor(executor: Executor, slots: int | None = None) -> Pool:
+def of_executor(executor: Executor, slots: int | None = None) -> WorkerPool:
     """A pool of any executor, which is left open; `slots` is how many jobs it does at once."""
     slots = slots or getattr(executor, "_max_workers", None)
     if slots is None:
@@ -47,12 +47,12 @@ def of_executor(executor: Executor, slots: int | None = None) -> Pool:
             "nas.workers.pools.of_executor(executor, slots=8)"
         )
     pickles = isinstance(executor, ProcessPoolExecutor)
-    return Pool(
+    return WorkerPool(
         executor.submit,
         slots,
         pickles,
         # A job that runs cannot be taken back from an executor: its report will be late.
         expire=lambda future: future.cancel(),
-        begun=lambda future: future.running() or future.done(),
-        close=executor.close if isinstance(executor, Threads) else lambda: None,
+        has_begun=lambda future: future.running() or future.done(),
+        close=executor.close if isinstance(executor, DaemonThreads) else lambda: None,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from nas.errors import ReturnError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
-from nas.evaluators.outcomes import failure, read
+from nas.evaluators.outcomes import as_outcome, failed_outcome
 from nas.workers.dask import BEGUN
 
 RESULT_S = 20.0  # how long the result of a job that is done may take to arrive
@@ -20,26 +20,26 @@ RESULT_S = 20.0  # how long the result of a job that is done may take to arrive
 # --- on the worker --------------------------------------------------------------------------------
 
 
-def run(evaluator: Evaluator, job: Job) -> Outcome:
+def run_job(evaluator: Evaluator, job: Job) -> Outcome:
     """Do a job; what the evaluator raises is an outcome. A wrong return is a ReturnError."""
     _say_begun()
     started = time.time()
     try:
-        outcome = read(evaluator.evaluate(job), job)
+        outcome = as_outcome(evaluator.evaluate(job), job)
     except ReturnError:
         raise
     except (Exception, SystemExit) as error:  # not the user's interrupt
-        outcome = failure(error)
+        outcome = failed_outcome(error)
     return outcome._replace(worker=_name(), started=started, finished=time.time())
 
 
-def task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
+def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
     """What to submit, so that a worker keeps one evaluator, and what that has compiled.
 
     ValueError if jobs are pickled and the evaluator cannot be.
     """
     if not pickles:
-        return functools.partial(run, evaluator)
+        return functools.partial(run_job, evaluator)
     try:
         return functools.partial(_run_pickled, dumps(evaluator))
     except Exception as error:  # of any object's own pickling
@@ -53,8 +53,8 @@ def _run_pickled(pickled: bytes, job: Job) -> Outcome:
     try:
         evaluator = _evaluator(pickled)
     except Exception as error:  # such as of a module that is not on this machine
-        return failure(error)._replace(worker=_name())
-    return run(evaluator, job)
+        return failed_outcome(error)._replace(worker=_name())
+    return run_job(evaluator, job)
 
 
 @functools.lru_cache(maxsize=4)

@@ -53,7 +53,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-class Threads(Executor):
+class DaemonThreads(Executor):
     """A thread for each job at once; one that hangs holds up no other, and an exit but a while.
 
     It cannot be ended, so that it goes on beside the one that takes its place.

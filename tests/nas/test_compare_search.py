@@ -11,7 +11,7 @@ import pytest
 from paths import SCRIPTS
 
 import nas
-from nas.evaluators.evaluator import goes_by
+from nas.evaluators.evaluator import identity_of
 
 OVERRIDES = ("evolution.population=4", "evolution.sample=2", "run.cycles=8", "run.workers=1")
 
@@ -128,5 +128,5 @@ def test_a_folder_goes_on_with_the_same_training_only(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("compare_search")
     of = lambda epochs: nas.TrainingEvaluator(data="digits", epochs=epochs)  # noqa: E731
-    short, long = (goes_by(script.Remembered(of(epochs))) for epochs in (3, 9))
-    assert short != long and short == goes_by(script.Remembered(of(3)))
+    short, long = (identity_of(script.Remembered(of(epochs))) for epochs in (3, 9))
+    assert short != long and short == identity_of(script.Remembered(of(3)))

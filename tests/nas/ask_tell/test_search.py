@@ -68,7 +68,7 @@ def test_a_target_is_met_by_a_retraining_too(tmp_path) -> None:
         return 1.0 if job.tournament is None else 50.0
 
     with small(tmp_path, target=50.0, fitness_policy="retrain_scratch") as search:
-        drive(search, evaluator)
+        drive(search, evaluate)
         assert search.best_fitness == 50.0 and search.store.counts().results == 8
 
 
@@ -208,7 +208,7 @@ def test_the_mean_of_a_metric_is_over_those_that_have_it(tmp_path) -> None:
 
     seen: Counter[str] = Counter()
     with small(tmp_path, cache=2, cycles=200) as search:
-        drive(search, evaluator)
+        drive(search, evaluate)
         answered = list(search.store.candidates("answered_by IS NOT NULL"))
     assert len(answered) > 5
     for row in answered:
@@ -315,7 +315,7 @@ def test_sampled_members_are_trained_again(tmp_path, policy, slots) -> None:
         return {"fitness": fitness, "trained_values": f"{job.candidate}/{len(jobs)}"}
 
     with small(tmp_path, fitness_policy=policy, cycles=40) as search:
-        drive(search, evaluator, slots)
+        drive(search, evaluate, slots)
         store = search.store
         assert store.counts().results == 40 and len(population(search)) == 8
         again = list(store.evaluations("tournament IS NOT NULL"))
@@ -353,7 +353,7 @@ def test_a_retraining_leaves_of_the_old_metrics_those_of_the_limits(tmp_path) ->
 
     limit = nas.Limit("zeros", lambda bits: 12 - ones(bits))
     with small(tmp_path, fitness_policy="retrain_scratch", limits=[limit], cycles=20) as search:
-        drive(search, evaluator)
+        drive(search, evaluate)
         again = {row.candidate for row in search.store.evaluations("tournament IS NOT NULL")}
         assert len(again) > 8
         for row in search.store.candidates():
@@ -366,7 +366,7 @@ def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
         return math.nan if job.tournament is not None else ones(job.architecture)
 
     with small(tmp_path, fitness_policy="retrain_scratch", cycles=20, max_failures=99) as search:
-        drive(search, evaluator)
+        drive(search, evaluate)
         assert search.store.counts().results == 20 and search.store.counts().failed == 0
         nas.replay(search.store, Bits())
 
@@ -433,4 +433,4 @@ def test_what_an_evaluator_goes_by_is_a_dict(own) -> None:
             return 1.0
 
     with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
-        evaluator.goes_by(Own())
+        evaluator.identity_of(Own())

@@ -59,12 +59,12 @@ def test_files_are_there_while_they_are_needed(tmp_path, seed) -> None:
             if whose is not None and search.store.candidate(whose).answered_by is None:
                 inherited += 1
                 assert job.inherit is not None and (run / job.inherit).exists()
-            (run / trained_values.name_of(job)).touch()  # as if it were being written
+            (run / trained_values.file_name(job)).touch()  # as if it were being written
             running.append(job)
         job = running.pop(rng.randrange(len(running)))
-        assert (run / trained_values.name_of(job)).exists()
+        assert (run / trained_values.file_name(job)).exists()
         fitness = rng.random() if rng.random() < 0.7 else math.nan
-        search.tell(job, {"fitness": fitness, "trained_values": trained_values.name_of(job)})
+        search.tell(job, {"fitness": fitness, "trained_values": trained_values.file_name(job)})
         if rng.random() < 0.1:
             search.close()
             search, running = begin(tmp_path), []
@@ -85,12 +85,12 @@ def test_only_names_of_the_pattern_are_removed(tmp_path) -> None:
 
 
 def test_what_counts_as_gone(tmp_path) -> None:
-    assert trained_values.is_gone(tmp_path, "weights/3-4.safetensors")
-    assert not trained_values.is_gone(tmp_path, "s3://mine/3-4.safetensors")
-    assert not trained_values.is_gone(tmp_path, "weights/mine")
+    assert trained_values.is_removed(tmp_path, "weights/3-4.safetensors")
+    assert not trained_values.is_removed(tmp_path, "s3://mine/3-4.safetensors")
+    assert not trained_values.is_removed(tmp_path, "weights/mine")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "3-4.safetensors").touch()
-    assert not trained_values.is_gone(tmp_path, "weights/3-4.safetensors")
+    assert not trained_values.is_removed(tmp_path, "weights/3-4.safetensors")
 
 
 def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left(tmp_path) -> None:
@@ -106,8 +106,8 @@ def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left
     (tmp_path / "search" / trained_values.FOLDER).mkdir()
 
     def tell(job: nas.Job, fitness: float = 1.0) -> None:
-        (tmp_path / "search" / trained_values.name_of(job)).touch()
-        search.tell(job, {"fitness": fitness, "trained_values": trained_values.name_of(job)})
+        (tmp_path / "search" / trained_values.file_name(job)).touch()
+        search.tell(job, {"fitness": fitness, "trained_values": trained_values.file_name(job)})
 
     def ask() -> nas.Job:
         job = search.ask()
@@ -143,8 +143,8 @@ def test_what_is_started_from_outlives_the_driver(tmp_path) -> None:
         return job
 
     def tell(job: nas.Job) -> None:
-        (run / trained_values.name_of(job)).touch()
-        search.tell(job, {"fitness": 1.0, "trained_values": trained_values.name_of(job)})
+        (run / trained_values.file_name(job)).touch()
+        search.tell(job, {"fitness": 1.0, "trained_values": trained_values.file_name(job)})
 
     def starts(jobs: list[nas.Job]) -> list[tuple]:
         return [(job.candidate, job.tournament, job.inherit) for job in jobs]

@@ -10,7 +10,7 @@ from searches import DATA, HAS_TABLE, NO_TABLE, Bits, ones, small
 import nas
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Evolution, Settings
-from nas.evolution.simulation import Loop, simulate
+from nas.evolution.simulation import StorelessLoop, simulate
 
 
 def work(job: Job) -> tuple[Outcome, float]:
@@ -18,8 +18,10 @@ def work(job: Job) -> tuple[Outcome, float]:
     return Outcome("ok", ones(job.architecture)), 100.0 if job.candidate % 10 == 3 else 10.0
 
 
-def loop(cycles: int, **settings) -> Loop:
-    return Loop(Evolution(Bits(), Settings(**{"population": 8, "sample": 3, **settings})), cycles)
+def loop(cycles: int, **settings) -> StorelessLoop:
+    return StorelessLoop(
+        Evolution(Bits(), Settings(**{"population": 8, "sample": 3, **settings})), cycles
+    )
 
 
 def test_one_worker_takes_the_sum_and_many_take_turns() -> None:
@@ -27,7 +29,7 @@ def test_one_worker_takes_the_sum_and_many_take_turns() -> None:
     done = simulate(loop(20), work, slots=2)
     assert [each.job.candidate for each in done][:4] == [0, 1, 2, 4]  # 3 takes long
     assert done[-1].at_s == 210.0 and len(done) == 20
-    assert len(simulate(loop(20), work, slots=2, most=5)) == 5
+    assert len(simulate(loop(20), work, slots=2, max_jobs=5)) == 5
 
 
 def test_generations_wait_for_their_slowest() -> None:
@@ -72,7 +74,7 @@ def test_the_curves_of_the_benchmark(P, S) -> None:
     for seed in range(60):
         evolution = Evolution(nas.NASBench201Space(), Settings(seed=seed, **settings))
         done = simulate(
-            Loop(evolution, 200),
+            StorelessLoop(evolution, 200),
             lambda job: (Outcome("ok", lookup[job.architecture]["valid12"]), 1.0),
         )
         for n, values in found.items():

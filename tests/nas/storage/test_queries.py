@@ -110,9 +110,10 @@ def test_the_front_is_what_nothing_beats(tmp_path) -> None:
             return {"fitness": fitness, "params_m": rest + 2 * good, "accuracy": 1.0}
 
         with drive(small(tmp_path / str(maximise), maximise=maximise), evaluate) as search:
-            assert queries.costs(search.store) == ["params_m"]
+            assert queries.cost_metrics(search.store) == ["params_m"]
             front = [
-                (r.fitness, r.metrics["params_m"]) for r in queries.front(search.store, "params_m")
+                (r.fitness, r.metrics["params_m"])
+                for r in queries.pareto_front(search.store, "params_m")
             ]
             points = {(r.fitness, r.metrics["params_m"]) for r in search.store.candidates()}
         sign = 1 if maximise else -1
@@ -134,7 +135,7 @@ def test_the_front_is_what_nothing_beats(tmp_path) -> None:
 )  # fmt: skip
 def test_costs_are_known_by_name(tmp_path, name, is_cost) -> None:
     with drive(small(tmp_path, cycles=8), lambda _: {"fitness": 1.0, name: 2.0}) as search:
-        assert queries.costs(search.store) == [name] * is_cost
+        assert queries.cost_metrics(search.store) == [name] * is_cost
 
 
 def test_whether_a_driver_is_at_work(tmp_path) -> None:

@@ -63,7 +63,7 @@ def test_results_do_not_depend_on_the_device_each_of_which_compiles_once(tmp_pat
 def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
     """Its job is done elsewhere, and it gets no other one."""
     gone = three[1]
-    monkeypatch.setattr(devices, "answers", lambda device: device is not gone)
+    monkeypatch.setattr(devices, "is_responsive", lambda device: device is not gone)
 
     def evaluate(genotype) -> float:
         if this_device() is gone and next(done) >= 2:
@@ -81,7 +81,7 @@ def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
 
 
 def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
-    monkeypatch.setattr(devices, "answers", lambda device: False)
+    monkeypatch.setattr(devices, "is_responsive", lambda device: False)
 
     def evaluate(genotype) -> float:
         raise RuntimeError("UNAVAILABLE")
@@ -91,8 +91,8 @@ def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
 
 
 def test_a_failure_on_a_device_that_answers_is_the_candidates_own() -> None:
-    assert devices.answers(jax.local_devices()[2])
-    pool = devices.Devices(jax.local_devices()[:1]).pool()
+    assert devices.is_responsive(jax.local_devices()[2])
+    pool = devices.DeviceAllocator(jax.local_devices()[:1]).pool()
     error = Outcome("exception", error="ValueError: mine")
     for _ in range(3):
         assert pool.submit(lambda job: error, job()).result(timeout=60) == error
@@ -118,13 +118,13 @@ def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
     def task(one: nas.Job) -> Outcome:
         return Outcome("ok", float(end.wait(30)))
 
-    pool, end = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event()
+    pool, end = devices.DeviceAllocator(jax.local_devices()[:1]).pool(), threading.Event()
     first, second = (pool.submit(task, job()) for _ in range(2))
-    while not (pool.begun(first) or pool.begun(second)):
+    while not (pool.has_begun(first) or pool.has_begun(second)):
         time.sleep(0.001)
-    assert not (pool.begun(first) and pool.begun(second))
+    assert not (pool.has_begun(first) and pool.has_begun(second))
     end.set()
-    assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.begun(second)
+    assert first.result(60) == second.result(60) == Outcome("ok", 1.0) and pool.has_begun(second)
     pool.close()
 
 
@@ -133,9 +133,13 @@ def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None
         began.append(one.candidate)
         return Outcome("ok", float(end.wait(30)))
 
-    pool, end, began = devices.Devices(jax.local_devices()[:1]).pool(), threading.Event(), []
+    pool, end, began = (
+        devices.DeviceAllocator(jax.local_devices()[:1]).pool(),
+        threading.Event(),
+        [],
+    )
     first = pool.submit(task, job(0))
-    while not pool.begun(first):
+    while not pool.has_begun(first):
         time.sleep(0.001)
     second = pool.submit(task, job(1))
     pool.expire(second)
@@ -148,14 +152,14 @@ def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None
 
 
 def test_a_device_that_fails_and_then_hangs_is_lost(monkeypatch) -> None:
-    monkeypatch.setattr(devices, "answers", lambda device: device is not hung or end.wait(30))
+    monkeypatch.setattr(devices, "is_responsive", lambda device: device is not hung or end.wait(30))
     monkeypatch.setattr(devices, "ANSWER_S", 0.1)
     (hung, other), end = jax.local_devices()[:2], threading.Event()
-    pool = devices.Devices([hung, other]).pool()
+    pool = devices.DeviceAllocator([hung, other]).pool()
     task = lambda one: Outcome("exception", error="UNAVAILABLE")  # noqa: E731
     found = sorted(pool.submit(task, job()).result(20).kind for _ in range(2))
     end.set()
-    assert found == ["exception", "worker_death"] and pool.lost() == 1
+    assert found == ["exception", "worker_death"] and pool.count_lost() == 1
     pool.close()
 
 
@@ -174,14 +178,14 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
 
     def begin() -> Future:
         future = pool.submit(task, job())
-        while not pool.begun(future):
+        while not pool.has_begun(future):
             time.sleep(0.001)
         return future
 
     gone, other = jax.local_devices()[:2]
     answers = lambda device: device is not gone or not end.is_set()  # noqa: E731
-    monkeypatch.setattr(devices, "answers", answers)
-    pool, end = devices.Devices([gone, other]).pool(), threading.Event()
+    monkeypatch.setattr(devices, "is_responsive", answers)
+    pool, end = devices.DeviceAllocator([gone, other]).pool(), threading.Event()
     dying, well = [begin()], begin()
     pool.expire(dying[0])
     if handed_out_again:
@@ -189,7 +193,7 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
     end.set()
     assert [future.result(60).kind for future in dying] == ["worker_death"] * len(dying)
     assert [future.result(60).kind for future in (well, begin(), begin())] == ["ok"] * 3
-    assert pool.lost() == 1
+    assert pool.count_lost() == 1
     pool.close()
 
 
@@ -205,16 +209,16 @@ def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
     def answers(device) -> bool:
         return device is not hung or end.wait(30)
 
-    hung, end, pool = three[1], threading.Event(), devices.Devices(three).pool()
-    monkeypatch.setattr(devices, "answers", answers)
+    hung, end, pool = three[1], threading.Event(), devices.DeviceAllocator(three).pool()
+    monkeypatch.setattr(devices, "is_responsive", answers)
     monkeypatch.setattr(devices, "ANSWER_S", 0.1)
     options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 3.0}
     result = search(tmp_path, evaluate, cycles=60, cache=False, **options)
     assert result.reader.failures_by_kind() == {"timeout": 1} and result.counts.results == 60
-    assert pool.lost() == 1
+    assert pool.count_lost() == 1
     end.set()
     begun = time.monotonic()
-    while pool.lost():
+    while pool.count_lost():
         assert time.monotonic() < begun + 20
         time.sleep(0.001)
     pool.close()
@@ -224,11 +228,11 @@ def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkey
     def task(one: nas.Job) -> Outcome:
         return Outcome("exception", error="UNAVAILABLE")
 
-    monkeypatch.setattr(devices, "answers", lambda device: False)
-    pool, lost = devices.Devices(three).pool(), []
+    monkeypatch.setattr(devices, "is_responsive", lambda device: False)
+    pool, lost = devices.DeviceAllocator(three).pool(), []
     for _ in three:
         assert pool.submit(task, job()).result(60).kind == "worker_death"
-        lost.append(pool.lost())
+        lost.append(pool.count_lost())
     assert lost == [1, 2, 2]  # so that the next one is submitted
     with pytest.raises(WorkersError, match=r"^no device is left: .*UNAVAILABLE"):
         pool.submit(task, job())
@@ -237,7 +241,7 @@ def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkey
 
 def test_the_words_of_workers() -> None:
     with pytest.raises(ValueError, match="expected a number of threads, 'devices', 'processes'"):
-        pools.pool("device")
+        pools.make_pool("device")
 
 
 def test_the_only_device_may_be_late(monkeypatch) -> None:
@@ -252,12 +256,12 @@ def test_the_only_device_may_be_late(monkeypatch) -> None:
         end.wait(30)
         return task(one)
 
-    monkeypatch.setattr(devices, "answers", lambda device: end.wait(30))
+    monkeypatch.setattr(devices, "is_responsive", lambda device: end.wait(30))
     monkeypatch.setattr(devices, "ANSWER_S", 0.01)
-    one = devices.Devices(jax.local_devices()[:1])
+    one = devices.DeviceAllocator(jax.local_devices()[:1])
     pool = one.pool()
     hung = pool.submit(hang, job())
-    while not pool.begun(hung):
+    while not pool.has_begun(hung):
         time.sleep(0.001)
     pool.expire(hung)
     while not one._late:

@@ -19,7 +19,7 @@ from nas.errors import MismatchError, ReturnError
 from nas.evaluators.evaluator import Function
 from nas.workers import dask, pools
 from nas.workers import task as workers
-from nas.workers.driver import Driver, Running
+from nas.workers.driver import Driver, DriverThread
 
 SMALL = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
 
@@ -57,11 +57,11 @@ def test_any_executor(tmp_path) -> None:
         check(run(tmp_path, workers=executor))
         assert executor.submit(int).result() == 0  # it is the caller's to shut down
 
-    class Odd(pools.Threads):
+    class Odd(pools.DaemonThreads):
         pass
 
     with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
-        pools.pool(Odd())
+        pools.make_pool(Odd())
     check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
 
 
@@ -127,8 +127,10 @@ def test_a_search_can_be_ended_while_the_cache_answers(tmp_path, by) -> None:
         search = nas.Search(
             folder=tmp_path, **{**SMALL, "cache": True, "space": Few(), "cycles": 5000}
         )
-        pool = pools.pool(1)
-        running.append(Running(Driver(search, Function(lambda bits: 1.0), pool, callback=ends)))
+        pool = pools.make_pool(1)
+        running.append(
+            DriverThread(Driver(search, Function(lambda bits: 1.0), pool, callback=ends))
+        )
         running[0].run()
         assert 50 <= nas.load("search", tmp_path).counts.results < 70
         return
@@ -320,7 +322,7 @@ def test_a_search_goes_on_with_its_own_limits(tmp_path) -> None:
     kept = [nas.Limit("ones", sum, 7)]
     assert run(tmp_path, **other, limits=kept).counts.results == 30
     small, large = (nas.NetworkCosts(filters=filters).params_m for filters in (4, 8))
-    assert nas.Limit("params_m", small).goes_by != nas.Limit("params_m", large).goes_by
+    assert nas.Limit("params_m", small).identity != nas.Limit("params_m", large).identity
 
 
 def test_in_the_background(tmp_path) -> None:
@@ -522,7 +524,7 @@ def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> 
         return future
 
     monkeypatch.setattr(workers, "RESULT_S", 0.05)
-    pool, gone = pools.pool(2), []
+    pool, gone = pools.make_pool(2), []
     broken = dataclasses.replace(pool, submit=submit)
     started = time.monotonic()
     result = run(tmp_path, workers=broken)
@@ -544,7 +546,7 @@ def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
         return ones(bits)
 
     lock, busy, at_once = threading.Lock(), [], []
-    pool = dataclasses.replace(pools.pool(4), lost=lambda: 3 if len(at_once) >= 20 else 0)
+    pool = dataclasses.replace(pools.make_pool(4), count_lost=lambda: 3 if len(at_once) >= 20 else 0)
     check(run(tmp_path, evaluate, workers=pool))
     assert max(at_once) > 1 and set(at_once[25:]) == {1}
 

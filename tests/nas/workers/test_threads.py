@@ -88,7 +88,7 @@ def test_the_exit_code_of_a_search_that_is_interrupted(tmp_path) -> None:
     time.sleep(0.3)
     done.send_signal(signal.SIGINT)
     _, err = done.communicate(timeout=120)
-    assert done.returncode == 130 and "interrupted; the same command goes on" in err
+    assert done.returncode == 130 and "interrupted; run the same command again to resume" in err
 
 
 SCRIPT = """\
@@ -144,7 +144,7 @@ def test_what_can_end_does_so_when_its_threads_are_closed() -> None:
             ended.set()
 
     begun, ended, other = (threading.Event() for _ in range(3))
-    pool, another = threads.Threads(), threads.Threads()
+    pool, another = threads.DaemonThreads(), threads.DaemonThreads()
     pool.submit(until_asked)
     waits = another.submit(lambda: other.wait(30) and threads.check_ending())
     assert begun.wait(10) and not ended.wait(0.1)
