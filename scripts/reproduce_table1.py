@@ -133,7 +133,7 @@ def measure(trainer: Trainer, size: tuple[int, ...], compiling: Compiling) -> Me
         step.compile_s,
         problem or step.error,
     )
-    print(f"K {pipe.stages.num_devices}, {found}", flush=True)
+    print(f"K {pipe.stages.geometry.num_devices}, {found}", flush=True)
     return found
 
 

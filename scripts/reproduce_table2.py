@@ -120,7 +120,7 @@ class Predictor:
         job = MODELS[self.model](max(STAGES))
         trainer = job.trainer(Layout(max(STAGES)), _any_cost(job))
         update = self.compiling([programs.update(trainer)])["update"]
-        return self.compiling.seconds(update) / trainer.pipe.stages.device_bytes()
+        return self.compiling.seconds(update) / trainer.pipe.stages.params.device_bytes()
 
     def by_layers(self, layout: Layout, batch: int) -> Cell:
         """A step summed up from its layers."""
@@ -128,7 +128,7 @@ class Predictor:
         trainer = MODELS[self.model](batch).trainer(layout, self._cost(times))
         stages = trainer.pipe.stages
         whole = step_time.stage_times(
-            *(of_stages(each, stages.layer_ranges) for each in times),
+            *(of_stages(each, stages.geometry.layer_ranges) for each in times),
             remat=stages.remat,
         )
         step = step_time.step_time(
@@ -137,7 +137,7 @@ class Predictor:
             whole,
             self.compiling.topology,
             replicas=trainer.pipe.replicas,
-            update_s=self.update_rate() * stages.device_bytes(),
+            update_s=self.update_rate() * stages.params.device_bytes(),
         )
         return self._cell(layout, batch, "layers", trainer, times, whole, step)
 

@@ -20,8 +20,7 @@ from helpers import NETWORKS, assert_trees_close, make_batch, network, reference
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
 from gpipe_jax.layers import random_keys
-from gpipe_jax.pipeline import executor
-from gpipe_jax.pipeline.ragged import stages
+from gpipe_jax.pipeline import executor, remat
 from gpipe_jax.pipeline.ragged.storage import Storage
 from gpipe_jax.schedules.buffers import BufferTable
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD
@@ -30,7 +29,7 @@ from gpipe_jax.schedules.schedule import BACKWARD, FORWARD
 @pytest.fixture(autouse=True)
 def unroll_short_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the longer runs of the small Transformer are scanned, and both ways are tested."""
-    monkeypatch.setattr(stages, "MAX_UNROLL", 2)
+    monkeypatch.setattr(remat, "MAX_UNROLL", 2)
 
 
 SLOW = pytest.mark.slow
@@ -121,7 +120,7 @@ def check(pipe: gpipe.Pipeline, name: str, double: bool, tolerance: float) -> No
     # The mechanism: K programs' worth of branches that talk by permutes, and nothing else.
     text = lowered.as_text()
     assert text.count("stablehlo.collective_permute") == expected_permutes(pipe)
-    assert (expected_permutes(pipe) > 0) == (pipe.stages.last > 0)
+    assert (expected_permutes(pipe) > 0) == (pipe.stages.geometry.last > 0)
     assert text.count("stablehlo.while") >= 1 or pipe.micro_batches == 1
     step = lowered.compile(compiler_options=QUICK)
     state = pipe.from_layers(params, seed=1)

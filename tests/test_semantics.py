@@ -93,7 +93,7 @@ def marked(fast: list) -> list:
 @pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST[1:]))
 def test_batch_norm_dropout_skip_tied_float32(K: int, D: int, kind: str, V: int) -> None:
     pipe = make(K, D, 4 // D, kind, V)
-    assert len(pipe.stages.layer_ranges) == K * V
+    assert len(pipe.stages.geometry.layer_ranges) == K * V
     check(pipe, wanted(False), 1e-5)
 
 
@@ -117,7 +117,7 @@ def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
         chunks=3,
         example=data[0],
     )
-    assert len(pipe.stages.layer_ranges) == 3 * K
+    assert len(pipe.stages.geometry.layer_ranges) == 3 * K
     our_result, our_grads, _ = run(pipe, params, data, idle_fill=float("nan"))
     assert_trees_close(our_result, result, 1e-5)
     assert_trees_close(our_grads, grads, 1e-5)
@@ -207,7 +207,7 @@ def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
     layers += [gpipe.layer(linked.Normed)] * 3
     layers += [gpipe.layer(linked.Use).pop("a"), gpipe.layer(linked.Head).tie("table", "table")]
     crossed = make(6, 1, 4, "gpipe", layers=layers, partition=(2, 3, 4, 5, 6))
-    assert [len(crossed.stages.passing(s)) for s in range(6)] == [0, 1, 1, 1, 0, 0]
+    assert [len(crossed.stages.geometry.passing(s)) for s in range(6)] == [0, 1, 1, 1, 0, 0]
     whole = make(2, 1, 4, "gpipe", layers=layers, partition=(6,))
     texts = [pipe.lower().as_text() for pipe in (crossed, whole)]
     for operation in ("stablehlo.sine", "stablehlo.cosine"):
@@ -311,7 +311,7 @@ def test_batch_norm_skip_tied_dropout_faults_are_seen(
 
         def forgets(self: Any, s: int, *args: Any) -> Any:
             found = gradient(self, s, *args)
-            passing = self.stages.passing(s)
+            passing = self.stages.geometry.passing(s)
             zero = {
                 n: jax.tree.map(lambda a, n=n: a * (n not in passing), t)
                 for n, t in found.skips.items()

@@ -135,7 +135,7 @@ def check(name: str, K: int, D: int, kind: str, V: int, double: bool, tolerance:
         example=make_batch(),
         cost=[1.0] * len(make_layers()),
     )
-    assert len(pipe.stages.layer_ranges) == K * V
+    assert len(pipe.stages.geometry.layer_ranges) == K * V
     if name == "unet" and K * V > 1:
         assert max(crossed(pipe).values()) >= min(K * V - 2, 2)
     step = pipe.lower().compile(compiler_options=QUICK)
@@ -149,9 +149,9 @@ def check(name: str, K: int, D: int, kind: str, V: int, double: bool, tolerance:
 def crossed(pipe: gpipe.Pipeline) -> dict[str, int]:
     """Skip -> how many stages it crosses without being used there."""
     count: dict[str, int] = {}
-    for s in range(len(pipe.stages.layer_ranges)):
-        for name in pipe.stages.input(s).skips:
-            count[name] = count.get(name, 0) + (name in pipe.stages.passing(s))
+    for s in range(len(pipe.stages.geometry.layer_ranges)):
+        for name in pipe.stages.geometry.input(s).skips:
+            count[name] = count.get(name, 0) + (name in pipe.stages.geometry.passing(s))
     return count
 
 

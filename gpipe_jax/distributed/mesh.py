@@ -1,27 +1,111 @@
-"""The devices: a mesh of K stages x D data replicas, and CPU devices to stand in for them."""
+"""Build the device mesh, name its axes, and say how arrays lie on it.
+
+    axis    size   along it                                    summed over it
+    stage   K      the chunks of a network, one device each    tied parameters
+    data    D      replicas of all stages                      gradients
+
+Every other module takes axes, partition specs and collectives from here. For CPU devices in place
+of accelerators see `simulate_devices`.
+
+Letters: K devices along the stage axis, D replicas, M micro-batches, B examples of a micro-batch on
+one replica.
+"""
 
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.backend
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.device_order import arrange
 
-STAGE, DATA = "stage", "data"
+MeshLike = Mesh | AbstractMesh
+T = TypeVar("T")
+
+STAGE, DATA = "stage", "data"  # the axes of a mesh, in this order
+_AXIS_TYPES = (AxisType.Auto,) * 2
+
+# How arrays lie on a mesh.
+PARAMS_SPEC = P(STAGE)  # parameters, and all in their form: axis 0 is divided between K devices
+BATCH_SPEC = P(None, DATA)  # micro-batches [M, D*B, ...]: axis 1 is divided between D replicas
+REPLICATED_SPEC = P()  # one copy on every device
+
+
+def params_sharding(mesh: MeshLike) -> NamedSharding:
+    """Return how parameters, and all arrays in their form, lie on the devices."""
+    return NamedSharding(mesh, PARAMS_SPEC)
+
+
+def batch_sharding(mesh: MeshLike) -> NamedSharding:
+    """Return how micro-batches [M, D*B, ...] lie on the devices."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated_sharding(mesh: MeshLike) -> NamedSharding:
+    """Return how an array lies that every device has a copy of."""
+    return NamedSharding(mesh, REPLICATED_SPEC)
+
+
+# --- within `jax.shard_map` -----------------------------------------------------------------------
+
+
+def device_index() -> jax.Array:
+    """Return k, the position of the running device along the stage axis."""
+    return lax.axis_index(STAGE)
+
+
+def replica_index() -> jax.Array:
+    """Return the position of the running device along the data axis."""
+    return lax.axis_index(DATA)
+
+
+def sum_over_stages(tree: T) -> T:
+    """Sum a tree of arrays over the devices of the stage axis."""
+    return lax.psum(tree, STAGE)
+
+
+def sum_over_replicas(tree: T) -> T:
+    """Sum a tree of arrays over the replicas."""
+    return lax.psum(tree, DATA)
+
+
+def sum_over_all(tree: T) -> T:
+    """Sum a tree of arrays over all devices."""
+    return lax.psum(tree, (STAGE, DATA))
+
+
+def permute_stages(array: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """Send an array along the stage axis, from the first to the second device of each pair."""
+    return lax.ppermute(array, STAGE, pairs)
+
+
+# --- building a mesh ------------------------------------------------------------------------------
 
 
 def simulate_devices(n: int) -> None:
     """Make this process see `n` CPU devices, on any machine.
 
-    Call it before anything touches a device. If a backend is already running with fewer devices it
-    is restarted with a warning: arrays made before stay on the devices that are gone.
+    Call it before anything touches a device. It restarts a backend that already runs with fewer
+    devices, with a warning: arrays that exist then stay on the old devices.
 
-    The thread pool is widened too: with fewer than two threads a device, jax 0.10 on CPU deadlocks
-    in a collective once some tens of steps are queued.
+    It also widens the thread pool. With fewer than two threads per device, jax 0.10 on CPU
+    deadlocks in a collective when some tens of steps are queued.
+
+    Args:
+        n: the number of devices, at least 1.
+
+    Raises:
+        ValueError: `n` is less than 1.
+
+    Example::
+
+        gpipe.simulate_devices(8)
+        mesh = gpipe.make_mesh(stages=4, data=2)
     """
     if n < 1:
         raise ValueError(f"`n` must be at least 1 device, got {n}")
@@ -31,7 +115,7 @@ def simulate_devices(n: int) -> None:
             return
         warnings.warn(
             f"simulate_devices({n}) restarts a backend that already ran with "
-            f"{jax.device_count()} {jax.default_backend()} device(s); make arrays anew after it",
+            f"{jax.device_count()} {jax.default_backend()} device(s); create all arrays again",
             stacklevel=2,
         )
         jax.extend.backend.clear_backends()
@@ -40,39 +124,59 @@ def simulate_devices(n: int) -> None:
 
 
 def _backend_is_running() -> bool:
-    from jax._src import xla_bridge  # the public API has no question that does not start a backend
+    # Every question of the public API starts a backend.
+    from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()
 
 
 def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes `stage` (outermost) and `data`; stage k lives on `mesh.devices[k]`.
+    """Make a mesh of `stages` x `data` devices with the axes "stage" and "data".
 
-    `stage` is outermost so that on several slices only boundary activations cross the data-centre
-    network, and device order follows the interconnect, so that neighbouring stages are neighbours
-    (see `placement`).
-    `devices` default to all of this process's devices; they may be compile-only ones.
+    Row k of `mesh.devices` holds the replicas of the same stages. The stage axis is the outer one:
+    on several slices only boundary activations then cross the data-centre network. The order of the
+    devices follows the interconnect, so neighbours in the pipeline are neighbours on the network
+    (see `device_order`).
+
+    Args:
+        stages: K, the number of devices along the stage axis, at least 1.
+        data: D, the number of data-parallel replicas, at least 1. Default 1.
+        devices: the devices to choose from; the first `stages` x `data` are used. They may be
+            compile-only devices. Default: the devices of all processes.
+
+    Returns:
+        The mesh, of shape (stages, data), to pass to `Pipeline`.
+
+    Raises:
+        ValueError: there are too few devices, the devices cannot be arranged over the slices, or a
+            process would have none of the chosen devices.
+
+    Example::
+
+        gpipe.simulate_devices(8)
+        mesh = gpipe.make_mesh(stages=4, data=2)
     """
     for name, value in (("stages", stages), ("data", data)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    found = list(jax.devices() if devices is None else devices)
+    available = list(jax.devices() if devices is None else devices)
     need = stages * data
-    if need > len(found):
+    if need > len(available):
         raise ValueError(
             f"a mesh of {stages} stages x {data} data replicas needs {need} devices, but there are "
-            f"{len(found)} ({found[0].platform}); lower `stages` or `data`, or simulate them "
-            f"on CPU with gpipe_jax.simulate_devices({need}) before anything else "
+            f"{len(available)} ({available[0].platform}); lower `stages` or `data`, or simulate "
+            f"them on CPU with gpipe_jax.simulate_devices({need}) before anything else "
             f"(in a config file: mesh.simulate={need})"
         )
+    chosen = available[:need]
     if devices is None:
-        _check_processes(found[:need], stages, data)
-    grid = arrange(found[:need], stages, data)
-    # make_mesh's Explicit axes would make shard_map assert instead of resharding its inputs.
-    return Mesh(grid, (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+        _check_processes(chosen, stages, data)
+    # With the Explicit axes of `jax.make_mesh`, shard_map asserts instead of resharding its inputs.
+    return Mesh(arrange(chosen, stages, data), (STAGE, DATA), axis_types=_AXIS_TYPES)
 
 
 def _check_processes(chosen: Sequence[Any], stages: int, data: int) -> None:
+    """Raise ValueError unless every process has one of the chosen devices."""
     idle = set(range(jax.process_count())) - {device.process_index for device in chosen}
     if idle:
         raise ValueError(
@@ -83,14 +187,16 @@ def _check_processes(chosen: Sequence[Any], stages: int, data: int) -> None:
 
 
 def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:
-    """A mesh of TPU devices that are nowhere: programs for it can be traced and exported only."""
-    return AbstractMesh((stages, data), (STAGE, DATA), axis_types=(AxisType.Auto,) * 2)
+    """Make a mesh without devices, for programs that are only traced or exported for TPU."""
+    return AbstractMesh((stages, data), (STAGE, DATA), axis_types=_AXIS_TYPES)
 
 
-def check_axes(mesh: Mesh | AbstractMesh) -> None:
-    """Raise ValueError unless the axes are those of `make_mesh`: their names, order and types."""
-    axes = (mesh.axis_names, mesh.axis_types)
-    if axes != ((STAGE, DATA), (AxisType.Auto,) * 2):
+# --- facts about a mesh ---------------------------------------------------------------------------
+
+
+def check_axes(mesh: MeshLike) -> None:
+    """Raise ValueError unless the axes have the names, order and types that `make_mesh` gives."""
+    if (mesh.axis_names, mesh.axis_types) != ((STAGE, DATA), _AXIS_TYPES):
         types = ", ".join(kind.name for kind in mesh.axis_types)
         raise ValueError(
             f"`mesh` has the axes {mesh.axis_names} ({types}); it needs {STAGE!r} and {DATA!r} in "
@@ -98,13 +204,23 @@ def check_axes(mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def platform_of(mesh: Mesh | AbstractMesh) -> str:
-    """ "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
+def num_devices(mesh: MeshLike) -> int:
+    """Return K, the number of devices along the stage axis."""
+    return mesh.shape[STAGE]
+
+
+def num_replicas(mesh: MeshLike) -> int:
+    """Return D, the number of data-parallel replicas."""
+    return mesh.shape[DATA]
+
+
+def platform_of(mesh: MeshLike) -> str:
+    """Return "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
     return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 
-def is_shared(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether its devices are those of more than one process."""
+def is_shared(mesh: MeshLike) -> bool:
+    """Return whether the devices belong to more than one process."""
     if isinstance(mesh, AbstractMesh):
         return False
     return len({device.process_index for device in mesh.devices.flat}) > 1

@@ -12,8 +12,6 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 
-PER = ("micro_batch", "example")
-
 
 def layer_key(seed: int | jax.Array, layer_id: int | jax.Array) -> jax.Array:
     """The key that a layer is initialised from; independent of how the network is cut."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.partition import solver
 from gpipe_jax.partition.costs import LayerCost
-from gpipe_jax.utils.trees import tree_bytes
 
 
 def cut(
@@ -15,7 +14,7 @@ def cut(
     *,
     stages: int,
     transfer: Sequence[float] | None,
-    remat_layers: bool,
+    kept_bytes: Sequence[int],
     memory_limit: float | None,
 ) -> solver.Partition:
     """The `wanted` stages: "auto", or the first layer of each but the first.
@@ -30,7 +29,8 @@ def cut(
     times = [c.compute_s for c in costs]
     options: dict = dict(
         transfer=transfer,
-        memory=_layer_bytes(costs, shapes, remat_layers=remat_layers),
+        # Value, gradient and two optimizer slots for each parameter.
+        memory=[4 * c.parameter_bytes + kept for c, kept in zip(costs, kept_bytes, strict=True)],
         memory_limit=memory_limit,
         names=[str(shape.layer) for shape in shapes],
     )
@@ -38,16 +38,3 @@ def cut(
         return solver.explicit(wanted, times, stages=stages, **options)
     padding = [c.parameter_bytes for c in costs]
     return solver.partition(times, stages, padding=padding, **options)
-
-
-def _layer_bytes(
-    costs: Sequence[LayerCost], shapes: Sequence[LayerShape], *, remat_layers: bool
-) -> list[int]:
-    """What each layer adds to what its device holds."""
-    # With its own recomputation a layer's input is all that is kept of it.
-    kept = [
-        tree_bytes(shape.boundary) if remat_layers else c.working_bytes
-        for c, shape in zip(costs, shapes, strict=True)
-    ]
-    # Value, gradient and two optimizer slots for each parameter.
-    return [4 * c.parameter_bytes + k for c, k in zip(costs, kept, strict=True)]

@@ -10,7 +10,7 @@ Letters: M micro-batches, B examples of a micro-batch on one replica, k device, 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,19 @@ from gpipe_jax.losses import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide, with_floats
+
+
+class Branch(NamedTuple):
+    """Name a piece of code that a device runs in a tick; equal stages share one."""
+
+    operation: Literal["idle", "forward", "backward", "evaluate"]
+    stage: int | None = None  # the first stage that runs this code; None if idle
+
+    def __str__(self) -> str:
+        return self.operation if self.stage is None else f"{self.operation} {self.stage}"
+
+
+IDLE = Branch("idle")
 
 
 class Entry(NamedTuple):
@@ -81,20 +94,19 @@ class DeviceStep:
         return Sums(grads, shared, moments, self._zero_result(micro_batches))
 
     def _zero_result(self, micro_batches: int) -> PyTree:
-        output, lead = self.stages.shapes[-1].output, (micro_batches,)
+        output, lead = self.stages.geometry.shapes[-1].output, (micro_batches,)
         if self.loss is not None:
             first = jax.tree.map(lambda a: a[0], (self.batch["labels"], self.batch["weights"]))
             loss = functools.partial(weighted_sums, self.loss)
             output, lead = jax.eval_shape(loss, output, *first), ()
         return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), output)
 
-    def work(self, name: str, kept: Kept, entry: Entry, work: Work) -> Work:
-        """The branch `name`, on the boundaries `kept`; adds to the sums of `work`."""
-        operation, _, stage = name.partition(" ")
-        if operation == "idle":
+    def work(self, branch: Branch, kept: Kept, entry: Entry, work: Work) -> Work:
+        """Run `branch` on the boundaries `kept`, and add to the sums of `work`."""
+        if branch.stage is None:
             return work
-        method = {"forward": self._forward, "backward": self._backward, "evaluate": self._evaluate}
-        return method[operation](int(stage), kept, entry, work)
+        methods = {"forward": self._forward, "backward": self._backward, "evaluate": self._evaluate}
+        return methods[branch.operation](branch.stage, kept, entry, work)
 
     def _forward(self, s: int, kept: Kept, entry: Entry, work: Work) -> Work:
         y, moments = self._stage(s, entry).forward(self._input(s, kept, entry))
@@ -118,9 +130,9 @@ class DeviceStep:
 
         Skips that cross the stage are handed on, forward and backward, and take no part in it.
         """
-        passing, (c, _) = self.stages.passing(s), self.stages.at(s)
+        passing, (c, _) = self.stages.geometry.passing(s), self.stages.geometry.at(s)
         x, _ = _part(self._input(s, kept, entry), passing)
-        if s == self.stages.last:
+        if s == self.stages.geometry.last:
             passed, start = (
                 {},
                 functools.partial(start_of_backward, self.loss, *self._targets(entry)),
@@ -133,7 +145,7 @@ class DeviceStep:
         back, moments, result = backward(x, start, sums.grads[c], sums.shared)
         grads = [back.params if i == c else g for i, g in enumerate(sums.grads)]
         sums = sums._replace(grads=grads, shared=back.shared)
-        if s == self.stages.last:
+        if s == self.stages.geometry.last:
             sums = sums._replace(result=jax.tree.map(jnp.add, sums.result, result))
             sums = self._with_moments(s, sums, moments)
         if s == 0:
@@ -144,7 +156,7 @@ class DeviceStep:
         return work._replace(send_g=sent, sums=sums)
 
     def _stage(self, s: int, entry: Entry) -> StageStep:
-        c, _ = self.stages.at(s)
+        c, _ = self.stages.geometry.at(s)
         examples = self.batch_rows if self.per_example else None
         micro_batch = entry.micro_batch * self.replicas + lax.axis_index(DATA)
         call = Call(self.key, micro_batch, examples, self.trains, self.progress)
@@ -155,7 +167,7 @@ class DeviceStep:
         """Each micro-batch's moments are added in one forward: that of a recomputation is not."""
         if not jax.tree.leaves(moments):
             return sums
-        (c, k), all_chunks = self.stages.at(s), list(sums.moments)
+        (c, k), all_chunks = self.stages.geometry.at(s), list(sums.moments)
         new = self.stages.stats[c].write(k, moments)
         all_chunks[c] = jax.tree.map(jnp.add, all_chunks[c], new)
         return sums._replace(moments=all_chunks)
@@ -163,14 +175,16 @@ class DeviceStep:
     def _input(self, s: int, kept: Kept, entry: Entry) -> Boundary:
         if s == 0:
             one = lambda a, like: get(a, entry.micro_batch).reshape(like.shape)  # noqa: E731
-            return Boundary(jax.tree.map(one, self.batch["inputs"], self.stages.input(0).x), {})
-        leaves, structure = jax.tree.flatten(self.stages.input(s))
+            return Boundary(
+                jax.tree.map(one, self.batch["inputs"], self.stages.geometry.input(0).x), {}
+            )
+        leaves, structure = jax.tree.flatten(self.stages.geometry.input(s))
         arrays = [get(a, entry.x) for a in kept.x]
         return jax.tree.unflatten(structure, self.stages.boundary_format.decode(arrays, leaves))
 
     def _gradient(self, s: int, kept: Kept, entry: Entry) -> Boundary:
         """The gradient of what stage s handed on; None in place of leaves that have none."""
-        like = self.stages.input(s + 1)
+        like = self.stages.geometry.input(s + 1)
         arrays = [get(a, entry.g) for a in kept.g]
         values = self.stages.boundary_format.decode(arrays, float_leaves(like))
         return with_floats(like, values, rest=lambda _: None)
@@ -183,7 +197,7 @@ class DeviceStep:
     @property
     def batch_rows(self) -> int:
         """B."""
-        return jax.tree.leaves(self.stages.input(0).x)[0].shape[0]
+        return jax.tree.leaves(self.stages.geometry.input(0).x)[0].shape[0]
 
     def _loss(self, outputs: PyTree, entry: Entry) -> tuple:
         assert self.loss is not None  # nothing asks for a loss in a program of outputs

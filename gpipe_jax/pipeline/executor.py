@@ -23,7 +23,17 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.mesh import DATA, STAGE
-from gpipe_jax.pipeline.device_step import DeviceStep, Entry, Kept, Sums, Work, get, put
+from gpipe_jax.pipeline.device_step import (
+    IDLE,
+    Branch,
+    DeviceStep,
+    Entry,
+    Kept,
+    Sums,
+    Work,
+    get,
+    put,
+)
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
 from gpipe_jax.pipeline.spmd import of_own_stage, on_every_device
@@ -79,7 +89,7 @@ def build(
             replicas=mesh.shape[DATA],
             params=here(variables.params),
             stats=here(variables.stats),
-            shared=stages.gather_shared(here(variables.params)),
+            shared=stages.ties.gather(here(variables.params)),
             ids=ids[0],
             batch={**batch, "inputs": jax.tree.map(_flat, batch["inputs"])},
             key=variables.key,
@@ -91,7 +101,7 @@ def build(
     result_spec = P(None, DATA) if loss is None else P()
     out_specs = (result_spec, P(STAGE), P(STAGE)) if trains else result_spec
     mapped = on_every_device(body, mesh, in_specs, out_specs)
-    ids: Any = stages.layer_ids()
+    ids: Any = stages.geometry.layer_ids()
     return lambda variables, batch: mapped(variables, ids, batch)
 
 
@@ -119,10 +129,10 @@ class _Ticks:
         rows = self.rows
         columns = (rows.micro_batch, rows.receive_x, rows.receive_g, rows.x_slot, rows.g_slot)
         for ticks in self._segments():
-            names = self._names()[ticks]
-            known = sorted(set(names.ravel().tolist()))
-            branch = np.searchsorted(known, names)
-            table = np.stack([*(column[ticks] for column in columns), branch], axis=-1)
+            branches = [self._branches[t] for t in ticks]
+            known = sorted({branch for row in branches for branch in row}, key=str)
+            index = [[known.index(branch) for branch in row] for row in branches]
+            table = np.stack([*(column[ticks] for column in columns), index], axis=-1)
             tick = functools.partial(self._tick, known)
             carry, _ = lax.scan(tick, carry, jnp.asarray(table, jnp.int32))
         return self._finish(carry.sums)
@@ -151,7 +161,7 @@ class _Ticks:
         result = lax.psum(sums.result, (STAGE, DATA))
         if not self.device.trains:
             return result
-        grads = self.device.stages.add_shared(sums.grads, sums.shared)
+        grads = self.device.stages.ties.add(sums.grads, sums.shared)
         grads, moments = lax.psum((grads, sums.moments), DATA)
         stats = self._committed(moments)
         grads, stats = ([to_block(arrays) for arrays in chunks] for chunks in (grads, stats))
@@ -167,10 +177,10 @@ class _Ticks:
         stages = self.device.stages
 
         def commit(s: int) -> dict:
-            c, _ = stages.at(s)
+            c, _ = stages.geometry.at(s)
             return stages.commit(s, self.device.stats[c], mean[c])
 
-        return [of_own_stage(stages, c, commit) for c in range(stages.chunks)]
+        return [of_own_stage(stages, c, commit) for c in range(stages.geometry.chunks)]
 
     # --- the table -------------------------------------------------------------------------------
 
@@ -186,27 +196,34 @@ class _Ticks:
         first_b = int(backward[0]) if len(backward) else len(operation)
         last_f = max(int(forward[-1]) + 1, first_b)
         arrives = (self.rows.receive_x >= 0) | (self.rows.receive_g >= 0)
-        busy = ((self._names() != "idle") | arrives).any(axis=1)
-        cuts = [first_b, last_f] if len(self.device.stages.layer_ranges) > 1 else []
+        works = [[branch != IDLE for branch in row] for row in self._branches]
+        busy: np.ndarray = (np.array(works) | arrives).any(axis=1)
+        cuts = [first_b, last_f] if len(self.device.stages.geometry.layer_ranges) > 1 else []
         segments = np.split(np.arange(len(operation)), cuts)
         return [ticks[busy[ticks]] for ticks in segments if busy[ticks].any()]
 
-    def _names(self) -> np.ndarray:
-        """[T, K]: the branch that does each slot of the table, as "operation stage"."""
-        operation, _, chunk = np.moveaxis(self.schedule.table, -1, 0)
-        stage = chunk * self.device.stages.num_devices + np.arange(self.device.stages.num_devices)
-        names = np.full(operation.shape, "idle", dtype="U32")
-        for s, kind in enumerate(self.device.stages.kind):
-            forward = f"forward {kind}"
-            if s == self.device.stages.last:
-                # In training the last stage's backward computes its forward, loss and gradient.
-                forward = "idle" if self.device.trains else f"evaluate {kind}"
-            names[(operation == FORWARD) & (stage == s)] = forward
-            names[(operation == BACKWARD) & (stage == s)] = f"backward {kind}"
-        return names
+    @functools.cached_property
+    def _branches(self) -> list[list[Branch]]:
+        """[T][K]: the branch for each entry of the table."""
+        return [
+            [self._branch(operation, chunk, k) for k, (operation, _, chunk) in enumerate(row)]
+            for row in self.schedule.table.tolist()
+        ]
 
-    def _tick(self, known: list[str], carry: Carry, rows: jax.Array) -> tuple[Carry, None]:
-        m, receive_x, receive_g, x_slot, g_slot, branch = rows[lax.axis_index(STAGE)]
+    def _branch(self, operation: int, chunk: int, k: int) -> Branch:
+        stages = self.device.stages
+        s = chunk * stages.geometry.num_devices + k
+        if operation == BACKWARD:
+            return Branch("backward", stages.representatives[s])
+        if operation == FORWARD and s < stages.geometry.last:
+            return Branch("forward", stages.representatives[s])
+        if operation == FORWARD and not self.device.trains:
+            return Branch("evaluate", stages.representatives[s])
+        # In training the last stage's backward computes its forward, loss and gradient.
+        return IDLE
+
+    def _tick(self, known: list[Branch], carry: Carry, rows: jax.Array) -> tuple[Carry, None]:
+        m, receive_x, receive_g, x_slot, g_slot, index = rows[lax.axis_index(STAGE)]
         kept = Kept(
             x=_store(carry.kept.x, carry.arrived_x, receive_x),
             g=_store(carry.kept.g, carry.arrived_g, receive_g),
@@ -218,13 +235,14 @@ class _Ticks:
         )
         # A conditional for each, not one switch: then XLA adds to the sums in place on TPU, where
         # it copies what passes through a switch (1.5 GiB for 2.7 GiB of gradients on v3).
-        for n, name in enumerate(known):
-            one = functools.partial(self.device.work, name, kept, Entry(m, x_slot, g_slot))
-            work = lax.cond(branch == n, one, lambda w: w, work) if len(known) > 1 else one(work)
+        entry = Entry(m, x_slot, g_slot)
+        for n, branch in enumerate(known):
+            run = functools.partial(self.device.work, branch, kept, entry)
+            work = lax.cond(index == n, run, lambda w: w, work) if len(known) > 1 else run(work)
         carry = carry._replace(kept=kept, sums=work.sums)
-        if any(name.startswith("forward") for name in known):
+        if any(branch.operation == "forward" for branch in known):
             carry = carry._replace(arrived_x=_permute(work.send_x, self._neighbours()))
-        if any(name.startswith("backward") for name in known):
+        if any(branch.operation == "backward" for branch in known):
             up = [(b, a) for a, b in self._neighbours()]
             carry = carry._replace(arrived_g=_permute(work.send_g, up))
         return carry, None
@@ -234,8 +252,8 @@ class _Ticks:
 
         XLA has mis-compiled permutes of several rings on GPU (issue 45222).
         """
-        K = self.device.stages.num_devices
-        around = [(K - 1, 0)] if self.device.stages.chunks > 1 else []
+        K = self.device.stages.geometry.num_devices
+        around = [(K - 1, 0)] if self.device.stages.geometry.chunks > 1 else []
         return [(k, k + 1) for k in range(K - 1)] + around
 
 

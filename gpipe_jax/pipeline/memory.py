@@ -3,8 +3,8 @@
     parameters + optimizer + gradients + stash + working set + batch
 
 The working set is that of the stage that has the largest: what its layers keep for their backward
-pass (of all layers, or with `remat_layers` of one, and the inputs of all), and the gradients of one
-layer (or scanned run) before they are added to the sums.
+pass, as the recomputation policy has it (see `remat`), and the gradients of one layer (or scanned
+run) before they are added to the sums.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from gpipe_jax.partition.costs import LayerCost
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.schedules.buffers import lower
 from gpipe_jax.schedules.schedule import Schedule
-from gpipe_jax.utils.text import GIB
+from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
 
@@ -35,13 +35,13 @@ def of_device(
         tree_bytes(stages.boundary_format.gradient_shapes),
     )
     statistics = sum(storage.device_bytes() for storage in stages.stats)
-    working = [_working_set(stages, costs, s) for s in range(len(stages.layer_ranges))]
+    working = [_working_set(stages, costs, s) for s in range(len(stages.geometry.layer_ranges))]
     working[-1] += loss_bytes
     return {
         # A tied parameter is copied to every device for the step, as is its gradient.
-        "parameters": stages.device_bytes() + statistics + stages.shared_bytes(),
+        "parameters": stages.params.device_bytes() + statistics + stages.ties.bytes(),
         "optimizer": optimizer_bytes,
-        "gradients": float32_bytes(stages) + statistics + stages.shared_bytes(4),
+        "gradients": float32_bytes(stages) + statistics + stages.ties.bytes(4),
         # What has arrived and what is sent is held beside the slots.
         "stash": (rows.x_slots + 2) * wire + (rows.g_slots + 2) * back,
         "working_set": max(working),
@@ -56,15 +56,12 @@ def float32_bytes(stages: Stages) -> int:
 
 
 def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
-    cut = stages.layer_ranges[s]
-    kept = [costs[i].working_bytes for i in cut]
-    own = [costs[i].parameter_bytes for i in cut]
-    if stages.remat_layers:
-        inputs = sum(tree_bytes(stages.shapes[i].boundary) for i in cut)
-        return inputs + max(kept) + max(own)
-    # A run that is one scan has the gradients of all its layers before they are added.
-    scanned = [run.count * own[run.start] for run in stages.runs[s] if run.scanned]
-    return sum(kept) + max([*scanned, *own])
+    layers = stages.geometry.layer_ranges[s]
+    own = [costs[i] for i in layers]
+    inputs = [tree_bytes(stages.geometry.shapes[i].boundary) for i in layers]
+    runs = [run for run in stages.geometry.runs[s] if run.scanned]
+    scanned = [run.count * own[run.start].parameter_bytes for run in runs]
+    return stages.remat.stage_bytes(own, inputs, scanned)
 
 
 def check(parts: dict[str, int], limit: float) -> None:
@@ -72,11 +69,11 @@ def check(parts: dict[str, int], limit: float) -> None:
     need = sum(parts.values())
     if need > limit:
         raise ValueError(
-            f"a device needs {need / GIB:.3g} GiB ({describe(parts)}), but `memory_limit` is "
-            f"{limit / GIB:.3g} GiB; use more stages or micro-batches, or raise it"
+            f"a device needs {format_bytes(need)} ({describe(parts)}), but `memory_limit` is "
+            f"{format_bytes(limit)}; use more stages or micro-batches, or raise it"
         )
 
 
 def describe(parts: dict[str, int]) -> str:
-    """The parts in GiB, in one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {n / GIB:.3g}" for name, n in parts.items())
+    """List the parts and their sizes in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in parts.items())

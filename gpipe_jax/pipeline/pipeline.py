@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.mesh import DATA, STAGE, check_axes, is_shared, platform_of
 from gpipe_jax.errors import DataError
-from gpipe_jax.layers import random_keys
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
@@ -25,16 +24,15 @@ from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition import balance, costs
 from gpipe_jax.pipeline import executor, memory, spmd, summary
 from gpipe_jax.pipeline import micro_batches as batches
+from gpipe_jax.pipeline import remat as remats
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.executor import Variables
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.state import State
 from gpipe_jax.schedules.generators import forward_only, training_schedule
 from gpipe_jax.schedules.schedule import Schedule
-from gpipe_jax.utils import trees
+from gpipe_jax.utils import choices, trees
 from gpipe_jax.utils.trees import PyTree, describe
-
-REMAT = ("stage", "layer")
 
 
 class Pipeline:
@@ -81,12 +79,10 @@ class Pipeline:
         keys_per: str = "micro_batch",
         steps: int | None = None,
     ) -> None:
-        for name, value, known in (
-            ("remat", remat, REMAT),
-            ("keys_per", keys_per, random_keys.PER),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}")
+        self.remat = remats.by_name(remat)
+        if keys_per not in choices.KEYS_PER:
+            known = " or ".join(map(repr, choices.KEYS_PER))
+            raise ValueError(f"`keys_per` must be {known}, got {keys_per!r}")
         if steps is not None and steps < 1:
             raise ValueError(f"`steps` of the training run must be at least 1, got {steps}")
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
@@ -102,7 +98,6 @@ class Pipeline:
         self._check_loss()
         platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
-        self.remat = remat
         self.partition = balance.cut(
             partition,
             self.costs,
@@ -110,14 +105,17 @@ class Pipeline:
             stages=mesh.shape[STAGE] * self.schedule.chunks,
             # Costs that the caller gave are in a unit of their own: nothing to add to them.
             transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
-            remat_layers=remat == "layer",
+            kept_bytes=[
+                self.remat.layer_bytes(c, trees.tree_bytes(shape.boundary))
+                for c, shape in zip(self.costs, self.shapes, strict=True)
+            ],
             memory_limit=memory_limit,
         )
         self.stages = Stages(
             self.shapes,
             self.partition.layer_ranges,
             chunks=self.schedule.chunks,
-            remat_layers=remat == "layer",
+            remat=self.remat,
         )
         self.memory_limit = memory_limit
         if memory_limit is not None:

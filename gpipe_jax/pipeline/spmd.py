@@ -1,7 +1,7 @@
-"""Functions that all devices run as one program, each on its own stages."""
+"""Run one program on all devices, each on its own stages."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,60 +11,65 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.mesh import STAGE
+from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.ragged.storage import Storage, to_block
+from gpipe_jax.pipeline.ragged.storage import to_block
 from gpipe_jax.utils.trees import PyTree
 
 
 def on_every_device(
     body: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
 ) -> Callable:
-    """`jax.shard_map` over all axes, without its check of which values differ between devices.
+    """Apply `jax.shard_map` over all axes, without its check of which values vary across devices.
 
-    The check would refuse any layer with a loop that starts from a constant (`nnx.RNN`), because
-    the constant does not differ and the loop's result does. Nothing here relies on it: gradients
-    are taken within a device, and the sums over devices are written out in `executor`.
+    The check rejects any layer with a loop that starts from a constant (`nnx.RNN`): the constant is
+    the same on all devices, and the loop's result is not. The check is not needed, because
+    gradients are taken within a device and `executor` writes out the sums over devices.
     """
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def of_own_stage(stages: Stages, chunk: int, function: Callable[[int], PyTree]) -> PyTree:
-    """Traced, on every device: `function(s)` of the device's own stage s in this chunk."""
-    K = stages.num_devices
-    kinds = stages.kind[chunk * K : (chunk + 1) * K]
-    known = sorted(set(kinds))
-    branch = jnp.asarray([known.index(kind) for kind in kinds])[lax.axis_index(STAGE)]
-    return lax.switch(branch, [functools.partial(function, s) for s in known])
+    """Return `function(s)` of the device's own stage s in this chunk; traced, on every device."""
+    K = stages.geometry.num_devices
+    representatives = stages.representatives[chunk * K : (chunk + 1) * K]
+    different = sorted(set(representatives))
+    branches = jnp.asarray([different.index(s) for s in representatives])
+    branch = branches[lax.axis_index(STAGE)]
+    return lax.switch(branch, [functools.partial(function, s) for s in different])
 
 
 def build_arrays(
-    stages: Stages, storages: Sequence[Storage], mesh: Mesh | AbstractMesh, make: Callable
+    stages: Stages, storage: ChunkedStorage, mesh: Mesh | AbstractMesh, make: Callable
 ) -> list[PyTree]:
-    """Traced: the rectangular form of what `make(shape, layer id)` returns for each layer.
+    """Build the arrays of all devices from `make(shape, layer id)`, a tree for each layer; traced.
 
-    Every device makes its own stages' layers and no others; see `Stages.build`.
+    Every device makes the layers of its own stages only; see `ChunkedStorage.build`.
     """
 
     def body(ids: jax.Array) -> list:
-        build = lambda s: stages.build(storages, s, ids[0], make)  # noqa: E731
-        chunks = [of_own_stage(stages, c, build) for c in range(stages.chunks)]
+        build = functools.partial(storage.build, ids=ids[0], make=make)
+        chunks = [of_own_stage(stages, c, build) for c in range(stages.geometry.chunks)]
         return [to_block(arrays) for arrays in chunks]
 
     mapped = on_every_device(body, mesh, P(STAGE), P(STAGE))
-    return mapped(jnp.asarray(stages.layer_ids()))
+    return mapped(jnp.asarray(stages.geometry.layer_ids()))
 
 
 def mask_parameters(
     stages: Stages, mesh: Mesh | AbstractMesh, chosen: Callable[[tuple[int, ...]], bool]
 ) -> list[PyTree]:
-    """Traced: which parameters are `chosen` by their shapes, in the rectangular form.
+    """Return which parameters are `chosen` by their shapes, in the form of the parameters; traced.
 
-    A bool for a slot, of one shape, and arrays of bool for packs only.
+    A slot has one shape, so its mask is one bool. The mask of a pack is an array of bool.
     """
 
+    def mask(s: int) -> list[jax.Array]:
+        c, k = stages.geometry.at(s)
+        return stages.params[c].mask_packs(k, chosen)
+
     def body() -> list:
-        mask = lambda s: stages.params[stages.at(s)[0]].mask_packs(stages.at(s)[1], chosen)  # noqa: E731
-        return [of_own_stage(stages, c, mask) for c in range(stages.chunks)]
+        return [of_own_stage(stages, c, mask) for c in range(stages.geometry.chunks)]
 
     packs = on_every_device(body, mesh, (), P(STAGE))()
     slots = [[chosen(slot.shape) for slot in storage.slots] for storage in stages.params]

@@ -76,14 +76,12 @@ class StageStep:
         hands on, and anything else. `params` and `shared` are the sums to add to. Returns
         the gradients at x, the moments of batch norms, and that anything else.
         """
-        forward, back = self._keep_inputs, self._back_from_inputs
-        if not self.stages.remat_layers:
-            forward, back = self._keep_pulls, self._back_from_pulls
-        y, kept, moments = forward(x)
+        forward, back = PASSES[self.stages.remat.name]
+        y, kept, moments = forward(self, x)
         g, result = output_gradient(y)
         so_far = Gradients(g, params, shared)
         for r in reversed(range(len(kept))):
-            so_far = back(r, kept[r], so_far)
+            so_far = back(self, r, kept[r], so_far)
         return so_far, moments, result
 
     # --- with the inputs kept ---------------------------------------------------------------------
@@ -91,7 +89,7 @@ class StageStep:
     def _keep_inputs(self, x: Boundary) -> tuple[Boundary, list, list]:
         """The output, the input of every layer, and the moments: of each run."""
         inputs, moments = [], []
-        for r, run in enumerate(self.stages.runs[self.s]):
+        for r, run in enumerate(self.stages.geometry.runs[self.s]):
             one = functools.partial(self._input_and_output, r)
             if run.scanned:
                 x, (before, seen) = lax.scan(one, x, jnp.arange(run.count))
@@ -109,7 +107,7 @@ class StageStep:
         return y, (x, seen)
 
     def _back_from_inputs(self, r: int, inputs: PyTree, so_far: Gradients) -> Gradients:
-        run = self.stages.runs[self.s][r]
+        run = self.stages.geometry.runs[self.s][r]
         if run.scanned:
             one = lambda g, row: (self._back_one(r, row[0], row[1], g), None)  # noqa: E731
             rows = (jnp.arange(run.count), inputs)
@@ -135,7 +133,7 @@ class StageStep:
         """
         pulls, moments = [], []
         params, x = self._after(self.params, x)
-        for r, run in enumerate(self.stages.runs[self.s]):
+        for r, run in enumerate(self.stages.geometry.runs[self.s]):
             if run.scanned:
                 variables = (self._storage.read_run(self._k, r, params), self._tied(r))
                 x, pull, seen = vjp(functools.partial(self._scan, r), variables, x)
@@ -155,10 +153,10 @@ class StageStep:
         """A run as a whole; parameters [n, ...]."""
         params, tied = variables
         one = lambda x, row: self._layer(r, row[0], (row[1], tied), x)  # noqa: E731
-        return lax.scan(one, x, (jnp.arange(self.stages.runs[self.s][r].count), params))
+        return lax.scan(one, x, (jnp.arange(self.stages.geometry.runs[self.s][r].count), params))
 
     def _back_from_pulls(self, r: int, pulls: Any, so_far: Gradients) -> Gradients:
-        if self.stages.runs[self.s][r].scanned:
+        if self.stages.geometry.runs[self.s][r].scanned:
             return self._add(r, None, pulls, so_far)
         for i in reversed(range(len(pulls))):
             so_far = self._add(r, i, pulls[i], so_far)
@@ -169,7 +167,7 @@ class StageStep:
     def _layer(self, r: int, i: Any, variables: tuple, x: Boundary) -> tuple[Boundary, PyTree]:
         """Layer i of run r; `variables` are its parameters and the tied ones."""
         params, shared = variables
-        run, call = self.stages.runs[self.s][r], self.call
+        run, call = self.stages.geometry.runs[self.s][r], self.call
         stats = self.stages.stats[self._c].read_layer(self._k, r, i, self.stats)
         key = apply_key(call.key, self.ids[run.start + i], call.micro_batch, call.examples)
         context = Context(key, call.train, call.progress)
@@ -199,7 +197,7 @@ class StageStep:
         return params, jax.tree.map(lambda a: jnp.where(never, some.astype(a.dtype), a), x)
 
     def _tied(self, r: int) -> dict:
-        names = {name for _, name in self.stages.runs[self.s][r].layer.ties}
+        names = {name for _, name in self.stages.geometry.runs[self.s][r].layer.ties}
         return {name: self.shared[name] for name in names}
 
     def _add(self, r: int, i: Any, pull: Callable, so_far: Gradients) -> Gradients:
@@ -213,15 +211,23 @@ class StageStep:
 
     @property
     def _c(self) -> int:
-        return self.stages.at(self.s)[0]
+        return self.stages.geometry.at(self.s)[0]
 
     @property
     def _k(self) -> int:
-        return self.stages.at(self.s)[1]
+        return self.stages.geometry.at(self.s)[1]
 
     @property
     def _storage(self) -> Storage:
         return self.stages.params[self._c]
+
+
+# By the name of a recomputation policy: the forward that stores something for each run of layers,
+# and the step back through a run from what it stored.
+PASSES: dict[str, tuple[Callable, Callable]] = {
+    "stage": (StageStep._keep_pulls, StageStep._back_from_pulls),
+    "layer": (StageStep._keep_inputs, StageStep._back_from_inputs),
+}
 
 
 def start_of_backward(

@@ -1,7 +1,7 @@
-"""`State`, what a pipeline carries from step to step: made on the devices, and layer by layer.
+"""Hold what training changes: make it on the devices, and convert it to one tree per layer.
 
-On the devices it is rectangular, and each has its part; as trees of numpy arrays, one for each
-layer, it is the same for any number of stages.
+On the devices it is rectangular, and each device has its part (see `ragged`). As trees of numpy
+arrays, one for each layer, it is the same for any number of stages.
 """
 
 import functools
@@ -11,47 +11,75 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.host_arrays import AnyMesh
-from gpipe_jax.distributed.mesh import STAGE, platform_of
+from gpipe_jax.distributed.mesh import (
+    MeshLike,
+    params_sharding,
+    platform_of,
+    replicated_sharding,
+)
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import layer_key
 from gpipe_jax.layers.shape_inference import LayerShape
-from gpipe_jax.pipeline import spmd
+from gpipe_jax.pipeline import layer_trees, spmd
+from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.ragged.storage import Storage, of_all_devices
-from gpipe_jax.utils.trees import PyTree, describe
+from gpipe_jax.pipeline.ragged.storage import of_all_devices
+from gpipe_jax.utils.trees import PyTree, describe, same_shapes
 
 
 class State(NamedTuple):
-    """What a pipeline carries from step to step."""
+    """Hold what a pipeline carries from step to step.
 
-    params: PyTree  # rectangular, axis 0 is cut over the devices; see `Pipeline.to_layers`
-    stats: PyTree  # running statistics of batch norms, likewise; see `Pipeline.statistics`
-    seed: jax.Array  # of all randomness in training; uint32 []
+    `Pipeline.init` makes one; `Pipeline.from_layers` makes one from given parameters. The arrays
+    lie on the devices of the mesh. Use `Pipeline.to_layers` and `Pipeline.statistics` to read them
+    layer by layer.
+
+    Attributes:
+        params: the parameters in rectangular form; axis 0 is divided between the devices.
+        stats: the running statistics of batch norms, likewise.
+        seed: the seed of all randomness in training, uint32 [].
+
+    Example::
+
+        state = pipe.init(seed=0)
+        weights = pipe.to_layers(state)  # a list of trees of numpy arrays
+    """
+
+    params: PyTree
+    stats: PyTree
+    seed: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Hold everything that training changes."""
+
+    state: State
+    opt_state: PyTree  # of the optax transformation
+    step: int  # updates done so far
+    average: PyTree = None  # moving average of the parameters, in float32; None without one
 
 
 # --- on the devices -------------------------------------------------------------------------------
 
 
-def init(stages: Stages, mesh: Mesh | AbstractMesh, seed: int) -> State:
-    """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
+def init(stages: Stages, mesh: MeshLike, seed: int) -> State:
+    """Initialize the parameters, each on its own device; the same for every K, D and schedule."""
     # It runs once, and on CPU its code takes six times as long to optimize as to compile.
     on_cpu = platform_of(mesh) == "cpu"
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-    places = shardings(stages, mesh)
     make = functools.partial(_init, stages, mesh)
-    return jax.jit(make, out_shardings=places, compiler_options=options)(np.uint32(seed))
+    jitted = jax.jit(make, out_shardings=shardings(stages, mesh), compiler_options=options)
+    return jitted(np.uint32(seed))
 
 
-def _init(stages: Stages, mesh: Mesh | AbstractMesh, seed: jax.Array) -> State:
+def _init(stages: Stages, mesh: MeshLike, seed: jax.Array) -> State:
     def params(shape: LayerShape, i: jax.Array) -> PyTree:
         x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-        fresh = shape.layer.init(layer_key(seed, i), x)
-        return skips_and_ties.borrow(shape.layer, fresh, shape.borrowed)[0]
+        initial = shape.layer.init(layer_key(seed, i), x)
+        return skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
 
     def stats(shape: LayerShape, i: jax.Array) -> PyTree:
         return shape.layer.init_statistics()
@@ -64,58 +92,55 @@ def _init(stages: Stages, mesh: Mesh | AbstractMesh, seed: jax.Array) -> State:
 
 
 def local_shapes(stages: Stages) -> State:
-    """What one device holds, as shapes."""
-    params, stats = (
-        [storage.local_shapes() for storage in storages]
-        for storages in (stages.params, stages.stats)
-    )
+    """Return the shapes of the arrays that one device holds."""
     seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-    return State(params, stats, seed)
+    return State(stages.params.local_shapes(), stages.stats.local_shapes(), seed)
 
 
-def shardings(stages: Stages, mesh: Mesh | AbstractMesh) -> State:
-    """Where the parts of a state lie."""
-    stage, everywhere = NamedSharding(mesh, P(STAGE)), NamedSharding(mesh, P())
-    return jax.tree.map(lambda _: stage, local_shapes(stages))._replace(seed=everywhere)
+def shardings(stages: Stages, mesh: MeshLike) -> State:
+    """Return how the arrays of a state lie on the devices."""
+    sharded = jax.tree.map(lambda _: params_sharding(mesh), local_shapes(stages))
+    return sharded._replace(seed=replicated_sharding(mesh))
 
 
-def abstract(stages: Stages, mesh: Mesh | AbstractMesh) -> State:
-    """The shapes and places of a state's arrays."""
+def abstract(stages: Stages, mesh: MeshLike) -> State:
+    """Return the shapes and shardings of a state's arrays."""
+
+    def whole(chunks: list[dict]) -> list[dict]:
+        return [of_all_devices(arrays, stages.geometry.num_devices) for arrays in chunks]
+
+    def with_sharding(a: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
     local = local_shapes(stages)
-    params, stats = (
-        [of_all_devices(arrays, stages.num_devices) for arrays in chunks]
-        for chunks in (local.params, local.stats)
-    )
-    shape = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(shape, State(params, stats, local.seed), shardings(stages, mesh))
+    state = local._replace(params=whole(local.params), stats=whole(local.stats))
+    return jax.tree.map(with_sharding, state, shardings(stages, mesh))
 
 
 # --- layer by layer -------------------------------------------------------------------------------
 
 
 def to_layers(stages: Stages, mesh: AnyMesh, tree: PyTree) -> list[PyTree]:
-    """The parameters' trees: of a state, or of anything in the form of its `params`."""
+    """Copy the parameters of a state, or anything in their form: one tree for each layer."""
     params = tree.params if isinstance(tree, State) else tree
-    return _split(stages, mesh, stages.params, params)
+    return _split(stages.params, mesh, params)
 
 
 def statistics(stages: Stages, mesh: AnyMesh, state: State) -> list[PyTree]:
-    """The running statistics' trees."""
-    return _split(stages, mesh, stages.stats, state.stats)
+    """Copy the running statistics: one tree for each layer."""
+    return _split(stages.stats, mesh, state.stats)
 
 
-def _split(
-    stages: Stages, mesh: AnyMesh, storages: Sequence[Storage], tree: PyTree
-) -> list[PyTree]:
-    layers: dict[int, PyTree] = {}
-    for k in host_arrays.held(mesh):
-        layers |= stages.split_block(storages, k, host_arrays.take(mesh, tree, k))
-    if len(layers) < len(stages.shapes):
+def _split(storage: ChunkedStorage, mesh: AnyMesh, arrays: PyTree) -> list[PyTree]:
+    rows = host_arrays.held(mesh)
+    layers = layer_trees.split(mesh, rows, {"arrays": storage}, {"arrays": arrays})
+    count = len(storage.geometry.shapes)
+    if len(layers) < count:
         raise ValueError(
-            f"this process's devices hold {len(layers)} of {len(stages.shapes)} layers; save a "
-            f"checkpoint, which every process writes a part of"
+            f"this process's devices hold {len(layers)} of {count} layers; save a checkpoint, "
+            f"which every process writes a part of"
         )
-    return [layers[i] for i in range(len(stages.shapes))]
+    return [layers[i]["arrays"] for i in range(count)]
 
 
 def from_layers(
@@ -125,31 +150,37 @@ def from_layers(
     statistics: Sequence[PyTree] | None,
     seed: int,
 ) -> State:
-    """The inverse of `to_layers` and `statistics`; without `statistics`, with fresh ones."""
-    shapes = stages.shapes
+    """Invert `to_layers` and `statistics`; without `statistics`, start with initial ones."""
+    shapes = stages.geometry.shapes
     if statistics is None:
         statistics = [shape.layer.init_statistics() for shape in shapes]
     _check_layers("parameters", shapes, params, [shape.params for shape in shapes])
     _check_layers("statistics", shapes, statistics, [shape.stats for shape in shapes])
-
-    def join(storages: Sequence[Storage], layers: Sequence[PyTree]) -> list[PyTree]:
-        return host_arrays.place(mesh, lambda k: stages.join_block(storages, k, layers.__getitem__))
-
-    whole = host_arrays.replicate(mesh, np.uint32(seed))
-    return State(join(stages.params, params), join(stages.stats, statistics), whole)
+    both = zip(params, statistics, strict=True)
+    layers = {i: {"params": p, "stats": s} for i, (p, s) in enumerate(both)}
+    local = local_shapes(stages)
+    joined = layer_trees.join(
+        mesh,
+        {"params": stages.params, "stats": stages.stats},
+        layers,
+        {"params": local.params, "stats": local.stats},
+    )
+    return State(**joined, seed=host_arrays.replicate(mesh, np.uint32(seed)))
 
 
 def _check_layers(
-    what: str, shapes: Sequence[LayerShape], trees: Sequence[PyTree], wanted: Sequence[PyTree]
+    kind: str, shapes: Sequence[LayerShape], trees: Sequence[PyTree], expected: Sequence[PyTree]
 ) -> None:
+    """Raise ValueError unless there is one tree per layer, with the expected shapes and types."""
     if len(trees) != len(shapes):
-        raise ValueError(f"{len(trees)} trees of {what} for {len(shapes)} layers")
-    for i, (tree, like) in enumerate(zip(trees, wanted, strict=True)):
-        # As JAX takes them: float64 is float32, unless `jax_enable_x64` is on.
-        have = jax.eval_shape(lambda tree: tree, tree)
-        forms = [jax.tree.map(lambda a: (a.shape, a.dtype), one) for one in (have, like)]
-        if forms[0] != forms[1]:
+        raise ValueError(
+            f"got {len(trees)} trees of {kind} for {len(shapes)} layers; give one tree per layer"
+        )
+    for i, (tree, like) in enumerate(zip(trees, expected, strict=True)):
+        # As JAX takes them: float64 becomes float32, unless `jax_enable_x64` is on.
+        given = jax.eval_shape(lambda tree: tree, tree)
+        if not same_shapes(given, like):
             raise ValueError(
-                f"layer {i}, {shapes[i].layer}, has {what} {describe(like)}, got {describe(have)}; "
-                f"give arrays of these shapes and types"
+                f"layer {i}, {shapes[i].layer}, has {kind} {describe(like)}, got "
+                f"{describe(given)}; give arrays of these shapes and types"
             )

@@ -29,7 +29,7 @@ def as_html(pipe: "Pipeline") -> str:
 def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
     total = sum(pipe.partition.costs) or 1.0
     rows = []
-    for k, cut in enumerate(pipe.stages.layer_ranges):
+    for k, cut in enumerate(pipe.stages.geometry.layer_ranges):
         output = tree_bytes(pipe.shapes[cut[-1]].output)
         rows.append(
             (
@@ -47,14 +47,18 @@ def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
 def facts(pipe: "Pipeline") -> dict[str, str]:
     """The figures of the whole pipeline, by name."""
     schedule, stages = pipe.schedule, pipe.stages
-    own = [stages.parameter_bytes(k) for k in range(stages.num_devices)]
-    device = stages.device_bytes()
+    own = [stages.geometry.parameter_bytes(k) for k in range(stages.geometry.num_devices)]
+    device = stages.params.device_bytes()
     wire = sum(a.size * a.dtype.itemsize for a in stages.boundary_format.shapes)
     rows = lower(schedule)
     cut = pipe.partition
     return {
-        "mesh": f"{stages.num_devices} devices x {pipe.replicas} replicas"
-        + (f", {stages.chunks} stages on each device" if stages.chunks > 1 else ""),
+        "mesh": f"{stages.geometry.num_devices} devices x {pipe.replicas} replicas"
+        + (
+            f", {stages.geometry.chunks} stages on each device"
+            if stages.geometry.chunks > 1
+            else ""
+        ),
         "batch": f"{pipe.batch_size} examples in {pipe.micro_batches} micro-batches of "
         f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
         "balance": f"slowest stage {cut.imbalance:.3f} of the mean; "

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gpipe_jax.layers.shape_inference import elements
+from gpipe_jax.pipeline.device_step import Branch
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs, step_time
 from gpipe_jax.planner.job import Job, Layout
@@ -94,11 +95,12 @@ def _parts(trainer: Trainer) -> list[Program]:
 
 def _prediction(trainer: Trainer, found: dict[str, Compiled], compiling: Compiling) -> Prediction:
     pipe = trainer.pipe
-    forward, backward = (
-        [compiling.seconds(found[f"{name} {kind}"]) for kind in pipe.stages.kind]
-        for name in ("forward", "backward")
-    )
-    times = step_time.stage_times(forward, backward, remat_layers=pipe.stages.remat_layers)
+
+    def seconds(operation: Literal["forward", "backward"]) -> list[float]:
+        branches = [Branch(operation, s) for s in pipe.stages.representatives]
+        return [compiling.seconds(found[str(branch)]) for branch in branches]
+
+    times = step_time.stage_times(seconds("forward"), seconds("backward"), pipe.stages.remat)
     step = step_time.step_time(
         pipe.stages,
         pipe.schedule,
@@ -202,7 +204,7 @@ def _permutes(compiled: Compiled | None) -> list[bool]:
 def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
     stages, total = pipe.stages, sum(pipe.partition.costs) or 1.0
     found = []
-    for s, cut in enumerate(stages.layer_ranges):
+    for s, cut in enumerate(stages.geometry.layer_ranges):
         shapes = [pipe.shapes[i] for i in cut]
         own = tree_bytes([shape.params for shape in shapes])
         found.append(
@@ -211,8 +213,8 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
                 first_layer=str(shapes[0].layer),
                 cost=pipe.partition.costs[s] / total,
                 parameters=elements(shapes),
-                boundary_bytes=tree_bytes(stages.input(s)),
-                padding_bytes=stages.params[stages.at(s)[0]].device_bytes() - own,
+                boundary_bytes=tree_bytes(stages.geometry.input(s)),
+                padding_bytes=stages.params[stages.geometry.at(s)[0]].device_bytes() - own,
                 forward_s=times.forward[s] if times else None,
                 backward_s=times.backward[s] if times else None,
             )
@@ -223,11 +225,11 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
 def _warnings(pipe: Pipeline, topology: Topology | None) -> list[str]:
     if topology is None:
         return []
-    used, found = pipe.stages.num_devices * pipe.replicas, []
+    used, found = pipe.stages.geometry.num_devices * pipe.replicas, []
     if used < topology.devices:
         found.append(
             f"the mesh uses {used} of the {topology.devices} devices of {topology}; "
-            f"mesh.data={topology.devices // pipe.stages.num_devices} would use all of them"
+            f"mesh.data={topology.devices // pipe.stages.geometry.num_devices} would use all of them"
         )
     other = libtpu.version_warning()
     return [*found, other] if other else found

@@ -15,9 +15,9 @@ from jax import export
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import as_replica
+from gpipe_jax.pipeline.device_step import Branch
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.ragged.storage import Storage
 from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.tpu_compiler.results import Program
 from gpipe_jax.training.trainer import Trainer
@@ -31,12 +31,14 @@ def whole_step(trainer: Trainer) -> Program:
     updated = trainer.abstract_arguments()[:3]
     donate = tuple(range(len(jax.tree.leaves(updated))))
     pipe = trainer.pipe
-    return Program("step", trainer.export(), donate, (pipe.stages.num_devices, pipe.replicas))
+    return Program(
+        "step", trainer.export(), donate, (pipe.stages.geometry.num_devices, pipe.replicas)
+    )
 
 
 def of_stages(pipe: Pipeline) -> list[Program]:
     """The forward and the backward of each kind of stage, named "forward 3" and "backward 3"."""
-    kinds = sorted(set(pipe.stages.kind))
+    kinds = sorted(set(pipe.stages.representatives))
     return [part(pipe, s) for part in (_forward, _backward) for s in kinds]
 
 
@@ -55,25 +57,20 @@ def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) ->
 
 def first_alike(pipe: Pipeline) -> list[int]:
     """For each layer the first one with the same programs."""
-    return _singly(pipe).kind
+    return _singly(pipe).representatives
 
 
-def _singly(pipe: Pipeline) -> Stages:
+def _singly(pipe: Pipeline, only: int | None = None) -> Stages:
     cuts = [range(i, i + 1) for i in range(len(pipe.shapes))]
-    return Stages(pipe.shapes, cuts, remat_layers=pipe.stages.remat_layers)
+    return Stages(pipe.shapes, cuts, remat=pipe.stages.remat, only=only)
 
 
 def _alone(pipe: Pipeline, i: int) -> Stages:
-    """Each layer a stage, with the parameters of layer i stored as if it had a device to itself.
+    """Make each layer a stage, and store layer i alone, as if it had a device to itself.
 
-    Its matrices are then slots, as those of a stage of several such layers are.
+    Its matrices are then slots, as in a stage of several such layers.
     """
-    stages = _singly(pipe)
-    for name in ("params", "stats"):
-        own = Storage([[(1, False, getattr(pipe.shapes[i], name))]])
-        own.groups = own.groups * len(pipe.shapes)
-        setattr(stages, name, [own])
-    return stages
+    return _singly(pipe, only=i)
 
 
 def update(trainer: Trainer) -> Program:
@@ -88,9 +85,9 @@ def update(trainer: Trainer) -> Program:
 
 def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     """A function that makes a stage from its arrays, and the shapes of these."""
-    c, _ = stages.at(s)
+    c, _ = stages.geometry.at(s)
     borrowed: dict = {}  # the tied parameters that it uses
-    for shape in (stages.shapes[i] for i in stages.layer_ranges[s]):
+    for shape in (stages.geometry.shapes[i] for i in stages.geometry.layer_ranges[s]):
         borrowed |= skips_and_ties.offered(shape.layer, shape.params) | shape.borrowed
     params, stats = (x[c].local_shapes() for x in (stages.params, stages.stats))
 
@@ -98,7 +95,7 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
         examples = pipe.micro_batch_size if pipe.keys_per == "example" else None
         key = step_key(jnp.uint32(0), jnp.uint32(0))
         call = Call(key, micro_batch, examples, train=True, progress=jnp.float32(0.5))
-        ids = jnp.arange(max(map(len, stages.layer_ranges)), dtype=jnp.int32)
+        ids = jnp.arange(max(map(len, stages.geometry.layer_ranges)), dtype=jnp.int32)
         return StageStep(stages, s, params, stats, shared, ids, call)
 
     return make, (params, stats, borrowed, INDEX)
@@ -108,7 +105,7 @@ def _forward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
     run = lambda arrays, x: make(*arrays).forward(x)  # noqa: E731
-    return _program(f"forward {s}", run, (specs, stages.input(s)))
+    return _program(str(Branch("forward", s)), run, (specs, stages.geometry.input(s)))
 
 
 def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
@@ -117,13 +114,13 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     make, specs = _stage(stages, s, pipe)
     sums = jax.eval_shape(wide, (specs[0], specs[2]))
     one = pipe.one_micro_batch
-    if s == stages.last:
+    if s == stages.geometry.last:
         start: Any = (one["labels"], one["weights"])
     else:
-        start = float_leaves(stages.input(s + 1))
+        start = float_leaves(stages.geometry.input(s + 1))
 
     def run(sums: tuple, arrays: tuple, x: PyTree, start: PyTree) -> tuple:
-        if s == stages.last:
+        if s == stages.geometry.last:
             begin = functools.partial(start_of_backward, pipe.loss, *start)
         else:
             begin = lambda _: (start, None)  # noqa: E731
@@ -131,7 +128,9 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
         d_x = back.x if s > 0 else []
         return (back.params, back.shared), d_x, moments, result
 
-    return _program(f"backward {s}", run, (sums, specs, stages.input(s), start), donated=1)
+    return _program(
+        str(Branch("backward", s)), run, (sums, specs, stages.geometry.input(s), start), donated=1
+    )
 
 
 def _program(name: str, function: Callable, specs: Sequence, donated: int = 0) -> Program:

@@ -15,7 +15,7 @@ from gpipe_jax.planner import predict, step_time
 from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan
 from gpipe_jax.planner.predict import Compiling
-from gpipe_jax.schedules.generators import make
+from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING, make
 from gpipe_jax.tpu_compiler.topologies import Generation, Topology
 from gpipe_jax.utils import text
 from gpipe_jax.utils.text import GIB
@@ -121,8 +121,8 @@ def _schedules(K: int, layers: int) -> list[tuple[str, int]]:
         return []
     if K == 1:
         return [("1f1b", 1)]
-    interleaved = [("interleaved", V) for V in CHUNKS if layers >= K * V]
-    return [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), *interleaved]
+    chunked = [(kind, V) for kind in CHUNKED_TRAINING for V in CHUNKS if layers >= K * V]
+    return [*((kind, 1) for kind in TRAINING if kind not in CHUNKED_TRAINING), *chunked]
 
 
 def _alone(job: Job, size: int) -> Pipeline:
@@ -153,7 +153,7 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
         stages,
         alone.costs,
         schedule,
-        optimizer_bytes=tree_bytes(slots) + stages.device_bytes() * (job.ema is not None),
+        optimizer_bytes=tree_bytes(slots) + stages.params.device_bytes() * (job.ema is not None),
         loss_bytes=alone.loss_bytes(),
         batch_bytes=M * tree_bytes(alone.one_micro_batch),
     )
@@ -174,7 +174,7 @@ def _layer_s(cost: LayerCost, generation: Generation) -> float:
     """A layer's backward, recomputation included, from its operations and its bytes."""
     operations = cost.compute_s * NOMINAL_RATES["tpu"][0]
     moved = 3 * cost.parameter_bytes + 4 * cost.working_bytes
-    return operations / (SHARE_OF_PEAK * generation.peak_flops) + moved / generation.hbm_bytes_s
+    return operations / (SHARE_OF_PEAK * generation.peak_flops_s) + moved / generation.hbm_bytes_s
 
 
 def _divisors(n: int) -> list[int]:

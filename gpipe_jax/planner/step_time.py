@@ -15,6 +15,7 @@ import numpy as np
 
 from gpipe_jax.pipeline.memory import float32_bytes
 from gpipe_jax.pipeline.ragged.stages import Stages
+from gpipe_jax.pipeline.remat import Remat
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.schedules.simulation import simulate
 from gpipe_jax.tpu_compiler.topologies import Topology
@@ -46,16 +47,15 @@ class StepTime(NamedTuple):
         return sum(self)
 
 
-def stage_times(
-    forward: Sequence[float], backward: Sequence[float], *, remat_layers: bool
-) -> StageTimes:
+def stage_times(forward: Sequence[float], backward: Sequence[float], remat: Remat) -> StageTimes:
     """From the times of each stage's two programs.
 
-    A backward goes forward first, to know what to go back through: one time that was done before,
-    except in the last stage, and with `remat_layers` once more, layer by layer.
+    A backward computes each layer's forward `remat.forwards` times. All of them repeat work, except
+    the first in the last stage, which has no forward of its own.
     """
     last = len(backward) - 1
-    again = [f * (remat_layers + (s < last)) for s, f in enumerate(forward)]
+    again = [time * remat.forwards for time in forward[:last]]
+    again.append(forward[last] * (remat.forwards - 1))
     return StageTimes([*forward[:last], 0.0], list(backward), again)
 
 
@@ -70,7 +70,7 @@ def step_time(
 ) -> StepTime:
     """One training step, if its stages take so long."""
     ticks = simulate(schedule, times.forward, times.backward).time
-    of_device = lambda each: np.asarray(each).reshape(-1, stages.num_devices).sum(0)  # noqa: E731
+    of_device = lambda each: np.asarray(each).reshape(-1, stages.geometry.num_devices).sum(0)  # noqa: E731
     busy = of_device(np.add(times.forward, times.backward)) * schedule.micro_batches
     again = of_device(times.recompute) * schedule.micro_batches
     return StepTime(
@@ -86,7 +86,7 @@ def step_time(
 
 def _transfer(stages: Stages, schedule: Schedule, topology: Topology) -> float:
     """Every tick of a segment sends, needed or not: see `executor`."""
-    if stages.last == 0:
+    if stages.geometry.last == 0:
         return 0.0
     operation = schedule.table[..., 0]
     forwards = np.nonzero((operation == FORWARD).any(axis=1))[0]
@@ -99,10 +99,10 @@ def _transfer(stages: Stages, schedule: Schedule, topology: Topology) -> float:
 
 def _reduction(stages: Stages, replicas: int, topology: Topology) -> float:
     """Sums over the replicas; and over the stages of tied parameters, and of their gradients."""
-    tied = stages.shared_bytes() + stages.shared_bytes(4)
+    tied = stages.ties.bytes() + stages.ties.bytes(4)
     return _all_reduce(
         replicas, float32_bytes(stages), topology.generation.link_bytes_s
-    ) + _all_reduce(stages.num_devices, tied, _speed_between_stages(topology))
+    ) + _all_reduce(stages.geometry.num_devices, tied, _speed_between_stages(topology))
 
 
 def _all_reduce(devices: int, size: int, bytes_s: float) -> float:

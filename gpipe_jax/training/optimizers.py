@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
-from gpipe_jax.utils.trees import PyTree
+from gpipe_jax.utils.trees import PyTree, has_structure_of
 
 
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -122,6 +122,5 @@ def moving_average(average: PyTree, params: PyTree, step: jax.Array, decay: floa
 
 def map_parameters(function: Callable, tree: PyTree, params: PyTree) -> PyTree:
     """Apply `function` to every part of an optimizer's state that has the structure of `params`."""
-    structure = jax.tree.structure(params)
-    alike = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    alike = has_structure_of(params)
     return jax.tree.map(lambda node: function(node) if alike(node) else node, tree, is_leaf=alike)

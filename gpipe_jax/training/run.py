@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from gpipe_jax import plots
-from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint.format import Manifest
 from gpipe_jax.config.loader import compare, dump
 from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import processes
@@ -156,10 +156,10 @@ def _writing(workdir: epath.Path) -> Iterator[None]:
         raise ConfigError([problem], str(workdir)) from error
 
 
-def _same_run(parts: Assembly, only: tuple[str, ...] = ("",)) -> Callable[[format.Manifest], None]:
+def _same_run(parts: Assembly, only: tuple[str, ...] = ("",)) -> Callable[[Manifest], None]:
     """A check that a checkpoint's run had this config, in settings that start with `only`."""
 
-    def check(manifest: format.Manifest) -> None:
+    def check(manifest: Manifest) -> None:
         try:
             there = Config.model_validate(manifest.config)
         except ValueError as error:

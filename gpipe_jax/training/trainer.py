@@ -6,23 +6,20 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax import export
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.checkpoint import by_layer
-from gpipe_jax.checkpoint.by_layer import LayerTrees, Trained
-from gpipe_jax.distributed.mesh import STAGE
+from gpipe_jax.checkpoint.by_layer import LayerTrees
+from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.pipeline import Pipeline
-from gpipe_jax.pipeline.state import State
+from gpipe_jax.pipeline.state import State, TrainState
 from gpipe_jax.training.elementwise import check_elementwise
 from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
 from gpipe_jax.training.profiling import Timings
@@ -33,15 +30,6 @@ Record = Callable[[dict], None]
 # Steps that may be under way at once: enough to hide Python, few enough that jax 0.10's CPU
 # collectives cannot deadlock and that a loss that is not finite is seen soon.
 IN_FLIGHT = 8
-
-
-class TrainState(NamedTuple):
-    """Everything that training changes."""
-
-    state: State
-    opt_state: PyTree
-    step: int
-    average: PyTree = None  # moving average of the parameters, in float32, if there is one
 
 
 class Trainer:
@@ -62,8 +50,9 @@ class Trainer:
         self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
         # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
         # of one device) would compile the second step anew.
-        places = (*self._shardings(), None)
-        self._step = jax.jit(self._update, donate_argnums=(0, 1, 2), out_shardings=places)
+        places = self._shardings()
+        outputs = (places.state, places.opt_state, places.average, None)
+        self._step = jax.jit(self._update, donate_argnums=(0, 1, 2), out_shardings=outputs)
 
     def init(self, seed: int = 0) -> TrainState:
         """Fresh parameters and optimizer state."""
@@ -74,9 +63,10 @@ class Trainer:
 
         The first step takes the arrays of `state` for its results: they are gone then.
         """
-        begin = jax.jit(self._begin, out_shardings=self._shardings()[1:])
-        optimizer, average = begin(state.params)
-        return TrainState(state, optimizer, step, average)
+        places = self._shardings()
+        begin = jax.jit(self._begin, out_shardings=(places.opt_state, places.average))
+        opt_state, average = begin(state.params)
+        return TrainState(state, opt_state, step, average)
 
     def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Optimizer state and average, of the gradients' type: float32 at least."""
@@ -84,20 +74,29 @@ class Trainer:
         return self.tx.init(params), None if self.ema is None else params
 
     @functools.cached_property
-    def local_shapes(self) -> Trained:
-        """What one device holds of it all."""
+    def local_shapes(self) -> TrainState:
+        """Return the shapes of the arrays that one device holds; `step` is 0."""
         state = states.local_shapes(self.pipe.stages)
-        return Trained(state, *jax.eval_shape(self._begin, state.params))
+        opt_state, average = jax.eval_shape(self._begin, state.params)
+        return TrainState(state, opt_state, 0, average)
 
-    def _shardings(self) -> Trained:
-        """What is like the parameters lies where they do, and the rest on every device."""
-        stage = NamedSharding(self.pipe.mesh, P(STAGE))
-        everywhere = NamedSharding(self.pipe.mesh, P())
-        state, *rest = self.local_shapes
-        like_params = lambda node: jax.tree.map(lambda _: stage, node)  # noqa: E731
-        placed = map_parameters(like_params, rest, state.params)
-        places = jax.tree.map(lambda a: stage if a is stage else everywhere, placed)
-        return Trained(self.pipe.state_shardings(), *places)
+    def _shardings(self) -> TrainState:
+        """Return how the arrays lie on the devices; `step` is not an array.
+
+        What has the form of the parameters lies as they do. Every device has a copy of the rest.
+        """
+        mesh, local = self.pipe.mesh, self.local_shapes
+        sharded, replicated = params_sharding(mesh), replicated_sharding(mesh)
+
+        def like_params(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda _: sharded, tree)
+
+        def place(tree: PyTree) -> PyTree:
+            placed = map_parameters(like_params, tree, local.state.params)
+            return jax.tree.map(lambda a: sharded if a is sharded else replicated, placed)
+
+        state = states.shardings(self.pipe.stages, mesh)
+        return TrainState(state, place(local.opt_state), 0, place(local.average))
 
     def _update(
         self, state: State, optimizer: PyTree, average: PyTree, parts: dict, step: jax.Array
@@ -137,21 +136,23 @@ class Trainer:
 
     def device_bytes(self) -> dict[str, int]:
         """What every device holds, by part, estimated from shapes: bytes. See `memory`."""
-        _, *slots = self.local_shapes
-        return self.pipe.device_bytes(tree_bytes(slots))
+        local = self.local_shapes
+        return self.pipe.device_bytes(tree_bytes((local.opt_state, local.average)))
 
     def local_update_arguments(self) -> tuple:
         """The shapes on one device of optimizer, average, parameters and gradients."""
-        (params, *_), optimizer, average = self.local_shapes
-        return optimizer, average, params, jax.eval_shape(wide, params)
+        local = self.local_shapes
+        params = local.state.params
+        return local.opt_state, local.average, params, jax.eval_shape(wide, params)
 
     def abstract_arguments(self) -> tuple:
         """The shapes and places of the training step's arguments; the first three are updated."""
+        places = self._shardings()
         state, parts, step = self.pipe.abstract_arguments()
         optimizer, average = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
             jax.eval_shape(self._begin, state.params),
-            self._shardings()[1:],
+            (places.opt_state, places.average),
         )
         return state, optimizer, average, parts, step
 
@@ -255,13 +256,12 @@ class Trainer:
 
     def to_layers(self, current: TrainState) -> LayerTrees:
         """Copies of everything that training changes, of the layers that this process saves."""
-        trained = Trained(current.state, current.opt_state, current.average)
-        return by_layer.split(self.pipe.stages, self.pipe.mesh, trained)
+        return by_layer.split(self.pipe.stages, self.pipe.mesh, current)
 
     def from_layers(self, saved: LayerTrees, step: int) -> TrainState:
         """The inverse of `to_layers`; asks for the layers of this process's devices only."""
-        new = by_layer.join(self.pipe.stages, self.pipe.mesh, saved, self.local_shapes)
-        return TrainState(new.state, new.optimizer, step, new.average)
+        local = self.local_shapes._replace(step=step)
+        return by_layer.join(self.pipe.stages, self.pipe.mesh, saved, local)
 
     def layer_shapes(self) -> LayerTrees:
         """What all processes' `to_layers` come to, as shapes."""

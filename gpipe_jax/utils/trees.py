@@ -33,6 +33,16 @@ def from_names(like: PyTree, values: dict[str, Any], is_leaf: Callable | None = 
     return jax.tree.map_with_path(lambda path, _: values[path_name(path)], like, is_leaf=is_leaf)
 
 
+def has_structure_of(params: PyTree) -> Callable[[PyTree], bool]:
+    """Return a predicate: does a tree have the structure of `params`?"""
+    structure = jax.tree.structure(params)
+
+    def is_like(tree: PyTree) -> bool:
+        return jax.tree.structure(tree) == structure
+
+    return is_like
+
+
 def differentiable(a: Any) -> bool:
     """Whether an array (or shape) has a gradient: floating point or complex."""
     return jnp.issubdtype(a.dtype, jnp.inexact)

@@ -8,7 +8,8 @@ import pytest
 from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
+from gpipe_jax.pipeline.ragged.stages import Stages
+from gpipe_jax.pipeline.remat import MAX_UNROLL, POLICIES, Remat
 from gpipe_jax.pipeline.stage_step import Call, StageStep
 
 WIDTH = 4
@@ -26,13 +27,13 @@ LAYER = layer(lambda key, x: {"w": jnp.zeros((WIDTH, WIDTH))}, affine)
 
 
 @pytest.mark.parametrize("count", [1, 3, MAX_UNROLL + 1])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
-    count: int, remat: bool
+    count: int, policy: Remat
 ) -> None:
     x = {"x": jnp.asarray(RNG.normal(size=(2, WIDTH))), "ids": jnp.arange(3)}
     shapes = infer_shapes([LAYER] * count, x)
-    stages = Stages(shapes, [range(count)], remat_layers=remat)
+    stages = Stages(shapes, [range(count)], remat=policy)
     (storage,) = stages.params
     params = [{"w": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)} for _ in range(count)]
     before = [{"w": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)} for _ in range(count)]
@@ -50,7 +51,7 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
     @jax.jit
     def backward(local: dict, sums: dict) -> tuple:
         call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
-        ids = jnp.asarray(stages.layer_ids()[0, 0])
+        ids = jnp.asarray(stages.geometry.layer_ids()[0, 0])
         stage = StageStep(stages, 0, local, {"slots": [], "packs": []}, {}, ids, call)
         return stage.backward(Boundary(x, {}), lambda y: ([g], y.x["ids"]), sums, {})
 
@@ -58,7 +59,7 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
     CALLS.clear()
     back, _, ids = jax.device_get(backward(arrays, storage.join_layers(0, before)))
     jax.effects_barrier()
-    assert len(CALLS) == count * (2 if remat else 1)
+    assert len(CALLS) == count * policy.forwards
     np.testing.assert_array_equal(ids, x["ids"])
     np.testing.assert_allclose(back.x[0], wanted_x, rtol=1e-5, atol=1e-6)
     sums = storage.split_layers(0, back.params)

@@ -17,9 +17,10 @@ from gpipe_jax.distributed.mesh import STAGE, make_mesh
 from gpipe_jax.layers.layer import Context, Layer, layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.pipeline import remat
 from gpipe_jax.pipeline.ragged.boundary import BoundaryFormat
 from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK
-from gpipe_jax.pipeline.ragged.stages import MAX_UNROLL, Stages
+from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import from_block, to_block
 from gpipe_jax.pipeline.stage_step import Call, StageStep
 from gpipe_jax.utils.trees import PyTree, tree_bytes
@@ -97,12 +98,14 @@ def assert_equal(actual: PyTree, wanted: PyTree) -> None:
 def join(stages: Stages, layers: list[PyTree], *, statistics: bool = False) -> list[PyTree]:
     """All devices' arrays [K, ...] of each chunk."""
     storages = stages.stats if statistics else stages.params
-    blocks = [stages.join_block(storages, k, layers.__getitem__) for k in range(stages.num_devices)]
+    blocks = [
+        storages.join_block(k, layers.__getitem__) for k in range(stages.geometry.num_devices)
+    ]
     return jax.tree.map(lambda *a: np.concatenate(a), *blocks)
 
 
 def block_of(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
-    return jax.tree.map(lambda a: np.split(np.asarray(a), stages.num_devices)[k], arrays)
+    return jax.tree.map(lambda a: np.split(np.asarray(a), stages.geometry.num_devices)[k], arrays)
 
 
 def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
@@ -112,8 +115,8 @@ def on_device(stages: Stages, k: int, arrays: list[PyTree]) -> list[PyTree]:
 def split(stages: Stages, arrays: list[PyTree]) -> list[PyTree]:
     """All layers' parameters, in order."""
     layers: dict[int, PyTree] = {}
-    for k in range(stages.num_devices):
-        layers |= stages.split_block(stages.params, k, block_of(stages, k, arrays))
+    for k in range(stages.geometry.num_devices):
+        layers |= stages.params.split_block(k, block_of(stages, k, arrays))
     return [layers[i] for i in range(len(layers))]
 
 
@@ -138,7 +141,7 @@ def test_layers_survive_the_rectangular_form(seed: int) -> None:
         assert spec == storage.local_shapes()
     assert_equal(split(stages, arrays), layers)
     for s, cut in enumerate(cuts):
-        c, k = stages.at(s)
+        c, k = stages.geometry.at(s)
         read = stages.params[c].read(k, on_device(stages, k, arrays)[c])
         assert_equal([tree for run in read for tree in run], [layers[i] for i in cut])
 
@@ -147,17 +150,24 @@ def test_stages_go_round_the_devices() -> None:
     """Chunk c of device k is stage c K + k."""
     shapes = infer_shapes([Fake("a")] * 6, X)
     stages = Stages(shapes, even_cuts(6, 6), chunks=2)
-    assert (stages.num_devices, stages.last) == (3, 5)
-    assert [stages.at(s) for s in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert (stages.geometry.num_devices, stages.geometry.last) == (3, 5)
+    assert [stages.geometry.at(s) for s in range(6)] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
 
 
 def test_layer_ids_are_global() -> None:
     shapes = infer_shapes([Fake("a")] * 6, X)
     cuts = [range(0, 1), range(1, 4), range(4, 6)]
-    ids = Stages(shapes, cuts).layer_ids()
+    ids = Stages(shapes, cuts).geometry.layer_ids()
     assert ids.tolist() == [[[0, 0, 0]], [[1, 2, 3]], [[4, 5, 0]]] and ids.dtype == np.int32
     cuts = [range(0, 1), range(1, 3), range(3, 5), range(5, 6)]
-    ids = Stages(shapes, cuts, chunks=2).layer_ids()
+    ids = Stages(shapes, cuts, chunks=2).geometry.layer_ids()
     assert ids.tolist() == [[[0, 0], [3, 4]], [[1, 2], [5, 0]]]
 
 
@@ -166,9 +176,15 @@ def test_bytes_of_a_device_are_those_of_all_its_chunks() -> None:
         shapes, cuts, chunks = random_network(seed)
         stages, K = Stages(shapes, cuts, chunks=chunks), len(cuts) // chunks
         own = [tree_bytes([shapes[i].params for i in cut]) for cut in cuts]
-        assert [stages.parameter_bytes(k) for k in range(K)] == [sum(own[k::K]) for k in range(K)]
+        assert [stages.geometry.parameter_bytes(k) for k in range(K)] == [
+            sum(own[k::K]) for k in range(K)
+        ]
         local = [storage.local_shapes() for storage in stages.params]
-        assert stages.device_bytes() == tree_bytes(local) >= max(sum(own[k::K]) for k in range(K))
+        assert (
+            stages.params.device_bytes()
+            == tree_bytes(local)
+            >= max(sum(own[k::K]) for k in range(K))
+        )
 
 
 def body_of_transformer(blocks: int) -> list[LayerShape]:
@@ -182,7 +198,7 @@ def test_the_body_of_a_transformer_is_slots_without_padding() -> None:
     stages = Stages(body_of_transformer(8), even_cuts(8, 4))
     (storage,) = stages.params
     assert storage.packs == [] and {slot.depth for slot in storage.slots} == {2}
-    assert {stages.parameter_bytes(k) for k in range(4)} == {stages.device_bytes()}
+    assert {stages.geometry.parameter_bytes(k) for k in range(4)} == {stages.params.device_bytes()}
     assert not stages.boundary_format.packed
 
 
@@ -190,22 +206,24 @@ def test_unequal_convolution_stages_are_packed_and_no_larger_than_the_largest() 
     layers = zoo.convnet((8, 12, 16), (4, 2, 1))
     shapes = infer_shapes(layers, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     stages = Stages(shapes, [range(0, 3), range(3, 5), range(5, 7), range(7, 9)])
-    largest = max(stages.parameter_bytes(k) for k in range(4))
+    largest = max(stages.geometry.parameter_bytes(k) for k in range(4))
     assert stages.params[0].packs and stages.boundary_format.packed
-    assert largest <= stages.device_bytes() <= largest * (1 + SLOT_SLACK)
+    assert largest <= stages.params.device_bytes() <= largest * (1 + SLOT_SLACK)
     # Slots alone would hold one of almost everything.
-    assert stages.device_bytes() < 0.5 * sum(stages.parameter_bytes(k) for k in range(4))
+    assert stages.params.device_bytes() < 0.5 * sum(
+        stages.geometry.parameter_bytes(k) for k in range(4)
+    )
 
 
 def test_one_stage_holds_its_parameters_and_nothing_else() -> None:
     shapes, *_ = random_network(1)
     stages = Stages(shapes, [range(len(shapes))])
     assert (
-        stages.device_bytes()
-        == stages.parameter_bytes(0)
+        stages.params.device_bytes()
+        == stages.geometry.parameter_bytes(0)
         == tree_bytes([shape.params for shape in shapes])
     )
-    assert stages.kind == [0] and stages.boundary_format.shapes == []
+    assert stages.representatives == [0] and stages.boundary_format.shapes == []
 
 
 # ---- kinds and runs -----------------------------------------------------------------------------
@@ -213,30 +231,36 @@ def test_one_stage_holds_its_parameters_and_nothing_else() -> None:
 
 def test_equal_stages_share_a_kind_except_at_the_ends() -> None:
     stages = Stages(body_of_transformer(10), even_cuts(10, 5))
-    assert stages.kind == [0, 1, 1, 1, 4]
+    assert stages.representatives == [0, 1, 1, 1, 4]
 
 
 def test_stages_with_other_layers_or_other_inputs_have_their_own_kind() -> None:
     small, large = Fake("a", (((2,), "float32"),)), Fake("b", (((2,), "float32"),))
     shapes = infer_shapes([small, small, large, small, small], X)
-    assert Stages(shapes, even_cuts(5, 5)).kind == [0, 1, 2, 1, 4]
+    assert Stages(shapes, even_cuts(5, 5)).representatives == [0, 1, 2, 1, 4]
     wide = Boundary(jax.ShapeDtypeStruct((4, 3), jnp.float32), {})
     for other in (wide, Boundary(X, {"a": X})):
         wider = shapes[3]._replace(boundary=other)
-        assert Stages([*shapes[:3], wider, shapes[4]], even_cuts(5, 5)).kind == [0, 1, 2, 3, 4]
+        assert Stages([*shapes[:3], wider, shapes[4]], even_cuts(5, 5)).representatives == [
+            0,
+            1,
+            2,
+            3,
+            4,
+        ]
 
 
 def test_stages_of_other_chunks_have_other_arrays_and_their_own_kind() -> None:
     stages = Stages(
         infer_shapes([Fake("a", (((2,), "float32"),))] * 9, X), even_cuts(9, 9), chunks=3
     )
-    assert stages.kind == [0, 1, 1, 3, 3, 3, 6, 6, 8]
+    assert stages.representatives == [0, 1, 1, 3, 3, 3, 6, 6, 8]
 
 
 def test_equal_neighbours_are_one_run() -> None:
     a, b = Fake("a", ()), Fake("b", ())
     shapes = infer_shapes([a, a, b, a, a, a, a], X)
-    runs = Stages(shapes, [range(0, 5), range(5, 7)]).runs
+    runs = Stages(shapes, [range(0, 5), range(5, 7)]).geometry.runs
     assert [(run.layer, run.start, run.count) for run in runs[0]] == [
         (a, 0, 2),
         (b, 2, 1),
@@ -248,14 +272,14 @@ def test_equal_neighbours_are_one_run() -> None:
 def test_layers_whose_output_differs_from_their_input_are_no_run() -> None:
     x = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     shapes = infer_shapes([Fake("a", ())] * 3, x)  # int32 becomes float32
-    assert [run.count for run in Stages(shapes, [range(3)]).runs[0]] == [1, 2]
+    assert [run.count for run in Stages(shapes, [range(3)]).geometry.runs[0]] == [1, 2]
 
 
 def test_linked_layers_are_no_run() -> None:
     """Their names are their own, though the layers are equal."""
     tied = Fake("a", (((2,), "float32"),)).tie("w", "p0")
     free = Fake("a", (((2,), "float32"),))
-    runs = Stages(infer_shapes([free, free, tied, tied, tied], X), [range(5)]).runs[0]
+    runs = Stages(infer_shapes([free, free, tied, tied, tied], X), [range(5)]).geometry.runs[0]
     assert [(run.start, run.count) for run in runs] == [(0, 2), (2, 1), (3, 1), (4, 1)]
 
 
@@ -300,15 +324,20 @@ def cut_of_links(count: int) -> list[range]:
 
 def test_passing_are_the_skips_that_a_stage_does_not_pop() -> None:
     stages = Stages(infer_shapes(linked_network(2), X), cut_of_links(2))
-    assert [set(stages.input(s).skips) for s in range(4)] == [set(), {"long"}, {"long"}, {"long"}]
-    assert [stages.passing(s) for s in range(4)] == [set(), {"long"}, {"long"}, set()]
+    assert [set(stages.geometry.input(s).skips) for s in range(4)] == [
+        set(),
+        {"long"},
+        {"long"},
+        {"long"},
+    ]
+    assert [stages.geometry.passing(s) for s in range(4)] == [set(), {"long"}, {"long"}, set()]
 
 
 def test_tied_parameters_are_kept_with_the_first_layer_that_has_them() -> None:
     stages = Stages(infer_shapes(linked_network(2), X), cut_of_links(2), chunks=2)
-    assert {name: owner.stage for name, owner in stages.owners.items()} == {"w": 0, "beta": 3}
+    assert {name: owner.stage for name, owner in stages.ties.owners.items()} == {"w": 0, "beta": 3}
     one = Stages(infer_shapes(linked_network(2), X), [range(12)])
-    assert tree_bytes([s.params for s in one.shapes]) == one.device_bytes()
+    assert tree_bytes([s.params for s in one.geometry.shapes]) == one.params.device_bytes()
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -319,14 +348,14 @@ def test_shared_parameters_are_gathered_and_their_gradients_added_where_they_are
     shapes, rng = infer_shapes(linked_network(2), X), np.random.default_rng(0)
     stages = Stages(shapes, cut_of_links(2), chunks=chunks)
     layers = [fill(shape.params, rng) for shape in shapes]
-    K = stages.num_devices
+    K = stages.geometry.num_devices
 
     def body(params: list) -> tuple:
         local = [from_block(arrays) for arrays in params]
-        shared = stages.gather_shared(local)
+        shared = stages.ties.gather(local)
         part = 10.0 * (jax.lax.axis_index(STAGE) + 1)
         d_shared = {"w": jnp.full((3, 3), part), "beta": jnp.full(3, -part)}
-        added = stages.add_shared(local, d_shared)
+        added = stages.ties.add(local, d_shared)
         return jax.tree.map(lambda a: a[None], shared), [to_block(arrays) for arrays in added]
 
     mapped = jax.shard_map(body, mesh=make_mesh(stages=K), in_specs=P(STAGE), out_specs=P(STAGE))
@@ -346,14 +375,14 @@ def test_shared_parameters_are_gathered_and_their_gradients_added_where_they_are
 
 
 @pytest.mark.parametrize(
-    ("count", "chunks", "remat"),
-    [(2, 1, True), (MAX_UNROLL, 2, False), (MAX_UNROLL + 1, 4, False)],
+    ("count", "chunks", "policy"),
+    [(2, 1, "layer"), (remat.MAX_UNROLL, 2, "stage"), (remat.MAX_UNROLL + 1, 4, "stage")],
 )
-def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, remat: bool) -> None:
+def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, policy: str) -> None:
     """Unrolled or scanned; every layer with its own parameters, statistics, links and key."""
     layers = linked_network(count)
     shapes, rng = infer_shapes(layers, X), np.random.default_rng(0)
-    stages = Stages(shapes, cut_of_links(count), chunks=chunks, remat_layers=remat)
+    stages = Stages(shapes, cut_of_links(count), chunks=chunks, remat=remat.by_name(policy))
     draw = lambda tree: jax.tree.map(  # noqa: E731
         lambda a: rng.normal(size=a.shape).astype(a.dtype), tree
     )
@@ -370,7 +399,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, rema
     def staged(x: jax.Array) -> tuple[jax.Array, list]:
         boundary, moments = Boundary(x, {}), []
         for s in range(4):
-            (c, k), ids = stages.at(s), jnp.asarray(stages.layer_ids())
+            (c, k), ids = stages.geometry.at(s), jnp.asarray(stages.geometry.layer_ids())
             p, st = on_device(stages, k, arrays)[c], on_device(stages, k, running)[c]
             stage = StageStep(stages, s, p, st, shared, ids[k, c], call)
             boundary, seen = stage.forward(boundary)
@@ -390,17 +419,17 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, rema
         np.concatenate(sums), jax.tree.leaves(wanted_moments), rtol=1e-4, atol=1e-5
     )
     text = str(jax.make_jaxpr(staged)(x))
-    assert ("scan[" in text) == (remat or count > MAX_UNROLL)
+    assert ("scan[" in text) == (policy == "layer" or count > remat.MAX_UNROLL)
 
 
-@pytest.mark.parametrize("count", [2, MAX_UNROLL + 1])
+@pytest.mark.parametrize("count", [2, remat.MAX_UNROLL + 1])
 def test_keys_of_examples_and_of_micro_batches_reach_every_layer(count: int) -> None:
     def noise(params: dict, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
         return x if rngs is None else x + jax.random.normal(rngs, x.shape)
 
     layers = [layer(lambda key, x: {}, noise)] * count
     stages = Stages(infer_shapes(layers, X), [range(count)])
-    ids = jnp.asarray(stages.layer_ids()[0])
+    ids = jnp.asarray(stages.geometry.layer_ids()[0])
     (params,) = on_device(stages, 0, join(stages, [{}] * count))
 
     def run(micro_batch: int, examples: int | None) -> np.ndarray:
@@ -422,16 +451,16 @@ def number(shape: LayerShape, i: jax.Array) -> PyTree:
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_build_makes_every_layer_from_its_own_id(chunks: int) -> None:
     one, odd = (Fake(name, (((2,), "float32"),), counts=True) for name in "ab")
-    layers = [one, one, odd, *[one] * (MAX_UNROLL + 1)]
+    layers = [one, one, odd, *[one] * (remat.MAX_UNROLL + 1)]
     cuts = [range(0, 1), range(1, 12)]  # runs of 1; of 1, 1 and 9
     stages = Stages(infer_shapes(layers, X), cuts, chunks=chunks)
     for part, storages in enumerate((stages.params, stages.stats)):
         make = lambda *a, part=part: number(*a)[part]  # noqa: E731
         for s, cut in enumerate(cuts):
-            c, k = stages.at(s)
-            build = jax.jit(functools.partial(stages.build, storages, s, make=make))
-            built = jax.device_get(build(jnp.asarray(stages.layer_ids()[k])))
-            wanted = [number(stages.shapes[i], jnp.asarray(i))[part] for i in cut]
+            c, k = stages.geometry.at(s)
+            build = jax.jit(functools.partial(storages.build, s, make=make))
+            built = jax.device_get(build(jnp.asarray(stages.geometry.layer_ids()[k])))
+            wanted = [number(stages.geometry.shapes[i], jnp.asarray(i))[part] for i in cut]
             assert_equal(storages[c].split_layers(k, built), jax.device_get(wanted))
 
 
@@ -439,13 +468,13 @@ def test_build_makes_every_layer_from_its_own_id(chunks: int) -> None:
 def test_commit_moves_every_layers_own_statistics(chunks: int) -> None:
     """Scanned, not scanned, and of layers that have none."""
     one, odd = Fake("a", counts=True), Fake("b", counts=True)
-    layers = [*[one] * (MAX_UNROLL + 1), Fake("none"), odd, odd, *[Fake("none")] * 9]
+    layers = [*[one] * (remat.MAX_UNROLL + 1), Fake("none"), odd, odd, *[Fake("none")] * 9]
     shapes, rng = infer_shapes(layers, X), np.random.default_rng(0)
     stages = Stages(shapes, [range(0, 11), range(11, 21)], chunks=chunks)
     stats, moments = ([fill(shape.stats, rng) for shape in shapes] for _ in range(2))
     arrays, seen = (join(stages, trees, statistics=True) for trees in (stats, moments))
-    for s, cut in enumerate(stages.layer_ranges):
-        c, k = stages.at(s)
+    for s, cut in enumerate(stages.geometry.layer_ranges):
+        c, k = stages.geometry.at(s)
         local = (on_device(stages, k, arrays)[c], on_device(stages, k, seen)[c])
         new = jax.device_get(jax.jit(stages.commit, static_argnums=0)(s, *local))
         wanted = [jax.tree.map(np.add, stats[i], moments[i]) for i in cut]

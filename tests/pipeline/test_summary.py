@@ -41,7 +41,10 @@ def test_facts_of_the_whole(pipe):
     assert facts["schedule"].startswith("1f1b, 8 ticks, bubble 25.0% of the slots")
     assert facts["stash"] == "2 boundary inputs, 256 B on each device"
     padding = re.search(r"([\d.]+)% of it padding", facts["parameters"])
-    own, device = [pipe.stages.parameter_bytes(k) for k in range(2)], pipe.stages.device_bytes()
+    own, device = (
+        [pipe.stages.geometry.parameter_bytes(k) for k in range(2)],
+        pipe.stages.params.device_bytes(),
+    )
     assert padding and float(padding[1]) == pytest.approx(100 - 50 * sum(own) / device, abs=0.06)
     assert facts["boundaries"] == "all alike, as they are"
     assert str(pipe).endswith("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
@@ -69,7 +72,7 @@ def test_stages_of_several_chunks():
     assert facts["mesh"] == "2 devices x 1 replicas, 2 stages on each device"
     assert facts["schedule"].startswith("interleaved, 18 ticks, bubble 11.1% of the slots")
     assert facts["stash"] == "4 boundary inputs, 384 B on each device"
-    own, device = [4 * (20 + 4), 4 * (20 + 20)], pipe.stages.device_bytes()
+    own, device = [4 * (20 + 4), 4 * (20 + 20)], pipe.stages.params.device_bytes()
     assert f"{1 - sum(own) / (2 * device):.1%} of it padding" in facts["parameters"]
     assert device >= max(own)
 

@@ -176,7 +176,7 @@ def test_weight_decay_needs_no_array_of_the_parameters_size():
 def test_the_old_state_is_given_up(trainers, fresh):
     one = trainers[2]
     current = one.from_layers(fresh, 0)
-    old = [current.state.params, current.optimizer]
+    old = [current.state.params, current.opt_state]
     arrays = [a for a in jax.tree.leaves(old) if a.size > 1]
     one.step(current, next(make_batches()))
     assert arrays and all(a.is_deleted() for a in arrays)
@@ -186,10 +186,10 @@ def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, 
     one = trainers[2]
     current = one.from_layers(fresh, 0)
     parts = one.pipe.split(next(make_batches()))
-    args = (current.state, current.optimizer, current.average, parts, jnp.uint32(0))
+    args = (current.state, current.opt_state, current.average, parts, jnp.uint32(0))
     text = one._step.lower(*args).compile().as_text()
     aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
-    assert aliases >= len(jax.tree.leaves((current.state.params, current.optimizer)))
+    assert aliases >= len(jax.tree.leaves((current.state.params, current.opt_state)))
 
 
 def test_one_compilation_of_the_step(trainers, fresh, fifty):
