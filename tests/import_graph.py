@@ -1,26 +1,60 @@
-"""Read which modules a file imports."""
+"""Read the modules of the packages, and which of them a module imports."""
 
-import ast
+import importlib.util
 from pathlib import Path
+from types import ModuleType
+
+from paths import REPOSITORY, SCRIPTS
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names that a file imports, anywhere but under `if TYPE_CHECKING`."""
-    found: set[str] = set()
+def load_script(name: str) -> ModuleType:
+    """Import a file of `scripts`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                visit(child)
-            return
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            # `from package import name` may be a module of the package.
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+architecture = load_script("architecture")
+PACKAGES = tuple(architecture.LAYERS)
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file."""
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {
+    module_name(path): path
+    for package in PACKAGES
+    for path in sorted((REPOSITORY / package).rglob("*.py"))
+}
+
+
+def module_of(name: str) -> str | None:
+    """Return the module that a dotted name is, or is in; None for other packages."""
+    while name:
+        if name in MODULES:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+IMPORTS = {name: architecture.imports_of(path) for name, path in MODULES.items()}
+# The packages themselves are left out: their public names have homes in any room.
+GRAPH = {
+    name: {m for m in map(module_of, imports) if m and m != name and m not in PACKAGES}
+    for name, imports in IMPORTS.items()
+}
+
+
+def reachable(name: str) -> set[str]:
+    """Return all modules that importing this one may import, also within functions."""
+    modules: set[str] = set()
+    pending = [name]
+    while pending:
+        new = GRAPH[pending.pop()] - modules
+        modules |= new
+        pending += new
+    return modules

@@ -1,127 +1,174 @@
-"""Imports point one way, the light modules stay light, and `import gpipe_jax` is quick."""
+"""Imports point down, light modules stay light, and importing a package is quick."""
 
+import ast
 import doctest
 import graphlib
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from import_graph import imports_of
+from import_graph import GRAPH, IMPORTS, MODULES, PACKAGES, architecture, reachable
+from paths import REPOSITORY
 
-import gpipe_jax
-
-ROOT = Path(gpipe_jax.__file__).parent
-NAMES = {
-    ".".join(["gpipe_jax", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
-        ".__init__"
-    ): path
-    for path in ROOT.rglob("*.py")
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+# Rooms and modules that run without JAX: reading a config or drawing a schedule loads none.
+NO_JAX = {
+    "gpipe_jax": (
+        *("utils.text", "utils.console", "utils.atomic_files", "errors", "schedules"),
+        *("genotypes", "config", "data", "partition.solver"),
+    ),
+    # All but training, costs and `workers="devices"`.
+    "nas": (
+        *("spaces", "errors", "evaluators", "testing", "evolution", "storage", "config"),
+        *("ask_tell", "reports", "result", "export", "from_config", "cli"),
+        *("workers.dask", "workers.driver", "workers.pools", "workers.threads"),
+        *("training.evaluator", "training.options"),
+    ),
 }
-# The order in which the package is read, and its data flows (docstring of gpipe_jax/__init__.py).
-READING_ORDER = [
-    "zoo",
-    "cost",
-    "partition",
-    "schedule",
-    "slots",
-    "wire",
-    "packing",
-    "storage",
-    "stages",
-    "spmd",
-    "state",
-    "layered",
-    "composite",
-    "cutting",
-    "memory",
-    "device",
-    "executor",
-    "pipeline",
-    "trainer",
-    "planning",
-]
-NO_JAX = ["config", "messages", "yaml_source", "loader", "partition", "schedule", "slots"]
-NO_JAX += ["hints", "terminal", "units"]
+LARGEST_FOLDER = 11  # modules beside `__init__`
+FOLDERS = [path for path in MODULES.values() if path.name == "__init__.py"]
 
 
-def module_of(name: str) -> str | None:
-    """The module of this package that an imported name is, or is in."""
-    while name:
-        if name in NAMES:
-            return name
-        name = name.rpartition(".")[0]
-    return None
+def is_in(module: str, room: str) -> bool:
+    return f"{module}.".startswith(f"{room}.")
 
 
-GRAPH = {
-    name: {m for m in map(module_of, imports_of(path)) if m not in (None, "gpipe_jax", name)}
-    for name, path in NAMES.items()
-}
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def reachable(name: str) -> set[str]:
-    found: set[str] = set()
-    todo = [name]
-    while todo:
-        new = GRAPH[todo.pop()] - found
-        found |= new
-        todo += new
-    return found
-
-
-def test_the_graph_is_that_of_the_package() -> None:
+def test_the_graph_is_that_of_the_packages() -> None:
     assert "gpipe_jax.losses" in GRAPH["gpipe_jax.pipeline.device_step"]
     assert "gpipe_jax.layers.layer" in reachable("gpipe_jax.training.trainer")
-    assert "gpipe_jax.pipeline.pipeline" not in reachable(
-        "gpipe_jax.pipeline.summary"
-    )  # TYPE_CHECKING only
+    assert "nas.ask_tell.search" in GRAPH["nas.workers.driver"]
+    # The summary imports the pipeline under TYPE_CHECKING only.
+    assert "gpipe_jax.pipeline.pipeline" not in reachable("gpipe_jax.pipeline.summary")
 
 
-def test_imports_have_no_cycle() -> None:
+# --- direction ------------------------------------------------------------------------------------
+
+
+def test_rooms_import_only_from_rooms_below_them() -> None:
+    assert not [str(upward) for upward in architecture.upward_imports()]
+
+
+def test_every_room_has_a_layer() -> None:
+    assert not architecture.unlisted()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        (
+            "gpipe_jax/schedules/buffers.py",
+            "import gpipe_jax.layers.layer",
+            "gpipe_jax/schedules/buffers.py imports gpipe_jax.layers.layer",
+        ),
+        (
+            "gpipe_jax/losses.py",
+            "def late():\n    from gpipe_jax.schedules import schedule",
+            "gpipe_jax/losses.py imports gpipe_jax.schedules.schedule",
+        ),
+        ("gpipe_jax/utils/text.py", "from nas import spaces", "utils/text.py imports nas.spaces"),
+        ("nas/config.py", "import nas", "nas/config.py imports nas"),
+        ("nas/strays/stray.py", "", "nas/strays"),
+    ],
+)
+def test_a_planted_fault_is_seen(file, line, message, tmp_path, monkeypatch) -> None:
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, tmp_path / package)
+    monkeypatch.setattr(architecture, "ROOT", tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    with open(tmp_path / file, "a", encoding="utf-8") as text:
+        text.write(f"\n{line}\n")
+    (problem,) = [*map(str, architecture.upward_imports()), *architecture.unlisted()]
+    assert problem.endswith(message)
+
+
+def test_files_do_not_import_each_other_in_circles() -> None:
     """Not even through imports within functions."""
-    order = list(graphlib.TopologicalSorter(GRAPH).static_order())
-    assert set(order) == set(NAMES)
+    assert set(graphlib.TopologicalSorter(GRAPH).static_order()) == set(MODULES)
 
 
-@pytest.mark.parametrize("later", range(1, len(READING_ORDER)))
-def test_no_module_imports_one_that_is_read_after_it(later: int) -> None:
-    for earlier in READING_ORDER[:later]:
-        assert f"gpipe_jax.{READING_ORDER[later]}" not in reachable(f"gpipe_jax.{earlier}")
+@pytest.mark.parametrize(
+    "room", [f"{package}.{room}" for package, rooms in NO_JAX.items() for room in rooms]
+)
+def test_light_rooms_import_no_jax(room: str) -> None:
+    """Nor does any module that they may import, except within the search's functions."""
+    members = {name for name in MODULES if is_in(name, room)}
+    assert members
+    if is_in(room, "gpipe_jax"):
+        members |= {module for member in members for module in reachable(member)}
+    for member in members:
+        assert not JAX & {imported.split(".")[0] for imported in IMPORTS[member]}, member
 
 
-@pytest.mark.parametrize("name", NO_JAX)
-def test_light_modules_import_no_jax(name: str) -> None:
-    for module in {f"gpipe_jax.{name}", *reachable(f"gpipe_jax.{name}")}:
-        packages = {imported.split(".")[0] for imported in imports_of(NAMES[module])}
-        assert not packages & {"jax", "jaxlib", "flax", "optax", "orbax"}, module
+# --- folders --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_library_knows_nothing_of_the_search(name: str) -> None:
-    assert "nas" not in {imported.split(".")[0] for imported in imports_of(NAMES[name])}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_docstring_of_the_package_draws_its_layers(package: str) -> None:
+    """From the top; neighbours may share a line."""
+    text = ast.get_docstring(tree_of(REPOSITORY / package / "__init__.py")) or ""
+    # Indented lines: names, two spaces or more, and what they are for.
+    lines = re.findall(r"^    (\w[\w, ]*?)  ", text, re.MULTILINE)
+    line_of = {room: number for number, line in enumerate(lines) for room in line.split(", ")}
+    rooms = [room for room in architecture.rooms() if room.package == package]
+    drawn = [line_of[room.name] for room in reversed(rooms) if room.name != "__main__"]
+    assert drawn == sorted(drawn)
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in FOLDERS], ids=str)
+def test_a_folder_is_small_and_not_deep(folder: Path) -> None:
+    assert len([*folder.glob("*.py")]) <= LARGEST_FOLDER + 1
+    assert len(folder.relative_to(REPOSITORY).parts) <= 3  # the package, a room, a folder in it
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_class_name_occurs_twice(package: str) -> None:
+    names = Counter(
+        node.name
+        for module, path in MODULES.items()
+        if is_in(module, package)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, count in names.items() if count > 1]
+
+
+# --- public names ---------------------------------------------------------------------------------
 
 
 def in_a_fresh_process(code: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_importing_the_package_is_quick_and_starts_no_backend() -> None:
+NOT_LOADED = {"gpipe_jax": {"jax", "numpy"}, "nas": {"jax", "numpy", "pandas", "sqlite3"}}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_is_quick_and_loads_no_library(package: str) -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        in_a_fresh_process("import gpipe_jax, sys; assert 'jax' not in sys.modules")
+        in_a_fresh_process(
+            f"import {package}, sys; assert not {NOT_LOADED[package]} & set(sys.modules)"
+        )
         times.append(time.perf_counter() - start)
     assert min(times) < 1.5
 
 
-def test_every_public_name_resolves_without_starting_a_backend() -> None:
+def test_public_names_of_gpipe_jax_start_no_backend() -> None:
     code = """
 import gpipe_jax
 for name in gpipe_jax.__all__:
@@ -132,12 +179,46 @@ print(xla_bridge.backends_are_initialized(), dir(gpipe_jax) == sorted(gpipe_jax.
     assert in_a_fresh_process(code) == "False True\n"
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'gpipe_jax' has no attribute 'pipelines'"):
-        gpipe_jax.pipelines  # noqa: B018
+def test_public_names_of_nas_load_no_jax() -> None:
+    code = """
+import nas, sys
+for name in nas.__all__:
+    assert getattr(nas, name) is not None
+print("jax" in sys.modules, dir(nas) == sorted(nas.__all__))
+"""
+    assert in_a_fresh_process(code) == "False True\n"
+
+
+@pytest.mark.parametrize("name", [n for n, p in MODULES.items() if "__all__" in p.read_text()])
+def test_the_list_of_public_names_is_sorted_and_complete(name: str) -> None:
+    module = importlib.import_module(name)
+    # As ruff sorts them: constants, classes, functions and modules.
+    order = sorted({*module.__all__}, key=lambda n: (not n.isupper(), n[0].islower(), n))
+    assert list(module.__all__) == order
+    assert all(hasattr(module, public) for public in module.__all__)
+    if MODULES[name].name == "__init__.py":
+        imported = {
+            alias.asname or alias.name
+            for node in ast.walk(tree_of(MODULES[name]))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        defined = {name for name in vars(module) if name.isupper() and name[0] != "_"}
+        assert set(module.__all__) == (imported | defined) - {"TYPE_CHECKING"}
+    if name in PACKAGES:
+        assert set(module.__all__) == set(module._HOME)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
+    message = f"module '{package}' has no attribute 'pipelines'"
+    with pytest.raises(AttributeError, match=message):
+        getattr(importlib.import_module(package), "pipelines")  # noqa: B009
+
+
+WITH_EXAMPLES = [name for name, path in MODULES.items() if ">>>" in path.read_text()]
 
 
 def test_examples_in_docstrings() -> None:
-    names = [name for name, path in NAMES.items() if ">>>" in path.read_text(encoding="utf-8")]
-    results = [doctest.testmod(importlib.import_module(name)) for name in names]
+    results = [doctest.testmod(importlib.import_module(name)) for name in WITH_EXAMPLES]
     assert results and all(r.attempted and not r.failed for r in results)

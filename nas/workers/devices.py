@@ -12,15 +12,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import jax
 import numpy as np
 
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Job, Outcome
-from nas.training.programs import Device
 from nas.workers.dask import WorkerPool
 from nas.workers.threads import DaemonThreads
+
+Device = Any  # jax.Device, which is no type to type checkers
 
 ANSWER_S = 60.0  # how long a device may take to answer; less than jobs may wait for one
 
