@@ -1,4 +1,4 @@
-"""The command line: `nas search | report | export`.
+"""Provide the command line `nas search | report | export`.
 
 Exit codes: 0 done, 2 bad input (do not retry), 130 interrupted, 1 anything else.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import nas
 from gpipe_jax.config import loader
 from gpipe_jax.errors import ConfigError
 from gpipe_jax.utils import console, progress
@@ -32,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on", 130)
+        return _fail("interrupted; run the same command again to resume", 130)
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own, which ends with that code also while candidates train."""
+    """Run `main` and exit the process with its code, even while candidates still train."""
     try:
         code = main()
-    except Exception:  # a fault of ours, or of a space of the user's
+    except Exception:  # a bug, here or in a search space of the user's
         traceback.print_exc()
         code = 1
     threads.leave(code)
@@ -49,61 +50,91 @@ def _fail(error: object, code: int) -> int:
     return console.fail(error, code, "nas")
 
 
+# --- options --------------------------------------------------------------------------------------
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nas", description="Search for architectures by regularized evolution."
     )
+    parser.add_argument("--version", action="version", version=f"nas {nas.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    text = "search as a config says; the same folder continues a search"
-    one = console.add_command(commands, "search", _search, text)
-    console.add_config(one)
-    text = "say what a run has found, also while it goes on"
-    one = console.add_command(commands, "report", _report, text)
-    one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
-    one.add_argument(
-        "--out", type=Path, metavar="FILE", help="the HTML page; default: report.html in the run"
+
+    text = "run the search of a config; the same folder resumes a search"
+    search = console.add_command(commands, "search", _search, text)
+    console.add_config(search)
+
+    text = "report on a run, finished or not, and write its page"
+    report = console.add_command(commands, "report", _report, text)
+    _add_run(report)
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="HTML page to write (report.html in the run)"
     )
-    text = "write the best architecture of a run to a file, or a config by which gpipe trains it"
-    one = console.add_command(commands, "export", _export, text)
-    one.add_argument("run", metavar="RUN", help="a folder, or a name in runs/")
-    one.add_argument(
+
+    text = "write the best architecture of a run to a file, or a config that gpipe trains it by"
+    export = console.add_command(commands, "export", _export, text)
+    _add_run(export)
+    _add_export_options(export)
+    return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         *("--out", "-o"), type=Path, metavar="FILE", required=True,
         help="genotype.json, or best.yaml for gpipe train and gpipe plan",
     )  # fmt: skip
+    command.add_argument("--cells", action=_RenamedCells, help=argparse.SUPPRESS)
     for name, default, text in (
-        ("top", 1, "train so many of the best again, longer, and take the best of these"),
-        ("epochs", None, "of that training; default: three times the search's"),
+        ("top", 1, "train this many of the best again, for longer, and write the best of them (1)"),
+        ("epochs", None, "epochs of that training (three times those of the search)"),
         (
-            "cells",
-            scaled_config.CELLS,
-            "normal cells of the config's network, in three equal stacks (3 N)",
+            "cells-per-stack",
+            scaled_config.CELLS_PER_STACK,
+            "normal cells in each of the three stacks of the config's network (%(default)s)",
         ),
-        ("filters", scaled_config.FILTERS, "of its first stack (F)"),
-        ("stages", scaled_config.STAGES, "devices in its pipeline"),
+        ("filters", scaled_config.FILTERS, "filters of its first stack (%(default)s)"),
+        ("stages", scaled_config.STAGES, "devices in its pipeline (%(default)s)"),
     ):
-        said = "" if default is None else f" ({default})"
-        one.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + said)
-    return parser
+        command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+
+
+class _RenamedCells(argparse.Action):
+    """Reject `--cells`, which older versions had, and name the option that replaces it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Print the error and exit with code 2."""
+        parser.error(
+            "--cells was renamed to --cells-per-stack, which counts the normal cells in each of "
+            "the three stacks: use a third of the number, for example --cells-per-stack 6 instead "
+            "of --cells 18"
+        )
+
+
+# --- commands -------------------------------------------------------------------------------------
 
 
 def _search(options: argparse.Namespace) -> int:
     config = loader.load_as(SearchConfig, options.config, options.overrides)
-    import nas
     from nas import from_config
 
     workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
     started = time.perf_counter()
     try:
         arguments = from_config.arguments(config)
-        if not (workdir / FILE).exists():  # of a search that is there it is to be checked first
+        if not (workdir / FILE).exists():  # an existing search is checked first
             _keep(config, workdir)
         with _progress(config.run.cycles) as callback:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
             )
     except from_config.SectionError as error:
-        found = (error.section, str(error), SearchConfig)
-        place = loader.place(options.config, options.overrides, *found)
+        place = loader.place(
+            options.config, options.overrides, error.section, str(error), SearchConfig
+        )
         raise ConfigError([f"{place}: {error}"], options.config) from error
     except ValueError as error:
         raise ConfigError([str(error)], options.config) from error
@@ -114,7 +145,7 @@ def _search(options: argparse.Namespace) -> int:
         return _fail(error, 1)
     _keep(config, workdir)
     if not result.counts.results:
-        return _fail(f"{workdir} has no result yet; the same command goes on", 1)
+        return _fail(f"{workdir} has no result yet; run the same command again to resume", 1)
     return _summary(result, time.perf_counter() - started, options.json)
 
 
@@ -145,7 +176,7 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
                 {
                     **figures,
                     "best_metrics": finite(best.metrics),
-                    "genotype": export.architecture(best.row.architecture),
+                    "genotype": export.as_json(best.row.architecture),
                 },
                 allow_nan=False,
             )
@@ -158,16 +189,18 @@ def _report(options: argparse.Namespace) -> int:
     from nas.storage.queries import Snapshot
 
     reader = Snapshot(_load(options.run).path)
-    found = report.report(reader)
-    print(found)
+    summary = report.report(reader)
+    print(summary)
     out = options.out or reader.path.parent / "report.html"
     try:
         html.write(reader, out)
+    except OSError as error:
+        return _fail(f"--out {error}", BAD_INPUT)
     except ImportError as error:
-        raise ConfigError([str(error)], "--out") from error
+        return _fail(error, BAD_INPUT)
     print(f"\npage: {out}")
     if options.json:
-        print(json.dumps({**found.to_dict(), "page": str(out)}, allow_nan=False))
+        print(json.dumps({**summary.to_dict(), "page": str(out)}, allow_nan=False))
     return 0
 
 
@@ -176,9 +209,12 @@ def _export(options: argparse.Namespace) -> int:
     from nas.export import export
 
     result = _load(options.run)
-    wanted = export.Wanted(**{name: getattr(options, name) for name in export.Wanted._fields})
+    fields = {name: getattr(options, name) for name in export.ExportOptions._fields}
     try:
-        ranking = export.export(result, wanted, _show_finalist)
+        ranking = export.export(result, export.ExportOptions(**fields), _show_finalist)
+    except export.ExportOptionError as error:
+        option = error.option.replace("_", "-")
+        return _fail(f"--{option} {error.value}: {error.problem}", BAD_INPUT)
     except ConfigError as error:
         raise ConfigError(error.problems, f"the config of {options.out}") from error
     except (SectionError, ValueError, OSError, ImportError) as error:
@@ -188,10 +224,10 @@ def _export(options: argparse.Namespace) -> int:
     print(progress.table(figures))
     if options.json:
         ranks = [
-            {"candidate": one.row.id, "fitness": one.row.fitness, "again": one.fitness}
-            for one in ranking
+            {"candidate": each.row.id, "fitness": each.row.fitness, "again": each.fitness}
+            for each in ranking
         ]
-        genotype = export.architecture(best.architecture)
+        genotype = export.as_json(best.architecture)
         print(json.dumps({**figures, "ranking": ranks, "genotype": genotype}))
     return 0
 
@@ -204,18 +240,16 @@ def _show_finalist(finalist: Any) -> None:
 
 
 def _load(run: str) -> Any:
-    """The run of that name, or in that folder; ConfigError if it cannot be read."""
-    import nas
-
+    """Load the run in this folder, or of this name in runs/; raise ConfigError if it is none."""
     try:
         return nas.load(run)
     except (ValueError, sqlite3.Error, StopIteration) as error:
-        raise ConfigError([f"it holds no search that can be read ({error})"], run) from error
+        raise ConfigError([f"no search can be read here ({error})"], run) from error
 
 
 @contextlib.contextmanager
 def _progress(cycles: int) -> Iterator[Callable]:
-    """A callback that shows a bar on a terminal, and ten lines elsewhere."""
+    """Yield a callback that shows a progress bar on a terminal, and ten lines elsewhere."""
     with progress.counting(cycles, "results") as show:
 
         def callback(search: Any) -> None:

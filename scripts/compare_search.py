@@ -174,7 +174,7 @@ def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, list[float | N
 
 def plot(runs: dict[str, list[Any]], path: Path) -> None:
     """Mean fitness of the last 50 results, and the best so far: mean and range over the seeds."""
-    shown = figure.blank(10, 4)
+    shown = figure.new_figure(10, 4)
     left, right = shown.subplots(1, 2)
     for algorithm, color in ALGORITHMS.items():
         found = [queries.progress(result.reader) for result in runs[algorithm]]
@@ -192,7 +192,7 @@ def plot(runs: dict[str, list[Any]], path: Path) -> None:
     for axes, title in ((left, f"mean of the last {LAST} results"), (right, "best so far")):
         axes.set(title=title, xlabel="candidates with a fitness", ylabel="validation accuracy")
         axes.legend(frameon=False)
-    path.write_bytes(figure.png(shown))
+    path.write_bytes(figure.to_png(shown))
 
 
 def main() -> int:
@@ -223,7 +223,7 @@ def main() -> int:
 def _run(options: argparse.Namespace) -> int:
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     check(config)
-    figure.blank(1, 1)  # whether there will be a plot is known before the runs
+    figure.new_figure(1, 1)  # whether there will be a plot is known before the runs
     runs, measured = compare(config, options.seeds, options.folder, options.epochs)
     sign = 1 if config.evolution.maximise else -1
     print("\n".join(table(measured, lambda value: sign * value)))

@@ -1,4 +1,4 @@
-"""What a search has found, as a file: the genotype alone, or a config for `gpipe train`."""
+"""Export the result of a search: the genotype alone, or a config for `gpipe train`."""
 
 import json
 from collections.abc import Callable
@@ -10,115 +10,184 @@ from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
 from nas.result import Result
 from nas.training.evaluator import TrainingEvaluator
-from nas.workers.pickled_setup import setup_of
+from nas.workers.pickled_setup import load_setup
 
-CONFIGS = (".yaml", ".yml")
+CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
-class Wanted(NamedTuple):
-    """Where to, and how large the network of a config is to be."""
+class ExportOptions(NamedTuple):
+    """Name the output file of an export and the size of the network in its config.
+
+    Attributes:
+        out: The file to write. A name that ends in .yaml or .yml gets a config, others a genotype.
+        top: Candidates that are trained again, for longer, and ranked; 1 trains none.
+        epochs: Epochs of that training. None: three times the search's.
+        cells_per_stack: Normal cells in each of the network's three stacks (N).
+        filters: Filters of the first stack (F).
+        stages: Pipeline stages of the config, one device each.
+    """
 
     out: Path
-    top: int = 1  # candidates that are trained again and ranked anew
-    epochs: int | None = None  # of that training
-    cells: int = scaled_config.CELLS
+    top: int = 1
+    epochs: int | None = None
+    cells_per_stack: int = scaled_config.CELLS_PER_STACK
     filters: int = scaled_config.FILTERS
     stages: int = scaled_config.STAGES
 
 
-def export(
-    result: Result, wanted: Wanted, show: Callable[[Finalist], object] = lambda finalist: None
-) -> list[Finalist]:
-    """Write the best candidate's file; returns the ranking, the best first.
+class ExportOptionError(ValueError):
+    """Report an option of an export that cannot be used.
 
-    ValueError, or OSError, says what cannot be written, before anything is trained.
+    Attributes:
+        option: The name of the field of `ExportOptions`.
+        value: Its value.
+        problem: The rule and the remedy, without the name and the value.
     """
-    out = wanted.out
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; give another name")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
-    for name, value in (("top", wanted.top), ("epochs", wanted.epochs)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` {value}: expected at least 1")
-    if wanted.epochs is not None and wanted.top == 1:
-        raise ValueError(
-            f"`epochs` {wanted.epochs} and `top` 1: only if several are ranked anew is there a "
-            "training; give `top` 2 or more, or leave `epochs` out"
-        )
+
+    def __init__(self, option: str, value: object, problem: str) -> None:
+        super().__init__(f"`{option}` {value}: {problem}")
+        self.option, self.value, self.problem = option, value, problem
+
+
+def export(
+    result: Result,
+    options: ExportOptions,
+    show: Callable[[Finalist], object] | None = None,
+) -> list[Finalist]:
+    """Write the best candidate of a search to a file.
+
+    With `options.top` of 2 or more the best candidates are trained again first, and the best of
+    these is written. Nothing is trained if the file cannot be written afterwards.
+
+    Args:
+        result: The search.
+        options: The output file, the training and the size of the network.
+        show: Called with each candidate that was trained again.
+
+    Returns:
+        The ranking, the best candidate first.
+
+    Raises:
+        ExportOptionError: An option cannot be used.
+        ValueError: The search has no result yet, or it cannot be exported as a config.
+        OSError: The data of the search cannot be read, or the file cannot be written.
+    """
+    _check(options)
     best = next(result.reader.ranked(), None)
     if best is None:
-        raise ValueError(f"{result.path} has no result yet: wait for the first evaluation")
-    if out.suffix in CONFIGS:
-        _config(result, best.architecture, wanted)
+        raise ValueError(f"{result.path} has no result yet; wait for the first evaluation")
+    is_config = options.out.suffix in CONFIG_SUFFIXES
+    if is_config:  # for its errors, before anything is trained
+        _config(result, best.architecture, options)
     ranking = [Finalist(best, None, {})]  # not trained again
-    if wanted.top > 1:
-        ranking = _trained_again(result, wanted, show)
-    text = json.dumps(architecture(ranking[0].row.architecture)) + "\n"
-    if out.suffix in CONFIGS:
-        config, of = _config(result, ranking[0].row.architecture, wanted)
-        text = scaled_config.text(config, _title(result, ranking, wanted), of.note, str(out))
-    out.write_text(text, encoding="utf-8")
+    if options.top > 1:
+        ranking = _train_again(result, options, show)
+    winner = ranking[0].row.architecture
+    if is_config:
+        config, target = _config(result, winner, options)
+        title = _title(result, ranking, options)
+        text = scaled_config.text(config, title, target.note, str(options.out))
+    else:
+        text = json.dumps(as_json(winner)) + "\n"
+    options.out.write_text(text, encoding="utf-8")
     return ranking
 
 
-def architecture(text: str) -> Any:
-    """An architecture as its space writes it: an object where that is JSON, or else a text."""
+def as_json(architecture: str) -> Any:
+    """Return a stored architecture as a JSON value: parsed if it is JSON, else the text itself."""
     try:
-        return json.loads(text)
+        return json.loads(architecture)
     except ValueError:
-        return text
+        return architecture
 
 
-def _trained_again(
-    result: Result, wanted: Wanted, show: Callable[[Finalist], object]
+def _check(options: ExportOptions) -> None:
+    out = options.out
+    if out.exists():
+        raise ExportOptionError("out", out, "already exists; choose another name")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise ExportOptionError("out", out, f"the folder {out.parent} does not exist; create it")
+    for name in ("top", "epochs", "cells_per_stack"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ExportOptionError(name, value, "expected a whole number of at least 1")
+    if options.epochs is not None and options.top == 1:
+        raise ExportOptionError(
+            "epochs",
+            options.epochs,
+            "candidates are trained again only if `top` is at least 2, got 1; increase `top`, or "
+            "leave `epochs` out",
+        )
+
+
+def _train_again(
+    result: Result, options: ExportOptions, show: Callable[[Finalist], object] | None
 ) -> list[Finalist]:
-    named = {"epochs": wanted.epochs, "show": show}
+    evaluator = _evaluator(result)
+    if not isinstance(evaluator, TrainingEvaluator):
+        raise ExportOptionError(
+            "top",
+            options.top,
+            "only a search by real training can train its candidates again, and the evaluator of "
+            "this one is another; use 1",
+        )
     ranking = final_ranking.rank(
-        result.reader, result.space, _evaluator(result), wanted.top, **named
+        result.reader, result.space, evaluator, options.top, epochs=options.epochs, show=show
     )
     if ranking[0].fitness is None:
-        raise ValueError(
-            f"`top` {wanted.top}: all {len(ranking)} have failed when trained again, the last by "
-            f"{ranking[-1].error}; mend that, or give 1"
+        raise ExportOptionError(
+            "top",
+            options.top,
+            f"all {len(ranking)} candidates failed when they were trained again; the last error: "
+            f"{ranking[-1].error}. Fix this error, or use 1",
         )
     return ranking
 
 
 def _evaluator(result: Result) -> Any:
-    """As it was pickled with the run, without what repeats it; None if it could not be pickled."""
+    """Return the unpickled evaluator without its wrappers, or None if it was not pickled."""
     if result.reader.setup() is None:
         return None
     try:
-        found = setup_of(result.reader).evaluate
+        evaluator = load_setup(result.reader).evaluate
     except ValueError as error:
         raise ValueError(
-            f"{result.path}: what the search trained on cannot be read ({error.__cause__}); run "
-            "where its modules can be imported, or export to a .json file, without `top`"
+            f"{result.path}: the evaluator of the search cannot be unpickled ({error.__cause__}); "
+            "run this where its modules can be imported, or export to a .json file, without `top`"
         ) from error
-    while not isinstance(found, TrainingEvaluator) and hasattr(found, "evaluator"):
-        found = found.evaluator
-    return found
+    while not isinstance(evaluator, TrainingEvaluator) and hasattr(evaluator, "evaluator"):
+        evaluator = evaluator.evaluator
+    return evaluator
 
 
-def _config(result: Result, text: str, wanted: Wanted) -> tuple[dict, scaled_config.Target]:
+def _config(
+    result: Result, architecture: str, options: ExportOptions
+) -> tuple[dict[str, dict[str, Any]], scaled_config.Target]:
     try:
-        genotype = Genotype.from_json(text)
+        genotype = Genotype.from_json(architecture)
     except ValueError as error:
         raise ValueError(
             f"{result.path} searched the space {result.study.space!r}, but only cells of nasnet "
-            f"can be scaled up for gpipe train; export to a .json file"
+            "can be scaled up for gpipe train; export to a .json file"
         ) from error
-    of = scaled_config.target(_evaluator(result))
-    sizes = {"cells": wanted.cells, "filters": wanted.filters, "stages": wanted.stages}
-    return scaled_config.sections(genotype, of, **sizes), of
+    target = scaled_config.target(_evaluator(result))
+    config = scaled_config.sections(
+        genotype,
+        target,
+        cells_per_stack=options.cells_per_stack,
+        filters=options.filters,
+        stages=options.stages,
+    )
+    return config, target
 
 
-def _title(result: Result, ranking: list[Finalist], wanted: Wanted) -> str:
-    best = ranking[0]
-    title = f"The best candidate of the search {result.study.name}, #{best.row.id}"
-    title += f" (fitness {best.row.fitness:.6g}"
+def _title(result: Result, ranking: list[Finalist], options: ExportOptions) -> str:
+    best, N = ranking[0], options.cells_per_stack
+    fitness = f"fitness {best.row.fitness:.6g}"
     if len(ranking) > 1:
-        title += f"; trained again, {best.fitness:.6g}, the best of {len(ranking)}"
-    size = f"{wanted.cells} normal cells, N = {wanted.cells // 3}, and {wanted.filters} filters"
-    return f"{title}), scaled up: {size}."
+        fitness += f"; trained again, {best.fitness:.6g}, the best of {len(ranking)}"
+    return (
+        f"The best candidate of the search {result.study.name}, #{best.row.id} ({fitness}), "
+        f"scaled up: {3 * N} normal cells (N = {N}) and {options.filters} filters."
+    )

@@ -1,7 +1,8 @@
-"""The best candidates trained again, longer, and ranked anew, as in the paper before scaling up.
+"""Train the best candidates of a search again, for longer, and rank them by the result.
 
-What has been trained is kept in the run's folder, in finals.json: a ranking that was interrupted
-goes on, and one that was made is read. What has failed is tried anew.
+Real et al. do the same before they scale their best architectures up. Results are stored in the
+run's folder, in finals.json: an interrupted ranking resumes, and a finished one is read. A training
+that failed is tried again.
 """
 
 import json
@@ -14,78 +15,94 @@ from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
 from nas.spaces.space import Space
 from nas.storage import queries
-from nas.storage.finals_file import FILE, _read, _write
+from nas.storage.finals_file import FILE, read_entries, write_entries
 from nas.storage.reader import CandidateRow, Reader
 from nas.training.evaluator import TrainingEvaluator
 
-LONGER = 3  # times the epochs of the search, unless epochs are given
+EPOCHS_FACTOR = 3
+"""Epochs of a finalist per epoch of the search, unless epochs are given."""
 
 
 class Finalist(NamedTuple):
-    """One of the best of a search."""
+    """Hold one of the best candidates of a search and the result of training it again."""
 
     row: CandidateRow
-    fitness: float | None  # after training again; None if that failed
+    fitness: float | None  # after training again; None if that failed or was not done
     metrics: dict[str, float]
-    error: str | None = None  # by which it failed
+    error: str | None = None  # why training again failed
 
 
 def rank(
     reader: Reader,
     space: Space[Any],
-    evaluator: Any,
+    evaluator: TrainingEvaluator,
     count: int,
     *,
     epochs: int | None = None,
-    show: Callable[[Finalist], object] = lambda finalist: None,
+    show: Callable[[Finalist], object] | None = None,
 ) -> list[Finalist]:
-    """The best `count` candidates of different networks, the best after `epochs` first.
+    """Train the best candidates of a search again and rank them.
 
-    Each is trained from scratch, with a seed that the search has not used, as long as it takes.
-    ValueError if the search did not train.
+    Each is trained from scratch, to the end, with a seed that the search has not used.
+
+    Args:
+        reader: The store of the search.
+        space: Its space.
+        evaluator: Its evaluator.
+        count: Candidates to train; their networks differ.
+        epochs: Epochs of the training; default: `EPOCHS_FACTOR` times those of the evaluator.
+        show: Called with each candidate that was trained.
+
+    Returns:
+        The candidates, the best first and those that failed last.
+
+    Raises:
+        ValueError, OSError: There is no training with these epochs, or on these data.
     """
-    if not isinstance(evaluator, TrainingEvaluator):
-        raise ValueError(
-            f"`top` {count}: only candidates of a search by real training can be trained again, "
-            "and this one's evaluator is another; give 1"
-        )
     longer = for_longer(evaluator, epochs)
-    told = evaluators.in_search(longer, space, reader.path.parent, "stored", None)
-    found = []
+    prepared = longer.in_search(space, reader.path.parent, "stored", None)
+    finalists = []
     for row in queries.top(reader, count):
-        found.append(_finalist(longer, told, reader, space, row))
-        show(found[-1])
+        finalist = _finalist(longer, prepared, reader, space, row)
+        finalists.append(finalist)
+        if show is not None:
+            show(finalist)
     sign = -1 if reader.study().maximise else 1
-    return sorted(found, key=lambda one: (one.fitness is None, sign * (one.fitness or 0.0)))
+    return sorted(finalists, key=lambda each: (each.fitness is None, sign * (each.fitness or 0.0)))
 
 
 def for_longer(evaluator: TrainingEvaluator, epochs: int | None) -> TrainingEvaluator:
-    """As it trains finalists: to the end. ValueError if there is no training for so many epochs."""
-    epochs = LONGER * evaluator.epochs if epochs is None else epochs
+    """Return the evaluator of finalists, which trains every candidate to the end.
+
+    Raises:
+        ValueError: The evaluator cannot train for so many epochs.
+    """
+    epochs = EPOCHS_FACTOR * evaluator.epochs if epochs is None else epochs
     return replace(evaluator, epochs=epochs, stop_epoch=None, timeout_s=None)
 
 
 def _finalist(
-    longer: TrainingEvaluator, told: Any, reader: Reader, space: Any, row: CandidateRow
+    longer: TrainingEvaluator, prepared: Any, reader: Reader, space: Any, row: CandidateRow
 ) -> Finalist:
     path = reader.path.parent / FILE
-    key = f"#{row.id}, {json.dumps(evaluators.goes_by(longer))}"
-    done = _read(path)
-    if key in done:
-        return Finalist(row, done[key]["fitness"], done[key]["metrics"])
-    outcome = _train(told, reader, space, row)
+    key = f"#{row.id}, {json.dumps(evaluators.identity_of(longer))}"
+    stored = read_entries(path)
+    if key in stored:
+        return Finalist(row, stored[key]["fitness"], stored[key]["metrics"])
+    outcome = _train(prepared, reader, space, row)
     fitness, metrics = outcome.fitness, dict(outcome.metrics)
     if fitness is not None:
         result = {"epochs": longer.epochs, "fitness": fitness, "metrics": metrics}
-        # Another may have trained meanwhile.
-        _write(path, {**_read(path), key: result})
+        # Read the file again: another process may have added results meanwhile.
+        write_entries(path, {**read_entries(path), key: result})
     return Finalist(row, fitness, metrics, outcome.error)
 
 
 def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> Outcome:
-    seed = evaluators.seed(reader.study().settings["seed"], row.id, -1)
+    # The search uses no tournament -1.
+    seed = evaluators.job_seed(reader.study().settings["seed"], row.id, -1)
     job = Job(0, row.id, space.decode(row.architecture), seed)
     try:
-        return outcomes.read(evaluator.evaluate(job), job)
+        return outcomes.as_outcome(evaluator.evaluate(job), job)
     except (ArithmeticError, MemoryError, RuntimeError, TimeoutError) as error:
-        return outcomes.failure(error)
+        return outcomes.failed_outcome(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpipe_jax.utils import graph_drawing
-from gpipe_jax.utils.figures import png
+from gpipe_jax.utils.figures import to_png
 from nas.reports import lineage as drawing
 from nas.reports import plots, tables
 from nas.reports.report import Report, report
@@ -32,10 +32,10 @@ figure { margin: 1em; max-width: 30em; } figcaption { font-size: 0.85em; }
 def write(reader: Reader, path: Path) -> None:
     """The page of a run; FileExistsError if `path` is there and is no such page."""
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it")
     if path.exists() and not _is_ours(path):
         raise FileExistsError(
-            f"{path} is there already, and is no report of this program: give another name"
+            f"{path}: already exists and is not a report of a search; choose another name"
         )
     path.write_text(page(reader), encoding="utf-8")
 
@@ -51,7 +51,7 @@ def page(reader: Reader) -> str:
     name = html.escape(found.study.name)
     parts = [_facts(found), *map(tables.as_html, found.tables())]
     if found.counts.proposed:
-        picture = base64.b64encode(png(plots.overview(reader))).decode()
+        picture = base64.b64encode(to_png(plots.overview(reader))).decode()
         parts.append(f'<h2>Plots</h2><img alt="plots" src="data:image/png;base64,{picture}">')
     if found.best:
         best = found.best[0]

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpipe_jax.utils import graph_drawing
-from gpipe_jax.utils.figures import blank, saved
+from gpipe_jax.utils.figures import new_figure, save_figure
 from gpipe_jax.utils.graph_drawing import Picture
 from nas.reports import lineage, plots
-from nas.spaces.pictures import Architecture, differences, pictures, read
+from nas.spaces.pictures import StoredArchitecture, differences, pictures, read
 from nas.storage.reader import CandidateRow, Reader
 
 MOST = 60  # ancestors that are drawn
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 def steps(reader: Reader, number: int) -> list[Step]:
     """The lineage of a candidate, the random ancestor first."""
     space, found = reader.study().space, []
-    before: Architecture | None = None
+    before: StoredArchitecture | None = None
     for row in reader.lineage(number):
         one = read(space, row.architecture)
         found.append(_step(row, one, before))
@@ -39,7 +39,7 @@ def steps(reader: Reader, number: int) -> list[Step]:
     return found
 
 
-def _step(row: CandidateRow, one: Architecture, before: Architecture | None) -> Step:
+def _step(row: CandidateRow, one: StoredArchitecture, before: StoredArchitecture | None) -> Step:
     drawn = pictures(one, before)
     if before is None:
         return Step(row, ["random"] if drawn else [f"random: {one.text}"], drawn)
@@ -105,7 +105,7 @@ def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figu
     panels = [panel for step in shown for panel in _panels(step)]
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     whole = CURVE + sum(max(panel.height for panel in row) + GAP for row in rows)
-    drawn = blank(COLUMNS * (WIDTH + GAP) + GAP, whole)
+    drawn = new_figure(COLUMNS * (WIDTH + GAP) + GAP, whole)
     drawn.set_layout_engine("none")
     _curve(
         drawn.add_axes((0.06, 1 - (CURVE - 0.6) / whole, 0.92, (CURVE - 0.95) / whole)), steps, note
@@ -115,7 +115,7 @@ def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figu
         for k, panel in enumerate(row):
             _draw(drawn, panel, GAP + k * (WIDTH + GAP), y)
         y -= max(panel.height for panel in row) + GAP
-    return saved(drawn, path)
+    return save_figure(drawn, path)
 
 
 def _curve(axes: "Axes", steps: list[Step], note: str) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from gpipe_jax.utils import progress
 from nas.storage import queries
 from nas.storage.reader import Reader
-from nas.workers.driver import Running
+from nas.workers.driver import DriverThread
 
 EVERY_S = 0.5
 FINAL_TIMES = 6  # what is sent between two cells can get lost, and nothing comes after the end
@@ -40,7 +40,7 @@ def line(reader: Reader, cycles: int | None = None) -> str:
     return ", ".join(parts)
 
 
-def watch(path: Path, running: Running | None = None, every_s: float = EVERY_S) -> None:
+def watch(path: Path, running: DriverThread | None = None, every_s: float = EVERY_S) -> None:
     """Show the line until no driver is at work; a notebook goes on meanwhile, others wait.
 
     `running` is the driver, if it is one of this process.
@@ -58,7 +58,7 @@ def watch(path: Path, running: Running | None = None, every_s: float = EVERY_S) 
 Show = Callable[[str, int, bool], None]  # of a line, the number of results, and whether it is over
 
 
-def _follow(path: Path, running: Running | None, every_s: float, show: Show) -> None:
+def _follow(path: Path, running: DriverThread | None, every_s: float, show: Show) -> None:
     reader, cycles = Reader(path), running.cycles if running else None  # this thread's own reader
     try:
         while True:
@@ -73,7 +73,7 @@ def _follow(path: Path, running: Running | None, every_s: float, show: Show) -> 
         reader.close()
 
 
-def _end(running: Running | None) -> str:
+def _end(running: DriverThread | None) -> str:
     error = running.error if running else None
     return f"stopped by {type(error).__name__}: {error}" if error else "no driver is at work"
 

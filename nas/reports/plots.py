@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpipe_jax.utils.figures import blank, saved
+from gpipe_jax.utils.figures import new_figure, save_figure
 from nas.storage import queries
 from nas.storage.queries import UNDER_WAY
 from nas.storage.reader import Reader
@@ -30,8 +30,8 @@ WORST = 0.15  # so many of the points may be left out if the others are seen bet
 
 def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
     """Best so far, fitness by age, the cache's savings, the workers, and a front for each cost."""
-    costs = queries.costs(reader)
-    figure = blank(11, 7 + 3.4 * ((len(costs) + 1) // 2))
+    costs = queries.cost_metrics(reader)
+    figure = new_figure(11, 7 + 3.4 * ((len(costs) + 1) // 2))
     grid = figure.subplots(2 + (len(costs) + 1) // 2, 2).ravel()
     for draw, axes in zip((best_so_far, population, duplicates, workers), grid, strict=False):
         draw(axes, reader)
@@ -40,7 +40,7 @@ def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
     for axes in grid[4 + len(costs) :]:
         axes.set_axis_off()
     figure.suptitle(reader.study().name, parse_math=False)
-    return saved(figure, path)
+    return save_figure(figure, path)
 
 
 def best_so_far(axes: "Axes", reader: Reader) -> None:
@@ -120,7 +120,9 @@ def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
     every = max(1, len(rows) // POINTS)
     points = [(row.metrics[cost], row.fitness or 0.0) for row in rows[::every]]
     axes.plot(*zip(*points, strict=True), ".", color=GREY, ms=3, label="a candidate")
-    front = [(row.metrics[cost], row.fitness or 0.0) for row in queries.front(reader, cost)][::-1]
+    front = [(row.metrics[cost], row.fitness or 0.0) for row in queries.pareto_front(reader, cost)][
+        ::-1
+    ]
     axes.step(*zip(*front, strict=True), where="post", color=ORANGE, lw=1.4)
     axes.plot(*zip(*front, strict=True), "o", color=ORANGE, ms=4, label="Pareto front")
     maximise = reader.study().maximise

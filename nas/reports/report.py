@@ -106,8 +106,8 @@ def report(reader: Reader) -> Report:
         work_s=queries.work_s(reader),
         failures=_failures(reader),
         best=queries.top(reader, BEST),
-        fronts={cost: list(queries.front(reader, cost)) for cost in queries.costs(reader)},
-        again=finals_file.known(reader),
+        fronts={cost: list(queries.pareto_front(reader, cost)) for cost in queries.cost_metrics(reader)},
+        again=finals_file.read_finals(reader),
     )
 
 

@@ -69,7 +69,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """Which images: `validation` of them held out to judge by, and `examples` of the rest.
+    """Which images: `validation_images` of them held out to judge by, and `examples` of the rest.
 
     Both draws are the same for every candidate and keep the classes in proportion.
     """
@@ -78,7 +78,7 @@ class Data:
     folder: str | None = (
         None  # of the files of cifar10, see `gpipe_jax.data.cifar10_files.read_cifar10`
     )
-    validation: int | None = None
+    validation_images: int | None = None
     examples: int | None = None
     digest: str | None = None  # of a file, so that another one of its name is another data set
 
@@ -92,10 +92,12 @@ def _split(wanted: Data) -> Split:
     name, found = wanted.name, source(wanted.name)
     everything, labels = found.load(wanted.folder)
     count = len(labels)
-    held = found.held_out(count) if wanted.validation is None else wanted.validation
+    held = wanted.validation_images
+    if held is None:
+        held = found.held_out(count)
     if not 0 < held < count:
         raise ValueError(
-            f"validation {held}: {name} has {count} images for training and validation, and "
+            f"validation_images {held}: {name} has {count} images for training and validation, and "
             f"neither may be without; give 1 to {count - 1}"
         )
     used = count - held if wanted.examples is None else wanted.examples

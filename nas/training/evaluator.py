@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from nas.ask_tell import trained_values
-from nas.evaluators.evaluator import TRAINED_VALUES, Job
+from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job
 from nas.training.options import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ space's, which has a name for it. The builders draw other initial values, and so
 
 
 @dataclass(frozen=True)
-class TrainingEvaluator:
+class TrainingEvaluator(Evaluator):
     """Trains a small network of a candidate's cells; its fitness is the validation accuracy.
 
         nas.search(space=nas.NASNetSpace(), workers="devices",
-                   evaluate=nas.TrainingEvaluator(data="digits", cells=1, filters=8, epochs=20))
+                   evaluate=nas.TrainingEvaluator(data="digits", cells_per_stack=1, filters=8, epochs=20))
 
     All chance comes from the job's seed, so that a candidate's result depends neither on the worker
     nor, without `stop_epoch` and inheritance, on what was trained before. Recorded beside the
@@ -192,7 +192,7 @@ class TrainingEvaluator:
         compile_s = time.perf_counter() - begun if is_new else 0.0
         found: dict[str, Any] = training.run(job.rivals)
         if self.run is not None:
-            name = trained_values.name_of(job)
+            name = trained_values.file_name(job)
             weights.save(Path(self.run) / name, job.architecture, training.values)
             found[TRAINED_VALUES] = name
         return {**found, "compile_s": compile_s}
@@ -225,15 +225,15 @@ class TrainingEvaluator:
 
 
 def _check_counts(given: TrainingEvaluator) -> None:
-    for name in ("cells", "filters", "epochs", "batch_size", "validations", "pairs"):
+    for name in ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs", "pairs"):
         _check_count(name, getattr(given, name))
-    for name in ("examples", "validation", "stop_epoch"):
+    for name in ("examples", "validation_images", "stop_epoch"):
         if getattr(given, name) is not None:
             _check_count(name, getattr(given, name))
     if given.final_epochs > given.epochs:
         raise ValueError(
-            f"validations {given.final_epochs} is more than epochs {given.epochs}, after each of "
-            "which there is one; give as many or less"
+            f"final_epochs {given.final_epochs} is more than epochs {given.epochs}; give "
+            f"{given.epochs} or less"
         )
 
 

@@ -20,7 +20,7 @@ class Course(NamedTuple):
     epochs: int
     learning_rate: float
     warmup_epochs: float
-    validations: int
+    final_epochs: int
     stop_epoch: int | None
     stop_quantile: float
     timeout_s: float | None
@@ -67,7 +67,7 @@ class Training:
                 found[RUNG] = self.accuracy()
                 if self._is_hopeless(found[RUNG], rivals):
                     return {**found, "fitness": found[RUNG], "stopped_at_epoch": number}
-            if number > course.epochs - course.validations:
+            if number > course.epochs - course.final_epochs:
                 accuracies.append(self.accuracy())
         found["train_s"] = time.perf_counter() - begun
         return {**found, "fitness": sum(accuracies) / len(accuracies)}

@@ -4,7 +4,7 @@ There are two builders of the same function. `Static` makes the pipeline's own l
 compiles each architecture anew; with `Interpreter` the architecture is data, and one program runs
 them all. A training loop need not know which of them it has:
 
-    network = Interpreter(Shape(cells=1, filters=8, image=8, channels=1, classes=10))
+    network = Interpreter(Shape(cells_per_stack=1, filters=8, image=8, channels=1, classes=10))
     architecture = network.encode(genotype)
     values = network.init(architecture, key)
     scores, statistics = network.apply(architecture, values, images, train=True)

@@ -1,5 +1,6 @@
-"""`nas search` and `nas export` as a user runs them."""
+"""Run `nas search` and `nas export` as a user does."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -104,6 +105,11 @@ def test_bad_input(nas, arguments, messages) -> None:
         assert message in err
 
 
+def test_version(nas) -> None:
+    code, lines, _ = nas("--version")
+    assert code == 0 and lines == [f"nas {importlib.metadata.version('gpipe-jax')}"]
+
+
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "nas.cli", "search"], capture_output=True)
     assert done.returncode == 2 and b"required: CONFIG" in done.stderr
@@ -142,7 +148,7 @@ def test_out_of_time_before_the_first_result(nas, tmp_path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef evaluate(g):\n    time.sleep(2)\n")
     arguments = ("run.time_limit_s=0.1", "evaluate.function=slow:evaluate")
     code, _, err = nas("search", "mine.yaml", *arguments)
-    assert code == 1 and "runs/mine has no result yet; the same command goes on" in err
+    assert code == 1 and "runs/mine has no result yet; run the same command again to resume" in err
     assert (tmp_path / "runs" / "mine" / "config.yaml").exists()
 
 
@@ -170,7 +176,7 @@ def test_bad_export(nas, tmp_path) -> None:
     nas("search", "mine.yaml")
     (tmp_path / "x.json").write_text("mine")
     code, _, err = nas("export", "mine", "--out", "x.json")
-    assert code == 2 and "x.json is there already; give another name" in err
+    assert code == 2 and "--out x.json: already exists; choose another name" in err
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
@@ -199,7 +205,7 @@ run: {cycles: 5}
     [
         ("evaluate.batch_size=2000", "batch_size 2000 is more than the 1078 training images"),
         ("evaluate.data=digit", "data: unknown data set 'digit'; did you mean 'digits'?"),
-        ("evaluate.validations=9", "validations 9 is more than epochs 3"),
+        ("evaluate.final_epochs=9", "final_epochs 9 is more than epochs 3"),
         ("evaluate.builder=dynamic", "expected 'interpreter' or 'static', got 'dynamic'"),
         ("space={kind: nasbench201}", "evaluate 'training' has no cells of space 'nasbench201'"),
     ],

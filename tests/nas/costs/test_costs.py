@@ -166,8 +166,8 @@ def test_latency_as_a_limit_and_memory_as_a_second_objective(tpu, tmp_path) -> N
     counts = result.counts
     assert counts.results == 8 and counts.rejected >= 1
     assert all(row.metrics["latency_ms"] <= 6 for row in result.reader.ranked())
-    assert queries.costs(result.reader) == ["memory_mib", "latency_ms"]
-    front = list(queries.front(result.reader, "memory_mib"))
+    assert queries.cost_metrics(result.reader) == ["memory_mib", "latency_ms"]
+    front = list(queries.pareto_front(result.reader, "memory_mib"))
     assert [row.metrics["memory_mib"] for row in front] == sorted(
         (row.metrics["memory_mib"] for row in front), reverse=True
     )

@@ -19,6 +19,7 @@ from nas.export import scaled_config
 from nas.storage import finals_file
 from nas.workers.pickled_setup import Setup
 
+SMALL = ("--cells-per-stack", "1", "--filters", "4")
 SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))
 
 
@@ -48,7 +49,7 @@ def export(tmp_path, monkeypatch, capsys):
 
 def test_a_config_of_the_winner_on_the_data_of_the_search(export, tmp_path) -> None:
     result = run("runs", nas.TrainingEvaluator(data="digits"))
-    sizes = ("--cells", "6", "--filters", "16", "--stages", "4")
+    sizes = ("--cells-per-stack", "2", "--filters", "16", "--stages", "4")
     code, lines, _ = export("searched", "--out", "best.yaml", *sizes, "--json")
     config, said = loader.load("best.yaml"), json.loads(lines[-1])
     assert code == 0 and said["candidate"] == 6 and said["out"] == "best.yaml"
@@ -59,7 +60,10 @@ def test_a_config_of_the_winner_on_the_data_of_the_search(export, tmp_path) -> N
     assert (config.pipeline.partition, config.pipeline.schedule) == ("auto", "eager_1f1b")
     assert len(from_config.network(config.model)) == 6 + 2 + 2
     text = (tmp_path / "best.yaml").read_text()
-    assert "# The best candidate of the search searched, #6 (fitness 0.6), scaled up: 6" in text
+    assert (
+        "# The best candidate of the search searched, #6 (fitness 0.6), scaled up: 6" in text
+        and "(N = 2)" in text
+    )
     assert "#   gpipe train best.yaml\n" in text and max(map(len, text.splitlines())) <= 100
 
 
@@ -81,7 +85,7 @@ def test_on_a_file_of_arrays(export, tmp_path) -> None:
     np.savez(path, inputs=images, labels=np.arange(640, dtype=np.int32) % 3)
     some = nas.TrainingEvaluator(data=path, examples=100)
     run("runs", nas.Repeated(some, 2))
-    code, _, err = export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")
+    code, _, err = export("searched", "--out", "best.yaml", *SMALL)
     assert code == 0, err
     config = loader.load("best.yaml")
     model = config.model
@@ -98,7 +102,7 @@ def test_on_few_examples(export, tmp_path) -> None:
     np.savez(tmp_path / "few.npz", **few)
     some = nas.TrainingEvaluator(data=str(tmp_path / "few.npz"), batch_size=16)
     run("runs", nas.Repeated(some, 2))
-    assert export("searched", "--out", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
+    assert export("searched", "--out", "best.yaml", *SMALL)[0] == 0
     config = loader.load("best.yaml")
     assert next(from_config.dataset(config).train(0))["inputs"].shape == (104, 8, 8, 1)
 
@@ -193,19 +197,19 @@ def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypat
 def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, monkeypatch) -> None:
     def evaluate(self, job: nas.Job) -> dict:
         assert self.timeout_s is None
-        if not mended:
+        if not fixed:
             raise FloatingPointError(f"no loss of #{job.candidate}")
         return {"fitness": 0.5}
 
-    mended = []
+    fixed = []
     monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", evaluate)
     run("runs", nas.TrainingEvaluator(data="digits", timeout_s=1.0))
     again = ("searched", "-o", "best.json", "--top", "2")
     code, _, err = export(*again)
     assert code == 2 and not (tmp_path / "best.json").exists()
-    assert "`top` 2: all 2 have failed when trained again, the last by" in err
-    assert "FloatingPointError: no loss of #4; mend that" in err
-    mended.append(True)
+    assert "--top 2: all 2 candidates failed when they were trained again; the last error:" in err
+    assert "FloatingPointError: no loss of #4. Fix this error" in err
+    fixed.append(True)
     assert export(*again)[0] == 0
 
 
@@ -217,21 +221,31 @@ def test_what_the_search_trained_on_is_not_guessed(export, tmp_path, monkeypatch
     del sys.modules["theirs"]
     code, _, err = export("searched", "-o", "best.yaml")
     assert (
-        code == 2 and "what the search trained on cannot be read (No module named 'theirs')" in err
+        code == 2
+        and "the evaluator of the search cannot be unpickled (No module named 'theirs')" in err
     )
     assert export("searched", "-o", "best.json")[0] == 0
 
 
 BAD = [
-    (("-o", "there.yaml"), "there.yaml is there already; give another name"),
-    (("-o", "no/best.yaml"), "no/best.yaml: there is no folder no; make it first"),
-    (("-o", "b.yaml", "--top", "2"), "`top` 2: only candidates of a search by real training can"),
-    (("-o", "b.yaml", "--top", "0"), "`top` 0: expected at least 1"),
-    (("-o", "b.yaml", "--epochs", "0"), "`epochs` 0: expected at least 1"),
-    (("-o", "b.yaml", "--epochs", "9"), "`epochs` 9 and `top` 1: only if several are ranked anew"),
-    (("-o", "b.yaml", "--cells", "7"), "must be a multiple of 3, as there are three equal stac"),
+    (("-o", "there.yaml"), "--out there.yaml: already exists; choose another name"),
+    (("-o", "no/best.yaml"), "--out no/best.yaml: the folder no does not exist; create it"),
+    (
+        ("-o", "b.yaml", "--top", "2"),
+        "--top 2: only a search by real training can train its candid",
+    ),
+    (("-o", "b.yaml", "--top", "0"), "--top 0: expected a whole number of at least 1"),
+    (("-o", "b.yaml", "--epochs", "0"), "--epochs 0: expected a whole number of at least 1"),
+    (
+        ("-o", "b.yaml", "--epochs", "9"),
+        "--epochs 9: candidates are trained again only if `top` is at",
+    ),
+    (("-o", "b.yaml", "--cells-per-stack", "0"), "--cells-per-stack 0: expected a whole number"),
     (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
-    (("-o", "b.yaml", "--cells", "3", "--stages", "9"), "stages 9 is more than the 8 layers of"),
+    (
+        ("-o", "b.yaml", "--cells-per-stack", "1", "--stages", "9"),
+        "stages 9 is more than the 8 layers of",
+    ),
 ]
 
 
@@ -242,6 +256,13 @@ def test_what_cannot_be_exported(export, tmp_path, arguments, message) -> None:
     code, _, err = export("searched", *arguments)
     assert code == 2 and message in err
     assert not (tmp_path / "b.yaml").exists() and (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_the_old_option_names_the_new_one(capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["export", "searched", "-o", "b.yaml", "--cells", "18"])
+    assert error.value.code == 2
+    assert "--cells was renamed to --cells-per-stack" in capsys.readouterr().err
 
 
 def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
@@ -268,7 +289,7 @@ def test_what_is_exported_is_trained_and_planned(export, command, found) -> None
     """In four stages on simulated devices, and by the TPU compiler."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'gpipe-jax[tpu]'")
     run("runs", nas.TrainingEvaluator(data="digits"))
-    assert export("searched", "-o", "best.yaml", "--cells", "3", "--filters", "4")[0] == 0
+    assert export("searched", "-o", "best.yaml", *SMALL)[0] == 0
     name, *options = command
     done = subprocess.run(
         [sys.executable, "-m", "gpipe_jax", name, "best.yaml", *options, "--json"],

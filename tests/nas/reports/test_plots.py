@@ -11,7 +11,6 @@ import nas
 from gpipe_jax.genotypes import cell_drawing
 from gpipe_jax.utils import graph_drawing
 from nas.reports import html, lineage, plots
-from nas.spaces import nasbench201_drawing
 from nas.spaces import pictures as spaces_pictures
 from nas.spaces.nasbench201 import EDGES, OPERATIONS
 from nas.storage import queries
@@ -65,7 +64,8 @@ def test_the_overview_has_the_numbers_of_the_store(cells, tmp_path) -> None:
 def test_the_front_of_a_cost(cells) -> None:
     axes = panel(plots.overview(cells.store), "Pareto front")
     front = [
-        (row.metrics["params_m"], row.fitness) for row in queries.front(cells.store, "params_m")
+        (row.metrics["params_m"], row.fitness)
+        for row in queries.pareto_front(cells.store, "params_m")
     ]
     np.testing.assert_array_equal(line(axes, "Pareto front"), front[::-1])
     assert axes.get_xlabel() == "params_m" and len(line(axes, "a candidate")) == 120
@@ -152,7 +152,7 @@ def test_notebooks_show_a_figure_and_keep_their_settings(cells) -> None:
 
 
 def marks(drawn: graph_drawing.Picture) -> list[str]:
-    return [box.text for box in drawn.boxes if box.edge == graph_drawing.MARK]
+    return [box.text for box in drawn.boxes if box.border == graph_drawing.MARK]
 
 
 def test_marked_is_what_a_mutation_has_changed() -> None:
@@ -174,16 +174,21 @@ def test_marked_is_what_a_mutation_has_changed() -> None:
     assert kinds == {"op", "hidden_state"}
 
 
+def drawn_cell(edges, before=None):
+    (picture,) = nas.NASBench201Space().pictures(edges, before)
+    return picture
+
+
 def test_a_cell_of_nasbench201_can_be_read_off_its_picture() -> None:
     rng = random.Random(1)
     for _ in range(20):
         edges = nas.NASBench201Space().random(rng)
-        drawn = nasbench201_drawing.picture(edges, "cell")
+        drawn = drawn_cell(edges)
         bottoms = {(box.x, box.y + graph_drawing.BOX_HEIGHT): box.text for box in drawn.boxes}
         tops = {(box.x, box.y): box.text for box in drawn.boxes}
         nodes = {box.y: int(box.text[0]) for box in drawn.boxes if box.text[0].isdigit()}
         found = {}
-        for above, below in zip(drawn.wires[::2], drawn.wires[1::2], strict=True):
+        for above, below in zip(drawn.edges[::2], drawn.edges[1::2], strict=True):
             source = nodes[above.points[0][1] - graph_drawing.BOX_HEIGHT]
             target = nodes[below.points[1][1]]
             assert tops[above.points[1]] == bottoms[below.points[0]]
@@ -192,21 +197,21 @@ def test_a_cell_of_nasbench201_can_be_read_off_its_picture() -> None:
 
 
 def test_marked_are_the_edges_that_differ() -> None:
-    drawn = nasbench201_drawing.picture((3, 3, 0, 3, 3, 3), "cell", (3, 3, 3, 3, 3, 3))
+    drawn = drawn_cell((3, 3, 0, 3, 3, 3), (3, 3, 3, 3, 3, 3))
     assert marks(drawn) == ["none"]
-    lines = nasbench201_drawing.differences((3, 3, 0, 3, 3, 3), (3, 3, 3, 3, 3, 3))
+    lines = nas.NASBench201Space().differences((3, 3, 0, 3, 3, 3), (3, 3, 3, 3, 3, 3))
     assert lines == ["edge 1 to 2: nor_conv_3x3 → none"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_of_a_nasbench201_cell_covers_another_box(seed) -> None:
-    drawn = nasbench201_drawing.picture(nas.NASBench201Space().random(random.Random(seed)), "cell")
+    drawn = drawn_cell(nas.NASBench201Space().random(random.Random(seed)))
     for i, a in enumerate(drawn.boxes):
         assert len(a.text) * 6.6 <= a.width
         for b in drawn.boxes[:i]:
             beside = abs(a.x - b.x) >= (a.width + b.width) / 2 + 5
             assert beside or abs(a.y - b.y) >= graph_drawing.BOX_HEIGHT + 5
-    for wire in drawn.wires:
+    for wire in drawn.edges:
         (x0, y0), (x1, y1) = wire.points
         for t in np.linspace(0, 1, 30):
             x = x0 + (x1 - x0) * (3 * t**2 - 2 * t**3)

@@ -161,7 +161,7 @@ def test_of_bad_runs_a_plain_message(run, tmp_path) -> None:
         (tmp_path / "runs" / name / "search.sqlite").write_bytes(content)
         code, lines, error = run(name)
         assert (code, lines) == (2, [])
-        assert "it holds no search that can be read" in error and problem in error
+        assert "no search can be read here" in error and problem in error
 
 
 def test_a_run_without_its_space_s_code_can_be_exported_and_one_without_a_result_not(
@@ -179,10 +179,10 @@ def test_a_run_without_its_space_s_code_can_be_exported_and_one_without_a_result
 def test_a_page_replaces_no_other_file(run, tmp_path) -> None:
     (tmp_path / "mine.html").write_text("my own")
     code, _, error = run("mine", "--out", "mine.html")
-    assert code == 2 and "mine.html is there already, and is no report of this program" in error
+    assert code == 2 and "--out mine.html: already exists and is not a report of a search" in error
     assert (tmp_path / "mine.html").read_text() == "my own"
     code, _, error = run("mine", "--out", "no/page.html")
-    assert code == 2 and "no/page.html: there is no folder no; make it first" in error
+    assert code == 2 and "--out no/page.html: the folder no does not exist; create it" in error
 
 
 # --- in a notebook --------------------------------------------------------------------------------

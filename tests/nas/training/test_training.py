@@ -59,7 +59,7 @@ def test_training_in_bfloat16_learns_too() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_interpreter_learns_in_bfloat16(tmp_path) -> None:
-    options = {"filters": 4, "examples": 256, "epochs": 12, "validation": 200}
+    options = {"filters": 4, "examples": 256, "epochs": 12, "validation_images": 200}
     evaluator = small(dtype="bfloat16", learning_rate=0.1, **options)
     told = evaluator.in_search(SMALL_SPACE, tmp_path, "stored", None)
     found = told.evaluate(nas.Job(0, 0, SMALL_SPACE.random(Random(0)), seed=0))
@@ -156,14 +156,14 @@ def test_validation_counts_each_image_once() -> None:
 def test_the_fitness_is_the_mean_of_the_last_validations(monkeypatch) -> None:
     found = iter([0.1, 0.4, 0.6])
     monkeypatch.setattr("nas.training.loop.Training.accuracy", lambda self: next(found))
-    assert toy(epochs=5, validations=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
+    assert toy(epochs=5, final_epochs=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
 def test_images_are_split_once_and_in_proportion() -> None:
-    split = Data("digits", validation=300, examples=500).split()
+    split = Data("digits", validation_images=300, examples=500).split()
     assert split.images.shape == (500, 8, 8, 1) and split.held_images.shape == (300, 8, 8, 1)
     rows = np.concatenate([split.images, split.held_images]).reshape(800, -1)
     assert len(np.unique(rows, axis=0)) == 800
@@ -250,7 +250,7 @@ def test_augmentation_moves_and_mirrors() -> None:
         ({"data": "digit"}, "data: unknown data set 'digit'; did you mean 'digits'?"),
         ({"data": "x"}, "unknown data set 'x'; known: digits, cifar10 or give a .npz file"),
         ({"epochs": 0}, "epochs 0: expected a whole number of at least 1"),
-        ({"validations": 4}, "validations 4 is more than epochs 3"),
+        ({"final_epochs": 4}, "final_epochs 4 is more than epochs 3"),
         ({"learning_rate": math.nan}, "learning_rate nan: expected more than 0"),
         ({"warmup_epochs": 3}, "warmup_epochs 3: expected 0 or more, less than epochs 3"),
         ({"momentum": 1}, "momentum 1: expected 0 or more, less than 1"),
@@ -273,7 +273,10 @@ def test_bad_settings(options, message) -> None:
     [
         ({"batch_size": 300}, "batch_size 300 is more than the 256 training images of digits"),
         ({"examples": 2000}, r"examples 2000: digits has 1078 training images beside the 359 held"),
-        ({"validation": 1437}, "validation 1437: digits has 1437 images .* give 1 to 1436"),
+        (
+            {"validation_images": 1437},
+            "validation_images 1437: digits has 1437 images .* give 1 to 1436",
+        ),
         ({"data": "cifar10", "folder": "nowhere"}, "cannot find CIFAR-10: no folder nowhere"),
     ],
 )
@@ -296,7 +299,7 @@ def test_another_space(tmp_path) -> None:
 
 
 def outcome(evaluator, **options):
-    return task.run(evaluator, job(**options))
+    return task.run_job(evaluator, job(**options))
 
 
 def test_a_loss_that_is_nan_stops_the_training() -> None:

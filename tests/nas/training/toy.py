@@ -76,7 +76,7 @@ class ToyEvaluator(TrainingEvaluator):
 
 
 def toy(**options: Any) -> ToyEvaluator:
-    defaults = {"epochs": 3, "examples": 256, "validations": 1, "learning_rate": 0.05}
+    defaults = {"epochs": 3, "examples": 256, "final_epochs": 1, "learning_rate": 0.05}
     return ToyEvaluator(**{**defaults, **options})
 
 
@@ -91,8 +91,8 @@ SMALL_SPACE = nas.NASNetSpace(pairs=2, operations=("identity", "sep_3x3", "max_p
 
 def small(**options: Any) -> TrainingEvaluator:
     """The interpreter, of a space and of networks that compile soon."""
-    size = {"filters": 2, "examples": 64, "batch_size": 32, "validation": 40}
-    return TrainingEvaluator(**{"epochs": 2, "validations": 1, **size, **options})
+    size = {"filters": 2, "examples": 64, "batch_size": 32, "validation_images": 40}
+    return TrainingEvaluator(**{"epochs": 2, "final_epochs": 1, **size, **options})
 
 
 def search(folder: Path, evaluate: Any = None, **options: Any) -> nas.Result:

@@ -223,7 +223,9 @@ def test_genotypes_of_another_space_are_refused() -> None:
 @pytest.mark.timeout(1800)
 def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() -> None:
     """A step's errors relative to the layers' step in float32, over four draws of the values."""
-    single, half = (replace(SMALL, cells=1, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    single, half = (
+        replace(SMALL, cells_per_stack=1, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
     layers, pair = Static(single), Pair(Interpreter(half, SPACE.operations, pairs=2), examples=32)
     exact = jax.jit(functools.partial(step, layers))
     for name in ("inputs", "narrow"):
