@@ -1,6 +1,5 @@
-"""A run's parameters as one plain file of arrays, named by layer: `layers.3.linear.kernel`."""
+"""Write a run's parameters as one file of arrays, named by layer: `layers.3.linear.kernel`."""
 
-import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -11,91 +10,98 @@ import ml_dtypes  # noqa: F401  so that numpy knows the names of its types
 import numpy as np
 from etils import epath
 
-from gpipe_jax import errors
-from gpipe_jax.checkpoint import format, safetensors
+from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.format import COMMON, Manifest
 from gpipe_jax.config.loader import no_package
-from gpipe_jax.errors import ConfigError, DamagedCheckpointError
+from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError
+from gpipe_jax.utils import atomic_files
 
 SUFFIXES = (".safetensors", ".npz")
 
 
 def export(run: epath.Path, out: Path) -> dict[str, Any]:
-    """Write what `gpipe eval` evaluates: parameters (their moving average, if any), statistics.
+    """Write what `gpipe eval` evaluates: parameters (or their moving average) and statistics.
 
-    Of the newest whole checkpoint of the run folder; no more than a layer is in memory at once.
-    Returns what was written. Raises ConfigError.
+    The source is the newest intact checkpoint of the run. Only one layer is in memory at a time.
+
+    Args:
+        run: The folder of the run.
+        out: The file to write. Its suffix chooses the format: .safetensors or .npz.
+
+    Returns:
+        Figures: step, arrays, numbers (elements in all), damaged_steps, out.
+
+    Raises:
+        ConfigError: There is no intact checkpoint, or the file cannot be written.
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError([f"--out {out} must end in {' or '.join(SUFFIXES)}"], "gpipe export")
-    new, damaged = out.with_name(out.name + ".tmp"), []
+    damaged: list[int] = []
     try:
-        for found in format.manifests(run / "checkpoints"):
-            if isinstance(found, Manifest):
-                try:
-                    figures = _write(found, new)
-                    new.replace(out)
-                    return {**figures, "damaged_steps": damaged, "out": str(out)}
-                except DamagedCheckpointError:
-                    damaged.append(found.step)
-            else:
-                damaged.append(found[0])
-    except errors.CheckpointFormatError as error:
+        for manifest in checkpoint_format.manifests(run / "checkpoints"):
+            figures = _try_to_write(manifest, out) if isinstance(manifest, Manifest) else None
+            if figures is not None:
+                return {**figures, "damaged_steps": damaged, "out": str(out)}
+            damaged.append(manifest.step)
+    except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
-        problem = no_package(error)
-        raise ConfigError([problem], str(run)) from error
+        raise ConfigError([no_package(error)], str(run)) from error
     except (OSError, TypeError) as error:
         raise ConfigError([f"--out {out} cannot be written: {error}"], "gpipe export") from error
-    finally:
-        with contextlib.suppress(OSError):
-            new.unlink()
-    what = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
-    raise ConfigError([f"there is {what}; give the folder of a run"], str(run))
+    reason = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
+    raise ConfigError([f"there is {reason}; give the folder of a run"], str(run))
 
 
-def _write(manifest: Manifest, path: Path) -> dict[str, Any]:
+def _try_to_write(manifest: Manifest, out: Path) -> dict[str, Any] | None:
+    """Write a checkpoint's arrays; return the figures, or None if it is damaged."""
+    try:
+        with atomic_files.replacing(out) as draft, draft.open("wb") as file:
+            return _write(manifest, file, out.suffix)
+    except DamagedCheckpointError:
+        return None
+
+
+def _write(manifest: Manifest, file: BinaryIO, suffix: str) -> dict[str, Any]:
     names = _names(manifest)
-    shapes = {
-        new: (np.dtype(dtype), tuple(shape))
-        for part, chosen in names.items()
-        for new, (dtype, shape) in (
-            (new, manifest.parts[part]["arrays"][old]) for old, new in chosen.items()
-        )
-    }
+    shapes = {}
+    for layer, renamed in names.items():
+        for saved, exported in renamed.items():
+            dtype, shape = manifest.files[layer]["arrays"][saved]
+            shapes[exported] = (np.dtype(dtype), tuple(shape))
     arrays = _arrays(manifest, names)
-    with path.open("wb") as file:
-        if path.name.endswith(".npz.tmp"):
-            _write_npz(file, shapes, arrays)
-        else:
-            layers = json.dumps([manifest.parts[part]["description"] for part in names])
-            about = {"step": str(manifest.step), "layers": layers}
-            safetensors.write(file, shapes, arrays, about)
+    if suffix == ".npz":
+        _write_npz(file, shapes, arrays)
+    else:
+        layers = json.dumps([manifest.files[layer]["description"] for layer in names])
+        about = {"step": str(manifest.step), "layers": layers}
+        safetensors.write(file, shapes, arrays, about)
     count = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in shapes.values())
     return {"step": manifest.step, "arrays": len(shapes), "numbers": count}
 
 
 def _names(manifest: Manifest) -> dict[str, dict[str, str]]:
-    """For each layer's part: name in the checkpoint -> name in the file."""
-    parts = sorted((p for p in manifest.parts if p != COMMON), key=int)
-    names = {part: list(manifest.parts[part]["arrays"]) for part in parts}
-    averaged = any(name.startswith("average.") for one in names.values() for name in one)
-    kinds = ("average." if averaged else "params.", "statistics.")
+    """Return for each layer {name in the checkpoint: name in the exported file}."""
+    layers = sorted((name for name in manifest.files if name != COMMON), key=int)
+    names = {layer: list(manifest.files[layer]["arrays"]) for layer in layers}
+    averaged = any(name.startswith("average.") for saved in names.values() for name in saved)
+    trees = ("average." if averaged else "params.", "statistics.")
     return {
-        part: {
-            name: f"layers.{part}.{name.partition('.')[2]}"
-            for kind in kinds
-            for name in one
-            if name.startswith(kind)
+        layer: {
+            name: f"layers.{layer}.{name.partition('.')[2]}"
+            for tree in trees
+            for name in saved
+            if name.startswith(tree)
         }
-        for part, one in names.items()
+        for layer, saved in names.items()
     }
 
 
 def _arrays(manifest: Manifest, names: dict[str, dict[str, str]]) -> Iterator[np.ndarray]:
-    for part, chosen in names.items():
-        arrays = format.read_part(manifest, part)
-        yield from (arrays[name] for name in chosen)
+    for layer, renamed in names.items():
+        arrays = checkpoint_format.read_file(manifest, layer)
+        yield from (arrays[name] for name in renamed)
 
 
 def _write_npz(file: BinaryIO, shapes: dict, arrays: Iterator[np.ndarray]) -> None:

@@ -1,13 +1,15 @@
-"""Saved training states by global layer id: un-stacked, un-padded, the same for any K, V and D.
+"""Read and write a training state as files, one per layer: the same for any K, V and D.
 
-    <step>/state/0.safetensors, 1.safetensors, ...   one file for each layer
-    <step>/state/common.safetensors                  what no layer has: seed, the optimizer's counts
+    <step>/state/0.safetensors, 1.safetensors, ...   one file per layer, by global layer id
+    <step>/state/common.safetensors                  what no layer has: seed, optimizer's counts
     <step>/state/manifest.json                       written last; without it nothing counts
 
-The manifest has each file's size and checksum, and its own, so that a checkpoint that was cut off
-or damaged is never taken for a whole one. `saving` writes these files, through Orbax.
+Arrays have the layers' own shapes: neither stacked nor padded. The manifest holds the size and the
+checksum of each file, and its own checksum. So a checkpoint that is incomplete or damaged is never
+taken for an intact one. `checkpoint.save` writes these files through Orbax.
 """
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,50 +26,70 @@ from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.trees import by_name, from_names
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
-COMMITTED = "commit_success.txt"
-FORMAT = 1
+COMMITTED = "commit_success.txt"  # the file by which Orbax marks a complete checkpoint on gs://
+FORMAT = 1  # number of the format that this version writes and reads
 PACKAGES = ("gpipe-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Manifest(NamedTuple):
-    """What a checkpoint says of itself."""
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """Describe the run and the step of a checkpoint: what the manifest says besides the files.
 
-    path: epath.Path  # of the folder of its files
+    `save` passes these fields on unopened. A new field needs a default, so that manifests of older
+    versions, which do not have it, can still be read.
+    """
+
     step: int
-    parts: dict[str, dict]  # "common" or a layer's id -> description, arrays, bytes, crc32
     config: dict  # of the run, as `Config.model_dump`
     metrics: dict | None  # of the evaluation at this step, if there was one
-    versions: dict[str, str]
-    data: dict  # what the data set was, as `stream.identity` tells it; not in the oldest ones
+    data: dict = dataclasses.field(default_factory=dict)  # as `data.stream.identity` describes it
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest(RunInfo):
+    """Describe a checkpoint: its run, its files and the versions that wrote it."""
+
+    path: epath.Path = dataclasses.field(kw_only=True)  # of the folder of the files
+    # By "common" or a layer's id: description of the layer, arrays, bytes, crc32.
+    files: dict[str, dict] = dataclasses.field(kw_only=True)
+    versions: dict[str, str] = dataclasses.field(kw_only=True)
+
+
+class DamagedStep(NamedTuple):
+    """Name a checkpoint whose manifest cannot be used, and say why."""
+
+    step: int
+    reason: str
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_part(path: epath.Path, part: str, tree: Any, description: str = "") -> dict:
-    """Write one part's file; what the manifest is to say of it."""
-    arrays = {name: np.asarray(a) for name, a in by_name(tree).items()}
-    with (path / f"{part}.safetensors").open("wb") as file:
-        summed = safetensors.Summed(file)
-        safetensors.write_all(summed, arrays)
-        summed.sync()
+def write_file(folder: epath.Path, name: str, tree: Any, description: str = "") -> dict:
+    """Write the file of one layer, or of "common"; return its entry in the manifest."""
+    arrays = {array_name: np.asarray(a) for array_name, a in by_name(tree).items()}
+    with (folder / f"{name}.safetensors").open("wb") as file:
+        stream = safetensors.ChecksummedFile(file)
+        safetensors.write_all(stream, arrays)
+        stream.sync()
     return {
         "description": description,
-        "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
-        "bytes": summed.size,
-        "crc32": summed.crc32,
+        "arrays": {array_name: [str(a.dtype), list(a.shape)] for array_name, a in arrays.items()},
+        "bytes": stream.size,
+        "crc32": stream.crc32,
     }
 
 
-def write_manifest(path: epath.Path, parts: Mapping[str, dict], about: Mapping[str, Any]) -> None:
-    """Write the manifest, after everything else: `about` has step, config, metrics and data."""
-    content = {"format": FORMAT, "versions": _versions(), **about, "parts": parts}
+def write_manifest(folder: epath.Path, files: Mapping[str, dict], info: RunInfo) -> None:
+    """Write the manifest; everything else must have been written before."""
+    run = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+    content = {"format": FORMAT, "versions": _versions(), **run, "parts": files}
     text = json.dumps(content)
-    with (path / MANIFEST).open("wb") as file:
-        summed = safetensors.Summed(file)
-        summed.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": text}).encode())
-        summed.sync()
-    atomic_files.sync_folder(path)
+    with (folder / MANIFEST).open("wb") as file:
+        stream = safetensors.ChecksummedFile(file)
+        stream.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": text}).encode())
+        stream.sync()
+    atomic_files.sync_folder(folder)
 
 
 def _versions() -> dict[str, str]:
@@ -78,23 +100,28 @@ def _versions() -> dict[str, str]:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps of the checkpoints in a folder, whole or not, the newest first."""
+    """Return the steps of the checkpoints in a folder, intact or not, the newest first."""
     if not folder.is_dir():
         return []
-    found = (p for p in folder.iterdir() if p.name.isdecimal() and _is_committed(p))
-    return sorted((int(p.name) for p in found), reverse=True)
+    committed = (p for p in folder.iterdir() if p.name.isdecimal() and _is_committed(p))
+    return sorted((int(p.name) for p in committed), reverse=True)
 
 
 def _is_committed(path: epath.Path) -> bool:
-    """Whether it is not one that is being written, or that its writer did not live to finish.
+    """Return whether a checkpoint's writer has finished.
 
-    On a file system a folder gets its name when it is complete; on gs:// Orbax adds a file then.
+    On a file system a folder gets its name when it is complete; on gs:// Orbax then adds a file.
     """
     return not str(path).startswith("gs://") or (path / COMMITTED).exists()
 
 
 def read_manifest(folder: epath.Path, step: int) -> Manifest:
-    """The manifest of a step's checkpoint. Raises DamagedError or FormatError."""
+    """Read the manifest of one step's checkpoint.
+
+    Raises:
+        DamagedCheckpointError: The manifest is missing or damaged.
+        CheckpointFormatError: Another version wrote it, in another format.
+    """
     path = folder / str(step) / STATE
     try:
         outer = json.loads((path / MANIFEST).read_bytes())
@@ -104,11 +131,10 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
         content = json.loads(text)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
+    except DamagedCheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (
-            error if isinstance(error, DamagedCheckpointError) else f"{MANIFEST} cannot be read"
-        )
-        raise DamagedCheckpointError(str(reason)) from error
+        raise DamagedCheckpointError(f"{MANIFEST} cannot be read") from error
     if content["format"] != FORMAT:
         raise CheckpointFormatError(
             f"the checkpoint {path} has format {content['format']}, this version reads {FORMAT}; "
@@ -116,40 +142,42 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
         )
     if content["step"] != step:
         raise DamagedCheckpointError(f"{MANIFEST} is that of step {content['step']}")
-    content.setdefault("data", {})
-    return Manifest(path, **{name: content[name] for name in Manifest._fields[1:]})
+    names = [field.name for field in dataclasses.fields(RunInfo)]
+    run = {name: content[name] for name in names if name in content}
+    return Manifest(**run, path=path, files=content["parts"], versions=content["versions"])
 
 
 def manifests(
-    folder: epath.Path, those: Iterable[int] | None = None
-) -> Iterator[Manifest | tuple[int, DamagedCheckpointError]]:
-    """The manifests in a folder, the newest first, or of `those` steps.
-
-    For one that is damaged, its step and why.
-    """
-    for step in steps(folder) if those is None else those:
+    folder: epath.Path, only: Iterable[int] | None = None
+) -> Iterator[Manifest | DamagedStep]:
+    """Yield the manifests in a folder, the newest first, or those of the steps `only`."""
+    for step in steps(folder) if only is None else only:
         try:
             yield read_manifest(folder, step)
         except DamagedCheckpointError as error:
-            yield step, error
+            yield DamagedStep(step, str(error))
 
 
-def read_part(manifest: Manifest, part: str) -> dict[str, np.ndarray]:
-    """The arrays of a layer, or of "common", by name. Raises DamagedError."""
-    entry, name = manifest.parts[part], f"{part}.safetensors"
+def read_file(manifest: Manifest, name: str) -> dict[str, np.ndarray]:
+    """Read the arrays of a layer, or of "common", by name.
+
+    Raises:
+        DamagedCheckpointError: The file is missing, or not as the manifest describes it.
+    """
+    entry, file_name = manifest.files[name], f"{name}.safetensors"
     try:
-        data = (manifest.path / name).read_bytes()
+        data = (manifest.path / file_name).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{name} is missing") from error
+        raise DamagedCheckpointError(f"{file_name} is missing") from error
     if len(data) != entry["bytes"]:
-        raise DamagedCheckpointError(f"{name} has {len(data)} bytes, not {entry['bytes']}")
+        raise DamagedCheckpointError(f"{file_name} has {len(data)} bytes, not {entry['bytes']}")
     if zlib.crc32(data) != entry["crc32"]:
-        raise DamagedCheckpointError(f"{name} does not have its checksum")
+        raise DamagedCheckpointError(f"{file_name} does not have its checksum")
     return safetensors.read(data)
 
 
-class _Lazy(Mapping[int, Any]):
-    """Layers that are read, and checked, when they are asked for."""
+class _LazyLayers(Mapping[int, Any]):
+    """Read and check a layer each time it is looked up."""
 
     def __init__(self, ids: list[int], read: Callable[[int], Any]) -> None:
         self._ids, self._read = ids, read
@@ -165,48 +193,62 @@ class _Lazy(Mapping[int, Any]):
 
 
 def load(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -> LayerTrees:
-    """A checkpoint as a state like `like` (of shapes), each layer read when it is asked for.
+    """Return a checkpoint as a state like `like`, which holds shapes.
 
-    Raises ValueError, listing them, if layers or arrays are missing, unknown or different; and
-    DamagedError, also when a layer is asked for.
+    Each layer is read when it is looked up, and not kept.
+
+    Args:
+        manifest: The checkpoint.
+        like: Shapes and types of the state of this run.
+        descriptions: `str(layer)` of each layer of this run.
+
+    Raises:
+        ValueError: Layers or arrays are missing, unknown or different; lists all of them.
+        DamagedCheckpointError: A file is damaged; also when a layer is looked up later.
     """
     _check_fits(manifest, like, descriptions)
 
     def layer(i: int) -> Any:
-        return from_names(like.layers[i], read_part(manifest, str(i)))
+        return from_names(like.layers[i], read_file(manifest, str(i)))
 
-    common = read_part(manifest, COMMON)
-    return LayerTrees({name: common[name] for name in like.common}, _Lazy(list(like.layers), layer))
+    common = read_file(manifest, COMMON)
+    layers = _LazyLayers(list(like.layers), layer)
+    return LayerTrees({name: common[name] for name in like.common}, layers)
 
 
 def _check_fits(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -> None:
-    wanted = {str(i): tree for i, tree in like.layers.items()} | {COMMON: like.common}
-    problems = [f"missing {_layer(p)}" for p in wanted if p not in manifest.parts]
-    problems += [f"unknown {_layer(p)}" for p in manifest.parts if p not in wanted]
-    for part, tree in wanted.items():
-        if part in manifest.parts:
-            here = descriptions[int(part)] if part != COMMON else ""
-            there = manifest.parts[part]["description"]
-            found = _differences(manifest.parts[part]["arrays"], tree)
-            found += [f"is {there} there, {here} here"] if there != here else []
-            problems += [f"{_layer(part)}: {line}" for line in found]
+    expected = {str(i): tree for i, tree in like.layers.items()} | {COMMON: like.common}
+    problems = [f"missing {_title(name)}" for name in expected if name not in manifest.files]
+    problems += [f"unknown {_title(name)}" for name in manifest.files if name not in expected]
+    for name, tree in expected.items():
+        if name in manifest.files:
+            now = descriptions[int(name)] if name != COMMON else ""
+            saved = manifest.files[name]["description"]
+            lines = _differences(manifest.files[name]["arrays"], tree)
+            if saved != now:
+                lines.append(f"is {saved} there, {now} here")
+            problems += [f"{_title(name)}: {line}" for line in lines]
     if problems:
         raise ValueError(
             f"the checkpoint {manifest.path.parent} does not fit this run: {'; '.join(problems)}"
         )
 
 
-def _layer(part: str) -> str:
-    return "common" if part == COMMON else f"layer {part}"
+def _title(name: str) -> str:
+    return "common" if name == COMMON else f"layer {name}"
 
 
 def _differences(saved: dict[str, list], tree: Any) -> list[str]:
-    wanted = {name: [str(a.dtype), list(a.shape)] for name, a in by_name(tree).items()}
-    lines = [f"missing {name}" for name in wanted if name not in saved]
-    lines += [f"unknown {name}" for name in saved if name not in wanted]
-    show = lambda entry: f"{entry[0]}{entry[1]}"  # noqa: E731
+    expected = {name: [str(a.dtype), list(a.shape)] for name, a in by_name(tree).items()}
+    lines = [f"missing {name}" for name in expected if name not in saved]
+    lines += [f"unknown {name}" for name in saved if name not in expected]
     return lines + [
-        f"{name} is {show(saved[name])} there, {show(entry)} here"
-        for name, entry in wanted.items()
+        f"{name} is {_show(saved[name])} there, {_show(entry)} here"
+        for name, entry in expected.items()
         if name in saved and saved[name] != entry
     ]
+
+
+def _show(entry: list) -> str:
+    dtype, shape = entry
+    return f"{dtype}{shape}"

@@ -1,6 +1,6 @@
-"""Safetensors files: eight bytes, a JSON header, the arrays; written as a stream, read one by one.
+"""Write safetensors files as a stream, and read them: eight bytes, a JSON header, the arrays.
 
-The format is that of https://github.com/huggingface/safetensors, whose own numpy writer wants all
+The format is that of https://github.com/huggingface/safetensors. Its own numpy writer needs all
 arrays in memory at once; here a file may be larger than the host's memory.
 """
 
@@ -35,8 +35,8 @@ DTYPES: dict[str, Any] = {
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
-class Summed:
-    """A file that is being written, and the size and checksum of what was."""
+class ChecksummedFile:
+    """Wrap a file that is being written; count its bytes and their CRC-32."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.crc32 = file, 0, 0
@@ -47,7 +47,7 @@ class Summed:
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
 
     def sync(self) -> None:
-        """Have everything on the disk, if it is a disk."""
+        """Flush everything to the disk, if the file is on one."""
         self.file.flush()
         try:
             descriptor = self.file.fileno()
@@ -57,17 +57,17 @@ class Summed:
 
 
 def write(
-    file: IO[bytes] | Summed,
+    file: IO[bytes] | ChecksummedFile,
     shapes: Mapping[str, Shape],
     arrays: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `arrays`, which come in the order of `shapes` (name to dtype and shape)."""
+    """Write `arrays`, which come in the order of `shapes` ({name: (dtype, shape)})."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in _NAMES:
-            raise ValueError(f"array {name} has type {dtype}, which safetensors does not know")
+            raise ValueError(f"array {name} has type {dtype}, which safetensors does not support")
         end = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
@@ -80,13 +80,13 @@ def write(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def write_all(file: IO[bytes] | Summed, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name."""
+def write_all(file: IO[bytes] | ChecksummedFile, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name, all of which are in memory."""
     write(file, {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.values())
 
 
 def read(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a whole file, as read-only views of it."""
+    """Return the arrays of a whole file, by name, as read-only views of it."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)

@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on; Orbax's types stay in this file.
+"""Write checkpoints while training goes on; Orbax's types stay in this file.
 
-Orbax gives the background thread, the barriers between processes, the temporary folder that gets
-its name only when everything is in it, and the removal of old checkpoints. The files are those of
-`checkpoint`: Orbax's own have no checksums.
+Orbax contributes the background thread, the barriers between processes and the removal of old
+checkpoints. It also writes into a temporary folder, which gets its name when it is complete. The
+files are those of `checkpoint.format`, because Orbax's own files have no checksums.
 """
 
 import asyncio
@@ -20,85 +20,87 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
-from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint.by_layer import LayerTrees
+from gpipe_jax.checkpoint.format import Manifest, RunInfo
 from gpipe_jax.errors import SaveError
 
-WRITERS = 4  # files that a process writes at once
+WRITERS = 4  # files that a process writes at the same time
 
 
 @dataclasses.dataclass
-class _Save(ocp.args.CheckpointArgs):
+class _SaveArguments(ocp.args.CheckpointArgs):
     state: LayerTrees
     descriptions: Sequence[str]
-    about: Mapping[str, Any]
+    info: RunInfo
 
 
-class _Files(ocp.AsyncCheckpointHandler):
-    """Every process writes its layers, then what it wrote; the first one makes the manifest."""
+class _LayerFiles(ocp.AsyncCheckpointHandler):
+    """Write a process's layers and a list of them; the first process then writes the manifest."""
 
     def __init__(self) -> None:
-        self._about: Mapping[str, Any] = {}
-        self._layers = 0
+        self._info: RunInfo | None = None
+        self._num_layers = 0
 
-    async def async_save(self, directory: epath.Path, args: _Save) -> list[future.Future]:
-        self._about, self._layers = args.about, len(args.descriptions)
+    async def async_save(self, directory: epath.Path, args: _SaveArguments) -> list[future.Future]:
+        self._info, self._num_layers = args.info, len(args.descriptions)
         write = asyncio.to_thread(_write, directory, args)
         return [future.CommitFutureAwaitingContractedSignals(write, name="layers")]
 
-    def save(self, directory: epath.Path, args: _Save) -> None:
+    def save(self, directory: epath.Path, args: _SaveArguments) -> None:
         _write(directory, args)
 
     def restore(self, directory: epath.Path, args: Any = None) -> None:
-        raise NotImplementedError("see `checkpoint.load`")
+        raise NotImplementedError("use `checkpoint.format.load`")
 
     def finalize(self, directory: epath.Path) -> None:
-        """Called in the first process, when all have written."""
+        """Write the manifest; Orbax calls this in the first process when all have written."""
         paths = sorted(directory.glob("process_*.json"))
         if len(paths) != jax.process_count():
             raise OSError(f"{len(paths)} of {jax.process_count()} processes wrote their layers")
-        parts = _all_parts([json.loads(path.read_text()) for path in paths], self._layers)
+        files = _all_files([json.loads(path.read_text()) for path in paths], self._num_layers)
         for path in paths:
             path.unlink()
-        format.write_manifest(directory, parts, self._about)
+        assert self._info is not None, "async_save comes first"
+        checkpoint_format.write_manifest(directory, files, self._info)
 
 
-ocp.args.register_with_handler(_Files, for_save=True, for_restore=True)(_Save)
+ocp.args.register_with_handler(_LayerFiles, for_save=True, for_restore=True)(_SaveArguments)
 
 
-def _all_parts(written: Sequence[Mapping[str, dict]], layers: int) -> dict[str, dict]:
-    """The parts that the processes wrote; OSError unless each layer is there, and once."""
-    found = sorted(part for one in written for part in one)
-    wanted = sorted([format.COMMON, *map(str, range(layers))])
-    if found != wanted:
-        raise OSError(f"the processes wrote {found}, not each of {wanted} once")
-    return {part: entry for one in written for part, entry in one.items()}
+def _all_files(by_process: Sequence[Mapping[str, dict]], num_layers: int) -> dict[str, dict]:
+    """Return the files of all processes; OSError unless each layer was written exactly once."""
+    written = sorted(name for files in by_process for name in files)
+    expected = sorted([checkpoint_format.COMMON, *map(str, range(num_layers))])
+    if written != expected:
+        raise OSError(f"the processes wrote {written}, not each of {expected} once")
+    return {name: entry for files in by_process for name, entry in files.items()}
 
 
-def _write(directory: epath.Path, args: _Save) -> None:
-    here = jax.process_index()
+def _write(directory: epath.Path, args: _SaveArguments) -> None:
+    process = jax.process_index()
 
-    def one(i: int) -> tuple[str, dict]:
-        tree = args.state.layers[i]
-        return str(i), format.write_part(directory, str(i), tree, args.descriptions[i])
+    def write_layer(i: int) -> tuple[str, dict]:
+        tree, description = args.state.layers[i], args.descriptions[i]
+        return str(i), checkpoint_format.write_file(directory, str(i), tree, description)
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        parts = dict(pool.map(one, args.state.layers))
-    if here == 0:
-        common = format.write_part(directory, format.COMMON, args.state.common)
-        parts[format.COMMON] = common
-    (directory / f"process_{here}.json").write_text(json.dumps(parts))
+        files = dict(pool.map(write_layer, args.state.layers))
+    if process == 0:
+        common = checkpoint_format.COMMON
+        files[common] = checkpoint_format.write_file(directory, common, args.state.common)
+    (directory / f"process_{process}.json").write_text(json.dumps(files))
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs what it raises too, as a traceback, and what it thinks of its settings."""
+    """Return whether a log record is not Orbax's, which also logs each error that it raises."""
     return "orbax" not in record.pathname
 
 
 class Saver:
-    """The checkpoints that a run writes into `folder`.
+    """Write a run's checkpoints into `folder`, and remove old ones.
 
-    The newest `keep` are kept, and the `keep_best` of the lowest held-out loss.
+    The newest `keep` checkpoints are kept, and the `keep_best` ones of the lowest held-out loss.
     """
 
     def __init__(self, folder: epath.Path, *, keep: int, keep_best: int = 0) -> None:
@@ -106,9 +108,9 @@ class Saver:
         self.folder = folder
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}
-        for found in format.manifests(folder) if keep_best else ():
-            if isinstance(found, format.Manifest):
-                self.note(found.step, found.metrics)
+        for manifest in checkpoint_format.manifests(folder) if keep_best else ():
+            if isinstance(manifest, Manifest):
+                self.note(manifest.step, manifest.metrics)
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
@@ -116,55 +118,52 @@ class Saver:
             save_root_metadata=False,
             lightweight_initialize=True,
         )
-        handlers = {format.STATE: _Files()}
+        handlers = {checkpoint_format.STATE: _LayerFiles()}
         self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question; the checkpoints come in the order of their steps."""
-        steps = [one.step for one in checkpoints]
+        """Answer Orbax, for each of the checkpoints in the order of their steps."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
         known = [step for step in steps if step in self._losses]
         best = sorted(known, key=self._losses.__getitem__)[: self._keep_best]
         return [step in steps[-self._keep :] or step in best for step in steps]
 
     def note(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """What an evaluation at a step came to, which `keep_best` goes by."""
+        """Note the evaluation at a step, which `keep_best` goes by."""
         if metrics and "test_loss" in metrics:
             self._losses[step] = metrics["test_loss"]
 
-    def save(
-        self,
-        state: LayerTrees,
-        step: int,
-        *,
-        descriptions: Sequence[str],
-        config: dict,
-        metrics: dict[str, float] | None,
-        data: dict,
-    ) -> None:
-        """Begin to write; `state` must not change. Waits for the checkpoint before to be written.
+    def save(self, state: LayerTrees, info: RunInfo, descriptions: Sequence[str]) -> None:
+        """Begin to write a checkpoint, after the one before it is written.
 
-        Raises SaveError for what went wrong with that one, or goes wrong now.
+        Args:
+            state: The layers of this process. It must not change until the files are written.
+            info: The run and the step.
+            descriptions: `str(layer)` of all layers.
+
+        Raises:
+            SaveError: This checkpoint, or the one before it, could not be written.
         """
-        self.note(step, metrics)
-        about = {"step": step, "config": config, "metrics": metrics, "data": data}
-        args = ocp.args.Composite(**{format.STATE: _Save(state, descriptions, about)})
-        with _files_may_fail(self.folder):
-            self._manager.save(step, args=args, force=True)
+        self.note(info.step, info.metrics)
+        arguments = _SaveArguments(state, descriptions, info)
+        composite = ocp.args.Composite(**{checkpoint_format.STATE: arguments})
+        with _os_errors_are_save_errors(self.folder):
+            self._manager.save(info.step, args=composite, force=True)
 
     def wait(self) -> None:
-        """Return when everything is written. Raises SaveError."""
-        with _files_may_fail(self.folder):
+        """Wait until everything is written. Raises SaveError."""
+        with _os_errors_are_save_errors(self.folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and stop. Raises SaveError."""
-        with _files_may_fail(self.folder):
+        """Wait, then stop the background thread. Raises SaveError."""
+        with _os_errors_are_save_errors(self.folder):
             self._manager.close()
 
 
 @contextlib.contextmanager
-def _files_may_fail(folder: epath.Path) -> Iterator[None]:
-    """Turns what can go wrong with files into a SaveError, and removes what is half written."""
+def _os_errors_are_save_errors(folder: epath.Path) -> Iterator[None]:
+    """Turn an OSError into a SaveError, and remove half-written checkpoints."""
     try:
         yield
     except OSError as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from gpipe_jax.checkpoint.format import RunInfo
 from gpipe_jax.config import TextConfig
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import Stop
@@ -111,14 +112,10 @@ class TrainingLoop:
             return
         with trainer.ledger.spend("checkpoint"):
             self.log.sync()
-            self.saver.save(
-                trainer.to_layers(self.current),
-                step,
-                descriptions=[str(layer) for layer in trainer.pipe.layers],
-                config=self.parts.config.model_dump(mode="json"),
-                metrics=self.evaluated,
-                data=self.parts.data,
-            )
+            config = self.parts.config.model_dump(mode="json")
+            info = RunInfo(step, config, metrics=self.evaluated, data=self.parts.data)
+            descriptions = [str(layer) for layer in trainer.pipe.layers]
+            self.saver.save(trainer.to_layers(self.current), info, descriptions)
         self.saved = step
 
     def _finish(self) -> None:

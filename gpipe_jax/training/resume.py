@@ -6,8 +6,8 @@ from typing import NamedTuple
 from etils import epath
 
 from gpipe_jax import errors
-from gpipe_jax.checkpoint import format
-from gpipe_jax.checkpoint.format import Manifest
+from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint.format import DamagedStep, Manifest
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import ConfigError, DamagedCheckpointError
@@ -37,12 +37,11 @@ def newest(
             check(found)
             state, problem = _try(found, trainer)
         else:
-            problem = str(found[1])
+            problem = found.reason
         if processes.all_agree(problem is None):
             assert state is not None and isinstance(found, Manifest)
             return Restored(state, found, damaged)
-        step = found.step if isinstance(found, Manifest) else found[0]
-        damaged[step] = problem or "another host found it damaged"
+        damaged[found.step] = problem or "another host found it damaged"
     if damaged:
         lines = [f"step {step}: {problem}" for step, problem in damaged.items()]
         rule = "none of the checkpoints here is whole; to start anew, remove or rename the folder"
@@ -50,10 +49,11 @@ def newest(
     return None
 
 
-def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedCheckpointError]]:
+def _manifests(folder: epath.Path) -> Iterator[Manifest | DamagedStep]:
     try:
         # A network file system may list less to some processes than to others.
-        yield from format.manifests(folder, processes.from_first(format.steps(folder)))
+        steps = processes.from_first(checkpoint_format.steps(folder))
+        yield from checkpoint_format.manifests(folder, steps)
     except errors.CheckpointFormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:
@@ -64,7 +64,7 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | tuple[int, DamagedChec
 def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:
     descriptions = [str(layer) for layer in trainer.pipe.layers]
     try:
-        saved = format.load(manifest, trainer.layer_shapes(), descriptions)
+        saved = checkpoint_format.load(manifest, trainer.layer_shapes(), descriptions)
         return trainer.from_layers(saved, manifest.step), None
     except DamagedCheckpointError as error:
         return None, str(error)

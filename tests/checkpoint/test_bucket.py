@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.cli import main as cli
 
 CONFIG = """\
@@ -45,7 +45,7 @@ def config(monkeypatch, tmp_path):
 
 
 def steps() -> list[int]:
-    return format.steps(epath.Path("gs://bucket/run/checkpoints"))
+    return checkpoint_format.steps(epath.Path("gs://bucket/run/checkpoints"))
 
 
 def layers(step: int) -> dict[str, bytes]:

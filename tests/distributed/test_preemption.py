@@ -34,11 +34,11 @@ trainer.Trainer._update = slow
 """,
     "save": """
 import time
-from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint import format as checkpoint_format
 def slow(*args):
     print("saving", flush=True)
     time.sleep(60)
-format.write_part = slow
+checkpoint_format.write_file = slow
 """,
 }
 

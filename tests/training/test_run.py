@@ -14,7 +14,7 @@ from etils import epath
 
 import gpipe_jax as gpipe
 from gpipe_jax import errors
-from gpipe_jax.checkpoint import format
+from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.distributed.preemption import listening
 from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
 from gpipe_jax.training import run, trainer
@@ -49,7 +49,7 @@ def saved(workdir, step: int) -> dict[str, bytes]:
 
 
 def latest_step(workdir) -> int | None:
-    return max(format.steps(epath.Path(workdir) / "checkpoints"), default=None)
+    return max(checkpoint_format.steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 class Interrupted(Exception):
@@ -207,14 +207,14 @@ def test_preempted_during_a_step(whole, tmp_path, last, capsys):
 
 
 def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
-    write, told = format.write_part, []
+    write, told = checkpoint_format.write_file, []
 
     def once(*args):
         if not told:
             told.append(signal_now())
         return write(*args)
 
-    monkeypatch.setattr(format, "write_part", once)
+    monkeypatch.setattr(checkpoint_format, "write_file", once)
     with pytest.raises(StoppedError):
         run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
     assert told and 4 <= latest_step(tmp_path) <= 8
@@ -267,15 +267,15 @@ def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_pa
         run.loop, "evaluate", lambda _, state, stop: {"test_loss": losses[state.step]}
     )
     run.train(parts, lambda record: None)
-    assert format.steps(parts.checkpoints) == [STEPS, 4]
+    assert checkpoint_format.steps(parts.checkpoints) == [STEPS, 4]
 
 
 def test_other_steps_between_saves(whole, tmp_path):
     config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
     run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
     folder = epath.Path(tmp_path) / "checkpoints"
-    assert format.steps(folder) == [11, 9, 6, 3]
-    evaluated = [m.step for m in format.manifests(folder) if m.metrics]
+    assert checkpoint_format.steps(folder) == [11, 9, 6, 3]
+    evaluated = [m.step for m in checkpoint_format.manifests(folder) if m.metrics]
     assert evaluated == [11], "the others were not due for an evaluation"
     assert saved(tmp_path, STEPS) == saved(whole[0].workdir, STEPS)
 
@@ -424,19 +424,19 @@ def test_a_folder_of_another_config_lists_what_differs(whole):
 def test_another_way_to_write_the_same_folder_is_no_difference(whole):
     workdir = whole[0].workdir
     other = other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")
-    run._same_run(other)(next(iter(format.manifests(whole[0].checkpoints))))
+    run._same_run(other)(next(iter(checkpoint_format.manifests(whole[0].checkpoints))))
 
 
 def test_a_setting_that_does_nothing_makes_no_other_run(whole):
     """Nor one that an earlier version wrote down."""
-    manifest = next(iter(format.manifests(whole[0].checkpoints)))
+    manifest = next(iter(checkpoint_format.manifests(whole[0].checkpoints)))
     run._same_run(other_config(whole, "optimizer.decay_rate=0.5"))(manifest)
     old = {**manifest.config, "profile": {"start": 5, "steps": 0}}
     old["optimizer"] = {**old["optimizer"], "decay_steps": 7}
-    run._same_run(whole[0])(manifest._replace(config=old))
+    run._same_run(whole[0])(dataclasses.replace(manifest, config=old))
     with pytest.raises(ConfigError, match=r"optimizer.decay_steps: 7 there, 1000 here"):
         falling = other_config(whole, "optimizer.schedule=exponential")
-        run._same_run(falling)(manifest._replace(config=old))
+        run._same_run(falling)(dataclasses.replace(manifest, config=old))
 
 
 @pytest.mark.parametrize("work", [lambda parts: run.train(parts, print), run.evaluate])
@@ -491,8 +491,10 @@ def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypat
 
 
 def test_checkpoints_from_before_data_was_told(whole, monkeypatch):
-    old = next(iter(format.manifests(whole[0].checkpoints)))._replace(data={})
-    monkeypatch.setattr(format, "read_manifest", lambda *_: old)
+    manifest = next(iter(checkpoint_format.manifests(whole[0].checkpoints)))
+    assert isinstance(manifest, checkpoint_format.Manifest)
+    old = dataclasses.replace(manifest, data={})
+    monkeypatch.setattr(checkpoint_format, "read_manifest", lambda *_: old)
     assert run.evaluate(whole[0]).figures["steps"] == STEPS
 
 
@@ -508,7 +510,7 @@ def test_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "config.yaml")
 
-    monkeypatch.setattr(run.metrics, "replace", refuse)  # root may write anywhere
+    monkeypatch.setattr(run.atomic_files, "write_text", refuse)  # root may write anywhere
     with pytest.raises(ConfigError, match=r"cannot write here .*Permission denied"):
         run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
 
