@@ -241,7 +241,7 @@ def search(
     evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
     """
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
-    space, evaluator = spaces.check(space), evaluators.as_evaluator(evaluate)
+    space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     driving = {"workers": workers, "timeout_s": timeout_s}
     setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
     policy = options.get("fitness_policy", "stored")

@@ -1,4 +1,4 @@
-"""What every search space has to keep, as a check that a space of your own can be put through."""
+"""Check that a search space of your own keeps the rules of `nas.Space`."""
 
 from random import Random
 from typing import Any
@@ -7,40 +7,54 @@ from nas.spaces import space as spaces
 
 
 def check_space(space: Any, *, architectures: int = 50, mutations: int = 20) -> None:
-    """Try random architectures and mutations; AssertionError says which rule is broken, by what.
+    """Try random architectures and mutations of a search space.
 
-    The rules: chance comes from `rng` alone, nothing is changed in place, `encode` is one line that
-    `decode` reads back, `canonical` is a text that depends on the architecture alone, and a
-    mutation has its kind before a colon.
+    The rules: `rng` is the only source of randomness. Nothing is changed in place. `encode` returns
+    one line that `decode` reads back. `canonical` returns a text that depends on the architecture
+    alone. `mutate` returns words with a kind before a colon.
+
+    Args:
+        space: The search space.
+        architectures: Number of random architectures.
+        mutations: Number of successive mutations of each.
+
+    Raises:
+        AssertionError: A rule is broken; the message says which one, and by what.
+        ValueError: `space` lacks required members.
+
+    Example:
+        >>> from nas.spaces.nasnet import NASNetSpace
+        >>> check_space(NASNetSpace(pairs=2), architectures=3, mutations=3)
     """
-    spaces.check(space)
+    spaces.as_space(space)
     assert isinstance(space.name, str) and space.name, f"name {space.name!r}: expected a text"
-    seen = set()
+    texts = set()
     for seed in range(architectures):
         architecture, again = space.random(Random(seed)), space.random(Random(seed))
         assert architecture == again, f"random: seed {seed} gave {architecture!r}, then {again!r}"
-        seen.add(_check_one(space, architecture))
+        texts.add(_check_architecture(space, architecture))
         rng = Random(seed)
         for _ in range(mutations):
             architecture = _check_mutation(space, architecture, rng)
-    assert len(seen) > 1 or architectures == 1, f"random: {architectures} seeds gave one {seen}"
+    assert len(texts) > 1 or architectures == 1, f"random: {architectures} seeds gave one {texts}"
 
 
-def _check_one(space: Any, architecture: Any) -> str:
-    """Returns the architecture as text."""
+def _check_architecture(space: Any, architecture: Any) -> str:
+    """Check text and canonical form; return the text."""
     text = space.encode(architecture)
     assert isinstance(text, str) and "\n" not in text, f"encode: expected one line, got {text!r}"
-    back = space.decode(text)
-    assert back == architecture, f"decode: {text!r} became {back!r}, was {architecture!r}"
+    decoded = space.decode(text)
+    assert decoded == architecture, f"decode: {text!r} became {decoded!r}, was {architecture!r}"
     canonical = space.canonical(architecture)
     assert isinstance(canonical, str), f"canonical: expected a text, got {canonical!r}"
-    assert canonical == space.canonical(back), (
-        f"canonical: {architecture!r} has {canonical!r}, then {space.canonical(back)!r}"
+    assert canonical == space.canonical(decoded), (
+        f"canonical: {architecture!r} has {canonical!r}, then {space.canonical(decoded)!r}"
     )
     return text
 
 
 def _check_mutation(space: Any, parent: Any, rng: Random) -> Any:
+    """Check one mutation; return the child."""
     before, state = space.encode(parent), rng.getstate()
     child, words = space.mutate(parent, rng)
     assert space.encode(parent) == before, f"mutate: changed its argument {before!r} in place"
@@ -49,5 +63,5 @@ def _check_mutation(space: Any, parent: Any, rng: Random) -> Any:
     assert again == (child, words), f"mutate: gave {child!r}, then {again[0]!r} by the same chance"
     kind, colon, _ = words.partition(":")
     assert kind and colon, f"mutate: expected words such as 'op: edge 2, a -> b', got {words!r}"
-    _check_one(space, child)
+    _check_architecture(space, child)
     return child

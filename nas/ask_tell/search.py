@@ -56,7 +56,7 @@ class Search:
         other_evaluator: bool = False,
         **settings: Any,
     ) -> None:
-        self.space, self.settings = spaces.check(space), Settings(**settings)
+        self.space, self.settings = spaces.as_space(space), Settings(**settings)
         reopening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)

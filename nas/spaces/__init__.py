@@ -1,1 +1,1 @@
-"""Room."""
+"""Define what is searched: architectures, mutation, canonical form, text and picture; no JAX."""

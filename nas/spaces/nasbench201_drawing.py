@@ -1,9 +1,19 @@
-"""The layout of a cell of NAS-Bench-201: its four nodes below each other, edges as boxes between.
+"""Lay out a cell of NAS-Bench-201: four nodes below each other, edges as boxes between them.
 
-Every edge has its place, so that two cells can be compared at a glance.
+    0: input           row 0
+    |       \\    \\
+    e01      |    |    row 1; e02 is in row 2, to the left
+    1: sum   |    |    row 2
+    ...
+    3: output          row 6
+
+Every edge has a fixed place, so that two cells can be compared at a glance.
 """
 
-from gpipe_jax.genotypes.cell_drawing import FILLS, WIRES
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gpipe_jax.genotypes.cell_drawing import EDGE_COLOURS, FILL_COLOURS
 from gpipe_jax.utils.graph_drawing import (
     BOX_HEIGHT,
     GREY,
@@ -12,49 +22,70 @@ from gpipe_jax.utils.graph_drawing import (
     Box,
     Edge,
     Picture,
-    fitted,
+    fit_width,
 )
-from nas.spaces.nasbench201 import EDGES, OPERATIONS, Edges
 
 NODE_WIDTH, WIDTH, STEP, COLUMN = 128.0, 104.0, 50.0, 134.0
 NODES = ("0: input", "1: sum", "2: sum", "3: output")
-# Of each edge its column, its row, and where it leaves and enters its nodes: beside all boxes.
-PLACES = (
-    (0, 1, 0, 0),
-    (-1, 2, -44, -44),
-    (0, 3, 0, 0),
-    (2, 3, 44, 58),
-    (1, 4, 44, 44),
-    (0, 5, 0, 0),
-)
 PALE = "#d4d4d4"  # of edges that are `none`
 
 
-def picture(edges: Edges, title: str, before: Edges | None = None) -> Picture:
-    """The layout of one cell; marked are edges that differ from those `before`."""
+class CellEdge(NamedTuple):
+    """Hold an edge of a cell: its nodes and its operation."""
+
+    source: int
+    target: int
+    operation: str
+
+
+class _Place(NamedTuple):
+    """Hold where an edge's box is, and where its wire leaves and enters the nodes."""
+
+    column: int
+    row: int
+    leaves: float  # from the middle of the source, so that the wire passes beside all boxes
+    enters: float  # from the middle of the target
+
+
+# In the order of `nas.spaces.nasbench201.EDGES`.
+PLACES = (
+    _Place(0, 1, 0, 0),
+    _Place(-1, 2, -44, -44),
+    _Place(0, 3, 0, 0),
+    _Place(2, 3, 44, 58),
+    _Place(1, 4, 44, 44),
+    _Place(0, 5, 0, 0),
+)
+
+
+def picture(
+    edges: Sequence[CellEdge], title: str, before: Sequence[CellEdge] | None = None
+) -> Picture:
+    """Lay out one cell; edges that differ from those `before` are marked."""
     boxes = [Box(0.0, _top(2 * node), NODE_WIDTH, text) for node, text in enumerate(NODES)]
-    boxes = [box._replace(edge=WIRES[node]) for node, box in enumerate(boxes[:3])] + boxes[3:]
+    boxes = [box._replace(border=EDGE_COLOURS[node]) for node, box in enumerate(boxes[:3])] + boxes[
+        3:
+    ]
     wires: list[Edge] = []
-    for edge, (source, target) in enumerate(EDGES):
-        (column, row, leaves, enters), name = PLACES[edge], OPERATIONS[edges[edge]]
-        colour = PALE if name == "none" else WIRES[source]
-        x, top = column * COLUMN, _top(row)
-        box = Box(x, top, WIDTH, name, _fill(name), PALE if name == "none" else GREY)
-        both = [
-            Edge([(leaves, _top(2 * source) + BOX_HEIGHT), (x, top)], colour),
-            Edge([(x, top + BOX_HEIGHT), (enters, _top(2 * target))], colour),
-        ]
-        changed = before is not None and before[edge] != edges[edge]
-        boxes.append(box.marked() if changed else box)
-        wires += [wire.marked() if changed else wire for wire in both]
-    return fitted(title, boxes, wires, _top(6) + BOX_HEIGHT + MARGIN)
+    for k, ((source, target, name), place) in enumerate(zip(edges, PLACES, strict=True)):
+        is_none = name == "none"
+        colour = PALE if is_none else EDGE_COLOURS[source]
+        x, top = place.column * COLUMN, _top(place.row)
+        box = Box(x, top, WIDTH, name, _fill(name), PALE if is_none else GREY)
+        above = Edge([(place.leaves, _top(2 * source) + BOX_HEIGHT), (x, top)], colour)
+        below = Edge([(x, top + BOX_HEIGHT), (place.enters, _top(2 * target))], colour)
+        if before is not None and before[k] != edges[k]:
+            box, above, below = box.marked(), above.marked(), below.marked()
+        boxes.append(box)
+        wires += [above, below]
+    return fit_width(title, boxes, wires, _top(6) + BOX_HEIGHT + MARGIN)
 
 
-def differences(edges: Edges, before: Edges) -> list[str]:
-    """What is other than before, in words."""
+def differences(edges: Sequence[CellEdge], before: Sequence[CellEdge]) -> list[str]:
+    """Describe each edge whose operation differs from the one `before`."""
     return [
-        f"edge {source} to {target}: {OPERATIONS[old]} → {OPERATIONS[new]}"
-        for (source, target), old, new in zip(EDGES, before, edges, strict=True)
+        f"edge {new.source} to {new.target}: {old.operation} → {new.operation}"
+        for old, new in zip(before, edges, strict=True)
         if old != new
     ]
 
@@ -64,7 +95,7 @@ def _top(row: int) -> float:
 
 
 def _fill(name: str) -> str:
-    return next(
-        (colour for part, colour in FILLS.items() if part in name),
-        FILLS["identity"] if name == "skip_connect" else "#ffffff",
-    )
+    for part, colour in FILL_COLOURS.items():
+        if part in name:
+            return colour
+    return FILL_COLOURS["identity"] if name == "skip_connect" else "#ffffff"

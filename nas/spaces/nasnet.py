@@ -1,4 +1,4 @@
-"""The cell space of NASNet and AmoebaNet (Real et al. 2019, https://arxiv.org/abs/1802.01548)."""
+"""Define the cell space of NASNet and AmoebaNet (Real et al. 2019, arXiv:1802.01548)."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -11,17 +11,32 @@ from gpipe_jax.genotypes.genotype import (
     Element,
     Genotype,
 )
+from gpipe_jax.utils.graph_drawing import Picture
 
 CELLS = ("normal", "reduction")
-IDENTITY = 0.05  # the probability of no mutation; the other two share the rest equally
+IDENTITY = 0.05  # probability of no mutation; the other two kinds share the rest equally
 
 
 @dataclass(frozen=True)
 class NASNetSpace:
-    """Two cells of pairwise combinations; a cell's output is the states that no pair reads.
+    """Search two cells of pairwise combinations; an architecture is a `Genotype`.
 
-    With the defaults, the paper's: five pairs and eight operations, which makes
-    (6!)^2 8^10 = 5.6e14 cells.
+    A cell's output concatenates the states that no pair reads. The defaults are the paper's: five
+    pairs and eight operations, which make (6!)^2 8^10 = 5.6e14 cells.
+
+    Args:
+        pairs: Number of pairwise combinations in a cell, at least 1.
+        operations: Names of the operations that an element of a pair may be.
+
+    Raises:
+        ValueError: `pairs` is less than 1, or an operation is unknown.
+
+    Example:
+        >>> from random import Random
+        >>> NASNetSpace(pairs=3).name
+        'nasnet, 3 pairs'
+        >>> len(NASNetSpace().random(Random(0)).normal.pairs)
+        5
     """
 
     pairs: int = 5
@@ -40,14 +55,16 @@ class NASNetSpace:
 
     @property
     def name(self) -> str:
-        """`nasnet`, and where it is not the paper's space what differs."""
-        changed = [f"{self.pairs} pairs"] * (self.pairs != 5)
+        """Return `nasnet`, followed by what differs from the paper's space."""
+        words = ["nasnet"]
+        if self.pairs != 5:
+            words.append(f"{self.pairs} pairs")
         if self.operations != PAPER_OPERATIONS:
-            changed.append(f"operations {' '.join(self.operations)}")
-        return ", ".join(["nasnet", *changed])
+            words.append(f"operations {' '.join(self.operations)}")
+        return ", ".join(words)
 
     def random(self, rng: Random) -> Genotype:
-        """Each operation and each state that is read: one of those possible, equally likely."""
+        """Draw each operation, and each state that is read, uniformly from the possible ones."""
         return Genotype(self._random_cell(rng), self._random_cell(rng))
 
     def _random_cell(self, rng: Random) -> Cell:
@@ -57,9 +74,9 @@ class NASNetSpace:
         return Cell.from_pairs([(element(i), element(i)) for i in range(self.pairs)])
 
     def mutate(self, architecture: Genotype, rng: Random) -> tuple[Genotype, str]:
-        """Identity, or one element's state replaced by another, or its operation by any.
+        """Change nothing, or replace one element's state by another, or its operation by any.
 
-        As in the paper's section "Search space" the new state differs from the old one, while the
+        As in the paper's section "Search space", the new state differs from the old one, and the
         new operation is drawn from the whole list.
         """
         draw = rng.random()
@@ -79,16 +96,31 @@ class NASNetSpace:
         return replace(architecture, **{kind: child}, name=""), words
 
     def canonical(self, architecture: Genotype) -> str:
-        """Of all genotypes with the same two graphs; see `Cell.canonical`."""
+        """Return the text that all genotypes with the same two graphs share.
+
+        See `Cell.canonical`.
+        """
         return self.encode(architecture.canonical())
 
     def encode(self, architecture: Genotype) -> str:
-        """As JSON."""
+        """Return the genotype as one line of JSON."""
         return architecture.to_json()
 
     def decode(self, text: str) -> Genotype:
-        """From JSON; ValueError says what is wrong."""
+        """Read a genotype from JSON.
+
+        Raises:
+            ValueError: It is no genotype; the message says what is wrong.
+        """
         return Genotype.from_json(text)
+
+    def pictures(self, architecture: Genotype, before: Genotype | None = None) -> list[Picture]:
+        """Draw both cells, with marks where they differ from those `before`."""
+        return architecture.pictures(before)
+
+    def differences(self, architecture: Genotype, before: Genotype) -> list[str]:
+        """Describe each difference from the genotype `before` in a line."""
+        return architecture.differences(before)
 
 
 def _words(element: Element) -> str:

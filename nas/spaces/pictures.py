@@ -1,56 +1,57 @@
-"""Draw architectures, and name the differences between two."""
+"""Draw architectures of the store, and describe the differences between two.
+
+Only built-in spaces have pictures (`nas.spaces.space.DrawableSpace`). Other architectures are shown
+as the text that their space wrote.
+"""
 
 import html as escaping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gpipe_jax.genotypes import cell_drawing
-from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.utils import graph_drawing
 from gpipe_jax.utils.graph_drawing import Picture
-from nas.spaces import nasbench201_drawing
-from nas.spaces.nasbench201 import NASBench201Space
+from nas.spaces.space import DrawableSpace, built_in
 
 
-class Architecture(NamedTuple):
-    """A text of a store, read if its space is known."""
+class StoredArchitecture(NamedTuple):
+    """Hold an architecture's text, and its value if a space with pictures reads the text."""
 
     text: str
-    genotype: Genotype | None = None
-    edges: tuple[int, ...] | None = None
+    space: DrawableSpace[Any] | None = None
+    value: Any = None
 
 
-def read(space: str, text: str) -> Architecture:
-    """The architecture that a space of that name has encoded as `text`."""
+def read(space: str, text: str) -> StoredArchitecture:
+    """Read a text that the space of this name has encoded."""
+    reading = built_in(space)
+    if not isinstance(reading, DrawableSpace):
+        return StoredArchitecture(text)
     try:
-        if space.partition(",")[0] == "nasnet":
-            return Architecture(text, genotype=Genotype.from_json(text))
-        if space == NASBench201Space.name:
-            return Architecture(text, edges=NASBench201Space().decode(text))
-    except ValueError:
-        pass  # a space of another's, by the same name
-    return Architecture(text)
+        return StoredArchitecture(text, reading, reading.decode(text))
+    except ValueError:  # a user's space of the same name
+        return StoredArchitecture(text)
 
 
-def pictures(one: Architecture, before: Architecture | None = None) -> list[Picture]:
-    """Its cells, marked where they differ from those before; none if it has no picture."""
-    if one.genotype:
-        return cell_drawing.pictures(one.genotype, before.genotype if before else None)
-    if one.edges:
-        return [nasbench201_drawing.picture(one.edges, "cell", before.edges if before else None)]
-    return []
+def pictures(
+    architecture: StoredArchitecture, before: StoredArchitecture | None = None
+) -> list[Picture]:
+    """Draw the cells, with marks where they differ from `before`; empty without pictures."""
+    if architecture.space is None:
+        return []
+    return architecture.space.pictures(architecture.value, before.value if before else None)
 
 
-def differences(one: Architecture, before: Architecture) -> list[str]:
-    """What is other than before, in words, one line each; none if nothing is."""
-    if one.genotype and before.genotype:
-        return cell_drawing.differences(one.genotype, before.genotype)
-    if one.edges and before.edges:
-        return nasbench201_drawing.differences(one.edges, before.edges)
-    return [f"{before.text} → {one.text}"] * (one.text != before.text)
+def differences(architecture: StoredArchitecture, before: StoredArchitecture) -> list[str]:
+    """Describe each difference from `before` in a line; empty if they are equal."""
+    if architecture.space is not None and before.space is not None:
+        return architecture.space.differences(architecture.value, before.value)
+    if architecture.text == before.text:
+        return []
+    return [f"{before.text} → {architecture.text}"]
 
 
-def html(one: Architecture, before: Architecture | None = None) -> str:
-    """Its cells as inline SVG, or its text."""
-    drawn = pictures(one, before)
-    text = f'<pre style="white-space:pre-wrap">{escaping.escape(one.text)}</pre>'
-    return graph_drawing.side_by_side(drawn) if drawn else text
+def html(architecture: StoredArchitecture, before: StoredArchitecture | None = None) -> str:
+    """Return the cells as inline SVG, or else the text."""
+    drawn = pictures(architecture, before)
+    if drawn:
+        return graph_drawing.side_by_side(drawn)
+    return f'<pre style="white-space:pre-wrap">{escaping.escape(architecture.text)}</pre>'

@@ -1,6 +1,6 @@
-"""What a search space is: a handful of functions over architectures, which may be any values.
+"""Define a search space: a few functions of architectures, which may be any values.
 
-A space of your own is a class with these members; `nas.testing.check_space` says whether it is one.
+A space of your own is a class with these members; `nas.testing.check_space` tests it.
 
     class Bits:
         name = "20 bits"
@@ -15,42 +15,75 @@ A space of your own is a class with these members; `nas.testing.check_space` say
 
 from collections.abc import Callable
 from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from gpipe_jax.utils import text as hints
+from gpipe_jax.utils.graph_drawing import Picture
+from gpipe_jax.utils.text import did_you_mean_or_list
 
 A = TypeVar("A")
+REQUIRED = ("name", "random", "mutate", "canonical", "encode", "decode")
 
 
 class Space(Protocol[A]):
-    """Architectures of type `A`, which are compared by `==` and never changed in place."""
+    """Describe a set of architectures of type `A` and their mutations.
+
+    Architectures are compared by `==` and never changed in place.
+
+    Example::
+
+        nas.testing.check_space(Bits())  # the class in this module's docstring
+        nas.search(space=Bits(), evaluate=sum)
+    """
 
     @property
     def name(self) -> str:
-        """What the store knows the space by; spaces of one name have the same architectures."""
+        """Name the space in the store; spaces of one name have the same architectures."""
         ...
 
     def random(self, rng: Random) -> A:
-        """An architecture, every one equally likely; all chance comes from `rng`."""
+        """Draw an architecture uniformly; `rng` is the only source of randomness."""
         ...
 
     def mutate(self, architecture: A, rng: Random) -> tuple[A, str]:
-        """A child, and the mutation in words, its kind before a colon: `op: normal pair 2, ...`."""
+        """Return a child and a description of the mutation.
+
+        The description has the kind before a colon: `op: normal pair 2, ...`.
+        """
         ...
 
     def canonical(self, architecture: A) -> str:
-        """A text that architectures share that are the same network, and no others.
+        """Return a text that only architectures which are the same network share.
 
-        The cache answers by it. Where nothing is known of equal networks, it is `encode`.
+        The cache finds duplicates by it. If duplicates are unknown, return `encode`.
         """
         ...
 
     def encode(self, architecture: A) -> str:
-        """The architecture as one line of text, for the store."""
+        """Return the architecture as one line of text, for the store."""
         ...
 
     def decode(self, text: str) -> A:
-        """The architecture that `encode` wrote; ValueError if it wrote no such text."""
+        """Return the architecture that `encode` wrote.
+
+        Raises:
+            ValueError: `encode` writes no such text.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawableSpace(Space[A], Protocol[A]):
+    """Extend a space with optional members, which reports use for the spaces in `SPACES`.
+
+    Without them reports show an architecture as text.
+    """
+
+    def pictures(self, architecture: A, before: A | None = None) -> list[Picture]:
+        """Draw the architecture's cells, with marks where they differ from those `before`."""
+        ...
+
+    def differences(self, architecture: A, before: A) -> list[str]:
+        """Describe each difference from the architecture `before` in a line."""
         ...
 
 
@@ -67,22 +100,33 @@ def _nasbench201() -> Space[Any]:
 
 
 SPACES: dict[str, Callable[[], Space[Any]]] = {"nasnet": _nasnet, "nasbench201": _nasbench201}
-"""The spaces that come with this package, by name."""
+"""Constructors of the built-in spaces, by the first word of the space's name."""
 
 
-def check(space: Any) -> Space[Any]:
-    """`space`, or the one of that name; ValueError if it is none."""
+def built_in(name: str) -> Space[Any] | None:
+    """Return the built-in space that reads architectures of a space of this name, or None.
+
+    The default space of a family reads all of it: `nasnet` also reads those of `nasnet, 3 pairs`.
+    """
+    make = SPACES.get(name.partition(",")[0])
+    return make() if make else None
+
+
+def as_space(space: Any) -> Space[Any]:
+    """Return `space`, or the built-in space of that name.
+
+    Raises:
+        ValueError: The name is unknown, or the object lacks required members.
+    """
     if isinstance(space, str):
         if space not in SPACES:
-            hint = hints.did_you_mean_or_list(space, SPACES)
-            raise ValueError(f"space: unknown space {space!r}{hint}")
+            raise ValueError(f"space: unknown space {space!r}{did_you_mean_or_list(space, SPACES)}")
         return SPACES[space]()
-    members = ("name", "random", "mutate", "canonical", "encode", "decode")
-    absent = [member for member in members if not hasattr(space, member)]
+    absent = [member for member in REQUIRED if not hasattr(space, member)]
     if absent or isinstance(space, type):
         problem = "is a class" if isinstance(space, type) else f"has no {', '.join(absent)}"
         raise ValueError(
-            f"space {space!r} {problem}: give an object with {', '.join(members)}, such as "
+            f"space {space!r} {problem}: give an object with {', '.join(REQUIRED)}, such as "
             "nas.NASNetSpace()"
         )
     return space

@@ -8,7 +8,6 @@ import pytest
 from searches import drive, small
 
 import nas
-from gpipe_jax.genotypes import cell_drawing
 from gpipe_jax.utils import graph_drawing
 from nas.reports import html, lineage, plots
 from nas.spaces import pictures as spaces_pictures
@@ -161,8 +160,8 @@ def test_marked_is_what_a_mutation_has_changed() -> None:
     for _ in range(60):
         parent = space.random(rng)
         child, words = space.mutate(parent, rng)
-        lines = cell_drawing.differences(child, parent)
-        marked = [text for one in cell_drawing.pictures(child, parent) for text in marks(one)]
+        lines = child.differences(parent)
+        marked = [text for one in child.pictures(parent) for text in marks(one)]
         if child == parent:
             assert not lines and not marked
             continue

@@ -65,11 +65,11 @@ def test_a_space_that_breaks_a_rule_is_found_out(broken, rule) -> None:
 
 def test_an_unknown_space_is_named() -> None:
     with pytest.raises(ValueError, match="unknown space 'nasnett'; did you mean 'nasnet'"):
-        space.check("nasnett")
+        space.as_space("nasnett")
     with pytest.raises(ValueError, match=r"has no name, random, .*: give an object with"):
-        space.check(object())
+        space.as_space(object())
     with pytest.raises(ValueError, match="is a class: give an object"):
-        space.check(Bits)
+        space.as_space(Bits)
 
 
 # --- NASNet ---------------------------------------------------------------------------------------
