@@ -13,9 +13,10 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.genotypes.genotype import Genotype
+from nas.storage import old_names
 from nas.training.options import DTYPES
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class NetworkCosts:
     batch_size: int = 1
     topology: str | None = None
     """A TPU slice, as v5e:1x1 or v5litepod-4."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; runs of versions before 0.2 have other names of fields."""
+        vars(self).update(old_names.current_fields("NetworkCosts", state))
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

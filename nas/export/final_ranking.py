@@ -5,7 +5,6 @@ run's folder, in finals.json: an interrupted ranking resumes, and a finished one
 that failed is tried again.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
 from nas.spaces.space import Space
 from nas.storage import queries
-from nas.storage.finals_file import FILE, read_entries, write_entries
+from nas.storage.finals_file import FILE, key_of, read_entries, write_entries
 from nas.storage.reader import CandidateRow, Reader
 from nas.training.evaluator import TrainingEvaluator
 
@@ -85,7 +84,7 @@ def _finalist(
     longer: TrainingEvaluator, prepared: Any, reader: Reader, space: Any, row: CandidateRow
 ) -> Finalist:
     path = reader.path.parent / FILE
-    key = f"#{row.id}, {json.dumps(evaluators.identity_of(longer))}"
+    key = key_of(row.id, evaluators.identity_of(longer))
     stored = read_entries(path)
     if key in stored:
         return Finalist(row, stored[key]["fitness"], stored[key]["metrics"])

@@ -1,17 +1,18 @@
-"""Keep the results of candidates that an export trained again, beside the store."""
+"""Store the results of candidates that an export trained again, in a file beside the store."""
 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils import atomic_files
+from nas.storage.old_names import current_evaluator
 from nas.storage.reader import Reader
 
 FILE = "finals.json"
 
 
 class Retrained(NamedTuple):
-    """What came of training a candidate again."""
+    """Hold the result of training a candidate again."""
 
     candidate: int
     epochs: int | None  # None in files of older versions
@@ -19,17 +20,35 @@ class Retrained(NamedTuple):
 
 
 def read_finals(reader: Reader) -> list[Retrained]:
-    """All that has been trained again so far, the best first."""
-    found = [
-        Retrained(int(key[1:].partition(",")[0]), one.get("epochs"), one["fitness"])
-        for key, one in read_entries(reader.path.parent / FILE).items()
+    """Return all candidates that have been trained again so far, the best first."""
+    finals = [
+        Retrained(int(key[1:].partition(",")[0]), entry.get("epochs"), entry["fitness"])
+        for key, entry in read_entries(reader.path.parent / FILE).items()
     ]
-    return sorted(found, key=lambda one: one.fitness, reverse=reader.study().maximise)
+    return sorted(finals, key=lambda final: final.fitness, reverse=reader.study().maximise)
+
+
+def key_of(candidate: int, evaluator: dict[str, Any]) -> str:
+    """Return the key of a candidate trained by this evaluator (see `identity_of`)."""
+    return f"#{candidate}, {json.dumps(evaluator)}"
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Read the file's entries by key; empty if there is no file."""
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {_current_key(key): entry for key, entry in entries.items()}
 
 
-def write_entries(path: Path, done: dict[str, Any]) -> None:
-    atomic_files.write_text(path, json.dumps(done, indent=1) + "\n")
+def _current_key(key: str) -> str:
+    candidate, _, identity = key[1:].partition(", ")
+    try:
+        return key_of(int(candidate), current_evaluator(json.loads(identity)))
+    except ValueError:  # a key of another version: keep it
+        return key
+
+
+def write_entries(path: Path, entries: dict[str, Any]) -> None:
+    """Write the file, which replaces the old one at once."""
+    atomic_files.write_text(path, json.dumps(entries, indent=1) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nas.storage import schema
+from nas.storage.old_names import current_evaluator, current_limit
 
 FILE = "search.sqlite"
 
@@ -118,9 +119,13 @@ class Reader:
         """What the search is."""
         columns = "name, space, settings, created, package"
         name, space, settings, created, package = self._fetch_one(f"SELECT {columns} FROM study")
-        found = json.loads(settings)
-        evaluator, limits = (found.pop(key, None) for key in ("evaluate", "limits"))
-        return Study(name, space, found, created, package, evaluator, limits)
+        values = json.loads(settings)
+        evaluator, limits = values.pop("evaluate", None), values.pop("limits", None)
+        if evaluator is not None:
+            evaluator = current_evaluator(evaluator)
+        if limits is not None:
+            limits = [current_limit(limit) for limit in limits]
+        return Study(name, space, values, created, package, evaluator, limits)
 
     def setup(self) -> bytes | None:
         """Space, evaluator and limits, pickled; None if they could not be."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from nas.ask_tell import trained_values
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job
+from nas.storage import old_names
 from nas.training.options import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class TrainingEvaluator(Evaluator):
     """Of the space's cells, as is `operations`; a search fills both in."""
     run: str | None = field(default=None, compare=False)
     """The run's folder, in which trained values are kept; a search fills it in if they are."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; runs of versions before 0.2 have other names of fields."""
+        vars(self).update(old_names.current_fields("TrainingEvaluator", state))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))

@@ -1,15 +1,17 @@
-"""What a run needs to be resumed, and is not data but code: kept pickled in its store."""
+"""Store and load what a run needs to be resumed and is code: space, evaluator and limits."""
 
+import io
 import pickle
 from typing import Any, NamedTuple
 
 from nas.ask_tell.limits import Limit
+from nas.storage import old_names
 from nas.storage.reader import Reader
 from nas.workers import task
 
 
 class Setup(NamedTuple):
-    """The arguments of `nas.search` that the store's tables do not have."""
+    """Hold the arguments of `nas.search` that are in no table of the store."""
 
     space: Any
     evaluate: Any
@@ -17,25 +19,40 @@ class Setup(NamedTuple):
     options: dict[str, Any]
 
     def pickled(self) -> bytes | None:
-        """For the store; None if it cannot be."""
+        """Pickle the setup for the store; None if that is not possible."""
         simple = {k: v for k, v in self.options.items() if k != "workers" or type(v) in (int, str)}
         try:
             return task.dumps(self._replace(options=simple))
-        except Exception:  # of any object's own pickling
+        except Exception:  # any object's own pickling may raise anything
             return None
 
 
 def load_setup(reader: Reader, *, needed: bool = True) -> Setup:
-    """The run's own setup; ValueError if it is needed and not to be had. Runs what is pickled."""
-    blob = reader.setup()
+    """Return the setup that was stored with a run. Unpickling runs code of the run.
+
+    Args:
+        reader: The run's store.
+        needed: Whether to raise ValueError if there is no setup, instead of returning an empty one.
+
+    Raises:
+        ValueError: The setup could not be pickled, or cannot be unpickled here.
+    """
+    pickled = reader.setup()
     try:
-        if blob is None:
+        if pickled is None:
             raise ValueError("they cannot be pickled")
-        return pickle.loads(blob)
-    except Exception as error:
+        return _Unpickler(io.BytesIO(pickled)).load()
+    except Exception as error:  # any object's own unpickling may raise anything
         if not needed:
             return Setup(None, None, (), {})
         raise ValueError(
             f"{reader.path} does not have the search's functions ({error}): give the evaluator "
-            "anew, resume(evaluate=...), or call nas.search as before, with the same name"
+            "again, resume(evaluate=...), or call nas.search as before, with the same name"
         ) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Find classes of versions before 0.2 where they are now."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        return super().find_class(*old_names.current_class(module_name, global_name))
