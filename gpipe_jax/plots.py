@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
-from gpipe_jax.utils.figures import blank, saved
+from gpipe_jax.utils.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
 
     The later a chunk is in the network, the paler is its box. Written to `path` where given.
     """
-    figure = blank(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.num_devices + 1.3)
+    figure = new_figure(min(max(6.0, 0.32 * plan.ticks), 40.0), 0.42 * plan.num_devices + 1.3)
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
@@ -43,13 +43,13 @@ def schedule(plan: Schedule, path: Path | None = None) -> "Figure":
     )
     boxes = [Rectangle((0, 0), 1, 1, facecolor=c) for c in COLOURS.values()]
     figure.legend(boxes, ["forward", "backward"], loc="outside lower right", ncols=2, fontsize=8)
-    return saved(figure, path)
+    return save_figure(figure, path)
 
 
 def curves(records: Sequence[dict], path: Path) -> None:
     """Draw loss and accuracy over the steps, in training and on held-out data."""
     names = [n for n in ("loss", "accuracy") if any(n in r or f"test_{n}" in r for r in records)]
-    figure = blank(5.5 * len(names), 3.6)
+    figure = new_figure(5.5 * len(names), 3.6)
     grid = figure.subplots(1, len(names), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for key, style in ((name, "-"), (f"test_{name}", "o-")):
@@ -60,4 +60,4 @@ def curves(records: Sequence[dict], path: Path) -> None:
         axes.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
         axes.grid(alpha=0.3)
         axes.legend()
-    saved(figure, path)
+    save_figure(figure, path)

@@ -1,1 +1,1 @@
-"""Room."""
+"""Describe cells and networks of the AmoebaNet search space as data; imports no JAX."""

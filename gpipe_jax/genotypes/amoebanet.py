@@ -1,9 +1,9 @@
-"""The published AmoebaNets (Real et al. 2019, https://arxiv.org/abs/1802.01548).
+"""List the published AmoebaNets (Real et al. 2019, https://arxiv.org/abs/1802.01548).
 
-As they are in models/official/amoeba_net/model_specs.py of https://github.com/tensorflow/tpu at
-7dc921f. Six of the eight concat sets are not the unused states: that code lists them apart, and
-only with its lists do the networks have their published sizes. (AmoebaNet-A with N=6 and F=190 has
-86.7M parameters, and would have 75.1M.)
+They are as in models/official/amoeba_net/model_specs.py of https://github.com/tensorflow/tpu at
+7dc921f. Six of the eight concat sets differ from the unused states: that code lists them
+explicitly, and only with its lists do the networks have their published sizes. (AmoebaNet-A with
+N=6 and F=190 has 86.7M parameters; with the unused states it would have 75.1M.)
 """
 
 from gpipe_jax.genotypes.genotype import Cell, Genotype
@@ -105,4 +105,4 @@ AMOEBANET_D = Genotype(
 )
 
 GENOTYPES = {"A": AMOEBANET_A, "B": AMOEBANET_B, "C": AMOEBANET_C, "D": AMOEBANET_D}
-"""The published AmoebaNets by their letter."""
+"""The published AmoebaNets by letter."""

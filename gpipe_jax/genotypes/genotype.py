@@ -1,11 +1,11 @@
-"""Cells of the AmoebaNet search space as data: checked, compared, stored, and drawn.
+"""Represent cells of the AmoebaNet search space as data: check, compare, store and draw them.
 
 A network of this space repeats two cells, normal and reduction (Real et al. 2019,
 https://arxiv.org/abs/1802.01548, "Search space"). A cell is a small graph of hidden states:
 
     state 0    the cell's direct input, the output of the cell before it
     state 1    its skip input, the output of the cell before that
-    state 2+i  made by pair i: op_a(state a) + op_b(state b), with a and b made earlier
+    state 2+i  computed by pair i: op_a(state a) + op_b(state b), from earlier states a and b
     output     some of the states, concatenated over the channels
 """
 
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.genotypes import cell_drawing
+from gpipe_jax.genotypes.cell_drawing import INPUTS, Element, Graph, Pair
 from gpipe_jax.utils.text import did_you_mean_or_list
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-Element = tuple[str, int]  # an operation, and the state it reads
-Pair = tuple[Element, Element]
+    from gpipe_jax.utils.graph_drawing import Picture
 
 PAPER_OPERATIONS: tuple[str, ...] = (
     "identity",
@@ -48,59 +48,85 @@ OPERATIONS: tuple[str, ...] = (
 )
 """All operations: the paper's eight, and four more that AmoebaNet-B and D need."""
 
-INPUTS = 2
-"""The states 0 and 1, which no pair makes."""
-
 
 @dataclass(frozen=True)
 class Cell:
-    """A graph of hidden states; lists are frozen, and what is not a cell raises ValueError."""
+    """Hold one cell, a graph of hidden states.
+
+    Args:
+        pairs: Pair i computes state 2 + i: `((operation, state), (operation, state))`. Lists become
+            tuples.
+        concat: The states that form the output.
+
+    Raises:
+        ValueError: This is not a cell; the message names the pair, the problem and the remedy.
+    """
 
     pairs: tuple[Pair, ...]
-    concat: tuple[int, ...]  # the states that form the output
+    concat: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        given = _items("pairs", self.pairs, "pairs of elements")
-        pairs = tuple(_pair(i, pair) for i, pair in enumerate(given))
+        items = _items("pairs", self.pairs, "pairs of elements")
+        pairs = tuple(_pair(i, pair) for i, pair in enumerate(items))
         if not pairs:
-            raise ValueError(f"pairs is {given!r}, but a cell needs at least one pair: add one")
+            raise ValueError(f"pairs is {items!r}, but a cell needs at least one pair: add one")
         object.__setattr__(self, "pairs", pairs)
         object.__setattr__(self, "concat", _concat(self.concat, len(pairs)))
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[Sequence[Element]]) -> "Cell":
-        """The cell whose output is its unused states, the rule of the paper's search."""
+        """Return the cell whose output is its unused states, the rule of the paper's search."""
         draft = cls(tuple(pairs), concat=(INPUTS,))  # type: ignore[arg-type]
         return replace(draft, concat=draft.unused())
 
     @property
     def states(self) -> int:
-        """How many hidden states there are, both inputs included."""
+        """Return the number of hidden states, both inputs included."""
         return INPUTS + len(self.pairs)
 
     def unused(self) -> tuple[int, ...]:
-        """The states no pair reads. The paper calls inputs hidden states too, so they count."""
+        """Return the states that no pair reads; inputs count too, as in the paper."""
         read = {state for pair in self.pairs for _, state in pair}
         return tuple(state for state in range(self.states) if state not in read)
 
     def canonical(self) -> "Cell":
-        """The one form that all cells with the same graph share, and no other cell.
+        """Return the one form that all cells with the same graph share, and no other cell.
 
-        The same graph: pairs in another order, elements of a pair swapped, concat in another order,
-        or pairs that do not reach the output. Pairs that read alike stay apart, as each has
-        parameters of its own.
+        These keep the graph: another order of pairs, of the elements of a pair or of concat, and
+        pairs that do not reach the output. Equal pairs stay apart, as each has its own parameters.
         """
         return _canonical(self)
 
+    @property
+    def graph(self) -> Graph:
+        """Return the cell as its drawings take it."""
+        return Graph(self.pairs, self.concat)
+
     def __str__(self) -> str:
-        return cell_drawing.cell_text(self)
+        return cell_drawing.cell_text(self.graph)
 
 
 @dataclass(frozen=True)
 class Genotype:
-    """The two cells of a network. The name is for people: equality and canonical forms ignore it.
+    """Hold the two cells of a network.
 
-    In a reduction cell the operations that read an input have stride 2.
+    Args:
+        normal: The cell that keeps the image size.
+        reduction: The cell that halves it: its operations that read an input have stride 2.
+        name: A name for people; equality and canonical forms ignore it.
+
+    Raises:
+        ValueError: An argument has another type.
+
+    Example:
+        >>> pair = (("sep_3x3", 0), ("identity", 1))
+        >>> cell = Cell.from_pairs([pair])
+        >>> print(Genotype(normal=cell, reduction=cell).normal)
+          h0 ── sep_3x3 ──┐
+          h1 ── identity ─┴─ + ── h2 ──▶ output
+          output = concat(h2)
+
+    Source: Real et al. 2019, https://arxiv.org/abs/1802.01548, "Search space".
     """
 
     normal: Cell
@@ -110,21 +136,28 @@ class Genotype:
     def __post_init__(self) -> None:
         for kind, cell in (("normal", self.normal), ("reduction", self.reduction)):
             if not isinstance(cell, Cell):
-                raise ValueError(f"{kind} cell: expected a Cell, got {_short(cell)}: make it one")
+                raise ValueError(f"{kind} cell: expected a Cell, got {_short(cell)}: use Cell(...)")
         if not isinstance(self.name, str):
             raise ValueError(f"name: expected a text, got {_short(self.name)}: correct it")
 
     def canonical(self) -> "Genotype":
-        """The form, without a name, that all genotypes with the same two graphs share."""
+        """Return the form, without a name, that all genotypes with the same two graphs share."""
         return Genotype(self.normal.canonical(), self.reduction.canonical())
 
     def to_json(self) -> str:
-        """The genotype as one line of JSON."""
+        """Return the genotype as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Genotype":
-        """The genotype that `to_json` wrote; ValueError says what is wrong and where."""
+        """Return the genotype that `to_json` wrote.
+
+        Args:
+            text: One JSON object with the keys `normal` and `reduction`, and optionally `name`.
+
+        Raises:
+            ValueError: The text is not a genotype; the message says what is wrong and where.
+        """
         try:
             document = json.loads(text)
         except ValueError as error:
@@ -134,21 +167,36 @@ class Genotype:
         return cls(**cells, name=document.get("name", ""))
 
     def __str__(self) -> str:
-
-        return cell_drawing.text(self)
+        return cell_drawing.text(self._graphs(), self.name)
 
     def _repr_html_(self) -> str:
-
-        return cell_drawing.html(self)
+        return cell_drawing.html(self._graphs(), self.name)
 
     def plot(self, path: "str | Path | None" = None) -> "Figure":
-        """Both cells as graphs, in a matplotlib figure; written to `path` where given."""
+        """Draw both cells as graphs in a matplotlib figure.
 
-        return cell_drawing.figure(self, path)
+        Args:
+            path: Where to write the figure too; None writes nothing.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return cell_drawing.figure(self._graphs(), self.name, path)
+
+    def pictures(self, before: "Genotype | None" = None) -> "list[Picture]":
+        """Lay out both cells; mark where they differ from those of the genotype `before`."""
+        return cell_drawing.pictures(self._graphs(), self.name, before and before._graphs())
+
+    def differences(self, before: "Genotype") -> list[str]:
+        """List what differs from `before`, a line each: `normal h4: sep_3x3(h1) → sep_3x3(h0)`."""
+        return cell_drawing.differences(self._graphs(), before._graphs())
+
+    def _graphs(self) -> dict[str, Graph]:
+        return {"normal": self.normal.graph, "reduction": self.reduction.graph}
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is meant as what `Genotype.to_json` writes, and not as a name or a path."""
+    """Return whether a text is JSON as of `Genotype.to_json`, and not a name or a path."""
     return text.lstrip().startswith("{")
 
 
@@ -156,9 +204,11 @@ def _short(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _items(place: str, value: Any, wanted: str) -> tuple[Any, ...]:
+def _items(place: str, value: Any, expected: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{place}: expected {wanted}, got {_short(value)}: give a list or a tuple")
+        raise ValueError(
+            f"{place}: expected {expected}, got {_short(value)}: give a list or a tuple"
+        )
     return tuple(value)
 
 
@@ -166,25 +216,25 @@ def _pair(i: int, value: Any) -> Pair:
     elements = _items(f"pair {i}", value, "two elements (operation, state)")
     if len(elements) != 2:
         raise ValueError(
-            f"pair {i} has {len(elements)} elements: a pair adds two, give (operation, state) twice"
+            f"pair {i} has {len(elements)} elements: a pair sums two, give (operation, state) twice"
         )
     a, b = (_element(i, f"pair {i}, element {k}", item) for k, item in enumerate(elements))
     return a, b
 
 
 def _element(i: int, place: str, value: Any) -> Element:
-    parts = _items(place, value, "(operation, state)")
-    if len(parts) != 2:
-        raise ValueError(f"{place} has {len(parts)} parts: give two, (operation, state)")
-    operation, state = parts
+    items = _items(place, value, "(operation, state)")
+    if len(items) != 2:
+        raise ValueError(f"{place} has {len(items)} items: give two, (operation, state)")
+    operation, state = items
     if operation not in OPERATIONS:
-        hint = did_you_mean_or_list(str(operation), OPERATIONS)
-        raise ValueError(f"{place}: unknown operation {_short(operation)}{hint}")
-    state, made = _state(place, state), INPUTS + i
-    if not 0 <= state < made:
+        suggestion = did_you_mean_or_list(str(operation), OPERATIONS)
+        raise ValueError(f"{place}: unknown operation {_short(operation)}{suggestion}")
+    state, computed = _state(place, state), INPUTS + i
+    if not 0 <= state < computed:
         raise ValueError(
-            f"{place} reads state {state}, but pair {i} makes state {made} and can read only "
-            f"earlier ones: use 0 to {made - 1}"
+            f"{place} reads state {state}, but pair {i} computes state {computed} and can read "
+            f"only earlier ones: use 0 to {computed - 1}"
         )
     return str(operation), state
 
@@ -197,8 +247,8 @@ def _state(place: str, value: Any) -> int:
 
 def _concat(value: Any, pairs: int) -> tuple[int, ...]:
     last = INPUTS + pairs - 1
-    given = _items("concat", value, "the states that form the output")
-    states = tuple(_state(f"concat[{k}]", state) for k, state in enumerate(given))
+    items = _items("concat", value, "the states that form the output")
+    states = tuple(_state(f"concat[{k}]", state) for k, state in enumerate(items))
     for k, state in enumerate(states):
         if not 0 <= state <= last:
             raise ValueError(
@@ -211,30 +261,30 @@ def _concat(value: Any, pairs: int) -> tuple[int, ...]:
             )
     if max(states, default=0) < INPUTS:
         raise ValueError(
-            f"concat is {states}, but the output needs a state that a pair makes: add one of "
+            f"concat is {states}, but the output needs a state that a pair computes: add one of "
             f"{INPUTS} to {last}"
         )
     return states
 
 
 def _canonical(cell: Cell) -> Cell:
-    """Number the pairs anew, so that the sequence of (pair, in concat) is the least there is.
+    """Renumber the pairs so that the sequence of (pair, in concat) is the smallest possible.
 
-    The least entry wins at each step, as what follows cannot make up for it. All orders that tie
-    are followed, but of twins, which the same elements of the same pairs read, only one: to swap
-    them changes nothing.
+    The smallest entry wins at each step, as later entries cannot make up for it. All orders that
+    tie are followed. Of states that are read by the same elements of the same pairs, only one is
+    followed: to swap them changes nothing.
     """
-    made_by = {state: cell.pairs[state - INPUTS] for state in _live(cell)}
-    reads = [(source, op, state) for state, pair in made_by.items() for op, source in pair]
-    readers = {state: tuple(read[1:] for read in reads if read[0] == state) for state in made_by}
-    orders = [{0: 0, 1: 1}]  # old number -> new number, of the states made so far
+    pair_of = {state: cell.pairs[state - INPUTS] for state in _live(cell)}
+    reads = [(source, op, state) for state, pair in pair_of.items() for op, source in pair]
+    readers = {state: tuple(read[1:] for read in reads if read[0] == state) for state in pair_of}
+    orders = [{0: 0, 1: 1}]  # old number -> new number, of the states numbered so far
     pairs: list[Pair] = []
-    for number in range(INPUTS, INPUTS + len(made_by)):
+    for number in range(INPUTS, INPUTS + len(pair_of)):
         steps = []
         for order in orders:
             ready = {
                 (_renamed(pair, order), state in cell.concat, readers[state]): state
-                for state, pair in made_by.items()
+                for state, pair in pair_of.items()
                 if state not in order and all(source in order for _, source in pair)
             }
             steps += [(entry[:2], {**order, state: number}) for entry, state in ready.items()]
@@ -245,7 +295,7 @@ def _canonical(cell: Cell) -> Cell:
 
 
 def _live(cell: Cell) -> list[int]:
-    """The states made by pairs that reach the output."""
+    """Return the states of the pairs that reach the output."""
     reached = set(cell.concat)
     for state in reversed(range(INPUTS, cell.states)):
         if state in reached:
@@ -261,6 +311,7 @@ def _renamed(pair: Pair, names: dict[int, int]) -> Pair:
 def _check_keys(
     place: str, value: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> None:
+    """Raise ValueError unless a JSON value is an object with these keys."""
     if not isinstance(value, dict):
         raise ValueError(
             f"{place}: expected an object with {', '.join(required)}, got {_short(value)}: give "

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.export
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from gpipe_jax.distributed.mesh import make_mesh
+from gpipe_jax.distributed.mesh import make_mesh, replicated_sharding
 from gpipe_jax.tpu_compiler.hlo import Module
 from gpipe_jax.tpu_compiler.results import Compiled, failed
 
@@ -59,7 +59,7 @@ def _compile(
     name: str, exported: jax.export.Exported, donate: Sequence[int], mesh: Mesh
 ) -> Compiled:
     start = time.monotonic()
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = replicated_sharding(mesh)
     specs = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding or replicated)
         for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)

@@ -90,17 +90,17 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """The names of the values that it reads."""
+        """Return the names of the values that it reads."""
         return _OPERAND.findall(self.arguments)
 
     @property
     def integer(self) -> int | None:
-        """The number in its brackets: 7 of `constant(7)`, 0 of `parameter(0)`."""
+        """Return the number in its brackets: 7 of `constant(7)`, 0 of `parameter(0)`."""
         return int(self.arguments) if _INTEGER.fullmatch(self.arguments) else None
 
     @property
     def tuple_index(self) -> int:
-        """The element that a `get-tuple-element` reads."""
+        """Return the element that a `get-tuple-element` reads."""
         return int(self.attribute(_INDEX) or 0)
 
     def attribute(self, pattern: re.Pattern[str]) -> str | None:

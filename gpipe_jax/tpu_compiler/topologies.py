@@ -34,22 +34,22 @@ class Generation(NamedTuple):
 
     @property
     def peak_flops_s(self) -> float:
-        """The peak of bfloat16, per device."""
+        """Return the peak of bfloat16, per device."""
         return self.chip_flops_s / self.devices_per_chip
 
     @property
     def hbm_bytes_s(self) -> float:
-        """The bandwidth of HBM, per device."""
+        """Return the bandwidth of HBM, per device."""
         return self.chip_hbm_bytes_s / self.devices_per_chip
 
     @property
     def dims(self) -> int:
-        """The dimensions of its interconnect, 2 or 3."""
+        """Return the dimensions of its interconnect, 2 or 3."""
         return len(self.max_shape_chips)
 
     @property
     def max_chips(self) -> int:
-        """The chips of the largest slice."""
+        """Return the chips of the largest slice."""
         return math.prod(self.max_shape_chips)
 
     @property
@@ -197,22 +197,22 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """The chips of all slices together."""
+        """Return the chips of all slices together."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """The number of devices that JAX sees."""
+        """Return the number of devices that JAX sees."""
         return self.chips * self.generation.devices_per_chip
 
     @property
     def name(self) -> str:
-        """The name of one slice in libtpu: `v3:4x4`."""
+        """Return the name of one slice in libtpu: `v3:4x4`."""
         return f"{self.generation.name}:{_times(self.shape)}"
 
     @property
     def label(self) -> str:
-        """The Cloud accelerator name of one slice: `v3-32`."""
+        """Return the Cloud accelerator name of one slice: `v3-32`."""
         size = math.prod(self.shape) * self.generation.cloud_units_per_chip
         return f"{self.generation.cloud_name}-{size}"
 

@@ -1,14 +1,14 @@
-"""An empty matplotlib figure, an optional extra."""
+"""Create and save figures of matplotlib, an optional dependency."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 
-def blank(width: float, height: float) -> Any:
-    """An empty figure, in inches, that notebooks show as the value of a cell.
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of this size in inches, which notebooks show as a cell's value.
 
-    Not of pyplot's, so a notebook keeps its own settings, and nothing is shown twice.
+    It does not belong to pyplot, so a notebook keeps its own settings, and shows nothing twice.
     """
     try:
         from matplotlib.figure import Figure
@@ -17,23 +17,23 @@ def blank(width: float, height: float) -> Any:
             "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
         ) from error
 
-    class Shown(Figure):
+    class NotebookFigure(Figure):
         def _repr_png_(self) -> bytes:
-            return png(self)
+            return to_png(self)
 
-    return Shown(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
-def saved(figure: Any, path: str | Path | None, dpi: int = 120) -> Any:
-    """The figure, written to `path` where given."""
+def save_figure(figure: Any, path: str | Path | None, dpi: int = 120) -> Any:
+    """Write a figure to `path` if given, and return it."""
     if path is not None:
         # Without a format matplotlib would add a suffix to a name that has none.
         figure.savefig(path, dpi=dpi, format=Path(path).suffix[1:] or "png")
     return figure
 
 
-def png(figure: Any) -> bytes:
-    """A figure as the bytes of a PNG file."""
+def to_png(figure: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Genotypes: what is a cell, which cells are the same, and what a drawing of one shows."""
+"""Check which cells are valid, which are equal, and what their drawings show."""
 
 import dataclasses
 import itertools
@@ -46,16 +46,16 @@ SHORT = {
 
 
 def make(pairs: Any, concat: Any) -> Cell:
-    """A cell from lists, which the types do not promise."""
+    """Make a cell from lists, which the types do not allow."""
     return Cell(pairs, concat)
 
 
 def random_cell(rng: random.Random, pairs: int = 5, operations=OPERATIONS) -> Cell:
-    made = [
+    elements = [
         [(rng.choice(operations), rng.randrange(2 + i)) for _ in range(2)] for i in range(pairs)
     ]
     concat = [s for s in range(2 + pairs) if rng.random() < 0.4] or [1 + pairs]
-    return make(made, concat if max(concat) > 1 else [*concat, 1 + pairs])
+    return make(elements, concat if max(concat) > 1 else [*concat, 1 + pairs])
 
 
 # --- the published genotypes ---------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_published_outputs_are_not_the_unused_states():
 
 
 def test_only_amoebanet_c_reduces_by_two_equal_max_pools_first():
-    """US12400121, claim 1: the reduction cell's first pair pools one hidden state twice."""
+    """Find claim 1 of US12400121: the reduction cell's first pair pools one hidden state twice."""
     twice = {k for k, g in GENOTYPES.items() if len({*g.reduction.pairs[0]}) == 1}
     assert twice == {"C"}
     assert AMOEBANET_C.reduction.pairs[0] == ((POOL, 0), (POOL, 0))
@@ -108,7 +108,7 @@ def test_the_module_loads_no_library():
     assert done.stdout == "[]\n"
 
 
-# --- what is a cell ------------------------------------------------------------------------------
+# --- valid cells ------------------------------------------------------------------------------
 
 
 def test_lists_and_numpy_values_are_frozen():
@@ -133,12 +133,12 @@ BAD_CELLS = {
     "later": (
         [PAIR, PAIR, ((ID, 0), (SEP, 5))],
         [4],
-        r"pair 2, element 1 reads state 5, but pair 2 makes state 4 .*: use 0 to 3",
+        r"pair 2, element 1 reads state 5, but pair 2 computes state 4 .*: use 0 to 3",
     ),
     "own": (
         [((ID, 2), (ID, 0))],
         [2],
-        r"pair 0, element 0 reads state 2, but pair 0 makes state 2",
+        r"pair 0, element 0 reads state 2, but pair 0 computes state 2",
     ),
     "negative": ([((ID, 0), (ID, -1))], [2], r"pair 0, element 1 reads state -1.*: use 0 to 1"),
     "operation": (
@@ -160,13 +160,13 @@ BAD_CELLS = {
     "bool": ([((ID, True), (ID, 0))], [2], r"pair 0, element 0: .* whole number, got True"),
     "no pairs": ([], [2], r"pairs is \(\), but a cell needs at least one pair: add one"),
     "text": ("ab", [2], r"pairs: expected pairs of elements, got 'ab': give a list or a tuple"),
-    "one": ([((ID, 0),)], [2], r"pair 0 has 1 elements: a pair adds two"),
+    "one": ([((ID, 0),)], [2], r"pair 0 has 1 elements: a pair sums two"),
     "flat": ([(ID, 0)], [2], r"pair 0, element 0: expected \(operation, state\), got 'identity'"),
-    "three parts": ([((ID, 0, 1), (ID, 0))], [2], r"pair 0, element 0 has 3 parts: give two"),
+    "three items": ([((ID, 0, 1), (ID, 0))], [2], r"pair 0, element 0 has 3 items: give two"),
     "empty": (
         [PAIR],
         [],
-        r"concat is \(\), but the output needs a state that a pair makes.*2 to 2",
+        r"concat is \(\), but the output needs a state that a pair computes.*2 to 2",
     ),
     "inputs": ([PAIR], [1, 0], r"concat is \(1, 0\), but the output needs"),
     "missing": ([PAIR], [2, 3], r"concat\[1\] is state 3, but the last state is 2: use 0 to 2"),
@@ -241,9 +241,7 @@ def test_what_is_not_a_genotype_in_json(document, message):
 
 
 def test_a_genotype_needs_cells():
-    with pytest.raises(
-        ValueError, match=r"reduction cell: expected a Cell, got \{.*\}: make it one"
-    ):
+    with pytest.raises(ValueError, match=r"reduction cell: expected a Cell, got \{.*\}: use Cell"):
         Genotype(AMOEBANET_A.normal, CELL)  # type: ignore[arg-type]
 
 
@@ -251,7 +249,7 @@ def test_a_genotype_needs_cells():
 
 
 def brute_force_form(cell: Cell) -> str:
-    """Of all ways to name the pairs that reach the output, the least description of the graph."""
+    """Return the smallest description of the graph, of all ways to number its live pairs."""
     live, before = set(cell.concat), set()
     while live != before:
         before = set(live)
@@ -268,7 +266,7 @@ def brute_force_form(cell: Cell) -> str:
 
 
 def relabelled(cell: Cell, rng: random.Random) -> Cell:
-    """The same graph: another order of pairs, elements and concat, and one pair more, unread."""
+    """Reorder pairs, elements and concat, and add an unread pair: the graph stays the same."""
     names, pairs, waiting = {0: 0, 1: 1}, [], list(range(2, cell.states))
     while waiting:
         ready = [s for s in waiting if all(source in names for _, source in cell.pairs[s - 2])]
@@ -282,7 +280,7 @@ def relabelled(cell: Cell, rng: random.Random) -> Cell:
 
 
 def mutated(cell: Cell, rng: random.Random, operations) -> Cell:
-    """One operation, one source, or one state of the output replaced."""
+    """Replace one operation, one source, or one state of the output."""
     pairs = [list(pair) for pair in cell.pairs]
     i, k = rng.randrange(len(pairs)), rng.randrange(2)
     op, source = pairs[i][k]
@@ -322,7 +320,7 @@ def test_a_mutation_changes_the_form_if_it_changes_the_graph(operations):
 
 
 def test_the_form_is_exact_on_all_small_cells():
-    """All cells with three pairs of one operation: as many forms as graphs, one for each."""
+    """Find one form for each graph, in all cells with three pairs of one operation."""
     sources = [list(itertools.combinations_with_replacement(range(2 + i), 2)) for i in range(3)]
     outputs = [c for n in range(1, 6) for c in itertools.combinations(range(5), n) if max(c) > 1]
     forms = set()
@@ -334,7 +332,7 @@ def test_the_form_is_exact_on_all_small_cells():
 
 
 def test_pairs_that_read_alike_stay_apart():
-    """Two sums of the same operations have parameters of their own."""
+    """Keep two sums of the same operations: each has its own parameters."""
     alike = [((SEP, 0), (SEP, 0)), ((SEP, 0), (SEP, 0))]
     forms = {
         make(alike, (2,)).canonical(),
@@ -409,10 +407,10 @@ CELLS = {
 }
 
 
-def wire_points(wire: cell_drawing.Edge) -> np.ndarray:
-    """Points [N, 2] on a wire: cubic curves, vertical at their ends."""
+def edge_points(edge: cell_drawing.Edge) -> np.ndarray:
+    """Return points [N, 2] on an edge: cubic curves, vertical at their ends."""
     t = np.linspace(0, 1, 40)
-    ends = np.array(list(itertools.pairwise(wire.points)))
+    ends = np.array(list(itertools.pairwise(edge.points)))
     (x0, y0), (x1, y1) = ends[:, 0].T[..., None], ends[:, 1].T[..., None]
     x = x0 + (x1 - x0) * (3 * t**2 - 2 * t**3)
     y = y0 * (1 - t) ** 3 + 1.5 * (y0 + y1) * t * (1 - t) + y1 * t**3
@@ -421,11 +419,11 @@ def wire_points(wire: cell_drawing.Edge) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_in_a_picture_nothing_covers_a_box(name):
-    drawn = cell_drawing.picture(CELLS[name], "title")
+    drawn = cell_drawing.picture(CELLS[name].graph, "title")
     for a, b in itertools.combinations(drawn.boxes, 2):
         apart = abs(a.x - b.x) >= (a.width + b.width) / 2 + 5
         assert apart or abs(a.y - b.y) >= cell_drawing.BOX_HEIGHT + 5
-    points = np.concatenate([wire_points(wire) for wire in drawn.wires])
+    points = np.concatenate([edge_points(edge) for edge in drawn.edges])
     for box in drawn.boxes:
         beside = np.abs(points[:, 0] - box.x) >= box.width / 2 + 5
         outside = (points[:, 1] <= box.y) | (points[:, 1] >= box.y + cell_drawing.BOX_HEIGHT)
@@ -438,7 +436,7 @@ def test_in_a_picture_nothing_covers_a_box(name):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_can_be_read_off_its_picture(name):
-    cell, drawn = CELLS[name], cell_drawing.picture(CELLS[name], "title")
+    cell, drawn = CELLS[name], cell_drawing.picture(CELLS[name].graph, "title")
 
     def box_at(x: float, y: float, *, end: bool) -> cell_drawing.Box:
         hits = [
@@ -448,8 +446,8 @@ def test_a_cell_can_be_read_off_its_picture(name):
         return hits[0]
 
     arrows = [
-        (box_at(*wire.points[0], end=False), box_at(*wire.points[-1], end=True))
-        for wire in drawn.wires
+        (box_at(*edge.points[0], end=False), box_at(*edge.points[-1], end=True))
+        for edge in drawn.edges
     ]
     numbers = {box: int(m[1]) for box in drawn.boxes if (m := re.match(r"h(\d+)", box.text))}
     source = {target: numbers[start] for start, target in arrows if start in numbers}
@@ -465,22 +463,22 @@ def test_a_cell_can_be_read_off_its_picture(name):
 
 
 def test_boxes_stand_near_what_they_read():
-    wide = cell_drawing.picture(CELLS["wide"], "")
+    wide = cell_drawing.picture(CELLS["wide"].graph, "")
     places = {box.text.split()[0]: box.x for box in wide.boxes}
     assert sum(places[f"h{s}"] for s in range(2, 8)) / 6 == pytest.approx(
         (places["h0:"] + places["h1:"]) / 2
     )
-    crossed = cell_drawing.picture(Cell((((ID, 1), (SEP, 0)),), (2,)), "")
+    crossed = cell_drawing.picture(Cell((((ID, 1), (SEP, 0)),), (2,)).graph, "")
     places = {box.text: box.x for box in crossed.boxes}
-    assert places[SEP] < places["h2 = sum"] < places[ID]  # no wires cross
+    assert places[SEP] < places["h2 = sum"] < places[ID]  # no edges cross
 
 
-def test_a_wire_has_the_colour_of_the_state_it_carries():
-    drawn = cell_drawing.picture(AMOEBANET_A.normal, "")
-    for wire in drawn.wires:
+def test_an_edge_has_the_colour_of_its_state():
+    drawn = cell_drawing.picture(AMOEBANET_A.normal.graph, "")
+    for edge in drawn.edges:
         for box in drawn.boxes:
-            if box.text[0] == "h" and (box.x, box.y + cell_drawing.BOX_HEIGHT) == wire.points[0]:
-                assert wire.colour == box.edge
+            if box.text[0] == "h" and (box.x, box.y + cell_drawing.BOX_HEIGHT) == edge.points[0]:
+                assert edge.colour == box.border
 
 
 def test_html_is_svg_with_all_texts_and_escapes_the_name():
@@ -492,14 +490,14 @@ def test_html_is_svg_with_all_texts_and_escapes_the_name():
         f"{genotype.name}, {title}" for title in cell_drawing.TITLES.values()
     ]
     for element, cell in zip(cells, (genotype.normal, genotype.reduction), strict=True):
-        drawn = cell_drawing.picture(cell, "")
+        drawn = cell_drawing.picture(cell.graph, "")
         texts = [t.text for t in element.findall(f"{svg}text")]
         assert texts[1:] == [box.text for box in drawn.boxes]
         assert len(element.findall(f"{svg}rect")) == len(drawn.boxes)
-        assert len(element.findall(f"{svg}path")) == 2 * len(drawn.wires)
+        assert len(element.findall(f"{svg}path")) == 2 * len(drawn.edges)
         starts = [p.get("d", "").split("C")[0] for p in element.findall(f"{svg}path")[::2]]
         assert starts == [
-            f"M{x:.1f} {y:.1f}" for (x, y), *_ in (wire.points for wire in drawn.wires)
+            f"M{x:.1f} {y:.1f}" for (x, y), *_ in (edge.points for edge in drawn.edges)
         ]
 
 
@@ -528,7 +526,7 @@ def test_a_figure_is_written_and_returned(tmp_path):
     AMOEBANET_A.plot(str(tmp_path / "plain"))
     picture = image.imread(tmp_path / "a.png")[..., :3]
     assert picture.shape[:2] == pytest.approx(120 * figure.get_size_inches()[::-1], abs=1)
-    for colour in cell_drawing.WIRES[:7]:  # of h0 to h6
+    for colour in cell_drawing.EDGE_COLOURS[:7]:  # of h0 to h6
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(picture - rgb).max(-1) < 0.02).sum() > 20
     assert (tmp_path / "plain").read_bytes().startswith(b"\x89PNG")
