@@ -48,8 +48,10 @@ _COSTS = {"cells", "filters", "image", "channels", "classes", "dtype", "batch_si
 
 
 def current_class(module: str, name: str) -> tuple[str, str]:
-    """Return where a class or function of an old module is now."""
-    return CLASSES.get((module, name), (MODULES.get(module, module), name))
+    """Return where a class, or a method such as "NetworkCosts.params_m", of an old module is now."""
+    owner, dot, member = name.partition(".")
+    module, owner = CLASSES.get((module, owner), (MODULES.get(module, module), owner))
+    return module, owner + dot + member
 
 
 def current_fields(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
