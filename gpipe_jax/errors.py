@@ -1,57 +1,178 @@
-"""Define every exception that a caller may catch; this module imports nothing."""
+"""Define every exception that a caller may catch; import nothing of the package.
 
-from collections.abc import Sequence
+ValueError
+    ArgumentError             an argument of a function has an illegal value
+    ConfigError               a configuration cannot be used
+    SectionError              a section of a legal configuration cannot be realized
+    OptionError               an option of the command line cannot be used
+    DataError                 a batch is not what the data set promises
+    DamagedCheckpointError    a checkpoint is incomplete or damaged
+    CheckpointFormatError     a checkpoint is of another format
+OSError
+    SaveError                 a checkpoint could not be written
+    RunInUseError             another run works in the folder
+RuntimeError
+    DivergedError             the loss became infinite or NaN
+    StoppedError              the run was stopped, and saved
+    MissingProcessError       a process of the run did not start
+    CompilerNotInstalledError the TPU compiler is not installed
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+
+class ArgumentError(ValueError):
+    """Report an illegal value of an argument; the message names it, the rule and the remedy.
+
+    Attributes:
+        argument: The name of the argument. A command uses it to find the line of the config, or
+            the option, that set it.
+    """
+
+    def __init__(self, argument: str, message: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.argument, str(self))
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used. `problems` holds one line for each reason."""
+    """Report that a configuration, or another input of a command, cannot be used.
+
+    Raised by `load` for a file with mistakes, and by the commands for anything that is wrong with
+    what they were given. Correct each problem at its place, and run the command again.
+
+    Attributes:
+        problems: One line for each problem, such as "x.yaml:7: unknown key 'data.batchsize'; did
+            you mean 'data.batch_size'?".
+    """
 
     def __init__(self, problems: Sequence[str], where: str) -> None:
         self.problems = tuple(problems)
-        count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
-        super().__init__("\n".join([f"{count} in {where}:", *problems]))
+        self.where = where
+        noun = "problem" if len(problems) == 1 else "problems"
+        super().__init__("\n".join([f"{len(problems)} {noun} in {where}:", *problems]))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problems, self.where)
 
 
 class SectionError(ValueError):
-    """What a section of the config asks for cannot be had."""
+    """Report that a section of a legal configuration cannot be realized here.
 
-    def __init__(self, section: str, problem: str) -> None:
-        named = problem.startswith(f"{section}.")
-        super().__init__(problem if named else f"{section}: {problem}")
-        self.section = section
+    Raised while data, network, mesh, pipeline and optimizer are built: a file is missing, there are
+    too few devices, or a stage does not fit. `config.loader.locating` adds the line of the file.
+
+    Attributes:
+        section: The section of the configuration, such as "model".
+        field: The field of the section, or None if the problem is not one of a single field.
+    """
+
+    def __init__(self, section: str, field: str | None, problem: str) -> None:
+        super().__init__(f"{section}: {problem}")
+        self.section, self.field, self.problem = section, field, problem
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.section, self.field, self.problem)
+
+
+# What is raised for sizes, shapes, files, devices and packages that do not fit.
+_REALIZATION_ERRORS = (ValueError, OSError, ImportError)
+
+
+@contextlib.contextmanager
+def section(
+    name: str,
+    also: tuple[type[Exception], ...] = (),
+    **fields: str,
+) -> Iterator[None]:
+    """Turn errors of the block into a `SectionError` of the section `name`.
+
+    Args:
+        name: The section whose values the block uses.
+        also: Further types of errors to turn, besides ValueError, OSError and ImportError.
+        **fields: The config's name of an argument, where it is another:
+            `memory_limit="memory_limit_gib"`.
+    """
+    try:
+        yield
+    except SectionError:
+        raise
+    except (*_REALIZATION_ERRORS, *also) as error:
+        argument = error.argument if isinstance(error, ArgumentError) else None
+        field = None if argument is None else fields.get(argument, argument)
+        raise SectionError(name, field, str(error)) from error
+
+
+class OptionError(ValueError):
+    """Report that an option of a command cannot be used; the message begins with the option."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option, self.problem = option, problem
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.option, self.problem)
 
 
 class DataError(ValueError):
-    """What was read while training is not what the data set was to hold."""
+    """Report a batch that is not what the data set promises: other shapes, types or labels.
+
+    Raised while training or evaluating reads the data. Correct the data, or the `data` section.
+    """
 
 
 class DivergedError(RuntimeError):
-    """The loss became infinite or NaN."""
+    """Report that the loss became infinite or NaN.
+
+    The last checkpoint is from before. Resume from it with a lower learning rate, a longer warm-up
+    or `clip_norm`.
+    """
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop, and what there was to save is saved."""
+    """Report that the run was stopped by a signal, after it saved its state.
+
+    Run the same command again to resume.
+    """
 
 
 class MissingProcessError(RuntimeError):
-    """Not all processes have come."""
+    """Report that not all processes of a run have started in time.
+
+    Check that the command runs on every host, and that they reach the coordinator's address.
+    """
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written."""
+    """Report that a checkpoint could not be written; the ones before it are intact.
+
+    Free space, or correct the permissions, and run the same command again to resume.
+    """
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not whole: it was cut off while it was written, or damaged afterwards."""
+    """Report a checkpoint that is incomplete, or was damaged after it was written.
+
+    A run then resumes from the newest intact one, and renames the damaged one.
+    """
 
 
 class CheckpointFormatError(ValueError):
-    """A checkpoint is of a format that this version does not read."""
+    """Report a checkpoint in a format that this version does not read.
+
+    Use the version that wrote it, which the message names.
+    """
 
 
 class RunInUseError(OSError):
-    """Another run is at work in the folder; it will end."""
+    """Report that another run works in the same folder.
+
+    Wait until it has ended, or use another folder (`train.workdir`).
+    """
 
 
 class CompilerNotInstalledError(RuntimeError):
-    """The TPU compiler is not there."""
+    """Report that the TPU compiler (libtpu) is missing; the message says how to install it."""

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import nas
 from gpipe_jax.config import loader
-from gpipe_jax.errors import ConfigError
+from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT
 from nas.config import SearchConfig
@@ -131,7 +131,7 @@ def _search(options: argparse.Namespace) -> int:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
             )
-    except from_config.SectionError as error:
+    except SectionError as error:
         place = loader.place(
             options.config, options.overrides, error.section, str(error), SearchConfig
         )
@@ -205,7 +205,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gpipe_jax.errors import SectionError
     from nas.export import export
 
     result = _load(options.run)

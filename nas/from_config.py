@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gpipe_jax.errors import section
 from nas.ask_tell.limits import Limit
 from nas.config import (
     FunctionConfig,
@@ -24,32 +25,23 @@ from nas.spaces.nasnet import NASNetSpace
 from nas.training.evaluator import TrainingEvaluator
 
 
-class SectionError(ValueError):
-    """A section's values are legal, but nothing can be made of them."""
-
-    def __init__(self, section: str, error: Exception) -> None:
-        super().__init__(str(error))
-        self.section = section
-
-
 def arguments(config: SearchConfig) -> dict[str, Any]:
     """For `nas.search`, but for name and folder; SectionError says what cannot be made."""
     run = config.run.model_dump(exclude={"workdir"})
-    evaluate = _made("evaluate", _evaluate, config.evaluate)
+    also = (AttributeError, TypeError, RuntimeError)  # of a function or a module of the user's
+    with section("space", also):
+        space = _space(config.space)
+    with section("evaluate", also):
+        evaluate = _evaluate(config.evaluate)
+    with section("limits", also):
+        limits = _limits(config.limits, evaluate)
     return {
-        "space": _made("space", _space, config.space),
+        "space": space,
         "evaluate": evaluate,
-        "limits": _made("limits", lambda limits: _limits(limits, evaluate), config.limits),
+        "limits": limits,
         **config.evolution.model_dump(),
         **run,
     }
-
-
-def _made(section: str, make: Callable[[Any], Any], values: Any) -> Any:
-    try:
-        return make(values)
-    except (ValueError, OSError, ImportError, AttributeError, TypeError, RuntimeError) as error:
-        raise SectionError(section, error) from error
 
 
 def _space(space: Any) -> Any:

@@ -7,11 +7,11 @@ import optax
 
 from gpipe_jax.config.run import Config
 from gpipe_jax.distributed.mesh import abstract_mesh
+from gpipe_jax.errors import section
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.training import from_config as build
 from gpipe_jax.training import optimizers
-from gpipe_jax.training.from_config import section
 from gpipe_jax.training.trainer import Trainer
 
 

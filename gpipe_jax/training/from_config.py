@@ -1,8 +1,7 @@
 """What the sections of a config describe: the data set, the network and its loss."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from gpipe_jax.config.data import image_shape
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import stream
 from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
-from gpipe_jax.errors import SectionError
+from gpipe_jax.errors import section
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
 from gpipe_jax.layers.layer import Layer
@@ -46,15 +45,6 @@ DATASETS: dict[str, Callable[..., data.Dataset]] = {
     "synthetic_images": data.synthetic_images,
     "synthetic_tokens": data.synthetic_tokens,
 }
-
-
-@contextlib.contextmanager
-def section(name: str) -> Iterator[None]:
-    """Say of which section it is, if sizes, shapes, files or devices in here are wrong."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise SectionError(name, str(error)) from error
 
 
 def dataset(config: Config) -> data.Dataset:
@@ -153,7 +143,7 @@ class Assembly(NamedTuple):
 def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Assembly:
     """Data, network, mesh, pipeline and optimizer of a config; trains nothing.
 
-    Simulated devices are shared among so many processes. Raises `build.SectionError`: until the
+    Simulated devices are shared among so many processes. Raises `SectionError`: until the
     first step, what is wrong is the config.
     """
     if config.mesh.simulate:

@@ -186,7 +186,7 @@ def test_of_a_config(tpu) -> None:
     owner = found[0].measure.__self__
     assert owner == NetworkCosts(1, 8, 8, 1, 10, batch_size=4, topology="v5e:1x1")
     with pytest.raises(
-        from_config.SectionError, match="unknown TPU generation 'v5'; did you mean 'v5"
+        gpipe_jax_errors.SectionError, match="unknown TPU generation 'v5'; did you mean 'v5"
     ):
         limits(topology="v5:1x1")
 
