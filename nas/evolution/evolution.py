@@ -1,14 +1,14 @@
-"""Regularized evolution (Real et al. 2019, https://arxiv.org/abs/1802.01548, algorithm 1).
+"""Propose architectures by regularized evolution (Real et al. 2019, arXiv:1802.01548, algorithm 1).
 
 Pure: no clock, no store, no workers, no JAX. With P the population and S the sample it is
 
     while there are fewer than P results:  propose a random architecture
     afterwards:                            propose a mutation of the best of S members
-    whenever a result comes in:            add it, and remove the member trained least recently
+    whenever a result arrives:             add it, and remove the member trained least recently
 
-however many proposals are under way. Proposal k depends on (seed, k) and on the population at the
-time of the proposal, and on nothing else, so that whoever knows the order of proposals and results
-knows the search.
+Any number of proposals may be pending. Proposal k depends on (seed, k), on the population at the
+time of the proposal, and on nothing else. So the order of proposals and results determines the
+search.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,43 @@ FitnessPolicy = Literal["stored", "retrain_scratch", "retrain_warm"]
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a search proposes; see the fields."""
+    """Hold everything that decides what a search proposes.
+
+    `nas.search` and `nas.Search` take these fields as keyword arguments.
+
+    Args:
+        population: P, the number of members, at least 1.
+        sample: S, the number of members in a tournament; the best of them is the parent.
+        seed: Seed of all randomness.
+        maximise: Whether a larger fitness is better.
+        replacement: Whether a member can be in a sample twice. The paper draws with replacement.
+        algorithm: Which member a result removes.
+            "aging", the paper's, removes the member trained least recently.
+            "non_aging", the paper's comparison, removes the worst of the sample of which the
+            result's parent was the best.
+            "elitist" removes the worst of all (Ying et al. 2019, arXiv:1902.09635).
+            "random" proposes random architectures only.
+        fitness_policy: By which fitness the members of a sample are compared.
+            "stored" uses the fitness that they have.
+            "retrain_scratch" trains them again, from scratch.
+            "retrain_warm" trains them again, from their trained weights.
+            A member that was trained again is the youngest.
+
+    Raises:
+        ValueError: A value is not legal.
+
+    Example:
+        >>> Settings(population=20, sample=5).better(0.9, 0.8)
+        True
+    """
 
     population: int = 100
     sample: int = 25
     seed: int = 0
     maximise: bool = True
     replacement: bool = True
-    """Whether a member can be in a sample twice; the paper draws with replacement."""
     algorithm: Algorithm = "aging"
-    """Whom a result removes: the member trained least recently (`aging`, the paper's), the worst
-    of the sample of which its parent was the best (`non_aging`: the paper's comparison), or the
-    worst of all (`elitist`, that of Ying et al. 2019, https://arxiv.org/abs/1902.09635). `random`
-    proposes random architectures only."""
     fitness_policy: FitnessPolicy = "stored"
-    """What a member of a sample is judged by: its fitness as it is, or after training it again,
-    from scratch or from its trained values. Being trained makes a member young again."""
 
     def __post_init__(self) -> None:
         for name in ("population", "sample"):
@@ -63,71 +84,71 @@ class Settings:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values, for the store."""
+        """Return names and values, for the store."""
         return asdict(self)
 
     def better(self, a: float, b: float) -> bool:
-        """Whether fitness `a` is better than `b`."""
+        """Return whether fitness `a` is better than fitness `b`."""
         return a > b if self.maximise else a < b
 
 
 @dataclass(frozen=True)
 class Member:
-    """A candidate with its fitness. `last_trained` is greater the later it was trained."""
+    """Hold a member of the population: a candidate with its fitness."""
 
     candidate: int
     architecture: Any
     fitness: float
-    last_trained: int
+    last_trained: int  # stamp of its last training; later trainings have greater stamps
 
 
 class Proposal(NamedTuple):
-    """What to evaluate next, and where it comes from: no parent means a random architecture."""
+    """Hold an architecture to evaluate and its origin; without a parent it is random."""
 
     candidate: int
     architecture: Any
     parent: int | None = None
     mutation: str | None = None
     sample: tuple[int, ...] = ()
-    """With `non_aging` the candidates of which the parent was the best, for `Evolution.add`."""
+    """With `non_aging`, the candidates of which the parent was the best, for `Evolution.add`."""
 
 
 class Evolution:
-    """The population, and what it proposes."""
+    """Hold the population and propose architectures from it."""
 
     def __init__(self, space: Space[Any], settings: Settings) -> None:
         self.space, self.settings = space, settings
-        self.members: list[Member] = []  # the one trained least recently first
-        self.results = 0  # of candidates, retrainings apart
+        self.members: list[Member] = []  # ordered by `last_trained`
+        self.results = 0  # of candidates, without retrainings
 
     @property
     def is_random(self) -> bool:
-        """Whether the next proposal is a random architecture; results count, not proposals."""
+        """Return whether the next proposal is random, as it is before there are P results."""
         return self.settings.algorithm == "random" or self.results < self.settings.population
 
     def propose(self, candidate: int) -> Proposal:
-        """The architecture of a candidate: proposal k of the search is candidate k."""
+        """Propose the architecture of a candidate; proposal k of the search is candidate k."""
         return self.child(candidate, [] if self.is_random else self.tournament(candidate))
 
     def tournament(self, candidate: int) -> list[Member]:
-        """The S members of which the candidate's parent is to be the best."""
+        """Draw the S members of which the best becomes the candidate's parent."""
         return self._draw_sample(self._random(candidate, "tournament"))
 
     def child(self, candidate: int, sample: Sequence[Member]) -> Proposal:
-        """A mutation of the best of the sample, the first of equals; without one, at random."""
+        """Mutate the best of the sample, the first of equals; draw at random if it is empty."""
         rng = self._random(candidate, "child")
         if not sample:
             return Proposal(candidate, self.space.random(rng))
         parent = max(sample, key=self._merit)
         architecture, mutation = self.space.mutate(parent.architecture, rng)
         non_aging = self.settings.algorithm == "non_aging"
-        kept = tuple(member.candidate for member in sample) if non_aging else ()
-        return Proposal(candidate, architecture, parent.candidate, mutation, kept)
+        candidates = tuple(member.candidate for member in sample) if non_aging else ()
+        return Proposal(candidate, architecture, parent.candidate, mutation, candidates)
 
     def add(self, member: Member, sample: Sequence[int] = ()) -> Member | None:
-        """Take in the result of a candidate; returns the member that it removes, if any.
+        """Add the result of a candidate and return the member that it removes, if any.
 
-        `sample` is that of its proposal.
+        `sample` is that of the candidate's proposal.
         """
         self._check_stamp(member.last_trained)
         removed = self.removed_by(member, sample)
@@ -138,24 +159,25 @@ class Evolution:
         return removed
 
     def removed_by(self, member: Member, sample: Sequence[int] = ()) -> Member | None:
-        """The member that `add` would remove; nothing is changed."""
+        """Return the member that `add` would remove; change nothing."""
         if len(self.members) < self.settings.population:
             return None
         if self.settings.algorithm == "elitist":
             return min([*self.members, member], key=self._merit)
         if self.settings.algorithm == "non_aging":
-            there = [m for m in self.members if m.candidate in sample]
-            # Others' results may have removed all of them, and a random candidate has no sample.
-            there = there or self._draw_sample(self._random(member.candidate, "removal"))
-            return min(there, key=self._merit)
+            present = [m for m in self.members if m.candidate in sample]
+            if not present:
+                # A random candidate has no sample, and other results may have removed all of it.
+                present = self._draw_sample(self._random(member.candidate, "removal"))
+            return min(present, key=self._merit)
         return min(self.members, key=lambda member: member.last_trained)
 
     def refresh(self, candidate: int, fitness: float, last_trained: int) -> Member | None:
-        """Take in a retraining; returns the member as it is now, or None if it has left."""
+        """Update a member that was trained again and return it, or None if it was removed."""
         self._check_stamp(last_trained)
-        for place, member in enumerate(self.members):
+        for index, member in enumerate(self.members):
             if member.candidate == candidate:
-                del self.members[place]
+                del self.members[index]
                 member = replace(member, fitness=fitness, last_trained=last_trained)
                 self.members.append(member)
                 return member

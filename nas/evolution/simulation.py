@@ -1,7 +1,7 @@
-"""A search on a clock that is simulated: hours of asynchronous workers in a second.
+"""Run a search on a simulated clock: hours of asynchronous workers in a second.
 
-What it drives is anything with `ask` and `report`: a `Search`, or a `Loop` without a store, which
-is for statistics over many seeds.
+It drives anything with `ask` and `report`: a `nas.Search`, or a `StorelessLoop` for statistics over
+many seeds.
 """
 
 import heapq
@@ -14,30 +14,30 @@ from nas.evolution.evolution import Evolution, Member
 
 
 class OpenLoop(Protocol):
-    """The open loop of `nas.Search`."""
+    """Hand out jobs and take their outcomes, as `nas.Search` does."""
 
     def ask(self) -> Job | None:
-        """The next job, if there is one now."""
+        """Return the next job, or None if there is none now."""
         ...
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """What came of it."""
+        """Take the outcome of a job."""
         ...
 
 
 class StorelessLoop:
-    """The open loop around an evolution, without a store or a cache; what fails is done again."""
+    """Run an evolution without a store and a cache; a job that fails is repeated."""
 
     def __init__(self, evolution: Evolution, cycles: int) -> None:
         self.evolution, self.cycles = evolution, cycles
         self._asked, self._reported = 0, 0
-        self._again: list[Job] = []
-        self._samples: dict[int, tuple[int, ...]] = {}  # by candidate, of those under way
+        self._to_repeat: list[Job] = []
+        self._samples: dict[int, tuple[int, ...]] = {}  # by pending candidate
 
     def ask(self) -> Job | None:
-        """The next job, if there is one."""
-        if self._again:
-            return self._again.pop()
+        """Return the next job, or None after `cycles` candidates."""
+        if self._to_repeat:
+            return self._to_repeat.pop()
         if self._asked == self.cycles:
             return None
         number, self._asked = self._asked, self._asked + 1
@@ -47,9 +47,9 @@ class StorelessLoop:
         return Job(number, number, proposal.architecture, seed)
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """A result, or else the job is done again."""
+        """Add a result to the population, or repeat the job."""
         if outcome.fitness is None:
-            self._again.append(job)
+            self._to_repeat.append(job)
             return
         self._reported += 1
         member = Member(job.candidate, job.architecture, outcome.fitness, self._reported)
@@ -57,9 +57,9 @@ class StorelessLoop:
 
 
 class FinishedJob(NamedTuple):
-    """A job that has ended: when, in seconds from the start, and how."""
+    """Hold a job that has ended."""
 
-    at_s: float
+    at_s: float  # seconds from the start
     job: Job
     outcome: Outcome
 
@@ -72,13 +72,18 @@ def simulate(
     synchronous: bool = False,
     max_jobs: int | None = None,
 ) -> list[FinishedJob]:
-    """Every job, or the first `most`, in order of their ends. `work` gives outcome and seconds.
+    """Run a search on a simulated clock and return its jobs in the order of their ends.
 
-    Of `slots` workers each takes a new job as soon as it is free; `synchronous` ones wait until all
-    are, as in an algorithm of generations.
+    Args:
+        loop: What hands out jobs.
+        work: Returns a job's outcome and how many seconds it takes.
+        slots: Number of workers.
+        synchronous: Whether a worker waits until all are free, as in an algorithm with
+            generations. Otherwise it takes a new job as soon as it is free.
+        max_jobs: Number of jobs to run; None for all.
     """
-    done: list[FinishedJob] = []
-    running: list[tuple[float, int, Job, Outcome]] = []
+    finished: list[FinishedJob] = []
+    running: list[tuple[float, int, Job, Outcome]] = []  # a heap by time of the end
     now, count = 0.0, 0
     while True:
         while len(running) < slots and count != max_jobs and (job := loop.ask()) is not None:
@@ -86,10 +91,10 @@ def simulate(
             heapq.heappush(running, (now + seconds, count, job, outcome))
             count += 1
         if not running:
-            return done
+            return finished
         while running:
             now, _, job, outcome = heapq.heappop(running)
             loop.report(job, outcome)
-            done.append(FinishedJob(now, job, outcome))
+            finished.append(FinishedJob(now, job, outcome))
             if not synchronous:
                 break
