@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.distributed.mesh import DATA, STAGE
+from gpipe_jax.distributed.mesh import batch_sharding, params_sharding, replicated_sharding
 from gpipe_jax.utils.trees import PyTree
 
 AnyMesh = Any  # with devices: one that is abstract has no blocks
@@ -53,7 +51,7 @@ def take(mesh: AnyMesh, tree: PyTree, k: int) -> PyTree:
 
 def place(mesh: AnyMesh, make: Callable[[int], PyTree]) -> PyTree:
     """Arrays over all devices, of `make(k)`, the block of row k, for each row held here."""
-    here, places = jax.process_index(), NamedSharding(mesh, P(STAGE))
+    here, places = jax.process_index(), params_sharding(mesh)
     blocks, treedef = [], None
     for k in held(mesh):
         leaves, treedef = jax.tree.flatten(make(k))
@@ -76,7 +74,7 @@ def place(mesh: AnyMesh, make: Callable[[int], PyTree]) -> PyTree:
 def replicate(mesh: AnyMesh, value: Any) -> Any:
     """`value`, which every process has, on every device."""
     value = np.asarray(value)
-    places = NamedSharding(mesh, P())
+    places = replicated_sharding(mesh)
     return jax.make_array_from_callback(value.shape, places, lambda index: value[index])
 
 
@@ -91,7 +89,7 @@ def place_batch(mesh: AnyMesh, parts: PyTree, replicas: list[int]) -> PyTree:
 
     Which is all of it where this process has a device of every replica.
     """
-    places = NamedSharding(mesh, P(None, DATA))
+    places = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(parts, places)
 

@@ -1,17 +1,17 @@
-"""What a device holds during a training step, from shapes: the sum that a compiler should be near.
+"""Estimate what a device holds during a training step, from shapes.
 
     parameters + optimizer + gradients + stash + working set + batch
 
-The working set is that of the stage that has the largest: what its layers keep for their backward
-pass, as the recomputation policy has it (see `remat`), and the gradients of one layer (or scanned
-run) before they are added to the sums.
+The estimate should be near what a compiler reports. The working set is that of the stage with the
+largest one: what its layers store for their backward pass, as the recomputation policy says (see
+`remat`), and the gradients of one layer or scanned run before they are added to the sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
-from gpipe_jax.partition.costs import LayerCost
+from gpipe_jax.partition.costs import LayerCost, loss_bytes
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.schedules.buffers import lower
 from gpipe_jax.schedules.schedule import Schedule
@@ -24,48 +24,58 @@ def of_device(
     costs: Sequence[LayerCost],
     schedule: Schedule,
     *,
+    loss: Callable,
+    micro_batch: dict,
     optimizer_bytes: int,
-    loss_bytes: int,
-    batch_bytes: int,
 ) -> dict[str, int]:
-    """Bytes by part. `loss_bytes` is the working set of the loss, `batch_bytes` one device's."""
-    rows = lower(schedule)
-    wire, back = (
-        tree_bytes(stages.boundary_format.shapes),
-        tree_bytes(stages.boundary_format.gradient_shapes),
-    )
-    statistics = sum(storage.device_bytes() for storage in stages.stats)
-    working = [_working_set(stages, costs, s) for s in range(len(stages.geometry.layer_ranges))]
-    working[-1] += loss_bytes
+    """Return the bytes that each device holds, by part.
+
+    Args:
+        stages: the stages of the network.
+        costs: the cost of each layer.
+        schedule: who does what when.
+        loss: the loss of one micro-batch.
+        micro_batch: the shapes of a micro-batch on one replica, labels and weights included.
+        optimizer_bytes: what the optimizer's state takes on one device.
+    """
+    buffers = lower(schedule)
+    boundary = tree_bytes(stages.boundary_format.shapes)
+    gradient = tree_bytes(stages.boundary_format.gradient_shapes)
+    statistics = stages.stats.device_bytes()
+    working = [_working_set(stages, costs, s) for s in range(stages.geometry.num_stages)]
+    output = stages.geometry.shapes[-1].output
+    working[-1] += loss_bytes(loss, output, micro_batch["labels"], micro_batch["weights"])
     return {
-        # A tied parameter is copied to every device for the step, as is its gradient.
+        # Every device has a copy of each tied parameter during the step, and of its gradient.
         "parameters": stages.params.device_bytes() + statistics + stages.ties.bytes(),
         "optimizer": optimizer_bytes,
         "gradients": float32_bytes(stages) + statistics + stages.ties.bytes(4),
-        # What has arrived and what is sent is held beside the slots.
-        "stash": (rows.x_slots + 2) * wire + (rows.g_slots + 2) * back,
+        # What has arrived and what is sent exists beside the slots.
+        "stash": (buffers.x_slots + 2) * boundary + (buffers.g_slots + 2) * gradient,
         "working_set": max(working),
-        "batch": batch_bytes,
+        "batch": schedule.micro_batches * tree_bytes(micro_batch),
     }
 
 
 def float32_bytes(stages: Stages) -> int:
-    """Bytes of a device's gradients, which are float32 at least."""
-    leaves = jax.tree.leaves([storage.local_shapes() for storage in stages.params])
+    """Return the bytes of one device's gradients, which are at least float32."""
+    leaves = jax.tree.leaves(stages.params.local_shapes())
     return sum(a.size * max(a.dtype.itemsize, 4) for a in leaves)
 
 
 def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
-    layers = stages.geometry.layer_ranges[s]
+    """Return the bytes of stage s's backward pass beside the sums of gradients."""
+    geometry = stages.geometry
+    layers = geometry.layer_ranges[s]
     own = [costs[i] for i in layers]
-    inputs = [tree_bytes(stages.geometry.shapes[i].boundary) for i in layers]
-    runs = [run for run in stages.geometry.runs[s] if run.scanned]
+    inputs = [tree_bytes(geometry.shapes[i].boundary) for i in layers]
+    runs = [run for run in geometry.runs[s] if run.scanned]
     scanned = [run.count * own[run.start].parameter_bytes for run in runs]
     return stages.remat.stage_bytes(own, inputs, scanned)
 
 
 def check(parts: dict[str, int], limit: float) -> None:
-    """Raise ValueError if the parts come to more than `limit` bytes."""
+    """Raise ValueError if the parts together need more than `limit` bytes."""
     need = sum(parts.values())
     if need > limit:
         raise ValueError(

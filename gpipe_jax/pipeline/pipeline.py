@@ -1,65 +1,136 @@
-"""`Pipeline`: a sequence of layers on a mesh, and one exact training step of it.
+"""Define `Pipeline`: a sequence of layers on a mesh, and exact training steps of it.
 
-`Pipeline.value_and_grad` is equal to `sequential.value_and_grad` of the same layers, whatever the
-number of stages, replicas and micro-batches, and whatever the schedule.
+`Pipeline.value_and_grad` is equal to `sequential.value_and_grad` of the same layers, for any number
+of devices, chunks, replicas and micro-batches, and any schedule.
+
+Letters: K devices along the stage axis, V chunks, D replicas, L layers, N examples of a batch,
+M micro-batches, B examples of a micro-batch on one replica.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed import host_arrays
-from gpipe_jax.distributed.mesh import DATA, STAGE, check_axes, is_shared, platform_of
-from gpipe_jax.errors import DataError
+from gpipe_jax.distributed.mesh import (
+    MeshLike,
+    batch_sharding,
+    check_axes,
+    is_shared,
+    num_devices,
+    num_replicas,
+    platform_of,
+    replicated_sharding,
+)
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition import balance, costs
-from gpipe_jax.pipeline import executor, memory, spmd, summary
+from gpipe_jax.pipeline import executor, memory
 from gpipe_jax.pipeline import micro_batches as batches
 from gpipe_jax.pipeline import remat as remats
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.executor import Variables
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.state import State
+from gpipe_jax.pipeline.summary import Summary, summarize
 from gpipe_jax.schedules.generators import forward_only, training_schedule
 from gpipe_jax.schedules.schedule import Schedule
-from gpipe_jax.utils import choices, trees
-from gpipe_jax.utils.trees import PyTree, describe
+from gpipe_jax.utils import choices
+from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
+
+
+class LossAndMetrics(NamedTuple):
+    """Hold weighted means over the examples of a batch, equal on every host."""
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]  # what the loss function returns beside the loss
+
+
+class StepGradients(NamedTuple):
+    """Hold the result of the traced `Pipeline.gradients`."""
+
+    value: LossAndMetrics
+    gradients: PyTree  # in the form of `State.params`, at least float32
+    stats: PyTree  # running statistics after the step
+
+
+class ValueAndGrad(NamedTuple):
+    """Hold the result of `Pipeline.value_and_grad`."""
+
+    value: LossAndMetrics
+    gradients: PyTree  # in the form of `State.params`, at least float32
+    state: State  # with the running statistics after the step
 
 
 class Pipeline:
-    """A network cut into composite layers, one for each position along the mesh's stage axis.
+    """Train a network in K V stages on a mesh of K devices along the stage axis, and D replicas.
 
-    `layers` is a sequence of `gpipe_jax.layer(...)`; each takes one pytree and returns one.
-    `loss(outputs, labels)` returns the losses of the examples (see `losses`). `example` is a batch,
-    or its shapes: {"inputs": ..., "labels": ..., "weights": [N] optional}; its N examples are split
-    into `micro_batches` x D equal parts. Later batches may be shorter: they are padded with
-    examples of weight zero. `schedule` is "gpipe", "1f1b", "eager_1f1b", "interleaved" or a table
-    of one's own (see `schedule`). With "interleaved" each device holds `chunks` composite layers,
-    so the network is cut into V times as many stages as there are devices.
+    The network is divided into stages of balanced cost. Each stage lies on the devices of one row
+    of the mesh. A batch is divided into micro-batches, which pass through the stages one after
+    the other (GPipe, arXiv:1811.06965, section 2.2). The backward pass recomputes each stage from
+    its input (section 2.3).
 
-    `partition` is "auto", which minimises the slowest stage by the layers' `cost` ("flops", "time",
-    or one number a layer; see `cost`), or the index of the first layer of every stage but the
-    first.
-    `memory_limit` bounds, in bytes, what a device holds: parameters, gradients and two optimizer
-    slots (padding included), stashed inputs, and a stage's working set. The backward pass
-    recomputes each stage from its input; `remat="layer"` also recomputes within it layer by layer,
-    for less memory and about a third more time.
-
-    `keys_per` says whose randomness it is (dropout): that of a "micro_batch", or of an "example",
-    which makes it independent of the number of micro-batches and replicas too. `steps` is the
-    length of the training run, for what changes on the way (drop-path); None is its end.
-
-    Building a pipeline allocates nothing on any device, so the mesh may be a compile-only or an
+    Building a pipeline allocates nothing on any device. So the mesh may be a compile-only or an
     abstract one.
+
+    Args:
+        layers: sequence of L layers from `gpipe_jax.layer`. Each takes one tree of arrays and
+            returns one.
+        loss: function (outputs, labels) -> losses [B] of the examples, or (losses, metrics); see
+            `gpipe_jax.losses`.
+        mesh: K x D devices, from `gpipe_jax.make_mesh`.
+        example: a batch, or its shapes: {"inputs": tree, "labels": tree, "weights": [N], optional}.
+            The first axis of every array is the N examples. N must be a multiple of D M. Later
+            batches may be shorter: they are padded with examples of weight zero.
+        micro_batches: M, the number of micro-batches of a batch. Default 1.
+        schedule: "gpipe", "1f1b", "eager_1f1b", "interleaved", or a `Schedule` of your own; see
+            `gpipe_jax.schedules`. Default "1f1b".
+        partition: "auto", which minimizes the cost of the slowest stage, or the first layer of each
+            stage but the first, as K V - 1 increasing indices. Default "auto".
+        cost: what "auto" balances: "flops" (counted), "time" (measured on this machine), or L
+            numbers in any unit. Default "flops".
+        memory_limit: the most bytes that a device may hold: parameters, gradients and two optimizer
+            slots (padding included), stashed inputs, and the working set of a stage. None sets no
+            limit. Default None.
+        remat: "stage" recomputes each stage once, from its input. "layer" recomputes each layer of
+            it once more, for less memory and about a third more time. Default "stage".
+        chunks: V, the number of stages on each device. More than one needs the schedule
+            "interleaved". Default 1.
+        keys_per: granularity of dropout keys, "micro_batch" or "example". With "example" the result
+            does not depend on M and D. Default "micro_batch".
+        steps: length of the training run in steps, for layers that change during it (drop-path).
+            None means that training is at its end. Default None.
+
+    Attributes:
+        replicas: D.
+        batch_size: N.
+        micro_batch_size: B.
+        shapes: the shapes of each layer.
+        costs: the cost of each layer.
+        stages: the stages, with the form of their arrays.
+
+    Raises:
+        ValueError: an argument is invalid, layers do not fit each other or the loss, or a device
+            needs more than `memory_limit`.
+
+    Example::
+
+        mesh = gpipe.make_mesh(stages=4, data=2)
+        pipe = gpipe.Pipeline(
+            gpipe.zoo.mlp((64, 128, 128, 128, 10)),
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=mesh,
+            example=batch,
+            micro_batches=4,
+        )
+        state = pipe.init(seed=0)
+        (loss, metrics), gradients, state = pipe.value_and_grad(state, batch)
     """
 
     def __init__(
@@ -67,7 +138,7 @@ class Pipeline:
         layers: Sequence[Layer],
         *,
         loss: Callable,
-        mesh: Mesh | AbstractMesh,
+        mesh: MeshLike,
         example: dict,
         micro_batches: int = 1,
         schedule: str | Schedule = "1f1b",
@@ -90,11 +161,14 @@ class Pipeline:
         if not self.layers:
             raise ValueError("`layers` is empty; give at least one layer for each stage")
         check_axes(mesh)
-        self.keys_per, self.steps = keys_per, steps
-        self.schedule = training_schedule(schedule, mesh.shape[STAGE], micro_batches, chunks)
-        self.example = batches.shapes_of(example, mesh.shape[DATA], micro_batches)
-        self.one_micro_batch = jax.tree.map(self._micro_batch_shape, self.example)
-        self.shapes = infer_shapes(self.layers, self.one_micro_batch["inputs"])
+        self.keys_per, self.steps, self.memory_limit = keys_per, steps, memory_limit
+        self.schedule = training_schedule(schedule, num_devices(mesh), micro_batches, chunks)
+        self.replicas = num_replicas(mesh)
+        self.example = batches.shapes_of(example, self.replicas, micro_batches)
+        self.batch_size = self.example["weights"].shape[0]
+        self.micro_batch_size = self.batch_size // (self.replicas * micro_batches)
+        self.micro_batch_shapes = batches.resize(self.example, self.micro_batch_size)
+        self.shapes = infer_shapes(self.layers, self.micro_batch_shapes["inputs"])
         self._check_loss()
         platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
@@ -102,11 +176,11 @@ class Pipeline:
             partition,
             self.costs,
             self.shapes,
-            stages=mesh.shape[STAGE] * self.schedule.chunks,
+            stages=num_devices(mesh) * self.schedule.chunks,
             # Costs that the caller gave are in a unit of their own: nothing to add to them.
             transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
             kept_bytes=[
-                self.remat.layer_bytes(c, trees.tree_bytes(shape.boundary))
+                self.remat.layer_bytes(c, tree_bytes(shape.boundary))
                 for c, shape in zip(self.costs, self.shapes, strict=True)
             ],
             memory_limit=memory_limit,
@@ -117,86 +191,53 @@ class Pipeline:
             chunks=self.schedule.chunks,
             remat=self.remat,
         )
-        self.memory_limit = memory_limit
         if memory_limit is not None:
             memory.check(self.device_bytes(), memory_limit)
 
-    # --- making ---------------------------------------------------------------------------------
-
-    def _micro_batch_shape(self, a: Any) -> jax.ShapeDtypeStruct:
-        size = a.shape[0] // (self.replicas * self.micro_batches)
-        return jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype)
-
     def _check_loss(self) -> None:
-        """Evaluate the loss abstractly, so that a mismatch is found before anything compiles."""
-        one, outputs = self.one_micro_batch, self.shapes[-1].output
+        """Evaluate the loss abstractly, to find a mismatch before anything compiles."""
+        outputs, labels = self.shapes[-1].output, self.micro_batch_shapes["labels"]
+        loss = functools.partial(weighted_sums, self.loss)
         try:
-            jax.eval_shape(
-                lambda *a: weighted_sums(self.loss, *a), outputs, one["labels"], one["weights"]
-            )
+            jax.eval_shape(loss, outputs, labels, self.micro_batch_shapes["weights"])
         except Exception as error:
             raise ValueError(
                 f"`loss` does not take the outputs of layer {len(self.layers) - 1}, "
-                f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(one['labels'])}: "
-                f"{error}"
+                f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(labels)}: {error}"
             ) from error
-
-    def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
-        """What every device holds, by part, estimated from shapes: bytes. See `memory`.
-
-        The optimizer is taken for one with two slots for each parameter, if nothing is said.
-        """
-        if optimizer_bytes is None:
-            optimizer_bytes = 2 * memory.float32_bytes(self.stages)
-        return memory.of_device(
-            self.stages,
-            self.costs,
-            self.schedule,
-            optimizer_bytes=optimizer_bytes,
-            loss_bytes=self.loss_bytes(),
-            batch_bytes=self.micro_batches * trees.tree_bytes(self.one_micro_batch),
-        )
-
-    def loss_bytes(self) -> int:
-        """Bytes that the loss of a micro-batch works with, on one replica."""
-        one, outputs = self.one_micro_batch, self.shapes[-1].output
-        return costs.loss_bytes(self.loss, outputs, one["labels"], one["weights"])
-
-    @property
-    def replicas(self) -> int:
-        """D, the number of data-parallel replicas."""
-        return self.mesh.shape[DATA]
-
-    @property
-    def micro_batch_size(self) -> int:
-        """B, the examples of a micro-batch on one replica."""
-        return self.one_micro_batch["weights"].shape[0]
-
-    @property
-    def batch_size(self) -> int:
-        """N, the examples of a full batch."""
-        return self.example["weights"].shape[0]
 
     # --- parameters ------------------------------------------------------------------------------
 
     def init(self, seed: int = 0) -> State:
-        """Fresh parameters, each made on its own device; the same for every K, D and schedule."""
+        """Initialize the parameters, each on its own device.
+
+        Args:
+            seed: seed of the parameters and of all randomness in training. Default 0.
+
+        Returns:
+            The state. It is the same for every K, V, D and schedule.
+        """
         return states.init(self.stages, self.mesh, seed)
 
-    def state_shardings(self) -> State:
-        """Where the parts of a state lie."""
-        return states.shardings(self.stages, self.mesh)
-
     def to_layers(self, tree: PyTree) -> list[PyTree]:
-        """Parameters or gradients as L trees of numpy arrays in layer order, for any K the same.
+        """Copy parameters or gradients into L trees of numpy arrays, in layer order.
 
-        `tree` is a `State`, or anything in the form of its `params`. A tied parameter is in its
-        first layer, and None in the others. Every stage must be on a device of this process.
+        The trees are the same for any K. A tied parameter is in its first layer, and None in the
+        others.
+
+        Args:
+            tree: a `State`, or anything in the form of its `params`.
+
+        Raises:
+            ValueError: a stage is on no device of this process.
         """
         return states.to_layers(self.stages, self.mesh, tree)
 
     def statistics(self, state: State) -> list[PyTree]:
-        """Running statistics as L trees of numpy arrays in layer order, for any K the same."""
+        """Copy the running statistics of batch norms into L trees of numpy arrays.
+
+        The trees are in layer order, and the same for any K.
+        """
         return states.statistics(self.stages, self.mesh, state)
 
     def from_layers(
@@ -206,77 +247,132 @@ class Pipeline:
         *,
         statistics: Sequence[PyTree] | None = None,
     ) -> State:
-        """A state with these parameters: the inverse of `to_layers` and `statistics`.
+        """Make a state with given parameters: the inverse of `to_layers` and `statistics`.
 
-        Without `statistics`, fresh ones.
+        Args:
+            params: L trees of arrays, in layer order.
+            seed: seed of all randomness in training. Default 0.
+            statistics: L trees of running statistics. Default: initial ones.
+
+        Raises:
+            ValueError: a tree does not have the shapes and types of its layer.
         """
         return states.from_layers(self.stages, self.mesh, params, statistics, seed)
 
-    def mask_parameters(self, chosen: Callable[[tuple[int, ...]], bool]) -> PyTree:
-        """Traced: which parameters are `chosen` by their shapes, in the rectangular form."""
-        return spmd.mask_parameters(self.stages, self.mesh, chosen)
+    # --- batches ---------------------------------------------------------------------------------
 
-    # --- one step --------------------------------------------------------------------------------
-
-    def split(self, batch: dict) -> dict:
-        """A batch as micro-batches on the devices: arrays [M, D*B, ...], weights summing to one.
+    def split(self, batch: dict, *, train: bool = False) -> dict:
+        """Divide a batch into micro-batches, and place them on the devices.
 
         A batch of fewer than N examples is padded with copies of its first one, of weight zero.
-        """
-        return self._place(batches.split(batch, self.example, self.micro_batches))
 
-    def training_split(self, batch: dict) -> dict:
-        """`split`, for training: refuses padding where batch norm would count it.
+        Args:
+            batch: the batch, in numpy. For training on several processes, if this process has
+                devices of some replicas only, it is the examples `rows` of the full batch.
+            train: whether the batch is for training. Default False.
 
-        If this process has devices of some replicas only, `batch` holds their examples, `rows`.
+        Returns:
+            Arrays [M, D*B, ...], with weights that sum to one.
+
+        Raises:
+            DataError: the batch does not look like the example, or is shorter in training where
+                batch norm would count the padding.
         """
-        count = batches.count_examples(batch["inputs"])
-        if len(self.rows) < self.batch_size:
-            return self._split_rows(batch, count)
-        if count < self.batch_size and any(jax.tree.leaves(s.stats) for s in self.shapes):
-            raise DataError(
-                f"a batch of {count} examples cannot be padded to {self.batch_size} in training: "
-                f"batch norm would count the padding; give full batches"
-            )
-        return self.split(batch)
+        own = None
+        replicas = list(range(self.replicas))
+        if train and len(self.rows) < self.batch_size:
+            own, replicas = len(self.rows), host_arrays.columns(self.mesh)
+        may_pad = not (train and any(jax.tree.leaves(shape.stats) for shape in self.shapes))
+        micro_batched = batches.split(
+            batch, self.example, self.micro_batches, own_examples=own, may_pad=may_pad
+        )
+        return host_arrays.place_batch(self.mesh, micro_batched, replicas)
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """Positions in a batch of the examples that this process's devices work on."""
+        """Return the positions in a batch of the examples that this process works on."""
         N, M, D = self.batch_size, self.micro_batches, self.replicas
         return np.arange(N).reshape(M, D, -1)[:, host_arrays.columns(self.mesh)].reshape(-1)
 
-    def _split_rows(self, batch: dict, count: int) -> dict:
-        if count != len(self.rows) or "weights" in batch:
-            raise DataError(
-                f"this process works on {len(self.rows)} of the {self.batch_size} examples of a "
-                f"batch, got {count} with keys {sorted(batch)}; give all of `rows`, unweighted"
-            )
-        example = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), self.example
-        )
-        parts = batches.split(batch, example, self.micro_batches)
-        parts["weights"] *= count / self.batch_size
-        return host_arrays.place_batch(self.mesh, parts, host_arrays.columns(self.mesh))
+    # --- one step --------------------------------------------------------------------------------
 
-    def _place(self, parts: PyTree) -> PyTree:
-        return host_arrays.place_batch(self.mesh, parts, list(range(self.replicas)))
+    def value_and_grad(self, state: State, batch: dict, step: int = 0) -> ValueAndGrad:
+        """Compute the loss and the gradients of a batch.
 
-    def gradients(self, state: State, parts: dict, step: Any, *, idle_fill: float = 0.0) -> tuple:
-        """Traced: ((loss, metrics), gradients, stats) of the micro-batches that `split` made.
+        Args:
+            state: parameters, running statistics and seed.
+            batch: a batch like `example`; see `split`.
+            step: number of the step from 0; with the seed it determines dropout. Default 0.
 
-        `stats` are the running statistics after this step.
+        Returns:
+            A tuple ((loss, metrics), gradients, state). Loss and metrics are weighted means over
+            the batch. The gradients have the form of `state.params` and are at least float32;
+            `to_layers` returns them layer by layer. The state has new running statistics.
+        """
+        micro_batched = self.split(batch, train=True)
+        result = self._jitted["gradients"](state, micro_batched, np.uint32(step))
+        return ValueAndGrad(result.value, result.gradients, state._replace(stats=result.stats))
+
+    def evaluate(self, state: State, batch: dict) -> LossAndMetrics:
+        """Return (loss, metrics) of a batch in evaluation mode, weighted means over its examples.
+
+        Args:
+            state: parameters and running statistics.
+            batch: a batch like `example`, or shorter.
+        """
+        return self._jitted["losses"](state, self.split(batch))
+
+    def apply(self, state: State, inputs: PyTree) -> PyTree:
+        """Return the network's outputs in evaluation mode.
+
+        Args:
+            state: parameters and running statistics.
+            inputs: a tree of arrays like `example["inputs"]`, of any number of examples.
+        """
+        count = batches.count_examples(inputs)
+        outputs = []
+        for start in range(0, count, self.batch_size):
+            size = min(self.batch_size, count - start)
+            examples = jax.tree.map(lambda a, s=start, n=size: np.asarray(a)[s : s + n], inputs)
+            split = batches.split_inputs(examples, self.example, self.micro_batches)
+            placed = host_arrays.place_batch(self.mesh, split, list(range(self.replicas)))
+            out = self._jitted["outputs"](state, placed)
+            outputs.append(jax.tree.map(lambda a, n=size: a.reshape(-1, *a.shape[2:])[:n], out))
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
+
+    # --- traced ----------------------------------------------------------------------------------
+
+    def gradients(
+        self, state: State, micro_batched: dict, step: Any, *, idle_fill: float = 0.0
+    ) -> StepGradients:
+        """Compute what `value_and_grad` returns, within a traced function.
+
+        Args:
+            state: parameters, running statistics and seed.
+            micro_batched: what `split` returns for training.
+            step: number of the step from 0.
+            idle_fill: what buffers hold before anything arrives, for tests. Default 0.
+
+        Returns:
+            A tuple ((loss, metrics), gradients, stats).
         """
         run = self._program(self.schedule, self.loss, idle_fill=idle_fill)
         progress = 1.0 if self.steps is None else jnp.minimum(step / self.steps, 1.0)
-        return run(self._variables(state, step, progress), parts)
+        value, grads, stats = run(self._variables(state, step, progress), micro_batched)
+        return StepGradients(LossAndMetrics(*value), grads, stats)
 
-    def losses(self, state: State, parts: dict) -> tuple:
-        """Traced: (loss, metrics) through the forward-only schedule, in evaluation mode."""
-        return self._program(self._forward_schedule, self.loss)(self._variables(state), parts)
+    def losses(self, state: State, micro_batched: dict) -> LossAndMetrics:
+        """Compute what `evaluate` returns, within a traced function.
 
-    def outputs(self, state: State, inputs: PyTree) -> PyTree:
-        """Traced: the network's outputs [M, D*B, ...] for inputs [M, D*B, ...]."""
+        Args:
+            state: parameters and running statistics.
+            micro_batched: what `split` returns.
+        """
+        run = self._program(self._forward_schedule, self.loss)
+        return LossAndMetrics(*run(self._variables(state), micro_batched))
+
+    def _outputs(self, state: State, inputs: PyTree) -> PyTree:
+        """Return the network's outputs [M, D*B, ...] for inputs [M, D*B, ...], traced."""
         run = self._program(self._forward_schedule, None)
         return run(self._variables(state), {"inputs": inputs})
 
@@ -290,60 +386,61 @@ class Pipeline:
 
     @functools.cached_property
     def _forward_schedule(self) -> Schedule:
-        return forward_only(self.mesh.shape[STAGE], self.micro_batches, self.schedule.chunks)
+        return forward_only(num_devices(self.mesh), self.micro_batches, self.schedule.chunks)
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable]:
-        names = ("gradients", "losses", "outputs")
-        return {name: jax.jit(getattr(self, name)) for name in names}
+        traced = {"gradients": self.gradients, "losses": self.losses, "outputs": self._outputs}
+        return {name: jax.jit(function) for name, function in traced.items()}
 
-    def value_and_grad(self, state: State, batch: dict, step: int = 0) -> tuple:
-        """((loss, metrics), gradients, state) of a batch.
-
-        The loss and the metrics are weighted means over the batch, seen by every host. Gradients
-        have the form of `state.params`, in float32; `to_layers` gives them layer by layer. `step`
-        seeds dropout. The returned state has the running statistics after this step.
-        """
-        parts = self.training_split(batch)
-        result, grads, stats = self._jitted["gradients"](state, parts, np.uint32(step))
-        return result, grads, state._replace(stats=stats)
-
-    def evaluate(self, state: State, batch: dict) -> tuple[jax.Array, dict]:
-        """(loss, metrics) of a batch in evaluation mode: weighted means over its examples."""
-        return self._jitted["losses"](state, self.split(batch))
-
-    def apply(self, state: State, inputs: PyTree) -> PyTree:
-        """The network's outputs in evaluation mode, for any number of examples."""
-        count = batches.count_examples(inputs)
-        chunks = []
-        for start in range(0, count, self.batch_size):
-            chunk = jax.tree.map(lambda a, s=start: np.asarray(a)[s : s + self.batch_size], inputs)
-            parts = batches.split_inputs(chunk, self.example, self.micro_batches)
-            out = self._jitted["outputs"](state, self._place(parts))
-            size = min(self.batch_size, count - start)
-            chunks.append(jax.tree.map(lambda a, n=size: a.reshape(-1, *a.shape[2:])[:n], out))
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *chunks)
-
-    def abstract_arguments(self) -> tuple:
-        """The shapes and places of `gradients`' arguments: state, micro-batches and step."""
-        M, split = self.micro_batches, NamedSharding(self.mesh, P(None, DATA))
-
-        def part(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (M, a.shape[0] // M, *a.shape[1:])
-            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=split)
-
-        step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(self.mesh, P()))
-        state = states.abstract(self.stages, self.mesh)
-        return state, jax.tree.map(part, self.example), step
+    # --- from shapes alone -----------------------------------------------------------------------
 
     def lower(self) -> jax.stages.Lowered:
-        """`gradients` lowered for the mesh's devices, from shapes, to compile and to measure."""
+        """Lower `gradients` for the devices of the mesh, from shapes, to compile or to inspect."""
         return self._jitted["gradients"].lower(*self.abstract_arguments())
 
-    # --- report ----------------------------------------------------------------------------------
+    def abstract_arguments(self) -> tuple[State, dict, jax.ShapeDtypeStruct]:
+        """Return the shapes and shardings of the arguments of `gradients`."""
+        M, sharding = self.micro_batches, batch_sharding(self.mesh)
+
+        def micro_batched(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (M, a.shape[0] // M, *a.shape[1:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
+
+        state = states.abstract(self.stages, self.mesh)
+        step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated_sharding(self.mesh))
+        return state, jax.tree.map(micro_batched, self.example), step
+
+    def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
+        """Estimate what every device holds during a step, in bytes by part; see `memory`.
+
+        Args:
+            optimizer_bytes: bytes of the optimizer's state on a device. Default: two float32 slots
+                for each parameter.
+        """
+        if optimizer_bytes is None:
+            optimizer_bytes = 2 * memory.float32_bytes(self.stages)
+        return memory.of_device(
+            self.stages,
+            self.costs,
+            self.schedule,
+            loss=self.loss,
+            micro_batch=self.micro_batch_shapes,
+            optimizer_bytes=optimizer_bytes,
+        )
+
+    def summary(self) -> Summary:
+        """Return the table of the stages and the facts of the pipeline; `print` shows the same."""
+        return summarize(
+            self.stages,
+            self.partition,
+            self.schedule,
+            replicas=self.replicas,
+            batch_size=self.batch_size,
+        )
 
     def __str__(self) -> str:
-        return summary.as_text(self)
+        return str(self.summary())
 
     def _repr_html_(self) -> str:
-        return summary.as_html(self)
+        return self.summary()._repr_html_()

@@ -7,19 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.distributed.mesh import STAGE
+from gpipe_jax.distributed.mesh import PARAMS_SPEC, MeshLike, device_index
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import to_block
 from gpipe_jax.utils.trees import PyTree
 
 
-def on_every_device(
-    body: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
-) -> Callable:
+def on_every_device(body: Callable, mesh: MeshLike, in_specs: Any, out_specs: Any) -> Callable:
     """Apply `jax.shard_map` over all axes, without its check of which values vary across devices.
 
     The check rejects any layer with a loop that starts from a constant (`nnx.RNN`): the constant is
@@ -35,12 +31,12 @@ def of_own_stage(stages: Stages, chunk: int, function: Callable[[int], PyTree]) 
     representatives = stages.representatives[chunk * K : (chunk + 1) * K]
     different = sorted(set(representatives))
     branches = jnp.asarray([different.index(s) for s in representatives])
-    branch = branches[lax.axis_index(STAGE)]
+    branch = branches[device_index()]
     return lax.switch(branch, [functools.partial(function, s) for s in different])
 
 
 def build_arrays(
-    stages: Stages, storage: ChunkedStorage, mesh: Mesh | AbstractMesh, make: Callable
+    stages: Stages, storage: ChunkedStorage, mesh: MeshLike, make: Callable
 ) -> list[PyTree]:
     """Build the arrays of all devices from `make(shape, layer id)`, a tree for each layer; traced.
 
@@ -52,12 +48,12 @@ def build_arrays(
         chunks = [of_own_stage(stages, c, build) for c in range(stages.geometry.chunks)]
         return [to_block(arrays) for arrays in chunks]
 
-    mapped = on_every_device(body, mesh, P(STAGE), P(STAGE))
+    mapped = on_every_device(body, mesh, PARAMS_SPEC, PARAMS_SPEC)
     return mapped(jnp.asarray(stages.geometry.layer_ids()))
 
 
 def mask_parameters(
-    stages: Stages, mesh: Mesh | AbstractMesh, chosen: Callable[[tuple[int, ...]], bool]
+    stages: Stages, mesh: MeshLike, chosen: Callable[[tuple[int, ...]], bool]
 ) -> list[PyTree]:
     """Return which parameters are `chosen` by their shapes, in the form of the parameters; traced.
 
@@ -71,6 +67,6 @@ def mask_parameters(
     def body() -> list:
         return [of_own_stage(stages, c, mask) for c in range(stages.geometry.chunks)]
 
-    packs = on_every_device(body, mesh, (), P(STAGE))()
+    packs = on_every_device(body, mesh, (), PARAMS_SPEC)()
     slots = [[chosen(slot.shape) for slot in storage.slots] for storage in stages.params]
     return [{"slots": s, "packs": p} for s, p in zip(slots, packs, strict=True)]

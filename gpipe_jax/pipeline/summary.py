@@ -1,84 +1,104 @@
-"""A pipeline as a table: stages, costs, balance, bubble, stash, padding."""
+"""Summarize a pipeline as a table of its stages and a list of facts."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from gpipe_jax.layers.shape_inference import elements
+from gpipe_jax.partition.solver import Partition
+from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.schedules.buffers import lower
+from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.schedules.simulation import simulate
 from gpipe_jax.utils import text
 from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
-if TYPE_CHECKING:
-    from gpipe_jax.pipeline.pipeline import Pipeline
-
 HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
 
 
-def as_text(pipe: "Pipeline") -> str:
-    """The table in plain text, with the facts of the whole pipeline below it."""
-    found = (f"{name}: {value}" for name, value in facts(pipe).items())
-    return "\n".join([text.text_table([HEADER, *_rows(pipe)]), *found])
+class Summary(NamedTuple):
+    """Hold a table, and facts to print below it."""
+
+    rows: list[tuple[str, ...]]  # the header first
+    facts: dict[str, str]  # by name
+
+    def __str__(self) -> str:
+        facts = (f"{name}: {fact}" for name, fact in self.facts.items())
+        return "\n".join([text.text_table(self.rows), *facts])
+
+    def _repr_html_(self) -> str:
+        return text.html_table(self.rows, self.facts)
 
 
-def as_html(pipe: "Pipeline") -> str:
-    """The same for a notebook."""
-    return text.html_table([HEADER, *_rows(pipe)], facts(pipe))
-
-
-def _rows(pipe: "Pipeline") -> list[tuple[str, ...]]:
-    total = sum(pipe.partition.costs) or 1.0
-    rows = []
-    for k, cut in enumerate(pipe.stages.geometry.layer_ranges):
-        output = tree_bytes(pipe.shapes[cut[-1]].output)
+def summarize(
+    stages: Stages, partition: Partition, schedule: Schedule, *, replicas: int, batch_size: int
+) -> Summary:
+    """Return the stages and their balance, the schedule and its bubble, stash and padding."""
+    geometry = stages.geometry
+    total = sum(partition.costs) or 1.0
+    rows: list[tuple[str, ...]] = [HEADER]
+    for s, layers in enumerate(geometry.layer_ranges):
+        shapes = [geometry.shapes[i] for i in layers]
         rows.append(
             (
-                str(k),
-                f"{cut[0]}-{cut[-1]}" if len(cut) > 1 else f"{cut[0]}",
-                str(pipe.layers[cut[0]]),
-                f"{pipe.partition.costs[k] / total:.1%}",
-                f"{elements(pipe.shapes[i] for i in cut):,}",
-                format_bytes(output),
+                str(s),
+                layer_range(layers[0], layers[-1]),
+                str(shapes[0].layer),
+                f"{partition.costs[s] / total:.1%}",
+                f"{elements(shapes):,}",
+                format_bytes(tree_bytes(shapes[-1].output)),
             )
         )
-    return rows
-
-
-def facts(pipe: "Pipeline") -> dict[str, str]:
-    """The figures of the whole pipeline, by name."""
-    schedule, stages = pipe.schedule, pipe.stages
-    own = [stages.geometry.parameter_bytes(k) for k in range(stages.geometry.num_devices)]
-    device = stages.params.device_bytes()
-    wire = sum(a.size * a.dtype.itemsize for a in stages.boundary_format.shapes)
-    rows = lower(schedule)
-    cut = pipe.partition
-    return {
-        "mesh": f"{stages.geometry.num_devices} devices x {pipe.replicas} replicas"
-        + (
-            f", {stages.geometry.chunks} stages on each device"
-            if stages.geometry.chunks > 1
-            else ""
-        ),
-        "batch": f"{pipe.batch_size} examples in {pipe.micro_batches} micro-batches of "
-        f"{pipe.batch_size // pipe.micro_batches // pipe.replicas} on each replica",
-        "balance": f"slowest stage {cut.imbalance:.3f} of the mean; "
-        f"lower bound {cut.bound / cut.bottleneck if cut.bottleneck else 1:.3f} of the slowest",
+    lower_bound = partition.bound / partition.bottleneck if partition.bottleneck else 1
+    waiting = _lockstep_bubble(schedule, partition.costs)
+    facts = {
+        "mesh": _mesh(stages, replicas),
+        "batch": f"{batch_size} examples in {schedule.micro_batches} micro-batches of "
+        f"{batch_size // schedule.micro_batches // replicas} on each replica",
+        "balance": f"slowest stage {partition.imbalance:.3f} of the mean; "
+        f"lower bound {lower_bound:.3f} of the slowest",
         "schedule": f"{schedule.kind}, {schedule.ticks} ticks, "
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
-        f"{_lockstep_bubble(pipe):.1%} of the time if ticks wait for the slowest",
-        "stash": f"{rows.x_slots} boundary inputs, "
-        f"{format_bytes(rows.x_slots * wire)} on each device",
-        "parameters": f"{elements(pipe.shapes):,}, "
-        f"{format_bytes(device)} on each device, "
-        f"{1 - sum(own) / (device * len(own) or 1):.1%} of it padding",
+        f"{waiting:.1%} of the time if ticks wait for the slowest",
+        "stash": _stash(stages, schedule),
+        "parameters": f"{elements(geometry.shapes):,}, {_parameters(stages)}",
         "boundaries": "packed to the largest"
         if stages.boundary_format.packed
         else "all alike, as they are",
     }
+    return Summary(rows, facts)
 
 
-def _lockstep_bubble(pipe: "Pipeline") -> float:
-    """Bubble with a forward at a third of a (recomputing) backward's time, the last one at none."""
-    backward = pipe.partition.costs
-    forward = [*(cost / 3 for cost in backward[:-1]), 0.0]
-    return simulate(pipe.schedule, forward, backward).bubble_fraction
+def layer_range(first: int, last: int) -> str:
+    """Return the range of a stage's layers as text."""
+    return f"{first}-{last}" if last > first else f"{first}"
+
+
+def _mesh(stages: Stages, replicas: int) -> str:
+    geometry = stages.geometry
+    mesh = f"{geometry.num_devices} devices x {replicas} replicas"
+    if geometry.chunks > 1:
+        mesh += f", {geometry.chunks} stages on each device"
+    return mesh
+
+
+def _stash(stages: Stages, schedule: Schedule) -> str:
+    slots = lower(schedule).x_slots
+    size = format_bytes(slots * tree_bytes(stages.boundary_format.shapes))
+    return f"{slots} boundary inputs, {size} on each device"
+
+
+def _parameters(stages: Stages) -> str:
+    K, device = stages.geometry.num_devices, stages.params.device_bytes()
+    own = sum(stages.geometry.parameter_bytes(k) for k in range(K))
+    padding = 1 - own / (device * K or 1)
+    return f"{format_bytes(device)} on each device, {padding:.1%} of it padding"
+
+
+def _lockstep_bubble(schedule: Schedule, costs: Sequence[float]) -> float:
+    """Return the bubble if every tick takes as long as its slowest entry.
+
+    A forward takes a third of the time of a (recomputing) backward, that of the last stage none.
+    """
+    forward = [*(cost / 3 for cost in costs[:-1]), 0.0]
+    return simulate(schedule, forward, costs).bubble_fraction

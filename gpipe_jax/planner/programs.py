@@ -113,7 +113,7 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
     sums = jax.eval_shape(wide, (specs[0], specs[2]))
-    one = pipe.one_micro_batch
+    one = pipe.micro_batch_shapes
     if s == stages.geometry.last:
         start: Any = (one["labels"], one["weights"])
     else:

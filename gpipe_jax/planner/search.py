@@ -154,8 +154,8 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
         alone.costs,
         schedule,
         optimizer_bytes=tree_bytes(slots) + stages.params.device_bytes() * (job.ema is not None),
-        loss_bytes=alone.loss_bytes(),
-        batch_bytes=M * tree_bytes(alone.one_micro_batch),
+        loss=alone.loss,
+        micro_batch=alone.micro_batch_shapes,
     )
     whole = [sum(backward[i] for i in part) for part in cut.layer_ranges]
     third = [time / 3 for time in whole]  # a forward's part

@@ -10,10 +10,10 @@ from gpipe_jax.config import TextConfig
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import Stop
 from gpipe_jax.errors import DataError, StoppedError
+from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training import metrics, resume, writers
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
-from gpipe_jax.training.trainer import TrainState
 from gpipe_jax.utils.console import say
 
 
@@ -110,7 +110,7 @@ class TrainingLoop:
         if step in (0, self.saved):
             self.saver.note(step, self.evaluated)  # after a stop in the evaluation
             return
-        with trainer.ledger.spend("checkpoint"):
+        with trainer.timings.spend("checkpoint"):
             self.log.sync()
             config = self.parts.config.model_dump(mode="json")
             info = RunInfo(step, config, metrics=self.evaluated, data=self.parts.data)
@@ -119,7 +119,7 @@ class TrainingLoop:
         self.saved = step
 
     def _finish(self) -> None:
-        with self.parts.trainer.ledger.spend("checkpoint"):
+        with self.parts.trainer.timings.spend("checkpoint"):
             self.saver.wait()
 
     def _stopped(self) -> StoppedError:
@@ -139,7 +139,7 @@ def evaluate(parts: Assembly, current: TrainState, stop: Stop | None = None) -> 
                 raise StoppedError("stopped during an evaluation")
             yield batch
 
-    with trainer.ledger.spend("evaluation"):
+    with trainer.timings.spend("evaluation"):
         figures = trainer.evaluate(trainer.evaluated(current), batches())
     if isinstance(parts.config.data, TextConfig):
         figures["bits_per_byte"] = figures["test_loss"] / float(np.log(2))

@@ -11,7 +11,8 @@ from gpipe_jax.checkpoint.format import DamagedStep, Manifest
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import ConfigError, DamagedCheckpointError
-from gpipe_jax.training.trainer import Trainer, TrainState
+from gpipe_jax.pipeline.state import TrainState
+from gpipe_jax.training.trainer import Trainer
 
 
 class Restored(NamedTuple):

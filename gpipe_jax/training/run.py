@@ -244,7 +244,7 @@ def _lost(trainer: Trainer) -> dict[str, Any]:
     used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     peak = [u / GIB for u in used if u is not None]
     return {
-        **{f"{part}_s": seconds for part, seconds in trainer.ledger.seconds.items()},
+        **{f"{part}_s": seconds for part, seconds in trainer.timings.seconds.items()},
         "peak_memory_gib": max(peak, default=None),
     }
 

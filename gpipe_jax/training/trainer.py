@@ -1,4 +1,4 @@
-"""The training loop: pipeline step, optimizer update, evaluation. Knows nothing of config files."""
+"""Train a pipeline: steps, optimizer updates and evaluation, without config files."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from gpipe_jax.checkpoint import by_layer
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
-from gpipe_jax.pipeline import memory
+from gpipe_jax.pipeline import memory, spmd
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.state import State, TrainState
@@ -27,16 +28,31 @@ from gpipe_jax.utils.trees import PyTree, tree_bytes, wide
 
 Record = Callable[[dict], None]
 
-# Steps that may be under way at once: enough to hide Python, few enough that jax 0.10's CPU
-# collectives cannot deadlock and that a loss that is not finite is seen soon.
+# Steps that may be in progress at once: enough to hide Python, few enough that jax 0.10's CPU
+# collectives cannot deadlock, and that a loss that is not finite is noticed soon.
 IN_FLIGHT = 8
 
 
 class Trainer:
-    """A pipeline with an optimizer.
+    """Train a pipeline with an optimizer.
 
-    `tx` is an optax transformation that acts elementwise (checked; see `optimizer`). `ema` is the
-    decay of a moving average of the parameters, which is then what `evaluated` returns.
+    Args:
+        pipe: the pipeline.
+        tx: an optax transformation that acts on each element alone, and global norms. Adafactor,
+            LAMB and masks do not, so their result would depend on the number of stages.
+        ema: decay of a moving average of the parameters, in (0, 1); `evaluated` returns the average
+            then. None keeps no average. Default None.
+
+    Raises:
+        ValueError: `tx` does not act elementwise, or a device needs more than the pipeline's
+            `memory_limit`.
+
+    Example::
+
+        trainer = gpipe.Trainer(pipe, optax.adam(1e-3), ema=0.999)
+        current = trainer.init(seed=0)
+        current = trainer.fit(current, batches, steps=100, record=print)
+        print(trainer.evaluate(trainer.evaluated(current), held_out_batches))
     """
 
     def __init__(
@@ -46,22 +62,32 @@ class Trainer:
         self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
         if pipe.memory_limit is not None:
             memory.check(self.device_bytes(), pipe.memory_limit)
-        self.ledger, self._compiled = Timings(), set[str]()
-        self._last_loss = math.nan  # of the newest finished step; said when the next one diverges
-        # Everything is updated in place and stays where it is: a result placed otherwise (on a mesh
-        # of one device) would compile the second step anew.
+        self.timings, self._compiled = Timings(), set[str]()
+        self._last_loss = math.nan  # of the newest finished step, for the message of a divergence
+        # Everything is updated in place and stays where it is. A result with another sharding (on
+        # a mesh of one device) would compile the second step again.
         places = self._shardings()
         outputs = (places.state, places.opt_state, places.average, None)
         self._step = jax.jit(self._update, donate_argnums=(0, 1, 2), out_shardings=outputs)
 
+    # --- the training state ----------------------------------------------------------------------
+
     def init(self, seed: int = 0) -> TrainState:
-        """Fresh parameters and optimizer state."""
+        """Initialize the parameters and the optimizer.
+
+        Args:
+            seed: seed of the parameters and of all randomness in training. Default 0.
+        """
         return self.start(self.pipe.init(seed))
 
     def start(self, state: State, step: int = 0) -> TrainState:
-        """Training from these parameters, with a fresh optimizer.
+        """Initialize the optimizer for given parameters.
 
-        The first step takes the arrays of `state` for its results: they are gone then.
+        The first step donates the arrays of `state`, so do not use them after it.
+
+        Args:
+            state: parameters, running statistics and seed.
+            step: number of updates done so far. Default 0.
         """
         places = self._shardings()
         begin = jax.jit(self._begin, out_shardings=(places.opt_state, places.average))
@@ -69,7 +95,7 @@ class Trainer:
         return TrainState(state, opt_state, step, average)
 
     def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """Optimizer state and average, of the gradients' type: float32 at least."""
+        """Return optimizer state and average, in the gradients' types: float32 at least."""
         params = wide(params)
         return self.tx.init(params), None if self.ema is None else params
 
@@ -98,89 +124,89 @@ class Trainer:
         state = states.shardings(self.pipe.stages, mesh)
         return TrainState(state, place(local.opt_state), 0, place(local.average))
 
-    def _update(
-        self, state: State, optimizer: PyTree, average: PyTree, parts: dict, step: jax.Array
-    ) -> tuple:
-        (loss, metrics), grads, stats = self.pipe.gradients(state, parts, step)
-        optimizer, average, params = self.apply_gradients(
-            optimizer, average, state.params, grads, step, self._decaying()
-        )
-        state = state._replace(params=params, stats=stats)
-        return state, optimizer, average, {"loss": loss, **metrics}
-
-    def apply_gradients(
-        self,
-        optimizer: PyTree,
-        average: PyTree,
-        params: PyTree,
-        grads: PyTree,
-        step: jax.Array,
-        decaying: PyTree,
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """Traced: optimizer, average and parameters after the update."""
-        updates, optimizer = self.tx.update(grads, optimizer, params, decaying=decaying)
-        params = optax.apply_updates(params, updates)
-        if self.ema is not None:
-            average = moving_average(average, params, step, self.ema)
-        return optimizer, average, params
-
     def evaluated(self, current: TrainState) -> State:
-        """What is evaluated: the moving average of the parameters, if there is one.
+        """Return the state to evaluate: with the moving average of the parameters, if there is one.
 
-        Running statistics of batch norms are moving averages already and are taken as they are.
+        Running statistics of batch norms are moving averages already, so they stay as they are.
         """
         if self.ema is None:
             return current.state
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), current.average, current.state.params)
         return current.state._replace(params=params)
 
-    def device_bytes(self) -> dict[str, int]:
-        """What every device holds, by part, estimated from shapes: bytes. See `memory`."""
-        local = self.local_shapes
-        return self.pipe.device_bytes(tree_bytes((local.opt_state, local.average)))
+    # --- one step --------------------------------------------------------------------------------
 
-    def local_update_arguments(self) -> tuple:
-        """The shapes on one device of optimizer, average, parameters and gradients."""
-        local = self.local_shapes
-        params = local.state.params
-        return local.opt_state, local.average, params, jax.eval_shape(wide, params)
+    def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Do one update.
 
-    def abstract_arguments(self) -> tuple:
-        """The shapes and places of the training step's arguments; the first three are updated."""
-        places = self._shardings()
-        state, parts, step = self.pipe.abstract_arguments()
-        optimizer, average = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(self._begin, state.params),
-            (places.opt_state, places.average),
-        )
-        return state, optimizer, average, parts, step
+        Args:
+            current: the training state. It is donated, so do not use it again.
+            batch: a batch like the pipeline's example; see `Pipeline.split`.
 
-    def lower(self) -> jax.stages.Lowered:
-        """The whole training step lowered from shapes, to compile and to measure."""
-        return self._step.lower(*self.abstract_arguments())
-
-    def export(self) -> export.Exported:
-        """The whole training step for TPUs, which need not be there."""
-        return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
-
-    def _decaying(self) -> PyTree:
-        return self.pipe.mask_parameters(decays)
-
-    def step(self, current: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        """One update; `current` must not be used again. Metrics are arrays not yet waited for."""
-        parts = self.pipe.training_split(batch)
+        Returns:
+            The new training state, and the loss and the metrics by name. They are arrays that may
+            not be ready yet.
+        """
+        micro_batched = self.pipe.split(batch, train=True)
         with self._compiling("step"):
-            state, optimizer, average, metrics = self._step(
-                current.state, current.opt_state, current.average, parts, np.uint32(current.step)
+            state, opt_state, average, metrics = self._step(
+                current.state,
+                current.opt_state,
+                current.average,
+                micro_batched,
+                np.uint32(current.step),
             )
-        return TrainState(state, optimizer, current.step + 1, average), metrics
+        return TrainState(state, opt_state, current.step + 1, average), metrics
+
+    def _update(
+        self,
+        state: State,
+        opt_state: PyTree,
+        average: PyTree,
+        micro_batched: dict,
+        step: jax.Array,
+    ) -> tuple[State, PyTree, PyTree, dict[str, jax.Array]]:
+        """Compute the whole training step, traced."""
+        (loss, metrics), grads, stats = self.pipe.gradients(state, micro_batched, step)
+        decaying = spmd.mask_parameters(self.pipe.stages, self.pipe.mesh, decays)
+        opt_state, average, params = self.apply_gradients(
+            opt_state, average, state.params, grads, step, decaying
+        )
+        state = state._replace(params=params, stats=stats)
+        return state, opt_state, average, {"loss": loss, **metrics}
+
+    def apply_gradients(
+        self,
+        opt_state: PyTree,
+        average: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        step: jax.Array,
+        decaying: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """Return optimizer state, average and parameters after an update, traced.
+
+        Args:
+            opt_state: the optimizer's state.
+            average: the moving average of the parameters, or None.
+            params: the parameters.
+            grads: the gradients, in the form of the parameters.
+            step: number of updates done so far.
+            decaying: which parameters decay, in the form of the parameters.
+        """
+        updates, opt_state = self.tx.update(grads, opt_state, params, decaying=decaying)
+        params = optax.apply_updates(params, updates)
+        if self.ema is not None:
+            average = moving_average(average, params, step, self.ema)
+        return opt_state, average, params
 
     def _compiling(self, program: str) -> contextlib.AbstractContextManager:
-        """Books the first call of a program on compiling."""
+        """Count the first call of a program as compilation."""
         first = program not in self._compiled
         self._compiled.add(program)
-        return self.ledger.spend("compile") if first else contextlib.nullcontext()
+        return self.timings.spend("compile") if first else contextlib.nullcontext()
+
+    # --- many steps ------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -190,20 +216,32 @@ class Trainer:
         record: Record,
         stopped: Callable[[int], bool] = lambda step: False,
     ) -> TrainState:
-        """Train until `steps` steps are done in all; `record` gets each step's metrics in order.
+        """Train until `steps` updates are done, earlier ones included.
 
-        Before each step `stopped(steps done)` may end it early.
+        Args:
+            current: the training state. It is donated, so do not use it again.
+            batches: iterator over batches like the pipeline's example.
+            steps: number of updates at the end.
+            record: function that gets each step's record, in order: "step" (from 1), "loss", the
+                metrics of the loss function and "step_time_s". This is the time since the last step
+                finished, or the time to start the step if that is longer (devices faster than the
+                host).
+            stopped: function (updates done) -> whether to stop before the next step. Default: never
+                stop.
 
-        A record has "step" (from 1), "loss", the loss function's metrics and "step_time_s", the
-        time since the step before was done, or what it took to start the step, if that is longer
-        (devices faster than the host). Raises DivergedError when a loss is not finite.
+        Returns:
+            The training state after the last step.
+
+        Raises:
+            DivergedError: a loss is not finite.
+            ValueError: `batches` is exhausted too early.
         """
-        under_way: deque[tuple[int, dict, float]] = deque()
+        in_flight: deque[tuple[int, dict, float]] = deque()
         clock = time.perf_counter()
 
         def finish() -> None:
             nonlocal clock
-            step, metrics, start_s = under_way.popleft()
+            step, metrics, start_s = in_flight.popleft()
             values = {name: float(value) for name, value in metrics.items()}
             self.check_finite("loss", step, values["loss"])
             self._last_loss, now = values["loss"], time.perf_counter()
@@ -212,20 +250,31 @@ class Trainer:
 
         while current.step < steps and not stopped(current.step):
             begun = time.perf_counter()
-            with self.ledger.spend("data"):
+            with self.timings.spend("data"):
                 batch = next(batches, None)
             if batch is None:
                 raise ValueError(f"`batches` ended after {current.step} of {steps} steps")
             current, metrics = self.step(current, batch)
-            under_way.append((current.step, metrics, time.perf_counter() - begun))
-            if len(under_way) >= IN_FLIGHT:
+            in_flight.append((current.step, metrics, time.perf_counter() - begun))
+            if len(in_flight) >= IN_FLIGHT:
                 finish()
-        while under_way:
+        while in_flight:
             finish()
         return current
 
     def evaluate(self, state: State, batches: Iterator[dict]) -> dict[str, float]:
-        """Weighted means of loss and metrics over all of `batches`, as "test_loss" and so on."""
+        """Compute loss and metrics over all of `batches`.
+
+        Args:
+            state: the state to evaluate; see `evaluated`.
+            batches: iterator over batches like the pipeline's example, or shorter.
+
+        Returns:
+            Weighted means over the examples, as "test_loss" and so on.
+
+        Raises:
+            DataError: there are no examples.
+        """
         sums: dict[str, float] = {}
         total = 0.0
         for batch in batches:
@@ -241,28 +290,66 @@ class Trainer:
         return {f"test_{name}": value / total for name, value in sums.items()}
 
     def check_finite(self, name: str, step: int, value: float) -> None:
-        """Raise DivergedError, with the last good loss and a remedy, if `value` is not finite."""
+        """Raise DivergedError, with the last finite loss and a remedy, if `value` is not finite."""
         if math.isfinite(value):
             return
         last = f"the last finite loss was {self._last_loss:.6g}"
+        if math.isnan(self._last_loss):
+            last = "there was no step before it"
         raise DivergedError(
-            f"the {name} became {value} at step {step} "
-            f"({'there was no step before it' if math.isnan(self._last_loss) else last}); "
+            f"the {name} became {value} at step {step} ({last}); "
             f"try a lower optimizer.learning_rate, more optimizer.warmup_steps, or "
             f"optimizer.clip_norm=1; a label that is none of the network's classes makes it NaN too"
         )
 
-    # --- layer by layer, for checkpoints ----------------------------------------------------------
+    # --- from shapes alone -----------------------------------------------------------------------
+
+    def device_bytes(self) -> dict[str, int]:
+        """Estimate what every device holds during a step, in bytes by part; see `memory`."""
+        local = self.local_shapes
+        return self.pipe.device_bytes(tree_bytes((local.opt_state, local.average)))
+
+    def local_update_arguments(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Return the shapes on one device of optimizer state, average, parameters and gradients."""
+        local = self.local_shapes
+        params = local.state.params
+        return local.opt_state, local.average, params, jax.eval_shape(wide, params)
+
+    def abstract_arguments(self) -> tuple[State, PyTree, PyTree, dict, Any]:
+        """Return shapes and shardings of the step's arguments; the first three are updated."""
+        state, micro_batched, step = self.pipe.abstract_arguments()
+        places = self._shardings()
+        opt_state, average = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            jax.eval_shape(self._begin, state.params),
+            (places.opt_state, places.average),
+        )
+        return state, opt_state, average, micro_batched, step
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lower the whole training step from shapes, to compile or to inspect it."""
+        return self._step.lower(*self.abstract_arguments())
+
+    def export(self) -> export.Exported:
+        """Export the whole training step for TPU; this needs no TPU."""
+        return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
+
+    # --- layer by layer, for checkpoints ---------------------------------------------------------
 
     def to_layers(self, current: TrainState) -> LayerTrees:
-        """Copies of everything that training changes, of the layers that this process saves."""
+        """Copy everything that training changes, of the layers that this process saves."""
         return by_layer.split(self.pipe.stages, self.pipe.mesh, current)
 
     def from_layers(self, saved: LayerTrees, step: int) -> TrainState:
-        """The inverse of `to_layers`; asks for the layers of this process's devices only."""
+        """Invert `to_layers`; read the layers of this process's devices only.
+
+        Args:
+            saved: the layers, from a checkpoint or `to_layers`.
+            step: number of updates done so far.
+        """
         local = self.local_shapes._replace(step=step)
         return by_layer.join(self.pipe.stages, self.pipe.mesh, saved, local)
 
     def layer_shapes(self) -> LayerTrees:
-        """What all processes' `to_layers` come to, as shapes."""
+        """Return the shapes of what the `to_layers` of all processes copy together."""
         return by_layer.shapes(self.pipe.stages, self.local_shapes)

@@ -112,7 +112,7 @@ def test_training_normalises_with_the_micro_batch_and_evaluation_with_the_runnin
     assert moments == {}
 
 
-def test_the_layer_is_flaxs_batch_norm_where_there_is_one_micro_batch() -> None:
+def test_the_layer_is_flaxs_batch_norm_where_there_is_micro_batch_shapes() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(3.0, 2.0, (8, F)), jnp.float32)
     one, module = layer(One), One(rngs=nnx.Rngs(KEY))
     params, stats = one.init(KEY, x), one.init_statistics()

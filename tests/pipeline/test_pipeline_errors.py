@@ -294,14 +294,14 @@ def test_batch_norm_would_count_padding(normed, pipe):
     )
     state = normed.init(0)
     with pytest.raises(ValueError, match=message):
-        normed.training_split(make_example(11))
+        normed.split(make_example(11), train=True)
     with pytest.raises(ValueError, match=message):
         normed.value_and_grad(state, make_example(11))
     with pytest.raises(ValueError, match=message):
         trainer = gpipe.Trainer(normed, optax.sgd(0.1))
         trainer.step(trainer.start(state), make_example(11))
-    assert normed.training_split(make_example(12))["weights"].shape == (3, 4)
-    assert pipe.training_split(make_example(11))["weights"].shape == (3, 4)
+    assert normed.split(make_example(12), train=True)["weights"].shape == (3, 4)
+    assert pipe.split(make_example(11), train=True)["weights"].shape == (3, 4)
     assert normed.split(make_example(11))["weights"].shape == (3, 4), "for evaluation"
 
 

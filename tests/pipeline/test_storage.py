@@ -309,6 +309,9 @@ def test_the_shapes_of_all_devices_are_those_of_a_fresh_state(chunks: int) -> No
         chunks=chunks,
         example=make_batch("pytree_mlp", 4),
     )
-    shape = lambda a: (a.shape, a.dtype, a.sharding)  # noqa: E731
+
+    def shape(a: Any) -> tuple:
+        return a.shape, a.dtype, a.sharding
+
     expected = jax.tree.map(shape, pipe.init(0))
     assert jax.tree.map(shape, pipe.abstract_arguments()[0]) == expected

@@ -33,7 +33,7 @@ def test_a_row_for_each_stage(pipe):
 
 
 def test_facts_of_the_whole(pipe):
-    facts = summary.facts(pipe)
+    facts = pipe.summary().facts
     assert facts["mesh"] == "2 devices x 2 replicas"
     assert facts["batch"] == "24 examples in 3 micro-batches of 4 on each replica"
     assert "slowest stage 1.500 of the mean" in facts["balance"]
@@ -41,10 +41,8 @@ def test_facts_of_the_whole(pipe):
     assert facts["schedule"].startswith("1f1b, 8 ticks, bubble 25.0% of the slots")
     assert facts["stash"] == "2 boundary inputs, 256 B on each device"
     padding = re.search(r"([\d.]+)% of it padding", facts["parameters"])
-    own, device = (
-        [pipe.stages.geometry.parameter_bytes(k) for k in range(2)],
-        pipe.stages.params.device_bytes(),
-    )
+    own = [pipe.stages.geometry.parameter_bytes(k) for k in range(2)]
+    device = pipe.stages.params.device_bytes()
     assert padding and float(padding[1]) == pytest.approx(100 - 50 * sum(own) / device, abs=0.06)
     assert facts["boundaries"] == "all alike, as they are"
     assert str(pipe).endswith("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
@@ -68,7 +66,7 @@ def test_stages_of_several_chunks():
     cells = [re.split(r"  +", row) for row in rows[:4]]
     assert [cell[:2] for cell in cells] == [["0", "0"], ["1", "1"], ["2", "2"], ["3", "3"]]
     assert [cell[4] for cell in cells] == ["20", "20", "4", "20"]
-    facts = summary.facts(pipe)
+    facts = pipe.summary().facts
     assert facts["mesh"] == "2 devices x 1 replicas, 2 stages on each device"
     assert facts["schedule"].startswith("interleaved, 18 ticks, bubble 11.1% of the slots")
     assert facts["stash"] == "4 boundary inputs, 384 B on each device"
@@ -80,7 +78,7 @@ def test_stages_of_several_chunks():
 def test_html_says_the_same(pipe):
     html = pipe._repr_html_()
     assert html.count("<tr>") == 3 and html.count("<th>") == len(summary.HEADER)
-    for fact in summary.facts(pipe).values():
+    for fact in pipe.summary().facts.values():
         assert fact in html
 
 

@@ -15,8 +15,9 @@ import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.config import AdamConfig
 from gpipe_jax.errors import DivergedError
+from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training import optimizers, trainer
-from gpipe_jax.training.trainer import Trainer, TrainState
+from gpipe_jax.training.trainer import Trainer
 
 EXAMPLES = 12
 
@@ -185,8 +186,8 @@ def test_the_old_state_is_given_up(trainers, fresh):
 def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, fresh):
     one = trainers[2]
     current = one.from_layers(fresh, 0)
-    parts = one.pipe.split(next(make_batches()))
-    args = (current.state, current.opt_state, current.average, parts, jnp.uint32(0))
+    micro_batched = one.pipe.split(next(make_batches()))
+    args = (current.state, current.opt_state, current.average, micro_batched, jnp.uint32(0))
     text = one._step.lower(*args).compile().as_text()
     aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
     assert aliases >= len(jax.tree.leaves((current.state.params, current.opt_state)))

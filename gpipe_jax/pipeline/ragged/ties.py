@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from gpipe_jax.distributed.mesh import STAGE
+from gpipe_jax.distributed.mesh import device_index, sum_over_stages
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.packing import LeafPlace
@@ -36,16 +35,16 @@ class Ties:
     def _gather(self, owner: Owner, params: list) -> jax.Array:
         c, k = self.params.geometry.at(owner.stage)
         value = self.params[c].read_leaf(owner.place, params[c])
-        is_owner = lax.axis_index(STAGE) == k
-        return lax.psum(jnp.where(is_owner, value, jnp.zeros_like(value)), STAGE)
+        is_owner = device_index() == k
+        return sum_over_stages(jnp.where(is_owner, value, jnp.zeros_like(value)))
 
     def add(self, grads: list, shared: dict) -> list:
         """Add all devices' gradients of tied parameters to the owners' `grads`, traced."""
         grads = list(grads)
         for name, owner in self.owners.items():
             c, k = self.params.geometry.at(owner.stage)
-            total = lax.psum(shared[name], STAGE)
-            own = jnp.where(lax.axis_index(STAGE) == k, total, jnp.zeros_like(total))
+            total = sum_over_stages(shared[name])
+            own = jnp.where(device_index() == k, total, jnp.zeros_like(total))
             grads[c] = self.params[c].add_leaf(owner.place, grads[c], own)
         return grads
 
