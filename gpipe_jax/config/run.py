@@ -1,7 +1,7 @@
 """Define the whole configuration of a run, and the rules between its sections."""
 
 from itertools import pairwise
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic import ValidationError as PydanticError
@@ -19,7 +19,16 @@ from gpipe_jax.config.base import (
 from gpipe_jax.config.data import ArraysConfig, DataConfig, data_problems
 from gpipe_jax.config.models import ModelConfig
 from gpipe_jax.config.optimizers import AdamConfig, AnyOptimizerConfig
+from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING
+from gpipe_jax.utils import choices
 from gpipe_jax.utils.text import GIB, batch_problem
+
+if TYPE_CHECKING:
+    ScheduleName = RematName = KeysPerName = str
+else:
+    ScheduleName = Literal[tuple(TRAINING)]
+    RematName = Literal[choices.REMAT]
+    KeysPerName = Literal[choices.KEYS_PER]
 
 
 class MeshConfig(Section):
@@ -44,7 +53,7 @@ class PipelineConfig(Section):
     """How a batch goes through the stages."""
 
     micro_batches: Count = Field(default=1, description="parts that a replica cuts its batch into")
-    schedule: Literal["gpipe", "1f1b", "eager_1f1b", "interleaved"] = Field(
+    schedule: ScheduleName = Field(
         default="1f1b", description="order of the work"
     )
     chunks: Depth = Field(
@@ -66,10 +75,10 @@ class PipelineConfig(Section):
         description="memory of a device in GiB; auto keeps each stage below it, "
         "and takes the optimizer for one of two slots a parameter",
     )
-    remat: Literal["stage", "layer"] = Field(
+    remat: RematName = Field(
         default="stage", description="what the backward pass recomputes at a time"
     )
-    keys_per: Literal["micro_batch", "example"] = Field(
+    keys_per: KeysPerName = Field(
         default="micro_batch",
         description="what has randomness of its own; with example dropout does not depend on "
         "micro_batches and mesh.data",
@@ -83,10 +92,11 @@ class PipelineConfig(Section):
     @field_validator("chunks")
     @classmethod
     def _chunks_interleave(cls, chunks: int, info: ValidationInfo) -> int:
-        schedule = info.data.get("schedule", "interleaved")
-        if chunks > 1 and schedule != "interleaved":
+        schedule = info.data.get("schedule")  # missing if it is invalid
+        if chunks > 1 and schedule not in (None, *CHUNKED_TRAINING):
+            known = " or ".join(map(repr, CHUNKED_TRAINING))
             raise ValueError(
-                f"chunks {chunks} need pipeline.schedule 'interleaved', got {schedule!r}; "
+                f"chunks {chunks} need pipeline.schedule {known}, got {schedule!r}; "
                 f"use that schedule, or one chunk"
             )
         return chunks

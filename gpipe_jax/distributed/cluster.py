@@ -27,10 +27,9 @@ def find(coordinator: str | None, count: int | None, index: int | None) -> Clust
     given = _asked(coordinator, count, index)
     if any(value is not None for value in given):
         return _check(*given)
-    from jax._src.clusters import ClusterEnv  # what initialize() does, which fails when alone
+    from gpipe_jax.utils.xla_workarounds import detect_cluster
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT_S)
-    coordinator, count, index, _ = found
+    coordinator, count, index = detect_cluster(TIMEOUT_S)
     if coordinator is None or count is None or index is None or count == 1:
         return None
     return Cluster(coordinator, count, index)

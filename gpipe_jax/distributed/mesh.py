@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.device_order import arrange
+from gpipe_jax.utils.xla_workarounds import backends_are_running
 
 MeshLike = Mesh | AbstractMesh
 T = TypeVar("T")
@@ -110,7 +111,7 @@ def simulate_devices(n: int) -> None:
     if n < 1:
         raise ValueError(f"`n` must be at least 1 device, got {n}")
     os.environ["PJRT_NPROC"] = str(max(2 * n, os.cpu_count() or 1))
-    if _backend_is_running():
+    if backends_are_running():
         if jax.default_backend() == "cpu" and jax.device_count() >= n:
             return
         warnings.warn(
@@ -121,13 +122,6 @@ def simulate_devices(n: int) -> None:
         jax.extend.backend.clear_backends()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n)
-
-
-def _backend_is_running() -> bool:
-    # Every question of the public API starts a backend.
-    from jax._src import xla_bridge
-
-    return xla_bridge.backends_are_initialized()
 
 
 def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

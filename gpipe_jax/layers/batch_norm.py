@@ -26,16 +26,20 @@ class Norm(NamedTuple):
     momentum: float
 
 
-class Seen(nnx.BatchStat):
-    """A statistic that is always set as a whole.
+class WholeStatistic(nnx.BatchStat):
+    """Hold a statistic that is always set as a whole (see `utils.xla_workarounds`).
 
     `nnx.Variable` first compares the shardings of the old and the new value. Traced arrays have
-    none, and JAX searches the whole program to say so: that was 97 % of tracing an AmoebaNet.
+    none, and JAX searches the whole program to say so: 97 % of the time to trace an AmoebaNet.
     """
 
     def __setitem__(self, key: Any, value: jax.Array) -> None:
         del key  # all of it
         self.set_value(value)
+
+
+def _whole(statistic: nnx.Variable) -> WholeStatistic:
+    return WholeStatistic(statistic.get_value())
 
 
 def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
@@ -50,7 +54,7 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
             if not part.use_running_average:  # else it is frozen
                 norms.append(Norm(tuple(path), part.momentum))
                 part.momentum = 0.0
-                part.mean, part.var = (Seen(stat.get_value()) for stat in (part.mean, part.var))
+                part.mean, part.var = map(_whole, (part.mean, part.var))
     stats = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
     other = [".".join(map(str, path)) for path, _ in stats if path not in known]
     if other:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from gpipe_jax.layers.windows import Axis, Windows, fast_on_cpu, on_cpu, total
+from gpipe_jax.utils.xla_workarounds import computed_once
 
 
 def _reduce(windows: Windows, x: jax.Array, start: float, operator: Callable) -> jax.Array:
@@ -33,7 +34,7 @@ def _max_on_cpu(windows: Windows, x: jax.Array) -> jax.Array:
 
 
 def _max_gradients(windows: Windows, dy: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-    chosen = windows.viewers(_once(_first_maximum(windows, x)), x.shape)
+    chosen = windows.viewers(computed_once(_first_maximum(windows, x)), x.shape)
     pairs = enumerate(zip(chosen, windows.viewers(dy, x.shape), strict=True))
     return (total(jnp.where(position == t, d, 0) for t, (position, d) in pairs),)
 
@@ -46,18 +47,6 @@ def _first_maximum(windows: Windows, x: jax.Array) -> jax.Array:
         better = view > best
         best, position = jnp.where(better, view, best), jnp.where(better, t, position)
     return position
-
-
-def _once(a: jax.Array) -> jax.Array:
-    """Integers from 0 that XLA:CPU computes once, whoever reads them.
-
-    It would compute them again for each reader, with x rounded in other ways: windows with two
-    maxima that are almost equal would choose both or none. An optimization barrier does not last
-    until then; a loop does, of which only we know that it is never entered.
-    """
-    rounds = (a[:1, :1, :1, :1].sum() < 0).astype(jnp.int32)
-    again = lambda carry: (carry[0] - 1, -carry[1])  # noqa: E731
-    return lax.while_loop(lambda carry: carry[0] > 0, again, (rounds, a))[1]
 
 
 _window_max = fast_on_cpu(_max, _max_gradients, _max_on_cpu)

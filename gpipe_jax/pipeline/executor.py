@@ -1,16 +1,32 @@
-"""One program that executes any schedule table: a `shard_map` over all devices, a scan over ticks.
+"""Execute any schedule table in one program: a `shard_map` over devices, a `scan` over ticks.
 
-At each tick a device stores what has arrived, does what the table says (an idle device computes
-nothing; see `device`), and passes its results to its neighbours with one permute each way. After
-the last tick the gradients are summed over the data replicas, once, and the running statistics are
-committed, from forwards only, once.
+A tick of device k. The lowered table (`schedules.buffers`) gives it a micro-batch m, the slots to
+store what arrived, the slots to read, and a branch:
+
+       from device k - 1                                     from device k + 1
+          arrived_x                                             arrived_g
+              |                                                     |
+    store     +-> buffers.x[receive_x]       buffers.g[receive_g] <-+
+                        |                              |
+    work      forward   x = buffers.x[x_slot]          |
+                        y = stage(x) ---------------------------------> send_x
+              backward  x = buffers.x[x_slot], g = buffers.g[g_slot]
+                        dx, dw = vjp(stage, x)(g) --------------------> send_g
+                        sums += dw
+              evaluate  sums += loss(stage(x)): the last stage of a forward-only schedule
+              idle      compute nothing; send a constant that nobody reads
+                        |                              |
+    send      send_x to device k + 1         send_g to device k - 1
+
+The receivers find these as `arrived_x` and `arrived_g` in the next tick. `device_step` has the
+branches. After the last tick one all-reduce sums the gradients over the replicas, and each stage
+commits its running statistics once, from the moments of its forwards only.
 
 Letters: K devices, M micro-batches, B examples of a micro-batch on one replica, t tick, k device,
 s stage.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,18 +35,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.distributed.mesh import DATA, STAGE
+from gpipe_jax.distributed.mesh import (
+    BATCH_SPEC,
+    PARAMS_SPEC,
+    REPLICATED_SPEC,
+    MeshLike,
+    device_index,
+    num_replicas,
+    permute_stages,
+    sum_over_all,
+    sum_over_replicas,
+    sum_over_stages,
+)
 from gpipe_jax.pipeline.device_step import (
     IDLE,
     Branch,
+    Buffers,
     DeviceStep,
     Entry,
-    Kept,
     Sums,
-    Work,
+    TickResult,
     get,
     put,
 )
@@ -40,135 +65,132 @@ from gpipe_jax.pipeline.spmd import of_own_stage, on_every_device
 from gpipe_jax.schedules.buffers import BufferTable, lower
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule
 from gpipe_jax.utils.trees import PyTree, differentiable
+from gpipe_jax.utils.xla_workarounds import flat_examples, ring, run_branch
 
 
 class Variables(NamedTuple):
-    """What a step reads beside the batch."""
+    """Hold what a step reads beside the batch."""
 
-    params: list  # of each chunk, in the form of its `Storage`
-    stats: list  # running statistics, likewise
-    key: jax.Array  # of the step
-    progress: jax.Array  # of the training run, 0 to 1
+    params: list  # the parameters of each chunk, in the form of its `Storage`
+    stats: list  # the running statistics of each chunk, likewise
+    key: jax.Array  # random key of the step
+    progress: jax.Array  # fraction of the training run that is done, 0 to 1
 
 
 class Carry(NamedTuple):
-    """What a device keeps from one tick to the next."""
+    """Hold what a device keeps from one tick to the next."""
 
-    arrived_x: list  # wire arrays from the previous stage's last tick
-    arrived_g: list  # wire arrays (gradients) from the next stage's last tick
-    kept: Kept
+    arrived_x: list  # the encoded boundary that the previous stage sent in the last tick
+    arrived_g: list  # the encoded gradient that the next stage sent in the last tick
+    buffers: Buffers
     sums: Sums
 
 
 def build(
     stages: Stages,
     schedule: Schedule,
-    mesh: Mesh | AbstractMesh,
+    mesh: MeshLike,
     loss: Callable | None,
     *,
     keys_per: str = "micro_batch",
     idle_fill: float = 0.0,
 ) -> Callable:
-    """The traced function (variables, batch) that runs `schedule`.
+    """Return the function (variables, batch) that runs `schedule`; to be traced.
 
-    `batch` has leaves [M, D*B, ...] with weights that sum to one. Returns, for a schedule with
-    backwards, ((loss, metrics), grads, stats); for a forward-only one (loss, metrics), or without
-    `loss` the outputs. `idle_fill` is what buffers hold before anything arrives and what idle
-    devices send: a test sets it to NaN to show that none of it is ever used.
+    The batch has leaves [M, D*B, ...] and weights that sum to one. With backwards in the schedule
+    the result is ((loss, metrics), grads, stats). For a forward-only schedule it is
+    (loss, metrics), or the outputs if `loss` is None.
+
+    Buffers hold `idle_fill` until something arrives, and idle devices send it. A test sets it to
+    NaN to show that it is never used.
     """
-    rows = lower(schedule)
+    lowered = lower(schedule)
     trains = bool((schedule.table[..., 0] == BACKWARD).any())
 
     def body(variables: Variables, ids: jax.Array, batch: dict) -> PyTree:
-        here = lambda chunks: [from_block(arrays) for arrays in chunks]  # noqa: E731
+        params, stats = (
+            [from_block(arrays) for arrays in chunks]
+            for chunks in (variables.params, variables.stats)
+        )
         device = DeviceStep(
             stages=stages,
             trains=trains,
             loss=loss,
             per_example=keys_per == "example",
-            replicas=mesh.shape[DATA],
-            params=here(variables.params),
-            stats=here(variables.stats),
-            shared=stages.ties.gather(here(variables.params)),
+            replicas=num_replicas(mesh),
+            params=params,
+            stats=stats,
+            shared=stages.ties.gather(params),
             ids=ids[0],
-            batch={**batch, "inputs": jax.tree.map(_flat, batch["inputs"])},
+            batch={**batch, "inputs": jax.tree.map(flat_examples, batch["inputs"])},
             key=variables.key,
             progress=variables.progress,
         )
-        return _Ticks(device, schedule, rows, idle_fill).run()
+        return _Ticks(device, schedule, lowered, idle_fill).run()
 
-    in_specs = (Variables(P(STAGE), P(STAGE), P(), P()), P(STAGE), P(None, DATA))  # type: ignore[arg-type]
-    result_spec = P(None, DATA) if loss is None else P()
-    out_specs = (result_spec, P(STAGE), P(STAGE)) if trains else result_spec
+    variables: Any = [PARAMS_SPEC, PARAMS_SPEC, REPLICATED_SPEC, REPLICATED_SPEC]
+    in_specs = (Variables(*variables), PARAMS_SPEC, BATCH_SPEC)
+    result_spec = BATCH_SPEC if loss is None else REPLICATED_SPEC
+    out_specs = (result_spec, PARAMS_SPEC, PARAMS_SPEC) if trains else result_spec
     mapped = on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.geometry.layer_ids()
     return lambda variables, batch: mapped(variables, ids, batch)
 
 
-def _flat(a: jax.Array) -> jax.Array:
-    """All micro-batches of one input, [M, elements of a micro-batch].
-
-    An array that a loop takes slices of gets the layout that the slices' user prefers: on TPU a
-    convolution's made 3 GiB of 77 MB of images, twice. A reshape within the loop ends that.
-    """
-    return a.reshape(a.shape[0], math.prod(a.shape[1:]))
-
-
 @dataclass(frozen=True)
 class _Ticks:
-    """All ticks of a device, and the sums over devices after them."""
+    """Run all ticks of a device, then sum over the devices."""
 
     device: DeviceStep
     schedule: Schedule
-    rows: BufferTable
+    lowered: BufferTable
     fill: float
 
     def run(self) -> PyTree:
-        """All ticks, segment by segment, and the sums over devices after them."""
-        carry = self._start()
-        rows = self.rows
-        columns = (rows.micro_batch, rows.receive_x, rows.receive_g, rows.x_slot, rows.g_slot)
+        """Run the ticks segment by segment, and return the result of the step."""
+        carry, low = self._start(), self.lowered
+        columns = (low.micro_batch, low.receive_x, low.receive_g, low.x_slot, low.g_slot)
         for ticks in self._segments():
             branches = [self._branches[t] for t in ticks]
-            known = sorted({branch for row in branches for branch in row}, key=str)
-            index = [[known.index(branch) for branch in row] for row in branches]
+            different = sorted({branch for row in branches for branch in row}, key=str)
+            index = [[different.index(branch) for branch in row] for row in branches]
             table = np.stack([*(column[ticks] for column in columns), index], axis=-1)
-            tick = functools.partial(self._tick, known)
+            tick = functools.partial(self._tick, different)
             carry, _ = lax.scan(tick, carry, jnp.asarray(table, jnp.int32))
         return self._finish(carry.sums)
 
     # --- buffers ---------------------------------------------------------------------------------
 
     def _start(self) -> Carry:
-        wire, back = self.device.stages.boundary_format.shapes, self.device.gradient_shapes
+        x_shapes, g_shapes = self.device.boundary_shapes, self.device.gradient_shapes
         return Carry(
-            arrived_x=[self._filled(s) for s in wire],
-            arrived_g=[self._filled(s) for s in back],
-            kept=Kept(
-                x=[self._filled(s, self.rows.x_slots) for s in wire],
-                g=[self._filled(s, self.rows.g_slots) for s in back],
+            arrived_x=[self._filled(a) for a in x_shapes],
+            arrived_g=[self._filled(a) for a in g_shapes],
+            buffers=Buffers(
+                x=[self._filled(a, self.lowered.x_slots) for a in x_shapes],
+                g=[self._filled(a, self.lowered.g_slots) for a in g_shapes],
             ),
             sums=self.device.zero_sums(self.schedule.micro_batches),
         )
 
-    def _filled(self, spec: jax.ShapeDtypeStruct, *lead: int) -> jax.Array:
-        fill = self.fill if differentiable(spec) else 0
-        return jnp.full((*lead, *spec.shape), fill, spec.dtype)
+    def _filled(self, shape: jax.ShapeDtypeStruct, *leading: int) -> jax.Array:
+        fill = self.fill if differentiable(shape) else 0
+        return jnp.full((*leading, *shape.shape), fill, shape.dtype)
 
     def _finish(self, sums: Sums) -> PyTree:
         if self.device.loss is None:
-            return lax.psum(sums.result, STAGE)
-        result = lax.psum(sums.result, (STAGE, DATA))
+            return sum_over_stages(sums.result)
+        result = sum_over_all(sums.result)
         if not self.device.trains:
             return result
         grads = self.device.stages.ties.add(sums.grads, sums.shared)
-        grads, moments = lax.psum((grads, sums.moments), DATA)
+        grads, moments = sum_over_replicas((grads, sums.moments))
         stats = self._committed(moments)
         grads, stats = ([to_block(arrays) for arrays in chunks] for chunks in (grads, stats))
         return result, grads, stats
 
     def _committed(self, moments: list) -> list:
-        """The running statistics after this step, from the sums of its micro-batches' moments."""
+        """Return the running statistics after this step, from the sums of all moments."""
         if not jax.tree.leaves(moments):
             return self.device.stats
         count = self.schedule.micro_batches * self.device.replicas
@@ -185,26 +207,31 @@ class _Ticks:
     # --- the table -------------------------------------------------------------------------------
 
     def _segments(self) -> list[np.ndarray]:
-        """The ticks before the first backward, those after the last forward, and those between.
+        """Return the ticks before the first backward, after the last forward, and between.
 
-        So a stretch of forwards carries no backward code and no gradient traffic. Ticks at which
-        nothing happens are left out: with one stage all forwards, as backwards compute them.
+        Each segment is a scan, so a stretch of forwards has no backward code and sends no
+        gradients. Ticks without work are left out: with one stage these are all forwards, because
+        its backwards compute them.
         """
         operation = self.schedule.table[..., 0]
         forward = np.nonzero((operation == FORWARD).any(axis=1))[0]
         backward = np.nonzero((operation == BACKWARD).any(axis=1))[0]
-        first_b = int(backward[0]) if len(backward) else len(operation)
-        last_f = max(int(forward[-1]) + 1, first_b)
-        arrives = (self.rows.receive_x >= 0) | (self.rows.receive_g >= 0)
-        works = [[branch != IDLE for branch in row] for row in self._branches]
-        busy: np.ndarray = (np.array(works) | arrives).any(axis=1)
-        cuts = [first_b, last_f] if len(self.device.stages.geometry.layer_ranges) > 1 else []
+        first_backward = int(backward[0]) if len(backward) else len(operation)
+        end_of_forwards = max(int(forward[-1]) + 1, first_backward)
+        arrives = (self.lowered.receive_x >= 0) | (self.lowered.receive_g >= 0)
+        works: Any = np.array([[branch != IDLE for branch in row] for row in self._branches])
+        busy = (works | arrives).any(axis=1)
+        cuts = (
+            [first_backward, end_of_forwards]
+            if len(self.device.stages.geometry.layer_ranges) > 1
+            else []
+        )
         segments = np.split(np.arange(len(operation)), cuts)
         return [ticks[busy[ticks]] for ticks in segments if busy[ticks].any()]
 
     @functools.cached_property
     def _branches(self) -> list[list[Branch]]:
-        """[T][K]: the branch for each entry of the table."""
+        """Return the branch of each entry of the table, [T][K]."""
         return [
             [self._branch(operation, chunk, k) for k, (operation, _, chunk) in enumerate(row)]
             for row in self.schedule.table.tolist()
@@ -222,49 +249,40 @@ class _Ticks:
         # In training the last stage's backward computes its forward, loss and gradient.
         return IDLE
 
-    def _tick(self, known: list[Branch], carry: Carry, rows: jax.Array) -> tuple[Carry, None]:
-        m, receive_x, receive_g, x_slot, g_slot, index = rows[lax.axis_index(STAGE)]
-        kept = Kept(
-            x=_store(carry.kept.x, carry.arrived_x, receive_x),
-            g=_store(carry.kept.g, carry.arrived_g, receive_g),
+    def _tick(self, branches: list[Branch], carry: Carry, row: jax.Array) -> tuple[Carry, None]:
+        """Run one tick; `row` [K, 6] is the lowered table's, its last column a branch's index."""
+        m, receive_x, receive_g, x_slot, g_slot, index = row[device_index()]
+        buffers = Buffers(
+            x=_store(carry.buffers.x, carry.arrived_x, receive_x),
+            g=_store(carry.buffers.g, carry.arrived_g, receive_g),
         )
-        work = Work(
-            send_x=[self._filled(s) for s in self.device.stages.boundary_format.shapes],
-            send_g=[self._filled(s) for s in self.device.gradient_shapes],
+        idle = TickResult(
+            send_x=[self._filled(a) for a in self.device.boundary_shapes],
+            send_g=[self._filled(a) for a in self.device.gradient_shapes],
             sums=carry.sums,
         )
-        # A conditional for each, not one switch: then XLA adds to the sums in place on TPU, where
-        # it copies what passes through a switch (1.5 GiB for 2.7 GiB of gradients on v3).
         entry = Entry(m, x_slot, g_slot)
-        for n, branch in enumerate(known):
-            run = functools.partial(self.device.work, branch, kept, entry)
-            work = lax.cond(index == n, run, lambda w: w, work) if len(known) > 1 else run(work)
-        carry = carry._replace(kept=kept, sums=work.sums)
-        if any(branch.operation == "forward" for branch in known):
-            carry = carry._replace(arrived_x=_permute(work.send_x, self._neighbours()))
-        if any(branch.operation == "backward" for branch in known):
-            up = [(b, a) for a, b in self._neighbours()]
-            carry = carry._replace(arrived_g=_permute(work.send_g, up))
+        runs = [functools.partial(self.device.run, branch, buffers, entry) for branch in branches]
+        result = run_branch(index, runs, idle)
+        carry = carry._replace(buffers=buffers, sums=result.sums)
+        geometry = self.device.stages.geometry
+        down = ring(geometry.num_devices, closed=geometry.chunks > 1)
+        if any(branch.operation == "forward" for branch in branches):
+            carry = carry._replace(arrived_x=_permute(result.send_x, down))
+        if any(branch.operation == "backward" for branch in branches):
+            up = [(after, before) for before, after in down]
+            carry = carry._replace(arrived_g=_permute(result.send_g, up))
         return carry, None
-
-    def _neighbours(self) -> list[tuple[int, int]]:
-        """(device, next device). Closed to a ring only if chunks need it.
-
-        XLA has mis-compiled permutes of several rings on GPU (issue 45222).
-        """
-        K = self.device.stages.geometry.num_devices
-        around = [(K - 1, 0)] if self.device.stages.geometry.chunks > 1 else []
-        return [(k, k + 1) for k in range(K - 1)] + around
 
 
 def _store(buffers: list, arrived: list, slot: jax.Array) -> list:
-    """Put what arrived into `slot` of each buffer; nothing if `slot` is -1."""
-    at = jnp.maximum(slot, 0)
+    """Put what arrived into `slot` of each buffer; change nothing if `slot` is -1."""
+    i = jnp.maximum(slot, 0)
     return [
-        put(b, jnp.where(slot >= 0, a, get(b, at)), at)
-        for b, a in zip(buffers, arrived, strict=True)
+        put(buffer, jnp.where(slot >= 0, value, get(buffer, i)), i)
+        for buffer, value in zip(buffers, arrived, strict=True)
     ]
 
 
 def _permute(arrays: list, pairs: list) -> list:
-    return [lax.ppermute(a, STAGE, pairs) for a in arrays]
+    return [permute_stages(a, pairs) for a in arrays]

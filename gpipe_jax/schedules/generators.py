@@ -111,8 +111,8 @@ TRAINING = {
 
 KINDS = {**TRAINING, "forward": forward_only}
 
-
-CHUNKED = ("interleaved", "forward")  # those that take several chunks a device
+CHUNKED = ("interleaved", "forward")  # the kinds that take several chunks for each device
+CHUNKED_TRAINING = tuple(kind for kind in TRAINING if kind in CHUNKED)
 
 
 def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Schedule:

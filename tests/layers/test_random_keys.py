@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from gpipe_jax.layers import random_keys
+from gpipe_jax.utils import choices
 
 STEP = random_keys.step_key(0, 0)
 N = 8  # examples of the whole batch
@@ -106,7 +107,7 @@ def test_what_is_not_drawn_for_each_example_is_refused(shape: tuple[int, ...]) -
 
 
 def test_both_kinds_of_keys_are_known_by_name() -> None:
-    assert random_keys.PER == ("micro_batch", "example")
+    assert choices.KEYS_PER == ("micro_batch", "example")
 
 
 # ---- keys of micro-batches ----------------------------------------------------------------------

@@ -65,15 +65,3 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
     sums = storage.split_layers(0, back.params)
     for had, more, now in zip(before, wanted, sums, strict=True):
         np.testing.assert_allclose(now["w"], had["w"] + more["w"], rtol=1e-4, atol=1e-5)
-
-
-def test_parameters_that_are_read_late_change_nothing() -> None:
-    """The stage's input is replaced in a case that never comes, whatever its type."""
-    x = {"x": jnp.full((2, WIDTH), jnp.nan), "ids": jnp.arange(3)}
-    stages = Stages(infer_shapes([LAYER], x), [range(1)])
-    arrays = stages.params[0].join_layers(0, [{"w": np.full((WIDTH, WIDTH), np.inf, np.float32)}])
-    call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
-    stage = StageStep(stages, 0, arrays, {}, {}, jnp.zeros(1, int), call)
-    _, after = stage._after(arrays, Boundary({**x, "x": jnp.ones((2, WIDTH))}, {}))
-    np.testing.assert_array_equal(after.x["x"], np.ones((2, WIDTH)))
-    np.testing.assert_array_equal(after.x["ids"], x["ids"])
