@@ -1,4 +1,7 @@
-"""Buffers for a schedule: which slot holds what arrives, until its last use. Pure numpy, no JAX."""
+"""Allocate the buffers of a schedule: a slot for each arrival until its last use.
+
+Pure numpy, no JAX.
+"""
 
 from typing import NamedTuple
 
@@ -8,9 +11,10 @@ from gpipe_jax.schedules.schedule import Schedule, ticks_of
 
 
 class BufferTable(NamedTuple):
-    """A schedule with its buffers allocated, as the executor runs it. Arrays are int32 [T, K].
+    """Hold a schedule with its buffers allocated, as the executor runs it.
 
-    Boundary inputs and gradients that arrive are kept in numbered slots until their last use.
+    Arrays are int32 [T, K]. Boundaries and gradients that arrive stay in numbered slots until their
+    last use.
     """
 
     micro_batch: np.ndarray
@@ -18,12 +22,12 @@ class BufferTable(NamedTuple):
     receive_g: np.ndarray  # slot for the gradient that arrived with this tick, or -1
     x_slot: np.ndarray  # slot of the activation that this tick's operation reads
     g_slot: np.ndarray  # slot of the gradient that this tick's operation reads
-    x_slots: int  # how many slots a device needs
-    g_slots: int
+    x_slots: int  # number of slots for activations on each device
+    g_slots: int  # number of slots for gradients on each device
 
 
 def lower(schedule: Schedule) -> BufferTable:
-    """Give every arriving activation and gradient the lowest slot that is free on its device.
+    """Give each arriving activation and gradient the lowest slot that is free on its device.
 
     The chunks of a device share its slots.
     """
@@ -45,7 +49,10 @@ def lower(schedule: Schedule) -> BufferTable:
 
 
 def _allocate(spans: dict, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Slots for values of stage s that live from tick a to tick b: {(s, m): (a, b)}."""
+    """Allocate slots for the values of stage s that live from tick a to b: {(s, m): (a, b)}.
+
+    Returns the slot that receives at each entry, or -1; the slot that is read; the slots needed.
+    """
     K = table.shape[1]
     receive = np.full(table.shape[:2], -1, np.int32)
     read = np.zeros(table.shape[:2], np.int32)

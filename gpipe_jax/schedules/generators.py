@@ -1,4 +1,10 @@
-"""Make schedules: GPipe, 1F1B, eager 1F1B, interleaved, and forward-only for evaluation."""
+"""Generate schedules: GPipe, 1F1B, eager 1F1B, interleaved, and forward-only for evaluation.
+
+To add a training schedule, write its function and add it to `TRAINING` (and to `CHUNKED`, if it
+takes several chunks). The configuration, the planner and the command line read these names.
+
+Letters: K devices, V chunks, M micro-batches, t tick, k device, s stage, m micro-batch.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +14,26 @@ from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 
 
 def gpipe(num_devices: int, micro_batches: int) -> Schedule:
-    """All forwards, then all backwards (GPipe, section 2.2). Stashes M micro-batches."""
+    """Return GPipe's schedule: all forwards, then all backwards.
+
+    Source: Huang et al., GPipe, https://arxiv.org/abs/1811.06965, section 2.2.
+
+    Args:
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+
+    Returns:
+        A schedule of 2 (M + K - 1) ticks, in which each device stashes M inputs.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> print(gpipe(2, 3))
+        tick      0  1  2  3  4  5  6  7
+        stage 0  F0 F1 F2  .  . B0 B1 B2
+        stage 1   . F0 F1 F2 B0 B1 B2  .
+    """
     K, M = _checked(num_devices, micro_batches)
     ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
     ops += [(M + K - 1 + (K - 1 - k) + m, k, BACKWARD, m) for k in range(K) for m in range(M)]
@@ -16,13 +41,31 @@ def gpipe(num_devices: int, micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(num_devices: int, micro_batches: int) -> Schedule:
-    """One forward, one backward in turn (PipeDream-flush). Stage k stashes at most K - k.
+    """Return the 1F1B schedule: one forward and one backward in turn.
 
-    Each device does the backward that is ready, else the next forward as long as fewer than K - k
-    micro-batches are under way on it.
+    Each device runs a backward if one is ready. Else it runs the next forward, if fewer than K - k
+    micro-batches wait for their backward on it.
+
+    Source: PipeDream-flush, Narayanan et al. 2020, https://arxiv.org/abs/2006.09503, section 3.2.
+
+    Args:
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+
+    Returns:
+        A schedule in which device k stashes at most K - k inputs.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> print(one_f_one_b(2, 3))
+        tick      0  1  2  3  4  5  6  7
+        stage 0  F0 F1  . B0 F2 B1  . B2
+        stage 1   . F0 B0 F1 B1 F2 B2  .
     """
     K, M = _checked(num_devices, micro_batches)
-    forward, backward = [0] * K, [0] * K  # how many each stage has done
+    forward, backward = [0] * K, [0] * K  # how many each device has done
     ops, t = [], 0
     while min(backward) < M:
         row = [_next_operation(k, K, M, forward, backward) for k in range(K)]
@@ -36,6 +79,17 @@ def one_f_one_b(num_devices: int, micro_batches: int) -> Schedule:
 
 
 def _next_operation(k: int, K: int, M: int, forward: list[int], backward: list[int]) -> int:
+    """Return what device k does next in 1F1B, from how many of each all devices have done.
+
+    K = 3, M = 4. At tick 5 the devices have done forward = [3, 2, 2] and backward = [0, 1, 1]:
+
+        tick      0  1  2  3  4  5
+        stage 0  F0 F1 F2  .  . B0      m = 0: forward done, and stage 1 has done its backward
+        stage 1   . F0 F1  . B0 F2      m = 1: stage 2 has not; 2 - 1 < K - 1, so forward 2
+        stage 2   .  . F0 B0 F1 B1      m = 1: the last stage needs its own forward only
+
+    At ticks 3 and 4 device 0 is idle: K micro-batches wait for their backward on it.
+    """
     m = backward[k]
     if m < forward[k] and (k == K - 1 or m < backward[k + 1]):
         return BACKWARD
@@ -46,12 +100,28 @@ def _next_operation(k: int, K: int, M: int, forward: list[int], backward: list[i
 
 
 def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
-    """1F1B in which all devices go forward in one tick and backward in the next.
+    """Return 1F1B with all devices forward in one tick and backward in the next.
 
-    In one SPMD program a tick lasts as long as its slowest operation. Plain 1F1B always has some
-    device in a (three times longer) backward, so its steady state takes two backward times for each
-    micro-batch; here it takes a forward and a backward, as in GPipe. The price is a stash of
-    2(K - k) - 1 instead of K - k. `simulate` shows both.
+    In one SPMD program a tick lasts as long as its slowest operation, and a backward takes three
+    times as long as a forward. Plain 1F1B has some device in a backward at every tick of its steady
+    state, so a micro-batch takes two backward times. Here it takes one forward and one backward, as
+    in GPipe. The price is a larger stash. Compare both with `simulate`.
+
+    Args:
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+
+    Returns:
+        A schedule in which device k stashes at most 2 (K - k) - 1 inputs.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> print(eager_1f1b(2, 3))
+        tick      0  1  2  3  4  5  6  7
+        stage 0  F0 F1  . F2 B0  . B1 B2
+        stage 1   . F0 B0 F1 B1 F2 B2  .
     """
     K, M = _checked(num_devices, micro_batches)
     ops = [(2 * (m + k), k, FORWARD, m) for k in range(K) for m in range(M)]
@@ -60,15 +130,32 @@ def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
 
 
 def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedule:
-    """`eager_1f1b` with V chunks a device, for a V-th of the bubble (Narayanan et al. 2021, 2.2).
+    """Return `eager_1f1b` with V chunks on each device, for a V-th of the bubble.
 
-    A group of K micro-batches, or a few more so that M need not divide by K, goes through all
-    chunks before the next group starts. Forwards of all devices share ticks, and so do backwards.
+    A group of K micro-batches goes through all chunks before the next group starts. If K does not
+    divide M, groups are larger. Forwards of all devices share ticks, and so do backwards.
+
+    Source: Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2.
+
+    Args:
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+        chunks: V, the number of stages on each device, at least 1. Default 2.
+
+    Returns:
+        A schedule for K V stages; chunk c of device k is stage c K + k.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> interleaved(4, 8, chunks=2).bubble_fraction < eager_1f1b(4, 8).bubble_fraction
+        True
     """
     K, M = _checked(num_devices, micro_batches)
     forwards = _ring_order(K, M, range(_at_least_one(chunks)))
     backwards = _ring_order(K, M, range(chunks)[::-1])
-    # The last stage must have gone forward on a micro-batch before it goes backward.
+    # The last stage runs the forward of a micro-batch before its backward.
     late = max(forwards[chunks - 1, m] - backwards[chunks - 1, m] for m in range(M)) + K - 1
     ops = []
     for (c, m), turn in forwards.items():
@@ -79,10 +166,10 @@ def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedu
 
 
 def _ring_order(K: int, M: int, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
-    """(chunk, micro-batch) -> the turn in which the ring's first device does it.
+    """Return (chunk, micro-batch) -> the turn in which the ring's first device runs it.
 
-    What leaves the first device in a turn is back K turns later, so a group of at least K
-    micro-batches keeps it busy; a smaller one waits for its own return.
+    A micro-batch returns to the first device after K turns. So a group of at least K micro-batches
+    keeps that device busy, and a smaller group waits for its own return.
     """
     turns, start = {}, 0
     for group in np.array_split(np.arange(M), max(M // K, 1)):
@@ -94,7 +181,25 @@ def _ring_order(K: int, M: int, chunks: Sequence[int]) -> dict[tuple[int, int], 
 
 
 def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Schedule:
-    """The forward half of GPipe, or of `interleaved`, for evaluation."""
+    """Return the forward half of GPipe, or of `interleaved`, for evaluation.
+
+    Args:
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+        chunks: V, the number of stages on each device, at least 1. Default 1.
+
+    Returns:
+        A schedule without backwards.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> print(forward_only(2, 3))
+        tick      0  1  2  3
+        stage 0  F0 F1 F2  .
+        stage 1   . F0 F1 F2
+    """
     K, M = _checked(num_devices, micro_batches)
     turns = _ring_order(K, M, range(_at_least_one(chunks)))
     ops = [(turn + k, k, FORWARD, m, c) for (c, m), turn in turns.items() for k in range(K)]
@@ -116,7 +221,25 @@ CHUNKED_TRAINING = tuple(kind for kind in TRAINING if kind in CHUNKED)
 
 
 def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Schedule:
-    """The schedule of that name."""
+    """Return the schedule of this name.
+
+    Args:
+        kind: "gpipe", "1f1b", "eager_1f1b", "interleaved" or "forward".
+        num_devices: K, at least 1.
+        micro_batches: M, at least 1.
+        chunks: V, the number of stages on each device. Default 1; only "interleaved" and "forward"
+            take more.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: the name is unknown, a number is less than 1, or the schedule takes one chunk.
+
+    Example:
+        >>> make("1f1b", 4, 8).peak_stash
+        [4, 3, 2, 1]
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
     if kind in CHUNKED:
@@ -124,33 +247,53 @@ def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Sc
     if chunks != 1:
         raise ValueError(
             f"the schedule {kind!r} has one chunk on each device, got `chunks` {chunks}; "
-            f"use 'interleaved'"
+            f"use {' or '.join(map(repr, CHUNKED_TRAINING))}"
         )
     return KINDS[kind](num_devices, micro_batches)
 
 
 def training_schedule(
-    wanted: "str | Schedule", num_devices: int, micro_batches: int, chunks: int = 1
+    schedule: "str | Schedule", num_devices: int, micro_batches: int, chunks: int = 1
 ) -> Schedule:
-    """`wanted`, or the schedule of that name; ValueError unless it trains that pipeline."""
-    if isinstance(wanted, str):
-        if wanted not in TRAINING:
-            raise ValueError(f"unknown schedule {wanted!r} for training: {', '.join(TRAINING)}")
-        return make(wanted, num_devices, micro_batches, chunks)
-    if not (wanted.table[..., 0] == BACKWARD).any():
-        raise ValueError(f"the schedule {wanted.kind!r} has no backwards; it cannot train")
-    sizes = (wanted.num_devices, wanted.micro_batches)
+    """Return a schedule that trains a pipeline of this size.
+
+    Args:
+        schedule: the name of a training schedule, or a table of your own to check.
+        num_devices: K, the devices in the pipeline.
+        micro_batches: M, the micro-batches of a step.
+        chunks: V, the number of stages on each device. Default 1; a table says it itself.
+
+    Returns:
+        The schedule of that name, or `schedule` itself.
+
+    Raises:
+        ValueError: the name is unknown, or the table has no backwards or another size.
+
+    Example:
+        >>> training_schedule("gpipe", 2, 4).ticks
+        10
+    """
+    if isinstance(schedule, str):
+        if schedule not in TRAINING:
+            known = ", ".join(TRAINING)
+            raise ValueError(f"unknown schedule {schedule!r} for training; known: {known}")
+        return make(schedule, num_devices, micro_batches, chunks)
+    if not (schedule.table[..., 0] == BACKWARD).any():
+        raise ValueError(
+            f"the schedule {schedule.kind!r} has no backwards; give a training schedule"
+        )
+    sizes = (schedule.num_devices, schedule.micro_batches)
     if sizes != (num_devices, micro_batches):
         raise ValueError(
-            f"the schedule is for {sizes[0]} stages and {sizes[1]} micro-batches, the pipeline has "
-            f"{num_devices} and {micro_batches}"
+            f"the schedule is for {sizes[0]} devices and {sizes[1]} micro-batches, but the "
+            f"pipeline has {num_devices} and {micro_batches}; make a table of that size"
         )
-    if chunks not in (1, wanted.chunks):
+    if chunks not in (1, schedule.chunks):
         raise ValueError(
-            f"the schedule has {wanted.chunks} chunks on each device, got `chunks` {chunks}; "
-            f"leave `chunks` out, as your own table says it"
+            f"the schedule has {schedule.chunks} chunks on each device, got `chunks` {chunks}; "
+            f"leave `chunks` out for a table of your own"
         )
-    return wanted
+    return schedule
 
 
 def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:
@@ -167,7 +310,7 @@ def _at_least_one(chunks: int) -> int:
 
 
 def _table(K: int, ops: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """The table of (tick, device, operation, micro-batch[, chunk]), without its all-idle ticks."""
+    """Return the table of (tick, device, operation, micro-batch[, chunk]), without idle ticks."""
     table = np.zeros((max(t for t, *_ in ops) + 1, K, 3), np.int32)
     for t, k, *entry in ops:
         table[t, k, : len(entry)] = entry

@@ -1,11 +1,13 @@
-"""Schedules as data: who does what, when. Pure numpy, no JAX.
+"""Define schedules as data: who does what, when. Pure numpy, no JAX.
 
 A schedule is a table [T, K, 3] of (operation, micro-batch, chunk): what device k does at tick t.
-A device holds V chunks of the network: chunk c of device k is stage s = c K + k, so that each stage
-sends to the next device and the last device to the first. Each micro-batch m goes forward through
-stages 0..VK-1 and then backward through VK-1..0 (the patent US11232356's availability rules,
-checked by `validate`). The same table is drawn, simulated, and executed by `executor`, once `slots`
-has given its buffers numbers.
+A device holds V chunks of the network. Chunk c of device k is stage s = c K + k, so each stage
+sends to the next device, and the last device to the first. Each micro-batch m goes forward through
+stages 0..VK-1 and then backward through VK-1..0. `validate` checks the availability rules of the
+patent US11232356.
+
+The same table is drawn (`render`, `plots.schedule`), simulated (`simulation`) and executed
+(`pipeline.executor`, after `buffers` has numbered its buffers).
 
 Letters: K devices, V chunks, M micro-batches, T ticks, t tick, k device, s stage, m micro-batch.
 With one chunk a stage is a device.
@@ -20,42 +22,55 @@ IDLE, FORWARD, BACKWARD = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A named table; `table[t, k]` is (operation, micro-batch, chunk) of device k at tick t."""
+    """Hold a checked schedule table under a name.
+
+    Args:
+        kind: the name, for messages and drawings.
+        table: integers [T, K, 3]. `table[t, k]` is (operation, micro-batch, chunk) of device k at
+            tick t; the operations are `IDLE`, `FORWARD` and `BACKWARD`.
+
+    Raises:
+        ValueError: a micro-batch is missing, repeated or not yet available somewhere.
+
+    Example:
+        >>> Schedule("mine", np.array([[[1, 0, 0]], [[2, 0, 0]]])).ticks
+        2
+    """
 
     kind: str
-    table: np.ndarray  # int [T, K, 3]
+    table: np.ndarray
 
     def __post_init__(self) -> None:
         validate(self.table)
 
     @property
     def ticks(self) -> int:
-        """T, the number of ticks."""
+        """Return T, the number of ticks."""
         return self.table.shape[0]
 
     @property
     def num_devices(self) -> int:
-        """K, the number of devices in the pipeline."""
+        """Return K, the number of devices in the pipeline."""
         return self.table.shape[1]
 
     @property
     def micro_batches(self) -> int:
-        """M, the number of micro-batches."""
+        """Return M, the number of micro-batches."""
         return int(self.table[self.table[..., 0] != IDLE][:, 1].max()) + 1
 
     @property
     def chunks(self) -> int:
-        """V, the number of chunks on each device."""
+        """Return V, the number of chunks on each device."""
         return int(self.table[self.table[..., 0] != IDLE][:, 2].max()) + 1
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle slots over all slots; (K-1)/(VM+K-1) for all training schedules if M >= K."""
+        """Return the share of idle entries; (K-1)/(VM+K-1) for all training schedules if M >= K."""
         return float((self.table[..., 0] == IDLE).mean())
 
     @property
     def peak_stash(self) -> list[int]:
-        """For each device, the most boundary inputs that it holds at once."""
+        """Return the largest number of stashed inputs on each device."""
         forward, backward = ticks_of(self.table)
         held = np.zeros((self.ticks + 1, self.num_devices), int)
         for (s, m), t in forward.items():
@@ -68,7 +83,7 @@ class Schedule:
 
 
 def ticks_of(table: np.ndarray) -> tuple[dict, dict]:
-    """(stage, micro-batch) -> tick, of forwards and of backwards. Stage is chunk * K + device."""
+    """Return {(stage, micro-batch): tick} of the forwards, and of the backwards."""
     K = table.shape[1]
     ticks: tuple[dict, dict] = ({}, {})
     for t, k in zip(*np.nonzero(table[..., 0]), strict=True):
@@ -84,10 +99,10 @@ def ticks_of(table: np.ndarray) -> tuple[dict, dict]:
 
 
 def validate(table: np.ndarray) -> None:
-    """Raise ValueError unless every pair is done once, and only when its inputs are there.
+    """Check that each pair of stage and micro-batch is done once, after its inputs arrive.
 
-    A device has the input activations of a micro-batch one tick after the previous stage's forward,
-    and their gradients one tick after the next stage's backward.
+    A device has the input of a micro-batch one tick after the previous stage's forward, and the
+    gradient of its output one tick after the next stage's backward. Raises ValueError.
     """
     if table.ndim != 3 or table.shape[2] != 3:
         raise ValueError(f"a schedule table has shape [ticks, stages, 3], got {table.shape}")
@@ -103,7 +118,8 @@ def validate(table: np.ndarray) -> None:
     for name, done in (("forward", forward), ("backward", backward)):
         if done and set(done) != pairs:
             s, m = min(pairs ^ set(done))
-            raise ValueError(f"the {name} of micro-batch {m} at stage {s} is missing or not wanted")
+            problem = "is missing" if (s, m) in pairs else "is not expected"
+            raise ValueError(f"the {name} of micro-batch {m} at stage {s} {problem}")
     for (s, m), t in forward.items():
         if s > 0 and forward[s - 1, m] >= t:
             raise ValueError(
@@ -116,17 +132,32 @@ def validate(table: np.ndarray) -> None:
 
 
 def render(schedule: Schedule) -> str:
-    """The table as text: a row for each device, a column for each tick, F3 or B3 or a dot.
+    """Draw a schedule as text: a row for each device, a column for each tick.
 
-    With several chunks a device, F3.1 is the forward of micro-batch 3 through chunk 1.
+    Args:
+        schedule: the schedule to draw.
+
+    Returns:
+        The drawing. F3 is the forward of micro-batch 3, B3 its backward, and a dot is idle. With
+        several chunks on a device, F3.1 is the forward through chunk 1.
+
+    Example:
+        >>> from gpipe_jax.schedules import gpipe
+        >>> print(render(gpipe(1, 2)))
+        tick      0  1  2  3
+        stage 0  F0 F1 B0 B1
     """
     several = schedule.chunks > 1
-    width = len(str(schedule.micro_batches - 1)) + 2 + several * 2
+    width = len(str(schedule.micro_batches - 1)) + (4 if several else 2)
     lines = ["tick    " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
     for k in range(schedule.num_devices):
-        cells = [
-            "." if op == IDLE else f"{' FB'[op]}{m}" + several * f".{c}"
-            for op, m, c in schedule.table[:, k].tolist()
-        ]
+        cells = [_cell(op, m, c if several else None) for op, m, c in schedule.table[:, k].tolist()]
         lines.append(f"stage {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(operation: int, micro_batch: int, chunk: int | None) -> str:
+    if operation == IDLE:
+        return "."
+    letter = "F" if operation == FORWARD else "B"
+    return f"{letter}{micro_batch}" if chunk is None else f"{letter}{micro_batch}.{chunk}"

@@ -1,4 +1,4 @@
-"""Simulate a schedule: how long it takes and how much of it is bubble."""
+"""Simulate a schedule: compute its duration and its bubble."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, Schedule, ticks_of
 
 
 class Simulation(NamedTuple):
-    """What a schedule costs, in the unit of the given times."""
+    """Hold the duration of a schedule, in the unit of the given times, and its bubble."""
 
     time: float  # until the last operation ends
-    bubble_fraction: float  # 1 - useful time over K x time
+    bubble_fraction: float  # 1 - useful time / (K x time)
 
 
 def simulate(
@@ -22,18 +22,35 @@ def simulate(
     *,
     lockstep: bool = True,
 ) -> Simulation:
-    """Run the table with `forward[s]` and `backward[s]` as the time of stage s's operations.
+    """Compute how long a schedule takes, from the times of its stages.
 
-    With `lockstep` a tick lasts as long as its slowest operation, as in one SPMD program whose
-    devices exchange boundaries at every tick; without, an operation starts as soon as its device is
-    free and its input has arrived.
+    Args:
+        schedule: the schedule, of K V stages.
+        forward: the time of each stage's forward, [K V], in any unit.
+        backward: the time of each stage's backward, [K V], in the same unit.
+        lockstep: if True, a tick lasts as long as its slowest operation, as in one SPMD program
+            whose devices exchange boundaries at each tick. If False, an operation starts as soon as
+            its device is free and its input has arrived. Default True.
+
+    Returns:
+        The total time, and the share of it in which devices wait.
+
+    Raises:
+        ValueError: the number of times is not the number of stages.
+
+    Example:
+        >>> from gpipe_jax.schedules import gpipe
+        >>> simulate(gpipe(2, 4), forward=[1, 1], backward=[3, 3]).time
+        20.0
     """
     stages = schedule.table[..., 2] * schedule.num_devices + np.arange(schedule.num_devices)
     count = schedule.num_devices * schedule.chunks
     cost = np.zeros(schedule.table.shape[:2])
     for op, times in ((FORWARD, forward), (BACKWARD, backward)):
         if len(times) != count:
-            raise ValueError(f"{len(times)} stage times for a schedule of {count} stages")
+            raise ValueError(
+                f"got {len(times)} times of stages for a schedule of {count} stages; give {count}"
+            )
         cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float)[stages], 0.0)
     time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
     bubble = 1 - cost.sum() / (schedule.num_devices * time) if time else 0.0
@@ -41,6 +58,7 @@ def simulate(
 
 
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:
+    """Return the time if each operation waits for its device and its input only."""
     forward, backward = ticks_of(schedule.table)
     K, end, free = schedule.num_devices, {}, [0.0] * schedule.num_devices
     last = K * schedule.chunks - 1
