@@ -1,8 +1,13 @@
-"""The cache of evaluations: which candidates are the same network, and what is known of it.
+"""Answer candidates from the cache: architectures that are the same network share evaluations.
 
-Of each network `limit` evaluations are made (one, unless evaluations have noise); candidates that
-come later are answered with their mean, and that of each metric over those that have it. Twins of a
-candidate under way wait for its result rather than being trained too.
+Two candidates are duplicates if the digests of their canonical forms are equal. Each digest gets
+`limit` evaluations: one, or several if evaluations have noise. Later duplicates get the mean of the
+fitness, and of each metric over the evaluations that have it. A duplicate of a running candidate
+waits for its result instead of being trained too.
+
+    candidate --> look_up --> CachedResult     there are `limit` results: they answer
+                          --> "wait"           enough evaluations are running
+                          --> "evaluate"       otherwise
 """
 
 import hashlib
@@ -14,7 +19,7 @@ from nas.storage.reader import Reader
 
 
 class CachedResult(NamedTuple):
-    """What is known of a network."""
+    """Hold the result that a duplicate gets."""
 
     evaluated: int  # the candidate that was evaluated; the first, if there are several
     fitness: float
@@ -23,9 +28,9 @@ class CachedResult(NamedTuple):
 
 
 class Duplicates:
-    """What is under way, and who waits for it, of each network by the digest of its canonical form.
+    """Track the running evaluations and the waiting candidates of each digest.
 
-    Only that is kept in memory: what is known is looked up in the store.
+    Only these are in memory; results are looked up in the store.
     """
 
     def __init__(self, reader: Reader, limit: int) -> None:
@@ -33,33 +38,32 @@ class Duplicates:
         self.running: dict[str, int] = defaultdict(int)
         self.waiting: dict[str, list[int]] = defaultdict(list)
 
-    def look_up(self, network: str, candidate: int) -> CachedResult | Literal["evaluate", "wait"]:
-        """The answer to a candidate, or what becomes of it."""
+    def look_up(self, digest: str, candidate: int) -> CachedResult | Literal["evaluate", "wait"]:
+        """Return the cached result for a candidate, or what happens to it instead."""
         if not self.limit:
             return "evaluate"
         where = "canonical = ? AND answered_by IS NULL AND state = 'done'"
-        rows = list(self.reader.candidates(where, network, order=f"id LIMIT {self.limit}"))
-        n = len(rows)
-        if n >= self.limit:
+        rows = list(self.reader.candidates(where, digest, order=f"id LIMIT {self.limit}"))
+        if len(rows) >= self.limit:
             means = outcomes.mean_metrics([row.metrics for row in rows])
-            fitness = sum(row.fitness or 0.0 for row in rows) / n
+            fitness = sum(row.fitness or 0.0 for row in rows) / len(rows)
             return CachedResult(rows[0].id, fitness, means, rows[0].trained_values)
-        if self.running[network] + n >= self.limit:
-            self.waiting[network].append(candidate)
+        if self.running[digest] + len(rows) >= self.limit:
+            self.waiting[digest].append(candidate)
             return "wait"
-        self.running[network] += 1
+        self.running[digest] += 1
         return "evaluate"
 
-    def finish(self, network: str) -> list[int]:
-        """One under way has ended, well or badly; returns those that waited, to be placed anew."""
+    def finish(self, digest: str) -> list[int]:
+        """End an evaluation, successful or not; return the waiting candidates to look up again."""
         if not self.limit:
             return []
-        self.running[network] -= 1
-        if not self.running[network]:
-            del self.running[network]
-        return self.waiting.pop(network, [])
+        self.running[digest] -= 1
+        if not self.running[digest]:
+            del self.running[digest]
+        return self.waiting.pop(digest, [])
 
 
-def digest(canonical: str) -> str:
-    """A short name of a network."""
+def digest_of(canonical: str) -> str:
+    """Return the digest of a canonical form: 24 hexadecimal digits."""
     return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()

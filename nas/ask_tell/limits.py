@@ -1,4 +1,4 @@
-"""Hard limits on architectures, how often failures are tried again, and when they are too many."""
+"""Check architectures against hard limits, and bound retries and failures in a row."""
 
 import dataclasses
 import json
@@ -10,14 +10,24 @@ from typing import Any, NamedTuple
 from nas.errors import FailuresError
 
 MAX_REJECTED = 10_000
-"""So many rejections in a row, and it is the limits that are wrong."""
+"""Abort after this many consecutive rejections: the limits are probably too strict."""
 
 
 class Limit(NamedTuple):
-    """An architecture for which `measure` gives more than `at_most` is never trained.
+    """Reject architectures for which a measure is too large, before they are trained.
 
-    `measure` is any function of an architecture: parameters, operations, latency. It is recorded
-    as a metric, which is all that a limit without `at_most` does.
+    The measure is recorded as a metric. A limit without `at_most` records only.
+
+    Args:
+        name: Name of the metric.
+        measure: Function of an architecture: parameters, operations, latency.
+        at_most: Largest value that is allowed; default: no bound.
+
+    Example::
+
+        costs = nas.NetworkCosts(filters=24)
+        limits = [nas.Limit("params_m", costs.params_m, 3.2), nas.Limit("flops_m", costs.flops_m)]
+        nas.search(space=nas.NASNetSpace(), evaluate=evaluate, limits=limits)
     """
 
     name: str
@@ -26,56 +36,68 @@ class Limit(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What it is, as JSON has it; of a function all that is known is the name given to it."""
+        """Return what the limit is, as JSON values; a search resumes with the same limits only.
+
+        Of a measure that is a method of a dataclass, these include the fields. Of other measures
+        only the limit's name is known.
+        """
         owner: Any = getattr(self.measure, "__self__", None)
         fields = dataclasses.asdict(owner) if dataclasses.is_dataclass(type(owner)) else {}
         bound = None if math.isinf(self.at_most) else self.at_most
-        found = {"name": self.name, "at_most": bound, **fields}
-        return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
+        identity = {"name": self.name, "at_most": bound, **fields}
+        return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
 
 
 class LimitCheck:
-    """Lets candidates pass that keep all limits."""
+    """Measure architectures and count consecutive rejections."""
 
     def __init__(self, limits: Sequence[Limit]) -> None:
         self.limits, self._in_a_row = tuple(limits), 0
 
     def measure(self, architecture: Any) -> tuple[dict[str, float], str | None]:
-        """What the limits measure, and in words the first that is broken."""
-        found: dict[str, float] = {}
+        """Return the measures, and a description of the first limit that is exceeded."""
+        measures: dict[str, float] = {}
         for name, measure, at_most in self.limits:
-            found[name] = float(measure(architecture))
-            if not found[name] <= at_most:
-                return found, f"{name} {found[name]:g} is more than {at_most:g}"
+            measures[name] = float(measure(architecture))
+            if not measures[name] <= at_most:  # NaN is rejected too
+                return measures, f"{name} {measures[name]:g} is more than {at_most:g}"
         self._in_a_row = 0
-        return found, None
+        return measures, None
 
     def measured_in(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Those of the metrics that the limits have measured."""
+        """Return those of the metrics that the limits have measured."""
         return {limit.name: metrics[limit.name] for limit in self.limits if limit.name in metrics}
 
-    def count_rejection(self, broken: str) -> None:
-        """One more is rejected; FailuresError if that is one too many."""
+    def count_rejection(self, exceeded: str) -> None:
+        """Count one more rejection.
+
+        Raises:
+            FailuresError: There are too many in a row.
+        """
         self._in_a_row += 1
         if self._in_a_row >= MAX_REJECTED:
             raise FailuresError(
-                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {broken}: "
+                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {exceeded}: "
                 "raise that limit"
             )
 
 
 class FailureCounter:
-    """Counts evaluations that fail in a row, up to `at_most`."""
+    """Count consecutive failures of evaluations, up to `at_most`."""
 
     def __init__(self, at_most: int) -> None:
         self.at_most, self._in_a_row = at_most, 0
 
     def reset(self) -> None:
-        """An evaluation has not failed."""
+        """Start again at zero, after an evaluation that has not failed."""
         self._in_a_row = 0
 
     def count(self, last: str) -> None:
-        """One more has failed, in words `last`; FailuresError if that is one too many."""
+        """Count one more failure, described by `last`.
+
+        Raises:
+            FailuresError: There are too many in a row.
+        """
         self._in_a_row += 1
         if self._in_a_row >= self.at_most:
             raise FailuresError(
@@ -86,10 +108,24 @@ class FailureCounter:
 
 @dataclass(frozen=True)
 class Retries:
-    """How often an evaluation is tried again after each kind of failure.
+    """Set how often an evaluation is repeated after each kind of failure.
 
-    An architecture that is too slow, too large or diverges would be so again; a dead worker was
-    most likely not its fault.
+    An architecture that is too slow, too large or diverges would fail again. A dead worker was most
+    likely not its fault.
+
+    Args:
+        exception: Retries after an exception of the evaluator.
+        timeout: Retries after more than `timeout_s` seconds.
+        nan: Retries after a fitness that is not finite.
+        out_of_memory: Retries after lack of memory, of the host or of an accelerator.
+        worker_death: Retries after the death of the worker.
+
+    Raises:
+        ValueError: A number is negative or no integer.
+
+    Example::
+
+        nas.search(space=space, evaluate=evaluate, retries=nas.Retries(exception=0))
     """
 
     exception: int = 1

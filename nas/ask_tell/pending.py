@@ -1,4 +1,4 @@
-"""What a search has under way, and how it is found again in the store of a driver that is gone."""
+"""Hold what a search has pending, and restore it from the store after a driver has ended."""
 
 import json
 from collections.abc import Iterable
@@ -11,25 +11,25 @@ from nas.storage.reader import CandidateRow, Reader
 
 
 class PendingCandidate(NamedTuple):
-    """A candidate without a result."""
+    """Hold a candidate without a result."""
 
     architecture: Any
-    digest: str  # digest of its canonical form
-    inherit: str | None  # trained values of its parent, as of its proposal
-    metrics: dict[str, float]  # of the limits
+    digest: str  # of its canonical form
+    inherit: str | None  # weights of its parent, at the time of its proposal
+    metrics: dict[str, float]  # measured by the limits
     sample: tuple[int, ...]  # see `nas.evolution.evolution.Proposal`
 
 
 class Tournament(NamedTuple):
-    """Members that are trained again before the best of them has a child."""
+    """Hold members that are trained again before the best of them gets a child."""
 
-    sample: list[Member]  # with their new fitness, as far as it is known
-    untrained: set[int]  # candidates
-    inherit: dict[int, str | None]  # by candidate, what its training starts from
+    sample: list[Member]  # with the new fitness of those that have been trained
+    untrained: set[int]  # candidates that are still to be trained
+    inherit: dict[int, str | None]  # for each candidate, the weights that its training starts from
 
     @property
     def event_detail(self) -> str:
-        """What its event has, before anything is judged."""
+        """Return the detail of the tournament's event, before any member is trained again."""
         return json.dumps(
             [
                 [m.candidate, m.fitness, m.last_trained, self.inherit[m.candidate]]
@@ -38,57 +38,59 @@ class Tournament(NamedTuple):
         )
 
     def record(self, candidate: int, fitness: float | None) -> None:
-        """A retraining has ended; without a fitness the member keeps the one it has."""
+        """Record a retraining; without a fitness the member keeps the one it has."""
         self.untrained.discard(candidate)
-        for place, member in enumerate(self.sample):
+        for index, member in enumerate(self.sample):
             if member.candidate == candidate and fitness is not None:
-                self.sample[place] = replace(member, fitness=fitness)
+                self.sample[index] = replace(member, fitness=fitness)
 
 
 def restore_evolution(reader: Reader, space: Space[Any], settings: Settings) -> Evolution:
-    """With the population that the store has."""
-    found = Evolution(space, settings)
-    found.members = [_member(space, row) for row in reader.population()]
-    found.results = reader.counts().results
-    return found
+    """Return an evolution with the population of the store."""
+    evolution = Evolution(space, settings)
+    evolution.members = [_member(space, row) for row in reader.population()]
+    evolution.results = reader.counts().results
+    return evolution
 
 
 def restore_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCandidate]:
-    """By number, in order."""
-    found = {}
+    """Return the pending candidates by number, in order."""
+    pending = {}
     for row in reader.candidates("state = 'open'"):
-        (event,) = reader.events(row.proposed - 1, most=1)
-        sample = tuple(json.loads(event.detail or "[]"))
+        (proposed,) = reader.events(row.proposed - 1, limit=1)
+        sample = tuple(json.loads(proposed.detail or "[]"))
         architecture = space.decode(row.architecture)
-        found[row.id] = PendingCandidate(
+        pending[row.id] = PendingCandidate(
             architecture, row.canonical, row.inherit, row.metrics, sample
         )
-    return found
+    return pending
 
 
 def restore_tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
-    """Those without a child as yet, by its number; perhaps with nothing missing any more."""
-    found: dict[int, Tournament] = {}
-    for number, drawn in reader.open_tournaments():
+    """Return the tournaments without a child by number; some may have nothing left to train."""
+    tournaments: dict[int, Tournament] = {}
+    for tournament_of, drawn in reader.open_tournaments():
         sample = [
-            Member(c, space.decode(reader.candidate(c).architecture), fitness, stamp)
-            for c, fitness, stamp, *_ in drawn
+            Member(number, space.decode(reader.candidate(number).architecture), fitness, trained)
+            for number, fitness, trained, *_ in drawn
         ]
-        inherit = {c: values for c, _, _, *recorded in drawn for values in recorded}
-        found[number] = Tournament(sample, {m.candidate for m in sample}, inherit)
-        for row in reader.evaluations("tournament = ? AND outcome = 'ok'", number):
-            found[number].record(row.candidate, row.fitness)
-    return found
+        # Stores of version 1 do not have the weights.
+        inherit = {number: weights[0] for number, _, _, *weights in drawn if weights}
+        tournament = Tournament(sample, {m.candidate for m in sample}, inherit)
+        for row in reader.evaluations("tournament = ? AND outcome = 'ok'", tournament_of):
+            tournament.record(row.candidate, row.fitness)
+        tournaments[tournament_of] = tournament
+    return tournaments
 
 
 def weights_to_inherit(
-    open_: Iterable[PendingCandidate], tournaments: Iterable[Tournament]
+    candidates: Iterable[PendingCandidate], tournaments: Iterable[Tournament]
 ) -> set[str | None]:
-    """The trained values that are to be started from."""
-    retrained = {values for found in tournaments for values in found.inherit.values()}
-    return retrained | {found.inherit for found in open_}
+    """Return the weights from which pending trainings start."""
+    retrained = {weights for each in tournaments for weights in each.inherit.values()}
+    return retrained | {candidate.inherit for candidate in candidates}
 
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:
-    assert row.fitness is not None and row.last_trained is not None  # as of all that are done
+    assert row.fitness is not None and row.last_trained is not None  # members have both
     return Member(row.id, space.decode(row.architecture), row.fitness, row.last_trained)

@@ -1,4 +1,4 @@
-"""Whether a search may start, or go on in the file that is there."""
+"""Create a search's store, or reopen an existing one if it holds the same search."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from nas.storage.writer import Store
 
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
-    """Raise ValueError for what cannot be; `Settings` has checked itself."""
+    """Raise ValueError for illegal arguments of `nas.Search`; `Settings` has checked its own."""
     if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
         raise ValueError(f"cycles {cycles!r}: expected a whole number of at least 1")
     if cycles < settings.population and settings.algorithm != "random":
@@ -38,15 +38,29 @@ def open_store(
     evaluator: Mapping[str, Any] | None = None,
     other_evaluator: bool = False,
 ) -> Store:
-    """The store at `path`, new, or of the same search; MismatchError if not.
+    """Open the store at `path` for writing: a new one, or that of the same search.
 
-    It is one of the same settings and limits, and of the same evaluator by all that is known of
-    both (see `nas.evaluators.evaluator.goes_by`), unless it may be another.
+    A search is the same if its space, settings and limits are. Its evaluator must be the same too,
+    as far as both say what their fitness depends on.
+
+    Args:
+        path: The run's folder.
+        name: The search's name.
+        space: Its space.
+        settings: Fields of `nas.Settings`, and `cache`.
+        limits: `identity` of each limit.
+        setup: Space, evaluator and limits, pickled; None if that is not possible.
+        evaluator: See `nas.evaluators.evaluator.identity_of`; None if it is unknown.
+        other_evaluator: Whether the evaluator may be another one.
+
+    Raises:
+        MismatchError: The store holds another search.
     """
-    given = {"limits": limits, **({} if evaluator is None else {"evaluate": evaluator})}
-    named = {"name": name, "space": space.name, "setup": setup}
+    stored = {**settings, "limits": limits}
+    if evaluator is not None:
+        stored["evaluate"] = evaluator
     try:
-        return Store.create(path, settings={**settings, **given}, **named)
+        return Store.create(path, name=name, space=space.name, settings=stored, setup=setup)
     except SearchExistsError:
         store = Store(path)
     try:
@@ -66,46 +80,51 @@ def open_store(
 
 def _check_settings(store: Store, space: str, settings: dict[str, Any]) -> None:
     study = store.study()
-    there = {"space": study.space, **study.settings}
-    here = {"space": space, **settings}
-    lines = [_line(name, there.get(name), here.get(name)) for name in here | there]
-    if any(lines):
+    stored = {"space": study.space, **study.settings}
+    given = {"space": space, **settings}
+    differences = _differences(stored, given, given | stored)
+    if differences:
         raise MismatchError(
-            f"{store.path} holds a search with other settings: {'; '.join(filter(None, lines))}; "
+            f"{store.path} holds a search with other settings: {differences}; "
             "use another name, or the same settings"
         )
 
 
 def _check_limits(store: Store, limits: list[dict[str, Any]]) -> None:
-    there = store.study().limits
-    if there is not None and there != limits:
+    stored = store.study().limits
+    if stored is not None and stored != limits:
         raise MismatchError(
-            f"{store.path} holds a search with other limits: {_listed(there)} there, "
+            f"{store.path} holds a search with other limits: {_listed(stored)} there, "
             f"{_listed(limits)} here; use another name, or the same limits"
         )
 
 
 def _listed(limits: list[dict[str, Any]]) -> str:
-    return "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in limits) or "none"
+    return "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in limits) or "none"
 
 
 def _check_evaluator(store: Store, evaluator: Mapping[str, Any]) -> None:
-    there, here = dict(_flat(store.study().evaluator or {})), dict(_flat(evaluator))
-    lines = [_line(name, there[name], here[name]) for name in here if name in there]
-    if any(lines):
+    stored, given = dict(_flat(store.study().evaluator or {})), dict(_flat(evaluator))
+    differences = _differences(stored, given, [name for name in given if name in stored])
+    if differences:
         raise MismatchError(
             f"{store.path} holds a search by another evaluator, with whose fitnesses this one's "
-            f"cannot be compared: {'; '.join(filter(None, lines))}; use another name, or the same "
-            f"evaluator; or go on all the same by "
-            f"nas.load({str(store.path.parent)!r}).resume(evaluate=...)"
+            f"cannot be compared: {differences}; use another name, or the same evaluator; or "
+            f"resume with this one by nas.load({str(store.path.parent)!r}).resume(evaluate=...)"
         )
 
 
-def _line(name: str, there: Any, here: Any) -> str:
-    return "" if there == here else f"{name} is {there!r} there, {here!r} here"
+def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], names: Any) -> str:
+    """Describe the differences of two dicts in the values of `names`."""
+    return "; ".join(
+        f"{name} is {stored.get(name)!r} there, {given.get(name)!r} here"
+        for name in names
+        if stored.get(name) != given.get(name)
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "evaluate.") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts with names such as `evaluate.evaluator.epochs`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""A run gone through again from its log, to see that every proposal is the one it had to be."""
+"""Replay a run from its log, and check that every proposal follows from seed and population."""
 
 import json
 from contextlib import closing
@@ -12,77 +12,99 @@ from nas.storage.reader import CandidateRow, Event, Reader
 
 
 def replay(reader: Reader, space: Space[Any]) -> Evolution:
-    """The population as of the last event, from the events alone; ReplayError if it is another.
+    """Replay a run from its events alone, and compare it with the tables of its store.
 
-    Also of a search that goes on, as of this moment.
+    A running search is replayed up to this moment.
+
+    Args:
+        reader: The run's store: `result.reader`, or `search.store`.
+        space: The run's space.
+
+    Returns:
+        The evolution with the population after the last event.
+
+    Raises:
+        ReplayError: A proposal, a tournament or the population differs.
+
+    Example::
+
+        result = nas.load("first")
+        nas.replay(result.reader, result.space)
     """
-    with closing(Snapshot(reader.path)) as moment:
-        return _replay(moment, space)
+    with closing(Snapshot(reader.path)) as snapshot:
+        return _Replay(snapshot, space).run()
 
 
-def _replay(reader: Reader, space: Space[Any]) -> Evolution:
-    settings = dict(reader.study().settings)
-    settings.pop("cache")
-    evolution = Evolution(space, Settings(**settings))
-    samples: dict[int, list[Member]] = {}
-    made: dict[int, Proposal] = {}  # of those under way
-    for event in reader.events():
-        if event.kind in ("propose", "reject"):
-            row = _row(reader, event)
-            proposal = _check_proposal(evolution, row, samples)
-            if event.kind == "propose":
-                made[row.id] = proposal
-        elif event.kind == "tournament":
-            samples[event.candidate or 0] = _sample(reader, evolution, event)
-        elif event.kind == "retrain":
-            _take_again(reader, evolution, event, samples)
-        elif event.kind in ("result", "answer"):
-            row = _row(reader, event)
-            member = Member(row.id, made[row.id].architecture, event.fitness or 0.0, event.seq)
-            evolution.add(member, made.pop(row.id).sample)
-        elif event.kind == "fail":
-            del made[event.candidate or 0]
-    there = [(row.id, row.fitness) for row in reader.population()]
-    here = [(member.candidate, member.fitness) for member in evolution.members]
-    if there != here:
-        raise ReplayError(f"population: {there} in the store, {here} by the log")
-    return evolution
+class _Replay:
+    """Rebuild the evolution event by event."""
+
+    def __init__(self, reader: Reader, space: Space[Any]) -> None:
+        settings = dict(reader.study().settings)
+        settings.pop("cache")
+        self.reader = reader
+        self.evolution = Evolution(space, Settings(**settings))
+        self._samples: dict[int, list[Member]] = {}  # by tournament without a child
+        self._pending: dict[int, Proposal] = {}  # by candidate
+
+    def run(self) -> Evolution:
+        for event in self.reader.events():
+            if event.kind in ("propose", "reject"):
+                self._propose(event)
+            elif event.kind == "tournament":
+                self._draw_sample(event)
+            elif event.kind == "retrain":
+                self._retrain(event)
+            elif event.kind in ("result", "answer"):
+                self._add(event)
+            elif event.kind == "fail":
+                del self._pending[event.candidate or 0]
+        stored = [(row.id, row.fitness) for row in self.reader.population()]
+        replayed = [(member.candidate, member.fitness) for member in self.evolution.members]
+        _compare("population", stored, replayed)
+        return self.evolution
+
+    def _propose(self, event: Event) -> None:
+        row = self._row(event)
+        sample = self._samples.pop(row.id, None)
+        if sample is None:
+            proposal = self.evolution.propose(row.id)
+        else:
+            proposal = self.evolution.child(row.id, sample)
+        text = self.evolution.space.encode(proposal.architecture)
+        stored = (row.architecture, row.parent, row.mutation)
+        _compare(f"candidate {row.id}", stored, (text, proposal.parent, proposal.mutation))
+        if event.kind == "propose":
+            self._pending[row.id] = proposal
+
+    def _draw_sample(self, event: Event) -> None:
+        sample = self.evolution.tournament(event.candidate or 0)
+        stored = [member[:3] for member in json.loads(event.detail or "[]")]
+        replayed = [[m.candidate, m.fitness, m.last_trained] for m in sample]
+        _compare(f"tournament {event.candidate}", stored, replayed)
+        self._samples[event.candidate or 0] = sample
+
+    def _retrain(self, event: Event) -> None:
+        row = self._row(event)
+        architecture = self.evolution.space.decode(row.architecture)
+        fitness = event.fitness or 0.0
+        self.evolution.refresh(row.id, fitness, event.seq)
+        evaluation = next(self.reader.evaluations("id = ?", event.evaluation))
+        sample = self._samples[evaluation.tournament or 0]
+        for index, member in enumerate(sample):
+            if member.candidate == row.id:
+                sample[index] = Member(row.id, architecture, fitness, member.last_trained)
+
+    def _add(self, event: Event) -> None:
+        row = self._row(event)
+        proposal = self._pending.pop(row.id)
+        member = Member(row.id, proposal.architecture, event.fitness or 0.0, event.seq)
+        self.evolution.add(member, proposal.sample)
+
+    def _row(self, event: Event) -> CandidateRow:
+        assert event.candidate is not None
+        return self.reader.candidate(event.candidate)
 
 
-def _check_proposal(
-    evolution: Evolution, row: CandidateRow, samples: dict[int, list[Member]]
-) -> Proposal:
-    drawn = samples.pop(row.id, None)
-    made = evolution.propose(row.id) if drawn is None else evolution.child(row.id, drawn)
-    there = (row.architecture, row.parent, row.mutation)
-    here = (evolution.space.encode(made.architecture), made.parent, made.mutation)
-    if there != here:
-        raise ReplayError(f"candidate {row.id}: {there} in the store, {here} by the log")
-    return made
-
-
-def _sample(reader: Reader, evolution: Evolution, event: Event) -> list[Member]:
-    sample = evolution.tournament(event.candidate or 0)
-    here = [[m.candidate, m.fitness, m.last_trained] for m in sample]
-    there = [member[:3] for member in json.loads(event.detail or "[]")]
-    if there != here:
-        raise ReplayError(f"tournament {event.candidate}: {there} in the store, {here} by the log")
-    return sample
-
-
-def _take_again(
-    reader: Reader, evolution: Evolution, event: Event, samples: dict[int, list[Member]]
-) -> None:
-    row = _row(reader, event)
-    architecture, fitness = evolution.space.decode(row.architecture), event.fitness or 0.0
-    evolution.refresh(row.id, fitness, event.seq)
-    done = next(reader.evaluations("id = ?", event.evaluation))
-    sample = samples[done.tournament or 0]
-    for place, member in enumerate(sample):
-        if member.candidate == row.id:
-            sample[place] = Member(row.id, architecture, fitness, member.last_trained)
-
-
-def _row(reader: Reader, event: Event) -> CandidateRow:
-    assert event.candidate is not None
-    return reader.candidate(event.candidate)
+def _compare(name: str, stored: Any, replayed: Any) -> None:
+    if stored != replayed:
+        raise ReplayError(f"{name}: {stored} in the store, {replayed} by the log")

@@ -1,11 +1,21 @@
-"""The search as a loop that is open: `ask` for what to train, `tell` how good it was.
+"""Run a search as an open loop: `ask` returns a job to train, `tell` takes its fitness.
 
     search = nas.Search(space=nas.NASNetSpace(), name="first", population=100, sample=25)
     while (job := search.ask()) is not None:
         search.tell(job, accuracy(job.architecture))
 
-Any number of jobs may be under way, and reported in any order, from any thread. All is
-written to the store before it is acted on: a search of the same name goes on where the last was.
+Any number of jobs may run at once; they are told in any order, from any thread. Every change is
+written to the store before memory changes, so that a search of the same name resumes where the last
+driver stopped. The way of a candidate:
+
+    _advance --> _propose --> rejected by a limit
+       |            |
+       |            +--> _schedule --> answered by the cache ------------> _add_member
+       |                     |   ^                                            ^
+       |                     |   +-- a duplicate that waited                  |
+       |                     +--> _queue --> ask --> job --> tell, report ----+
+       |                            ^                           |
+       +--> tournament: retrainings +---- retry after a failure +
 """
 
 import json
@@ -17,25 +27,53 @@ from pathlib import Path
 from typing import Any
 
 from nas.ask_tell import pending, reopening, trained_values
-from nas.ask_tell.duplicates import CachedResult, Duplicates, digest
+from nas.ask_tell.duplicates import CachedResult, Duplicates, digest_of
 from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Retries
 from nas.ask_tell.pending import PendingCandidate, Tournament
-from nas.evaluators import evaluator as evaluate
 from nas.evaluators import outcomes
-from nas.evaluators.evaluator import Job, Outcome
+from nas.evaluators.evaluator import Job, Outcome, job_seed
 from nas.evolution.evolution import Member, Proposal, Settings
 from nas.spaces import space as spaces
 
 
 class Search:
-    """Evolution with a store, a cache, limits and retries; see the module's first lines.
+    """Run regularized evolution with a store, a cache, limits and retries, as an open loop.
 
-    `cycles` is the number of candidates with a fitness at which the search is over, and `target` a
-    fitness that ends it before. `cache` says whether equal networks are trained only once, or how
-    many times before the mean answers. `compare` is a metric of the members that jobs are told
-    (`Job.rivals`), to give up the hopeless. `evaluator` is what fitnesses go by, the same as in the
-    file unless it may be an `other_evaluator` (`nas.ask_tell.reopening`). The rest are the fields of
-    `nas.evolution.evolution.Settings`.
+    Args:
+        space: The search space, or the name of a built-in one: nasnet, nasbench201.
+        name: Name of the run; its folder is FOLDER/NAME.
+        folder: Folder of runs, on a local disk.
+        cycles: Number of candidates with a fitness at which the search is over.
+        target: Fitness that ends the search earlier; default: none.
+        cache: Whether duplicates are evaluated only once, or the number of evaluations after which
+            their mean answers.
+        limits: Architectures beyond these are rejected before training.
+        retries: Number of retries for each kind of failure; default: `nas.Retries()`.
+        max_failures: Number of failures in a row that end the search.
+        compare: Metric of the population's members that jobs get as `Job.rivals`; default: none.
+        setup: Space, evaluator and limits, pickled, for `Result.resume`; default: none.
+        evaluator: What the fitness depends on (`nas.evaluators.evaluator.identity_of`); a store
+            with other values is refused. Default: unknown, which fits every store.
+        other_evaluator: Whether the store may have another evaluator.
+        **settings: Fields of `nas.Settings`: population, sample, seed, maximise, replacement,
+            algorithm, fitness_policy.
+
+    Attributes:
+        store: The run's store, to read from.
+        evolution: The population.
+        best_fitness: The best fitness so far, or None.
+
+    Raises:
+        ValueError: An argument is not legal.
+        nas.errors.MismatchError: The folder holds another search.
+        nas.errors.SearchInUseError: Another driver has the store open.
+        nas.errors.NetworkFileSystemError: The folder is on a network file system.
+
+    Example::
+
+        with nas.Search(space=nas.NASNetSpace(), name="first", cycles=200) as search:
+            while (job := search.ask()) is not None:
+                search.tell(job, {"fitness": accuracy(job.architecture), "epochs": 20})
     """
 
     def __init__(
@@ -60,21 +98,26 @@ class Search:
         reopening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
-        same = {**self.settings.to_dict(), "cache": int(cache)}
-        kept = [limit.identity for limit in self.limit_check.limits]
         self.store = reopening.open_store(
-            Path(folder) / name, name, self.space, same, kept, setup, evaluator, other_evaluator
+            Path(folder) / name,
+            name,
+            self.space,
+            {**self.settings.to_dict(), "cache": int(cache)},
+            [limit.identity for limit in self.limit_check.limits],
+            setup,
+            evaluator,
+            other_evaluator,
         )
         self.weight_files = trained_values.WeightFiles(
             self.store, self.settings.fitness_policy, compare
         )
         self._lock = threading.RLock()
         self.duplicates = Duplicates(self.store, int(cache))
-        self._queue: deque[Job] = deque()
+        self._queue: deque[Job] = deque()  # without a number of the evaluation
         self._running: dict[int, Job] = {}  # by evaluation
-        self._pending: dict[int, PendingCandidate] = {}  # by candidate, as are these:
-        self._unscheduled: deque[int] = deque()
-        self._tournaments: dict[int, Tournament] = {}
+        self._pending: dict[int, PendingCandidate] = {}  # by candidate
+        self._unscheduled: deque[int] = deque()  # candidates that are pending
+        self._tournaments: dict[int, Tournament] = {}  # by the candidate to be proposed
         try:
             self.evolution = pending.restore_evolution(self.store, self.space, self.settings)
             self._restore()
@@ -83,35 +126,58 @@ class Search:
             raise
 
     def ask(self, until: Callable[[], bool] = lambda: False) -> Job | None:
-        """The next job; None if there is none now: the search is over, or waits for reports.
+        """Return the next job.
 
-        The cache may answer many candidates before one is to be trained; between them `until` is
-        called, and by True makes this return None.
+        The cache may answer many candidates before one is to be evaluated.
+
+        Args:
+            until: Called between candidates; if it returns True, `ask` returns None.
+
+        Returns:
+            The job, or None if there is none now: the search is over, or it waits for reports of
+            running jobs.
+
+        Raises:
+            nas.FailuresError: The limits have rejected 10,000 candidates in a row.
         """
         with self._lock:
             self._schedule_all()
             while not self.is_over and not until():
                 if self._queue:
                     return self._start(self._queue.popleft())
-                if (
-                    self.evolution.results + len(self._pending) + len(self._tournaments)
-                    >= self.cycles
-                ):
+                proposed = self.evolution.results + len(self._pending) + len(self._tournaments)
+                if proposed >= self.cycles:
                     return None
                 self._advance()
         return None
 
     def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
-        """The fitness of a job, or a dict with `fitness` and other metrics; NaN is a failure.
+        """Take the fitness of a job.
 
-        To tell a job twice, or one of a driver that is gone, changes nothing.
+        A job that was told before, or that belongs to an earlier driver, changes nothing.
+
+        Args:
+            job: What `ask` returned.
+            fitness: A number, or a dict with `fitness`, other metrics, and `trained_values` (a text
+                that says where the trained weights are). A fitness that is not finite is a failure.
+
+        Raises:
+            nas.errors.ReturnError: It is neither.
+            nas.FailuresError: This failure is one too many.
+            nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
         self.report(job, outcomes.as_outcome(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """What came of a job, also if it failed; FailuresError if that is one too many.
+        """Take the outcome of a job, which may be a failure.
 
-        `nas.errors.LostWeightsError` if what it trained is not there; nothing is written then.
+        Args:
+            job: What `ask` returned.
+            outcome: Its outcome, of kind `ok` or one of `nas.evaluators.evaluator.FAILURES`.
+
+        Raises:
+            nas.FailuresError: This failure is one too many.
+            nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
         with self._lock:
             if job.evaluation not in self._running:
@@ -123,12 +189,12 @@ class Search:
             elif job.tournament is None:
                 self._end_result(job, outcome)
             else:
-                self._end_retrained(job, outcome)
+                self._end_retraining(job, outcome)
             self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)
 
     @property
     def is_over(self) -> bool:
-        """Whether there are enough results, or one is as good as the target."""
+        """Return whether there are enough results, or one is as good as the target."""
         if self.evolution.results >= self.cycles:
             return True
         if self.target is None or self.best_fitness is None:
@@ -136,7 +202,7 @@ class Search:
         return not self.settings.better(self.target, self.best_fitness)
 
     def close(self) -> None:
-        """Let go of the store, for another driver."""
+        """Close the store, so that another driver can open it."""
         with self._lock:
             self.store.close()
 
@@ -149,10 +215,11 @@ class Search:
     # --- proposals --------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """The next proposal, or the tournament that has to come before it."""
+        """Propose the next candidate, or begin the tournament that comes before it."""
         number = self._next
         if self.settings.fitness_policy == "stored" or self.evolution.is_random:
-            return self._propose(self.evolution.propose(number))
+            self._propose(self.evolution.propose(number))
+            return
         sample = self.evolution.tournament(number)
         inherit = {m.candidate: self.weight_files.of_candidate(m.candidate) for m in sample}
         tournament = Tournament(sample, set(inherit), inherit)
@@ -162,57 +229,57 @@ class Search:
         self._queue_retrainings(number, tournament)
 
     def _queue_retrainings(self, number: int, tournament: Tournament) -> None:
-        """Have the members trained again that have not been."""
+        """Queue jobs for the members that have not been trained again."""
         self._tournaments[number] = tournament
-        missing = {m.candidate: m for m in tournament.sample if m.candidate in tournament.untrained}
-        for candidate, member in missing.items():
-            # Files of version 1 do not say where it starts.
-            start = tournament.inherit.setdefault(
-                candidate, self.weight_files.of_candidate(candidate)
-            )
-            seed = evaluate.job_seed(self.settings.seed, candidate, number)
+        members = {m.candidate: m for m in tournament.sample if m.candidate in tournament.untrained}
+        for candidate, member in members.items():
+            if candidate not in tournament.inherit:  # as in stores of version 1
+                tournament.inherit[candidate] = self.weight_files.of_candidate(candidate)
+            seed = job_seed(self.settings.seed, candidate, number)
+            start = tournament.inherit[candidate]
             self._queue.append(Job(0, candidate, member.architecture, seed, 1, number, start))
 
     def _propose(self, proposal: Proposal) -> None:
+        """Write a proposal; schedule its candidate if it keeps the limits."""
         number, architecture, parent, _, sample = proposal
-        metrics, broken = self.limit_check.measure(architecture)
-        network = digest(self.space.canonical(architecture))
-        detail = broken or (json.dumps(sample) if sample else None)
+        metrics, exceeded = self.limit_check.measure(architecture)
+        digest = digest_of(self.space.canonical(architecture))
+        detail = exceeded or (json.dumps(sample) if sample else None)
         inherit = self.weight_files.of_candidate(parent)
-        with self.store.change("reject" if broken else "propose", number, detail=detail) as event:
+        kind = "reject" if exceeded else "propose"
+        with self.store.change(kind, number, detail=detail) as event:
             self.store.add_candidate(
                 proposal,
                 event,
                 architecture=self.space.encode(architecture),
-                canonical=network,
-                state="rejected" if broken else "open",
+                canonical=digest,
+                state="rejected" if exceeded else "open",
                 metrics=metrics,
                 inherit=inherit,
             )
         self._next = max(self._next, number + 1)
-        if broken:
-            self.limit_check.count_rejection(broken)
-        else:
-            self._pending[number] = PendingCandidate(
-                architecture, network, inherit, metrics, sample
-            )
-            self._schedule_all([number])
+        if exceeded:
+            self.limit_check.count_rejection(exceeded)
+            return
+        self._pending[number] = PendingCandidate(architecture, digest, inherit, metrics, sample)
+        self._schedule_all([number])
 
     def _schedule_all(self, more: Iterable[int] = ()) -> None:
-        """Place these, and before them what an answer that could not be written has left."""
+        """Schedule these candidates, after those that an error in writing has left unscheduled."""
         self._unscheduled.extend(more)
         while self._unscheduled:
             self._schedule(self._unscheduled[0])
             self._unscheduled.popleft()
 
     def _schedule(self, number: int) -> None:
-        """Answer a candidate from the cache, let it wait for its twin, or have it evaluated."""
-        found = self._pending[number]
-        seed = evaluate.job_seed(self.settings.seed, number)
-        start = {"inherit": found.inherit, "rivals": self.weight_files.rivals(number)}
-        answer = self.duplicates.look_up(found.digest, number)
+        """Answer a candidate from the cache, let it wait for a duplicate, or queue its job."""
+        candidate = self._pending[number]
+        seed = job_seed(self.settings.seed, number)
+        rivals = self.weight_files.rivals(number)
+        answer = self.duplicates.look_up(candidate.digest, number)
         if answer == "evaluate":
-            self._queue.append(Job(0, number, found.architecture, seed, **start))
+            start = {"inherit": candidate.inherit, "rivals": rivals}
+            self._queue.append(Job(0, number, candidate.architecture, seed, **start))
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 member = self._write_result(event, number, answer)
@@ -220,6 +287,7 @@ class Search:
             self._add_member(member)
 
     def _start(self, job: Job) -> Job:
+        """Give a queued job its number, write it, and return it."""
         inherit = self.weight_files.if_exists(job.inherit)
         job = replace(job, evaluation=self._next_evaluation, inherit=inherit)
         with self.store.change("start", job.candidate, evaluation=job.evaluation):
@@ -231,26 +299,27 @@ class Search:
     # --- outcomes ---------------------------------------------------------------------------------
 
     def _end_result(self, job: Job, outcome: Outcome) -> None:
-        network = self._pending[job.candidate].digest
-        named = {"evaluation": job.evaluation, "fitness": outcome.fitness}
-        with self.store.change("result", job.candidate, **named) as event:
+        """Add a candidate with its fitness to the population."""
+        digest = self._pending[job.candidate].digest
+        columns = {"evaluation": job.evaluation, "fitness": outcome.fitness}
+        with self.store.change("result", job.candidate, **columns) as event:
             self.store.end_evaluation(job, outcome)
             member = self._write_result(event, job.candidate, outcome)
         self._add_member(member)
         del self._running[job.evaluation]
         self.failure_counter.reset()
-        self._schedule_all(self.duplicates.finish(network))
+        self._schedule_all(self.duplicates.finish(digest))
 
     def _write_result(self, event: int, number: int, result: Outcome | CachedResult) -> Member:
-        """Within a change, that a candidate joins the population; returns what is to be joined."""
-        found, fitness = self._pending[number], result.fitness or 0.0
-        member = Member(number, found.architecture, fitness, event)
-        removed = self.evolution.removed_by(member, found.sample)
+        """Write, within a change, that a candidate joins the population; return the member."""
+        candidate, fitness = self._pending[number], result.fitness or 0.0
+        member = Member(number, candidate.architecture, fitness, event)
+        removed = self.evolution.removed_by(member, candidate.sample)
         self.store.set_candidate(
             number,
             state="done",
             fitness=fitness,
-            metrics={**found.metrics, **result.metrics},
+            metrics={**candidate.metrics, **result.metrics},
             last_trained=event,
             trained_values=result.trained_values,
         )
@@ -259,30 +328,33 @@ class Search:
         return member
 
     def _add_member(self, member: Member) -> None:
-        """The same in memory, once it is written."""
+        """Change the memory in the same way, after the store."""
         self.evolution.add(member, self._pending.pop(member.candidate).sample)
         if self.best_fitness is None or self.settings.better(member.fitness, self.best_fitness):
             self.best_fitness = member.fitness
 
-    def _end_retrained(self, job: Job, outcome: Outcome) -> None:
+    def _end_retraining(self, job: Job, outcome: Outcome) -> None:
+        """Give a member that was trained again its new fitness."""
         number, fitness = job.candidate, outcome.fitness or 0.0
-        metrics = {
-            **self.limit_check.measured_in(self.store.candidate(number).metrics),
-            **outcome.metrics,
-        }
-        kept = {"metrics": metrics, "trained_values": outcome.trained_values}
+        measured = self.limit_check.measured_in(self.store.candidate(number).metrics)
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
-            self.store.set_candidate(number, fitness=fitness, last_trained=event, **kept)
+            self.store.set_candidate(
+                number,
+                fitness=fitness,
+                last_trained=event,
+                metrics={**measured, **outcome.metrics},
+                trained_values=outcome.trained_values,
+            )
         self.evolution.refresh(number, fitness, event)
         del self._running[job.evaluation]
         self.failure_counter.reset()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
-        self._end_retraining(job, fitness)
+        self._record_in_tournament(job, fitness)
 
-    def _end_retraining(self, job: Job, fitness: float | None) -> None:
-        """A retraining has ended; without a fitness the member keeps the one it has."""
+    def _record_in_tournament(self, job: Job, fitness: float | None) -> None:
+        """Record the end of a retraining; after the last one the best member gets its child."""
         assert job.tournament is not None
         tournament = self._tournaments[job.tournament]
         tournament.record(job.candidate, fitness)
@@ -291,10 +363,10 @@ class Search:
             self._propose(self.evolution.child(job.tournament, tournament.sample))
 
     def _end_failure(self, job: Job, outcome: Outcome) -> None:
-        """Try again, or give the candidate up, as the retries of this kind of failure are."""
-        before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
-        again = before < getattr(self.retries, outcome.kind)
-        event = "failure" if again or job.tournament is not None else "fail"
+        """Retry a failed job, or give it up after as many retries as its kind of failure has."""
+        failures_before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
+        retry = failures_before < getattr(self.retries, outcome.kind)
+        event = "failure" if retry or job.tournament is not None else "fail"
         with self.store.change(
             event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
         ):
@@ -302,18 +374,19 @@ class Search:
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")
         del self._running[job.evaluation]
-        if again:
+        if retry:
             self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         elif job.tournament is not None:
-            self._end_retraining(job, None)
+            self._record_in_tournament(job, None)
         else:
-            self._schedule_all(self.duplicates.finish(self._pending.pop(job.candidate).digest))
+            failed = self._pending.pop(job.candidate)
+            self._schedule_all(self.duplicates.finish(failed.digest))
         self.failure_counter.count(f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}")
 
-    # --- going on ---------------------------------------------------------------------------------
+    # --- resuming ---------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        """What the last driver left under way is to be done first, in the order of its numbers."""
+        """Queue what the last driver left pending, ordered by number."""
         self._next, self._next_evaluation = self.store.next_numbers()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._pending = pending.restore_candidates(self.store, self.space)

@@ -1,8 +1,8 @@
-"""Trained values that are files beside a search's store, and which of them may go.
+"""Manage files of trained weights: which ones are still needed, and deletion of the rest.
 
-An evaluator writes `RUN/weights/CANDIDATE-EVALUATION.safetensors`, and returns that name as
-`trained_values`. Whatever ends an evaluation or a driver, a file of that pattern is removed as soon
-as its evaluation is over and no one will start from it.
+An evaluator writes `RUN/weights/CANDIDATE-EVALUATION.safetensors` and returns that name as
+`trained_values`. A file of that pattern is deleted as soon as its evaluation has ended and no
+pending training starts from it, also after an evaluation or a driver has failed.
 """
 
 import re
@@ -16,36 +16,36 @@ from nas.evaluators.evaluator import Job, Outcome
 from nas.storage.reader import Reader
 
 FOLDER = "weights"
-_NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")
+_NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")  # with .tmp: half written
 
 
 class WeightFiles:
-    """What evaluations start from: trained values, where the policy is to, and what rivals had."""
+    """Provide what evaluations start from and compare with: weights and the rivals' metric."""
 
     def __init__(self, reader: Reader, fitness_policy: str, compare: str | None) -> None:
         self.reader, self.run = reader, reader.path.parent
         self.warm, self.compare = fitness_policy == "retrain_warm", compare
 
     def rivals(self, candidate: int) -> tuple[float, ...]:
-        """The metric to compare by, of the members as of the candidate's proposal."""
+        """Return the metric to compare by, of the members at the candidate's proposal."""
         return self.reader.rivals(candidate, self.compare) if self.compare else ()
 
     def of_candidate(self, candidate: int | None) -> str | None:
-        """Where to start from, after this candidate: as it was trained, if that is still there."""
+        """Return the newest weights of a candidate, or None if there are none to inherit."""
         if candidate is None or not self.warm:
             return None
         return self.if_exists(self.reader.candidate(candidate).trained_values)
 
-    def if_exists(self, values: str | None) -> str | None:
-        """The same, or None if it is gone."""
-        return None if values is None or is_removed(self.run, values) else values
+    def if_exists(self, weights: str | None) -> str | None:
+        """Return the weights, or None if their file was removed."""
+        return None if weights is None or is_removed(self.run, weights) else weights
 
     def check_written(self, trained: Outcome) -> None:
-        """Raise LostValuesError if what has just been trained is nowhere to start from."""
-        values = trained.trained_values
-        if self.warm and values is not None and is_removed(self.run, values):
+        """Raise LostWeightsError if the outcome's weights are missing in the run's folder."""
+        weights = trained.trained_values
+        if self.warm and weights is not None and is_removed(self.run, weights):
             raise LostWeightsError(
-                f"{trained.worker or 'a worker'} has written the trained values {values}, but in "
+                f"{trained.worker or 'a worker'} has written the trained values {weights}, but in "
                 f"{self.run} on this machine there is no such file: with retrain_warm workers "
                 "must write into the run's folder itself; resume with workers on this machine, "
                 "such as 'devices', or begin a search with another name and fitness_policy "
@@ -54,30 +54,30 @@ class WeightFiles:
 
     def remove_unneeded(
         self,
-        waiting: Mapping[int, PendingCandidate],
+        candidates: Mapping[int, PendingCandidate],
         tournaments: Mapping[int, Tournament],
         running: Mapping[int, Job],
     ) -> None:
-        """Remove the files that no member has and nothing of these may start from."""
+        """Remove files that belong to no member and from which nothing pending starts."""
         if self.warm:
-            drawn = {member.candidate for found in tournaments.values() for member in found.sample}
-            inherited = pending.weights_to_inherit(waiting.values(), tournaments.values())
+            drawn = {member.candidate for each in tournaments.values() for member in each.sample}
+            inherited = pending.weights_to_inherit(candidates.values(), tournaments.values())
             remove_unneeded(self.run, self.reader.trained_values(drawn) | inherited, running)
 
 
 def file_name(job: Job) -> str:
-    """Of the file for what the job trains, from the run's folder."""
+    """Return the name of the file of a job's weights, relative to the run's folder."""
     return f"{FOLDER}/{job.candidate}-{job.evaluation}.safetensors"
 
 
-def is_removed(run: Path, values: str) -> bool:
-    """Whether these were a file that has been removed."""
-    folder, _, name = values.partition("/")
-    return folder == FOLDER and _NAME.fullmatch(name) is not None and not (run / values).exists()
+def is_removed(run: Path, weights: str) -> bool:
+    """Return whether the weights have the name of such a file, and the file is missing."""
+    folder, _, name = weights.partition("/")
+    return folder == FOLDER and _NAME.fullmatch(name) is not None and not (run / weights).exists()
 
 
 def remove_unneeded(run: Path, needed: Collection[str | None], running: Collection[int]) -> None:
-    """Remove the files that are not `needed`, but those of evaluations that are `running`."""
+    """Remove the files that are not `needed`, except those of evaluations that are `running`."""
     if not (run / FOLDER).is_dir():
         return
     for path in (run / FOLDER).iterdir():

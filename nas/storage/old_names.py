@@ -48,7 +48,7 @@ _COSTS = {"cells", "filters", "image", "channels", "classes", "dtype", "batch_si
 
 
 def current_class(module: str, name: str) -> tuple[str, str]:
-    """Return where a class, or a method such as "NetworkCosts.params_m", of an old module is now."""
+    """Return where a class of an old module, or a method such as "Table.rows", is now."""
     owner, dot, member = name.partition(".")
     module, owner = CLASSES.get((module, owner), (MODULES.get(module, module), owner))
     return module, owner + dot + member

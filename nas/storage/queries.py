@@ -1,4 +1,4 @@
-"""What reports and pictures show of a run, as numbers: all of it read from the store."""
+"""Query a run's store for the numbers that reports and plots show."""
 
 import math
 import re
@@ -13,28 +13,28 @@ from typing import NamedTuple
 from nas.storage.reader import CandidateRow, Event, Reader
 
 UNDER_WAY = "under way"
-RECENT = 4000  # evaluations that the timeline reaches back
+RECENT = 4000  # evaluations in the timeline
 COST_NAMES = (
     r"(^|_)(params|parameters|flops|madds|macs|latency|memory|time|seconds|size|loss|error)(_|$)"
     r"|_(s|ms|us|bytes|kb|mb|gb|kib|mib|gib)$"
 )
-"""Names of metrics of which less is better, such as `params_m`, `flops`, `latency_ms`, `time_s`."""
+"""Pattern of metrics of which less is better: `params_m`, `flops`, `latency_ms`, `time_s`."""
 NOT_COSTS = ("compile_s", "train_s", "train_loss")
-"""Of `nas.TrainingEvaluator`, but no costs of a network: who came first compiles, times depend on
-what else the machine does, and the loss is of the training whose accuracy is the fitness."""
+"""Metrics of `nas.TrainingEvaluator` that match but are no costs of a network. The first evaluation
+compiles, times depend on the load of the machine, and the loss belongs to the fitness."""
 
 
 class Snapshot(Reader):
-    """A search's file as it was at one moment, whatever its driver writes meanwhile."""
+    """Read a run's store as it was at one moment, whatever its driver writes meanwhile."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self._connection.execute("BEGIN")
-        self.counts()  # the moment is that of the first query
+        self.counts()  # the first query of the transaction fixes the moment
 
 
 def is_driven(reader: Reader) -> bool:
-    """Whether a driver, of any process of this machine, has the search's file open."""
+    """Return whether a driver, in any process of this machine, has the store open."""
     lock = reader.path.with_suffix(".lock")
     if not lock.exists():
         return False
@@ -49,55 +49,65 @@ def is_driven(reader: Reader) -> bool:
 
 @dataclass
 class Progress:
-    """Entry i of each list is as of the i-th candidate that was given a fitness."""
+    """Hold the course of a search: entry i is after the i-th candidate got its fitness."""
 
     candidate: list[int] = field(default_factory=list)
-    fitness: list[float] = field(default_factory=list)  # the candidate's own
-    best: list[float] = field(default_factory=list)  # of all, then
-    evaluations: list[int] = field(default_factory=list)  # that gave candidates theirs, so far
+    fitness: list[float] = field(default_factory=list)  # of that candidate
+    best: list[float] = field(default_factory=list)  # of all candidates so far
+    evaluations: list[int] = field(
+        default_factory=list
+    )  # with a result, so far
 
 
 def progress(reader: Reader) -> Progress:
-    """How the search came on. With retraining `best` may get worse, as `result.best` may."""
+    """Return the course of a search.
+
+    With retraining `best` may get worse, as that of the result may.
+    """
     better = max if reader.study().maximise else min
-    found, newest, best = Progress(), {}, None
+    course, newest, best = Progress(), {}, None
     for event in reader.events():
         if event.kind not in ("result", "answer", "retrain"):
             continue
         assert event.candidate is not None and event.fitness is not None
-        fell = newest.get(event.candidate) == best and event.kind == "retrain"
+        was_best = newest.get(event.candidate) == best and event.kind == "retrain"
         newest[event.candidate] = event.fitness
-        if fell:
+        if was_best:
             best = better(newest.values())
         best = event.fitness if best is None else better(best, event.fitness)
         if event.kind == "retrain":
-            if found.best:
-                found.best[-1] = best
+            if course.best:
+                course.best[-1] = best
             continue
-        found.candidate.append(event.candidate)
-        found.fitness.append(event.fitness)
-        found.best.append(best)
-        made = found.evaluations[-1] if found.evaluations else 0
-        found.evaluations.append(made + (event.kind == "result"))
-    return found
+        evaluations = course.evaluations[-1] if course.evaluations else 0
+        if event.kind == "result":
+            evaluations += 1
+        course.candidate.append(event.candidate)
+        course.fitness.append(event.fitness)
+        course.best.append(best)
+        course.evaluations.append(evaluations)
+    return course
 
 
 class PopulationRow(NamedTuple):
-    """A member of the population."""
+    """Hold a member of the population with its age."""
 
     candidate: int
-    age: int  # how many members were trained after it
+    age: int  # number of members that were trained after it
     fitness: float
 
 
 def ages(reader: Reader) -> list[PopulationRow]:
-    """The population, the youngest first."""
+    """Return the population, the youngest member first."""
     members = reversed(reader.population())
     return [PopulationRow(row.id, age, row.fitness or 0.0) for age, row in enumerate(members)]
 
 
 class Bar(NamedTuple):
-    """An evaluation in the timeline; times in seconds since the run began, pauses left out."""
+    """Hold an evaluation in the timeline.
+
+    Times are seconds since the run began, without pauses.
+    """
 
     evaluation: int
     worker: str
@@ -107,40 +117,41 @@ class Bar(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """What the workers did when."""
+    """Hold what each worker did, and when."""
 
     bars: list[Bar]
-    drivers: list[float]  # when each driver began
+    drivers: list[float]  # start of each driver
     left_out: int  # evaluations before those shown
 
 
 def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
-    """The last evaluations, of each worker; without the time in which no driver was at work.
+    """Return the last evaluations by worker, without the time in which no driver was running.
 
-    Only a report says which worker it came from; those that ended without one are put in as few
-    rows as they need, and all that are under way in one.
+    Only a report names its worker. Evaluations that ended without one share as few rows as they
+    need. All that are running share one row.
     """
     last = reader.next_numbers()[1] - 1
     rows = list(reader.evaluations("id > ?", last - recent))
-    clock = _Clock(reader.events())
-    bars, free = [], []  # `free`: from when on each row without a worker is
+    clock = _DrivenClock(reader.events())
+    bars: list[Bar] = []
+    free: list[float] = []  # for each row without a worker, the time from which it is free
     for row in rows:
         start = clock(row.started or row.submitted)
         end = clock(row.finished) if row.finished else clock.end_of_driver(row.submitted)
         worker = UNDER_WAY if row.outcome == "running" else row.worker
         if worker is None:
             k = next((k for k, time in enumerate(free) if time <= start), len(free))
-            free[k : k + 1] = [max(start, end)]
+            free[k : k + 1] = [max(start, end)]  # replaces an entry, or appends one
             worker = f"unknown {k + 1}"
         bars.append(Bar(row.id, worker, row.outcome, start, max(start, end)))
     return Timeline(bars, clock.starts, last - len(rows))
 
 
-class _Clock:
-    """Seconds for which drivers have been at work, from seconds since 1970."""
+class _DrivenClock:
+    """Convert seconds since 1970 to seconds for which drivers have been running."""
 
     def __init__(self, events: Iterable[Event]) -> None:
-        self._began: list[float] = []  # of each driver
+        self._began: list[float] = []  # of each driver, in seconds since 1970
         self.starts: list[float] = []  # the same on this clock
         self.end = 0.0
         for event in events:
@@ -161,33 +172,36 @@ class _Clock:
 
 
 def work_s(reader: Reader) -> float:
-    """Seconds for which drivers have been at work."""
-    return _Clock(reader.events()).end
+    """Return the seconds for which drivers have been running."""
+    return _DrivenClock(reader.events()).end
 
 
 def top(reader: Reader, count: int) -> list[CandidateRow]:
-    """The best candidates of different networks, the best first."""
-    found: dict[str, CandidateRow] = {}
+    """Return the best candidates, the best first; of duplicates only the first."""
+    best: dict[str, CandidateRow] = {}  # by digest
     for row in reader.ranked():
-        found.setdefault(row.canonical, row)
-        if len(found) == count:
+        best.setdefault(row.canonical, row)
+        if len(best) == count:
             break
-    return list(found.values())
+    return list(best.values())
 
 
 def cost_metrics(reader: Reader) -> list[str]:
-    """The recorded metrics of which less is better, going by their names; see `COSTS`."""
+    """Return the recorded metrics of which less is better, by their names; see `COST_NAMES`."""
     for row in reader.candidates("state = 'done'", order="id LIMIT 1"):
         return [n for n in row.metrics if re.search(COST_NAMES, n) and n not in NOT_COSTS]
     return []
 
 
 def pareto_front(reader: Reader, cost: str) -> Iterator[CandidateRow]:
-    """Candidates that no other beats in fitness and cost: the best first, each one cheaper."""
+    """Yield the candidates that no other beats in both fitness and cost.
+
+    The best comes first; each one after it is cheaper.
+    """
     cheapest = float("inf")
     rows = (
-        ((place, row.metrics[cost]), row)
-        for place, row in _places(reader)
+        ((rank, row.metrics[cost]), row)
+        for rank, row in _ranks(reader)
         if math.isfinite(row.metrics.get(cost, math.nan))
     )
     for _, row in sorted(rows, key=lambda entry: entry[0]):
@@ -196,10 +210,10 @@ def pareto_front(reader: Reader, cost: str) -> Iterator[CandidateRow]:
             yield row
 
 
-def _places(reader: Reader) -> Iterator[tuple[int, CandidateRow]]:
-    """Candidates with their place by fitness, which those of equal fitness share."""
-    place, fitness = -1, None
+def _ranks(reader: Reader) -> Iterator[tuple[int, CandidateRow]]:
+    """Yield candidates with their rank by fitness; equal fitness has equal rank."""
+    rank, fitness = -1, None
     for row in reader.ranked():
         if row.fitness != fitness:
-            place, fitness = place + 1, row.fitness
-        yield place, row
+            rank, fitness = rank + 1, row.fitness
+        yield rank, row

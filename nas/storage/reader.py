@@ -1,6 +1,6 @@
-"""Reading a search's file, also while a driver writes to it.
+"""Read a run's store, also while a driver writes to it.
 
-A `Reader` only reads: everything that reports, plots and notebooks show comes from here.
+A `Reader` never writes. Everything that reports, plots and notebooks show comes from here.
 """
 
 import json
@@ -17,26 +17,24 @@ FILE = "search.sqlite"
 
 
 class Study(NamedTuple):
-    """What the search is."""
+    """Describe the search: the row of the table `study`."""
 
     name: str
     space: str  # its name
     settings: dict[str, Any]  # of evolution.Settings, and `cache`
     created: float  # seconds since 1970
     package: str
-    evaluator: dict[str, Any] | None = (
-        None  # see `nas.evaluators.evaluator.goes_by`; not in older files
-    )
-    limits: list[dict[str, Any]] | None = None  # see `nas.ask_tell.limits.Limit.goes_by`; likewise
+    evaluator: dict[str, Any] | None = None  # `identity_of` it; older files do not have it
+    limits: list[dict[str, Any]] | None = None  # `identity` of each; likewise
 
     @property
     def maximise(self) -> bool:
-        """Whether more is better."""
+        """Return whether a larger fitness is better."""
         return self.settings["maximise"]
 
 
 class CandidateRow(NamedTuple):
-    """A row of the table `candidates`; its comments say what the columns mean."""
+    """Hold a row of the table `candidates`; `nas.storage.schema` explains the columns."""
 
     id: int
     architecture: str
@@ -51,11 +49,11 @@ class CandidateRow(NamedTuple):
     last_trained: int | None
     removed: int | None
     trained_values: str | None
-    inherit: str | None = None  # no column of files of version 1
+    inherit: str | None = None  # files of version 1 do not have this column
 
 
 class EvaluationRow(NamedTuple):
-    """A row of the table `evaluations`."""
+    """Hold a row of the table `evaluations`."""
 
     id: int
     candidate: int
@@ -72,7 +70,7 @@ class EvaluationRow(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A row of the table `events`."""
+    """Hold a row of the table `events`."""
 
     seq: int
     at: float
@@ -84,20 +82,20 @@ class Event(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many of what there are."""
+    """Count candidates and evaluations."""
 
-    proposed: int
-    results: int  # candidates with a fitness, `cache_hits` of them answered by a twin
-    evaluations: int  # that ended well, retrainings too
-    cache_hits: int
+    proposed: int  # candidates
+    results: int  # candidates with a fitness
+    evaluations: int  # successful ones, with retrainings
+    cache_hits: int  # candidates with a fitness that is of a duplicate
     rejected: int  # candidates beyond a limit
     failed: int  # candidates given up
-    failures: int  # attempts that ended badly, by whatever kind; see `failures_by_kind`
-    running: int
+    failures: int  # failed evaluations of any kind; see `failures_by_kind`
+    running: int  # evaluations
 
 
 class Reader:
-    """A search's file, to read from; `path` is the file, or the folder of the run."""
+    """Read a run's store; `path` is the file or the run's folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = store_path(path)
@@ -112,11 +110,11 @@ class Reader:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
     def study(self) -> Study:
-        """What the search is."""
+        """Return what the search is."""
         columns = "name, space, settings, created, package"
         name, space, settings, created, package = self._fetch_one(f"SELECT {columns} FROM study")
         values = json.loads(settings)
@@ -128,11 +126,11 @@ class Reader:
         return Study(name, space, values, created, package, evaluator, limits)
 
     def setup(self) -> bytes | None:
-        """Space, evaluator and limits, pickled; None if they could not be."""
+        """Return space, evaluator and limits, pickled; None if they could not be pickled."""
         return self._fetch_one("SELECT setup FROM study")[0]
 
     def counts(self) -> Counts:
-        """How many candidates and evaluations there are."""
+        """Count candidates and evaluations."""
         states = dict(self._rows("SELECT state, COUNT(*) FROM candidates GROUP BY state"))
         outcomes = dict(self._rows("SELECT outcome, COUNT(*) FROM evaluations GROUP BY outcome"))
         hits = self._fetch_one("SELECT COUNT(*) FROM candidates WHERE answered_by IS NOT NULL")[0]
@@ -149,12 +147,12 @@ class Reader:
         )
 
     def failures_by_kind(self) -> dict[str, int]:
-        """How many attempts ended badly, by kind: exception, timeout, nan, ..."""
+        """Count failed evaluations by kind: exception, timeout, nan, ..."""
         query = "SELECT outcome, COUNT(*) FROM evaluations GROUP BY outcome ORDER BY outcome"
         return {kind: n for kind, n in self._rows(query) if kind not in ("running", "lost", "ok")}
 
     def candidate(self, number: int) -> CandidateRow:
-        """One candidate; KeyError if there is none of that number."""
+        """Return a candidate; raise KeyError if there is none of that number."""
         for row in self.candidates("id = ?", number):
             return row
         raise KeyError(f"there is no candidate {number} in {self.path}")
@@ -162,28 +160,28 @@ class Reader:
     def candidates(
         self, where: str = "1", *values: Any, order: str = "id"
     ) -> Iterator[CandidateRow]:
-        """Rows of `candidates`, `CandidateRow` each, such as `candidates("state = ?", "done")`."""
+        """Yield candidates under an SQL condition, such as `candidates("state = ?", "done")`."""
         for row in self._rows(f"SELECT * FROM candidates WHERE {where} ORDER BY {order}", *values):
             yield _record(CandidateRow, row)
 
     def ranked(self) -> Iterator[CandidateRow]:
-        """Candidates with a fitness, the best first, and of equals the earlier."""
+        """Yield candidates with a fitness, the best first, and of equals the earlier first."""
         direction = "DESC" if self.study().maximise else "ASC"
         return self.candidates("state = 'done'", order=f"fitness {direction}, id")
 
     def population(self) -> list[CandidateRow]:
-        """The members, the one trained least recently first."""
+        """Return the members, the one trained least recently first."""
         return list(self.candidates("state = 'done' AND removed IS NULL", order="last_trained"))
 
     def trained_values(self, others: Iterable[int] = ()) -> set[str]:
-        """Where those of the members are, and of other candidates."""
+        """Return the locations of the trained weights of the members and of other candidates."""
         listed = ",".join(str(int(number)) for number in others)
         columns = "SELECT trained_values FROM candidates WHERE trained_values IS NOT NULL AND"
         members = f"{columns} state = 'done' AND removed IS NULL"
         return {row[0] for row in self._rows(f"{members} UNION {columns} id IN ({listed})")}
 
     def rivals(self, candidate: int, metric: str) -> tuple[float, ...]:
-        """That metric of the members as of the candidate's proposal, where they have it.
+        """Return a metric of the members at the candidate's proposal, if they have it.
 
         A member that was trained again since then is not among them.
         """
@@ -193,32 +191,35 @@ class Reader:
         return tuple(row.metrics[metric] for row in rows if metric in row.metrics)
 
     def lineage(self, number: int) -> list[CandidateRow]:
-        """A candidate's ancestors from the random one on, and itself last."""
-        found = [self.candidate(number)]
-        while found[-1].parent is not None:
-            found.append(self.candidate(found[-1].parent))
-        return found[::-1]
+        """Return a candidate's ancestors, the random one first, and itself last."""
+        rows = [self.candidate(number)]
+        while rows[-1].parent is not None:
+            rows.append(self.candidate(rows[-1].parent))
+        return rows[::-1]
 
     def evaluations(self, where: str = "1", *values: Any) -> Iterator[EvaluationRow]:
-        """Rows of `evaluations` in order, `EvaluationRow` each."""
+        """Yield evaluations under an SQL condition, by number."""
         for row in self._rows(f"SELECT * FROM evaluations WHERE {where} ORDER BY id", *values):
             yield _record(EvaluationRow, row)
 
     def attempts(self, candidate: int, tournament: int | None, outcome: str | None = None) -> int:
-        """How many evaluations of a candidate there are, for this purpose and of this outcome."""
-        query = "SELECT COUNT(*) FROM evaluations WHERE candidate = ? AND tournament IS ?"
-        values = (candidate, tournament) if outcome is None else (candidate, tournament, outcome)
-        return self._fetch_one(query + " AND outcome = ?" * (outcome is not None), *values)[0]
+        """Count the evaluations of a candidate for a tournament, or for none.
 
-    def events(self, after: int = 0, most: int = -1) -> Iterator[Event]:
-        """Rows of `events` in order, `Event` each: of a greater `seq` than `after`, all, or so many
-        at `most`."""
-        query = "SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
-        for row in self._rows(query, after, most):
+        With `outcome`, count only those that ended so.
+        """
+        query = "SELECT COUNT(*) FROM evaluations WHERE candidate = ? AND tournament IS ?"
+        if outcome is None:
+            return self._fetch_one(query, candidate, tournament)[0]
+        return self._fetch_one(f"{query} AND outcome = ?", candidate, tournament, outcome)[0]
+
+    def events(self, after: int = 0, limit: int = -1) -> Iterator[Event]:
+        """Yield events in order: those with a `seq` greater than `after`, at most `limit`."""
+        query = "SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?"  # -1: no limit
+        for row in self._rows(query, after, limit):
             yield Event(*row)
 
     def next_numbers(self) -> tuple[int, int]:
-        """Of the next candidate and of the next evaluation."""
+        """Return the numbers of the next candidate and of the next evaluation."""
         candidates = "SELECT MAX(id) FROM candidates"
         tournaments = "SELECT MAX(candidate) FROM events WHERE kind = 'tournament'"
         evaluations = "SELECT MAX(id) FROM evaluations"
@@ -227,7 +228,7 @@ class Reader:
         return max(numbers[:2]) + 1, max(numbers[2], 0) + 1
 
     def open_tournaments(self) -> Iterator[tuple[int, list[list[Any]]]]:
-        """Those without a child as yet: its number, and its members as the event has them."""
+        """Yield tournaments without a child: the child's number, and the event's members."""
         where = "kind = 'tournament' AND candidate NOT IN (SELECT id FROM candidates)"
         query = f"SELECT candidate, detail FROM events WHERE {where} ORDER BY seq"
         return ((number, json.loads(detail)) for number, detail in list(self._rows(query)))
@@ -241,7 +242,7 @@ class Reader:
 
 
 def store_path(path: str | Path) -> Path:
-    """The file of a run that is named by its folder or its file."""
+    """Return the file of a run that is given by its folder or its file."""
     path = Path(path)
     return path if path.suffix == ".sqlite" else path / FILE
 

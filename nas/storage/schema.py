@@ -1,12 +1,12 @@
-"""The tables of a search's SQLite file, their version, and how files of older versions become new.
+"""Define the tables of a run's SQLite file and their version, and migrate older files.
 
-    study         one row: what the search is
+    study         one row: what is searched, and with which settings
     candidates    proposal k is row k: architecture, parent, mutation, state, fitness
     evaluations   every attempt to train a candidate: worker, times, outcome
-    events        what happened, in order; the rest can be rebuilt from it
+    events        the log, in order; everything else can be rebuilt from it
 
-An event's `seq` is the search's clock: a candidate was proposed from the population as of the
-events before `proposed`, `last_trained` is the event of its last result, and it is a member of the
+An event's `seq` is the search's clock. A candidate was proposed from the population after the
+events before `proposed`. `last_trained` is the event of its last result. It is a member of the
 population until the event `removed`.
 """
 
@@ -24,7 +24,7 @@ CREATE TABLE study (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     name TEXT NOT NULL,
     space TEXT NOT NULL,          -- its name
-    settings TEXT NOT NULL,       -- JSON: evolution.Settings and what else decides the results
+    settings TEXT NOT NULL,       -- JSON: evolution.Settings, cache, limits, evaluate
     created REAL NOT NULL,        -- seconds since 1970, as are all times
     package TEXT NOT NULL,        -- version of gpipe-jax
     setup BLOB                    -- space, evaluator and limits, pickled; NULL if they cannot be
@@ -34,16 +34,16 @@ CREATE TABLE candidates (
     architecture TEXT NOT NULL,   -- as the space encodes it
     canonical TEXT NOT NULL,      -- digest of its canonical form
     parent INTEGER REFERENCES candidates,
-    mutation TEXT,                -- 'kind: in words'; NULL if the architecture was drawn at random
+    mutation TEXT,                -- 'kind: details'; NULL if the architecture is random
     state TEXT NOT NULL,          -- open, done, failed, rejected
     proposed INTEGER NOT NULL,    -- event
     fitness REAL,                 -- the newest
     metrics TEXT,                 -- JSON
-    answered_by INTEGER REFERENCES candidates,  -- the twin whose evaluation is this one's too
+    answered_by INTEGER REFERENCES candidates,  -- the duplicate whose result it has
     last_trained INTEGER,         -- event
     removed INTEGER,              -- event; NULL while it is a member, or never was
-    trained_values TEXT,          -- where the evaluator keeps them
-    inherit TEXT                  -- those of its parent that it is to start from
+    trained_values TEXT,          -- location of its trained weights
+    inherit TEXT                  -- its parent's weights, which it starts from
 );
 CREATE INDEX members ON candidates (last_trained) WHERE state = 'done' AND removed IS NULL;
 CREATE INDEX unfinished ON candidates (id) WHERE state = 'open';
@@ -52,7 +52,7 @@ CREATE INDEX by_fitness ON candidates (fitness) WHERE state = 'done';
 CREATE TABLE evaluations (
     id INTEGER PRIMARY KEY,
     candidate INTEGER NOT NULL REFERENCES candidates,
-    tournament INTEGER,           -- of a member trained again: whose parent it may become
+    tournament INTEGER,           -- if trained again: candidate whose parent it may become
     attempt INTEGER NOT NULL,     -- from 1
     outcome TEXT NOT NULL,        -- running, ok, lost (with its driver), or a kind of failure
     worker TEXT,
@@ -86,11 +86,11 @@ MIGRATIONS = {
     ) WHERE state = 'open';
     """
 }
-"""Version n to the statements that make a file of it one of version n + 1."""
+"""For each version n, the statements that migrate a file to version n + 1."""
 
 
 def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:
-    """Make the tables in an empty file, and the row of `study`: all at once, or nothing."""
+    """Create the tables and the row of `study` in an empty file: all, or nothing."""
     connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION};")
     connection.execute("INSERT INTO study VALUES (1, ?, ?, ?, ?, ?, ?)", study)
     connection.execute("COMMIT")
@@ -98,7 +98,7 @@ def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:
 
 @contextmanager
 def refusing_other_files(path: object) -> Iterator[None]:
-    """Raise NotASearchError, with the path, where SQLite finds that a file is none of its."""
+    """Raise NotASearchError with the path if SQLite reports that a file is no database."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -111,26 +111,29 @@ def refusing_other_files(path: object) -> Iterator[None]:
 
 
 def version(connection: sqlite3.Connection) -> int:
-    """The version of a file; 0 if it is empty, as while it is being made."""
+    """Return a file's version; 0 if it is empty, as while it is being created."""
     return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 def migrate(connection: sqlite3.Connection, path: object) -> None:
-    """Bring a file up to `VERSION`, one version at a time."""
-    while 0 < (found := version(connection)) < VERSION:
-        steps = f"{MIGRATIONS[found]} PRAGMA user_version = {found + 1};"
+    """Migrate a file to `VERSION`, one version at a time."""
+    while 0 < (current := version(connection)) < VERSION:
+        steps = f"{MIGRATIONS[current]} PRAGMA user_version = {current + 1};"
         connection.executescript(f"BEGIN; {steps} COMMIT;")
     check_version(connection, path)
 
 
 def check_version(connection: sqlite3.Connection, path: object) -> None:
-    """Raise VersionError if a file is newer than this package; older ones can be read."""
+    """Raise StoreVersionError if a file is newer than this package; older ones can be read.
+
+    Raise NotASearchError if it is no run's store.
+    """
     with refusing_other_files(path):
-        found = version(connection)
-    if not found:
+        current = version(connection)
+    if not current:
         raise NotASearchError(f"{path} holds no search: give the name of another run")
-    if found > VERSION:
+    if current > VERSION:
         raise StoreVersionError(
-            f"{path} has version {found} of the tables, but this package knows up to {VERSION}: "
+            f"{path} has version {current} of the tables, but this package knows up to {VERSION}: "
             "install a newer gpipe-jax"
         )

@@ -1,21 +1,21 @@
-"""Writing a search's file: SQLite in WAL mode, written by one driver only.
+"""Write a run's store: SQLite in WAL mode, written by one driver only.
 
-Each change of state is one transaction that holds its event, so that a driver can be killed at any
-time and another goes on from what is written. Kinds of events:
+Each change of state is one transaction together with its event. So a driver can be killed at any
+time, and the next one resumes from what is written. Kinds of events:
 
-    driver      a driver has opened the file; what was running before is lost
-    propose     a candidate, from the population as of the events before; with `non_aging`,
-                `detail` is the sample, of which the worst is to leave
-    reject      the same of one beyond a limit, which `detail` names
-    tournament  members are to be trained again, for the candidate to be proposed; `detail` lists
-                [candidate, fitness, last_trained, where to start from] (files of version 1
+    driver      a driver opened the file; evaluations that were running are lost
+    propose     a candidate, from the population after the events before; with `non_aging`,
+                `detail` is the sample, of which the worst is removed later
+    reject      a candidate beyond a limit, which `detail` describes
+    tournament  members are to be trained again before this candidate is proposed; `detail` lists
+                [candidate, fitness, last_trained, weights to start from] (files of version 1
                 without the last)
-    start       an evaluation
-    result      an evaluation has given a candidate its fitness: it joins the population
-    answer      a candidate has its twin's fitness: it joins the population
-    retrain     an evaluation has given a candidate a new fitness: if a member, it is young again
-    failure     an evaluation has failed; `detail` is the kind
-    fail        a candidate is given up
+    start       an evaluation begins
+    result      an evaluation gave a candidate its fitness: it joins the population
+    answer      a candidate has the fitness of a duplicate: it joins the population
+    retrain     an evaluation gave a candidate a new fitness; a member is the youngest then
+    failure     an evaluation failed; `detail` is the kind
+    fail        a candidate is given up after a failure
     late        a report of an evaluation that has ended before; it changes nothing
 """
 
@@ -36,12 +36,12 @@ from nas.evolution.evolution import Proposal
 from nas.storage import local_disk, schema
 from nas.storage.reader import Reader, store_path
 
-CLOSE_MS = 1000  # how long closing waits for readers
-LOCK_S = 0.2  # whoever only asks whether there is a driver holds the lock for less
+CLOSE_MS = 1000  # ms that closing waits for readers
+LOCK_S = 0.2  # s to wait for the lock; `queries.is_driven` holds it for less
 
 
 class Store(Reader):
-    """A search's file, to write to, and this driver's alone until it is closed."""
+    """Write a run's store, which belongs to this driver alone until it is closed."""
 
     def __init__(self, path: str | Path, lock: sqlite3.Connection | None = None) -> None:
         self.path = store_path(path)
@@ -75,9 +75,12 @@ class Store(Reader):
         settings: dict[str, Any],
         setup: bytes | None = None,
     ) -> "Store":
-        """Make the file of a new search, with its folder, and open it; ExistsError if it has one.
+        """Create the file of a new search, with its folder, and open it.
 
-        A file whose driver was killed before all of that was written counts as none.
+        A file whose driver was killed while creating it counts as missing.
+
+        Raises:
+            SearchExistsError: The file holds a search.
         """
         file = store_path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +101,10 @@ class Store(Reader):
         return cls(file, lock)
 
     def close(self) -> None:
-        """Let go of the file, for another driver.
+        """Close the file, so that another driver can open it.
 
-        All is in the one file then, also while readers have it open, unless one reads just now.
+        Everything is in the one file then, also while readers have it open, unless one is reading
+        at this moment.
         """
         try:
             with suppress(sqlite3.Error):  # closed before, or not a database
@@ -120,7 +124,7 @@ class Store(Reader):
         fitness: float | None = None,
         detail: str | None = None,
     ) -> Iterator[int]:
-        """A transaction with its event; gives the event's `seq`. All is written, or nothing."""
+        """Run a block as one transaction with its event, and yield the event's `seq`."""
         seq = self._seq + 1
         row = (seq, time.time(), kind, candidate, evaluation, fitness, detail)
         self._connection.execute("BEGIN IMMEDIATE")
@@ -136,7 +140,7 @@ class Store(Reader):
     # --- rows, within a change --------------------------------------------------------------------
 
     def add_candidate(self, proposal: Proposal, event: int, **columns: Any) -> None:
-        """A candidate that is proposed; the columns are architecture, canonical, state, metrics."""
+        """Add a proposed candidate; columns: architecture, canonical, state, metrics, inherit."""
         self._insert(
             "candidates",
             id=proposal.candidate,
@@ -147,7 +151,7 @@ class Store(Reader):
         )
 
     def add_evaluation(self, job: Job) -> None:
-        """An evaluation that begins."""
+        """Add an evaluation that begins."""
         self._insert(
             "evaluations",
             id=job.evaluation,
@@ -159,7 +163,7 @@ class Store(Reader):
         )
 
     def end_evaluation(self, job: Job, outcome: Outcome) -> None:
-        """What came of it."""
+        """Write the outcome of an evaluation."""
         self._update(
             "evaluations",
             job.evaluation,
@@ -187,11 +191,11 @@ class Store(Reader):
         self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
 
     def set_setup(self, setup: bytes | None) -> None:
-        """Replace space, evaluator and limits, as a resumed search may bring other code."""
+        """Replace space, evaluator and limits: a resumed search may bring other code."""
         self._connection.execute("UPDATE study SET setup = ?", (setup,))
 
     def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
-        """Replace what is known of the evaluator; see `nas.evaluators.evaluator.goes_by`."""
+        """Replace the evaluator's identity; see `nas.evaluators.evaluator.identity_of`."""
         settings = {
             **json.loads(self._fetch_one("SELECT settings FROM study")[0]),
             "evaluate": evaluator,
@@ -200,7 +204,10 @@ class Store(Reader):
 
 
 def _to_sql(value: Any) -> Any:
-    return (json.dumps(dict(value)) if value else None) if isinstance(value, Mapping) else value
+    """Return a dict as JSON, an empty one as NULL, and any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return json.dumps(dict(value)) if value else None
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -212,15 +219,15 @@ def _open(path: Path) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    # Safe against a killed process; after a power cut the last changes may be missing, in order.
+    # Safe if the process is killed. After a power cut the last changes may be missing, in order.
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
 
 
 def _lock(path: Path) -> sqlite3.Connection:
-    """An open transaction in a file of its own: gone with the process, whatever ends it.
+    """Open a transaction in a file of its own, which ends with the process in any case.
 
-    Readers of the search's file do not see it.
+    Readers of the store are not affected.
     """
     lock = sqlite3.connect(
         path.with_suffix(".lock"), isolation_level=None, timeout=LOCK_S, check_same_thread=False
@@ -237,13 +244,14 @@ def _lock(path: Path) -> sqlite3.Connection:
 
 
 def _holder(path: Path) -> str:
+    """Describe the last driver that opened the store, in parentheses."""
     try:
         reader = Reader(path)
-        found = [event.detail for event in reader.events() if event.kind == "driver"]
+        drivers = [event.detail for event in reader.events() if event.kind == "driver"]
         reader.close()
     except (OSError, ValueError, sqlite3.Error):
         return ""
-    return f" ({found[-1]})" if found else ""
+    return f" ({drivers[-1]})" if drivers else ""
 
 
 def _this_process() -> str:

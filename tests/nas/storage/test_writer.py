@@ -53,7 +53,7 @@ small({str(tmp_path)!r})
         ):
             small(tmp_path)
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "BusyError" in other.stderr and other.returncode == 1
+        assert "SearchInUseError" in other.stderr and other.returncode == 1
         assert len(list(Reader(path).candidates())) == 60  # reading goes on
     small(tmp_path).close()
 

@@ -546,7 +546,9 @@ def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
         return ones(bits)
 
     lock, busy, at_once = threading.Lock(), [], []
-    pool = dataclasses.replace(pools.make_pool(4), count_lost=lambda: 3 if len(at_once) >= 20 else 0)
+    pool = dataclasses.replace(
+        pools.make_pool(4), count_lost=lambda: 3 if len(at_once) >= 20 else 0
+    )
     check(run(tmp_path, evaluate, workers=pool))
     assert max(at_once) > 1 and set(at_once[25:]) == {1}
 
