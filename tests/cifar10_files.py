@@ -1,4 +1,4 @@
-"""Writes CIFAR-10 as it is handed out, with few images, for tests of what reads it."""
+"""Write CIFAR-10 in its published forms, with few images, for tests of its reader."""
 
 import io
 import pickle
@@ -15,7 +15,7 @@ File = tuple[np.ndarray, np.ndarray]  # rows [30, 3072], labels [30]
 
 
 def draw(seed: int = 0) -> list[File]:
-    """Six files of different images; every class is in each of them."""
+    """Draw six files of different images; each has every class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(PER_FILE) % 10
     return [
@@ -24,7 +24,7 @@ def draw(seed: int = 0) -> list[File]:
 
 
 def images_of(files: list[File]) -> np.ndarray:
-    """[N, 32, 32, 3] of rows of planes."""
+    """Return the images [N, 32, 32, 3] of rows of planes."""
     rows = np.concatenate([rows for rows, _ in files])
     return np.stack([rows[:, plane : plane + 1024] for plane in (0, 1024, 2048)], -1).reshape(
         -1, 32, 32, 3

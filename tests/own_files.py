@@ -1,6 +1,6 @@
-"""Arrays of numbered examples, and the files that hold them.
+"""Write arrays of numbered examples to files.
 
-A file that may be mapped must not be written again: reading it would end the process.
+Never rewrite a file that may be memory-mapped: reading it would crash the process.
 """
 
 import io
@@ -13,7 +13,7 @@ EXAMPLES = 150
 
 
 def example_arrays(count: int = EXAMPLES) -> dict[str, np.ndarray]:
-    """Inputs [N, 3] of float64 that tell their place, and labels."""
+    """Return inputs [N, 3] of float64 that give their index, and labels."""
     inputs = np.arange(3 * count, dtype=np.float64).reshape(count, 3)
     return {"inputs": inputs, "labels": np.arange(count) % 10}
 
@@ -33,7 +33,7 @@ def npy(folder: Path, **arrays: Any) -> Path:
 
 
 def records(folder: Path, **arrays: Any) -> str:
-    """Two array_record files, as a glob."""
+    """Write two array_record files; return their glob."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     if (folder / "own-0.array_record").exists():

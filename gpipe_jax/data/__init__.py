@@ -1,5 +1,7 @@
 """Make seeded, restartable streams of batches, from data on this machine; numpy only."""
 
+from collections.abc import Callable
+
 from gpipe_jax.data.files import Rules, array_record, arrays
 from gpipe_jax.data.images import cifar10, digits
 from gpipe_jax.data.python_source import python
@@ -8,7 +10,20 @@ from gpipe_jax.data.synthetic import synthetic_images, synthetic_tokens
 from gpipe_jax.data.text_files import text
 from gpipe_jax.errors import DataError
 
+# The data sets of configs: `data.kind` is the name here, and the section's fields are arguments.
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "text": text,
+    "cifar10": cifar10,
+    "arrays": arrays,
+    "array_record": array_record,
+    "python": python,
+    "synthetic_images": synthetic_images,
+    "synthetic_tokens": synthetic_tokens,
+}
+
 __all__ = [
+    "DATASETS",
     "Batch",
     "DataError",
     "Dataset",

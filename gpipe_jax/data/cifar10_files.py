@@ -1,7 +1,6 @@
-"""CIFAR-10 from the files it is handed out in, and the random changes of training images.
+"""Read CIFAR-10 from the files in which it is published.
 
-The formats are described on the page of the data set, `PAGE`. Letters: N images of a part, B images
-of a batch, S pixels each way, C channels.
+The formats are described on the page of the data set, `PAGE`. Letters: N images of a split.
 """
 
 import functools
@@ -19,21 +18,21 @@ import numpy as np
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 
-_MEAN = np.array([0.4914, 0.4822, 0.4465])  # of the training images' channels, from 0 to 1
+_MEAN = np.array([0.4914, 0.4822, 0.4465])  # per channel of the training images, from 0 to 1
 _DEVIATION = np.array([0.2470, 0.2435, 0.2616])
-_PER_FILE = 10_000  # five files of training images, one of test images
-_ROW = 3 * 32 * 32  # bytes of an image: a plane each of red, green and blue
+_PER_FILE = 10_000  # images; five files for training, one for testing
+_ROW = 3 * 32 * 32  # bytes of an image: one plane each of red, green and blue
 
 
 class Images(NamedTuple):
-    """A part of a data set."""
+    """Hold the images of one split: training or test."""
 
     pixels: np.ndarray  # [N, 32, 32, 3] uint8
     labels: np.ndarray  # [N] int32
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
-    """CIFAR-10's pixels as float32, of mean 0 and deviation 1 in each channel of all training."""
+    """Return pixels as float32: over all training images, each channel has mean 0, deviation 1."""
     scale, shift = 1 / (255 * _DEVIATION), -_MEAN / _DEVIATION
     return pixels * scale.astype(np.float32) + shift.astype(np.float32)
 
@@ -42,33 +41,34 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
 
 
 def read_cifar10(folder: str | Path | None = None) -> tuple[Images, Images]:
-    """The training and the test images in `folder`, or in a folder cifar10 within it.
+    """Return the training and the test images in `folder`, or in the folder cifar10 inside it.
 
-    There must be the python or the binary version, as a .tar.gz or unpacked, or all images as JPEG
-    in `cifar10_jpeg_packed.npz` (needs pillow). The default is the folder that the environment
-    variable GPIPE_JAX_DATA names. Archives are not unpacked to disk.
+    The folder has the python or the binary version, as a .tar.gz or unpacked, or all images as JPEG
+    in `cifar10_jpeg_packed.npz` (needs pillow). The default is the folder of the environment
+    variable GPIPE_JAX_DATA. Archives are not unpacked to disk.
     """
-    named = folder or os.environ.get(FOLDER_VARIABLE)
+    given = folder or os.environ.get(FOLDER_VARIABLE)
     remedy = f"download the python or binary version from {PAGE} and put the .tar.gz there"
-    if not named:
+    if not given:
         raise FileNotFoundError(
             f"`folder` of cifar10 is not given and {FOLDER_VARIABLE} is not set: give a folder of "
             f"its files; {remedy}"
         )
-    root = Path(named).expanduser()
-    for place in (root, root / "cifar10"):
+    root = Path(given).expanduser()
+    for path in (root, root / "cifar10"):
         for name, read in _READERS.items():
-            if (place / name).exists():
-                return read(place / name)
+            if (path / name).exists():
+                return read(path / name)
     problem = f"{root} has none of {', '.join(_READERS)}" if root.is_dir() else f"no folder {root}"
     raise FileNotFoundError(f"cannot find CIFAR-10: {problem}; {remedy}")
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Raise ValueError with the path and the remedy for any error inside."""
     try:
         yield
-    except Exception as error:  # of tarfile, gzip, pickle, zipfile, pillow, or ours
+    except Exception as error:  # tarfile, gzip, pickle, zipfile and pillow have their own
         raise ValueError(
             f"{path} cannot be read as CIFAR-10 ({type(error).__name__}: {error}); download it "
             f"again from {PAGE}"
@@ -81,7 +81,7 @@ def _read_batches(
     ending: str,
     path: Path,
 ) -> tuple[Images, Images]:
-    """Both parts from six files; `take` gets their contents from a folder or an archive."""
+    """Read both splits from six files; `take` gets their contents from a folder or an archive."""
     names = [f"data_batch_{i}{ending}" for i in range(1, 6)] + [f"test_batch{ending}"]
     with _reading(path):
         contents = take(path, names)
@@ -97,40 +97,42 @@ def _from_folder(path: Path, names: Collection[str]) -> dict[str, bytes]:
 
 
 def _from_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
-    found = {}
+    contents = {}
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             name = PurePosixPath(member.name).name
             content = archive.extractfile(member) if name in names else None
             if content is not None:
-                found[name] = content.read()
-    return found
+                contents[name] = content.read()
+    return contents
 
 
-def _checked(name: str, part: Images, count: int) -> Images:
-    wanted = (count, 32, 32, 3), (count,)
-    have = part.pixels.shape, part.labels.shape
-    if have != wanted:
-        raise ValueError(f"pixels and labels of {name} are {have}, not {wanted}")
-    if part.labels.min() < 0 or part.labels.max() > 9:
-        raise ValueError(f"labels of {name} are {part.labels.min()} to {part.labels.max()}")
-    return part
+def _checked(name: str, images: Images, count: int) -> Images:
+    """Raise ValueError unless there are `count` images of 32x32 pixels and ten classes."""
+    expected = (count, 32, 32, 3), (count,)
+    shapes = images.pixels.shape, images.labels.shape
+    if shapes != expected:
+        raise ValueError(f"pixels and labels of {name} are {shapes}, not {expected}")
+    lowest, highest = images.labels.min(), images.labels.max()
+    if lowest < 0 or highest > 9:
+        raise ValueError(f"labels of {name} are {lowest} to {highest}")
+    return images
 
 
 def _from_rows(rows: np.ndarray, labels: Any) -> Images:
-    """Images of rows [N, 3072] of uint8."""
+    """Return the images of rows [N, 3072] of uint8."""
     pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Images(np.ascontiguousarray(pixels), np.asarray(labels, np.int32))
 
 
 def _decode_binary(content: bytes) -> Images:
-    """Records of 1 + 3072 bytes: label, pixels."""
+    """Decode records of 1 + 3072 bytes: label, pixels."""
     records = np.frombuffer(content, np.uint8).reshape(-1, 1 + _ROW)
     return _from_rows(records[:, 1:], records[:, 0])
 
 
 def _decode_pickle(content: bytes) -> Images:
-    """A dict of Python 2 with an array "data" [N, 3072] and a list "labels"."""
+    """Decode a dict of Python 2 with an array "data" [N, 3072] and a list "labels"."""
     record = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     _, shape, _, is_fortran, data = record[b"data"].state
     rows = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
@@ -138,7 +140,7 @@ def _decode_pickle(content: bytes) -> Images:
 
 
 class _Array:
-    """Stands in for numpy's array and type in a pickle, and only keeps what it is told."""
+    """Replace numpy's array and type in a pickle, and only store their state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.state: Any = None
@@ -148,7 +150,7 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, bytes and arrays; a pickle can name nothing else to be run."""
+    """Read dicts, lists, numbers, bytes and arrays; refuse anything else a pickle may execute."""
 
     def find_class(self, module: str, name: str) -> type:
         known = {
@@ -173,16 +175,16 @@ def _read_packed(path: Path) -> tuple[Images, Images]:
     def decode(jpeg: np.ndarray) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(jpeg.tobytes()), formats=["JPEG"]).convert("RGB"))
 
-    def part(name: str, count: int) -> Images:
+    def split(name: str, count: int) -> Images:
         jpegs = np.split(arrays[f"{name}_jpeg"], arrays[f"{name}_offset"][1:-1])
         labels = arrays[f"{name}_label"].astype(np.int32)
         return _checked(name, Images(np.stack([decode(jpeg) for jpeg in jpegs]), labels), count)
 
     with _reading(path), np.load(path) as arrays:
-        return part("train", 5 * _PER_FILE), part("test", _PER_FILE)
+        return split("train", 5 * _PER_FILE), split("test", _PER_FILE)
 
 
-# What may hold the images, by name: reader(path) -> (training, test images).
+# Readers by the name of the file or folder: reader(path) -> (training, test images).
 _READERS: dict[str, Callable[[Path], tuple[Images, Images]]] = {
     name: functools.partial(_read_batches, take, decode, ending)
     for name, take, decode, ending in [
@@ -192,6 +194,3 @@ _READERS: dict[str, Callable[[Path], tuple[Images, Images]]] = {
         ("cifar-10-binary.tar.gz", _from_archive, _decode_binary, ".bin"),
     ]
 } | {"cifar10_jpeg_packed.npz": _read_packed}
-
-
-# --- random changes -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data sets from files of one's own: arrays, array_record files, and what a Python file makes.
+"""Read the user's own files as data sets: arrays, and array_record files.
 
 Letters: N examples of a file, B examples of a batch.
 """
@@ -21,49 +21,73 @@ KEYS = ("inputs", "labels")
 Decode = Callable[[bytes], Batch]
 
 
-class Part(NamedTuple):
-    """The examples of training, or of evaluation."""
+class Split(NamedTuple):
+    """Hold the examples of training, or of evaluation."""
 
-    gather: Callable[[np.ndarray], Batch]  # of indices [B], as they are stored
+    gather: Callable[[np.ndarray], Batch]  # examples by indices [B], as they are stored
     count: int
-    where: str
+    source: str  # for messages
 
 
 class Rules(NamedTuple):
-    """What a network reads."""
+    """Describe the inputs and labels that a network accepts.
 
-    tokens: bool = False  # whole numbers, in place of numbers or pixels
-    classes: int | None = None  # one more than the largest token and label, if it is known
+    Args:
+        tokens: The inputs are whole numbers (tokens), not floats or pixels.
+        classes: One more than the largest label, and than the largest token; None if not known.
+    """
 
-    def apply(self, where: str, batch: Batch) -> Batch:
-        """The batch in the types that are trained on. Raises DataError."""
-        self.check(where, batch)
+    tokens: bool = False
+    classes: int | None = None
+
+    def apply(self, source: str, batch: Batch) -> Batch:
+        """Check a batch and return it in the types of training.
+
+        Args:
+            source: Where the batch comes from, for messages.
+            batch: `inputs` and `labels`, as they are stored.
+
+        Returns:
+            The inputs in float32 (pixels from -1 to 1), or in int32 for tokens; labels in int32.
+
+        Raises:
+            DataError: The batch breaks a rule.
+        """
+        self.check(source, batch)
         inputs, labels = (batch[key] for key in KEYS)
-        return {"inputs": self._inputs(where, inputs), "labels": labels.astype(np.int32)}
+        return {"inputs": self._inputs(source, inputs), "labels": labels.astype(np.int32)}
 
-    def check(self, where: str, batch: Batch) -> None:
-        """Raise DataError unless labels and tokens are whole numbers that the network knows."""
+    def check(self, source: str, batch: Batch) -> None:
+        """Check that labels and tokens are whole numbers in the range of the network.
+
+        Args:
+            source: Where the batch comes from, for messages.
+            batch: `inputs`, `labels`, and optionally `weights`: examples of weight 0 are ignored.
+
+        Raises:
+            DataError: They are not.
+        """
         used = np.asarray(batch["weights"]) > 0 if "weights" in batch else slice(None)
         inputs, labels = (np.asarray(batch[key])[used] for key in KEYS)
         if not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"labels of {where} have type {labels.dtype}; they must be integers")
+            raise DataError(f"labels of {source} have type {labels.dtype}; they must be integers")
         named = {"labels": labels, "inputs": inputs} if self.tokens else {"labels": labels}
         for key, a in named.items():
-            self._check_range(f"{key} of {where}", a)
+            self._check_range(f"{key} of {source}", a)
 
-    def _inputs(self, where: str, a: np.ndarray) -> np.ndarray:
+    def _inputs(self, source: str, a: np.ndarray) -> np.ndarray:
         if np.issubdtype(a.dtype, np.integer if self.tokens else np.floating):
             return a.astype(np.int32 if self.tokens else np.float32)
         if a.dtype == np.uint8 and not self.tokens:
             return (a / 127.5 - 1).astype(np.float32)
         rule = "tokens are integers" if self.tokens else "use floats, or pixels in uint8"
-        raise DataError(f"inputs of {where} have type {a.dtype}; {rule}")
+        raise DataError(f"inputs of {source} have type {a.dtype}; {rule}")
 
     def _check_range(self, name: str, a: np.ndarray) -> None:
         largest = 2**31 if self.classes is None else self.classes
         if a.size and not 0 <= a.min() <= a.max() < largest:
             raise DataError(
-                f"{name} are from {a.min()} to {a.max()}; the model knows 0 to {largest - 1}"
+                f"{name} are from {a.min()} to {a.max()}; the model accepts 0 to {largest - 1}"
             )
 
 
@@ -81,52 +105,73 @@ def arrays(
     test_fraction: float = 0.1,
     rules: Rules = ANY,
 ) -> Dataset:
-    """Return arrays `inputs` [N, ...] and `labels` [N, ...] of a .npz file or of a folder.
+    """Read arrays `inputs` [N, ...] and `labels` [N, ...] from a .npz file or a folder.
 
-    A .npz file is read at once; in a folder, inputs.npy and labels.npy are memory-mapped, and only
-    what a batch needs is read. `test` is the same for evaluation; without it the `test_fraction`
-    of the examples is held out, whatever the seed the same ones. Floats become float32, pixels
-    (uint8) float32 from -1 to 1, labels and tokens int32. Raises ValueError or OSError, naming
-    the argument, and DataError while it is read.
+    A .npz file is read at once. In a folder, inputs.npy and labels.npy are memory-mapped, and a
+    batch reads only what it needs. Floats become float32, pixels (uint8) float32 from -1 to 1,
+    labels and tokens int32.
+
+    Args:
+        train: The file or folder of the training examples.
+        batch_size: Examples of a batch (N of the pipeline).
+        seed: Determines the order of the training examples.
+        test: The file or folder of the held-out examples; None holds out `test_fraction`.
+        test_fraction: The fraction of the training examples to hold out; it does not depend on
+            the seed.
+        rules: What the network accepts; by default anything.
+
+    Returns:
+        The data set. Its iterators raise DataError if an example breaks the rules.
+
+    Raises:
+        ValueError: A file cannot be read, or an argument does not fit the data.
+
+    Example::
+
+        dataset = gpipe.data.arrays("digits.npz", batch_size=64, seed=0)
+        first = next(dataset.train(0))  # {"inputs": [64, ...], "labels": [64, ...]}
     """
     check_arguments("arrays", batch_size, seed)
-    parts = {"train": _arrays("train", Path(train).expanduser())}
+    splits = {"train": _arrays("train", Path(train).expanduser())}
     if test is not None:
-        parts["test"] = _arrays("test", Path(test).expanduser())
-    return _dataset("arrays", batch_size, seed, parts, test_fraction, rules)
+        splits["test"] = _arrays("test", Path(test).expanduser())
+    return _dataset("arrays", batch_size, seed, splits, test_fraction, rules)
 
 
-def _arrays(role: str, path: Path) -> Part:
+def _arrays(role: str, path: Path) -> Split:
     with _reading(role, path):
-        found = _mapped(path) if path.is_dir() else _loaded(path)
-        missing = [key for key in KEYS if key not in found]
+        stored = _map_folder(path) if path.is_dir() else _load_npz(path)
+        missing = [key for key in KEYS if key not in stored]
         if missing:
-            raise ValueError(
-                f"it has no {' and no '.join(missing)}, but {', '.join(sorted(found)) or 'nothing'}"
-            )
-        lengths = {key: found[key].shape[:1] for key in KEYS}
+            names = ", ".join(sorted(stored)) or "nothing"
+            raise ValueError(f"it has no {' and no '.join(missing)}, but {names}")
+        lengths = {key: stored[key].shape[:1] for key in KEYS}
         if not all(lengths.values()) or len(set(lengths.values())) > 1:
-            shapes = ", ".join(f"{key} {list(found[key].shape)}" for key in KEYS)
-            raise ValueError(f"the first axis must be the examples, as many of each: {shapes}")
-    gather = lambda index_B: {key: found[key][index_B] for key in KEYS}  # noqa: E731
-    return Part(gather, len(found["inputs"]), f"{path}")
+            shapes = ", ".join(f"{key} {list(stored[key].shape)}" for key in KEYS)
+            raise ValueError(f"the first axis must be the examples, equally many: {shapes}")
+
+    def gather(index_B: np.ndarray) -> Batch:
+        return {key: stored[key][index_B] for key in KEYS}
+
+    return Split(gather, len(stored["inputs"]), str(path))
 
 
-def _mapped(folder: Path) -> dict[str, np.ndarray]:
+def _map_folder(folder: Path) -> dict[str, np.ndarray]:
     paths = {key: folder / f"{key}.npy" for key in KEYS}
     return {key: np.load(path, mmap_mode="r") for key, path in paths.items()}
 
 
-def _loaded(path: Path) -> dict[str, np.ndarray]:
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
-        found = np.load(file, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            raise ValueError("it is no .npz file; of .npy files give the folder")
-        return {key: found[key] for key in found.files}
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it is not a .npz file; for .npy files give their folder")
+        return {key: stored[key] for key in stored.files}
 
 
 @contextlib.contextmanager
 def _reading(role: str, path: object) -> Iterator[None]:
+    """Raise ValueError with the argument, the path and the remedy for an error inside."""
     rule = "give a .npz file or a folder with inputs.npy and labels.npy"
     try:
         yield
@@ -141,9 +186,9 @@ def _reading(role: str, path: object) -> Iterator[None]:
 
 
 def npz_record(record: bytes) -> Batch:
-    """One example of a record that holds a .npz file with `inputs` and `labels`."""
-    with np.load(io.BytesIO(record), allow_pickle=False) as found:
-        return {key: found[key] for key in KEYS}
+    """Decode one example from a record that is a .npz file with `inputs` and `labels`."""
+    with np.load(io.BytesIO(record), allow_pickle=False) as stored:
+        return {key: stored[key] for key in KEYS}
 
 
 def array_record(
@@ -156,96 +201,121 @@ def array_record(
     rules: Rules = ANY,
     decode: Decode = npz_record,
 ) -> Dataset:
-    """Return the examples of array_record files, by path, glob, or a list of these.
+    """Read the examples of array_record files.
 
-    `decode` makes one example of a record's bytes; all are of one shape. The rest is as in
-    `arrays`. Files written with `group_size:1` are the quickest to read in any order.
+    Files written with `group_size:1` are the fastest to read in any order.
+
+    Args:
+        train: The files of the training examples: a path, a glob, or a list of these.
+        batch_size: Examples of a batch (N of the pipeline).
+        seed: Determines the order of the training examples.
+        test: The files of the held-out examples; None holds out `test_fraction`.
+        test_fraction: The fraction of the training examples to hold out; it does not depend on
+            the seed.
+        rules: What the network accepts; by default anything.
+        decode: Makes one example (`inputs` and `labels`) from the bytes of a record; all examples
+            have the same shapes. By default a record is a .npz file.
+
+    Returns:
+        The data set. Its iterators raise DataError if a record is not an example, or breaks the
+        rules.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file is not array_record, or an argument does not fit the data.
+
+    Example::
+
+        dataset = gpipe.data.array_record("train-*.array_record", batch_size=64, seed=0)
     """
     check_arguments("array_record", batch_size, seed)
-    parts = {"train": _records("train", train, decode)}
+    splits = {"train": _records("train", train, decode)}
     if test is not None:
-        parts["test"] = _records("test", test, decode)
-    return _dataset("array_record", batch_size, seed, parts, test_fraction, rules)
+        splits["test"] = _records("test", test, decode)
+    return _dataset("array_record", batch_size, seed, splits, test_fraction, rules)
 
 
-def _records(role: str, source: str | Sequence[str], decode: Decode) -> Part:
+def _records(role: str, source: str | Sequence[str], decode: Decode) -> Split:
     import grain
 
     patterns = [source] if isinstance(source, str) else list(source)
     paths = [path for pattern in patterns for path in expand(pattern)]
     if not paths:
-        raise FileNotFoundError(f"`{role}` {source}: no such file; give the path of one, or a glob")
+        raise FileNotFoundError(f"`{role}` {source}: no such file; give a path or a glob")
     try:
         records: Any = grain.sources.ArrayRecordDataSource(paths)
         count = len(records)
-    except Exception as error:  # of its C++ reader, whatever it raises
+    except Exception as error:  # its C++ reader may raise anything
         first = str(error).splitlines()[0]
         raise ValueError(f"`{role}` {source} is not array_record: {first}") from error
 
     def gather(index_B: np.ndarray) -> Batch:
-        made = [_decoded(decode, records[int(i)], f"record {i} of {source}") for i in index_B]
-        shapes = {tuple(one[key].shape for key in KEYS) for one in made}
+        examples = [_decoded(decode, records[int(i)], f"record {i} of {source}") for i in index_B]
+        shapes = {tuple(example[key].shape for key in KEYS) for example in examples}
         if len(shapes) > 1:
             raise DataError(f"records of {source} differ in their shapes: {sorted(shapes)[:2]}")
-        return {key: np.stack([one[key] for one in made]) for key in KEYS}
+        return {key: np.stack([example[key] for example in examples]) for key in KEYS}
 
-    return Part(gather, count, f"{source}")
+    return Split(gather, count, str(source))
 
 
 def _decoded(decode: Decode, record: bytes, name: str) -> Batch:
     try:
         example = decode(record)
         return {key: np.asarray(example[key]) for key in KEYS}
-    except Exception as error:  # `decode` may be anybody's
-        raise DataError(f"{name} is no example ({type(error).__name__}: {error})") from error
+    except Exception as error:  # the user's `decode` may raise anything
+        raise DataError(f"{name} is not an example ({type(error).__name__}: {error})") from error
 
 
 def expand(pattern: str) -> list[str]:
-    """The files of a path or of a glob (with ** for any depth), in order."""
+    """Return the files of a path or a glob (with ** for any depth), sorted."""
     return sorted(p for p in glob.glob(pattern, recursive=True) if not Path(p).is_dir())
 
 
-# --- both -----------------------------------------------------------------------------------------
+# --- both kinds of file ---------------------------------------------------------------------------
 
 
 def _dataset(
     name: str,
     batch_size: int,
     seed: int,
-    parts: dict[str, Part],
+    splits: dict[str, Split],
     test_fraction: float,
     rules: Rules,
 ) -> Dataset:
-    for role, part in parts.items():
-        if not part.count:
-            raise ValueError(f"`{role}` {part.where} has no examples")
-    if "test" not in parts:
-        parts = _split(name, parts["train"], test_fraction)
+    for role, split in splits.items():
+        if not split.count:
+            raise ValueError(f"`{role}` {split.source} has no examples")
+    if "test" not in splits:
+        splits = _hold_out(name, splits["train"], test_fraction)
 
-    def gather(part: Part) -> tuple[Callable[[np.ndarray], Batch], int]:
-        return lambda index_B: rules.apply(part.where, part.gather(index_B)), part.count
+    def gather(role: str, index_B: np.ndarray) -> Batch:
+        split = splits[role]
+        return rules.apply(split.source, split.gather(index_B))
 
-    return dataset(name, batch_size, seed, gather(parts["train"]), gather(parts["test"]))
+    train, test = (
+        (functools.partial(gather, role), splits[role].count) for role in ("train", "test")
+    )
+    return dataset(name, batch_size, seed, train, test)
 
 
-def _split(name: str, whole: Part, test_fraction: float) -> dict[str, Part]:
+def _hold_out(name: str, whole: Split, test_fraction: float) -> dict[str, Split]:
+    """Split the examples in two; which ones are held out does not depend on the seed."""
     check_fraction(name, test_fraction)
     held_out = round(whole.count * test_fraction)
     if not 0 < held_out < whole.count:
         raise ValueError(
-            f"`test_fraction` {test_fraction} of the {whole.count} examples of {whole.where} is "
-            f"{held_out}: neither part may be empty; use another, or give `test`"
+            f"`test_fraction` {test_fraction} of the {whole.count} examples of {whole.source} is "
+            f"{held_out}: neither split may be empty; use another, or give `test`"
         )
     order = np.random.default_rng(0).permutation(whole.count)
-    split = {"train": np.sort(order[held_out:]), "test": np.sort(order[:held_out])}
+    chosen = {"train": np.sort(order[held_out:]), "test": np.sort(order[:held_out])}
     return {
-        role: Part(functools.partial(_some, whole.gather, index), len(index), whole.where)
-        for role, index in split.items()
+        role: Split(functools.partial(_gather_of, whole.gather, index), len(index), whole.source)
+        for role, index in chosen.items()
     }
 
 
-def _some(gather: Callable, index: np.ndarray, index_B: np.ndarray) -> Batch:
+def _gather_of(gather: Callable, index: np.ndarray, index_B: np.ndarray) -> Batch:
+    """Gather from a subset, whose examples have the indices `index` in the whole."""
     return gather(index[index_B])
-
-
-# --- Python ---------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""Make data sets of images: scikit-learn's digits, and CIFAR-10."""
+"""Make data sets of images: scikit-learn's digits, and CIFAR-10; and augment them.
+
+Letters: B images of a batch, S pixels each way, C channels.
+"""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,27 @@ from gpipe_jax.data.stream import Batch, Dataset, Draws, check_arguments, check_
 
 
 def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
-    """Return scikit-learn's 1797 handwritten digits.
+    """Load scikit-learn's 1797 handwritten digits.
 
-    inputs: float32 [B, 8, 8, 1] from -1 to 1, of mean -0.4; labels: int32 [B], 0 to 9. `seed` also
-    draws the split, which keeps the classes in proportion. Every training image is moved by up to
-    `shift` pixels each way.
+    Args:
+        batch_size: Images of a batch (N of the pipeline).
+        seed: Determines the split (in which the classes stay in proportion), the order of the
+            training images and their shifts.
+        test_fraction: The fraction of the images to hold out.
+        shift: Move each training image by up to this many pixels each way.
+
+    Returns:
+        The data set; inputs: float32 [B, 8, 8, 1] from -1 to 1, of mean -0.4; labels: int32 [B],
+        0 to 9.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: An argument is out of range.
+
+    Example::
+
+        dataset = gpipe.data.digits(batch_size=64, seed=0, shift=1)
+        first = next(dataset.train(0))  # {"inputs": [64, 8, 8, 1], "labels": [64]}
     """
     try:
         from sklearn.datasets import load_digits
@@ -32,21 +50,18 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
     train, test = train_test_split(
         np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=seed
     )
-    parts = np.sort(train), np.sort(test)
 
-    def gather(part: np.ndarray) -> Callable[[np.ndarray], Batch]:
-        return lambda index_B: {"inputs": inputs[part[index_B]], "labels": labels[part[index_B]]}
+    def gather(split: np.ndarray, index_B: np.ndarray) -> Batch:
+        return {"inputs": inputs[split[index_B]], "labels": labels[split[index_B]]}
 
-    return dataset(
-        "digits",
-        batch_size,
-        seed,
-        *((gather(part), len(part)) for part in parts),
-        augment=functools.partial(_digits_augmented, shift) if shift else None,
+    train, test = (
+        (functools.partial(gather, np.sort(split)), len(split)) for split in (train, test)
     )
+    augment = functools.partial(_augment_digits, shift) if shift else None
+    return dataset("digits", batch_size, seed, train, test, augment=augment)
 
 
-def _digits_augmented(shift: int, batch: Batch, rng: Draws) -> Batch:
+def _augment_digits(shift: int, batch: Batch, rng: Draws) -> Batch:
     return {**batch, "inputs": shifted(batch["inputs"], rng, most=shift, fill=-1.0)}
 
 
@@ -59,15 +74,36 @@ def cifar10(
     cutout: int = 0,
     augment: bool = True,
 ) -> Dataset:
-    """Return CIFAR-10: 50,000 images for training and 10,000 for testing, in ten classes.
+    """Read CIFAR-10: 50,000 images for training and 10,000 for testing, in ten classes.
 
-    inputs: float32 [B, 32, 32, 3], each channel of mean 0 and deviation 1; labels: int32 [B].
-    `folder` is where the files are, see `images.read_cifar10`. If `validation` is not 0, so many of
-    the training images are held out in place of the test images, whatever the seed the same ones.
+    Training images are moved by up to 4 pixels each way, mirrored left to right with probability
+    one half, and lose a square of `cutout` pixels each way. Pixels that are uncovered or cut out
+    are zero, the mean colour.
 
-    Training images are moved by up to 4 pixels each way, mirrored left to right, and lose a square
-    of `cutout` pixels each way; what is uncovered or cut out is zero, the mean colour. With
-    `augment=False` they stay as they are.
+    Args:
+        batch_size: Images of a batch (N of the pipeline).
+        seed: Determines the order of the training images and their changes.
+        folder: Where the published files are; by default the folder of the environment variable
+            GPIPE_JAX_DATA. See `cifar10_files.read_cifar10`.
+        validation: Hold out this many of the training images in place of the test images; which
+            ones does not depend on the seed. 0 uses the test images.
+        cutout: Side of the square to cut out, in pixels; 0 cuts nothing.
+        augment: Change training images as above; False leaves them as they are.
+
+    Returns:
+        The data set; inputs: float32 [B, 32, 32, 3], each channel of mean 0 and deviation 1 over
+        the training images; labels: int32 [B].
+
+    Raises:
+        FileNotFoundError: The files are not there.
+        ValueError: A file is damaged, or an argument is out of range.
+
+    Example::
+
+        dataset = gpipe.data.cifar10(batch_size=128, seed=0, folder="~/data", cutout=16)
+
+    Source: the changes are those of Real et al. 2019, https://arxiv.org/abs/1802.01548; cutout is
+    of DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552.
     """
     check_arguments("cifar10", batch_size, seed)
     if not 0 <= cutout <= 32:
@@ -76,23 +112,21 @@ def cifar10(
     if validation:
         train, test = _hold_out(train, validation)
 
-    def gather(part: Images) -> Callable[[np.ndarray], Batch]:
-        return lambda index_B: {
-            "inputs": normalised(part.pixels[index_B]),
-            "labels": part.labels[index_B],
-        }
+    def gather(split: Images, index_B: np.ndarray) -> Batch:
+        return {"inputs": normalised(split.pixels[index_B]), "labels": split.labels[index_B]}
 
     return dataset(
         "cifar10",
         batch_size,
         seed,
-        *((gather(part), len(part.labels)) for part in (train, test)),
-        augment=functools.partial(_cifar10_augmented, cutout) if augment else None,
+        (functools.partial(gather, train), len(train.labels)),
+        (functools.partial(gather, test), len(test.labels)),
+        augment=functools.partial(_augment_cifar10, cutout) if augment else None,
     )
 
 
 def _hold_out(images: Images, count: int) -> tuple[Images, Images]:
-    """All but `count` of the images, and these: a draw that depends on nothing."""
+    """Return all but `count` of the images, and these; the choice is always the same."""
     total = len(images.labels)
     if not 0 < count < total:
         raise ValueError(
@@ -104,13 +138,13 @@ def _hold_out(images: Images, count: int) -> tuple[Images, Images]:
     return Images(*(a[train] for a in images)), Images(*(a[held_out] for a in images))
 
 
-def _cifar10_augmented(cutout: int, batch: Batch, rng: Draws) -> Batch:
+def _augment_cifar10(cutout: int, batch: Batch, rng: Draws) -> Batch:
     inputs = flipped(shifted(batch["inputs"], rng, most=4), rng)
     return {**batch, "inputs": cut_out(inputs, rng, size=cutout) if cutout else inputs}
 
 
 def shifted(images: np.ndarray, rng: Draws, *, most: int, fill: float = 0.0) -> np.ndarray:
-    """Each image of [B, S, S, C] moved by up to `most` pixels each way, its edge set to `fill`."""
+    """Move each image of [B, S, S, C] by up to `most` pixels each way; uncovered are `fill`."""
     size = images.shape[1]
     pad = ((0, 0), (most, most), (most, most), (0, 0))
     padded = np.pad(images, pad, constant_values=fill)
@@ -120,15 +154,15 @@ def shifted(images: np.ndarray, rng: Draws, *, most: int, fill: float = 0.0) -> 
 
 
 def flipped(images: np.ndarray, rng: Draws) -> np.ndarray:
-    """Each image of [B, S, S, C] mirrored left to right with probability one half."""
+    """Mirror each image of [B, S, S, C] left to right with probability one half."""
     mirrored = rng.random() < 0.5
     return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def cut_out(images: np.ndarray, rng: Draws, *, size: int) -> np.ndarray:
-    """Each image of [B, S, S, C] with a square of `size` pixels each way set to zero.
+    """Set a square of `size` pixels each way to zero in each image of [B, S, S, C].
 
-    Its centre is any pixel, so part of it may be outside (DeVries and Taylor, Improved
+    Its centre is any pixel, so some of the square may be outside (DeVries and Taylor, Improved
     Regularization of Convolutional Neural Networks with Cutout, section 3.2).
     """
     pixels = np.arange(images.shape[1])

@@ -11,26 +11,40 @@ from gpipe_jax.data.stream import Dataset, check_arguments
 
 
 def python(source: str, batch_size: int, seed: int) -> Dataset:
-    """Return what a function of a Python file makes: `source` is "my_data.py:make".
+    """Call a function of the user's own Python file, and return its data set.
 
-    It is called as make(batch_size=..., seed=...).
+    Args:
+        source: The file and the function, as "my_data.py:make". The function is called as
+            `make(batch_size=..., seed=...)` and returns a `gpipe_jax.data.Dataset`.
+        batch_size: Examples of a batch (N of the pipeline).
+        seed: The seed of the run.
+
+    Raises:
+        FileNotFoundError: There is no such file, or `source` names no function.
+        ValueError: The function raised an error, or returned something else.
+
+    Example::
+
+        dataset = gpipe.data.python("my_data.py:make", batch_size=64, seed=0)
     """
     path, _, name = source.rpartition(":")
     check_arguments(f"python {source}", batch_size, seed)
     if not path.endswith(".py") or not Path(path).is_file() or not name.isidentifier():
         raise FileNotFoundError(
-            f"`source` {source} is no function of a Python file; give one as my_data.py:make"
+            f"`source` {source} is not a function of a Python file; give one as my_data.py:make"
         )
-    made: Any = _call(path, name, batch_size=batch_size, seed=seed)
-    if not isinstance(made, Dataset):
-        kind = type(made).__name__
-        raise ValueError(f"`source` {source} made a {kind}; it must make a gpipe_jax.data.Dataset")
-    return made
+    dataset: Any = _call(path, name, batch_size=batch_size, seed=seed)
+    if not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        raise ValueError(
+            f"`source` {source} returned a {kind}; it must return a gpipe_jax.data.Dataset"
+        )
+    return dataset
 
 
 def _call(path: str, name: str, **arguments: int) -> Any:
-    # A name that no import gives: a user's random.py must not become everybody's `random`.
-    # Without dots, in which pickle looks for packages: what it has may go to other processes.
+    # The module gets a name that no import has: a user's random.py must not replace `random`.
+    # It has no dots, which pickle would take for packages: its objects may go to other processes.
     stem, crc = re.sub(r"\W", "_", Path(path).stem), zlib.crc32(bytes(Path(path).resolve()))
     spec = importlib.util.spec_from_file_location(f"gpipe_source_{stem}_{crc:x}", path)
     assert spec and spec.loader

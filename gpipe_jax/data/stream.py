@@ -1,13 +1,22 @@
-"""Seeded streams of batches that can start at any step, and the held-out examples beside them.
+"""Make seeded streams of batches that can start at any step, and held-out examples.
 
-Training is endless: the batch of step s depends on (seed, s) only, so a restored run continues
-with `train(s)`, which looks nothing up before step s. A process that works on some positions of
-every batch asks for these, `train(s, rows)`, and looks up no others. Each epoch is its own seeded
-permutation and epochs follow each other without a gap: a batch may hold the end of one and the
-start of the next, all batches have the same size, and no example is left out. Letters: B
-batch_size.
+Training is endless. The batch of step s depends only on (seed, s). So a resumed run continues with
+`train(s)`, which reads nothing before step s. A process that needs only some positions of every
+batch calls `train(s, rows)`, and reads no others.
+
+Each epoch is its own seeded permutation. Epochs follow each other without a gap: a batch may hold
+the end of one and the start of the next. All batches have the same size, and no example is left
+out:
+
+    epoch     0            1            2
+    order     3 0 4 1 2 5  4 0 5 1 3 2  0 3 ...      6 examples
+    batches  [3 0 4 1][2 5 4 0] [5 1 3 2] [0 3 ...   of 4
+    step      0        1         2         3
+
+Letters: B batch_size.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,19 +31,35 @@ Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the ex
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training stream and the held-out examples beside it."""
+    """Hold a training stream and the held-out examples.
+
+    Args:
+        name: A name for messages.
+        train: `train(step, rows=None)` yields the batches from `step` on, without end. `rows` are
+            the positions [<= B] of each batch to read; None reads all.
+        test: `test()` yields each held-out example once, in order; the last batch may be smaller.
+        train_examples: The number of training examples, if it is known.
+        test_examples: The number of held-out examples, if it is known.
+
+    Example::
+
+        dataset = gpipe.data.digits(batch_size=64, seed=0)
+        for step, batch in zip(range(100), dataset.train(0)):
+            ...
+    """
 
     name: str
-    train: Callable[..., Iterator[Batch]]  # batches from this step on, without end; see `dataset`
-    test: Callable[[], Iterator[Batch]]  # each held-out example once, in order; the last B' <= B
-    train_examples: int | None = None  # if they are counted
+    train: Callable[..., Iterator[Batch]]
+    test: Callable[[], Iterator[Batch]]
+    train_examples: int | None = None
     test_examples: int | None = None
 
 
 def identity(dataset: Dataset, first: Batch) -> dict[str, int | None]:
-    """What tells whether it is the same data set again; `first` is its first batch.
+    """Return what identifies a data set when a run resumes; `first` is its first batch.
 
-    Labels, because they are as they were read: computed inputs may differ between machines.
+    It has a checksum of labels, which are as they were read. Computed inputs may differ between
+    machines.
     """
     return {
         "train_examples": dataset.train_examples,
@@ -47,15 +72,33 @@ def dataset(
     name: str,
     batch_size: int,
     seed: int,
-    train_part: tuple[Callable[[np.ndarray], Batch], int],
-    test_part: tuple[Callable[[np.ndarray], Batch], int],
+    train_split: tuple[Callable[[np.ndarray], Batch], int],
+    test_split: tuple[Callable[[np.ndarray], Batch], int],
     augment: "Callable[[Batch, Draws], Batch] | None" = None,
 ) -> Dataset:
-    """The data set of two parts, each a function of example indices [B] and its size.
+    """Make a data set from functions that look examples up by index.
 
-    `augment` changes training batches only, of the rows that are read.
+    Args:
+        name: A name for messages.
+        batch_size: Examples of a batch (N of the pipeline).
+        seed: Determines the order of the training examples and the random numbers of `augment`.
+        train_split: `(gather, count)`: `gather(indices)` returns the examples of int indices [B]
+            below `count`, as a batch with `inputs` and `labels`.
+        test_split: The same for the held-out examples.
+        augment: `augment(batch, draws)` changes a training batch at random; `draws` has its random
+            numbers. None leaves batches as they are.
+
+    Raises:
+        ValueError: `batch_size` exceeds the number of training examples.
+
+    Example::
+
+        def gather(index):
+            return {"inputs": images[index], "labels": labels[index]}
+
+        dataset = gpipe.data.dataset("mine", 64, 0, (gather, 50_000), (gather_test, 10_000))
     """
-    (gather_train, train_examples), (gather_test, test_examples) = train_part, test_part
+    (gather_train, train_examples), (gather_test, test_examples) = train_split, test_split
     if batch_size > train_examples:
         raise ValueError(
             f"`batch_size` {batch_size} is above the {train_examples} training examples of {name}: "
@@ -68,8 +111,8 @@ def dataset(
         order = _order(train_examples, batch_size, seed)
         steps = order.map(lambda index_B: gather_train(index_B if rows is None else index_B[rows]))
         if augment is not None:
-            # Its generator is a function of (seed, step).
-            steps = steps.random_map(_drawing(augment, batch_size, rows))
+            # The generator of a step depends only on (seed, step).
+            steps = steps.random_map(functools.partial(_augment, augment, batch_size, rows))
         return _read_ahead(steps.slice(slice(start_step, None)))
 
     def test() -> Iterator[Batch]:
@@ -79,35 +122,39 @@ def dataset(
     return Dataset(name, train, test, train_examples, test_examples)
 
 
+def _augment(
+    augment: "Callable[[Batch, Draws], Batch]",
+    batch_size: int,
+    rows: np.ndarray | None,
+    batch: Batch,
+    rng: np.random.Generator,
+) -> Batch:
+    return augment(batch, Draws(rng, batch_size, rows))
+
+
 def _order(examples: int, batch_size: int, seed: int) -> Any:
     import grain  # takes 1.5 s
 
-    # Indices are batched before the lookup: one numpy gather per batch, not one per example.
+    # Batch the indices before the lookup: one numpy gather per batch, not one per example.
     order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
     return order.batch(batch_size, drop_remainder=True)
-
-
-def _drawing(
-    augment: "Callable[[Batch, Draws], Batch]", batch_size: int, rows: np.ndarray | None
-) -> Callable[[Batch, np.random.Generator], Batch]:
-    return lambda batch, rng: augment(batch, Draws(rng, batch_size, rows))
 
 
 def _read_ahead(steps: Any) -> Iterator[Batch]:
     import grain
 
-    # One thread works ahead while the devices are busy; grain's default is 16, and 500 batches.
+    # One thread reads ahead while the devices are busy; grain's default is 16, and 500 batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     try:
         yield from steps.to_iter_dataset(options)
-    except DataError as error:  # to which grain has added lines about itself
+    except DataError as error:  # grain appends lines about itself
         raise DataError(str(error).partition("\n")[0]) from error
 
 
 class Draws:
-    """Random numbers for the rows of a batch that are read, drawn as for the whole batch.
+    """Draw random numbers for the rows of a batch that are read, as if for the whole batch.
 
-    So an example is changed alike whichever process reads it.
+    So an example changes in the same way in whichever process reads it.
     """
 
     def __init__(
@@ -117,11 +164,11 @@ class Draws:
         self._rows = slice(None) if rows is None else rows
 
     def integers(self, low: int, high: int, each: int) -> np.ndarray:
-        """So many whole numbers for each example, from `low` to below `high`: [rows, each]."""
+        """Draw `each` whole numbers for each example, low <= number < high: [rows, each]."""
         return self._rng.integers(low, high, (self._count, each))[self._rows]
 
     def random(self) -> np.ndarray:
-        """A number in [0, 1) for each example: [rows]."""
+        """Draw a number in [0, 1) for each example: [rows]."""
         return self._rng.random(self._count)[self._rows]
 
 
@@ -130,45 +177,64 @@ def iterable(
     batches: Callable[[int], Iterable[Batch]],
     test: Callable[[], Iterable[Batch]],
 ) -> Dataset:
-    """A data set of anything that iterates.
+    """Make a data set from functions that iterate over batches.
 
-    `batches(step)` gives the batches from that step on, each time the same ones, and without end;
-    `test()` each held-out example once, in batches that are no larger.
+    Args:
+        name: A name for messages.
+        batches: `batches(step)` yields the training batches from that step on, without end, and the
+            same ones in every call. A batch is a dictionary with `inputs` and `labels`, whose first
+            axis is the example; all have the same shapes.
+        test: `test()` yields each held-out example once, in batches that are no larger.
+
+    Returns:
+        The data set. Its iterators raise DataError if a batch is something else, or the training
+        batches end.
+
+    Example::
+
+        def batches(step):
+            for s in itertools.count(step):
+                yield {"inputs": load_inputs(s), "labels": load_labels(s)}
+
+        dataset = gpipe.data.iterable("mine", batches, lambda: [])
     """
 
     def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         for batch in _checked(name, batches(start_step), same=True):
             yield batch if rows is None else {key: a[rows] for key, a in batch.items()}
         raise DataError(
-            f"the training batches of {name} from step {start_step} on came to an end; `batches` "
-            f"must go on without one: begin the next epoch"
+            f"the training batches of {name} from step {start_step} on ended; `batches` must "
+            f"yield them without end: begin the next epoch"
         )
 
     return Dataset(name, train, lambda: _checked(name, test(), same=False))
 
 
 def _checked(name: str, batches: Iterable[Batch], same: bool) -> Iterator[Batch]:
-    """The batches, if they are some; of the same shapes, or of any number of such examples."""
+    """Yield batches, checked: of the same shapes, or of any number of the same examples."""
     first = None
     for batch in batches:
         if not isinstance(batch, Mapping) or not {"inputs", "labels"} <= set(batch):
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise DataError(f"a batch of {name} is {found}; give a dict of inputs and labels")
+            got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise DataError(f"a batch of {name} is {got}; give a dict of inputs and labels")
         shapes = {key: np.shape(a) for key, a in batch.items()}
         if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
             raise DataError(
-                f"a batch of {name} has shapes {shapes}; the first axis of all is the example"
+                f"a batch of {name} has shapes {shapes}; the first axis of all must be the example"
             )
-        seen = shapes if same else {key: shape[1:] for key, shape in shapes.items()}
-        first = first or seen
-        if seen != first:
-            rule = "all batches have one shape" if same else "all examples have one shape"
-            raise DataError(f"a batch of {name} has shapes {seen}, not {first}: {rule}")
+        fixed = shapes if same else {key: shape[1:] for key, shape in shapes.items()}
+        first = first or fixed
+        if fixed != first:
+            unit = "batches" if same else "examples"
+            raise DataError(
+                f"a batch of {name} has shapes {fixed}, not {first}: all {unit} must have the "
+                f"same shapes"
+            )
         yield batch
 
 
 def check_arguments(name: str, batch_size: int, seed: int) -> None:
-    """Raise ValueError for a batch size or a seed that no data set can have."""
+    """Raise ValueError for a batch size or a seed that is out of range."""
     check_counts(name, batch_size=batch_size)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed of {name} is {seed}: use 0 to {2**32 - 1}")
@@ -182,6 +248,6 @@ def check_counts(name: str, **counts: int) -> None:
 
 
 def check_fraction(name: str, test_fraction: float) -> None:
-    """Raise ValueError for a part that is none, or all."""
+    """Raise ValueError for a fraction of nothing, or of everything."""
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction of {name} is {test_fraction}: use a number in (0, 1)")

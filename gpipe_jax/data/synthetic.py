@@ -1,4 +1,4 @@
-"""Make data sets of random images and tokens."""
+"""Make data sets of random images and tokens, to measure speed and memory."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,32 @@ from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_counts,
 
 
 def synthetic_images(batch_size: int, seed: int, *, image: int, classes: int) -> Dataset:
-    """Return noise without end, to see whether a large network fits and how fast it is.
+    """Make endless noise images, to test whether a large network fits and how fast it is.
 
-    inputs: float32 [B, S, S, 3] for an `image` of S, uniform with mean 0 and deviation 1; labels:
-    int32 [B], any of `classes`. An example is a function of the seed and its index.
+    An example depends only on the seed and its index.
+
+    Args:
+        batch_size: Images of a batch (N of the pipeline).
+        seed: Determines the images.
+        image: The side S of an image, in pixels.
+        classes: The number of classes.
+
+    Returns:
+        The data set; inputs: float32 [B, S, S, 3], uniform with mean 0 and deviation 1; labels:
+        int32 [B], below `classes`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example::
+
+        dataset = gpipe.data.synthetic_images(256, seed=0, image=224, classes=1000)
     """
     check_counts("synthetic_images", image=image, classes=classes)
 
     def example(rng: np.random.Generator) -> Batch:
         pixels = rng.random((image, image, 3), np.float32)
-        pixels -= np.float32(0.5)  # in place: making noise must not be what is measured
+        pixels -= np.float32(0.5)  # in place: noise must cost little of the time
         pixels *= np.float32(12**0.5)
         return {"inputs": pixels, "labels": np.asarray(rng.integers(classes), np.int32)}
 
@@ -25,9 +41,24 @@ def synthetic_images(batch_size: int, seed: int, *, image: int, classes: int) ->
 
 
 def synthetic_tokens(batch_size: int, length: int, vocabulary: int, seed: int) -> Dataset:
-    """Return random tokens without end, for the same purpose.
+    """Make endless random tokens, to test whether a large network fits and how fast it is.
 
-    inputs: int32 [B, T], any of `vocabulary`; labels: int32 [B, T], the token after each.
+    Args:
+        batch_size: Sequences of a batch (N of the pipeline).
+        length: The tokens T of a sequence.
+        vocabulary: The number of different tokens.
+        seed: Determines the tokens.
+
+    Returns:
+        The data set; inputs: int32 [B, T], below `vocabulary`; labels: int32 [B, T], the token
+        after each.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example::
+
+        dataset = gpipe.data.synthetic_tokens(32, length=512, vocabulary=50_000, seed=0)
     """
     check_counts("synthetic_tokens", length=length, vocabulary=vocabulary)
 
@@ -44,8 +75,8 @@ def _synthetic(
     check_arguments(name, batch_size, seed)
 
     def gather(index_B: np.ndarray) -> Batch:
-        made = [example(np.random.default_rng([seed, index])) for index in index_B]
-        return {key: np.stack([one[key] for one in made]) for key in ("inputs", "labels")}
+        examples = [example(np.random.default_rng([seed, index])) for index in index_B]
+        return {key: np.stack([each[key] for each in examples]) for key in ("inputs", "labels")}
 
     endless = 2**31 - 1  # examples in an epoch
     return dataset(name, batch_size, seed, (gather, endless), (gather, 2 * batch_size))

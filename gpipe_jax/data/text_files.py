@@ -14,19 +14,36 @@ from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_fractio
 def text(
     source: str | Path, batch_size: int, length: int, seed: int, *, test_fraction: float = 0.1
 ) -> Dataset:
-    """Return next-byte prediction on a text.
+    """Read a text for next-byte prediction.
 
-    inputs: int32 [B, T] of bytes; labels: int32 [B, T], the byte after each. `source` is one of
+    A training example starts at any byte. The last `test_fraction` of the bytes is held out, in one
+    piece: windows overlap, so training would have seen windows held out at random. The held-out
+    piece does not depend on the seed or the length. Its windows predict each byte once, the first
+    from the last training byte; an incomplete window at the end is dropped.
 
-    - "topics": the help texts of `pydoc_data.topics`, 0.5 MB, in the order of their keys;
-    - "stdlib": the standard library's .py files, without tests and site-packages, 13 MB, in the
-      order of their paths. Both differ between Python versions: compare losses on one only;
-    - the path of a file, or a glob (books/**/*.txt) of files, which are read as one, in order.
+    Args:
+        source: One of
 
-    The last `test_fraction` of the bytes is held out, in one piece: windows overlap, so windows
-    held out at random would have been read in training. It depends on neither seed nor length. It
-    is cut into windows that predict each byte once, the very first from the last training byte;
-    what is left of a window at the end is dropped. A training example starts at any byte.
+            - "topics": the help texts of `pydoc_data.topics`, 0.5 MB, in the order of their keys;
+            - "stdlib": the .py files of the standard library without tests and site-packages,
+              13 MB, in the order of their paths. Both differ between Python versions: compare
+              losses on one version only;
+            - the path of a file, or a glob (books/**/*.txt); its files are read as one, in order.
+        batch_size: Examples of a batch (N of the pipeline).
+        length: The bytes T of an example.
+        seed: Determines the training examples.
+        test_fraction: The fraction of the bytes to hold out.
+
+    Returns:
+        The data set; inputs: int32 [B, T] of bytes; labels: int32 [B, T], the byte after each.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The text is too short, or an argument is out of range.
+
+    Example::
+
+        dataset = gpipe.data.text("books/*.txt", batch_size=32, length=256, seed=0)
     """
     check_arguments(f"text {source}", batch_size, seed)
     check_fraction(f"text {source}", test_fraction)
@@ -47,17 +64,16 @@ def text(
         windows = data[starts_B[:, None] + np.arange(length + 1)].astype(np.int32)
         return {"inputs": windows[:, :-1], "labels": windows[:, 1:]}
 
-    return dataset(
-        f"text {source}",
-        batch_size,
-        seed,
-        (gather, split - length),
-        (lambda window_B: gather(split - 1 + window_B * length), held_out // length),
-    )
+    def gather_test(window_B: np.ndarray) -> Batch:
+        return gather(split - 1 + window_B * length)
+
+    train_split = gather, split - length
+    test_split = gather_test, held_out // length
+    return dataset(f"text {source}", batch_size, seed, train_split, test_split)
 
 
 def _read(source: str | Path) -> np.ndarray:
-    """Its bytes; those of a single file are mapped, and read where they are needed."""
+    """Return the bytes of a source; those of a single file are memory-mapped."""
     if source == "topics":
         from pydoc_data.topics import topics
 
@@ -70,7 +86,7 @@ def _read(source: str | Path) -> np.ndarray:
             paths = expand(str(path))
             if not paths:
                 raise FileNotFoundError(errno.ENOENT, "no file matches it")
-            data = _bytes(b"".join(Path(each).read_bytes() for each in paths))
+            data = _bytes(b"".join(Path(file).read_bytes() for file in paths))
         elif path.stat().st_size:
             data = np.memmap(path, np.uint8, mode="r")
         else:
@@ -79,7 +95,7 @@ def _read(source: str | Path) -> np.ndarray:
         raise OSError(
             error.errno,
             f"`source`: cannot read text file {source}: {error.strerror}; give the path of a "
-            "readable file, a glob of such, 'topics' or 'stdlib'",
+            "readable file, a glob, 'topics' or 'stdlib'",
         ) from error
     if not len(data):
         raise ValueError(f"`source`: text file {source} is empty: give a file with text")

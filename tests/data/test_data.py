@@ -1,4 +1,4 @@
-"""Datasets: every batch is a function of (seed, step), and the held-out part stays held out."""
+"""Check data sets: a batch depends only on (seed, step), and held-out examples stay held out."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ LENGTH = 16
 
 @pytest.fixture
 def counter(tmp_path):
-    """A text of 2000 bytes in which every two bytes in a row tell their place."""
+    """Write a text of 2000 bytes in which every two successive bytes give their position."""
     path = tmp_path / "counter.txt"
     path.write_bytes(np.arange(1000, dtype=">u2").tobytes())
     return path
@@ -34,7 +34,7 @@ FILES = cifar10_files.draw()
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder with a CIFAR-10 of 150 training and 30 test images."""
+    """Write a folder with a CIFAR-10 of 150 training and 30 test images."""
     monkeypatch.setattr(images, "_PER_FILE", cifar10_files.PER_FILE)
     contents = cifar10_files.contents(FILES, cifar10_files.records, ".bin")
     cifar10_files.write_folder(tmp_path / "cifar-10-batches-bin", contents)
@@ -48,7 +48,7 @@ def small(tmp_path, monkeypatch):
     ]
 )
 def make(request, counter, small, tmp_path):
-    """A data set as a function of batch size and seed."""
+    """Return a data set as a function of batch size and seed."""
     return {
         "digits": digits,
         "topics": lambda batch_size, seed: text("topics", batch_size, LENGTH, seed),
@@ -64,7 +64,7 @@ def make(request, counter, small, tmp_path):
 
 @pytest.mark.parametrize("rows", [[0, 1, 4, 5], [2, 3], list(range(8))])
 def test_a_process_reads_its_rows_of_every_batch(make, rows):
-    """What it reads, and how that is augmented, is what the others would read there."""
+    """Read and augment some rows as a process that reads all rows does."""
     dataset = make(8, 3)
     whole, part = dataset.train(2), dataset.train(2, np.asarray(rows))
     for _ in range(3):
@@ -106,10 +106,10 @@ def test_starting_late_looks_nothing_up_before(make):
 def test_rows_are_those_of_the_batch_for_any_number_of_processes(make, processes):
     whole, dataset = take(make(8, seed=1).train(3), 3), make(8, seed=1)
     rows = np.random.default_rng(processes).permutation(8).reshape(processes, -1)
-    parts = [take(dataset.train(3, some), 3) for some in rows]
+    batches = [take(dataset.train(3, some), 3) for some in rows]
     for step, batch in enumerate(whole):
         for key in batch:
-            read = np.concatenate([part[step][key] for part in parts])
+            read = np.concatenate([each[step][key] for each in batches])
             np.testing.assert_array_equal(read, batch[key][rows.ravel()])
 
 
@@ -121,8 +121,8 @@ def test_rows_of_other_processes_are_not_looked_up():
         return {"inputs": index, "labels": index}
 
     change = lambda batch, draws: {**batch, "inputs": draws.random()}  # noqa: E731
-    parts = (gather, 100), (gather, 10)
-    batches = stream.dataset("counted", 10, 0, *parts, augment=change).train(0, np.array([2, 7]))
+    splits = (gather, 100), (gather, 10)
+    batches = stream.dataset("counted", 10, 0, *splits, augment=change).train(0, np.array([2, 7]))
     assert all(len(a) == 2 for a in next(batches).values())
     batches = list(itertools.islice(batches, 20))
     assert set(looked_up[:42]) >= {i for batch in batches for i in batch["labels"]}
@@ -131,8 +131,8 @@ def test_rows_of_other_processes_are_not_looked_up():
 
 def test_streams_are_independent(make):
     dataset = make(8, seed=1)
-    one, other = dataset.train(0), dataset.train(0)
-    next(one)
+    ahead, other = dataset.train(0), dataset.train(0)
+    next(ahead)
     assert_equal([next(other)], take(dataset.train(0), 1))
 
 
@@ -235,7 +235,7 @@ def test_stdlib_is_code_without_tests():
 # --- CIFAR-10 ------------------------------------------------------------------------------------
 
 
-def everything(files):
+def stored(files):
     pixels = normalised(cifar10_files.images_of(files))
     return pixels, np.concatenate([labels for _, labels in files])
 
@@ -244,20 +244,20 @@ def test_cifar10_without_augmentation_is_its_images(small):
     dataset = cifar10(30, 0, folder=small, cutout=8, augment=False)
     assert (dataset.train_examples, dataset.test_examples) == (150, 30)
     (batch,) = dataset.test()
-    pixels, labels = everything(FILES[5:])
+    pixels, labels = stored(FILES[5:])
     np.testing.assert_array_equal(batch["inputs"], pixels)
     np.testing.assert_array_equal(batch["labels"], labels)
     assert batch["inputs"].dtype == np.float32 and batch["labels"].dtype == np.int32
     epoch = take(dataset.train(0), 5)
-    pixels, labels = everything(FILES[:5])
+    pixels, labels = stored(FILES[:5])
     have = np.concatenate([rows(epoch).reshape(150, -1), rows(epoch, "labels")[:, None]], 1)
-    wanted = np.concatenate([pixels.reshape(150, -1), labels[:, None]], 1)
-    np.testing.assert_array_equal(np.unique(have, axis=0), np.unique(wanted, axis=0))
+    expected = np.concatenate([pixels.reshape(150, -1), labels[:, None]], 1)
+    np.testing.assert_array_equal(np.unique(have, axis=0), np.unique(expected, axis=0))
 
 
 @pytest.mark.parametrize("cutout", [0, 8])
 def test_cifar10_training_images_are_moved_mirrored_and_cut_in_zeros(small, cutout):
-    """The same draws, made here from the images as they are, with the mean colour for edges."""
+    """Repeat the draws on the stored images, with the mean colour for edges."""
     plain = next(cifar10(50, 3, folder=small, augment=False).train(0))
     dataset = cifar10(50, 3, folder=small, cutout=cutout)
     batch = next(dataset.train(0))
@@ -269,11 +269,11 @@ def test_cifar10_training_images_are_moved_mirrored_and_cut_in_zeros(small, cuto
     assert {tuple(c) for c in np.round(kept, 4)} <= colours
     least = holes[:, 4:-4, 4:-4].sum((1, 2))  # what a move uncovers is at the edge
     assert (least.max() > 0) == (cutout > 0) and least.max() <= cutout**2
-    np.testing.assert_array_equal(rows(dataset.test()), everything(FILES[5:])[0])
+    np.testing.assert_array_equal(rows(dataset.test()), stored(FILES[5:])[0])
 
 
-def test_cifar10_augments_as_its_parts_do(small, monkeypatch):
-    """Padding by 4, then mirroring, then the square: each from the generator of (seed, step)."""
+def test_cifar10_augments_step_by_step(small, monkeypatch):
+    """Pad by 4, then mirror, then cut out: each from the generator of (seed, step)."""
     calls = []
 
     def spy(function):
@@ -284,9 +284,9 @@ def test_cifar10_augments_as_its_parts_do(small, monkeypatch):
         return called
 
     for function in (shifted, flipped, cut_out):
-        monkeypatch.setattr(f"gpipe_jax.data.{function.__name__}", spy(function))
-    one = cifar10(50, 3, folder=small, cutout=8)
-    next(one.train(0))
+        monkeypatch.setattr(f"gpipe_jax.data.images.{function.__name__}", spy(function))
+    dataset = cifar10(50, 3, folder=small, cutout=8)
+    next(dataset.train(0))
     assert calls[:3] == [("shifted", {"most": 4}), ("flipped", {}), ("cut_out", {"size": 8})]
 
 
@@ -294,12 +294,12 @@ def test_cifar10_augments_as_its_parts_do(small, monkeypatch):
 def test_cifar10_validation_images_are_held_out_of_training(small, seed):
     dataset = cifar10(1, seed, folder=small, validation=40, augment=False)
     assert (dataset.train_examples, dataset.test_examples) == (110, 40)
-    parts = [rows(take(dataset.train(0), 110)), rows(dataset.test())]
-    every = np.concatenate(parts).reshape(150, -1)
-    wanted = everything(FILES[:5])[0].reshape(150, -1)
-    np.testing.assert_array_equal(np.unique(every, axis=0), np.unique(wanted, axis=0))
+    splits = [rows(take(dataset.train(0), 110)), rows(dataset.test())]
+    every = np.concatenate(splits).reshape(150, -1)
+    expected = stored(FILES[:5])[0].reshape(150, -1)
+    np.testing.assert_array_equal(np.unique(every, axis=0), np.unique(expected, axis=0))
     again = rows(cifar10(7, 5, folder=small, validation=40).test())
-    np.testing.assert_array_equal(parts[1], again)  # whatever the seed
+    np.testing.assert_array_equal(splits[1], again)  # with any seed
     labels = rows(dataset.test(), "labels")
     assert len(np.unique(labels)) > 5  # files may be sorted by class; the draw is not their end
 
@@ -329,15 +329,15 @@ def is_there() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not is_there(), reason=f"no CIFAR-10 in {REAL}; set GPIPE_JAX_DATA")
 def test_the_real_cifar10(monkeypatch):
-    parts = images.read_cifar10(REAL)
-    for part, count in zip(parts, (50_000, 10_000), strict=True):
-        assert part.pixels.shape == (count, 32, 32, 3)
-        np.testing.assert_array_equal(np.bincount(part.labels), [count // 10] * 10)
-    some = normalised(parts[0].pixels[::10]).reshape(-1, 3).astype(np.float64)
+    splits = images.read_cifar10(REAL)
+    for split, count in zip(splits, (50_000, 10_000), strict=True):
+        assert split.pixels.shape == (count, 32, 32, 3)
+        np.testing.assert_array_equal(np.bincount(split.labels), [count // 10] * 10)
+    some = normalised(splits[0].pixels[::10]).reshape(-1, 3).astype(np.float64)
     # Of a tenth of the images; lossy JPEG takes 0.7 % of the deviation.
     np.testing.assert_allclose(some.mean(0), 0, atol=0.03)
     np.testing.assert_allclose(some.std(0), 1, atol=0.03)
-    monkeypatch.setattr("gpipe_jax.data.images.read_cifar10", lambda folder: parts)
+    monkeypatch.setattr("gpipe_jax.data.images.read_cifar10", lambda folder: splits)
     dataset = cifar10(1000, 0, validation=5000)
     assert (dataset.train_examples, dataset.test_examples) == (45_000, 5_000)
     held_out = np.bincount(rows(dataset.test(), "labels"))
@@ -430,7 +430,7 @@ def test_negative_step():
 def test_file_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot read text file .*gone.txt: No such file"):
         text(tmp_path / "gone.txt", 8, LENGTH, 0)
-    with pytest.raises(IsADirectoryError, match="a readable file, a glob of such, 'topics' or"):
+    with pytest.raises(IsADirectoryError, match="a readable file, a glob, 'topics' or"):
         text(tmp_path, 8, LENGTH, 0)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"text file .*empty.txt is empty: give a file with text"):
@@ -466,9 +466,9 @@ def test_text_of_many_files(tmp_path, counter):
     folder.mkdir(parents=True)
     (tmp_path / "books" / "a.txt").write_bytes(whole[:700])
     (folder / "b.txt").write_bytes(whole[700:])
-    many, one = (text(source, 8, LENGTH, 0) for source in (tmp_path / "books/**/*.txt", counter))
-    assert_equal(take(many.train(0), 3), take(one.train(0), 3))
-    assert_equal(many.test(), one.test())
+    many, single = (text(source, 8, LENGTH, 0) for source in (tmp_path / "books/**/*.txt", counter))
+    assert_equal(take(many.train(0), 3), take(single.train(0), 3))
+    assert_equal(many.test(), single.test())
     with pytest.raises(
         FileNotFoundError, match=r"cannot read text file .*\*.text: no file matches"
     ):

@@ -1,4 +1,4 @@
-"""Data sets from one's own files: what they hold, and what is said of files that cannot be used."""
+"""Check data sets from the user's own files, and the messages for unusable files."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from gpipe_jax.data.stream import Dataset
 OWN = own_files.example_arrays()
 
 
-def everything(dataset: Dataset, batch_size: int, count: int) -> dict[str, np.ndarray]:
-    """An epoch of training and all held-out examples, in the order of the first number."""
+def all_examples(dataset: Dataset, batch_size: int, count: int) -> dict[str, np.ndarray]:
+    """Return an epoch of training and all held-out examples, sorted by their first number."""
     batches = [*itertools.islice(dataset.train(0), count // batch_size), *dataset.test()]
     whole = {key: np.concatenate([b[key] for b in batches]) for key in ("inputs", "labels")}
     order = np.argsort(whole["inputs"].reshape(len(whole["inputs"]), -1)[:, 0], kind="stable")
@@ -29,21 +29,21 @@ def everything(dataset: Dataset, batch_size: int, count: int) -> dict[str, np.nd
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy", "records"])
-def test_every_example_is_in_one_part(tmp_path: Path, kind: str) -> None:
+def test_every_example_is_in_one_split(tmp_path: Path, kind: str) -> None:
     source = getattr(own_files, kind)(tmp_path)
     make = array_record if kind == "records" else arrays
     data = make(source, 15, 0, test_fraction=0.2)
     assert (data.train_examples, data.test_examples) == (120, 30)
-    found = everything(data, 15, 120)
-    np.testing.assert_array_equal(found["inputs"], OWN["inputs"])
-    np.testing.assert_array_equal(found["labels"], OWN["labels"])
-    assert (found["inputs"].dtype, found["labels"].dtype) == (np.float32, np.int32)
+    stored = all_examples(data, 15, 120)
+    np.testing.assert_array_equal(stored["inputs"], OWN["inputs"])
+    np.testing.assert_array_equal(stored["labels"], OWN["labels"])
+    assert (stored["inputs"].dtype, stored["labels"].dtype) == (np.float32, np.int32)
     other = make(source, 15, 1, test_fraction=0.2)  # the seed does not draw the split
     for a, b in zip(data.test(), other.test(), strict=True):
         np.testing.assert_array_equal(a["inputs"], b["inputs"])
 
 
-def test_a_test_part_of_its_own(tmp_path: Path) -> None:
+def test_separate_test_files(tmp_path: Path) -> None:
     train, test = own_files.npy(tmp_path), own_files.npz(tmp_path, **own_files.example_arrays(7))
     data = arrays(train, 50, 0, test=test)
     assert (data.train_examples, data.test_examples) == (150, 7)
@@ -51,7 +51,7 @@ def test_a_test_part_of_its_own(tmp_path: Path) -> None:
 
 
 def test_arrays_in_a_folder_are_mapped(tmp_path: Path) -> None:
-    """What is written into the file after the data set was made is what is read."""
+    """Read what is written into the file after the data set was made."""
     folder = own_files.npy(tmp_path)
     data = arrays(folder, 150, 0, test=folder)
     np.lib.format.open_memmap(folder / "inputs.npy", mode="r+")[:] = -1
@@ -59,7 +59,7 @@ def test_arrays_in_a_folder_are_mapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rules", "wanted"),
+    ("dtype", "rules", "expected"),
     [
         (np.uint8, Rules(), [-1.0, 1.0]),
         (np.float16, Rules(), [0, 255]),
@@ -67,16 +67,16 @@ def test_arrays_in_a_folder_are_mapped(tmp_path: Path) -> None:
         (np.int64, Rules(tokens=True, classes=256), [0, 255]),
     ],
 )
-def test_types(tmp_path: Path, dtype: Any, rules: Rules, wanted: list) -> None:
+def test_types(tmp_path: Path, dtype: Any, rules: Rules, expected: list) -> None:
     inputs = np.array([[0, 255]] * 4).astype(dtype)
     path = own_files.npz(tmp_path, inputs=inputs, labels=np.zeros(4, np.uint8))
     batch = next(arrays(path, 2, 0, test=path, rules=rules).train(0))
-    np.testing.assert_array_equal(batch["inputs"], [wanted] * 2)
+    np.testing.assert_array_equal(batch["inputs"], [expected] * 2)
     assert batch["inputs"].dtype == (np.int32 if rules.tokens else np.float32)
 
 
 def broken(folder: Path, kind: str) -> str:
-    """A file that cannot be used."""
+    """Write a file that cannot be used."""
     path, a = folder / "own.npz", np.zeros((4, 2))
     if kind == "no file":
         path = folder / "gone.npz"
@@ -115,13 +115,13 @@ def broken(folder: Path, kind: str) -> str:
         ("text", r"`train` .*own.npz cannot be read: .*; give a .npz file or a folder"),
         ("cut", r"`train` .*own.npz cannot be read: .*zip.*; give a .npz file or a folder"),
         ("keys", r"it has no inputs and no labels, but x, y"),
-        ("lengths", r"as many of each: inputs \[4, 2\], labels \[5\]"),
-        ("no axis", r"as many of each: inputs \[4, 2\], labels \[\]"),
+        ("lengths", r"equally many: inputs \[4, 2\], labels \[5\]"),
+        ("no axis", r"equally many: inputs \[4, 2\], labels \[\]"),
         ("objects", r"cannot be read: Object arrays cannot be loaded"),
-        ("npy", r"it is no .npz file; of .npy files give the folder"),
+        ("npy", r"it is not a .npz file; for .npy files give their folder"),
         ("half a folder", r"No such file or directory \(.*labels.npy\)"),
         ("empty", r"`train` .* has no examples"),
-        ("one", r"`test_fraction` 0.1 of the 1 examples of .* is 0: neither part may be empty"),
+        ("one", r"`test_fraction` 0.1 of the 1 examples of .* is 0: neither split may be empty"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path: Path, kind: str, message: str) -> None:
@@ -136,12 +136,17 @@ def test_files_that_cannot_be_used(tmp_path: Path, kind: str, message: str) -> N
         (np.zeros((9, 2), bool), np.zeros(9, int), Rules(), "inputs of .* have type bool"),
         (np.zeros((9, 2)), np.zeros(9), Rules(), "labels of .* type float64; they must be int"),
         (np.zeros((9, 2)), np.zeros(9, int), Rules(True), "inputs .* float64; tokens are integers"),
-        (np.zeros((9, 2)), np.full(9, 3), Rules(classes=3), "from 3 to 3; the model knows 0 to 2"),
+        (
+            np.zeros((9, 2)),
+            np.full(9, 3),
+            Rules(classes=3),
+            "3 to 3; the model accepts 0 to 2",
+        ),
         (
             np.zeros((9, 2)),
             np.full(9, -1),
             Rules(),
-            "from -1 to -1; the model knows 0 to 2147483647",
+            "from -1 to -1; the model accepts 0 to 2147483647",
         ),
         (np.full((9, 2), 5), np.zeros(9, int), Rules(True, 5), "inputs of .* from 5 to 5; the mod"),
     ],
@@ -156,14 +161,14 @@ def test_arrays_of_wrong_types_and_ranges(tmp_path, inputs, labels, rules, messa
 
 
 def test_array_record_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`train` .*gone: no such file; give the path"):
+    with pytest.raises(FileNotFoundError, match=r"`train` .*gone: no such file; give a path"):
         array_record(str(tmp_path / "gone"), 2, 0)
     (tmp_path / "text.array_record").write_text("no records" * 100)
     with pytest.raises(ValueError, match=r"`train` .*text.array_record is not array_record: "):
         array_record(str(tmp_path / "text.array_record"), 2, 0)
     source = own_files.records(tmp_path)
     with pytest.raises(
-        DataError, match=r"record \d+ of .*_record is no example \(KeyError: 'labels'\)"
+        DataError, match=r"record \d+ of .*_record is not an example \(KeyError: 'labels'\)"
     ):
         next(array_record(source, 2, 0, decode=lambda record: {"inputs": 1}).train(0))
     (tmp_path / "odd").mkdir()
@@ -194,26 +199,26 @@ SHORT = {"inputs": np.zeros((2, 3)), "labels": np.zeros(2, int)}
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], r"the training batches of mine from step 0 on came to an end; .*begin the next epoch"),
-        ([EXAMPLE], "came to an end"),
+        ([], r"the training batches of mine from step 0 on ended; .*begin the next epoch"),
+        ([EXAMPLE], "step 0 on ended"),
         ([{"inputs": np.zeros(4)}], r"is \['inputs'\]; give a dict of inputs and labels"),
         ([np.zeros(4)], "is ndarray; give a dict"),
-        ([{**EXAMPLE, "labels": np.zeros(3)}], "the first axis of all is the example"),
-        ([{"inputs": 1.0, "labels": 2.0}], "the first axis of all is the example"),
-        ([EXAMPLE, SHORT], r"has shapes .*\(2, 3\).*, not .*\(4, 3\).*all batches have one shape"),
+        ([{**EXAMPLE, "labels": np.zeros(3)}], "the first axis of all must be the example"),
+        ([{"inputs": 1.0, "labels": 2.0}], "the first axis of all must be the example"),
+        ([EXAMPLE, SHORT], r"has shapes .*\(2, 3\).*, not .*\(4, 3\).*all batches must have"),
     ],
 )
-def test_batches_of_ones_own_that_are_none(batches, message):
+def test_bad_batches_of_an_iterable(batches, message):
     data = iterable("mine", lambda step: batches, lambda: [EXAMPLE, SHORT])
     with pytest.raises(DataError, match=message):
         list(data.train(0))
     assert len(list(data.test())) == 2, "the last may be smaller"
 
 
-def test_held_out_examples_of_ones_own_that_differ():
+def test_held_out_examples_of_an_iterable_differ():
     other = {"inputs": np.zeros((4, 5)), "labels": np.zeros(4, int)}
     data = iterable("mine", lambda step: [], lambda: [EXAMPLE, other])
-    with pytest.raises(DataError, match="all examples have one shape"):
+    with pytest.raises(DataError, match="all examples must have"):
         list(data.test())
 
 
@@ -254,8 +259,8 @@ def test_runs_from_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     first = train(capsys)
     own_files.records(here, inputs=OWN["inputs"] / 450, labels=OWN["labels"])
     section = "data={kind: array_record, train: 'own-*.array_record', batch_size: 30}"
-    found = train(capsys, section, "train.workdir=other")
-    assert found["test_loss"] == first["test_loss"]
+    again = train(capsys, section, "train.workdir=other")
+    assert again["test_loss"] == first["test_loss"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +268,10 @@ def test_runs_from_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["data.train=gone.npz"], r"override 'data.train=gone.npz': data: `train` gone.npz cannot"),
         (["data.batch_size=136"], r"data.batch_size=136': data: `batch_size` 136 is above the 135"),
-        (["model.features=[3, 9]"], r"x.yaml:4: data: labels of own.npz are from .* knows 0 to 8"),
+        (
+            ["model.features=[3, 9]"],
+            r"x.yaml:4: data: labels of own.npz are .* accepts 0 to 8",
+        ),
         (["data.test=x.yaml"], r"override 'data.test=x.yaml': data: `test` x.yaml cannot be read"),
         (["data={kind: arrays}"], r"data.train: required; give a .npz file with arrays inputs"),
         (["data={kind: python}"], r"data.source: required; give the file and the function"),
@@ -278,7 +286,7 @@ def test_a_wrong_label_later_on(here: Path, capsys: pytest.CaptureFixture[str]) 
     labels = np.where(np.arange(150) == 77, 10, OWN["labels"])
     own_files.npz(here, inputs=OWN["inputs"], labels=labels)
     error = train(capsys, "data.batch_size=1", "train.steps=150", code=2)
-    assert "x.yaml:4: labels of own.npz are from 10 to 10; the model knows 0 to 9" in error
+    assert "x.yaml:4: labels of own.npz are from 10 to 10; the model accepts 0 to 9" in error
 
 
 @pytest.mark.parametrize(
@@ -286,9 +294,9 @@ def test_a_wrong_label_later_on(here: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (
             None,
-            "`source` my_data.py:make is no function of a Python file; give one as my_data.py:m",
+            "`source` my_data.py:make is not a function of a Python file; give one as my_data.py:m",
         ),
-        ("make = lambda **_: 3", "made a int; it must make a gpipe_jax.data.Dataset"),
+        ("make = lambda **_: 3", "returned a int; it must return a gpipe_jax.data.Dataset"),
         (
             "def make(**_): return 1 / 0",
             "my_data.py:make raised ZeroDivisionError: division by zero",
@@ -306,13 +314,13 @@ def test_python_files_that_make_no_data(here: Path, capsys, code: str | None, me
 
 def test_a_file_with_the_name_of_a_module_does_not_replace_it(here: Path, capsys) -> None:
     (here / "random.py").write_text("def make(**_): return 3")
-    message = "random.py:make made a int"
+    message = "random.py:make returned a int"
     assert message in train(capsys, "data={kind: python, source: 'random.py:make'}", code=2)
     assert sys.modules["random"] is random
 
 
 def test_functions_of_the_file_can_be_sent_to_other_processes(here: Path, monkeypatch) -> None:
-    """As multiprocessing does."""
+    """Pickle and unpickle as multiprocessing does."""
     code = "import pickle\ndef read(): return 7\ndef make(**_): return pickle.dumps(read)"
     made = []
     for path in (here / "my-own.data.py", here / "other" / "my-own.data.py"):
@@ -381,7 +389,7 @@ train: {steps: 5, eval_every: 5, save_every: 2}
 def train_own(
     folder: Path, capsys, first="batch()", later="batch()", test="[batch()]", code: int = 2
 ) -> str:
-    """What is said of such data, which ends the training."""
+    """Return the message for data that ends the training."""
     source = OWN_BATCHES.replace("FIRST", first).replace("LATER", later).replace("TEST", test)
     (folder / "mine.py").write_text(source)
     (folder / "own.yaml").write_text(OWN_CONFIG)
@@ -401,8 +409,14 @@ def saved_steps(folder: Path) -> set[str]:
         ("[batch(5)]", r"has shape \[5, 4\], the pipeline's example had \[4, 4\]"),
         ("[batch(kind=np.float64)]", r"has type float64, the pipeline's example had int32; conv"),
         ("[batch(weight=0)]", r"weights of a batch must sum to more than 0, got 0.0"),
-        ("[batch(label=-1)]", r"first held-out batch of mine are from -1 to -1; the model knows 0"),
-        ("[batch(label=2)]", r"first held-out batch of mine are from 2 to 2; the model knows 0 to"),
+        (
+            "[batch(label=-1)]",
+            r"held-out batch of mine are from -1 to -1; the model accepts 0",
+        ),
+        (
+            "[batch(label=2)]",
+            r"held-out batch of mine are from 2 to 2; the model accepts 0 to",
+        ),
         ("[]", "the held-out data of mine has no examples; give some"),
     ],
 )

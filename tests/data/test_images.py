@@ -1,4 +1,4 @@
-"""CIFAR-10 in every form it comes in, what is said of damaged files, and the random changes."""
+"""Check CIFAR-10 in all published forms, the messages for damaged files, and augmentation."""
 
 import builtins
 import gzip
@@ -25,7 +25,7 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(folder: Path, form: str, files: list = FILES) -> Path:
-    """The path of what was written."""
+    """Write the files and return their path."""
     version, _, how = form.partition(" ")
     if version == "jpeg":
         path = folder / "cifar10_jpeg_packed.npz"
@@ -58,17 +58,17 @@ def test_every_form_gives_the_same_images(tmp_path: Path, form: str) -> None:
     write(tmp_path, form)
     train, test = read_cifar10(tmp_path)
     for part, files in ((train, FILES[:5]), (test, FILES[5:])):
-        wanted = written.images_of(files)
+        expected = written.images_of(files)
         assert part.pixels.dtype == np.uint8 and part.labels.dtype == np.int32
-        assert part.pixels.shape == wanted.shape
+        assert part.pixels.shape == expected.shape
         # JPEG rounds twice, and its colours are not ours; any other image is 85 away on average
-        error = np.abs(part.pixels.astype(int) - wanted)
+        error = np.abs(part.pixels.astype(int) - expected)
         assert error.mean() < 2 and error.max() < 20 if form == "jpeg" else error.max() == 0
         np.testing.assert_array_equal(part.labels, np.concatenate([labels for _, labels in files]))
 
 
 def test_the_pickles_of_these_tests_are_those_of_numpy() -> None:
-    """Our reader runs no code of numpy, so a mistake of the test's writer could go unnoticed."""
+    """Check the test's writer with numpy's own reader, as ours runs no code of numpy."""
     rows, labels = FILES[0]
     for encode in (written.python2_pickle, written.fortran_pickle, written.python3_pickle):
         record = pickle.loads(encode(rows, labels), encoding="bytes")
@@ -213,12 +213,12 @@ def test_images_are_moved_as_wholes_by_every_amount() -> None:
         start = np.argwhere(before[..., 0] == after[row, column, 0])[0]
         down, right = np.asarray([row, column]) - start
         seen.add((int(down), int(right)))
-        wanted = np.full_like(before, -1.0)
+        expected = np.full_like(before, -1.0)
         for y in range(6):
             for x in range(6):
                 if 0 <= y - down < 6 and 0 <= x - right < 6:
-                    wanted[y, x] = before[y - down, x - right]
-        np.testing.assert_array_equal(after, wanted)
+                    expected[y, x] = before[y - down, x - right]
+        np.testing.assert_array_equal(after, expected)
     assert seen == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
 
 
@@ -235,15 +235,15 @@ def test_squares_are_cut_out_around_every_pixel(size: int) -> None:
     assert after.dtype == np.float32
     holes = after == 0
     np.testing.assert_array_equal(after[~holes], NUMBERED[~holes])
-    wanted = []
+    expected = []
     for y in range(6):
         for x in range(6):
             top, left = y - size // 2, x - size // 2
             hole = np.zeros((6, 6, 2), bool)
             hole[max(top, 0) : top + size, max(left, 0) : left + size] = True
-            wanted.append(hole)
+            expected.append(hole)
     seen = np.unique(holes, axis=0)
-    np.testing.assert_array_equal(seen, np.unique(np.stack(wanted), axis=0))
+    np.testing.assert_array_equal(seen, np.unique(np.stack(expected), axis=0))
 
 
 @pytest.mark.parametrize(
