@@ -32,7 +32,7 @@ def images_of(files: list[File]) -> np.ndarray:
 
 
 def python2_pickle(rows: np.ndarray, labels: np.ndarray, *, fortran: bool = False) -> bytes:
-    """What Python 2 wrote: all text is bytes, and numpy's names are the old ones."""
+    """Pickle as Python 2 did: all text is bytes, and numpy has its old names."""
     text = lambda a: b"U" + bytes([len(a)]) + a  # noqa: E731
     dtype = (
         b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R"
@@ -59,7 +59,7 @@ def fortran_pickle(rows: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def records(rows: np.ndarray, labels: np.ndarray) -> bytes:
-    """The binary version."""
+    """Encode the binary version."""
     return np.concatenate([labels[:, None].astype(np.uint8), rows], 1).tobytes()
 
 

@@ -55,7 +55,7 @@ class Dataset:
     test_examples: int | None = None
 
 
-def identity(dataset: Dataset, first: Batch) -> dict[str, int | None]:
+def fingerprint(dataset: Dataset, first: Batch) -> dict[str, int | None]:
     """Return what identifies a data set when a run resumes; `first` is its first batch.
 
     It has a checksum of labels, which are as they were read. Computed inputs may differ between

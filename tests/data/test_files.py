@@ -175,7 +175,7 @@ def test_array_record_errors(tmp_path: Path) -> None:
     two = np.empty(2, object)
     two[:] = [np.zeros(2), None]
     odd = own_files.records(tmp_path / "odd", inputs=two, labels=np.zeros(2, int))
-    with pytest.raises(DataError, match=r"record \d of .* is no example \(ValueError: Object"):
+    with pytest.raises(DataError, match=r"record \d of .* is not an example \(ValueError: Object"):
         list(array_record(odd, 1, 0, test=odd).test())
     sizes = iter(range(1, 1000))
     lengths = lambda record: {"inputs": np.zeros(next(sizes)), "labels": 1}  # noqa: E731
