@@ -17,7 +17,7 @@ def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_fail
     if cycles < settings.population and settings.algorithm != "random":
         raise ValueError(
             f"cycles {cycles!r} is less than population {settings.population}: evolution begins "
-            "when there are so many results; give more cycles, or a smaller population"
+            "when there are that many results; give more cycles, or a smaller population"
         )
     if not isinstance(cache, int) or cache < 0:
         raise ValueError(

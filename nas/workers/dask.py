@@ -1,37 +1,23 @@
-"""Workers that are processes, by dask.distributed: on this machine, or wherever a scheduler is.
+"""Run jobs in processes, with dask.distributed: on this machine, or where a scheduler is.
 
-A nanny restarts a worker that dies; its job is reported as dead, and tried again by the search's
-own rules. A job that takes too long is ended with its worker; its time is from when a worker says
-that it has begun.
+A nanny restarts a worker that dies; its job fails as `worker_death`, and the search's own rules say
+whether it is retried. A job that takes too long is ended together with its worker. Its time counts
+from when a worker reports that it has begun.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from nas.errors import WorkersError
+from nas.workers.worker_pool import WorkerPool
 
-ANSWER_S = 10.0  # how long a scheduler may take to answer
-BEGUN = "nas job"  # the topic by which workers say that they have begun one
-RESTART_S = 5.0  # how long a hung worker has to end by itself
-
-
-@dataclass(frozen=True)
-class WorkerPool:
-    """Where jobs are done. `submit` gives a future; `expire` ends one that takes too long."""
-
-    submit: Callable[..., Any]
-    slots: int  # jobs at once, at first
-    pickles: bool  # whether jobs go to other processes
-    expire: Callable[[Any], None]
-    has_begun: Callable[[Any], bool] = lambda future: True  # whether a job waits for no worker
-    close: Callable[[], None] = lambda: None
-    count_lost: Callable[[], int] = lambda: 0  # how many of the slots are gone, but for the last
+ANSWER_S = 10.0  # s in which a scheduler must answer
+BEGUN = "nas job"  # topic on which workers report that they have begun a job
+RESTART_S = 5.0  # s in which a hung worker may end by itself
 
 
 def dask_pool(workers: str) -> WorkerPool:
-    """Of `processes`, `processes:4`, or a scheduler's address."""
+    """Return a pool for `processes`, `processes:4`, or the address of a scheduler."""
     try:
         import dask.config
         from distributed import Client, LocalCluster
@@ -48,7 +34,7 @@ def dask_pool(workers: str) -> WorkerPool:
                 f"({error}); start one with `dask scheduler`, or correct the address"
             ) from error
     count = _count(workers)
-    # A worker's death is the search's to count, not the scheduler's to try again.
+    # The search counts the deaths of workers and retries their jobs; the scheduler must not.
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
         local = LocalCluster(
             n_workers=count,
@@ -66,7 +52,13 @@ def _count(workers: str) -> int:
 
 
 def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> WorkerPool:
-    """A pool of a cluster's workers, as many jobs at once as they have threads."""
+    """Return a pool of a cluster's workers; it runs as many jobs at once as they have threads.
+
+    Args:
+        client: A `distributed.Client`.
+        local: A local cluster to close with the pool, or None.
+        owned: Whether the pool closes the client; a client of the user's stays open.
+    """
     slots = sum(client.nthreads().values())
     if not slots:
         raise WorkersError(
@@ -81,11 +73,12 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
             client.restart_workers(hung, timeout=RESTART_S, raise_for_error=False)
 
     def close() -> None:
-        client.close()
+        if owned:
+            client.close()
         if local is not None:
             local.close()
 
-    begun: set[str] = set()
+    begun: set[str] = set()  # keys of futures
     client.subscribe_topic(BEGUN, lambda event: begun.add(event[1]))
 
     def submit(task: Any, job: Any) -> Any:
@@ -93,15 +86,7 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
         future.add_done_callback(lambda done: begun.discard(done.key))
         return future
 
-    return WorkerPool(
-        submit,
-        slots,
-        True,
-        expire,
-        lambda future: future.key in begun,
-        close if owned else _nothing,
-    )
+    def has_begun(future: Any) -> bool:
+        return future.key in begun
 
-
-def _nothing() -> None:
-    """A client of the user's is left open."""
+    return WorkerPool(submit, slots, True, expire, has_begun, close)

@@ -1,11 +1,17 @@
-"""`workers="devices"`: every accelerator of this process busy with a candidate of its own.
+"""Run `workers="devices"`: every accelerator of this process trains a candidate of its own.
 
-A thread for each device, so that none waits for another: candidates differ in what they cost. Each
-compiles for its device, at the same time as the others do; JAX's cache on disk goes by device too,
-but for GPUs, and so saves later runs their compilations, not a device another's. One program for
-all, by `jax.shard_map`, takes as long when candidates do (scripts/benchmark_devices.py) and is
-compiled once; but each round goes on only when its slowest candidate has ended, and one that is
-stopped early, fails or hangs frees no device for another. So threads are what there is.
+There is a thread for each device, so that no device waits for another: candidates differ in cost.
+Each thread compiles for its device, at the same time as the others. JAX's cache on disk depends on
+the device too, except for GPUs; so it saves compilations of later runs, but not of other devices.
+
+One program for all devices, by `jax.shard_map`, takes as long if candidates take equally long
+(scripts/benchmark_devices.py), and is compiled once. But each of its rounds ends with the slowest
+candidate, and a candidate that stops early, fails or hangs frees no device. Hence threads.
+
+    free device --> job runs --> free again
+                       |-- fails, and the device does not respond --> lost
+                       |-- takes too long --> asked whether it responds --> free again, or lost
+                                              (late meanwhile: lost, but may come back)
 """
 
 import threading
@@ -19,40 +25,39 @@ import numpy as np
 
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Job, Outcome
-from nas.workers.dask import WorkerPool
 from nas.workers.threads import DaemonThreads
+from nas.workers.worker_pool import WorkerPool
 
-Device = Any  # jax.Device, which is no type to type checkers
+Device = Any  # jax.Device, which type checkers do not accept as a type
+RESPONSE_S = 60.0  # s in which a device must respond; less than jobs may wait for one
 
-ANSWER_S = 60.0  # how long a device may take to answer; less than jobs may wait for one
 
-
-def pool() -> WorkerPool:
-    """Of all devices that are this process's own."""
+def device_pool() -> WorkerPool:
+    """Return a pool of all devices that belong to this process."""
     return DeviceAllocator(jax.local_devices()).pool()
 
 
 class DeviceLease:
-    """A job's time on a device."""
+    """Hold the device that a job has, or waits for."""
 
     device: Device | None = None
-    over = False  # the device is no more the job's, or will not be
+    is_over = False  # the job no longer has the device, or will not get one
 
 
 class DeviceAllocator:
-    """Hands devices to jobs. One that answers no more is lost, until it answers after all."""
+    """Assign devices to jobs. A device that does not respond is lost until it responds."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self._free, self._count = deque(devices), len(devices)
         self._lost: set[Device] = set()
-        self._late: set[Device] = set()  # of these, who may answer yet
+        self._late: set[Device] = set()  # lost devices that may still respond
         self._reason = ""  # of the last loss
         self._changed = threading.Condition()
         self._threads = DaemonThreads()
-        self._turns: dict[Future, DeviceLease] = {}
+        self._leases: dict[Future, DeviceLease] = {}
 
     def pool(self) -> WorkerPool:
-        """For the driver."""
+        """Return the pool for the driver."""
         return WorkerPool(
             self._submit,
             slots=self._count,
@@ -60,110 +65,115 @@ class DeviceAllocator:
             expire=self._expire,
             has_begun=self._has_begun,
             close=self._threads.close,
-            # With none left the next job is to be submitted, which says why.
-            count_lost=lambda: min(len(self._lost), self._count - 1),
+            count_lost=self._count_lost,
         )
 
+    def _count_lost(self) -> int:
+        # If all are lost, the driver must submit one more job, whose error has the reason.
+        return min(len(self._lost), self._count - 1)
+
     @property
-    def _left(self) -> int:
-        """Those that are, or may be, handed out again."""
+    def _usable(self) -> int:
+        """Count the devices that are assigned again, or may be."""
         return self._count - len(self._lost - self._late)
 
     def _has_begun(self, future: Future) -> bool:
-        turn = self._turns.get(future)
-        return turn is None or turn.device is not None
+        lease = self._leases.get(future)
+        return lease is None or lease.device is not None
 
     def _submit(self, task: Callable[[Job], Outcome], job: Job) -> Future:
-        if not self._left:
+        if not self._usable:
             raise WorkersError(f"no device is left: {self._reason}")
-        turn = DeviceLease()
-        future = self._threads.submit(self._run, turn, task, job)
-        self._turns[future] = turn
-        future.add_done_callback(lambda done: self._turns.pop(done, None))
+        lease = DeviceLease()
+        future = self._threads.submit(self._run, lease, task, job)
+        self._leases[future] = lease
+        future.add_done_callback(lambda done: self._leases.pop(done, None))
         return future
 
-    def _run(self, turn: DeviceLease, task: Callable[[Job], Outcome], job: Job) -> Outcome:
-        device = self._take(turn)
+    def _run(self, lease: DeviceLease, task: Callable[[Job], Outcome], job: Job) -> Outcome:
+        device = self._take(lease)
         threading.current_thread().name = name = f"{device.platform} {device.id}"
-        lost = False
+        reason_of_loss = None
         try:
             with jax.default_device(device):
                 outcome = task(job)
-            lost = outcome.kind == "exception" and not self._answers(device)
-            if lost:
-                error = f"device {name} answers no more: {outcome.error}"
-                outcome = outcome._replace(kind="worker_death", error=error)
+            if outcome.kind == "exception" and not self._responds(device):
+                reason_of_loss = f"device {name} no longer responds: {outcome.error}"
+                outcome = outcome._replace(kind="worker_death", error=reason_of_loss)
             return outcome
         finally:
-            self._give_back(turn, device, outcome.error or "" if lost else None)
+            self._give_back(lease, device, reason_of_loss)
 
-    def _take(self, turn: DeviceLease) -> Device:
+    def _take(self, lease: DeviceLease) -> Device:
+        """Wait for a free device."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or not self._left or turn.over)
-            if turn.over:
-                raise CancelledError  # it has waited for so long that nobody waits for it
-            if not self._left:
+            self._changed.wait_for(lambda: self._free or not self._usable or lease.is_over)
+            if lease.is_over:
+                raise CancelledError  # the job has expired while it waited
+            if not self._usable:
                 raise WorkersError(f"no device is left: {self._reason}")
-            turn.device = self._free.popleft()
-            return turn.device
+            lease.device = self._free.popleft()
+            return lease.device
 
-    def _give_back(self, turn: DeviceLease, device: Device, lost: str | None) -> None:
+    def _give_back(self, lease: DeviceLease, device: Device, reason_of_loss: str | None) -> None:
         with self._changed:
-            if lost is not None:
-                self._lose(device, lost)
-            elif not turn.over and device not in self._lost:  # by another job that had it
+            if reason_of_loss is not None:
+                self._lose(device, reason_of_loss)
+            elif not lease.is_over and device not in self._lost:  # another job may have lost it
                 self._free.append(device)
                 self._changed.notify_all()
-            turn.over = True
+            lease.is_over = True
 
     def _lose(self, device: Device, reason: str) -> None:
         self._lost.add(device)
         self._reason = reason
-        if device in self._free:  # as it was handed out twice
+        if device in self._free:  # if it was free again after a job that expired
             self._free.remove(device)
         self._changed.notify_all()
 
     def _expire(self, future: Future) -> None:
-        """What runs cannot be ended: it goes on beside the job that takes its place."""
+        """Abandon a job; if it is running, it continues beside the job that takes its place."""
         future.cancel()
-        turn = self._turns.get(future)
+        lease = self._leases.get(future)
         with self._changed:
-            if turn and not turn.over:
-                turn.over = True
-                if turn.device:
-                    self._threads.submit(self._take_back, turn.device)
+            if lease and not lease.is_over:
+                lease.is_over = True
+                if lease.device:
+                    self._threads.submit(self._recover, lease.device)
                 self._changed.notify_all()
 
-    def _answers(self, device: Device) -> bool:
+    def _responds(self, device: Device) -> bool:
         try:
-            return self._threads.submit(is_responsive, device).result(ANSWER_S)
+            return self._threads.submit(is_responsive, device).result(RESPONSE_S)
         except TimeoutError:
             return False
 
-    def _take_back(self, device: Device) -> None:
-        """Hand a device out again when it answers; it is lost while that takes too long."""
-        asked, late = self._threads.submit(is_responsive, device), False
+    def _recover(self, device: Device) -> None:
+        """Free a device when it responds; it is lost while that takes longer than `RESPONSE_S`."""
+        response, is_late = self._threads.submit(is_responsive, device), False
         try:
-            answered = asked.result(ANSWER_S)
+            responds = response.result(RESPONSE_S)
         except TimeoutError:
-            late = True
+            is_late = True
             with self._changed:
                 self._late.add(device)
-                self._lose(device, f"{device} has not answered for {ANSWER_S:g} s after a time-out")
-            answered = asked.result()
+                self._lose(
+                    device, f"{device} has not responded for {RESPONSE_S:g} s after a time-out"
+                )
+            responds = response.result()
         with self._changed:
             self._late.discard(device)
-            if not answered:
-                self._lose(device, f"{device} answers no more after a time-out")
-            elif late or device not in self._lost:  # by the job, meanwhile
+            if not responds:
+                self._lose(device, f"{device} does not respond after a time-out")
+            elif is_late or device not in self._lost:  # the expired job may have lost it meanwhile
                 self._lost.discard(device)
                 self._free.append(device)
                 self._changed.notify_all()
 
 
 def is_responsive(device: Device) -> bool:
-    """Whether a device still computes."""
+    """Return whether a device still computes."""
     try:
         return float(jax.device_put(np.float32(1), device) + 1) == 2
-    except Exception:  # of any backend's own
+    except Exception:  # every backend has errors of its own
         return False

@@ -1,4 +1,10 @@
-"""The loop that keeps the workers busy: ask, submit, collect, report."""
+"""Keep the workers busy: ask for jobs, submit them, and report their outcomes.
+
+Search.ask --> pool.submit --> running --> finished --> Search.report --> callback
+                                  |                          ^
+                                  +-- past its deadline: ----+
+                                      expired, reported as a time-out
+"""
 
 import math
 import queue
@@ -12,35 +18,35 @@ from nas.ask_tell.search import Search
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.workers import task
-from nas.workers.dask import WorkerPool
+from nas.workers.worker_pool import WorkerPool
 
 Callback = Callable[[Search], object]
-POLL_S = 0.5
-BEGIN_S = 120.0  # how long a job may wait for a worker, such as one that is restarted
+POLL_S = 0.5  # s between two looks at deadlines and requests to stop
+BEGIN_S = 120.0  # s that a job may wait for a worker, such as one that is restarted
 
 
 def check_seconds(**limits: float | None) -> None:
-    """Raise ValueError for a limit that is no time."""
+    """Raise ValueError for a time limit that is not a positive number or None."""
     for name, value in limits.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and value > 0):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and value > 0):
             raise ValueError(
                 f"{name} {value!r}: expected seconds, more than 0, or None for no limit"
             )
 
 
 class RunningJob(NamedTuple):
-    """A job that is being done."""
+    """Hold a job that was submitted."""
 
     job: Job
     future: Any
-    deadline: float  # of time.monotonic
-    begun: bool = False
+    deadline: float  # on the clock time.monotonic
+    has_begun: bool = False  # whether it no longer waits for a worker
 
 
 @dataclass
 class Driver:
-    """Keeps a pool's slots full with a search's jobs, until the search is over."""
+    """Keep all slots of a pool busy with a search's jobs, until the search is over."""
 
     search: Search
     evaluator: Evaluator
@@ -51,106 +57,117 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
-        self._end = math.inf  # of time.monotonic
+        self._end = math.inf  # on the clock time.monotonic
         self._grace_s = self.evaluator.grace_s
         self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
-        self._told = self.search.evolution.results  # of how many the callback knows
+        self._called_back = self.search.evolution.results  # results at the last callback
         self._task = task.make_task(self.evaluator, self.pool.pickles)
-        self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._flights: dict[int, RunningJob] = {}
-        self._expired: dict[int, RunningJob] = {}
+        self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()  # evaluations
+        self._running: dict[int, RunningJob] = {}  # by evaluation
+        self._expired: dict[int, RunningJob] = {}  # by evaluation, until their futures end
 
     def run(self) -> None:
-        """To the end of the search; the store and the pool are closed then, whatever ends it."""
+        """Run the search to its end, and close the store and the pool in any case."""
         self._end = time.monotonic() + (self.time_limit_s or math.inf)
         try:
-            while not self._is_to_end():
+            while not self._must_end():
                 self._fill()
-                if not self._flights or self.search.is_over:
+                if not self._running or self.search.is_over:
                     break
                 self._collect()
         finally:
-            for flight in self._flights.values():
-                flight.future.cancel()
+            for running in self._running.values():
+                running.future.cancel()
             self.search.close()
             self.pool.close()
 
-    def _is_to_end(self) -> bool:
-        """Whether it is stopped, or out of time; what the cache has answered is told before."""
-        if self.search.evolution.results != self._told:
+    def _must_end(self) -> bool:
+        """Return whether the driver is stopped or out of time.
+
+        Call back before, if the cache has answered candidates.
+        """
+        if self.search.evolution.results != self._called_back:
             self._call_back()
         return self.stopping.is_set() or time.monotonic() >= self._end
 
     def _fill(self) -> None:
-        while len(self._flights) < self.pool.slots - self.pool.count_lost():
-            # A limit may be measured for minutes: what has ended is written before, and between.
-            job = self.search.ask(until=lambda: self._is_to_end() or not self._done.empty())
-            if job is None and self._done.empty():
+        """Submit jobs until all slots are busy or there is no job now."""
+
+        def has_other_work() -> bool:
+            return self._must_end() or not self._finished.empty()
+
+        while len(self._running) < self.pool.slots - self.pool.count_lost():
+            # Measuring a limit may take minutes: report finished jobs before it and in between.
+            job = self.search.ask(until=has_other_work)
+            if job is None and self._finished.empty():
                 return
-            while not self._done.empty():
-                self._settle(self._done.get())
-            if job is None:
-                continue
-            try:
-                future = self.pool.submit(self._task, job)
-            except WorkersError:
-                raise
-            except RuntimeError as error:  # such as BrokenProcessPool, or one that is shut down
-                raise WorkersError(
-                    f"the workers take no more jobs ({error}): use workers='processes', whose "
-                    "workers are restarted, and resume the run"
-                ) from error
-            deadline = time.monotonic() + BEGIN_S + self._job_s
-            self._flights[job.evaluation] = RunningJob(job, future, deadline)
-            future.add_done_callback(lambda _, number=job.evaluation: self._done.put(number))
+            while not self._finished.empty():
+                self._settle(self._finished.get())
+            if job is not None:
+                self._submit(job)
+
+    def _submit(self, job: Job) -> None:
+        try:
+            future = self.pool.submit(self._task, job)
+        except WorkersError:
+            raise
+        except RuntimeError as error:  # BrokenProcessPool, or an executor that is shut down
+            raise WorkersError(
+                f"the workers take no more jobs ({error}): use workers='processes', whose "
+                "workers are restarted, and resume the run"
+            ) from error
+        deadline = time.monotonic() + BEGIN_S + self._job_s
+        self._running[job.evaluation] = RunningJob(job, future, deadline)
+        future.add_done_callback(lambda _: self._finished.put(job.evaluation))
 
     def _collect(self) -> None:
-        """Report what is done, or wait for it a while."""
+        """Report jobs that have expired, and one that has finished; wait for it a while."""
         self._expire()
-        first = min((flight.deadline for flight in self._flights.values()), default=self._end)
+        first = min((running.deadline for running in self._running.values()), default=self._end)
         wait = min(first, self._end) - time.monotonic()
         try:
-            number = self._done.get(timeout=max(0.0, min(wait, POLL_S)))
+            evaluation = self._finished.get(timeout=max(0.0, min(wait, POLL_S)))
         except queue.Empty:
             return
-        self._settle(number)
+        self._settle(evaluation)
 
-    def _settle(self, number: int) -> None:
-        """Report what an evaluation that has ended came to."""
-        if number in self._flights:
-            flight = self._flights.pop(number)
-            self._report(flight.job, task.outcome(flight.future))
+    def _settle(self, evaluation: int) -> None:
+        """Report an evaluation whose future has ended."""
+        if evaluation in self._running:
+            running = self._running.pop(evaluation)
+            self._report(running.job, task.outcome_of(running.future))
         else:
-            flight = self._expired.pop(number)
-            self.search.report(flight.job, Outcome("timeout"))  # late, and only noted
+            expired = self._expired.pop(evaluation)
+            self.search.report(expired.job, Outcome("timeout"))  # too late: only logged
 
     def _expire(self) -> None:
+        """Give up the jobs that are past their deadlines."""
         if self.timeout_s is None:
             return
         now = time.monotonic()
-        for number, flight in list(self._flights.items()):
-            if not flight.begun and self.pool.has_begun(flight.future):
-                flight = flight._replace(begun=True, deadline=now + self._job_s)
-                self._flights[number] = flight
-            if flight.deadline <= now and not flight.future.done():
-                self._expired[number] = self._flights.pop(number)
-                self.pool.expire(flight.future)
-                more = f", and {self._grace_s:g} s to compile" if self._grace_s else ""
-                text = f"took more than timeout_s {self.timeout_s:g}{more}"
-                self._report(flight.job, Outcome("timeout", error=text))
+        for evaluation, running in list(self._running.items()):
+            if not running.has_begun and self.pool.has_begun(running.future):
+                running = running._replace(has_begun=True, deadline=now + self._job_s)
+                self._running[evaluation] = running
+            if running.deadline <= now and not running.future.done():
+                self._expired[evaluation] = self._running.pop(evaluation)
+                self.pool.expire(running.future)
+                grace = f", and {self._grace_s:g} s to compile" if self._grace_s else ""
+                error = f"took more than timeout_s {self.timeout_s:g}{grace}"
+                self._report(running.job, Outcome("timeout", error=error))
 
     def _report(self, job: Job, outcome: Outcome) -> None:
         self.search.report(job, outcome)
         self._call_back()
 
     def _call_back(self) -> None:
-        self._told = self.search.evolution.results
+        self._called_back = self.search.evolution.results
         if self.callback is not None and self.callback(self.search) is True:
             self.stopping.set()
 
 
 class DriverThread:
-    """A driver at work, perhaps in a thread of its own."""
+    """Run a driver, in the calling thread or in the background."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -159,22 +176,22 @@ class DriverThread:
 
     @property
     def cycles(self) -> int:
-        """The number of results at which the search is over."""
+        """Return the number of results at which the search is over."""
         return self._driver.search.cycles
 
     @property
     def error(self) -> BaseException | None:
-        """What it has ended with, if an error, until `wait` raises it; waits for the end."""
+        """Wait for the end and return the error that ended the driver, unless `wait` raised it."""
         if self._thread.ident is not None:
             self._thread.join()
         return self._error
 
     def run(self) -> None:
-        """In this thread."""
+        """Run the driver in the calling thread."""
         self._driver.run()
 
     def start(self) -> None:
-        """In a thread of its own."""
+        """Run the driver in the background."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -185,15 +202,15 @@ class DriverThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it is at work in the background."""
+        """Return whether the driver is running in the background."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Have it end soon."""
+        """Ask the driver to end soon."""
         self._driver.stopping.set()
 
     def wait(self, timeout_s: float | None) -> None:
-        """Wait for its end; raises what it has ended with, once."""
+        """Wait for the end, and raise the error that ended the driver, once."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         error, self._error = self._error, None

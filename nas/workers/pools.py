@@ -1,19 +1,19 @@
-"""Who evaluates: threads of this process, processes of a local or remote cluster, or any executor.
-
-A pool is an executor with the number of jobs it does at once.
-"""
+"""Choose who evaluates: threads, local accelerators, processes, a cluster, or any executor."""
 
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from nas.workers import dask
-from nas.workers.dask import WorkerPool
 from nas.workers.threads import DaemonThreads
+from nas.workers.worker_pool import WorkerPool
 
 
 def make_pool(workers: Any) -> WorkerPool:
-    """Of a number of threads, `devices`, `processes`, `processes:4`, the address of a dask
-    scheduler, a dask client, an executor, or a pool as it is.
+    """Return the pool that the argument `workers` of `nas.search` describes.
+
+    It is a number of threads, `devices`, `processes`, `processes:4`, the address of a dask
+    scheduler, a dask client, an executor, or a pool.
     """
     if isinstance(workers, WorkerPool):
         return workers
@@ -26,10 +26,10 @@ def make_pool(workers: Any) -> WorkerPool:
     if workers == "devices":
         from nas.workers import devices
 
-        return devices.pool()
+        return devices.device_pool()
     if isinstance(workers, str) and ("://" in workers or workers.split(":")[0] == "processes"):
         return dask.dask_pool(workers)
-    if type(workers).__name__ == "Client":
+    if type(workers).__name__ == "Client":  # of dask, which may not be installed
         return dask.pool_of_client(workers)
     raise ValueError(
         f"workers {workers!r}: expected a number of threads, 'devices', 'processes', "
@@ -39,20 +39,28 @@ def make_pool(workers: Any) -> WorkerPool:
 
 
 def of_executor(executor: Executor, slots: int | None = None) -> WorkerPool:
-    """A pool of any executor, which is left open; `slots` is how many jobs it does at once."""
-    slots = slots or getattr(executor, "_max_workers", None)
+    """Return a pool of any executor, which stays open.
+
+    Args:
+        executor: The executor.
+        slots: Number of jobs that it runs at once; default: the number of its workers.
+    """
+    slots = slots or getattr(executor, "_max_workers", None)  # of the standard library's
     if slots is None:
         raise ValueError(
             f"workers {executor!r} does not say how many jobs it does at once: give "
             "nas.workers.pools.of_executor(executor, slots=8)"
         )
-    pickles = isinstance(executor, ProcessPoolExecutor)
-    return WorkerPool(
-        executor.submit,
-        slots,
-        pickles,
-        # A job that runs cannot be taken back from an executor: its report will be late.
-        expire=lambda future: future.cancel(),
-        has_begun=lambda future: future.running() or future.done(),
-        close=executor.close if isinstance(executor, DaemonThreads) else lambda: None,
+
+    def expire(future: Any) -> None:
+        future.cancel()  # a job that runs cannot be taken back: its report will be late
+
+    def has_begun(future: Any) -> bool:
+        return future.running() or future.done()
+
+    pool = WorkerPool(
+        executor.submit, slots, isinstance(executor, ProcessPoolExecutor), expire, has_begun
     )
+    if isinstance(executor, DaemonThreads):
+        return replace(pool, close=executor.close)
+    return pool

@@ -1,4 +1,4 @@
-"""What a worker does with a job, and what the driver makes of one that did not come back."""
+"""Run a job on a worker, and turn its future into an outcome on the driver."""
 
 import functools
 import os
@@ -12,37 +12,44 @@ from typing import Any
 
 from nas.errors import ReturnError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
-from nas.evaluators.outcomes import as_outcome, failed_outcome
+from nas.evaluators.outcomes import MAX_ERROR, as_outcome, failed_outcome
 from nas.workers.dask import BEGUN
 
-RESULT_S = 20.0  # how long the result of a job that is done may take to arrive
+RESULT_S = 20.0  # s in which the result of a finished job must arrive
 
 # --- on the worker --------------------------------------------------------------------------------
 
 
 def run_job(evaluator: Evaluator, job: Job) -> Outcome:
-    """Do a job; what the evaluator raises is an outcome. A wrong return is a ReturnError."""
-    _say_begun()
+    """Run a job and return its outcome, which is a failure if the evaluator raises.
+
+    Raises:
+        ReturnError: The evaluator returned no fitness.
+    """
+    _report_begun()
     started = time.time()
     try:
         outcome = as_outcome(evaluator.evaluate(job), job)
     except ReturnError:
         raise
-    except (Exception, SystemExit) as error:  # not the user's interrupt
+    except (Exception, SystemExit) as error:  # but not KeyboardInterrupt, which is the user's
         outcome = failed_outcome(error)
-    return outcome._replace(worker=_name(), started=started, finished=time.time())
+    return outcome._replace(worker=_worker_name(), started=started, finished=time.time())
 
 
 def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
-    """What to submit, so that a worker keeps one evaluator, and what that has compiled.
+    """Return the function to submit with each job.
 
-    ValueError if jobs are pickled and the evaluator cannot be.
+    A worker in another process keeps one evaluator, with everything that it has compiled.
+
+    Raises:
+        ValueError: Jobs are pickled, and the evaluator cannot be.
     """
     if not pickles:
         return functools.partial(run_job, evaluator)
     try:
         return functools.partial(_run_pickled, dumps(evaluator))
-    except Exception as error:  # of any object's own pickling
+    except Exception as error:  # any object's own pickling may raise anything
         raise ValueError(
             f"evaluate cannot be sent to workers in other processes ({error}): make it a function "
             "of a module that keeps no lock, file or connection, or use threads, workers=4"
@@ -51,19 +58,19 @@ def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
 
 def _run_pickled(pickled: bytes, job: Job) -> Outcome:
     try:
-        evaluator = _evaluator(pickled)
-    except Exception as error:  # such as of a module that is not on this machine
-        return failed_outcome(error)._replace(worker=_name())
+        evaluator = _unpickled(pickled)
+    except Exception as error:  # such as a module that this machine does not have
+        return failed_outcome(error)._replace(worker=_worker_name())
     return run_job(evaluator, job)
 
 
 @functools.lru_cache(maxsize=4)
-def _evaluator(pickled: bytes) -> Evaluator:
+def _unpickled(pickled: bytes) -> Evaluator:
     return pickle.loads(pickled)
 
 
 def dumps(value: Any) -> bytes:
-    """Pickled, functions of notebooks too where cloudpickle is installed, as it is with dask."""
+    """Pickle a value; with cloudpickle, which comes with dask, also functions of notebooks."""
     try:
         import cloudpickle
     except ImportError:
@@ -71,8 +78,8 @@ def dumps(value: Any) -> bytes:
     return cloudpickle.dumps(value)
 
 
-def _worker() -> Any:
-    """The worker of a cluster that this is, or None."""
+def _dask_worker() -> Any:
+    """Return the dask worker that this process is, or None."""
     if "distributed" not in sys.modules:
         return None
     from distributed import get_worker
@@ -83,36 +90,39 @@ def _worker() -> Any:
         return None
 
 
-def _say_begun() -> None:
-    worker = _worker()
+def _report_begun() -> None:
+    worker = _dask_worker()
     if worker is not None:
         worker.log_event(BEGUN, worker.get_current_task())
 
 
-def _name() -> str:
-    worker = _worker()
+def _worker_name() -> str:
+    worker = _dask_worker()
     if worker is not None:
         return f"worker {worker.name}"
     thread = threading.current_thread()
-    main = thread is threading.main_thread()
-    return f"process {os.getpid()}" if main else thread.name
+    return f"process {os.getpid()}" if thread is threading.main_thread() else thread.name
 
 
 # --- on the driver --------------------------------------------------------------------------------
 
 
-def outcome(future: Any) -> Outcome:
-    """Of a future that is done; ReturnError if the evaluator is wrong."""
+def outcome_of(future: Any) -> Outcome:
+    """Return the outcome of a finished future.
+
+    Raises:
+        ReturnError: The evaluator returned no fitness.
+    """
     try:
         return future.result(timeout=RESULT_S)
     except ReturnError:
         raise
     except TimeoutError:
-        # A cluster fetches it now, and from a worker that died meanwhile it would wait for another
-        # to do the job again, for as long as that takes.
+        # A cluster fetches the result only now. If its worker died meanwhile, the cluster would
+        # wait until another worker has repeated the job.
         future.cancel()
         error = f"it was done, but its result did not come within {RESULT_S:g} s"
         return Outcome("worker_death", error=error)
     except (Exception, CancelledError) as error:
-        # `run` lets nothing through, so that the worker, or the way to it, is gone.
-        return Outcome("worker_death", error=f"{type(error).__name__}: {error}"[:2000])
+        # `run_job` catches the evaluator's errors: the worker is lost, or the connection to it.
+        return Outcome("worker_death", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])

@@ -1,9 +1,10 @@
-"""Threads as an executor that a job without end does not hold up.
+"""Provide threads as an executor that a job without end does not block.
 
-They are daemons, which the end of a process cuts off wherever they are: within XLA, whose C++ lets
-no exception through, that aborts the process, whatever its exit code was to be. So any process asks
-jobs to end before its own end (`finish`), which trainings do after an epoch; what has not ended in
-time is cut off nevertheless. The command line, whose exit codes count, is gone before (`leave`).
+The threads are daemons: the end of the process stops them wherever they are. If that is within
+XLA, whose C++ lets no exception through, the process aborts, whatever its exit code was to be. So a
+process first asks its jobs to end (`finish`); trainings check for that after every epoch. Jobs that
+have not ended in time are stopped nevertheless. The command line, whose exit codes matter, skips
+the end of the interpreter instead (`leave`).
 """
 
 import atexit
@@ -17,36 +18,39 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
-END_S = 5.0  # how long a process that ends waits for what is at work
-_ending = threading.Event()
-_busy: set[threading.Thread] = set()
-_changed = threading.Condition()  # of that
-_mine = threading.local()  # `closed`: that of the executor whose thread it is
+END_S = 5.0  # s that a process which ends waits for its jobs
+_ending = threading.Event()  # set when the process is about to end
+_busy: set[threading.Thread] = set()  # threads that run a job
+_busy_changed = threading.Condition()
+_of_thread = threading.local()  # `closed`: the event of the executor that this thread belongs to
 
 
 class EndingError(BaseException):
-    """Nobody waits for the job any more. It is no failure of it, nor is anybody told."""
+    """End a job for which nobody waits any more: it is no failure, and nobody is notified."""
 
 
 def check_ending() -> None:
-    """For jobs that can end between two steps: EndingError if the process or search is to end."""
-    closed = getattr(_mine, "closed", None)
+    """Raise EndingError if the process or the search is about to end.
+
+    For jobs that can end between two steps.
+    """
+    closed = getattr(_of_thread, "closed", None)  # other threads do not have it
     if _ending.is_set() or (closed is not None and closed.is_set()):
         raise EndingError
 
 
 def finish() -> None:
-    """Ask the jobs to end, and wait at most `END_S` for it."""
+    """Ask all jobs to end, and wait at most `END_S` for them."""
     _ending.set()
-    with _changed:
-        _changed.wait_for(lambda: not _busy, END_S)
+    with _busy_changed:
+        _busy_changed.wait_for(lambda: not _busy, END_S)
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code, whatever is at work."""
+    """End the process with this exit code, also while jobs are running."""
     if _busy:
         for stream in (sys.stdout, sys.stderr):
-            # Of a pipe whose reader is gone; closed; none at all.
+            # The stream may be missing or closed, or a pipe without a reader.
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
@@ -54,9 +58,10 @@ def leave(code: int) -> NoReturn:
 
 
 class DaemonThreads(Executor):
-    """A thread for each job at once; one that hangs holds up no other, and an exit but a while.
+    """Run each job in a thread of its own; idle threads are used again.
 
-    It cannot be ended, so that it goes on beside the one that takes its place.
+    A job that hangs blocks no other one, and delays the end of the process by `END_S` at most. It
+    cannot be stopped: it continues beside the job that takes its place.
     """
 
     def __init__(self) -> None:
@@ -64,12 +69,13 @@ class DaemonThreads(Executor):
         self._idle = threading.Semaphore(0)
         self._count = 0
         self._closed = threading.Event()
-        # The last is the first to be called: before JAX is taken down, which is loaded by now.
+        # Functions registered last are called first: `finish` runs before JAX, which is imported
+        # by now, is shut down.
         atexit.unregister(finish)
         atexit.register(finish)
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        """Do it in a thread that has nothing to do, or in a new one."""
+        """Run a function in an idle thread, or in a new one."""
         future: Future = Future()
         self._jobs.put((future, partial(fn, **kwargs), args))
         if not self._idle.acquire(blocking=False):
@@ -79,22 +85,22 @@ class DaemonThreads(Executor):
         return future
 
     def close(self) -> None:
-        """Have each thread end when it has nothing left to do, and jobs that can end do so."""
+        """End each thread after its last job, and ask running jobs to end."""
         self._closed.set()
         for _ in range(self._count):
             self._jobs.put(None)
         self._count = 0
 
     def _work(self) -> None:
-        _mine.closed = self._closed
+        _of_thread.closed = self._closed
         while (job := self._jobs.get()) is not None and not _ending.is_set():
-            with _at_work():
-                _do(*job)
-            del job
+            with _marked_busy():
+                _run(*job)
+            del job  # which may hold much memory, while the thread waits for the next one
             self._idle.release()
 
 
-def _do(future: Future, function: Callable, arguments: tuple) -> None:
+def _run(future: Future, function: Callable, arguments: tuple) -> None:
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(function(*arguments))
@@ -105,13 +111,13 @@ def _do(future: Future, function: Callable, arguments: tuple) -> None:
 
 
 @contextmanager
-def _at_work() -> Iterator[None]:
+def _marked_busy() -> Iterator[None]:
     thread = threading.current_thread()
-    with _changed:
+    with _busy_changed:
         _busy.add(thread)
     try:
         yield
     finally:
-        with _changed:
+        with _busy_changed:
             _busy.discard(thread)
-            _changed.notify_all()
+            _busy_changed.notify_all()

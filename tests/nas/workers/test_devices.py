@@ -76,7 +76,7 @@ def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
     assert result.counts.results == 30 and result.counts.failed == 0
     deaths = result.evaluations[result.evaluations["outcome"] == "worker_death"]
     assert len(deaths) == 1
-    assert "device cpu 2 answers no more: RuntimeError: UNAVAILABLE" in deaths["error"].iloc[0]
+    assert "device cpu 2 no longer responds: RuntimeError: UNAVAILABLE" in deaths["error"].iloc[0]
     assert set(result.evaluations.loc[deaths.index[0] + 3 :, "worker"]) == {"cpu 1", "cpu 3"}
 
 
@@ -153,7 +153,7 @@ def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None
 
 def test_a_device_that_fails_and_then_hangs_is_lost(monkeypatch) -> None:
     monkeypatch.setattr(devices, "is_responsive", lambda device: device is not hung or end.wait(30))
-    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    monkeypatch.setattr(devices, "RESPONSE_S", 0.1)
     (hung, other), end = jax.local_devices()[:2], threading.Event()
     pool = devices.DeviceAllocator([hung, other]).pool()
     task = lambda one: Outcome("exception", error="UNAVAILABLE")  # noqa: E731
@@ -211,7 +211,7 @@ def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
 
     hung, end, pool = three[1], threading.Event(), devices.DeviceAllocator(three).pool()
     monkeypatch.setattr(devices, "is_responsive", answers)
-    monkeypatch.setattr(devices, "ANSWER_S", 0.1)
+    monkeypatch.setattr(devices, "RESPONSE_S", 0.1)
     options = {"workers": dataclasses.replace(pool, close=lambda: None), "timeout_s": 3.0}
     result = search(tmp_path, evaluate, cycles=60, cache=False, **options)
     assert result.reader.failures_by_kind() == {"timeout": 1} and result.counts.results == 60
@@ -257,7 +257,7 @@ def test_the_only_device_may_be_late(monkeypatch) -> None:
         return task(one)
 
     monkeypatch.setattr(devices, "is_responsive", lambda device: end.wait(30))
-    monkeypatch.setattr(devices, "ANSWER_S", 0.01)
+    monkeypatch.setattr(devices, "RESPONSE_S", 0.01)
     one = devices.DeviceAllocator(jax.local_devices()[:1])
     pool = one.pool()
     hung = pool.submit(hang, job())
