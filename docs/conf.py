@@ -46,6 +46,8 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
+smartquotes = False
 add_module_names = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -58,7 +60,11 @@ nb_merge_streams = True
 
 html_theme = "sphinx_book_theme"
 html_title = f"gpipe-jax {release}"
-html_theme_options = {"show_navbar_depth": 1, "use_download_button": False}
+html_theme_options = {
+    "navbar_persistent": [],
+    "show_navbar_depth": 1,
+    "use_download_button": False,
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path = []

@@ -1,4 +1,4 @@
-"""The notebooks run, each in a kernel of its own, and show what they say."""
+"""Run the notebooks, each in a kernel of its own, and check what they show."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def read(name: str) -> nbformat.NotebookNode:
 
 
 def run(name: str, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, executed in an empty folder; a cell that raises is an error."""
+    """Execute a notebook in an empty folder; a cell that raises is an error."""
     notebook = read(name)
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
@@ -22,7 +22,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
 
 
 def shown(notebook: nbformat.NotebookNode, source: str) -> list[nbformat.NotebookNode]:
-    """The outputs of the one cell whose code contains `source`."""
+    """Return the outputs of the only cell whose code contains `source`."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     (cell,) = (cell for cell in code if source in f"{cell.source}\n")
     for output in cell.outputs:
@@ -31,7 +31,7 @@ def shown(notebook: nbformat.NotebookNode, source: str) -> list[nbformat.Noteboo
 
 
 def value(notebook: nbformat.NotebookNode, source: str, kind: str = "text/plain") -> str:
-    """What the cell's last output is, as a MIME type."""
+    """Return the last output of a cell in a MIME type."""
     return shown(notebook, source)[-1].data[kind]
 
 
@@ -44,40 +44,40 @@ def test_a_notebook_is_kept_without_outputs(path):
 
 
 def test_the_notebook_of_a_search(tmp_path):
-    done = run("search", tmp_path)
-    assert "<svg" in value(done, "space.random", "text/html")
-    live = shown(done, "result.watch()")[0].data["text/html"]
+    executed = run("search", tmp_path)
+    assert "<svg" in value(executed, "space.random", "text/html")
+    live = shown(executed, "result.watch()")[0].data["text/html"]
     assert "200/200 results" in live and "no driver is at work" in live
-    assert "200 with a fitness" in value(done, "result.wait()", "text/html")
-    assert "mutation" in value(done, "result.best\n", "text/html")
+    assert "200 with a fitness" in value(executed, "result.wait()", "text/html")
+    assert "mutation" in value(executed, "result.best\n", "text/html")
     for source in ("result.plot()", "plot_lineage()"):
-        assert len(value(done, source, "image/png")) > 20_000
-    assert "hidden_state" in value(done, "mutation_kind")
-    assert "results=300" in value(done, "resume(")
-    assert 10 < float(value(done, "search.ask()")) < 70
+        assert len(value(executed, source, "image/png")) > 20_000
+    assert "hidden_state" in value(executed, "mutation_kind")
+    assert "results=300" in value(executed, "resume(")
+    assert 10 < float(value(executed, "search.ask()")) < 70
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_notebook_of_a_search_by_training(tmp_path):
-    done = run("training", tmp_path)
-    assert "12 with a fitness" in value(done, "result.wait()", "text/html")
-    table = value(done, "compile_s")
+    executed = run("training", tmp_path)
+    assert "12 with a fitness" in value(executed, "result.wait()", "text/html")
+    table = value(executed, "compile_s")
     assert "cpu 0" in table and "cpu 1" in table
-    assert "<svg" in value(done, "result.best\n", "text/html")
-    text = "".join(output.text for output in shown(done, "!gpipe train"))
+    assert "<svg" in value(executed, "result.best\n", "text/html")
+    text = "".join(output.text for output in shown(executed, "!gpipe train"))
     *_, last = re.findall(r"test_accuracy\s+([01]\.?\d*)", text)
     assert float(last) > 0.9
 
 
 def test_the_notebook_of_a_pipeline(tmp_path):
-    done = run("pipeline", tmp_path)
-    (printed,) = shown(done, "print(pipe)")
+    executed = run("pipeline", tmp_path)
+    (printed,) = shown(executed, "print(pipe)")
     assert "mesh: 4 devices x 2 replicas" in printed.text
-    assert len(value(done, "plots.schedule(", "image/png")) > 5_000
-    (lines,) = shown(done, "peak_stash")
+    assert len(value(executed, "plots.schedule(", "image/png")) > 5_000
+    (lines,) = shown(executed, "peak_stash")
     assert "1f1b: 22 ticks, 4 stage inputs stashed at most" in lines.text
-    pipelined, plain = eval(value(done, "value_and_grad"))
+    pipelined, plain = eval(value(executed, "value_and_grad"))
     assert pipelined == pytest.approx(plain, rel=1e-5)
-    plan = value(done, "gpipe.plan(", "text/html")
+    plan = value(executed, "gpipe.plan(", "text/html")
     assert "stages 4, data 2, micro_batches 8" in plan and "by analysis" in plan

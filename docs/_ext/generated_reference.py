@@ -115,7 +115,7 @@ def api_pages(package: types.ModuleType) -> dict[str, str]:
     lines += [".. toctree::", "   :hidden:", ""]
     for name in sorted(names, key=str.lower):
         page = _page(package, name)
-        lines.append(f"   {page}")
+        lines.append(f"   {name} <{page}>")
         full = f"{package.__name__}.{name}"
         pages[f"{page}.rst"] = "\n".join(name_page(full, getattr(package, name)))
     return {f"{package.__name__}.rst": "\n".join([*lines, ""]), **pages}
@@ -312,7 +312,7 @@ def _type(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     kind = field.get("type")
     if kind == "array":
-        return f"list of {_type(field.get('items', {}))}"
+        return f"list of {_type(field.get('items', {}))}".replace("number", "numbers", 1)
     if kind == "string":
         return "text"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false"}
