@@ -1,6 +1,6 @@
-"""To search, to load a search of another day, and what either has found.
+"""Start a search, load a run, and look at what either has found.
 
-Everything that is shown of a search is read from its store, also while it goes on.
+Everything that is shown of a run is read from its store, also while the search is running.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search
 from nas.evaluators import evaluator as evaluators
-from nas.reports import lineage as reports_lineage
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
@@ -27,25 +26,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture that a search has proposed, and what became of it."""
+    """Hold an architecture that a search has proposed, and its result.
+
+    Attributes:
+        number: Number of the candidate, as in `Result.history`.
+        architecture: A value of the search space.
+        fitness: Its newest fitness, or None.
+        metrics: Other numbers that the evaluator or the limits recorded.
+        row: Its row in the store.
+        result: The run.
+    """
 
     number: int
     architecture: Any
     fitness: float | None
     metrics: dict[str, float]
     row: CandidateRow = field(repr=False)
-    """All that the store has on it."""
     result: "Result" = field(repr=False, compare=False)
 
     @property
     def lineage(self) -> list["Candidate"]:
-        """Its ancestors, from the random one on, and itself last."""
+        """Return the ancestors, the random one first, and the candidate itself last."""
         return self.result.lineage(self.number)
 
     def plot_lineage(self, path: str | Path | None = None) -> "Figure":
-        """Its ancestors, each with what differs from its parent; written to `path` where given."""
+        """Draw the ancestors, each with its differences from its parent.
 
-        return reports_lineage.figure(self.result.reader, self.number, path)
+        Args:
+            path: File to write the figure to; default: none.
+        """
+        from nas.reports import lineage
+
+        return lineage.figure(self.result.reader, self.number, path)
 
     def _repr_html_(self) -> str:
         from nas.reports import html
@@ -54,10 +66,22 @@ class Candidate:
 
 
 class Result:
-    """A run: a folder with a search's store, and perhaps a driver that is at work on it.
+    """Read a run, and control its driver if this process has started one.
 
-    `result.best.architecture`, `result.history` (a DataFrame), `result.counts`; with a driver in
-    the background also `result.wait()` and `result.stop()`.
+    `nas.search` and `nas.load` return results. With a driver in the background use `wait`, `watch`
+    and `stop`.
+
+    Attributes:
+        path: The run's folder.
+        reader: The run's store.
+        study: Name, space and settings of the search.
+
+    Example::
+
+        result = nas.load("first")
+        result.best.architecture, result.best.fitness
+        result.history.sort_values("fitness").tail()
+        result.resume(cycles=2000)
     """
 
     def __init__(
@@ -72,8 +96,8 @@ class Result:
         self._space, self._running = space, running
 
     def __repr__(self) -> str:
-        counts, found = self.counts, next(self.reader.ranked(), None)
-        best = f"best fitness {found.fitness:.6g}" if found else "no result yet"
+        counts, row = self.counts, next(self.reader.ranked(), None)
+        best = f"best fitness {row.fitness:.6g}" if row else "no result yet"
         state = ", running" if self.is_running else ""
         return (
             f"nas.Result({self.study.name!r}: {counts.results} results, {counts.evaluations} "
@@ -85,73 +109,94 @@ class Result:
 
         return html.result(self.reader)
 
-    # --- what was found ---------------------------------------------------------------------------
+    # --- candidates -------------------------------------------------------------------------------
 
     @property
     def space(self) -> Space[Any]:
-        """The search's space: one of this package, or else as it was pickled with the run."""
+        """Return the search space: a built-in one, or the one that was pickled with the run.
+
+        Raises:
+            ValueError: The space is neither built in, nor can it be unpickled here.
+        """
         if self._space is None:
-            known = SPACES.get(self.study.space)
-            self._space = known() if known else load_setup(self.reader).space
+            make = SPACES.get(self.study.space)
+            self._space = make() if make else load_setup(self.reader).space
         return self._space
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the best fitness; LookupError if there is none yet."""
-        for found in self.top(1):
-            return found
+        """Return the candidate with the best fitness.
+
+        Raises:
+            LookupError: No candidate has a fitness yet.
+        """
+        for candidate in self.top(1):
+            return candidate
         raise LookupError(f"{self.path} has no result yet: wait for the first evaluation")
 
     def top(self, count: int) -> list[Candidate]:
-        """The best candidates of different networks, the best first."""
+        """Return the best `count` candidates, the best first; of duplicates only the first."""
         return [self._candidate(row) for row in queries.top(self.reader, count)]
 
     def candidate(self, number: int) -> Candidate:
-        """The candidate of that number, as in `history`; KeyError if there is none."""
+        """Return the candidate of this number, as in `history`.
+
+        Raises:
+            KeyError: There is none.
+        """
         return self._candidate(self.reader.candidate(number))
 
     def lineage(self, number: int) -> list[Candidate]:
-        """A candidate's ancestors, from the random one on, and itself last."""
+        """Return a candidate's ancestors, the random one first, and itself last."""
         return [self._candidate(row) for row in self.reader.lineage(number)]
 
     @property
     def population(self) -> list[Candidate]:
-        """The members, the one trained least recently first."""
+        """Return the members of the population, the one trained least recently first."""
         return [self._candidate(row) for row in self.reader.population()]
 
     @property
     def counts(self) -> Counts:
-        """How many candidates, evaluations, cache hits and failures there are."""
+        """Count candidates, evaluations, cache hits and failures."""
         return self.reader.counts()
 
     @property
     def history(self) -> "DataFrame":
-        """A row for each candidate, by its number, with a column for each metric.
+        """Return a row for each candidate, by its number, with a column for each metric.
 
-        A metric that is named as a column of the store is in `candidate(number).metrics` only.
+        A metric with the name of one of the store's columns is only in `candidate(number).metrics`.
+
+        Raises:
+            ImportError: pandas is not installed.
         """
         rows = list(self.reader.candidates())
         metrics = [name for row in rows for name in row.metrics]
-        found = [
+        records = [
             {**row.metrics, **row._asdict(), "mutation_kind": _kind(row.mutation)} for row in rows
         ]
-        return _frame(found, [*CandidateRow._fields, *metrics, "mutation_kind"])
+        return _frame(records, [*CandidateRow._fields, *metrics, "mutation_kind"])
 
     @property
     def evaluations(self) -> "DataFrame":
-        """A row for each evaluation: its candidate, worker, times (seconds since 1970), outcome.
+        """Return a row for each evaluation: candidate, worker, times, outcome, metrics.
 
-        And a column for each metric, as in `history`.
+        Times are seconds since 1970. There is a column for each metric, as in `history`.
+
+        Raises:
+            ImportError: pandas is not installed.
         """
         rows = list(self.reader.evaluations())
         metrics = [name for row in rows for name in row.metrics]
-        found = [{**row.metrics, **row._asdict()} for row in rows]
-        return _frame(found, [*EvaluationRow._fields, *metrics])
+        records = [{**row.metrics, **row._asdict()} for row in rows]
+        return _frame(records, [*EvaluationRow._fields, *metrics])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Best so far, fitness by age, what the cache saved, the workers, and Pareto fronts.
+        """Plot the best fitness, fitness by age, cache hits, workers and Pareto fronts.
 
-        From the store, also while the search goes on; written to `path` where given.
+        The search may be running.
+
+        Args:
+            path: File to write the figure to; default: none.
         """
         from nas.reports import plots
 
@@ -165,20 +210,30 @@ class Result:
 
     @property
     def is_running(self) -> bool:
-        """Whether a driver that this process started is at work."""
+        """Return whether a driver that this process started in the background is running."""
         return self._running is not None and self._running.is_alive
 
     def wait(self, timeout_s: float | None = None) -> "Result":
-        """Wait for the driver; raises what ended the search, if it was an error."""
+        """Wait for the driver to end, and raise the error that ended the search, if any.
+
+        Args:
+            timeout_s: Longest time to wait, in seconds; default: no limit.
+
+        Returns:
+            This result.
+        """
         if self._running is not None:
             self._running.wait(timeout_s)
         return self
 
     def watch(self, every_s: float = 0.5) -> None:
-        """Show how the search comes on until it ends, in a line that is renewed.
+        """Show the progress of the search in one line until it ends.
 
-        In a notebook this returns at once, and the cell is renewed; elsewhere it waits. Raises what
-        ended the search, if it was an error, as `wait` does.
+        In a notebook this returns at once, and the cell is updated. Elsewhere it waits, and raises
+        the error that ended the search, as `wait` does.
+
+        Args:
+            every_s: Seconds between updates.
         """
         from nas.reports import live
 
@@ -187,28 +242,42 @@ class Result:
             self.wait()
 
     def stop(self) -> "Result":
-        """End the search; what is under way is trained anew when the search is resumed."""
+        """End the search; jobs that are running are repeated when the search is resumed."""
         if self._running is not None:
             self._running.stop()
         return self.wait()
 
     def resume(self, evaluate: Callable[..., Any] | Any = None, **options: Any) -> "Result":
-        """Go on, with the evaluator of the run or another, and other `cycles`, `workers`, ...
+        """Resume the search.
 
-        The options are those of `nas.search`, but for what the search is: its space and settings.
+        Args:
+            evaluate: An evaluator; default: the one that was pickled with the run. Another one is
+                accepted, even if its fitness cannot be compared with that of the run.
+            **options: Arguments of `nas.search`, such as `cycles` and `workers`, that differ from
+                those of the run. Space and settings cannot differ.
+
+        Returns:
+            The result; see `nas.search`.
+
+        Raises:
+            ValueError: An option is fixed, or the run's evaluator cannot be unpickled here.
+
+        Example::
+
+            nas.load("first").resume(cycles=2000, workers=8)
         """
         setup = load_setup(self.reader, needed=evaluate is None)
         fixed = [name for name in options if name in self.study.settings or name == "space"]
         if fixed:
             raise ValueError(f"{', '.join(fixed)}: a search cannot be resumed with other ones")
-        given = {"limits": setup.limits, **setup.options, **self.study.settings, **options}
+        arguments = {"limits": setup.limits, **setup.options, **self.study.settings, **options}
         return search(
             space=setup.space if setup.space is not None else self.space,
             evaluate=setup.evaluate if evaluate is None else evaluate,
             name=self.path.name,
             folder=self.path.parent,
             other_evaluator=evaluate is not None,
-            **given,
+            **arguments,
         )
 
 
@@ -227,31 +296,77 @@ def search(
     other_evaluator: bool = False,
     **options: Any,
 ) -> Result:
-    """Search a space by regularized evolution, in the folder runs/NAME, and return what was found.
+    """Search a space by regularized evolution (Real et al. 2019, arXiv:1802.01548).
 
-    `evaluate` is a function of an architecture that returns its fitness; see `nas.evaluators.evaluator`.
-    `workers` are a number of threads, `devices` (a thread for each local accelerator), `processes`,
-    the address of a dask scheduler, or an executor.
-    With `wait=False` the search goes on in the background. `timeout_s` is for one evaluation,
-    `time_limit_s` for all; `callback(search)` is called after each and ends the search by True.
-    The rest goes to `nas.Search`: population, sample, cycles, target, seed, maximise, cache, ...
+    The run is stored in FOLDER/NAME. A search of the same name and settings resumes where the last
+    one stopped.
 
-    A search of the same name and settings goes on where it was; with another evaluator, whose
-    fitnesses may not compare, only by `other_evaluator=True`. Raises `nas.FailuresError` if the
-    evaluator fails too often, and ValueError, or OSError, for what cannot be done at all.
+    Args:
+        space: The search space, or the name of a built-in one: nasnet, nasbench201.
+        evaluate: A function of an architecture that returns its fitness or a dict with `fitness`
+            and other metrics; an object with a method `evaluate(job)`; or a `nas.Evaluator`.
+        workers: Who evaluates. A number of threads; "devices", a thread for each local
+            accelerator; "processes" or "processes:4"; the address of a dask scheduler; a dask
+            client; or an executor.
+        wait: Whether to return after the search. Otherwise it runs in the background.
+        timeout_s: Seconds for one evaluation, after which it fails; default: no limit.
+        time_limit_s: Seconds for the whole call; default: no limit. The search can be resumed.
+        callback: Called with the `nas.Search` after each report; True ends the search.
+        limits: Architectures beyond these are rejected before they are evaluated.
+        name: Name of the run.
+        folder: Folder of runs, on a local disk.
+        other_evaluator: Whether a run by another evaluator may be resumed, although its fitness
+            may not be comparable.
+        **options: Other arguments of `nas.Search`:
+            cycles: Number of candidates with a fitness at which the search is over; default 1000.
+            target: Fitness that ends the search earlier; default: none.
+            cache: Whether duplicates are evaluated only once, or the number of evaluations after
+                which their mean answers; default True.
+            retries: Retries for each kind of failure; default `nas.Retries()`.
+            max_failures: Number of failures in a row that end the search; default 10.
+            compare: Metric of the population that jobs get as `Job.rivals`; default: the
+                evaluator's `compares`.
+            population, sample, seed, maximise, replacement, algorithm, fitness_policy: Fields of
+                `nas.Settings`.
+
+    Returns:
+        The run. With `wait=False` it can be read while the search is running.
+
+    Raises:
+        nas.FailuresError: Too many evaluations have failed, or too many candidates were rejected,
+            in a row.
+        nas.errors.ReturnError: The evaluator returned no fitness.
+        nas.errors.MismatchError: The folder holds another search.
+        nas.errors.SearchInUseError: Another driver has the run open.
+        nas.errors.WorkersError: The workers cannot be started or reached.
+        ValueError, TypeError, OSError: An argument cannot be used; the message says how to correct
+            it.
+
+    Example::
+
+        result = nas.search(
+            space=nas.NASNetSpace(), evaluate=my_function, population=100, sample=25,
+            cycles=1000, workers=8, name="first",
+        )
+        result.best.architecture
     """
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
-    driving = {"workers": workers, "timeout_s": timeout_s}
-    setup = Setup(space, evaluate, tuple(limits), {**driving, **options})
+    stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
+    setup = Setup(space, evaluate, tuple(limits), stored_options)
     policy = options.get("fitness_policy", "stored")
     evaluator = evaluator.in_search(space, Path(folder) / name, policy, timeout_s)
     options.setdefault("compare", evaluator.compares)
-    known = {"evaluator": evaluators.identity_of(evaluator), "other_evaluator": other_evaluator}
     loop = Search(
-        space=space, name=name, folder=folder, limits=limits, setup=setup.pickled(),
-        **known, **options,
-    )  # fmt: skip
+        space=space,
+        name=name,
+        folder=folder,
+        limits=limits,
+        setup=setup.pickled(),
+        evaluator=evaluators.identity_of(evaluator),
+        other_evaluator=other_evaluator,
+        **options,
+    )
     pool = None
     try:
         pool = pools.make_pool(workers)
@@ -270,17 +385,32 @@ def search(
 
 
 def load(name: str | Path, folder: str | Path = "runs") -> Result:
-    """The run of that name, or in that folder, as far as it has come; FileNotFoundError if none."""
+    """Load a run, also while a driver is writing to it.
+
+    Args:
+        name: Name of the run in `folder`, or the path of its own folder.
+        folder: Folder of runs.
+
+    Returns:
+        The run, as far as it has come.
+
+    Raises:
+        FileNotFoundError: There is no such run; the message lists the others.
+
+    Example::
+
+        nas.load("first").best
+    """
     path = Path(name) if (Path(name) / FILE).exists() else Path(folder) / name
     if not (path / FILE).exists():
-        there = sorted(found.parent.name for found in Path(folder).glob(f"*/{FILE}"))
-        known = f"runs in {folder}: {', '.join(there)}" if there else f"there are none in {folder}"
+        runs = sorted(file.parent.name for file in Path(folder).glob(f"*/{FILE}"))
+        known = f"runs in {folder}: {', '.join(runs)}" if runs else f"there are none in {folder}"
         raise FileNotFoundError(f"no run {str(name)!r}: no file {path / FILE}; {known}")
     return Result(path)
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":
-    """By the column `id`, each column once, also where there is no row."""
+    """Return a table indexed by the column `id`, with each column once, also without rows."""
     try:
         import pandas
     except ImportError as error:
