@@ -4,6 +4,8 @@ The pages are those of docs/ and the README. `sphinx-build -W` checks the links 
 executes the tutorials.
 """
 
+import importlib.util
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -203,8 +205,9 @@ def test_commands_in_sentences(page: str, words: list[str]) -> None:
     if words[0] == "python":
         check_script(words)
         return
-    known = subparser(words[0], words[1])._option_string_actions
-    for word in words[2:]:
+    command = PARSERS[words[0]] if words[1].startswith("-") else subparser(words[0], words[1])
+    known = command._option_string_actions
+    for word in words[1:]:
         if word.startswith("--"):
             assert word.partition("=")[0] in known, f"{page}: {' '.join(words)}"
 
@@ -315,6 +318,20 @@ def test_every_schedule_is_described() -> None:
 def test_nothing_is_left_to_fill_in() -> None:
     for page, text in TEXTS.items():
         assert not re.search(r"TODO|RECORDED|\(recorded\)", text), page
+
+
+def test_the_changelog_names_what_exists() -> None:
+    page = TEXTS["docs/changelog.md"]
+    modules = re.search(r"### Modules.*?```text\n(.*?)```", page, re.DOTALL)
+    assert modules and len(modules[1].splitlines()) > 140
+    for line in modules[1].splitlines():
+        folder, _, names = line.split()[1].partition("{")
+        for name in names.rstrip("}").split(","):
+            assert importlib.util.find_spec(folder + name), line
+    for section in ("Public names", "Exceptions"):
+        (text,) = re.findall(rf"### {section}\n(.*?)\n### ", page, re.DOTALL)
+        new = re.findall(r"`((?:gpipe_jax|nas)\.[\w.]+)`", "\n".join(text.split("| ")[2::2]))
+        assert len(new) > 3 and all(pkgutil.resolve_name(name) is not None for name in new)
 
 
 # --- the generated reference ----------------------------------------------------------------------
