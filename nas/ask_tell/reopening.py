@@ -94,7 +94,7 @@ def _check_limits(store: Store, limits: list[dict[str, Any]]) -> None:
     stored = store.study().limits
     if stored is not None and stored != limits:
         raise MismatchError(
-            f"{store.path} holds a search with other limits: {_listed(stored)} there, "
+            f"{store.path} holds a search with other limits: {_listed(stored)} in the run, "
             f"{_listed(limits)} here; use another name, or the same limits"
         )
 
@@ -117,7 +117,7 @@ def _check_evaluator(store: Store, evaluator: Mapping[str, Any]) -> None:
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], names: Any) -> str:
     """Describe the differences of two dicts in the values of `names`."""
     return "; ".join(
-        f"{name} is {stored.get(name)!r} there, {given.get(name)!r} here"
+        f"{name} is {stored.get(name)!r} in the run, {given.get(name)!r} here"
         for name in names
         if stored.get(name) != given.get(name)
     )

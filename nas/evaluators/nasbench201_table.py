@@ -15,7 +15,7 @@ FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 class NASBench201Table:
     """Look up the metrics of a cell on one data set; the file is read at the first look-up.
 
-    Calling the table with an architecture returns a dict of numbers:
+    Calling the table with an architecture returns a dict of numbers::
 
         valid12     accuracy on validation data after 12 epochs, in percent: what searches use
         test200     accuracy on test data after 200 epochs, in percent: what papers report

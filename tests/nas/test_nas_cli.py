@@ -126,14 +126,14 @@ def test_errors_name_the_line(nas, tmp_path) -> None:
 def test_another_search_in_the_folder(nas) -> None:
     assert nas("search", "mine.yaml")[0] == 0
     code, _, err = nas("search", "mine.yaml", "evolution.seed=4")
-    assert code == 2 and "seed is 0 there, 4 here; use another name, or the same settings" in err
+    assert code == 2 and "seed is 0 in the run, 4 here; use another name, or the same settings" in err
 
 
 def test_another_evaluator_in_the_folder(nas, tmp_path) -> None:
     assert nas("search", "mine.yaml")[0] == 0
     before = (tmp_path / "runs/mine/config.yaml").read_text()
     code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:text", "run.cycles=40")
-    assert code == 2 and "evaluate.function is 'evaluate' there, 'text' here; use another" in err
+    assert code == 2 and "evaluate.function is 'evaluate' in the run, 'text' here; use another" in err
     assert (tmp_path / "runs/mine/config.yaml").read_text() == before
 
 

@@ -11,7 +11,6 @@ from searches import Bits, drive, ones, population, small, trace
 import nas
 from nas.ask_tell import limits
 from nas.errors import ReturnError
-from nas.evaluators import evaluator
 from nas.evaluators.evaluator import FAILURES, Outcome
 from nas.storage.writer import Store
 
@@ -422,15 +421,3 @@ def test_bad_arguments(tmp_path, options, message) -> None:
 def test_bad_retries() -> None:
     with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number, 0 or more"):
         nas.Retries(nan=-1)
-
-
-@pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
-def test_what_an_evaluator_goes_by_is_a_dict(own) -> None:
-    class Own:
-        goes_by = own
-
-        def evaluate(self, job) -> float:
-            return 1.0
-
-    with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
-        evaluator.identity_of(Own())

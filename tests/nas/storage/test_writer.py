@@ -219,9 +219,9 @@ def test_another_search_in_the_same_place_is_refused(path, tmp_path) -> None:
     class Longer(Bits):
         name = "longer bits"
 
-    with pytest.raises(MismatchError, match="space is 'bits' there, 'longer bits' here; use ano"):
+    with pytest.raises(MismatchError, match="space is 'bits' in the run, 'longer bits' here; u"):
         small(tmp_path, space=Longer())
-    with pytest.raises(MismatchError, match="population is 8 there, 9 here; seed is 0 there, 1 he"):
+    with pytest.raises(MismatchError, match="population is 8 in the run, 9 here; seed is 0 in "):
         small(tmp_path, population=9, seed=1)
 
 

@@ -313,11 +313,15 @@ def test_a_search_goes_on_with_its_own_limits(tmp_path) -> None:
     unpicklable = lambda bits: ones(bits) + 0 * lock.locked()  # noqa: E731
     limited(7)
     assert limited(7).counts.results == 20
-    with pytest.raises(MismatchError, match=r"other limits: .*at_most 7 there, .*at_most 9 here"):
+    with pytest.raises(
+        MismatchError, match=r"other limits: .*at_most 7 in the run, .*at_most 9 here"
+    ):
         limited(9)
     other = {"evaluate": ones, "other_evaluator": True, "cycles": 30}
     for again in (limited, lambda: run(tmp_path, **other)):
-        with pytest.raises(MismatchError, match="at_most 7 there, none here; use another name"):
+        with pytest.raises(
+            MismatchError, match="at_most 7 in the run, none here; use another name"
+        ):
             again()
     kept = [nas.Limit("ones", sum, 7)]
     assert run(tmp_path, **other, limits=kept).counts.results == 30
@@ -445,13 +449,17 @@ def test_an_evaluator_of_another_name_is_refused_unless_it_is_wanted(tmp_path) -
         return 2 * ones(bits)
 
     run(tmp_path)
-    with pytest.raises(MismatchError, match=r"evaluate.function is 'ones' there, 'twos' here; eva"):
+    with pytest.raises(
+        MismatchError, match=r"evaluate.function is 'ones' in the run, 'twos' here; e"
+    ):
         run(tmp_path, twos, cycles=61)
     table = nas.TabularEvaluator(lambda bits: {"valid12": ones(bits)})
-    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Function' there, 'TabularEvaluat"):
+    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Function' in the run, 'Tabular"):
         run(tmp_path, table, cycles=61)
     run(tmp_path, table, cycles=61, other_evaluator=True)
-    with pytest.raises(MismatchError, match=r"evaluate.fitness is 'valid12' there, 'test200' here"):
+    with pytest.raises(
+        MismatchError, match=r"evaluate.fitness is 'valid12' in the run, 'test200' here"
+    ):
         run(tmp_path, nas.TabularEvaluator(table.table, "test200"), cycles=62)
     nas.load("search", tmp_path).resume(evaluate=twos, cycles=62)
     assert run(tmp_path, twos, cycles=63).counts.results == 63

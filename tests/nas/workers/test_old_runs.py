@@ -106,7 +106,7 @@ def test_an_old_run_is_resumed_by_the_same_search(folder) -> None:
 
 
 def test_an_old_run_is_not_resumed_by_another_evaluator(folder) -> None:
-    with pytest.raises(MismatchError, match=r"cells_per_stack is 1 there, 2 here"):
+    with pytest.raises(MismatchError, match=r"cells_per_stack is 1 in the run, 2 here"):
         resume_as_before(folder, cells_per_stack=2)
 
 

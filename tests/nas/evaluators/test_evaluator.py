@@ -1,0 +1,85 @@
+"""Adapt functions and objects to evaluators, with defaults for what they do not declare."""
+
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+import nas
+from nas.evaluators.evaluator import Adapter, as_evaluator, identity_of
+
+JOB = nas.Job(1, 0, (1, 0, 1), 7)
+
+
+class Bare:
+    def evaluate(self, job: nas.Job) -> float:
+        return float(job.seed)
+
+
+class Full(Bare):
+    grace_s, compares = 2.5, "accuracy"
+
+    @property
+    def goes_by(self) -> dict:
+        return {"data": Path("mine")}
+
+    def in_search(self, space, folder, fitness_policy, timeout_s) -> Bare:
+        assert (space, folder, fitness_policy, timeout_s) == ("space", Path("run"), "stored", 9.0)
+        return Bare()
+
+
+class Declared(nas.Evaluator):
+    goes_by = MappingProxyType({"data": 3})
+
+    def evaluate(self, job: nas.Job) -> float:
+        return 2.0
+
+
+def test_an_object_with_evaluate_alone_gets_the_defaults() -> None:
+    evaluator = as_evaluator(Bare())
+    assert (evaluator.grace_s, evaluator.compares, evaluator.goes_by) == (0.0, None, {})
+    assert evaluator.in_search("space", Path("run"), "stored", None) is evaluator
+    assert evaluator.evaluate(JOB) == 7.0 and identity_of(Bare()) == {"kind": "Bare"}
+
+
+def test_optional_members_of_an_object_are_used() -> None:
+    evaluator = as_evaluator(Full())
+    assert (evaluator.grace_s, evaluator.compares) == (2.5, "accuracy")
+    assert identity_of(Full()) == identity_of(evaluator) == {"kind": "Full", "data": "PosixPath"}
+    prepared = evaluator.in_search("space", Path("run"), "stored", 9.0)
+    assert isinstance(prepared, Adapter) and prepared.kind == "Bare" and prepared.grace_s == 0.0
+
+
+def test_a_subclass_of_evaluator_is_used_as_it_is() -> None:
+    declared = Declared()
+    assert as_evaluator(declared) is declared
+    assert identity_of(declared) == {"kind": "Declared", "data": 3} and declared.grace_s == 0.0
+    with pytest.raises(NotImplementedError, match=r"Evaluator has no method evaluate\(job\): def"):
+        nas.Evaluator().evaluate(JOB)
+
+
+def test_a_function_is_known_by_its_name() -> None:
+    assert identity_of(sum) == {"kind": "Function", "function": "sum", "module": "builtins"}
+    assert identity_of(lambda bits: 1.0) == {"kind": "Function"}
+    assert as_evaluator(sum).evaluate(JOB) == 2
+
+
+def test_repeats_pass_on_what_the_inner_evaluator_declares() -> None:
+    repeated = nas.Repeated(Full(), 2)
+    assert (repeated.grace_s, repeated.compares) == (2.5, "accuracy")
+    inner = {"kind": "Full", "data": "PosixPath"}
+    assert identity_of(repeated) == {"kind": "Repeated", "repeats": 2, "evaluator": inner}
+    prepared = repeated.in_search("space", Path("run"), "stored", 9.0)
+    assert isinstance(prepared, nas.Repeated) and prepared.goes_by["evaluator"] == {"kind": "Bare"}
+    assert prepared.evaluate(JOB) == {"fitness": 7.5, "fitness_std": 0.5}
+    with pytest.raises(TypeError, match="evaluate 3: expected a function"):
+        nas.Repeated(3)
+
+
+@pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
+def test_goes_by_must_be_a_dict(own) -> None:
+    class Own(Bare):
+        goes_by = own
+
+    with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
+        identity_of(Own())
