@@ -12,7 +12,7 @@ imports only from rooms (folders) and modules below its own:
     storage, config                  one SQLite file for each run; settings
     evolution                        what is proposed, and which member leaves
     evaluators, testing              what gives the fitness; a check of a search space
-    spaces, errors                   what is searched; every exception
+    spaces, errors, choices          what is searched; every exception; names of options
 
     space --> evolution --> ask_tell --> workers --> evaluators (training)
                                |  ^                      |

@@ -1,4 +1,4 @@
-"""From a configuration to the arguments of `nas.search`."""
+"""Build the arguments of `nas.search` from a configuration."""
 
 import importlib
 import math
@@ -12,6 +12,7 @@ from nas.ask_tell.limits import Limit
 from nas.config import (
     FunctionConfig,
     LimitsConfig,
+    NASBench201Config,
     NASNetConfig,
     SearchConfig,
     TableConfig,
@@ -26,9 +27,13 @@ from nas.training.evaluator import TrainingEvaluator
 
 
 def arguments(config: SearchConfig) -> dict[str, Any]:
-    """For `nas.search`, but for name and folder; SectionError says what cannot be made."""
-    run = config.run.model_dump(exclude={"workdir"})
-    also = (AttributeError, TypeError, RuntimeError)  # of a function or a module of the user's
+    """Return the arguments of `nas.search`, without name and folder.
+
+    Raises:
+        SectionError: A section cannot be realized: a file or a function is missing, for example.
+    """
+    # Modules of the user's may raise these while they are imported.
+    also = (AttributeError, TypeError, RuntimeError)
     with section("space", also):
         space = _space(config.space)
     with section("evaluate", also):
@@ -40,11 +45,11 @@ def arguments(config: SearchConfig) -> dict[str, Any]:
         "evaluate": evaluate,
         "limits": limits,
         **config.evolution.model_dump(),
-        **run,
+        **config.run.model_dump(exclude={"workdir"}),
     }
 
 
-def _space(space: Any) -> Any:
+def _space(space: NASNetConfig | NASBench201Config) -> NASNetSpace | NASBench201Space:
     if isinstance(space, NASNetConfig):
         return NASNetSpace(space.pairs, space.operations)
     return NASBench201Space()
@@ -52,49 +57,55 @@ def _space(space: Any) -> Any:
 
 def _evaluate(evaluate: TableConfig | FunctionConfig | TrainingConfig) -> Any:
     if isinstance(evaluate, TrainingConfig):
-        found = TrainingEvaluator(**evaluate.model_dump(exclude={"kind"}))
-        found.data_fits()
-        return found
+        evaluator = TrainingEvaluator(**evaluate.model_dump(exclude={"kind"}))
+        evaluator.load_data()  # for its errors
+        return evaluator
     if isinstance(evaluate, TableConfig):
-        return TabularEvaluator(
-            NASBench201Table(evaluate.dataset, evaluate.folder), evaluate.fitness
-        )
-    name, colon, attribute = evaluate.function.partition(":")
+        table = NASBench201Table(evaluate.dataset, evaluate.folder)
+        return TabularEvaluator(table, evaluate.fitness)
+    return _import_function(evaluate.function)
+
+
+def _import_function(path: str) -> Any:
+    """Import a function by module:name, also from the current folder."""
+    name, colon, attribute = path.partition(":")
     if not (name and colon and attribute):
-        raise ValueError(f"`function` {evaluate.function!r}: expected module:name")
-    if os.getcwd() not in sys.path:  # where the module most likely is
+        raise ValueError(f"`function` {path!r}: expected module:name")
+    if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`function` {evaluate.function!r} cannot be imported ({error}); run in the folder of "
-            f"{name}.py, or install it"
+            f"`function` {path!r} cannot be imported ({error}); run in the folder of {name}.py, or "
+            "install the module"
         ) from error
 
 
 def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:
-    """Those that are given, and what is recorded only; the cheapest to measure first."""
-    found = {name: getattr(limits, name) for name in ("params_m", "flops_m")}
-    found = {name: value for name, value in found.items() if value is not None}
+    """Return the limits, the cheapest to measure first; an infinite one is recorded only."""
+    bounds = {name: getattr(limits, name) for name in ("params_m", "flops_m")}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
     if limits.topology:
-        found |= {name: getattr(limits, name) or math.inf for name in COMPILED}
-    if not found:
+        bounds |= {name: getattr(limits, name) or math.inf for name in COMPILED}
+    if not bounds:
         return ()
     if isinstance(evaluate, TabularEvaluator):
-        return tuple(Limit(name, _Column(evaluate.table, name), found[name]) for name in found)
-    costs = _costs(evaluate, limits)
-    return tuple(Limit(name, getattr(costs, name), found[name]) for name in found)
+        measures = {name: _Column(evaluate.table, name) for name in bounds}
+    else:
+        costs = _costs(evaluate, limits)
+        measures = {name: getattr(costs, name) for name in bounds}
+    return tuple(Limit(name, measures[name], bound) for name, bound in bounds.items())
 
 
 def _costs(evaluate: TrainingEvaluator, limits: LimitsConfig) -> NetworkCosts:
-    data = evaluate.data_fits()
+    split = evaluate.load_data()
     return NetworkCosts(
         cells_per_stack=evaluate.cells_per_stack,
         filters=evaluate.filters,
-        image=data.images.shape[1],
-        channels=data.images.shape[3],
-        classes=data.classes,
+        image=split.images.shape[1],
+        channels=split.images.shape[3],
+        classes=split.classes,
         dtype=evaluate.dtype,
         batch_size=limits.batch_size,
         topology=limits.topology,
@@ -102,7 +113,7 @@ def _costs(evaluate: TrainingEvaluator, limits: LimitsConfig) -> NetworkCosts:
 
 
 class _Column:
-    """One of a table's columns, as a function of an architecture."""
+    """Look up a column of a table for an architecture. Old runs have this class in pickles."""
 
     def __init__(self, table: Callable[[Any], Mapping[str, float]], name: str) -> None:
         self.table, self.name = table, name

@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__main__",),
     ),
     "nas": (
-        ("spaces", "errors"),
+        ("spaces", "errors", "choices"),
         ("evaluators", "testing"),
         ("evolution",),
         ("storage", "config"),

@@ -34,7 +34,7 @@ from nas.training import programs
 from nas.training.datasets import Data, source
 from nas.training.interpreter.network import Interpreter
 from nas.training.network import Shape
-from nas.training.recipe import Plan, Recipe
+from nas.training.recipe import Recipe, Scalars
 
 EPOCHS, RATE = 3, 0.05
 
@@ -52,8 +52,8 @@ class Candidates:
         drawn = [space.random(Random(seed)) for seed in range(count)]
         self.architectures = [self.network.encode(genotype) for genotype in drawn]
         steps = np.float32(EPOCHS * (512 // 64))
-        self.plans = [
-            Plan(np.uint32(i), np.float32(RATE), np.float32(8), steps) for i in range(count)
+        self.scalars = [
+            Scalars(np.uint32(i), np.float32(RATE), np.float32(8), steps) for i in range(count)
         ]
 
     def in_threads(self, devices: list[Any]) -> list[float]:
@@ -71,17 +71,17 @@ class Candidates:
                 free.put(device)
 
         with ThreadPoolExecutor(len(devices)) as pool:
-            return list(pool.map(train, range(len(self.plans))))
+            return list(pool.map(train, range(len(self.scalars))))
 
     def alone(self, i: int) -> float:
         """The loss of the last epoch of one candidate, on this thread's device."""
-        architecture, plan = self.architectures[i], self.plans[i]
+        architecture, scalars = self.architectures[i], self.scalars[i]
         made, _ = programs.get(self.network, self.recipe, architecture, self.data)
-        state, _ = made.start(architecture, plan.seed)
+        state, _ = made.start(architecture, scalars.seed)
         loss = np.nan
         for _ in range(EPOCHS):
             state, loss = made.epoch(
-                state, architecture, plan, made.split.images, made.split.labels
+                state, architecture, scalars, made.split.images, made.split.labels
             )
             loss = float(loss)
         return loss
@@ -99,14 +99,14 @@ class Candidates:
 
         def run() -> list[float]:
             losses = []
-            for first in range(0, len(self.plans), len(devices)):
+            for first in range(0, len(self.scalars), len(devices)):
                 these = slice(first, first + len(devices))
                 architectures = _stack(self.architectures[these])
-                plans = _stack(self.plans[these])
-                state, _ = start(architectures, plans.seed)
+                scalars = _stack(self.scalars[these])
+                state, _ = start(architectures, scalars.seed)
                 loss = np.array([])
                 for _ in range(EPOCHS):
-                    state, loss = epoch(state, architectures, plans, images, labels)
+                    state, loss = epoch(state, architectures, scalars, images, labels)
                     loss = np.asarray(loss)
                 losses += loss.tolist()
             return losses

@@ -44,12 +44,12 @@ from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.tpu_compiler import compiler, libtpu, topologies
 from gpipe_jax.tpu_compiler.results import Program
 from gpipe_jax.utils import console
+from nas.choices import BUILDERS
 from nas.config import SearchConfig
 from nas.spaces.nasnet import NASNetSpace
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.translation import to_static
 from nas.training.network import Network, PyTree, Shape, Variables
-from nas.training.options import BUILDERS
 from nas.training.static import Static
 
 RATE, MOMENTUM = 0.05, 0.9

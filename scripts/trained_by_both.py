@@ -1,8 +1,8 @@
-"""Candidates of a search trained to the end by both builders, from the same values.
+"""Train candidates of a search to the end by both builders, from the same values.
 
-Such training is chaotic: a difference in the last digit grows until the accuracy of one
-architecture differs by percents. So the static builder trains each again, from values that differ
-in their last digit: "itself" in a row. The builders train alike if they differ no more than that.
+Such training is chaotic: a difference in the last digit grows until the accuracy of an architecture
+differs by percents. So the static builder trains each architecture again, from values that differ
+in their last digit: "itself" in a row. If the builders differ no more than that, they train alike.
 """
 
 import statistics
@@ -22,59 +22,71 @@ from scipy import stats
 
 from gpipe_jax.genotypes.genotype import Genotype
 from nas import from_config
+from nas.choices import BUILDERS
 from nas.config import SearchConfig
-from nas.evaluators import evaluator as evaluate
-from nas.evaluators.evaluator import Job
+from nas.evaluators.evaluator import Job, job_seed
 from nas.training import weights
 from nas.training.evaluator import TrainingEvaluator
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.translation import to_static
 from nas.training.network import Variables
-from nas.training.options import BUILDERS
 
 MEASURED = ("fitness", "compile_s", "train_s")
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # of JAX
 PROGRAMS = ("jit(start)", "jit(epoch)", "jit(validate)")
 TRAINED = (*BUILDERS, "itself")
-Rows = list[dict[str, dict[str, float]]]  # of an architecture: by what is trained, what was found
+Rows = list[
+    dict[str, dict[str, float]]
+]  # for each architecture: the results by who trained it, `TRAINED`
 
 
 def arguments(config: SearchConfig) -> dict[str, Any]:
-    """Of `nas.search`; ValueError, or OSError, says why nothing can be trained by it."""
+    """Return the arguments of `nas.search`.
+
+    Raises:
+        ValueError, OSError: Nothing can be trained with this config.
+    """
     if config.evaluate.kind != "training":
         raise ValueError(
             f"evaluate.kind {config.evaluate.kind}: both builders train; use training, as in "
             "configs/search_digits.yaml"
         )
-    given = from_config.arguments(config)
-    replace(given["evaluate"], builder="static").network().encode(given["space"].random(Random(0)))
-    return given
+    arguments = from_config.arguments(config)
+    network = replace(arguments["evaluate"], builder="static").network()
+    network.encode(arguments["space"].random(Random(0)))  # for its errors
+    return arguments
 
 
-def trained_by_both(given: dict[str, Any], numbers: range) -> Rows:
-    """Those of the space, at random, one after the other: each by both builders in turn.
+def trained_by_both(search: dict[str, Any], numbers: range) -> Rows:
+    """Train random architectures of a search's space, each by both builders in turn.
 
-    `seconds` are of all that an evaluation takes, compilations among them. The values are those
-    that the interpreter draws, handed over as a parent's of the same architecture are, which by
-    the layers is a compilation more.
+    `seconds` are those of a whole evaluation, with compilation. Both start from the values that the
+    interpreter draws. They get them as those of a parent of the same architecture, which costs the
+    static builder one more compilation.
+
+    Args:
+        search: The arguments of `nas.search`.
+        numbers: Seeds of the architectures.
     """
-    with tempfile.TemporaryDirectory() as folder, its_own_cache():
-        told = given["evaluate"].in_search(given["space"], Path(folder), "retrain_warm", None)
-        # Nothing compiled earlier is found again.
-        told = replace(told, compilation_cache=str(Path(folder) / "compiled"))
-        evaluators = {builder: replace(told, builder=builder) for builder in BUILDERS}
+    with tempfile.TemporaryDirectory() as folder, restored_cache():
+        evaluator = search["evaluate"].in_search(
+            search["space"], Path(folder), "retrain_warm", None
+        )
+        # An empty cache, so that nothing compiled earlier is used.
+        evaluator = replace(evaluator, compilation_cache=str(Path(folder) / "compiled"))
+        evaluators = {builder: replace(evaluator, builder=builder) for builder in BUILDERS}
         network = evaluators["interpreter"].network()
         assert isinstance(network, Interpreter)
-        rows = []
-        for number in numbers:
-            rows.append(one(evaluators, network, number, given["space"].random(Random(number))))
-        return rows
+        return [
+            train(evaluators, network, number, search["space"].random(Random(number)))
+            for number in numbers
+        ]
 
 
-def one(
+def train(
     evaluators: dict[str, TrainingEvaluator], network: Interpreter, number: int, genotype: Genotype
 ) -> dict[str, dict[str, float]]:
-    """What each evaluation of one architecture found, and its seconds."""
+    """Train one architecture by each of `TRAINED`; return the measures and the seconds."""
     values = jax.jit(network.init)(network.encode(genotype), jax.random.key(number))
     same = to_static(network, genotype, values)
     row = {}
@@ -82,20 +94,20 @@ def one(
         evaluator = evaluators["static" if name == "itself" else name]
         assert evaluator.run is not None
         weights.save(Path(evaluator.run) / "start.safetensors", genotype, start)
-        seed = evaluate.job_seed(0, number)
+        seed = job_seed(0, number)
         job = Job(number, number, genotype, seed, inherit="start.safetensors")
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with compilations() as compiled:
-            found = evaluator.evaluate(job)
-        seconds = time.perf_counter() - begun
-        row[name] = {"seconds": seconds} | {k: found[k] for k in MEASURED}
+            result = evaluator.evaluate(job)
+        seconds = time.perf_counter() - started
+        row[name] = {"seconds": seconds} | {k: result[k] for k in MEASURED}
         row[name]["compilations"] = len(compiled)
         print(number, name, *(f"{k} {v:.4g}" for k, v in row[name].items()), sep="  ", flush=True)
     return row
 
 
 def in_the_last_digit(values: Variables) -> Variables:
-    """The values, with parameters changed by that at random."""
+    """Return the values with parameters that differ at random in the last digit."""
 
     def moved(a: jax.Array) -> jax.Array:
         sign = jax.random.rademacher(jax.random.key(1), a.shape)
@@ -107,8 +119,8 @@ def in_the_last_digit(values: Variables) -> Variables:
 
 
 @contextmanager
-def its_own_cache() -> Iterator[None]:
-    """Where JAX keeps compiled programs is as it was, afterwards."""
+def restored_cache() -> Iterator[None]:
+    """Restore JAX's folder of compiled programs at the end."""
     before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # not in its stubs
     try:
         yield
@@ -119,24 +131,24 @@ def its_own_cache() -> Iterator[None]:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the search's programs that are compiled meanwhile."""
+    """Yield a list that collects the names of the search's programs that are compiled."""
 
-    def listen(event: str, duration_secs: float, **about: Any) -> None:
-        if event == COMPILED and about.get("fun_name") in PROGRAMS:
-            found.append(about["fun_name"])
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
+        if event == COMPILE_EVENT and details.get("fun_name") in PROGRAMS:
+            names.append(details["fun_name"])
 
-    found: list[str] = []
+    names: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield found
+        yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def summary(rows: Rows) -> dict[str, Any]:
-    """By builder the mean fitness and candidates per hour; and how alike the fitnesses are.
+    """Return mean fitness and candidates per hour by builder, and how much the fitnesses differ.
 
-    The differences are from the static builder's, with their standard errors.
+    Differences are from the static builder's fitnesses, with their standard errors.
     """
     figures: dict[str, Any] = {}
     for builder in BUILDERS:
@@ -147,20 +159,20 @@ def summary(rows: Rows) -> dict[str, Any]:
             "fitness": statistics.mean(fitness),
             "compilations": sum(row[builder]["compilations"] for row in rows),
             "per_hour": 3600 * len(rows) / sum(seconds),
-            # Nor with other preparations, which by the layers compile too, part by part.
+            # This leaves out all preparation: that of the static builder compiles too.
             "per_hour_without_compiling": 3600 * len(rows) / sum(train_s),
         }
     for name in ("interpreter", "itself"):
-        apart = [row[name]["fitness"] - row["static"]["fitness"] for row in rows]
-        error = statistics.stdev(apart) / len(rows) ** 0.5
-        figures[f"difference of {name}"] = (statistics.mean(apart), error)
+        differences = [row[name]["fitness"] - row["static"]["fitness"] for row in rows]
+        error = statistics.stdev(differences) / len(rows) ** 0.5
+        figures[f"difference of {name}"] = (statistics.mean(differences), error)
     accuracies = [[row[builder]["fitness"] for row in rows] for builder in BUILDERS]
     figures["rank_correlation"] = rank_correlation(*accuracies)
     return figures
 
 
-def rank_correlation(one: list[float], other: list[float]) -> float | None:
-    """Spearman's; None if all numbers of one side are alike, which have no order."""
-    if min(len(set(one)), len(set(other))) == 1:
+def rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Return Spearman's correlation, or None if all numbers of a side are equal: without order."""
+    if min(len(set(a)), len(set(b))) == 1:
         return None
-    return statistics.correlation(stats.rankdata(one), stats.rankdata(other))
+    return statistics.correlation(stats.rankdata(a), stats.rankdata(b))

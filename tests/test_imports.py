@@ -28,7 +28,8 @@ NO_JAX = {
         *("spaces", "errors", "evaluators", "testing", "evolution", "storage", "config"),
         *("ask_tell", "reports", "result", "export", "from_config", "cli"),
         *("workers.dask", "workers.driver", "workers.pools", "workers.threads"),
-        *("training.evaluator", "training.options"),
+        "training.evaluator",
+        "choices",
     ),
 }
 LARGEST_FOLDER = 11  # modules beside `__init__`

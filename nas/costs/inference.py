@@ -1,6 +1,6 @@
-"""A network at inference, as a program that is analysed or compiled, but not run.
+"""Analyse or compile the program of a network at inference, without running it.
 
-To count its parameters and operations starts no accelerator, which workers may need.
+To count parameters and operations starts no accelerator, which workers may need.
 """
 
 import math
@@ -21,56 +21,55 @@ from nas.training.static import Static
 
 
 def parameters(network: Static, genotype: Genotype) -> int:
-    """How many there are."""
+    """Count the parameters of a network."""
     shapes = [layer.shapes(None)[0] for layer in network.layers(network.encode(genotype))]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def operations(network: Static, genotype: Genotype) -> int:
-    """Floating-point operations of convolutions and matrix products for one image."""
+    """Count the floating-point operations of convolutions and matrix products for one image."""
     function, specs = _program(network, genotype, 1)
     return count(jax.make_jaxpr(function)(*specs).jaxpr)
 
 
 def count(program: Jaxpr) -> int:
-    """The same of a program without loops, in its form for accelerators."""
+    """Count the operations of a program without loops, in its form for accelerators."""
     return sum(_operations(equation) for equation in program.eqns)
 
 
 def _operations(equation: JaxprEqn) -> int:
-    name, given = equation.primitive.name, equation.params
+    name, settings = equation.primitive.name, equation.params
     inputs: list[Any] = [variable.aval for variable in equation.invars]
     outputs: list[Any] = [variable.aval for variable in equation.outvars]
     if name == "dot_general":
-        (contracted, _), _ = given["dimension_numbers"]
+        (contracted, _), _ = settings["dimension_numbers"]
         terms = math.prod(inputs[0].shape[i] for i in contracted)
     elif name == "conv_general_dilated":
         kernel = inputs[1].shape
-        terms = math.prod(kernel) // kernel[given["dimension_numbers"].rhs_spec[0]]
-    elif name == "cond":  # by platform, of which the default is the last
-        return count(given["branches"][-1].jaxpr)
+        terms = math.prod(kernel) // kernel[settings["dimension_numbers"].rhs_spec[0]]
+    elif name == "cond":  # a choice by platform, whose last branch is the default
+        return count(settings["branches"][-1].jaxpr)
     else:
-        inner = (value for value in given.values() if isinstance(value, ClosedJaxpr))
+        inner = (value for value in settings.values() if isinstance(value, ClosedJaxpr))
         return sum(count(value.jaxpr) for value in inner)
     return 2 * terms * math.prod(outputs[0].shape)
 
 
 def compile_for(network: Static, genotype: Genotype, batch: int, topology: str) -> Compiled:
-    """For one device of such a TPU slice."""
+    """Compile a network for one device of a TPU slice, for a batch of images at inference."""
     function, specs = _program(network, genotype, batch)
     exported = export.export(jax.jit(function), platforms=["tpu"])(*specs)
     program = Program("a candidate", exported)
-    where = topologies.parse(topology)
     try:
-        return compiler.compile_programs([program], where)[0]
+        return compiler.compile_programs([program], topologies.parse(topology))[0]
     except errors.CompilerNotInstalledError:
         raise
-    except RuntimeError as error:  # the compiler's process died: of this network, not of all
+    except RuntimeError as error:  # this network crashed the compiler's process; others may not
         return Compiled(program.name, 0.0, error=str(error))
 
 
 def _program(network: Static, genotype: Genotype, batch: int) -> tuple[Callable, tuple]:
-    """Scores of a batch of images, and the shapes of its arguments."""
+    """Return the function from values and images to scores, and the shapes of its arguments."""
     architecture, shape = network.encode(genotype), network.shape
     values = jax.eval_shape(lambda: network.init(architecture, jax.random.key(0)))
     pixels = (batch, shape.image, shape.image, shape.channels)

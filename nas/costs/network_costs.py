@@ -1,13 +1,4 @@
-"""What a candidate's network costs, known before it is trained. JAX is loaded when it is used.
-
-As hard limits, or to be recorded only, for the report's Pareto fronts:
-
-    costs = nas.NetworkCosts(cells_per_stack=3, filters=24, image=32, channels=3, topology="v5e:1x1")
-    nas.search(space=nas.NASNetSpace(), limits=[
-        nas.Limit("params_m", costs.params_m, 3.2),
-        nas.Limit("latency_ms", costs.latency_ms),  # recorded, whatever it is
-    ], ...)
-"""
+"""Measure what a candidate's network costs before it is trained; JAX is imported on use."""
 
 import functools
 import math
@@ -16,46 +7,63 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.genotypes.genotype import Genotype
+from nas.choices import DTYPES
 from nas.storage import old_names
-from nas.training.options import DTYPES
 
 if TYPE_CHECKING:
     from gpipe_jax.tpu_compiler.results import Compiled
     from nas.training.static import Static
 
 COMPILED = ("latency_ms", "memory_mib")
-"""Those for which the TPU compiler is asked."""
+"""Costs that the TPU compiler has to estimate."""
 
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """Measures of networks of one shape, as functions of a genotype.
+    """Measure the costs of networks of one size, as functions of a genotype.
 
-    `params_m` is millions of parameters, and `flops_m` millions of floating-point operations for
-    one image: those of convolutions and matrix products, of which a multiplication and an addition
-    are two. Both are the same on every platform, and no accelerator is started. The others are
-    of a batch of `batch_size` images at inference, on one device of `topology`: what the TPU
-    compiler expects, with no TPU there. Latency is its estimate of cycles over the clock, memory
-    all that the program needs. They take seconds to minutes of compiling, once for each network:
-    equal genotypes are known by their canonical form, and results are kept on disk. As limits they
-    are measured one by one, before a candidate is handed out: workers that train faster than this
-    compiles wait for it.
+    `params_m` and `flops_m` are the same on every platform, and start no accelerator. `latency_ms`
+    and `memory_mib` are estimates of the TPU compiler, without a TPU. They take seconds to minutes,
+    once for each network: equal genotypes share a canonical form, and results are cached on disk.
 
-    ValueError for a topology that does not exist, and `gpipe_jax.errors.CompilerNotInstalledError`
-    where the TPU compiler is missing.
+    Limits are checked one by one before a candidate is handed out. Workers that train faster than
+    a limit is measured wait for it.
+
+    Args:
+        cells_per_stack: Normal cells in each of the three stacks (N).
+        filters: Filters of the first stack (F).
+        image: Pixels of an image each way.
+        channels: Channels of an image.
+        classes: Classes.
+        dtype: "float32" or "bfloat16", for the computation.
+        batch_size: Images in a batch at inference, for `latency_ms` and `memory_mib`.
+        topology: TPU slice such as "v5e:1x1" or "v5litepod-4", of which one device is used.
+            `latency_ms` and `memory_mib` need it.
+
+    Raises:
+        ValueError: `dtype` or `topology` is unknown.
+        CompilerNotInstalledError: `topology` is given and the TPU compiler is not installed.
+
+    Example::
+
+        costs = nas.NetworkCosts(
+            cells_per_stack=3, filters=24, image=32, channels=3, topology="v5e:1x1"
+        )
+        limits = [
+            nas.Limit("params_m", costs.params_m, 3.2),
+            nas.Limit("latency_ms", costs.latency_ms),  # recorded, without a limit
+        ]
+        nas.search(space=nas.NASNetSpace(), evaluate=evaluate, limits=limits)
     """
 
     cells_per_stack: int = 1
-    """Normal cells in each of the three stacks (N)."""
     filters: int = 8
-    """Of the first stack (F)."""
     image: int = 8
     channels: int = 1
     classes: int = 10
     dtype: str = "float32"
     batch_size: int = 1
     topology: str | None = None
-    """A TPU slice, as v5e:1x1 or v5litepod-4."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; runs of versions before 0.2 have other names of fields."""
@@ -72,48 +80,63 @@ class NetworkCosts:
         libtpu.check_installed()
 
     def params_m(self, genotype: Genotype) -> float:
-        """Millions of parameters. About a second for a network that is new."""
+        """Return millions of parameters; takes about a second for a new network."""
         return _parameters(self, genotype.canonical()) / 1e6
 
     def flops_m(self, genotype: Genotype) -> float:
-        """Millions of floating-point operations for one image. Seconds for a new network."""
+        """Return millions of floating-point operations for one image; takes seconds.
+
+        Those of convolutions and matrix products count. A multiplication and an addition are two.
+        """
         return _operations(self, genotype.canonical()) / 1e6
 
     def latency_ms(self, genotype: Genotype) -> float:
-        """Milliseconds of a batch at inference; infinite if the network does not fit."""
+        """Return milliseconds for a batch at inference: the compiler's cycles over the clock.
+
+        Infinite if the network does not fit into the device's memory.
+        """
         from gpipe_jax.tpu_compiler import topologies
 
-        found = self._compiled(genotype)
-        clock = topologies.parse(self.topology or "").generation.clock_ghz * 1e9
-        return 1e3 * found.cycles / clock if found.fits else math.inf
+        compiled = self._compiled(genotype)
+        if not compiled.fits:
+            return math.inf
+        clock_hz = topologies.parse(self.topology or "").generation.clock_ghz * 1e9
+        return 1e3 * compiled.cycles / clock_hz
 
     def memory_mib(self, genotype: Genotype) -> float:
-        """MiB of a device at inference; infinite if the compiler does not say."""
-        found = self._compiled(genotype)
-        return found.needed_bytes / 2**20 if found.needed_bytes else math.inf
+        """Return MiB that the program needs at inference; infinite if the compiler gives none."""
+        compiled = self._compiled(genotype)
+        return compiled.needed_bytes / 2**20 if compiled.needed_bytes else math.inf
 
     def _compiled(self, genotype: Genotype) -> "Compiled":
         if self.topology is None:
             raise ValueError(
-                "`topology` is not given, but latency_ms and memory_mib are those on a TPU: give "
-                "such as topology='v5e:1x1'"
+                "`topology` is None, but latency_ms and memory_mib are costs on a TPU; give a "
+                "slice such as topology='v5e:1x1'"
             )
-        found = _compile(self, genotype.canonical())
-        if found.error is not None and found.short_by_bytes is None:
+        compiled = _compile(self, genotype.canonical())
+        if compiled.error is not None and compiled.short_by_bytes is None:
             warnings.warn(
-                f"the TPU compiler failed for a network, which counts as too slow and too large: "
-                f"{found.error}",
+                "the TPU compiler failed for a network, which counts as too slow and too large: "
+                f"{compiled.error}",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return found
+        return compiled
 
     def _network(self) -> "Static":
         from nas.training.network import Shape
         from nas.training.static import Static
 
-        sizes = (self.cells_per_stack, self.filters, self.image, self.channels, self.classes)
-        return Static(Shape(*sizes, dtype=self.dtype))
+        shape = Shape(
+            self.cells_per_stack,
+            self.filters,
+            self.image,
+            self.channels,
+            self.classes,
+            dtype=self.dtype,
+        )
+        return Static(shape)
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -43,7 +43,7 @@ def target(evaluator: Any) -> Target:
         return _paper({"kind": "cifar10"}, (32, 3, 10), 50_000, note)
     if evaluator.data == "digits":
         return DIGITS
-    split = replace(evaluator, examples=None).data_fits()  # all examples, not the search's share
+    split = replace(evaluator, examples=None).load_data()  # all examples, not the search's share
     _, image, _, channels = split.images.shape
     count = len(split.labels) + len(split.held_labels)
     sizes = (image, channels, split.classes)

@@ -1,4 +1,4 @@
-"""JAX's own cache of compiled programs, on disk, so that later runs need not compile."""
+"""Set up JAX's own cache of compiled programs on disk, so that later runs need not compile."""
 
 import os
 import threading
@@ -8,24 +8,29 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 _lock = threading.Lock()
-_told: dict[str, str | None] = {}  # by the folder that JAX was told last, the one before ours
+_replaced: dict[str, str | None] = {}
+"""The folder that this module set last, to the setting that it replaced."""
 
 
 def use(folder: str | None = None) -> None:
-    """Keep programs there; by default where JAX is told to, or else in `default()`."""
+    """Store compiled programs in a folder.
+
+    Args:
+        folder: The folder. Default: JAX's own setting, or else `default_folder()`.
+    """
     with _lock:
         current = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # not in its stubs
-        own = _told.get(current, current)
-        wanted = folder or own or str(default())
-        if wanted != current:
-            jax.config.update("jax_compilation_cache_dir", wanted)
-            _told.clear()
-            _told[wanted] = own
-            # What was compiled before without a folder has settled that there is none.
+        users_own = _replaced.get(current, current)
+        new = folder or users_own or str(default_folder())
+        if new != current:
+            jax.config.update("jax_compilation_cache_dir", new)
+            _replaced.clear()
+            _replaced[new] = users_own
+            # If JAX compiled without a folder before, it has settled that there is no cache.
             compilation_cache.reset_cache()
 
 
-def default() -> Path:
-    """In the user's folder of caches."""
+def default_folder() -> Path:
+    """Return the folder of this package in the user's folder of caches."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "gpipe-jax" / "jax"

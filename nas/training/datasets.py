@@ -1,6 +1,6 @@
-"""The images that candidates are trained and judged on, all of them on the device.
+"""Load the images that candidates are trained and validated on, all of them onto the device.
 
-The test images, those that `gpipe train` evaluates on with seed 0, are not among them. Letters: N
+The test images, on which `gpipe train` evaluates with seed 0, are not among them. Letters: N
 images, B images of a batch, S pixels each way, C channels.
 """
 
@@ -17,11 +17,11 @@ import numpy as np
 
 from gpipe_jax import data
 from gpipe_jax.data import cifar10_files, images
-from nas.training.options import DATASETS
+from nas.choices import DATASETS
 
 
 class Split(NamedTuple):
-    """What is trained on, and what is held out to judge by."""
+    """Hold the images for training, and those held out for validation."""
 
     images: np.ndarray  # [N, S, S, C] float32
     labels: np.ndarray  # [N] int32
@@ -30,131 +30,157 @@ class Split(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """One more than the largest label."""
+        """Return one more than the largest label."""
         return 1 + int(max(self.labels.max(), self.held_labels.max()))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are changed at random, as `gpipe train` does it."""
+    """Change training images at random, as `gpipe train` does."""
 
-    shift: int = 0  # moved by up to so many pixels each way
-    flip: bool = False  # mirrored left to right, every other one
-    fill: float = 0.0  # what a shift uncovers
+    shift: int = 0  # pixels each way, at most
+    flip: bool = False  # mirror left to right with probability 1/2
+    fill: float = 0.0  # value of the pixels that a shift uncovers
 
     def __call__(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Images [B, S, S, C], each changed by its own chance."""
-        places, sides = jax.random.split(key)
+        """Change each of the images [B, S, S, C] independently."""
+        shift_key, flip_key = jax.random.split(key)
         if self.flip:
-            mirrored = jax.random.bernoulli(sides, 0.5, (x.shape[0], 1, 1, 1))
-            x = jnp.where(mirrored, x[:, :, ::-1], x)
-        return self._shifted(x, places) if self.shift else x
+            is_flipped = jax.random.bernoulli(flip_key, 0.5, (x.shape[0], 1, 1, 1))
+            x = jnp.where(is_flipped, x[:, :, ::-1], x)
+        return self._shifted(x, shift_key) if self.shift else x
 
     def _shifted(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        most, (B, S, _, C) = self.shift, x.shape
-        pad = ((0, 0), (most, most), (most, most), (0, 0))
+        B, S, _, C = x.shape
+        pad = ((0, 0), (self.shift, self.shift), (self.shift, self.shift), (0, 0))
         padded = jnp.pad(x, pad, constant_values=self.fill)
-        corners = jax.random.randint(key, (B, 2), 0, 2 * most + 1)
-        cut = lambda a, at: jax.lax.dynamic_slice(a, (at[0], at[1], 0), (S, S, C))  # noqa: E731
-        return jax.vmap(cut)(padded, corners)
+        corners = jax.random.randint(key, (B, 2), 0, 2 * self.shift + 1)
+
+        def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (S, S, C))
+
+        return jax.vmap(crop)(padded, corners)
 
 
 class Source(NamedTuple):
-    """Where images come from. `load(folder)` gives all training images and their labels."""
+    """Say where images come from and how they are used by default."""
 
     load: Callable[[str | None], tuple[np.ndarray, np.ndarray]]
-    held_out: Callable[[int], int]  # how many to hold out of so many, if that is not given
+    """Return all training images and their labels; the argument is a folder."""
+    held_out: Callable[[int], int]
+    """Return how many of so many images to hold out, unless that is given."""
     augmentation: Augmentation = Augmentation()
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which images: `validation_images` of them held out to judge by, and `examples` of the rest.
+    """Select images: `validation_images` to hold out for validation, and `examples` of the rest.
 
     Both draws are the same for every candidate and keep the classes in proportion.
     """
 
-    name: str  # one of `names.DATASETS`, or a .npz file with `inputs` and `labels`
-    folder: str | None = (
-        None  # of the files of cifar10, see `gpipe_jax.data.cifar10_files.read_cifar10`
-    )
+    name: str  # one of `nas.choices.DATASETS`, or a .npz file with `inputs` and `labels`
+    folder: str | None = None  # of the files of cifar10; see `gpipe_jax.data.cifar10_files`
     validation_images: int | None = None
     examples: int | None = None
-    digest: str | None = None  # of a file, so that another one of its name is another data set
+    digest: str | None = None  # of a file, so that another file of its name is another data set
 
     def split(self) -> Split:
-        """The images; ValueError or OSError says what cannot be had."""
+        """Load the images, or return them from a cache.
+
+        Raises:
+            ValueError: There are not so many images, or they have another shape.
+            OSError: The files cannot be read.
+        """
         return _split(self)
 
 
 @functools.lru_cache(maxsize=4)
-def _split(wanted: Data) -> Split:
-    name, found = wanted.name, source(wanted.name)
-    everything, labels = found.load(wanted.folder)
+def _split(selection: Data) -> Split:
+    name, origin = selection.name, source(selection.name)
+    inputs, labels = origin.load(selection.folder)
     count = len(labels)
-    held = wanted.validation_images
+    held = selection.validation_images
     if held is None:
-        held = found.held_out(count)
+        held = origin.held_out(count)
     if not 0 < held < count:
         raise ValueError(
             f"validation_images {held}: {name} has {count} images for training and validation, and "
-            f"neither may be without; give 1 to {count - 1}"
+            f"both need at least one; use 1 to {count - 1}"
         )
-    used = count - held if wanted.examples is None else wanted.examples
+    used = count - held if selection.examples is None else selection.examples
     if not 0 < used <= count - held:
         raise ValueError(
-            f"examples {used}: {name} has {count - held} training images beside the {held} held "
-            f"out; give 1 to {count - held}"
+            f"examples {used}: {name} has {count - held} training images besides the {held} held "
+            f"out; use 1 to {count - held}"
         )
-    out = _spread(labels, held)
-    rest = np.setdiff1d(np.arange(count), out)
-    rest = rest[_spread(labels[rest], used)]
-    return Split(everything[rest], labels[rest], everything[out], labels[out])
+    held_out = _proportional(labels, held)
+    rest = np.setdiff1d(np.arange(count), held_out)
+    rest = rest[_proportional(labels[rest], used)]
+    return Split(inputs[rest], labels[rest], inputs[held_out], labels[held_out])
 
 
 def digest(path: str) -> str:
-    """The SHA-256 of a file, or a folder's arrays, read again only when changed; or OSError."""
-    here = Path(path)
-    files = sorted(here.glob("*.npy")) if here.is_dir() else [here]
-    about = [file.stat() for file in files]
-    stamps = zip(files, (a.st_size for a in about), (a.st_mtime_ns for a in about), strict=True)
-    return _digest(tuple(stamps))
+    """Return the SHA-256 of a file, or of a folder's .npy files.
+
+    They are read again only if their sizes or times have changed.
+
+    Raises:
+        OSError: They cannot be read.
+    """
+    root = Path(path)
+    files = sorted(root.glob("*.npy")) if root.is_dir() else [root]
+    stats = [file.stat() for file in files]
+    return _digest(
+        tuple((file, a.st_size, a.st_mtime_ns) for file, a in zip(files, stats, strict=True))
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _digest(stamps: tuple[tuple, ...]) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for path, *_ in stamps:
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+            sha256.update(hashlib.file_digest(file, "sha256").digest())
+    return sha256.hexdigest()
 
 
 def source(name: str) -> Source:
-    """The data set of that name, or the file."""
+    """Return the source of a data set, or of a file with arrays."""
     if name in _SOURCES:
         return _SOURCES[name]
-    return Source(lambda _: _whole(lambda size: data.arrays(name, size, 0)), lambda n: n // 10)
+
+    def load(_: str | None) -> tuple[np.ndarray, np.ndarray]:
+        return _all_examples(lambda size: data.arrays(name, size, 0))
+
+    return Source(load, _a_tenth)
 
 
-def _spread(labels: np.ndarray, count: int) -> np.ndarray:
-    """Places of so many examples, drawn with the classes in proportion."""
+def _proportional(labels: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of `count` examples, drawn with the classes in proportion."""
     order = np.random.default_rng(0).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     return np.sort(by_class[np.arange(count) * len(labels) // count])
 
 
-def _whole(make: Callable[[int], data.Dataset]) -> tuple[np.ndarray, np.ndarray]:
-    """All training examples of a data set by batch size: the first batch of that many."""
+def _all_examples(make: Callable[[int], data.Dataset]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all training examples of a data set: its first batch if a batch has them all.
+
+    `make` returns the data set with a batch size.
+    """
     count = make(1).train_examples
     batch = next(make(count or 1).train(0))
     inputs = batch["inputs"]
     if inputs.ndim != 4 or inputs.shape[1] != inputs.shape[2]:
         raise ValueError(
-            f"inputs have the shape {list(inputs.shape)}: candidates are trained on square images, "
-            "[N, pixels, pixels, channels]; give such"
+            f"inputs have the shape {list(inputs.shape)}: candidates are trained on square images; "
+            "use inputs [N, pixels, pixels, channels]"
         )
     return inputs, batch["labels"]
+
+
+def _digits(_: str | None) -> tuple[np.ndarray, np.ndarray]:
+    return _all_examples(lambda size: images.digits(size, 0))
 
 
 def _cifar10(folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -162,12 +188,16 @@ def _cifar10(folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
     return cifar10_files.normalised(train.pixels), train.labels
 
 
+def _a_quarter(count: int) -> int:
+    return count // 4
+
+
+def _a_tenth(count: int) -> int:
+    return count // 10
+
+
 _SOURCES = {
-    "digits": Source(
-        lambda _: _whole(lambda size: images.digits(size, 0)),
-        lambda n: n // 4,
-        Augmentation(shift=1, fill=-1.0),
-    ),
-    "cifar10": Source(_cifar10, lambda n: n // 10, Augmentation(shift=4, flip=True)),
+    "digits": Source(_digits, _a_quarter, Augmentation(shift=1, fill=-1.0)),
+    "cifar10": Source(_cifar10, _a_tenth, Augmentation(shift=4, flip=True)),
 }
 assert tuple(_SOURCES) == DATASETS

@@ -1,4 +1,4 @@
-"""Training as an evaluator of a search: see `TrainingEvaluator`. JAX is loaded when it is used."""
+"""Evaluate candidates of a search by training them; JAX is imported on use."""
 
 import math
 import time
@@ -9,84 +9,113 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from nas.ask_tell import trained_values
+from nas.choices import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job
 from nas.storage import old_names
-from nas.training.options import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 
 if TYPE_CHECKING:
     from nas.training.datasets import Data, Split
-    from nas.training.loop import Course
+    from nas.training.loop import TrainingSettings
     from nas.training.network import Network
     from nas.training.recipe import Recipe
 
 
-SMALLEST = 3
-"""Pixels each way: two reduction cells make one of them."""
+MIN_IMAGE_SIZE = 3
+"""Pixels each way; two reduction cells leave one of them."""
 
-_AIDS = ("folder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
-"""Fields that leave a fitness as it is: where files are, how long it may take; and what is the
-space's, which has a name for it. The builders draw other initial values, and so are no aid."""
+_NOT_IN_IDENTITY = ("folder", "timeout_s", "compilation_cache", "operations", "pairs", "run")
+"""Fields that do not change a fitness, or that are the space's, which has its own identity.
+
+`builder` is not among them: the builders draw different initial values.
+"""
 
 
 @dataclass(frozen=True)
 class TrainingEvaluator(Evaluator):
-    """Trains a small network of a candidate's cells; its fitness is the validation accuracy.
+    """Train a small network of a candidate's cells; its validation accuracy is the fitness.
 
-        nas.search(space=nas.NASNetSpace(), workers="devices",
-                   evaluate=nas.TrainingEvaluator(data="digits", cells_per_stack=1, filters=8, epochs=20))
+    All randomness comes from the job's seed. So a result does not depend on the worker. Without
+    `stop_epoch` and inheritance it does not depend on what was trained before either.
 
-    All chance comes from the job's seed, so that a candidate's result depends neither on the worker
-    nor, without `stop_epoch` and inheritance, on what was trained before. Recorded beside the
-    fitness: `train_loss` (mean of the last epoch), `parameters` (those that the architecture uses),
-    `train_s`, and `compile_s`: the seconds before, if this evaluation was the first to need a
-    program, else 0. With the interpreter all architectures share one program for each device;
-    "static" compiles each by itself.
+    Besides the fitness these metrics are stored: `train_loss` (mean of the last epoch),
+    `parameters` (those that the architecture uses), `train_s`, and `compile_s`. The last one is the
+    time before training in seconds if this evaluation compiled a program, else 0.
+
+    The training is stochastic gradient descent with momentum. The learning rate rises linearly for
+    `warmup_epochs` and then falls to zero as a cosine (Real et al., https://arxiv.org/abs/1802.01548,
+    section "Experiments").
+
+    Args:
+        data: "digits", "cifar10", or the path of a .npz file with `inputs` [N, pixels, pixels,
+            channels] and `labels` [N]. The test images of `gpipe train` with seed 0 are not used.
+        folder: Folder with the files of CIFAR-10. Default: the environment variable
+            GPIPE_JAX_DATA.
+        cells_per_stack: Normal cells in each of the three stacks (N).
+        filters: Filters of the first stack (F).
+        epochs: Epochs of training.
+        batch_size: Images in a step; those that do not fill a batch are left out of an epoch.
+        learning_rate: Peak learning rate.
+        warmup_epochs: Epochs of linear warm-up, less than `epochs`.
+        momentum: Decay of the velocity, in [0, 1).
+        weight_decay: L2 regularization of all parameters that the architecture uses.
+        label_smoothing: Label smoothing, in [0, 1).
+        examples: Training images. Default: all that are not held out.
+        validation_images: Training images held out for validation. Default: a quarter of the
+            digits, a tenth of other data.
+        final_epochs: The fitness is the mean validation accuracy after each of the last
+            `final_epochs` epochs.
+        builder: "interpreter" (one program per device for all architectures) or "static" (one
+            program per architecture).
+        dtype: "float32" or "bfloat16", for the computation. Parameters and scores are float32.
+        stop_epoch: Epoch after which hopeless candidates are stopped. Their fitness is the
+            validation accuracy then, and the metric `stopped_at_epoch` is stored. Default: none is.
+        stop_quantile: A candidate is hopeless if its accuracy is below this quantile of the
+            accuracies that the members of the population had after `stop_epoch`. The members are
+            those at the time of the proposal. In (0, 1).
+        timeout_s: Seconds of training, without compilation, checked after each epoch; more is a
+            failure. The shorter one counts if the search has a `timeout_s` too.
+        compilation_cache: Folder in which JAX stores compiled programs between runs. Default: JAX's
+            own setting (such as JAX_COMPILATION_CACHE_DIR), or else gpipe-jax/jax in the user's
+            folder of caches.
+        operations: Operations of the space. A search fills them in.
+        pairs: Pairs in a cell of the space. A search fills them in.
+        run: Folder of the run, in which trained weights are stored. A search fills it in if
+            `fitness_policy` is "retrain_warm".
+
+    Raises:
+        ValueError: An argument is not legal.
+
+    Example::
+
+        evaluator = nas.TrainingEvaluator(data="digits", cells_per_stack=1, filters=8, epochs=20)
+        nas.search(space=nas.NASNetSpace(), evaluate=evaluator, workers="devices")
     """
 
     data: str = "digits"
-    """digits, cifar10, or a .npz file with `inputs` and `labels`. Test images are left alone."""
     folder: str | None = None
-    """Where the files of cifar10 are; default: the environment variable GPIPE_JAX_DATA."""
     cells_per_stack: int = 1
-    """Normal cells in each of the three stacks (N)."""
     filters: int = 8
-    """Of the first stack (F)."""
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 0.05
-    """At its highest: after `warmup_epochs`, from where it falls as a cosine to zero."""
     warmup_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    """L2, of all entries that the architecture uses, and of no others."""
     label_smoothing: float = 0.0
     examples: int | None = None
-    """Training images; default: all that are not held out."""
     validation_images: int | None = None
-    """Images held out to judge by; default: a quarter of the digits, a tenth of others."""
     final_epochs: int = 3
-    """The fitness is the mean of the accuracies after so many last epochs."""
     builder: str = "interpreter"
     dtype: str = "float32"
-    """To compute in, float32 or bfloat16; parameters and scores are float32."""
     stop_epoch: int | None = None
-    """After so many epochs hopeless candidates are stopped: those whose validation accuracy is
-    below the `stop_quantile` of what the population's members had then, when the candidate was
-    proposed. Their fitness is that accuracy, and the metric `stopped_at_epoch` says so."""
     stop_quantile: float = 0.25
     timeout_s: float | None = None
-    """Seconds of training, without compiling; more is a failure. Looked at after each epoch. If the
-    search has a limit too, the shorter one counts."""
     grace_s: ClassVar[float] = 1800.0
-    """Seconds that compiling may take besides, before a search with `timeout_s` gives it up."""
+    """Seconds for compilation, which a search with a `timeout_s` allows in addition."""
     compilation_cache: str | None = None
-    """Folder in which JAX keeps compiled programs between runs. Default: JAX's own setting (such as
-    JAX_COMPILATION_CACHE_DIR), or else gpipe-jax/jax in the user's folder of caches."""
     operations: tuple[str, ...] = PAPER_OPERATIONS
     pairs: int = 5
-    """Of the space's cells, as is `operations`; a search fills both in."""
     run: str | None = field(default=None, compare=False)
-    """The run's folder, in which trained values are kept; a search fills it in if they are."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; runs of versions before 0.2 have other names of fields."""
@@ -98,77 +127,96 @@ class TrainingEvaluator(Evaluator):
         _check_counts(self)
         _check_numbers(self)
         for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                given = repr(getattr(self, name))
-                raise ValueError(f"{name}: unknown {given}; known: {', '.join(known)}")
-        last = self.epochs - 1
-        if self.stop_epoch is not None and self.stop_epoch > last:
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+        if self.stop_epoch is not None and self.stop_epoch >= self.epochs:
+            remedy = f"1 to {self.epochs - 1}" if self.epochs > 1 else "more epochs"
             raise ValueError(
-                f"stop_epoch {self.stop_epoch} is not before the end, epochs {self.epochs}; give "
-                f"{f'1 to {last}' if last else 'more epochs'}, or None for no stop"
+                f"stop_epoch {self.stop_epoch} is not before the end, epochs {self.epochs}; use "
+                f"{remedy}, or None for no stop"
             )
 
-    # --- the search's side ------------------------------------------------------------------------
+    # --- in the search's process ------------------------------------------------------------------
 
     @property
     def compares(self) -> str | None:
-        """The metric of the population's members that jobs are to be told."""
+        """Return the metric whose values of the population's members a job gets."""
         return RUNG if self.stop_epoch is not None else None
 
     @property
     def goes_by(self) -> dict[str, Any]:
-        """What the fitness depends on; a search goes on with the same only."""
-        aids = {*_AIDS, *(("stop_quantile",) if self.stop_epoch is None else ())}
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in aids}
+        """Return what the fitness depends on; a search resumes only with the same values."""
+        identity = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in _NOT_IN_IDENTITY
+        }
+        if self.stop_epoch is None:
+            del identity["stop_quantile"]
         if self.data not in DATASETS:
-            found["data"] = f"a file of SHA-256 {self._data().digest}"
-        return found
+            identity["data"] = f"a file of SHA-256 {self._data().digest}"
+        return identity
 
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "TrainingEvaluator":
-        """As a search uses it; ValueError or OSError says what it cannot train, or on what."""
+        """Return the evaluator with the space, the folder and the time limit of a search.
+
+        Raises:
+            ValueError: It does not train the architectures of this space, or its data do not fit.
+            OSError: The data cannot be read.
+        """
         if not hasattr(space, "pairs") or not hasattr(space, "operations"):
             raise ValueError(
                 f"space {space.name!r}: TrainingEvaluator trains cells of nas.NASNetSpace; use "
-                "that, or an evaluator of your own"
+                "that space, or an evaluator of your own"
             )
-        keeps = str(folder.absolute()) if fitness_policy == "retrain_warm" else None
+        stores_weights = fitness_policy == "retrain_warm"
         limits = [limit for limit in (self.timeout_s, timeout_s) if limit is not None]
-        found = replace(
+        evaluator = replace(
             self,
             pairs=space.pairs,
             operations=space.operations,
-            run=self.run or keeps,
+            run=self.run or (str(folder.absolute()) if stores_weights else None),
             timeout_s=min(limits, default=None),
         )
-        found.data_fits()
-        return found
+        evaluator.load_data()
+        return evaluator
 
-    def data_fits(self) -> "Split":
-        """The images; ValueError or OSError says why there is no training on them."""
-        found = self._data().split()
-        count, size = found.images.shape[:2]
+    def load_data(self) -> "Split":
+        """Load the images.
+
+        Raises:
+            ValueError: There are too few images, or they are too small.
+            OSError: The files cannot be read.
+        """
+        split = self._data().split()
+        count, size = split.images.shape[:2]
         if self.batch_size > count:
             raise ValueError(
                 f"batch_size {self.batch_size} is more than the {count} training images of "
-                f"{self.data}; give {count} or less"
+                f"{self.data}; use at most {count}"
             )
-        if size < SMALLEST:
+        if size < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"the images of {self.data} are {size}x{size}, too small for two reduction cells; "
-                f"give images of {SMALLEST}x{SMALLEST} or more"
+                f"use images of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}"
             )
-        return found
+        return split
 
     def network(self) -> "Network":
-        """The builder of the candidates' networks."""
+        """Return the builder of the candidates' networks; raise as `load_data` does."""
         from nas.training.network import Shape
 
-        found = self.data_fits()
-        size, _, channels = found.images.shape[1:]
+        split = self.load_data()
         shape = Shape(
-            self.cells_per_stack, self.filters, size, channels, found.classes, dtype=self.dtype
+            self.cells_per_stack,
+            self.filters,
+            image=split.images.shape[1],
+            channels=split.images.shape[3],
+            classes=split.classes,
+            dtype=self.dtype,
         )
         if self.builder == "static":
             from nas.training.static import Static
@@ -178,29 +226,37 @@ class TrainingEvaluator(Evaluator):
 
         return Interpreter(shape, self.operations, self.pairs)
 
-    # --- the worker's side ------------------------------------------------------------------------
+    # --- in a worker ------------------------------------------------------------------------------
 
     def evaluate(self, job: Job) -> dict[str, Any]:
-        """Train, validate, and keep the trained values if the search does."""
-        from nas.training import compilation_cache as cache
-        from nas.training import programs, weights
+        """Train and validate a candidate, and store its weights if the search does.
+
+        Returns:
+            `fitness`, the metrics, and the name of the file of weights if there is one.
+
+        Raises:
+            FloatingPointError: The training diverged.
+            TimeoutError: It took longer than `timeout_s`.
+            TooLargeError: The device has too little memory.
+        """
+        from nas.training import compilation_cache, programs, weights
         from nas.training.loop import Training
 
-        cache.use(self.compilation_cache)
-        begun = time.perf_counter()
+        compilation_cache.use(self.compilation_cache)
+        started = time.perf_counter()
         network, data = self.network(), self._data()
         architecture = network.encode(job.architecture)
         compiled, is_new = programs.get(network, self._recipe(), architecture, data)
-        training = Training(compiled, architecture, self._course(), job.seed)
+        training = Training(compiled, architecture, self._settings(), job.seed)
         if self.run is not None and job.inherit is not None:
             training.inherit(*weights.load(Path(self.run) / job.inherit, network))
-        compile_s = time.perf_counter() - begun if is_new else 0.0
-        found: dict[str, Any] = training.run(job.rivals)
+        compile_s = time.perf_counter() - started if is_new else 0.0
+        result: dict[str, Any] = training.run(job.rivals)
         if self.run is not None:
             name = trained_values.file_name(job)
             weights.save(Path(self.run) / name, job.architecture, training.values)
-            found[TRAINED_VALUES] = name
-        return {**found, "compile_s": compile_s}
+            result[TRAINED_VALUES] = name
+        return {**result, "compile_s": compile_s}
 
     def _data(self) -> "Data":
         from nas.training import datasets
@@ -212,13 +268,18 @@ class TrainingEvaluator(Evaluator):
         from nas.training.datasets import source
         from nas.training.recipe import Recipe
 
-        rest = (self.momentum, self.weight_decay, self.label_smoothing)
-        return Recipe(self.batch_size, *rest, source(self.data).augmentation)
+        return Recipe(
+            self.batch_size,
+            self.momentum,
+            self.weight_decay,
+            self.label_smoothing,
+            source(self.data).augmentation,
+        )
 
-    def _course(self) -> "Course":
-        from nas.training.loop import Course
+    def _settings(self) -> "TrainingSettings":
+        from nas.training.loop import TrainingSettings
 
-        return Course(
+        return TrainingSettings(
             self.epochs,
             self.learning_rate,
             self.warmup_epochs,
@@ -229,16 +290,16 @@ class TrainingEvaluator(Evaluator):
         )
 
 
-def _check_counts(given: TrainingEvaluator) -> None:
+def _check_counts(evaluator: TrainingEvaluator) -> None:
     for name in ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs", "pairs"):
-        _check_count(name, getattr(given, name))
+        _check_count(name, getattr(evaluator, name))
     for name in ("examples", "validation_images", "stop_epoch"):
-        if getattr(given, name) is not None:
-            _check_count(name, getattr(given, name))
-    if given.final_epochs > given.epochs:
+        if getattr(evaluator, name) is not None:
+            _check_count(name, getattr(evaluator, name))
+    if evaluator.final_epochs > evaluator.epochs:
         raise ValueError(
-            f"final_epochs {given.final_epochs} is more than epochs {given.epochs}; give "
-            f"{given.epochs} or less"
+            f"final_epochs {evaluator.final_epochs} is more than epochs {evaluator.epochs}; use "
+            f"at most {evaluator.epochs}"
         )
 
 
@@ -247,11 +308,11 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
 
 
-def _check_numbers(given: TrainingEvaluator) -> None:
+def _check_numbers(evaluator: TrainingEvaluator) -> None:
     rules: list[tuple[str, str, Callable[[Any], bool]]] = [
         ("learning_rate", "more than 0", lambda x: x > 0),
-        ("warmup_epochs", f"0 or more, less than epochs {given.epochs}",
-         lambda x: 0 <= x < given.epochs),
+        ("warmup_epochs", f"0 or more, less than epochs {evaluator.epochs}",
+         lambda x: 0 <= x < evaluator.epochs),
         ("momentum", "0 or more, less than 1", lambda x: 0 <= x < 1),
         ("weight_decay", "0 or more", lambda x: x >= 0),
         ("label_smoothing", "0 or more, less than 1", lambda x: 0 <= x < 1),
@@ -259,9 +320,10 @@ def _check_numbers(given: TrainingEvaluator) -> None:
         ("timeout_s", "seconds, more than 0, or None", lambda x: x > 0),
     ]  # fmt: skip
     for name, rule, is_legal in rules:
-        value: Any = getattr(given, name)
-        unlimited = value is None and name == "timeout_s"
-        if not (unlimited or (_is_number(value) and is_legal(value))):
+        value: Any = getattr(evaluator, name)
+        if value is None and name == "timeout_s":  # no limit
+            continue
+        if not (_is_number(value) and is_legal(value)):
             raise ValueError(f"{name} {value!r}: expected {rule}")
 
 

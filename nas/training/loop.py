@@ -1,4 +1,4 @@
-"""The training of one candidate: Python is between epochs only, to stop what should be stopped."""
+"""Train one candidate: a loop over epochs, each of which is one call of a compiled program."""
 
 import math
 import time
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nas.choices import RUNG
 from nas.training.network import Architecture, Variables
-from nas.training.options import RUNG
 from nas.training.programs import Programs
-from nas.training.recipe import Plan
+from nas.training.recipe import Scalars
 from nas.workers.threads import check_ending
 
 
-class Course(NamedTuple):
-    """How long, how fast, and what ends it; as in `nas.TrainingEvaluator`."""
+class TrainingSettings(NamedTuple):
+    """Say how long to train, how fast to learn, and when to stop; see `nas.TrainingEvaluator`."""
 
     epochs: int
     learning_rate: float
@@ -27,85 +27,97 @@ class Course(NamedTuple):
 
 
 class Training:
-    """From fresh values, or from a parent's where these agree with `inherit`."""
+    """Train a network from initial values, or, after `inherit`, from its parent's."""
 
     def __init__(
-        self, programs: Programs, architecture: Architecture, course: Course, seed: int
+        self,
+        programs: Programs,
+        architecture: Architecture,
+        settings: TrainingSettings,
+        seed: int,
     ) -> None:
-        self._programs, self._architecture, self._course = programs, architecture, course
-        self._state, size = programs.start(architecture, np.uint32(seed))
-        steps = len(programs.split.labels) // programs.batch_size
-        self._plan = Plan(
-            np.uint32(seed),
-            np.float32(course.learning_rate),
-            np.float32(course.warmup_epochs * steps),
-            np.float32(course.epochs * steps),
+        self._programs, self._architecture, self._settings = programs, architecture, settings
+        self._state, parameters = programs.start(architecture, np.uint32(seed))
+        steps = len(programs.split.labels) // programs.batch_size  # in an epoch
+        self._scalars = Scalars(
+            seed=np.uint32(seed),
+            learning_rate=np.float32(settings.learning_rate),
+            warmup_steps=np.float32(settings.warmup_epochs * steps),
+            steps=np.float32(settings.epochs * steps),
         )
-        self.parameters = int(size)
+        self.parameters = int(parameters)
 
     @property
     def values(self) -> Variables:
-        """What the network has learned."""
+        """Return the parameters and statistics as they are now."""
         return self._state.values
 
     def inherit(self, parent: Architecture, trained: Variables) -> None:
-        """Begin with the parent's values where slot and shape agree."""
-        found = self._programs.inherit(self._architecture, parent, self.values, trained)
-        self._state = self._state._replace(values=found)
+        """Start from the parent's values where both architectures agree."""
+        values = self._programs.inherit(self._architecture, parent, self.values, trained)
+        self._state = self._state._replace(values=values)
 
     def run(self, rivals: Sequence[float] = ()) -> dict[str, float]:
-        """Fitness and metrics; FloatingPointError or TimeoutError ends it before."""
-        course, begun = self._course, time.perf_counter()
-        found: dict[str, float] = {"parameters": self.parameters}
+        """Train to the end and return the fitness and metrics.
+
+        Args:
+            rivals: Accuracies of the population's members after `stop_epoch`.
+
+        Raises:
+            FloatingPointError: The training diverged.
+            TimeoutError: It took longer than `timeout_s`.
+        """
+        settings, started = self._settings, time.perf_counter()
+        metrics: dict[str, float] = {"parameters": self.parameters}
         accuracies = []
-        for number in range(1, course.epochs + 1):
-            found["train_loss"] = self._epoch(number)
-            found["train_s"] = time.perf_counter() - begun
-            self._check_time(number, found["train_s"])
+        for number in range(1, settings.epochs + 1):
+            metrics["train_loss"] = self._epoch(number)
+            metrics["train_s"] = time.perf_counter() - started
+            self._check_time(number, metrics["train_s"])
             check_ending()
-            if number == course.stop_epoch:
-                found[RUNG] = self.accuracy()
-                if self._is_hopeless(found[RUNG], rivals):
-                    return {**found, "fitness": found[RUNG], "stopped_at_epoch": number}
-            if number > course.epochs - course.final_epochs:
+            if number == settings.stop_epoch:
+                metrics[RUNG] = self.accuracy()
+                if self._is_hopeless(metrics[RUNG], rivals):
+                    return {**metrics, "fitness": metrics[RUNG], "stopped_at_epoch": number}
+            if number > settings.epochs - settings.final_epochs:
                 accuracies.append(self.accuracy())
-        found["train_s"] = time.perf_counter() - begun
-        return {**found, "fitness": sum(accuracies) / len(accuracies)}
+        metrics["train_s"] = time.perf_counter() - started
+        return {**metrics, "fitness": sum(accuracies) / len(accuracies)}
 
     def accuracy(self) -> float:
-        """The fraction of the images held out that are classified rightly."""
+        """Return the validation accuracy: the fraction of the held-out images classified right."""
         split = self._programs.split
         held_out = (split.held_images, split.held_labels)
-        found = float(self._programs.validate(self._architecture, self.values, *held_out))
-        if math.isnan(found):
-            raise self._diverged("a score of the images held out is not finite")
-        return found
+        accuracy = float(self._programs.validate(self._architecture, self.values, *held_out))
+        if math.isnan(accuracy):
+            raise self._diverged("a score of a validation image is not finite")
+        return accuracy
 
     def _epoch(self, number: int) -> float:
         split = self._programs.split
         self._state, loss = self._programs.epoch(
-            self._state, self._architecture, self._plan, split.images, split.labels
+            self._state, self._architecture, self._scalars, split.images, split.labels
         )
-        loss = float(loss)  # waits, so that no more than one epoch is under way
+        loss = float(loss)  # waits, so that at most one epoch is queued
         if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss} in epoch {number} of {self._course.epochs}")
+            raise self._diverged(f"the loss is {loss} in epoch {number} of {self._settings.epochs}")
         return loss
 
     def _diverged(self, sign: str) -> FloatingPointError:
         return FloatingPointError(
-            f"{sign}: the training has diverged; give a lower learning_rate than "
-            f"{self._course.learning_rate:g}"
+            f"{sign}: the training has diverged; use a lower learning_rate than "
+            f"{self._settings.learning_rate:g}"
         )
 
     def _check_time(self, number: int, seconds: float) -> None:
-        limit = self._course.timeout_s
-        if limit is not None and seconds > limit and number < self._course.epochs:
+        limit, epochs = self._settings.timeout_s, self._settings.epochs
+        if limit is not None and seconds > limit and number < epochs:
             raise TimeoutError(
-                f"took {seconds:.3g} s for {number} of {self._course.epochs} epochs, more than "
-                f"timeout_s {limit:g}"
+                f"took {seconds:.3g} s for {number} of {epochs} epochs, more than timeout_s "
+                f"{limit:g}"
             )
 
     def _is_hopeless(self, accuracy: float, rivals: Sequence[float]) -> bool:
-        """Below the quantile of the rivals, if they are enough for one to be below it."""
-        quantile = self._course.stop_quantile
+        """Return whether the accuracy is below the rivals' quantile, if one rival can be too."""
+        quantile = self._settings.stop_quantile
         return len(rivals) * quantile >= 1 and accuracy < float(np.quantile(rivals, quantile))

@@ -1,13 +1,13 @@
-"""The three programs of a training: start, one epoch, and validation.
+"""Compile the three programs of a training: start, one epoch, and validation.
 
     state, parameters = start(architecture, seed)
     for each epoch:
-        state, loss = epoch(state, architecture, plan, images, labels)
+        state, loss = epoch(state, architecture, scalars, images, labels)
     accuracy = validate(architecture, state.values, held_images, held_labels)
 
-An epoch is one `lax.scan`, so that Python is not in the loop. They are compiled ahead of their
-first use, once for each device; with the interpreter that is all, as the architecture and the plan
-are data. Letters: N images, B images of a batch.
+An epoch is one `lax.scan`, so that no Python runs within it. The programs are compiled ahead of
+their first use, once for each device. With the interpreter that is all, because architecture and
+scalars are data. Letters: N images, B images of a batch.
 """
 
 import functools
@@ -25,18 +25,18 @@ from gpipe_jax.utils.text import format_bytes
 from nas.errors import TooLargeError
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Variables
-from nas.training.recipe import Plan, Recipe, rate
+from nas.training.recipe import Recipe, Scalars, learning_rate
 
-Device = Any  # jax.Device, which is no type to type checkers
+Device = Any  # jax.Device, which type checkers do not accept as a type
 
-VALIDATION_BATCH = 256  # at most
+MAX_VALIDATION_BATCH = 256  # images
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """Hold what a training step changes."""
 
     values: Variables
-    momentum: PyTree  # the optimizer's state
+    opt_state: PyTree
     step: jax.Array
 
 
@@ -44,14 +44,14 @@ class State(NamedTuple):
 
 
 def start(network: Network, recipe: Recipe, architecture: Architecture, seed: Any) -> tuple:
-    """A fresh state, and the number of parameters that the architecture uses."""
+    """Return the initial state, and the number of parameters that the architecture uses."""
     values = network.init(architecture, jax.random.fold_in(jax.random.key(seed), 0))
     size = sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves(network.used(architecture)))
     return fresh(recipe, values), size
 
 
 def fresh(recipe: Recipe, values: Variables) -> State:
-    """The state at the first step, from these values."""
+    """Return the state of the first step, from these values."""
     return State(values, recipe.optimizer.init(values.parameters), jnp.zeros((), jnp.int32))
 
 
@@ -60,22 +60,23 @@ def epoch(
     recipe: Recipe,
     state: State,
     architecture: Architecture,
-    plan: Plan,
+    scalars: Scalars,
     images_N: jax.Array,
     labels_N: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """The state after each batch has been seen, in a new order, and the mean loss.
+    """Train on every batch once, in a random order; return the new state and the mean loss.
 
-    What does not fill a batch is left out, other images in each epoch.
+    Images that do not fill a batch are left out, other ones in each epoch.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), state.step)
-    order, chance = jax.random.split(key)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(scalars.seed), 1), state.step)
+    order_key, augmentation_key = jax.random.split(key)
     B, N = recipe.batch_size, len(labels_N)
-    index_SB = jax.random.permutation(order, N)[: N // B * B].reshape(-1, B)
+    index_SB = jax.random.permutation(order_key, N)[: N // B * B].reshape(-1, B)
     used = network.used(architecture)
 
     def step(state: State, index_B: jax.Array) -> tuple[State, jax.Array]:
-        images = recipe.augmentation(images_N[index_B], jax.random.fold_in(chance, state.step))
+        step_key = jax.random.fold_in(augmentation_key, state.step)
+        images = recipe.augmentation(images_N[index_B], step_key)
 
         def loss(parameters: PyTree) -> tuple[jax.Array, PyTree]:
             values = state.values._replace(parameters=parameters)
@@ -84,12 +85,12 @@ def epoch(
 
         parameters = state.values.parameters
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
-        updates, momentum = recipe.optimizer.update(
-            gradients, state.momentum, parameters, decaying=used
+        updates, opt_state = recipe.optimizer.update(
+            gradients, state.opt_state, parameters, decaying=used
         )
-        now = rate(plan, state.step)
-        moved = jax.tree.map(lambda p, u: p - now.astype(p.dtype) * u, parameters, updates)
-        return State(Variables(moved, statistics), momentum, state.step + 1), value
+        rate = learning_rate(scalars, state.step)
+        parameters = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, parameters, updates)
+        return State(Variables(parameters, statistics), opt_state, state.step + 1), value
 
     state, losses = jax.lax.scan(step, state, index_SB)
     return state, losses.mean()
@@ -102,8 +103,8 @@ def validate(
     images_N: jax.Array,
     labels_N: jax.Array,
 ) -> jax.Array:
-    """The fraction of the images that are classified rightly; NaN if any score is not finite."""
-    batches = -(-len(labels_N) // VALIDATION_BATCH)
+    """Return the fraction of images classified right, or NaN if any score is not finite."""
+    batches = -(-len(labels_N) // MAX_VALIDATION_BATCH)
     B = -(-len(labels_N) // batches)
     pad = batches * B - len(labels_N)
     images = jnp.pad(images_N, ((0, pad), (0, 0), (0, 0), (0, 0))).reshape(
@@ -111,101 +112,106 @@ def validate(
     )
     labels = jnp.pad(labels_N, (0, pad), constant_values=-1).reshape(-1, B)
 
-    def hits(_: None, batch: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def count_right(_: None, batch: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
         scores, _ = network.apply(architecture, values, batch[0], train=False)
         return None, ((scores.argmax(-1) == batch[1]).sum(), jnp.isfinite(scores).all())
 
-    _, (found, finite) = jax.lax.scan(hits, None, (images, labels))
-    return jnp.where(finite.all(), found.sum() / len(labels_N), jnp.nan)
+    _, (right, is_finite) = jax.lax.scan(count_right, None, (images, labels))
+    return jnp.where(is_finite.all(), right.sum() / len(labels_N), jnp.nan)
 
 
 # --- compiled -------------------------------------------------------------------------------------
 
 
 class Programs(NamedTuple):
-    """Of one network on one device; with `Static`, of one architecture."""
+    """Hold the programs of one network on one device; with `Static`, of one architecture."""
 
     start: Callable
     epoch: Callable
     validate: Callable
     inherit: Callable
     batch_size: int
-    split: Split  # on the device, as are all results
+    split: Split  # on the device, as all results are
 
 
-KEPT = 32
-"""Of so many networks, or single architectures; those used least recently go, on all devices."""
+MAX_KEPT = 32
+"""Networks (with `Static`, architectures) whose programs are kept; the least recently used go."""
 
 
 class _Key(NamedTuple):
-    """What programs are compiled for."""
+    """Identify what programs are compiled for."""
 
     network: Network
     recipe: Recipe
-    structure: Any  # of an architecture; with `Static` it holds the architecture itself
-    leaves: tuple  # shapes and types of its data
+    structure: Any  # tree structure of an architecture; that of `Static` holds the architecture
+    leaves: tuple  # shapes and types of an architecture's arrays
     data: Data
     device: Device
 
 
-_programs: dict[_Key, Programs | TooLargeError] = {}  # the one used last at its end
-_lock = threading.Lock()  # of that
-_compiling: dict[_Key, threading.Lock] = {}  # of those that are being compiled
+_programs: dict[_Key, Programs | TooLargeError] = {}  # the most recently used last
+_lock = threading.Lock()  # of the two dictionaries
+_compiling: dict[_Key, threading.Lock] = {}  # held while programs are compiled
 
 
 def get(
     network: Network, recipe: Recipe, architecture: Architecture, data: Data
 ) -> tuple[Programs, bool]:
-    """The programs for this thread's device, and whether they have been compiled now.
+    """Return the programs for this thread's device, and whether this call compiled them.
 
-    TooLargeError if the device has too little memory for them, which is found out but once.
+    Raises:
+        TooLargeError: The device has too little memory; this is found out only once.
     """
     device = this_device()
-    like = lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype)  # noqa: E731
-    leaves, structure = jax.tree.flatten(jax.tree.map(like, architecture))
+
+    def shape_of(a: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype)
+
+    leaves, structure = jax.tree.flatten(jax.tree.map(shape_of, architecture))
     key = _Key(network, recipe, structure, tuple(leaves), data, device)
-    if found := _kept(key):  # without a wait for what others compile
-        return found, False
+    if programs := _look_up(key):  # does not wait while other programs are compiled
+        return programs, False
     with _lock:
         compiling = _compiling.setdefault(key, threading.Lock())
-    with compiling:  # of several threads that need it one compiles
-        if found := _kept(key):
-            return found, False
+    with compiling:  # one of the threads that need the programs compiles them
+        if programs := _look_up(key):
+            return programs, False
         try:
-            made = _compiled(network, recipe, jax.tree.unflatten(structure, leaves), data)
+            programs = _compile(network, recipe, jax.tree.unflatten(structure, leaves), data)
         except TooLargeError as error:
-            _keep(key, TooLargeError(*error.args))  # without its frames
+            _store(key, TooLargeError(*error.args))  # without its frames
             raise
-        _keep(key, made)
-        return made, True
+        _store(key, programs)
+        return programs, True
 
 
-def _kept(key: _Key) -> Programs | None:
+def _look_up(key: _Key) -> Programs | None:
     with _lock:
-        found = _programs.pop(key, None)
-        if found:
-            _programs[key] = found
-    if isinstance(found, TooLargeError):
-        raise TooLargeError(*found.args)
-    return found
+        stored = _programs.pop(key, None)
+        if stored:
+            _programs[key] = stored  # now the most recently used
+    if isinstance(stored, TooLargeError):
+        raise TooLargeError(*stored.args)
+    return stored
 
 
-def _keep(key: _Key, made: Programs | TooLargeError) -> None:
+def _store(key: _Key, programs: Programs | TooLargeError) -> None:
     with _lock:
-        _compiling.pop(key, None)  # those that wait have it
-        _programs[key] = made
-        for oldest in [*dict.fromkeys(map(_anywhere, reversed(_programs)))][KEPT:]:
-            for other in [other for other in _programs if _anywhere(other) == oldest]:
+        _compiling.pop(key, None)  # threads that wait hold a reference
+        _programs[key] = programs
+        recent_first = [*dict.fromkeys(map(_without_device, reversed(_programs)))]
+        for oldest in recent_first[MAX_KEPT:]:
+            for other in [other for other in _programs if _without_device(other) == oldest]:
                 del _programs[other]
 
 
-def _anywhere(key: _Key) -> _Key:
-    """The same for all devices, however many there are."""
+def _without_device(key: _Key) -> _Key:
+    """Return a key that the programs of all devices share."""
     return key._replace(device=None)
 
 
 def this_device() -> Device:
-    """Where this thread computes."""
+    """Return the device that this thread computes on."""
     chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009  # unknown to its stubs
     if isinstance(chosen, str):  # a platform
         return jax.local_devices(backend=chosen)[0]
@@ -214,33 +220,38 @@ def this_device() -> Device:
 
 @functools.lru_cache(maxsize=32)
 def _on_device(data: Data, dtype: str, device: Device) -> Split:
-    found = data.split()
-    cast = [a.astype(dtype) if a.dtype == np.float32 else a for a in found]
+    cast = [a.astype(dtype) if a.dtype == np.float32 else a for a in data.split()]
     return Split(*(jax.device_put(a, device) for a in cast))  # type: ignore[arg-type]
 
 
-def _compiled(network: Network, recipe: Recipe, architecture: Architecture, data: Data) -> Programs:
+def _compile(network: Network, recipe: Recipe, architecture: Architecture, data: Data) -> Programs:
     device = this_device()
-    here = SingleDeviceSharding(device)
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)  # noqa: E731
-    split = _on_device(data, network.shape.dtype, device)
-    architecture = jax.tree.map(like, architecture)
-    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=here)
-    number = jax.ShapeDtypeStruct((), np.float32, sharding=here)
-    plan = Plan(seed, number, number, number)
-    images, labels, held_images, held_labels = map(like, split)
+    sharding = SingleDeviceSharding(device)
 
-    first, one, check = _functions(network, recipe)
-    state, _ = jax.tree.map(like, jax.eval_shape(first, architecture, seed))
-    train = one.lower(state, architecture, plan, images, labels).compile()
+    def shape_of(a: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    split = _on_device(data, network.shape.dtype, device)
+    architecture = jax.tree.map(shape_of, architecture)
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding)
+    number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding)
+    scalars = Scalars(seed, number, number, number)
+    images, labels, held_images, held_labels = map(shape_of, split)
+
+    start_program, epoch_program, validate_program = _jitted(network, recipe)
+    state, _ = jax.tree.map(shape_of, jax.eval_shape(start_program, architecture, seed))
+    train = epoch_program.lower(state, architecture, scalars, images, labels).compile()
     check_memory(train, device, split)
+    if jax.tree.leaves(architecture):
+        compiled_start = start_program.lower(architecture, seed).compile()
+    else:
+        # The program of one architecture would run only once. Its operations, which others share,
+        # are quicker to compile one by one.
+        compiled_start = functools.partial(start, network, recipe)
     return Programs(
-        first.lower(architecture, seed).compile()
-        if jax.tree.leaves(architecture)
-        # Of one architecture it is run but once, which its parts, shared with others, do sooner.
-        else functools.partial(start, network, recipe),
+        compiled_start,
         train,
-        check.lower(architecture, state.values, held_images, held_labels).compile(),
+        validate_program.lower(architecture, state.values, held_images, held_labels).compile(),
         jax.jit(network.inherit),
         recipe.batch_size,
         split,
@@ -248,8 +259,8 @@ def _compiled(network: Network, recipe: Recipe, architecture: Architecture, data
 
 
 @functools.lru_cache(maxsize=8)
-def _functions(network: Network, recipe: Recipe) -> tuple[Any, Any, Any]:
-    """The same objects for every device, so that JAX traces them once."""
+def _jitted(network: Network, recipe: Recipe) -> tuple[Any, Any, Any]:
+    """Return start, epoch and validate, the same objects for all devices, traced only once."""
     return (
         jax.jit(functools.partial(start, network, recipe)),
         jax.jit(functools.partial(epoch, network, recipe), donate_argnums=0),
@@ -261,21 +272,21 @@ def _functions(network: Network, recipe: Recipe) -> tuple[Any, Any, Any]:
 
 
 def check_memory(program: Any, device: Device, split: Split) -> None:
-    """Raise TooLargeError if the device cannot hold a training: known before it is tried."""
+    """Raise TooLargeError if the device cannot hold a training, before it is tried."""
     analysis = program.memory_analysis()
     if analysis is None:
         return
-    need = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-    need += sum(a.nbytes for a in split[2:])
-    have = memory_of(device)
-    if need > have:
+    held_out = split.held_images.nbytes + split.held_labels.nbytes
+    needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + held_out
+    available = memory_of(device)
+    if needed > available:
         raise TooLargeError(
-            f"training needs {format_bytes(need)} and {device} has {format_bytes(have)}: give "
-            "a smaller batch_size, fewer filters or cells, or dtype bfloat16"
+            f"training needs {format_bytes(needed)} and {device} has {format_bytes(available)}; "
+            "use a smaller batch_size, fewer filters or cells, or dtype bfloat16"
         )
 
 
 def memory_of(device: Device) -> int:
-    """Bytes: the device's own, or the host's where it has none."""
-    known = device.memory_stats() or {}
-    return known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the device's memory in bytes, or the host's if it has none of its own."""
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,8 @@
-"""How a candidate is trained: stochastic gradient descent with momentum and a cosine schedule.
+"""Define how a candidate is trained: SGD with momentum, and a cosine schedule.
 
-That is the recipe of Real et al. for CIFAR-10 (https://arxiv.org/abs/1802.01548, section
-"Experiments": SGD with momentum 0.9, L2 5e-4, cosine), without their regularization of long runs.
+This is the recipe of Real et al. for CIFAR-10 (https://arxiv.org/abs/1802.01548, section
+"Experiments": SGD with momentum 0.9, L2 5e-4, cosine), without the regularization of their long
+trainings.
 """
 
 from dataclasses import dataclass
@@ -16,18 +17,18 @@ from gpipe_jax.training import optimizers
 from nas.training.datasets import Augmentation
 
 
-class Plan(NamedTuple):
-    """What may differ between trainings by the same program: scalars."""
+class Scalars(NamedTuple):
+    """Hold the scalars in which trainings by the same program may differ."""
 
     seed: Any
-    learning_rate: Any  # at its highest
-    warmup: Any  # steps of linear rise
-    steps: Any  # in all
+    learning_rate: Any  # peak
+    warmup_steps: Any  # steps of linear warm-up
+    steps: Any  # all steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is part of the program."""
+    """Hold the settings that are compiled into the program."""
 
     batch_size: int
     momentum: float
@@ -37,18 +38,21 @@ class Recipe:
 
     @property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """To be scaled by `- rate`; `update(..., decaying=)` says which entries decay."""
+        """Return the optimizer, whose updates are to be multiplied by `-learning_rate`.
+
+        `update(..., decaying=)` takes the elements that decay.
+        """
         decay = optimizers.weight_decay(self.weight_decay)
         return optax.chain(decay, optax.trace(self.momentum))
 
     def loss(self, scores: jax.Array, labels: jax.Array) -> jax.Array:
-        """The mean cross entropy of a batch, in nats."""
+        """Return the mean cross entropy of a batch, in nats."""
         return losses.classification(label_smoothing=self.label_smoothing)(scores, labels)[0].mean()
 
 
-def rate(plan: Plan, step: jax.Array) -> jax.Array:
-    """The learning rate of a step, from 0: a linear rise, then a cosine down to zero."""
-    rising = (step + 1) / jnp.maximum(plan.warmup, 1)
-    done = (step - plan.warmup) / jnp.maximum(plan.steps - plan.warmup, 1)
-    falling = (1 + jnp.cos(jnp.pi * done)) / 2
-    return plan.learning_rate * jnp.where(step < plan.warmup, rising, falling)
+def learning_rate(scalars: Scalars, step: jax.Array) -> jax.Array:
+    """Return the learning rate of a step (from 0): a linear rise, then a cosine down to zero."""
+    rising = (step + 1) / jnp.maximum(scalars.warmup_steps, 1)
+    progress = (step - scalars.warmup_steps) / jnp.maximum(scalars.steps - scalars.warmup_steps, 1)
+    falling = (1 + jnp.cos(jnp.pi * progress)) / 2
+    return scalars.learning_rate * jnp.where(step < scalars.warmup_steps, rising, falling)

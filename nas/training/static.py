@@ -1,4 +1,4 @@
-"""Networks as the pipeline has them: layers of `gpipe_jax.zoo.amoebanet.network`, compiled one by one."""
+"""Build networks as the pipeline has them: layers of `zoo.amoebanet`, compiled one by one."""
 
 import functools
 from dataclasses import dataclass
@@ -16,78 +16,93 @@ from nas.training.network import PyTree, Shape, Variables
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Fixed:
-    """An architecture that is part of the program: a pytree without leaves."""
+class StaticArchitecture:
+    """Hold an architecture that is part of the program: a pytree without leaves."""
 
     genotype: Genotype
 
 
 @dataclass(frozen=True)
 class Static:
-    """Each architecture a program of its own; parameters are tuples of the layers' trees.
+    """Build a separate program for each architecture; parameters are tuples of the layers' trees.
 
-    These are the trees of `gpipe_jax.sequential`, and so of checkpoints: with the key
-    `fold_in(jax.random.key(seed), 0)` they start as in a pipeline of that seed.
+    The trees are those of `gpipe_jax.sequential`, and so of checkpoints. With the key
+    `fold_in(jax.random.key(seed), 0)` the initial values are those of a pipeline with that seed.
     """
 
     shape: Shape
 
-    def encode(self, genotype: Genotype) -> Fixed:
-        """The genotype itself; ValueError if there is no such network."""
-        self.layers(Fixed(genotype))
-        return Fixed(genotype)
+    def encode(self, genotype: Genotype) -> StaticArchitecture:
+        """Wrap a genotype.
 
-    def layers(self, architecture: Fixed) -> list[Layer]:
-        """The layers of the network: a stem, cells, and a classifier."""
+        Raises:
+            ValueError: There is no such network.
+        """
+        architecture = StaticArchitecture(genotype)
+        self.layers(architecture)
+        return architecture
+
+    def layers(self, architecture: StaticArchitecture) -> list[Layer]:
+        """Return the layers of the network: a stem, cells, and a classifier."""
         return _layers(self.shape, architecture.genotype)
 
-    def init(self, architecture: Fixed, key: jax.Array) -> Variables:
-        """Fresh values."""
+    def init(self, architecture: StaticArchitecture, key: jax.Array) -> Variables:
+        """Draw initial values."""
         layers = self.layers(architecture)
-        parameters = [a.init(jax.random.fold_in(key, i), None) for i, a in enumerate(layers)]
+        parameters = [
+            layer.init(jax.random.fold_in(key, i), None) for i, layer in enumerate(layers)
+        ]
         return Variables(tuple(parameters), tuple(layer.init_statistics() for layer in layers))
 
     def apply(
-        self, architecture: Fixed, values: Variables, images: jax.Array, *, train: bool
+        self,
+        architecture: StaticArchitecture,
+        values: Variables,
+        images: jax.Array,
+        *,
+        train: bool,
     ) -> tuple[jax.Array, PyTree]:
-        """Scores [B, classes] of images [B, H, W, C], and the statistics after this call."""
+        """Return scores [B, classes] of images [B, H, W, C], and the new statistics."""
         layers, (parameters, statistics) = self.layers(architecture), values
-        # No layer of these networks draws anything.
-        key = jax.random.key(0)
+        key = jax.random.key(0)  # no layer of these networks draws random numbers
         scores, moments = sequential.forward(
             layers, parameters, statistics, images, key, train=train
         )
         if not train:
             return scores, statistics
         triples = zip(layers, statistics, moments, strict=True)
-        return scores, tuple(layer.commit(s, m) for layer, s, m in triples)
+        return scores, tuple(layer.commit(old, new) for layer, old, new in triples)
 
-    def used(self, architecture: Fixed) -> PyTree:
-        """Like the parameters: all ones."""
+    def used(self, architecture: StaticArchitecture) -> PyTree:
+        """Return ones in the shapes of the parameters: there is no padding."""
         shapes = [layer.shapes(None)[0] for layer in self.layers(architecture)]
         return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tuple(shapes))
 
     def inherit(
-        self, child: Fixed, parent: Fixed, fresh: Variables, trained: Variables
+        self,
+        child: StaticArchitecture,
+        parent: StaticArchitecture,
+        fresh: Variables,
+        trained: Variables,
     ) -> Variables:
-        """`fresh` values of a child, but its parent's `trained` ones where slot and shape agree.
+        """Return the parent's trained values where slot and shape agree, else the fresh values.
 
-        An operation agrees as a whole; a projection of concatenated states has the rows of those
+        An operation agrees as a whole. A projection of concatenated states inherits the rows of the
         states that both concatenate.
         """
-        outlines = zip(self._outlines(child), self._outlines(parent), strict=True)
+        readers = zip(self._concats_read(child), self._concats_read(parent), strict=True)
         values = zip(*fresh, strict=True), zip(*trained, strict=True)
-        found = [
-            _inherited(*pair, new, old) for pair, new, old in zip(outlines, *values, strict=True)
+        inherited = [
+            _inherited(*pair, new, old) for pair, new, old in zip(readers, *values, strict=True)
         ]
-        parameters, statistics = zip(*found, strict=True)
+        parameters, statistics = zip(*inherited, strict=True)
         return Variables(parameters, statistics)
 
-    def _outlines(self, architecture: Fixed) -> list["_Outline"]:
-        """Of the layers."""
-        concats = [_concat(layer) for layer in self.layers(architecture)]
-        # The two layers before each; the first two do not read so far back.
-        return [_Outline(concats[i], concats[i - 1], concats[i - 2]) for i in range(len(concats))]
+    def _concats_read(self, architecture: StaticArchitecture) -> list["_Concats"]:
+        """Return the concatenations that each layer makes and reads."""
+        own = [_own_concat(layer) for layer in self.layers(architecture)]
+        # Negative indices wrap around; the first two layers do not read so far back.
+        return [_Concats(own[i], own[i - 1], own[i - 2]) for i in range(len(own))]
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,67 +123,66 @@ def _layers(shape: Shape, genotype: Genotype) -> list[Layer]:
 # --- inheritance ----------------------------------------------------------------------------------
 
 
-class _Outline(NamedTuple):
-    """Of a layer: which states are concatenated by it, by the last layer, by the one before."""
+class _Concats(NamedTuple):
+    """Hold the states that are concatenated by a layer and by the two layers before it."""
 
     own: tuple[int, ...]
     last: tuple[int, ...]
-    before: tuple[int, ...]
+    before_last: tuple[int, ...]
 
-    def keys(self, path: tuple) -> list[tuple]:
-        """The names of a leaf's equal parts: of one, or of as many as there are states to read."""
+    def part_keys(self, path: tuple) -> list[tuple]:
+        """Name the equal parts of an array: one, or one for each state that a projection reads."""
         name, *rest = (key.key for key in path[1:])  # path[0]: parameters, or statistics
         if name == "outputs":
             return [(name, self.own[rest[0]], *rest[1:])]
-        reads = {"enter": self.last, "match": self.before, "linear": self.last}
-        if name in reads and rest[-1] in ("kernel", "even", "odd"):
-            return [(name, *rest, state) for state in reads[name]]
+        read_by = {"enter": self.last, "match": self.before_last, "linear": self.last}
+        if name in read_by and rest[-1] in ("kernel", "even", "odd"):
+            return [(name, *rest, state) for state in read_by[name]]
         return [(name, *rest)]
 
-    def parts(self, trees: PyTree) -> dict[tuple, jax.Array]:
-        """What is in the trees by such names."""
-        leaves = [(self.keys(path), a) for path, a in jax.tree.leaves_with_path(trees)]
-        return {
-            key: part
-            for keys, a in leaves
-            for key, part in zip(keys, jnp.split(a, len(keys), _rows(a)), strict=True)
-        }
+    def split(self, trees: PyTree) -> dict[tuple, jax.Array]:
+        """Return all parts of the trees' arrays by name."""
+        parts = {}
+        for path, a in jax.tree.leaves_with_path(trees):
+            keys = self.part_keys(path)
+            parts |= zip(keys, jnp.split(a, len(keys), _input_axis(a)), strict=True)
+        return parts
 
 
-def _concat(layer: Layer) -> tuple[int, ...]:
-    """The states that a cell concatenates; of the stem's output there is no more than one."""
+def _own_concat(layer: Layer) -> tuple[int, ...]:
+    """Return the states that a cell concatenates; the stem counts as one state."""
     assert isinstance(layer, ModuleLayer)
     cell = dict(layer.kwargs).get("cell")
     return cell.concat if cell else (0,)
 
 
-def _inherited(ours: _Outline, theirs: _Outline, fresh: PyTree, trained: PyTree) -> PyTree:
-    """(parameters, statistics) of a layer, part by part."""
-    new, old = ours.parts(fresh), theirs.parts(trained)
-    mine, others = _shapes(new), _shapes(old)
+def _inherited(ours: _Concats, theirs: _Concats, fresh: PyTree, trained: PyTree) -> PyTree:
+    """Return (parameters, statistics) of a layer, part by part."""
+    new, old = ours.split(fresh), theirs.split(trained)
+    our_shapes, their_shapes = _shapes_by_unit(new), _shapes_by_unit(old)
 
-    def one(path: tuple, a: jax.Array) -> jax.Array:
-        keys = ours.keys(path)
-        agree = [mine[_whole(key)] == others.get(_whole(key)) for key in keys]
-        found = [(old if same else new)[key] for key, same in zip(keys, agree, strict=True)]
-        return found[0] if len(found) == 1 else jnp.concatenate(found, _rows(a))
+    def choose(path: tuple, a: jax.Array) -> jax.Array:
+        parts = []
+        for key in ours.part_keys(path):
+            agrees = our_shapes[_unit(key)] == their_shapes.get(_unit(key))
+            parts.append((old if agrees else new)[key])
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, _input_axis(a))
 
-    return jax.tree.map_with_path(one, fresh)
+    return jax.tree.map_with_path(choose, fresh)
 
 
-def _whole(key: tuple) -> tuple:
-    """What a part is inherited with: all of an operation, or of an output."""
+def _unit(key: tuple) -> tuple:
+    """Name what a part is inherited together with: all of an operation, or of an output."""
     return key[:2] if key[0] in ("operations", "outputs") else key
 
 
-def _shapes(parts: dict[tuple, jax.Array]) -> dict[tuple, dict[tuple, Any]]:
-    """Of all that is inherited together."""
-    found: dict[tuple, dict[tuple, Any]] = {}
+def _shapes_by_unit(parts: dict[tuple, jax.Array]) -> dict[tuple, dict[tuple, Any]]:
+    shapes: dict[tuple, dict[tuple, Any]] = {}
     for key, a in parts.items():
-        found.setdefault(_whole(key), {})[key] = a.shape
-    return found
+        shapes.setdefault(_unit(key), {})[key] = a.shape
+    return shapes
 
 
-def _rows(a: jax.Array) -> int:
-    """The axis of a kernel's inputs; of what is no kernel, the first."""
+def _input_axis(a: jax.Array) -> int:
+    """Return the axis of a kernel's inputs; of other arrays, the first axis."""
     return max(a.ndim - 2, 0)

@@ -1,1 +1,1 @@
-"""Room."""
+"""Train every architecture of a cell space by one program, in which the architecture is data."""

@@ -1,4 +1,4 @@
-"""Genotypes as integer arrays, of one shape for all."""
+"""Encode genotypes as integer arrays whose shapes are the same for all genotypes of a space."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,61 +13,69 @@ Integers = jax.Array | np.ndarray | np.int32
 
 
 class Concat(NamedTuple):
-    """The states that form a cell's output; of `order` the first `count`, the rest is filling."""
+    """List the states that are concatenated to form a cell's output.
+
+    These are the first `count` of `order`; the rest of `order` is padding.
+    """
 
     order: Integers  # [S]
     count: Integers  # []
 
     def members(self) -> jax.Array:
-        """Whether each state is in the output, bool [S]."""
-        places = jnp.arange(jnp.size(self.order))
-        return ((jnp.asarray(self.order) == places[:, None]) & (places < self.count)).any(1)
+        """Return which states are in the output, bool [S]."""
+        positions = jnp.arange(jnp.size(self.order))
+        is_equal = jnp.asarray(self.order) == positions[:, None]
+        return (is_equal & (positions < self.count)).any(1)
 
 
-class CellCode(NamedTuple):
-    """A cell; slot j = 2 i + k is element k of pair i."""
+class CellEncoding(NamedTuple):
+    """Encode a cell. Slot j = 2 i + k is element k of pair i."""
 
-    operations: Integers  # [2 pairs], places in the list of operations
-    states: Integers  # [2 pairs], that the slots read
+    operations: Integers  # [slots], indices into the list of operations
+    states: Integers  # [slots], indices of the states that the slots read
     concat: Concat
 
 
-class Code(NamedTuple):
-    """A genotype."""
+class Encoding(NamedTuple):
+    """Encode a genotype."""
 
-    normal: CellCode
-    reduction: CellCode
+    normal: CellEncoding
+    reduction: CellEncoding
 
 
-def encode(genotype: Genotype, operations: Sequence[str], pairs: int) -> Code:
-    """The genotype with its `operations` as numbers; ValueError if one is not among these."""
-    return Code(
-        _cell("normal", genotype.normal, operations, pairs),
-        _cell("reduction", genotype.reduction, operations, pairs),
+def encode(genotype: Genotype, operations: Sequence[str], pairs: int) -> Encoding:
+    """Encode a genotype whose cells have so many `pairs` of these `operations`.
+
+    Raises:
+        ValueError: A cell has another number of pairs, or another operation.
+    """
+    return Encoding(
+        _encode_cell("normal", genotype.normal, operations, pairs),
+        _encode_cell("reduction", genotype.reduction, operations, pairs),
     )
 
 
-def _cell(kind: str, cell: Cell, operations: Sequence[str], pairs: int) -> CellCode:
+def _encode_cell(kind: str, cell: Cell, operations: Sequence[str], pairs: int) -> CellEncoding:
     if len(cell.pairs) != pairs:
         raise ValueError(
             f"the {kind} cell has {len(cell.pairs)} pairs, but this interpreter's cells have "
-            f"{pairs}; make one with `pairs={len(cell.pairs)}`"
+            f"{pairs}; make an interpreter with `pairs={len(cell.pairs)}`"
         )
-    elements = [element for pair in cell.pairs for element in pair]
-    unknown = sorted({name for name, _ in elements} - set(operations))
+    slots = [element for pair in cell.pairs for element in pair]
+    unknown = sorted({name for name, _ in slots} - set(operations))
     if unknown:
         raise ValueError(
             f"the {kind} cell has {', '.join(unknown)}, but this interpreter knows "
             f"{', '.join(operations)}; give all that are needed as `operations`"
         )
-    filled = [*cell.concat, *[0] * (cell.states - len(cell.concat))]
-    return CellCode(
-        np.array([operations.index(name) for name, _ in elements], np.int32),
-        np.array([state for _, state in elements], np.int32),
-        Concat(np.array(filled, np.int32), np.int32(len(cell.concat))),
+    padded = [*cell.concat, *[0] * (cell.states - len(cell.concat))]
+    return CellEncoding(
+        np.array([operations.index(name) for name, _ in slots], np.int32),
+        np.array([state for _, state in slots], np.int32),
+        Concat(np.array(padded, np.int32), np.int32(len(cell.concat))),
     )
 
 
-def whole(states: int) -> Concat:
-    """All of so many states, in their order."""
-    return Concat(np.arange(states, dtype=np.int32), np.int32(states))
+def all_states(count: int) -> Concat:
+    """Concatenate `count` states in their order."""
+    return Concat(np.arange(count, dtype=np.int32), np.int32(count))

@@ -1,7 +1,7 @@
-"""How an interpreted cell gets its states 0 and 1: from the buffers of earlier cells.
+"""Make states 0 and 1 of an interpreted cell from the outputs of earlier cells.
 
-A cell's output is the buffer of all its states [S, B, H, W, C]; whoever reads it is told which of
-them are concatenated.
+The output of a cell is the buffer of all its states, [S, B, H, W, C]. Its `Concat` says which of
+them are concatenated, and so which ones a later cell reads.
 """
 
 import functools
@@ -17,42 +17,41 @@ from gpipe_jax.layers.layer import Layer, layer
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.encoding import Concat
-from nas.training.interpreter.operation_union import call
-from nas.training.interpreter.parameter_table import Entries, entries, masked
-from nas.training.interpreter.projection import at, project
+from nas.training.interpreter.operation_union import apply_layer
+from nas.training.interpreter.parameter_table import ParameterTable, layer_tables, masked
+from nas.training.interpreter.projection import element, project
 from nas.training.interpreter.switch import switch
 
 
-class Norm(nnx.Module):
-    """A batch norm, in float32 at least."""
+class ProjectionNorm(nnx.Module):
+    """Apply a batch norm, which computes in float32 at least."""
 
     def __init__(self, features: int, *, norm: Normalization, rngs: nnx.Rngs) -> None:
         self.norm = norm.make(features, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Of x [B, H, W, features]."""
+        """Normalize x [B, H, W, features] and keep its type."""
         return self.norm(x).astype(x.dtype)
 
 
 @dataclass(frozen=True)
-class InputReader:
-    """relu, 1x1 convolution and batch norm of a concatenation: a state of `features`.
+class InputProjection:
+    """Make one input state from a buffer: concatenate, relu, 1x1 convolution and batch norm.
 
-    With `halve` at half the resolution. If it is `optional` it leaves out what a match leaves out:
-    where the concatenation is as wide as the state already, that is it.
+    `AmoebaCell` has the same layers under the names `enter` (state 0) and `match` (state 1).
     """
 
-    states: int  # of the buffer
+    states: int  # in the buffer that is read
     in_features: int  # of each of them
-    features: int
+    features: int  # of the input state
     norm: Normalization
-    halve: bool = False
-    optional: bool = False
+    halve: bool = False  # halve the resolution
+    optional: bool = False  # pass a concatenation through that is as wide as the state already
 
     @property
     def layer(self) -> Layer:
-        """The batch norm."""
-        return layer(Norm, features=self.features, norm=self.norm)
+        """Return the batch norm."""
+        return layer(ProjectionNorm, features=self.features, norm=self.norm)
 
     def __call__(
         self,
@@ -62,31 +61,40 @@ class InputReader:
         states: jax.Array,
         *,
         train: bool,
-        wanted: bool | jax.Array = True,
+        needed: bool | jax.Array = True,
     ) -> tuple[jax.Array, PyTree]:
-        """The state, or zero if it is not `wanted`; and the statistics after that."""
-        project = functools.partial(_project, self.layer, train)
-        if not self.optional:
-            return project(concat, parameters, statistics, states)
-        branches = (project, functools.partial(_pass, self.features), _nothing(self.features))
-        case = jnp.where(wanted, jnp.where(self.passes(concat), 1, 0), 2)
-        return switch(branches, case, concat, parameters, statistics, states)
+        """Return the input state, and the statistics after this call.
 
-    def passes(self, concat: Concat) -> Any:
-        """Whether the concatenation itself is the state."""
+        If the projection is `optional` and not `needed`, the state is zero and costs nothing.
+        """
+        project_states = functools.partial(_project, self.layer, train)
+        if not self.optional:
+            return project_states(concat, parameters, statistics, states)
+        branches = (
+            project_states,
+            functools.partial(_pass_through, self.features),
+            _zero(self.features),
+        )
+        branch = jnp.where(needed, jnp.where(self.passes_through(concat), 1, 0), 2)
+        return switch(branches, branch, concat, parameters, statistics, states)
+
+    def passes_through(self, concat: Concat) -> Any:
+        """Return whether the concatenation itself is the input state."""
         return self.optional & (concat.count * self.in_features == self.features)
 
-    def entries(self, concat: Concat) -> tuple[PyTree, PyTree]:
-        """What its parameters and statistics are."""
+    def tables(self, concat: Concat) -> tuple[PyTree, PyTree]:
+        """Describe the elements of its parameters and statistics."""
         halves = {"even": self.features // 2, "odd": self.features - self.features // 2}
         widths = halves if self.halve else {"kernel": self.features}
-        made = jnp.logical_not(self.passes(concat))
+        is_projected = jnp.logical_not(self.passes_through(concat))
         kernels = {}
         for name, width in widths.items():
-            one = entries({name: np.zeros((1, 1, self.in_features, width))})[name]
-            each = Entries(*(np.repeat(a[0], self.states, 0) for a in one))
-            kernels[name] = each.masked(concat.members() & made)
-        parameters, statistics = (masked(entries(tree), made) for tree in self.layer.shapes(None))
+            of_state = layer_tables({name: np.zeros((1, 1, self.in_features, width))})[name]
+            of_states = ParameterTable(*(np.repeat(a[0], self.states, 0) for a in of_state))
+            kernels[name] = of_states.masked(concat.members() & is_projected)
+        parameters, statistics = (
+            masked(layer_tables(shapes), is_projected) for shapes in self.layer.shapes(None)
+        )
         return {**kernels, **parameters}, statistics
 
 
@@ -95,25 +103,26 @@ def _project(
 ) -> tuple[jax.Array, PyTree]:
     kernels = {name: a for name, a in parameters.items() if name != "norm"}
     y = project(concat, kernels, states)
-    return call(norm, {"norm": parameters["norm"]}, statistics, y, train=train)
+    return apply_layer(norm, {"norm": parameters["norm"]}, statistics, y, train=train)
 
 
-def _pass(
+def _pass_through(
     features: int, concat: Concat, parameters: PyTree, statistics: PyTree, states: jax.Array
 ) -> tuple[jax.Array, PyTree]:
     del parameters
-    count = max(1, features // states.shape[-1])
-    parts = [at(states, jnp.asarray(concat.order)[k]) for k in range(min(count, len(states)))]
-    y = jnp.concatenate(parts, -1)
-    # Where the widths can't agree this branch is never taken, but must have the shape.
-    room = features - y.shape[-1]
-    return jax.lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0)] * 3 + [(0, room, 0)]), statistics
+    count = min(max(1, features // states.shape[-1]), len(states))
+    y = jnp.concatenate([element(states, jnp.asarray(concat.order)[k]) for k in range(count)], -1)
+    # Where no number of states makes up the width, this branch is never taken; its result must
+    # have the shape all the same.
+    missing = features - y.shape[-1]
+    padding = [(0, 0, 0)] * 3 + [(0, missing, 0)]
+    return jax.lax.pad(y, jnp.zeros((), y.dtype), padding), statistics
 
 
-@functools.cache
-def _nothing(features: int) -> Any:
-    def nothing(code: Any, parameters: Any, statistics: PyTree, states: jax.Array) -> tuple:
-        del code, parameters
+@functools.cache  # one object for all calls, so that JAX traces it once
+def _zero(features: int) -> Any:
+    def zero(concat: Any, parameters: Any, statistics: PyTree, states: jax.Array) -> tuple:
+        del concat, parameters
         return jnp.zeros((*states.shape[1:-1], features), states.dtype), statistics
 
-    return nothing
+    return zero

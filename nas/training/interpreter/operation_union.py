@@ -1,8 +1,13 @@
-"""Several layers of which one is chosen by a number, with parameters in one place for all.
+"""Choose one of several layers by a number, and store the parameters of any of them in one place.
 
-That place is one flat vector as long as the largest layer's parameters, of which a layer uses a
-prefix; likewise for statistics. One set of arrays for each layer would be twice as much, and so
-would the optimizer's.
+The place is one flat vector, as long as the parameters of the largest layer. A layer uses a prefix
+of it. The same holds for statistics:
+
+    parameters of sep_3x3   |##################......|
+    parameters of conv_1x1  |#######.................|     . unused
+    parameters of identity  |........................|
+
+Separate arrays for each layer would take about twice as much memory, and so would the optimizer's.
 """
 
 import functools
@@ -19,11 +24,11 @@ from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.operations import OPERATIONS
-from nas.training.interpreter.parameter_table import Entries, entries, is_entries
+from nas.training.interpreter.parameter_table import ParameterTable, is_table, layer_tables
 
 
 class Operation(nnx.Module):
-    """One of `gpipe_jax.zoo.amoebanet.operations`, by name."""
+    """Apply one of `gpipe_jax.zoo.amoebanet.operations`, chosen by name."""
 
     def __init__(
         self,
@@ -38,88 +43,96 @@ class Operation(nnx.Module):
         self.chosen = OPERATIONS[name](in_features, features, stride, norm=norm, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Of x [B, H, W, in_features]."""
+        """Apply the operation to x [B, H, W, in_features]."""
         return self.chosen(x)
 
 
-def call(
+def apply_layer(
     layer: Layer, parameters: PyTree, statistics: PyTree, x: PyTree, *, train: bool
 ) -> tuple[jax.Array, PyTree]:
-    """A layer's output, and its running statistics after that."""
-    context = Context(jax.random.key(0), train)  # none of these layers draws anything
+    """Return the output of a layer and its new running statistics."""
+    context = Context(jax.random.key(0), train)  # none of these layers draws random numbers
     y, moments = layer.apply(parameters, statistics, x, context)
     return y, layer.commit(statistics, moments) if train else statistics
 
 
 @dataclass(frozen=True)
-class Union:
-    """The layers to choose from. None is the choice of nothing, which has no parameters."""
+class OperationUnion:
+    """Hold the layers to choose from. None stands for no layer, which has no parameters."""
 
     layers: tuple[Layer | None, ...]
 
     @functools.cached_property
     def shapes(self) -> list[tuple[PyTree, PyTree]]:
-        """Of each layer's parameters and statistics."""
+        """Return the shapes of each layer's parameters and statistics."""
         return [({}, {}) if layer is None else layer.shapes(None) for layer in self.layers]
 
     @functools.cached_property
     def lengths(self) -> tuple[int, int]:
-        """Of the vectors of parameters and of statistics."""
+        """Return the lengths of the vectors of parameters and of statistics."""
         parameters, statistics = zip(*self.shapes, strict=True)
         return max(map(_size, parameters)), max(map(_size, statistics))
 
-    def call(
+    def apply(
         self, i: int, parameters: jax.Array, statistics: jax.Array, x: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Layer i, which is not nothing, with its prefix of both vectors."""
-        layer, (like_parameters, like_statistics) = self.layers[i], self.shapes[i]
-        assert layer is not None
-        p, s = unflatten(like_parameters, parameters), unflatten(like_statistics, statistics)
-        y, s = call(layer, p, s, x, train=train)
-        rest = statistics[_size(like_statistics) :]
-        new = flatten(s, statistics.dtype).astype(statistics.dtype)
-        return y, jnp.concatenate([new, rest])
+        """Apply layer i, which is not None, with its prefix of both vectors.
 
-    def tables(self) -> tuple[Entries, Entries]:
-        """What the entries of both vectors are, for each layer: arrays [layers, length]."""
+        Returns:
+            The output, and the vector of statistics after this call.
+        """
+        layer, (parameter_shapes, statistics_shapes) = self.layers[i], self.shapes[i]
+        assert layer is not None
+        own_parameters = unflatten(parameter_shapes, parameters)
+        own_statistics = unflatten(statistics_shapes, statistics)
+        y, own_statistics = apply_layer(layer, own_parameters, own_statistics, x, train=train)
+        padding = statistics[_size(statistics_shapes) :]
+        prefix = flatten(own_statistics, statistics.dtype).astype(statistics.dtype)
+        return y, jnp.concatenate([prefix, padding])
+
+    def tables(self) -> tuple[ParameterTable, ParameterTable]:
+        """Describe the elements of both vectors for each layer, in arrays [layers, length]."""
         names = [str(jax.tree.map(lambda a: a.shape, shapes)) for shapes in self.shapes]
         kinds = [names.index(name) for name in names]
-        columns = zip(*self.shapes, strict=True)
-        both = zip(columns, self.lengths, strict=True)
-        parameters, statistics = (_table(shapes, kinds, length) for shapes, length in both)
-        return parameters, statistics
+        (parameters, statistics), lengths = zip(*self.shapes, strict=True), self.lengths
+        return (
+            _stacked_table(parameters, kinds, lengths[0]),
+            _stacked_table(statistics, kinds, lengths[1]),
+        )
 
 
 def flatten(tree: PyTree, dtype: Any = jnp.float32) -> jax.Array:
-    """All leaves one after the other."""
+    """Concatenate all leaves to a vector."""
     return jnp.concatenate([jnp.zeros((0,), dtype), *map(jnp.ravel, jax.tree.leaves(tree))])
 
 
-def unflatten(like: PyTree, vector: jax.Array) -> PyTree:
-    """A tree with the shapes of `like` from a prefix of the vector."""
-    leaves, structure = jax.tree.flatten(like)
+def unflatten(shapes: PyTree, vector: jax.Array) -> PyTree:
+    """Return a tree of arrays of these shapes from a prefix of the vector."""
+    leaves, structure = jax.tree.flatten(shapes)
     sizes = [math.prod(a.shape) for a in leaves]
     ends = np.cumsum(sizes)
-    parts = [
+    arrays = [
         vector[end - size : end].reshape(a.shape)
         for a, size, end in zip(leaves, sizes, ends, strict=True)
     ]
-    return jax.tree.unflatten(structure, parts)
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _size(tree: PyTree) -> int:
     return sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
 
 
-def _table(shapes: tuple[PyTree, ...], kinds: list[int], length: int) -> Entries:
-    rows = [jax.tree.leaves(entries(tree), is_leaf=is_entries) for tree in shapes]
+def _stacked_table(shapes: tuple[PyTree, ...], kinds: list[int], length: int) -> ParameterTable:
+    """Return a table with a row for each layer, zero beyond the layer's own elements."""
+    tables = [jax.tree.leaves(layer_tables(tree), is_leaf=is_table) for tree in shapes]
 
-    def column(i: int) -> np.ndarray:
-        filled = np.zeros((len(rows), length), np.float32)
-        for row, leaves in zip(filled, rows, strict=True):
-            values = np.concatenate([np.zeros(0), *(np.ravel(leaf[i]) for leaf in leaves)])
+    def column(field: str) -> np.ndarray:
+        filled = np.zeros((len(tables), length), np.float32)
+        for row, leaves in zip(filled, tables, strict=True):
+            arrays = [np.ravel(getattr(leaf, field)) for leaf in leaves]
+            values = np.concatenate([np.zeros(0), *arrays])
             row[: len(values)] = values
         return filled
 
     kind = np.repeat(np.array(kinds, np.float32)[:, None], length, 1)
-    return Entries(column(0), column(1), column(2), kind)
+    return ParameterTable(column("spread"), column("start"), column("used"), kind)

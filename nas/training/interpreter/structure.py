@@ -1,6 +1,21 @@
-"""The cells of an interpreted network in order, and where their numbers are."""
+"""List the cells of an interpreted network, and group their parameters for loops over cells.
 
-from typing import NamedTuple
+A network of N = 3 has these cells; `positions` lists them in this order:
+
+    stem   first normal normal   reduction   normal normal normal   reduction   normal normal normal
+           `----- stack 0 ---'               `---- stack 1 -----'               `---- stack 2 -----'
+
+The first cell is apart, because it reads the stem. The normal cells of a stack have equal shapes,
+and one loop computes them all. So the tree of parameters, or of statistics, is
+
+    {"first": cell, "stacks": (stack, stack, stack), "reductions": (cell, cell)}
+
+A cell is {"enter", "match", "body"}; the first one has no match. A stack has the same names, and
+arrays with a leading axis over its cells. The match of its first cell is apart, as "start", because
+it reads a buffer of another shape than the matches of the others.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,108 +23,140 @@ import jax.numpy as jnp
 from gpipe_jax.genotypes.genotype import INPUTS
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
-from nas.training.interpreter.cell import Body
-from nas.training.interpreter.encoding import Code, Concat, whole
-from nas.training.interpreter.inputs import InputReader
-
-STEM = 3
-"""The stem is as wide as so many states of the first cell."""
+from nas.training.interpreter.cell import STEM_STATES, CellBody, CellKind
+from nas.training.interpreter.encoding import CellEncoding, Concat, Encoding, all_states
+from nas.training.interpreter.inputs import InputProjection
 
 
-class Spot(NamedTuple):
-    """One cell of a network."""
+class CellPosition(NamedTuple):
+    """Describe one cell of a network: its layers, and whose outputs they read."""
 
-    kind: str  # "first", "normal" or "reduction"
-    body: Body
-    enter: InputReader
-    match: InputReader | None  # the first cell has none
-    sources: tuple[str, str]  # whose outputs these read: "stem", "normal" or "reduction"
+    kind: CellKind
+    body: CellBody
+    enter: InputProjection  # makes state 0 from the output of the cell before
+    match: InputProjection | None  # makes state 1 from the one before that; none in the first cell
+    enter_source: str  # which kind of output is read: "stem", "normal" or "reduction"
+    match_source: str
+
+    def own(self, encoding: Encoding) -> CellEncoding:
+        """Return the encoding of this cell."""
+        return encoding.reduction if self.kind == "reduction" else encoding.normal
 
 
-def make_spots(
-    cells: int, filters: int, operations: tuple[str, ...], pairs: int, norm: Normalization
-) -> list[Spot]:
-    """All cells, for so many normal ones in each of the three stacks."""
-    normal = ["normal"] * cells
-    kinds = ["first", *normal[1:], "reduction", *normal, "reduction", *normal]
-    outputs = [("stem", filters, STEM)] * 2  # (what, features, states) of those made so far
-    spots, features = [], filters
-    for i, kind in enumerate(kinds):
-        features = 2 * features if kind == "reduction" else features
-        (skip, skip_features, skip_states), (x, x_features, x_states) = outputs[-2:]
-        halve = i > 0 and kinds[i - 1] == "reduction"
-        optional = not halve and skip != "stem"
-        match = InputReader(skip_states, skip_features, features, norm, halve, optional)
-        spots.append(
-            Spot(
-                kind,
-                Body(kind, operations, pairs, features, norm),
-                InputReader(x_states, x_features, features, norm),
-                None if kind == "first" else match,
-                (x, skip),
+class _Output(NamedTuple):
+    """Describe the output of a cell, or of the stem."""
+
+    source: str  # "stem", "normal" or "reduction"
+    features: int  # of each state
+    states: int
+
+
+def cell_positions(
+    cells_per_stack: int,
+    filters: int,
+    operations: tuple[str, ...],
+    pairs: int,
+    norm: Normalization,
+) -> list[CellPosition]:
+    """Return the positions of all cells in their order."""
+    stack: list[CellKind] = ["normal"] * cells_per_stack
+    kinds: list[CellKind] = ["first", *stack[1:], "reduction", *stack, "reduction", *stack]
+    last = before_last = _Output("stem", filters, STEM_STATES)
+    positions, features = [], filters
+    previous_kind = None
+    for kind in kinds:
+        if kind == "reduction":
+            features = 2 * features
+        enter = InputProjection(last.states, last.features, features, norm)
+        match = None
+        if kind != "first":
+            halve = previous_kind == "reduction"  # the output before that has twice the resolution
+            optional = not halve and before_last.source != "stem"
+            match = InputProjection(
+                before_last.states, before_last.features, features, norm, halve, optional
             )
-        )
-        outputs.append(("normal" if kind == "first" else kind, features, INPUTS + pairs))
-    return spots
+        body = CellBody(kind, operations, pairs, features, norm)
+        positions.append(CellPosition(kind, body, enter, match, last.source, before_last.source))
+        source = "reduction" if kind == "reduction" else "normal"
+        last, before_last = _Output(source, features, INPUTS + pairs), last
+        previous_kind = kind
+    return positions
 
 
-def concat_of(code: Code, source: str) -> Concat:
-    """What is concatenated there."""
-    return whole(STEM) if source == "stem" else getattr(code, source).concat
+def source_concat(encoding: Encoding, source: str) -> Concat:
+    """Return which states are concatenated in an output of this kind."""
+    if source == "stem":
+        return all_states(STEM_STATES)
+    return encoding.reduction.concat if source == "reduction" else encoding.normal.concat
 
 
 # --- the tree of parameters, or of statistics -----------------------------------------------------
 
 
-def join(spots: list[Spot], cells: list[PyTree]) -> PyTree:
-    """{"first", "stacks", "reductions"} from {"enter", "match", "body"} of each cell.
+class CellGroups(NamedTuple):
+    """Hold one item for each cell, in the groups that a network computes one after the other."""
 
-    Of the cells of a stack, arrays have them along the first axis; but the match of the first one
-    differs from the others', and is apart.
-    """
-    of = lambda kind: [cells[i] for i, spot in enumerate(spots) if spot.kind == kind]  # noqa: E731
-    stacks = tuple(_join_stack([cells[i] for i in run]) for run in _runs(spots))
-    return {"first": of("first")[0], "stacks": stacks, "reductions": tuple(of("reduction"))}
+    first: Any
+    stacks: tuple[list, ...]  # three lists, of normal cells
+    reductions: list  # two
+
+
+def group_cells(positions: list[CellPosition], items: list) -> CellGroups:
+    """Group items that are given in the order of the cells."""
+    stacks: list[list] = [[]]
+    reductions = []
+    first, *others = zip(positions, items, strict=True)
+    for position, item in others:
+        if position.kind == "reduction":
+            reductions.append(item)
+            stacks.append([])
+        else:
+            stacks[-1].append(item)
+    return CellGroups(first[1], tuple(stacks), reductions)
+
+
+def join_cells(positions: list[CellPosition], cells: list[PyTree]) -> PyTree:
+    """Return the tree of a network from {"enter", "match", "body"} of each cell."""
+    groups = group_cells(positions, cells)
+    return {
+        "first": groups.first,
+        "stacks": tuple(map(_join_stack, groups.stacks)),
+        "reductions": tuple(groups.reductions),
+    }
 
 
 def _join_stack(cells: list[PyTree]) -> PyTree:
     if not cells:
         return {}
-    stack = {name: stacked([cell[name] for cell in cells]) for name in ("enter", "body")}
+    stack = {name: stack_trees([cell[name] for cell in cells]) for name in ("enter", "body")}
     if len(cells) > 1:
-        stack["match"] = stacked([cell["match"] for cell in cells[1:]])
+        stack["match"] = stack_trees([cell["match"] for cell in cells[1:]])
     return {**stack, "start": cells[0]["match"]}
 
 
-def split(spots: list[Spot], tree: PyTree) -> list[PyTree]:
-    """The inverse of `join`."""
-    cells: list[PyTree] = [{}] * len(spots)
-    cells[0] = tree["first"]
-    reductions = [i for i, spot in enumerate(spots) if spot.kind == "reduction"]
-    for i, cell in zip(reductions, tree["reductions"], strict=True):
-        cells[i] = cell
-    for run, stack in zip(_runs(spots), tree["stacks"], strict=True):
-        for k, i in enumerate(run):
-            cells[i] = {name: _at(stack[name], k) for name in ("enter", "body")}
-            cells[i]["match"] = _at(stack["match"], k - 1) if k else stack["start"]
+def split_cells(positions: list[CellPosition], tree: PyTree) -> list[PyTree]:
+    """Return {"enter", "match", "body"} of each cell from the tree of a network."""
+    lengths = map(len, group_cells(positions, positions).stacks)
+    first_stack, *stacks = map(_split_stack, tree["stacks"], lengths)
+    cells = [tree["first"], *first_stack]
+    for reduction, stack in zip(tree["reductions"], stacks, strict=True):
+        cells += [reduction, *stack]
     return cells
 
 
-def _runs(spots: list[Spot]) -> list[list[int]]:
-    """The normal cells of each of the three stacks, but for the network's first."""
-    runs: list[list[int]] = [[]]
-    for i, spot in enumerate(spots):
-        if spot.kind == "reduction":
-            runs.append([])
-        elif spot.kind == "normal":
-            runs[-1].append(i)
-    return runs
+def _split_stack(stack: PyTree, length: int) -> list[PyTree]:
+    cells = []
+    for k in range(length):
+        cell = {name: _element(stack[name], k) for name in ("enter", "body")}
+        cell["match"] = stack["start"] if k == 0 else _element(stack["match"], k - 1)
+        cells.append(cell)
+    return cells
 
 
-def stacked(trees: list[PyTree]) -> PyTree:
-    """Arrays along a new first axis."""
+def stack_trees(trees: list[PyTree]) -> PyTree:
+    """Stack the arrays of equal trees along a new first axis."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
-def _at(tree: PyTree, i: int) -> PyTree:
+def _element(tree: PyTree, i: int) -> PyTree:
     return jax.tree.map(lambda a: a[i], tree)

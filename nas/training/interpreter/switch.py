@@ -1,4 +1,4 @@
-"""A conditional whose gradient is a second conditional."""
+"""Provide a conditional whose gradient is a second conditional."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from gpipe_jax.utils.trees import PyTree
 def switch(
     branches: tuple[Callable, ...],
     index: jax.Array,
-    code: PyTree,
+    integers: PyTree,
     parameters: PyTree,
     statistics: PyTree,
     x: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """`branches[index](code, parameters, statistics, x)`, which is (y, statistics).
+    """Return `branches[index](integers, parameters, statistics, x)`, a pair (y, statistics).
 
-    y can be differentiated by parameters and x. Only the arguments are saved for that, and the
-    branch is computed again; JAX's own gradient saves what any of the branches would need.
+    y can be differentiated by `parameters` and `x`. The forward pass saves the arguments only, and
+    the backward pass computes the branch again. JAX's own gradient of `lax.switch` would save what
+    any of the branches needs.
     """
-    return lax.switch(index, branches, code, parameters, statistics, x)
+    return lax.switch(index, branches, integers, parameters, statistics, x)
 
 
 def _forward(branches: tuple[Callable, ...], *arguments: Any) -> tuple:
@@ -35,16 +36,19 @@ def _backward(branches: tuple[Callable, ...], saved: tuple, cotangents: tuple) -
     index, *arguments = saved
 
     def gradient(branch: Callable) -> Callable:
-        def run(code: PyTree, parameters: PyTree, statistics: PyTree, x: PyTree, dy: PyTree) -> Any:
+        def run(
+            integers: PyTree, parameters: PyTree, statistics: PyTree, x: PyTree, dy: PyTree
+        ) -> Any:
             def value(parameters: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-                return branch(code, parameters, statistics, x)
+                return branch(integers, parameters, statistics, x)
 
-            _, pull, _ = jax.vjp(value, parameters, x, has_aux=True)
-            return pull(dy)
+            _, pull_back, _ = jax.vjp(value, parameters, x, has_aux=True)
+            return pull_back(dy)
 
         return run
 
-    dparameters, dx = lax.switch(index, [*map(gradient, branches)], *arguments, cotangents[0])
+    dy, _ = cotangents  # statistics are not differentiated
+    dparameters, dx = lax.switch(index, [*map(gradient, branches)], *arguments, dy)
     return None, None, dparameters, None, dx
 
 

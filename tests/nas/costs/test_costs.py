@@ -194,8 +194,8 @@ def test_of_a_config(tpu) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("training", {"latency_ms": 1}, "latency_ms needs a topology to compile for; give one"),
-        ("function", {"params_m": 1}, "limits need evaluate.kind table or training, as of a func"),
+        ("training", {"latency_ms": 1}, "latency_ms needs a topology to compile for; add one"),
+        ("function", {"params_m": 1}, "limits need evaluate.kind table or training, because"),
         ("function", {"topology": "v5e:1x1"}, "limits need evaluate.kind table or training"),
         ("table", {"topology": "v5e:1x1"}, "latency and memory are not in the table; use params_m"),
     ],
@@ -207,7 +207,7 @@ def test_limits_that_cannot_be(kind, given, message) -> None:
 
 
 def test_what_is_missing(monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"`topology` is not given, but latency_ms and memory_mib"):
+    with pytest.raises(ValueError, match=r"`topology` is None, but latency_ms and memory_mib"):
         NetworkCosts().latency_ms(genotypes(1)[0])
     monkeypatch.setattr(libtpu, "versions", lambda: {"libtpu": None})
     with pytest.raises(

@@ -79,13 +79,13 @@ def run(script, monkeypatch, *arguments: str) -> int:
 
 
 def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
-    def one(evaluators, network, number, genotype):
+    def train(evaluators, network, number, genotype):
         trained.append((number, genotype))
         found = {"seconds": 1, "train_s": 1, "fitness": number, "compilations": 3}
         return dict.fromkeys(script.trained_by_both.TRAINED, found)
 
     trained = []
-    monkeypatch.setattr(script.trained_by_both, "one", one)
+    monkeypatch.setattr(script.trained_by_both, "train", train)
     small = ("space.pairs=2", "space.operations=[sep_3x3, conv_1x1]")
     config = ("--config", str(SCRIPTS.parent / "configs" / "search_digits.yaml"), *small)
     options = ("--architectures", "0", "--first", "2", "--trained", "3")
@@ -109,7 +109,7 @@ def test_static_trains_again_from_values_that_differ_in_the_last_digit(
     monkeypatch.setattr(script.trained_by_both, "to_static", lambda *given: given[-1])
     evaluator = SimpleNamespace(run=str(tmp_path), evaluate=evaluate)
     builders = dict.fromkeys(("interpreter", "static"), evaluator)
-    assert list(script.trained_by_both.one(builders, network, 7, genotype)) == [
+    assert list(script.trained_by_both.train(builders, network, 7, genotype)) == [
         "interpreter",
         "static",
         "itself",
@@ -149,11 +149,11 @@ def test_bad_input_is_known_before_anything_is_measured(
 
 @pytest.mark.parametrize("error", [FloatingPointError, TooLargeError])
 def test_a_training_that_fails_is_said_in_a_line(script, monkeypatch, capsys, error) -> None:
-    def one(*_):
+    def train(*_):
         raise error("the loss is nan")
 
     monkeypatch.chdir(SCRIPTS.parent)
-    monkeypatch.setattr(script.trained_by_both, "one", one)
+    monkeypatch.setattr(script.trained_by_both, "train", train)
     assert run(script, monkeypatch, "--architectures", "0") == 1
     assert capsys.readouterr().err == "benchmark_interpreter.py: the loss is nan\n"
 

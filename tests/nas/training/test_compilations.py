@@ -71,9 +71,9 @@ def programs_of(network: Any, architecture: Any = ()) -> tuple[Any, bool]:
 @pytest.fixture
 def uncompiled(monkeypatch) -> None:
     """Programs are their network, and two are kept."""
-    monkeypatch.setattr(programs, "_compiled", lambda network, *_: network)
+    monkeypatch.setattr(programs, "_compile", lambda network, *_: network)
     monkeypatch.setattr(programs, "_programs", {})
-    monkeypatch.setattr(programs, "KEPT", 2)
+    monkeypatch.setattr(programs, "MAX_KEPT", 2)
 
 
 def test_the_programs_used_least_recently_go(uncompiled) -> None:
@@ -101,7 +101,7 @@ def test_no_program_waits_for_the_compilation_of_another(uncompiled, monkeypatch
         return network
 
     begun, end = threading.Event(), threading.Event()
-    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(programs, "_compile", compiled)
     programs_of("ready")
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(programs_of, "slow")
@@ -121,7 +121,7 @@ def test_what_is_too_large_is_compiled_but_once(uncompiled, monkeypatch) -> None
         raise errors.TooLargeError("training needs 9 GiB")
 
     count: list[tuple] = []
-    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(programs, "_compile", compiled)
     for _ in range(3):
         with pytest.raises(MemoryError, match="training needs 9 GiB"):
             programs_of("large", np.zeros(3))
@@ -143,4 +143,4 @@ def test_threads_that_need_different_programs(uncompiled) -> None:
 
 def test_the_default_folder(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert cache.default() == Path("/caches/gpipe-jax/jax")
+    assert cache.default_folder() == Path("/caches/gpipe-jax/jax")

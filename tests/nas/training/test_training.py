@@ -21,7 +21,7 @@ from nas.training import programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.loop import Training
 from nas.training.network import Variables
-from nas.training.recipe import Plan, rate
+from nas.training.recipe import Scalars, learning_rate
 from nas.workers import task
 
 
@@ -73,7 +73,7 @@ def test_an_epoch_is_this_loop() -> None:
     network, recipe = evaluator.network(), replace(evaluator._recipe(), augmentation=Augmentation())
     architecture = network.encode(job().architecture)
     data = Split(*map(jnp.asarray, evaluator._data().split()))
-    plan = Plan(np.uint32(7), np.float32(0.3), np.float32(3), np.float32(6))
+    scalars = Scalars(np.uint32(7), np.float32(0.3), np.float32(3), np.float32(6))
     state, _ = programs.start(network, recipe, architecture, 7)
     seen = []
 
@@ -104,7 +104,7 @@ def test_an_epoch_is_this_loop() -> None:
             moved = jax.tree.map(lambda p, v: p - now * v, want.parameters, velocity)  # noqa: B023
             want, step = Variables(moved, new), step + 1
         state, mean = jax.jit(functools.partial(programs.epoch, network, recipe))(
-            state, architecture, plan, data.images, data.labels
+            state, architecture, scalars, data.images, data.labels
         )
         np.testing.assert_allclose(mean, np.mean(losses), rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), state.values, want)
@@ -113,8 +113,8 @@ def test_an_epoch_is_this_loop() -> None:
 
 
 def test_the_learning_rate_rises_and_falls_to_zero() -> None:
-    plan = Plan(0, 0.5, 4.0, 10.0)
-    rates = [float(rate(plan, jnp.int32(step))) for step in range(11)]
+    scalars = Scalars(0, 0.5, 4.0, 10.0)
+    rates = [float(learning_rate(scalars, jnp.int32(step))) for step in range(11)]
     np.testing.assert_allclose(rates[:5], [0.125, 0.25, 0.375, 0.5, 0.5])
     assert all(a > b for a, b in pairwise(rates[4:])) and abs(rates[10]) < 1e-7
 
@@ -132,9 +132,9 @@ def test_what_is_not_used_never_changes_and_does_not_count() -> None:
         lambda a, u: jnp.where(u, a, 3.0), state.values.parameters, network.used(architecture)
     )
     state = programs.fresh(recipe, state.values._replace(parameters=full))
-    plan = Plan(np.uint32(0), np.float32(0.1), np.float32(0), np.float32(8))
+    scalars = Scalars(np.uint32(0), np.float32(0.1), np.float32(0), np.float32(8))
     one = jax.jit(functools.partial(programs.epoch, network, recipe))
-    after, _ = one(state, architecture, plan, data.images, data.labels)
+    after, _ = one(state, architecture, scalars, data.images, data.labels)
     for name, used in network.used(architecture).items():
         old, new = full[name], after.values.parameters[name]
         assert ((old != new) == (used > 0))[np.abs(old) > 1e-6].mean() > 0.95
@@ -187,7 +187,7 @@ def test_a_file_of_images(tmp_path) -> None:
     assert evaluator.evaluate(job())["fitness"] > 0.5
     np.savez(tmp_path / "flat.npz", inputs=inputs.reshape(200, -1), labels=labels)
     with pytest.raises(ValueError, match=r"inputs have the shape \[180, 72\]: .*square images"):
-        toy(data=str(tmp_path / "flat.npz"), examples=None).data_fits()
+        toy(data=str(tmp_path / "flat.npz"), examples=None).load_data()
 
 
 def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
@@ -207,7 +207,7 @@ def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
     with pytest.raises(MismatchError, match=r"evaluate.data is 'a file of SHA-256 .*' there, 'a f"):
         found(path, noise, 10)
     other = toy(data=str(path), **options)
-    assert (other.data_fits().images == noise[0]).all((1, 2, 3)).any()
+    assert (other.load_data().images == noise[0]).all((1, 2, 3)).any()
     assert other.evaluate(job())["fitness"] < best - 0.1
 
 

@@ -69,7 +69,7 @@ class ToyEvaluator(TrainingEvaluator):
     name: str = field(default="toy")
 
     def network(self) -> Any:
-        found = self.data_fits()
+        found = self.load_data()
         _, size, _, channels = found.images.shape
         sizes = (self.cells_per_stack, self.filters, size, channels, found.classes)
         return Toy(Shape(*sizes, dtype=self.dtype))
