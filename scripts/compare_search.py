@@ -2,12 +2,14 @@
 
     python scripts/compare_search.py [CONFIG] [a.b=c ...] [--seeds 3] [--folder FOLDER] [--json]
 
-CONFIG is of a search (configs/search_digits.yaml). Budgets are equal (results, of which the cache
-gives some) and seeds, evolution.seed and the next, are paired: with one seed all three begin with
-the same random architectures, trained alike. Reported are the mean validation accuracy of the
-population's last 50 (of all if it is smaller), and that of the best candidate after it was trained
-again, longer (nan if that failed, in JSON null); and a plot, FOLDER/compare.png. Each run is a
-search of its own in FOLDER: what was interrupted goes on, and what is done is not done again.
+CONFIG is the config of a search (configs/search_digits.yaml). The budgets are equal: the number of
+results, some of which the cache gives. The seeds, evolution.seed and the next ones, are paired:
+with one seed all three algorithms begin with the same random architectures, trained alike.
+
+The table has the mean validation accuracy of the population's last 50 members (of all if it is
+smaller), and that of the best candidate after it was trained again, for longer (nan if that failed,
+null in JSON). A plot is written to FOLDER/compare.png. Each run is a search of its own in FOLDER.
+Run the same command again to resume; finished runs are not repeated.
 """
 
 import argparse
@@ -24,11 +26,10 @@ from typing import Any
 
 import nas
 from gpipe_jax.config import loader
-from gpipe_jax.utils import console
-from gpipe_jax.utils import figures as figure
+from gpipe_jax.utils import console, figures
 from nas import from_config
 from nas.config import SearchConfig
-from nas.evaluators import evaluator as evaluate
+from nas.evaluators import evaluator as evaluators
 from nas.evaluators.evaluator import Job
 from nas.export import final_ranking
 from nas.storage import queries
@@ -41,76 +42,78 @@ Measured = dict[str, list[float]]  # by algorithm, for each seed
 
 @dataclass(frozen=True)
 class Remembered:
-    """Trains what runs of one seed have in common, such as their first candidates, only once.
+    """Train only once what the runs of one seed have in common, such as their first candidates.
 
-    All chance comes from the job's seed, so that it would be the same again: `check` refuses
-    configs by which a result depends on more than that.
+    All randomness comes from the job's seed, so the result would be the same again. `check` refuses
+    configs with which a result depends on more than that.
     """
 
     evaluator: TrainingEvaluator
-    found: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    results: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def grace_s(self) -> float:
-        """As of the inner one: it is the first algorithm that compiles, for all."""
+        """Delegate to the wrapped evaluator: the first algorithm compiles for all."""
         return self.evaluator.grace_s
 
     @property
     def goes_by(self) -> dict[str, Any]:
-        """As the inner one: a folder goes on with the same training only."""
-        return evaluate.identity_of(self.evaluator)
+        """Delegate to the wrapped evaluator: a search resumes only with the same training."""
+        return evaluators.identity_of(self.evaluator)
 
     def in_search(self, *search: Any) -> "Remembered":
-        """With the inner one told what it is to serve."""
+        """Delegate to the wrapped evaluator."""
         return replace(self, evaluator=self.evaluator.in_search(*search))
 
     def evaluate(self, job: Job) -> dict[str, Any]:
-        """As before, or else for the first time."""
+        """Return the result of this architecture and seed, trained now if it is new."""
         key = (job.architecture.to_json(), job.seed)
-        if key not in self.found:
-            self.found[key] = self.evaluator.evaluate(job)
-        return self.found[key]
+        if key not in self.results:
+            self.results[key] = self.evaluator.evaluate(job)
+        return self.results[key]
 
 
 def check(config: SearchConfig) -> None:
-    """ValueError if the runs of a seed cannot share what they train, or would not be as long."""
+    """Raise ValueError if the runs of a seed cannot share trainings, or would differ in length."""
     evaluate, policy = config.evaluate, config.evolution.fitness_policy
     if evaluate.kind != "training":
-        raise ValueError(f"evaluate.kind {evaluate.kind}: only training is compared; use training")
+        raise ValueError(
+            f"evaluate.kind {evaluate.kind}: only training can be compared; use training"
+        )
     if evaluate.stop_epoch is not None:
         raise ValueError(
             f"evaluate.stop_epoch {evaluate.stop_epoch}: candidates are trained once for all "
-            "algorithms, and this stops them by one population; leave it out"
+            "algorithms, but this stops them by one population; remove it"
         )
     if policy != "stored":
         raise ValueError(
             f"evolution.fitness_policy {policy}: candidates are trained once for all algorithms, "
-            "and this trains them again in each; use stored"
+            "but this trains them again in each; use stored"
         )
     if config.evolution.algorithm != "aging":
         raise ValueError(
             f"evolution.algorithm {config.evolution.algorithm}: this compares "
-            f"{', '.join(ALGORITHMS)}; leave it out"
+            f"{', '.join(ALGORITHMS)}; remove it"
         )
     for name in ("target", "time_limit_s"):
         value = getattr(config.run, name)
         if value is not None:
             raise ValueError(
-                f"run.{name} {value:g}: budgets are to be equal, and this ends some runs before "
-                "run.cycles results; leave it out"
+                f"run.{name} {value:g}: budgets must be equal, but this ends some runs before "
+                "run.cycles results; remove it"
             )
 
 
 def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **named: Any) -> Any:
-    """One run to its end, named by its algorithm and seed."""
+    """Run one search to its end, named by its algorithm and seed."""
     algorithm, seed = overrides["algorithm"], overrides["seed"]
     arguments = {**from_config.arguments(config), **overrides, **named}
     started = time.perf_counter()
     result = nas.search(name=f"{algorithm}-{seed}", folder=folder, **arguments)
     counts = result.counts
     print(
-        f"{algorithm}, seed {seed}: {counts.results} results, {counts.cache_hits} of them the "
-        f"cache's, best {result.best.fitness:.4f}, {time.perf_counter() - started:.0f} s",
+        f"{algorithm}, seed {seed}: {counts.results} results, {counts.cache_hits} of them from "
+        f"the cache, best {result.best.fitness:.4f}, {time.perf_counter() - started:.0f} s",
         flush=True,
     )
     return result
@@ -119,39 +122,42 @@ def search(config: SearchConfig, overrides: dict[str, Any], folder: Path, **name
 def compare(
     config: SearchConfig, seeds: int, folder: Path, epochs: int | None
 ) -> tuple[dict[str, list[Any]], dict[str, Measured]]:
-    """The runs by algorithm, and what is measured of each."""
-    trains = from_config.arguments(config)["evaluate"]
-    final_ranking.for_longer(trains, epochs)  # an error is raised before the runs, not after
+    """Return the runs by algorithm, and the measures of each."""
+    evaluator = from_config.arguments(config)["evaluate"]
+    final_ranking.for_longer(evaluator, epochs)  # for its errors, before the runs
     runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
     members = min(LAST, config.evolution.population)
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     first = config.evolution.seed
     for seed in range(first, first + seeds):
-        shared = Remembered(trains)
+        shared = Remembered(evaluator)
         for algorithm in ALGORITHMS:
             overrides = {"algorithm": algorithm, "seed": seed}
             result = search(config, overrides, folder, evaluate=shared)
             runs[algorithm].append(result)
             last[algorithm].append(mean_of_the_last(result))
-            (best,) = final_ranking.rank(result.reader, result.space, trains, 1, epochs=epochs)
+            (best,) = final_ranking.rank(result.reader, result.space, evaluator, 1, epochs=epochs)
             again[algorithm].append(math.nan if best.fitness is None else best.fitness)
     return runs, {f"population's last {members}": last, "best trained again": again}
 
 
 def mean_of_the_last(result: Any) -> float:
-    """Fitness of the members trained last."""
+    """Return the mean fitness of the members that were trained last."""
     return fmean(row.fitness or 0.0 for row in result.reader.population()[-LAST:])
 
 
 def table(measured: dict[str, Measured], better: Callable[[float], float]) -> list[str]:
-    """Lines: of each measure and algorithm all seeds, the mean, and how far aging is ahead."""
+    """Return a line for each measure and algorithm: the mean, all seeds, and the lead of aging.
+
+    `better` turns a difference into a lead: it changes the sign if less is better.
+    """
     lines = []
-    for what, by_algorithm in measured.items():
+    for measure, by_algorithm in measured.items():
         for algorithm, values in by_algorithm.items():
             ahead = [better(a - b) for a, b in zip(by_algorithm["aging"], values, strict=True)]
             shown = " ".join(f"{value:.4f}" for value in values)
-            line = f"{what:<22} {algorithm:<10} {fmean(values):.4f}  ({shown})"
+            line = f"{measure:<22} {algorithm:<10} {fmean(values):.4f}  ({shown})"
             if algorithm != "aging":
                 line += f"  aging ahead by {fmean(ahead):+.4f}{_error(ahead)}"
             lines.append(line)
@@ -165,34 +171,37 @@ def _error(values: list[float]) -> str:
 
 
 def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, list[float | None]]]:
-    """The same with None for NaN, which JSON does not have."""
+    """Replace NaN, which JSON does not have, by None."""
     return {
-        what: {name: [v if math.isfinite(v) else None for v in of] for name, of in each.items()}
-        for what, each in measured.items()
+        measure: {
+            algorithm: [value if math.isfinite(value) else None for value in values]
+            for algorithm, values in by_algorithm.items()
+        }
+        for measure, by_algorithm in measured.items()
     }
 
 
 def plot(runs: dict[str, list[Any]], path: Path) -> None:
-    """Mean fitness of the last 50 results, and the best so far: mean and range over the seeds."""
-    shown = figure.new_figure(10, 4)
-    left, right = shown.subplots(1, 2)
+    """Plot the mean of the last 50 results and the best so far: mean and range over the seeds."""
+    figure = figures.new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
     for algorithm, color in ALGORITHMS.items():
-        found = [queries.progress(result.reader) for result in runs[algorithm]]
-        length = min(len(each.fitness) for each in found)
+        courses = [queries.progress(result.reader) for result in runs[algorithm]]
+        length = min(len(each.fitness) for each in courses)
         recent = [
             [fmean(each.fitness[max(0, n - LAST) : n]) for n in range(1, length + 1)]
-            for each in found
+            for each in courses
         ]
-        for axes, curves in ((left, recent), (right, [each.best[:length] for each in found])):
+        for axes, curves in ((left, recent), (right, [each.best[:length] for each in courses])):
             columns = list(zip(*curves, strict=True))
-            places = range(1, length + 1)
-            axes.plot(places, [fmean(c) for c in columns], color=color, label=algorithm)
+            counts = range(1, length + 1)
+            axes.plot(counts, [fmean(c) for c in columns], color=color, label=algorithm)
             low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axes.fill_between(places, low, high, color=color, alpha=0.15, lw=0)
+            axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
     for axes, title in ((left, f"mean of the last {LAST} results"), (right, "best so far")):
         axes.set(title=title, xlabel="candidates with a fitness", ylabel="validation accuracy")
         axes.legend(frameon=False)
-    path.write_bytes(figure.to_png(shown))
+    path.write_bytes(figures.to_png(figure))
 
 
 def main() -> int:
@@ -201,8 +210,14 @@ def main() -> int:
     parser.add_argument("config", nargs="?", default="configs/search_digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values of the config")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (3)")
-    parser.add_argument("--epochs", type=int, help="of the best, trained again (three times more)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of the runs")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="epochs of the best, trained again (3 x the search's)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/compare"), help="folder of the runs"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_intermixed_args()
     if options.seeds < 1:
@@ -217,13 +232,15 @@ def main() -> int:
     except (RuntimeError, TypeError) as error:
         return console.fail(error, 1, "compare_search.py")
     except KeyboardInterrupt:
-        return console.fail("interrupted; the same command goes on", 130, "compare_search.py")
+        return console.fail(
+            "interrupted; run the same command again to resume", 130, "compare_search.py"
+        )
 
 
 def _run(options: argparse.Namespace) -> int:
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     check(config)
-    figure.new_figure(1, 1)  # whether there will be a plot is known before the runs
+    figures.new_figure(1, 1)  # for the error without matplotlib, before the runs
     runs, measured = compare(config, options.seeds, options.folder, options.epochs)
     sign = 1 if config.evolution.maximise else -1
     print("\n".join(table(measured, lambda value: sign * value)))
@@ -231,8 +248,8 @@ def _run(options: argparse.Namespace) -> int:
     plot(runs, picture)
     print(f"plot: {picture}")
     if options.json:
-        figures = {"cycles": config.run.cycles, "plot": str(picture)}
-        print(json.dumps({"measured": as_json(measured), **figures}, allow_nan=False))
+        facts = {"cycles": config.run.cycles, "plot": str(picture)}
+        print(json.dumps({"measured": as_json(measured), **facts}, allow_nan=False))
     return 0
 
 

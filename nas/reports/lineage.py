@@ -1,127 +1,142 @@
-"""Drawings of architectures as a store has them, and of what differs between two.
+"""Draw a candidate's ancestors, and what each of them changed.
 
-The spaces of this package have pictures; those of others are shown as they write themselves.
+Built-in spaces have pictures. Architectures of other spaces are shown as texts.
 """
 
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpipe_jax.utils import graph_drawing
 from gpipe_jax.utils.figures import new_figure, save_figure
 from gpipe_jax.utils.graph_drawing import Picture
-from nas.reports import lineage, plots
+from nas.reports import plots
 from nas.spaces.pictures import StoredArchitecture, differences, pictures, read
 from nas.storage.reader import CandidateRow, Reader
 
-MOST = 60  # ancestors that are drawn
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_ANCESTORS = 60  # that are drawn
 
 
 class Step(NamedTuple):
-    """An ancestor, and what is other in it than in its parent."""
+    """Hold an ancestor and its differences from its parent."""
 
     row: CandidateRow
-    lines: list[str]  # in words
-    drawn: list[Picture]  # both cells of the first ancestor, then the cells that changed
+    lines: list[str]  # one for each difference
+    pictures: list[Picture]  # all cells of the first ancestor, then the cells that changed
 
 
 def steps(reader: Reader, number: int) -> list[Step]:
-    """The lineage of a candidate, the random ancestor first."""
-    space, found = reader.study().space, []
-    before: StoredArchitecture | None = None
+    """Return the lineage of a candidate, the random ancestor first."""
+    space, lineage = reader.study().space, []
+    parent: StoredArchitecture | None = None
     for row in reader.lineage(number):
-        one = read(space, row.architecture)
-        found.append(_step(row, one, before))
-        before = one
-    return found
+        architecture = read(space, row.architecture)
+        if parent is None:
+            lineage.append(_first_step(row, architecture))
+        else:
+            lineage.append(_next_step(row, architecture, parent))
+        parent = architecture
+    return lineage
 
 
-def _step(row: CandidateRow, one: StoredArchitecture, before: StoredArchitecture | None) -> Step:
-    drawn = pictures(one, before)
-    if before is None:
-        return Step(row, ["random"] if drawn else [f"random: {one.text}"], drawn)
-    old = pictures(before)
-    changed = [new for new, was in zip(drawn, old, strict=True) if new != was]
-    return Step(row, differences(one, before) or ["nothing has changed"], changed)
+def _first_step(row: CandidateRow, architecture: StoredArchitecture) -> Step:
+    cells = pictures(architecture)
+    return Step(row, ["random"] if cells else [f"random: {architecture.text}"], cells)
 
 
-def drawn(steps: list[Step]) -> tuple[list[Step], str]:
-    """The random ancestor and the last ones, no more than can be looked at; and a note of that."""
-    if len(steps) <= MOST:
+def _next_step(
+    row: CandidateRow, architecture: StoredArchitecture, parent: StoredArchitecture
+) -> Step:
+    pairs = zip(pictures(architecture, parent), pictures(parent), strict=True)
+    changed = [marked for marked, before in pairs if marked != before]
+    return Step(row, differences(architecture, parent) or ["no change"], changed)
+
+
+def shortened(steps: list[Step]) -> tuple[list[Step], str]:
+    """Return the random ancestor and the last ones, and a note on those that are left out."""
+    left_out = len(steps) - MAX_ANCESTORS
+    if left_out <= 0:
         return steps, ""
-    note = f", of which {len(steps) - MOST} after the first are not drawn"
-    return [steps[0], *steps[1 - MOST :]], note
+    note = f", of which {left_out} after the first are not drawn"
+    return [steps[0], *steps[1 + left_out :]], note
 
 
 def heading(row: CandidateRow) -> str:
-    """A candidate's number and fitness."""
+    """Return a candidate's number and fitness, or its state if it has no fitness."""
     return f"#{row.id}, " + (row.state if row.fitness is None else f"fitness {row.fitness:.6g}")
 
 
-COLUMNS, WIDTH, GAP = 3, 3.7, 0.2  # of the panels, in inches
+# --- as a figure ----------------------------------------------------------------------------------
 
-
-LARGEST = 0.75  # scale of a picture
-
-
-LINE, CHARACTERS, MOST_LINES = 0.14, 64, 5
-
-
-CURVE = 2.2  # height of the curve, with what is around it
+COLUMNS, WIDTH, GAP = 3, 3.7, 0.2  # panels in a row; width of a panel and of a gap in inches
+MAX_SCALE = 0.75  # of a picture
+LINE_HEIGHT, LINE_CHARACTERS, MAX_LINES = 0.14, 64, 5  # inches; of each text of a panel
+CURVE_HEIGHT = 2.2  # inches, with titles and labels
 
 
 class Panel(NamedTuple):
-    """Texts, and a picture under them; sizes in inches."""
+    """Hold texts and a picture below them; sizes are in inches."""
 
     texts: list[str]
-    drawn: Picture | None
+    picture: Picture | None
 
     @property
     def scale(self) -> float:
-        """Inches of the picture for each of its own."""
-        if self.drawn is None:
+        """Return the factor by which the picture is scaled."""
+        if self.picture is None:
             return 0.0
-        return min(LARGEST, WIDTH / (self.drawn.width / graph_drawing.PIXELS_PER_INCH))
+        return min(MAX_SCALE, WIDTH / (self.picture.width / graph_drawing.PIXELS_PER_INCH))
 
     @property
-    def picture_height(self) -> float:
-        """In inches."""
-        height = self.drawn.height if self.drawn else 0.0
-        return height / graph_drawing.PIXELS_PER_INCH * self.scale
+    def picture_size(self) -> tuple[float, float]:
+        """Return the width and height of the scaled picture."""
+        if self.picture is None:
+            return 0.0, 0.0
+        scale = self.scale / graph_drawing.PIXELS_PER_INCH
+        return self.picture.width * scale, self.picture.height * scale
 
     @property
     def height(self) -> float:
-        """In inches, with the texts."""
-        return LINE * len(self.texts) + self.picture_height
+        """Return the height with the texts."""
+        return LINE_HEIGHT * len(self.texts) + self.picture_size[1]
 
 
 def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figure":
-    """Ancestors of a candidate, the random one first, each with what differs from its parent."""
-    steps = lineage.steps(reader, number)
-    shown, note = lineage.drawn(steps)
+    """Draw the ancestors of a candidate, the random one first, and their differences.
+
+    Args:
+        reader: The store of the run.
+        number: Number of the candidate.
+        path: File to write the figure to, or None.
+    """
+    ancestors = steps(reader, number)
+    shown, note = shortened(ancestors)
     panels = [panel for step in shown for panel in _panels(step)]
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
-    whole = CURVE + sum(max(panel.height for panel in row) + GAP for row in rows)
-    drawn = new_figure(COLUMNS * (WIDTH + GAP) + GAP, whole)
-    drawn.set_layout_engine("none")
-    _curve(
-        drawn.add_axes((0.06, 1 - (CURVE - 0.6) / whole, 0.92, (CURVE - 0.95) / whole)), steps, note
-    )
-    y = whole - CURVE
-    for row in rows:
+    heights = [max(panel.height for panel in row) + GAP for row in rows]
+    total = CURVE_HEIGHT + sum(heights)
+    drawing = new_figure(COLUMNS * (WIDTH + GAP) + GAP, total)
+    drawing.set_layout_engine("none")
+    bottom, height = total - CURVE_HEIGHT + 0.6, CURVE_HEIGHT - 0.95
+    axes = drawing.add_axes((0.06, bottom / total, 0.92, height / total))
+    _draw_curve(axes, ancestors, note)
+    y = total - CURVE_HEIGHT
+    for row, height in zip(rows, heights, strict=True):
         for k, panel in enumerate(row):
-            _draw(drawn, panel, GAP + k * (WIDTH + GAP), y)
-        y -= max(panel.height for panel in row) + GAP
-    return save_figure(drawn, path)
+            _draw_panel(drawing, panel, GAP + k * (WIDTH + GAP), y)
+        y -= height
+    return save_figure(drawing, path)
 
 
-def _curve(axes: "Axes", steps: list[Step], note: str) -> None:
+def _draw_curve(axes: "Axes", steps: list[Step], note: str) -> None:
+    """Plot the fitness of each ancestor."""
     rows = [step.row for step in steps]
-    known = [(i, row.fitness) for i, row in enumerate(rows) if row.fitness is not None]
-    axes.plot([i for i, _ in known], [f for _, f in known], ".-", color=plots.BLUE, ms=6, lw=1.2)
+    points = [(i, row.fitness) for i, row in enumerate(rows) if row.fitness is not None]
+    axes.plot([i for i, _ in points], [f for _, f in points], ".-", color=plots.BLUE, ms=6, lw=1.2)
     every = 1 + len(rows) // 24
     ticks = range(len(rows) - 1, -1, -every)
     axes.set_xticks(ticks, [f"#{rows[k].id}" for k in ticks], fontsize=7)
@@ -133,29 +148,34 @@ def _curve(axes: "Axes", steps: list[Step], note: str) -> None:
 
 
 def _panels(step: Step) -> list[Panel]:
-    """One for each picture; the texts are on the first."""
-    texts = [lineage.heading(step.row)]
-    for line in step.lines:
-        texts += textwrap.wrap(line, CHARACTERS)[:MOST_LINES]
-    if len(step.drawn) < 2:
-        return [Panel(texts, graph_drawing.without_title(one)) for one in step.drawn] or [
-            Panel(texts, None)
+    """Return a panel for each picture, or one without; a single one has all texts."""
+    title = heading(step.row)
+    if len(step.pictures) > 1:
+        return [
+            Panel([title, picture.title], graph_drawing.without_title(picture))
+            for picture in step.pictures
         ]
-    return [Panel([texts[0], one.title], graph_drawing.without_title(one)) for one in step.drawn]
+    texts = [title]
+    for line in step.lines:
+        texts += textwrap.wrap(line, LINE_CHARACTERS)[:MAX_LINES]
+    if not step.pictures:
+        return [Panel(texts, None)]
+    return [Panel(texts, graph_drawing.without_title(step.pictures[0]))]
 
 
-def _draw(figure: "Figure", panel: Panel, x: float, y: float) -> None:
-    """A panel whose upper left corner is there, in inches from the figure's lower left."""
-    width, height = figure.get_size_inches()
+def _draw_panel(figure: "Figure", panel: Panel, x: float, y: float) -> None:
+    """Draw a panel whose upper left corner is at x, y: inches from the lower left of the figure."""
+    figure_width, figure_height = figure.get_size_inches()
     for i, text in enumerate(panel.texts):
-        size, weight = (7, "normal") if i else (8, "bold")
-        place = (x / width, (y - LINE * i) / height)
-        figure.text(*place, text, va="top", parse_math=False, fontsize=size, fontweight=weight)
-    if panel.drawn is None:
+        size, weight = (8, "bold") if i == 0 else (7, "normal")
+        position = (x / figure_width, (y - LINE_HEIGHT * i) / figure_height)
+        figure.text(*position, text, va="top", parse_math=False, fontsize=size, fontweight=weight)
+    picture = panel.picture
+    if picture is None:
         return
-    size = (panel.drawn.width / graph_drawing.PIXELS_PER_INCH * panel.scale, panel.picture_height)
-    bottom = y - panel.height
-    axes = figure.add_axes((x / width, bottom / height, size[0] / width, size[1] / height))
-    axes.set(xlim=(0, panel.drawn.width), ylim=(panel.drawn.height, 0))
+    width, height = panel.picture_size
+    corner = x / figure_width, (y - panel.height) / figure_height
+    axes = figure.add_axes((*corner, width / figure_width, height / figure_height))
+    axes.set(xlim=(0, picture.width), ylim=(picture.height, 0))
     axes.set_axis_off()
-    graph_drawing.draw(axes, panel.drawn, scale=panel.scale)
+    graph_drawing.draw(axes, picture, scale=panel.scale)

@@ -1,6 +1,6 @@
-"""A line on a search while it runs: in a notebook's cell, on a terminal, or as plain lines.
+"""Show the state of a search in one line while it runs: in a notebook, on a terminal, or printed.
 
-It is read from the store, so that it can be of a search that another process drives.
+The line is made from the store, so another process may drive the search.
 """
 
 import html
@@ -18,68 +18,77 @@ from nas.storage import queries
 from nas.storage.reader import Reader
 from nas.workers.driver import DriverThread
 
-EVERY_S = 0.5
-FINAL_TIMES = 6  # what is sent between two cells can get lost, and nothing comes after the end
-PLAIN_S = 10.0  # between plain lines, where it is not known how many results there will be
+EVERY_S = 0.5  # between updates
+FINAL_UPDATES = 6  # of a notebook, which may lose one that is sent between two cells
+PRINT_EVERY_S = 10.0  # between printed lines if the number of results to come is unknown
 
 
 def line(reader: Reader, cycles: int | None = None) -> str:
-    """How far a search has come, of `cycles` results if that is known."""
+    """Return the line: the number of results (of `cycles`, if given), the best, and counts."""
     counts, best = reader.counts(), next(reader.ranked(), None)
-    parts = [f"{counts.results}{f'/{cycles}' if cycles else ''} results"]
+    total = "" if cycles is None else f"/{cycles}"
+    parts = [f"{counts.results}{total} results"]
     if best is not None:
         parts.append(f"best {best.fitness:.6g} (#{best.id})")
     parts.append(f"{counts.evaluations} evaluations")
-    for number, words in (
+    for number, text in (
         (counts.cache_hits, "from the cache"),
         (counts.rejected, "rejected"),
         (counts.failures, "failures"),
         (counts.running, "under way"),
     ):
-        parts += [f"{number} {words}"] * (number > 0)
+        if number > 0:
+            parts.append(f"{number} {text}")
     return ", ".join(parts)
 
 
-def watch(path: Path, running: DriverThread | None = None, every_s: float = EVERY_S) -> None:
-    """Show the line until no driver is at work; a notebook goes on meanwhile, others wait.
+def watch(path: Path, driver: DriverThread | None = None, every_s: float = EVERY_S) -> None:
+    """Show the line until no driver is at work.
 
-    `running` is the driver, if it is one of this process.
+    In a notebook this returns at once, and a thread updates the line; elsewhere it waits.
+
+    Args:
+        path: Folder or file of the run.
+        driver: The driver, if it runs in this process.
+        every_s: Seconds between updates.
     """
-    cycles = running.cycles if running else None
+    cycles = driver.cycles if driver else None
     if in_notebook():
-        arguments = (path, running, every_s, _notebook_cell())
+        arguments = (path, driver, every_s, _notebook_cell())
         threading.Thread(target=_follow, args=arguments, name="nas watch", daemon=True).start()
         return
     console = Console()
-    show = _terminal(console) if console.is_terminal else _plain(cycles)
-    _follow(path, running, every_s, show)
+    show = _terminal(console) if console.is_terminal else _printed(cycles)
+    _follow(path, driver, every_s, show)
 
 
-Show = Callable[[str, int, bool], None]  # of a line, the number of results, and whether it is over
+Show = Callable[[str, int, bool], None]
+"""A function of the line, the number of results, and whether this is the last line."""
 
 
-def _follow(path: Path, running: DriverThread | None, every_s: float, show: Show) -> None:
-    reader, cycles = Reader(path), running.cycles if running else None  # this thread's own reader
+def _follow(path: Path, driver: DriverThread | None, every_s: float, show: Show) -> None:
+    reader = Reader(path)  # each thread needs its own
+    cycles = driver.cycles if driver else None
     try:
         while True:
-            over = not queries.is_driven(reader)
-            end = f"; {_end(running)}" if over else ""  # first: it waits for the driver
-            text = line(reader, cycles) + end
-            show(text, reader.counts().results, over)
-            if over:
+            is_over = not queries.is_driven(reader)
+            # Before the line: `_end` waits for the driver, which may still store a result.
+            end = f"; {_end(driver)}" if is_over else ""
+            show(line(reader, cycles) + end, reader.counts().results, is_over)
+            if is_over:
                 return
             time.sleep(every_s)
     finally:
         reader.close()
 
 
-def _end(running: DriverThread | None) -> str:
-    error = running.error if running else None
+def _end(driver: DriverThread | None) -> str:
+    error = driver.error if driver else None
     return f"stopped by {type(error).__name__}: {error}" if error else "no driver is at work"
 
 
 def in_notebook() -> bool:
-    """Whether this is a kernel of Jupyter's."""
+    """Return whether this process is a Jupyter kernel."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return getattr(shell, "kernel", None) is not None
 
@@ -89,10 +98,13 @@ def _notebook_cell() -> Show:
 
     handle: Any = display(HTML(""), display_id=True)
 
-    def show(text: str, _: int, over: bool) -> None:
-        for again in range(FINAL_TIMES if over else 1):
-            time.sleep(EVERY_S * bool(again))
-            handle.update(HTML(f"<code>{html.escape(text)}</code>"))
+    def show(text: str, _: int, is_last: bool) -> None:
+        content = HTML(f"<code>{html.escape(text)}</code>")
+        handle.update(content)
+        if is_last:
+            for _ in range(FINAL_UPDATES - 1):
+                time.sleep(EVERY_S)
+                handle.update(content)
 
     return show
 
@@ -100,22 +112,27 @@ def _notebook_cell() -> Show:
 def _terminal(console: Console) -> Show:
     in_place = progress.passing(console)
 
-    def show(text: str, _: int, over: bool) -> None:
+    def show(text: str, _: int, is_last: bool) -> None:
         in_place(text)
-        if over:
+        if is_last:
             console.print()
 
     return show
 
 
-def _plain(cycles: int | None) -> Show:
-    """A line at every tenth of the results, or now and then."""
-    last = [-1, 0.0]
+def _printed(cycles: int | None) -> Show:
+    """Print a line at every tenth of the results, or at intervals if their number is unknown."""
+    last_tenth, last_time = -1, 0.0
 
-    def show(text: str, results: int, over: bool) -> None:
-        step = results * 10 // cycles if cycles else last[0]
-        if over or step != last[0] or (not cycles and time.monotonic() - last[1] > PLAIN_S):
+    def show(text: str, results: int, is_last: bool) -> None:
+        nonlocal last_tenth, last_time
+        if cycles is None:
+            is_due = time.monotonic() - last_time > PRINT_EVERY_S
+        else:
+            tenth = results * 10 // cycles
+            is_due, last_tenth = tenth != last_tenth, tenth
+        if is_due or is_last:
             print(text, flush=True)
-            last[:] = step, time.monotonic()
+            last_time = time.monotonic()
 
     return show

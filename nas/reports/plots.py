@@ -1,4 +1,4 @@
-"""Pictures of a run, made from its store only, also while it goes on. Needs matplotlib."""
+"""Plot a run from its store, also while it is running; needs matplotlib."""
 
 import math
 from pathlib import Path
@@ -24,16 +24,21 @@ OUTCOMES = {
     "out_of_memory": "#d9660a",
     "worker_death": "#333333",
 }
-POINTS = 5000  # more are thinned out
-WORST = 0.15  # so many of the points may be left out if the others are seen better then
+MAX_POINTS = 5000  # more points are thinned out
+MAX_HIDDEN = 0.15  # share of the points, the worst, that may lie outside the axes
 
 
 def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
-    """Best so far, fitness by age, the cache's savings, the workers, and a front for each cost."""
+    """Plot the best so far, the population, the cache, the workers, and a front for each cost.
+
+    Args:
+        reader: The store of the run.
+        path: File to write the figure to, or None.
+    """
     costs = queries.cost_metrics(reader)
     figure = new_figure(11, 7 + 3.4 * ((len(costs) + 1) // 2))
     grid = figure.subplots(2 + (len(costs) + 1) // 2, 2).ravel()
-    for draw, axes in zip((best_so_far, population, duplicates, workers), grid, strict=False):
+    for draw, axes in zip((best_so_far, population, cache, workers), grid, strict=False):
         draw(axes, reader)
     for cost, axes in zip(costs, grid[4:], strict=False):
         pareto(axes, reader, cost)
@@ -44,10 +49,10 @@ def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
 
 
 def best_so_far(axes: "Axes", reader: Reader) -> None:
-    """Each candidate's fitness, and the best until then."""
+    """Plot each candidate's fitness, and the best until then."""
     study, found = reader.study(), queries.progress(reader)
     places = range(1, len(found.fitness) + 1)
-    every = max(1, len(places) // POINTS)
+    every = max(1, len(places) // MAX_POINTS)
     axes.plot(places[::every], found.fitness[::every], ".", color=GREY, ms=3, label="a candidate")
     axes.step(places, found.best, where="post", color=BLUE, lw=1.8, label="best so far")
     first = study.settings["population"]
@@ -58,28 +63,30 @@ def best_so_far(axes: "Axes", reader: Reader) -> None:
 
 
 def population(axes: "Axes", reader: Reader) -> None:
-    """Members by how long ago they were trained."""
+    """Plot the members' fitness by age: how many members were trained after them."""
     members = queries.ages(reader)
     axes.plot([m.age for m in members], [m.fitness for m in members], "o", color=BLUE, ms=4)
     label = "age: members trained since"
     _finish(axes, f"population, {len(members)} members", label, "fitness")
 
 
-def duplicates(axes: "Axes", reader: Reader) -> None:
-    """Evaluations against the candidates that they gave a fitness: the gap is what was saved."""
-    made = queries.progress(reader).evaluations
-    places = range(1, len(made) + 1)
-    saved = len(made) - made[-1] if made else 0
-    axes.plot(places, places, color=GREY, lw=1.2, label="candidates")
-    axes.plot(places, made, color=BLUE, lw=1.8, label="evaluations for them")
-    axes.fill_between(places, made, places, color=ORANGE, alpha=0.25, lw=0, label="saved")
-    share = f" ({saved / len(made):.0%})" if made else ""
-    title = f"cache: {saved} of {len(made)} saved{share}"
+def cache(axes: "Axes", reader: Reader) -> None:
+    """Plot evaluations against candidates with a fitness: the cache saved the gap."""
+    evaluations = queries.progress(reader).evaluations
+    candidates = range(1, len(evaluations) + 1)
+    saved = len(evaluations) - evaluations[-1] if evaluations else 0
+    axes.plot(candidates, candidates, color=GREY, lw=1.2, label="candidates")
+    axes.plot(candidates, evaluations, color=BLUE, lw=1.8, label="evaluations for them")
+    axes.fill_between(
+        candidates, evaluations, candidates, color=ORANGE, alpha=0.25, lw=0, label="saved"
+    )
+    share = f" ({saved / len(evaluations):.0%})" if evaluations else ""
+    title = f"cache: {saved} of {len(evaluations)} saved{share}"
     _finish(axes, title, "candidates with a fitness", "number")
 
 
 def workers(axes: "Axes", reader: Reader) -> None:
-    """A row for each worker, a bar for each evaluation; those under way share a row."""
+    """Draw a row for each worker, and a bar for each evaluation; running ones share rows."""
     bars, drivers, left_out = queries.timeline(reader)
     names = sorted({bar.worker for bar in bars}, key=_natural)
     under_way = sum(bar.worker == UNDER_WAY for bar in bars)
@@ -109,15 +116,16 @@ def workers(axes: "Axes", reader: Reader) -> None:
 
 
 def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
-    """Candidates by a cost and their fitness, and those that no other beats in both."""
+    """Plot candidates by a cost and their fitness, and the front that none beats in both."""
     rows = [
         row
         for row in reader.candidates("state = 'done'")
         if math.isfinite(row.metrics.get(cost, math.nan))
     ]
-    if not rows:  # such as networks of which none fits the device
-        return _finish(axes, f"Pareto front: {cost} is finite for none", cost, "fitness")
-    every = max(1, len(rows) // POINTS)
+    if not rows:  # for example if no network fits into the device
+        title = f"Pareto front: no candidate has a finite {cost}"
+        return _finish(axes, title, cost, "fitness")
+    every = max(1, len(rows) // MAX_POINTS)
     points = [(row.metrics[cost], row.fitness or 0.0) for row in rows[::every]]
     axes.plot(*zip(*points, strict=True), ".", color=GREY, ms=3, label="a candidate")
     front = [(row.metrics[cost], row.fitness or 0.0) for row in queries.pareto_front(reader, cost)][
@@ -132,9 +140,13 @@ def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
 
 
 def _focus(axes: "Axes", values: list[float], *, maximise: bool, keep: float | None = None) -> str:
-    """Leave out values much worse than most, and than `keep`; returns how many, in words."""
+    """Set limits that leave out values much worse than most, and than `keep`.
+
+    Returns:
+        A note on how many are left out, or an empty text.
+    """
     order = sorted(values, reverse=not maximise)
-    k = int(len(order) * WORST)
+    k = int(len(order) * MAX_HIDDEN)
     if not k:
         return ""
     best, limit = order[-1], order[k]
@@ -161,6 +173,6 @@ def _finish(axes: "Axes", title: str, x: str, y: str) -> None:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """`thread_10` after `thread_9`."""
+    """Return a sort key by which `thread_10` comes after `thread_9`."""
     text = name.rstrip("0123456789")
     return text, int(name[len(text) :] or 0)

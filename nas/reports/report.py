@@ -1,7 +1,7 @@
-"""The report of a run: what was searched, how it went, and what was found.
+"""Summarize a run: what was searched, how it went, and the best candidates.
 
-All of it is read from the store, at one moment, so that a run can be reported on while it goes on;
-only what an export has trained again is in a file beside it.
+Everything is read from the store at one moment, so a running search can be reported on. Only what
+an export trained again is in a file of its own.
 """
 
 import time
@@ -13,11 +13,11 @@ from nas.reports.tables import SearchTable, as_text, finite
 from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
 
-BEST, FRONT = 10, 10  # rows that are shown
+BEST_ROWS, FRONT_ROWS = 10, 10  # that are shown
 
 
 class Failure(NamedTuple):
-    """A kind of failure, how often, and the last one's error."""
+    """Hold a kind of failure, how often it occurred, and the last error."""
 
     kind: str
     count: int
@@ -25,60 +25,68 @@ class Failure(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is said of a run, as text by `str`, and by `to_dict` as plain values."""
+    """Summarize a run, as text by `str`, and as plain values by `to_dict`."""
 
     study: Study
     path: str
     counts: Counts
-    is_driven: bool
-    work_s: float  # in which drivers were at work
+    is_driven: bool  # a driver is at work
+    work_s: float  # time with a driver at work
     failures: list[Failure]
-    best: list[CandidateRow]  # of different networks
+    best: list[CandidateRow]  # with different networks
     fronts: dict[str, list[CandidateRow]]  # by cost
-    again: list[finals_file.Retrained]  # trained again, by `nas export`
+    retrained: list[finals_file.Retrained]  # by `nas export`
 
     def facts(self) -> dict[str, Any]:
-        """The study and its numbers, by name."""
+        """Return the study and its numbers, by name."""
         counts, settings = self.counts, dict(self.study.settings)
         aim = "maximise" if settings.pop("maximise") else "minimise"
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.study.created))
-        under_way = f", {counts.running} under way" * (counts.running > 0)
-        under_way += " when the last driver ended" * (bool(under_way) and not self.is_driven)
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.study.created))
         return {
             "run": self.path,
             "state": "a driver is at work" if self.is_driven else "no driver is at work",
             "space": self.study.space,
             "settings": ", ".join([aim, *(f"{k} {v}" for k, v in settings.items())]),
-            "begun": f"{began}; {self.work_s:.1f} s at work",
+            "started": f"{started}; {self.work_s:.1f} s at work",
             "candidates": f"{counts.proposed} proposed, {counts.results} with a fitness, "
             f"{counts.rejected} beyond a limit, {counts.failed} given up",
-            "evaluations": f"{counts.evaluations} done, {counts.failures} failed{under_way}",
-            "cache hits": f"{counts.cache_hits} ({_share(counts.cache_hits, counts.results)} of "
+            "evaluations": f"{counts.evaluations} done, {counts.failures} failed"
+            f"{self._under_way()}",
+            "cache hits": f"{counts.cache_hits} ({_percent(counts.cache_hits, counts.results)} of "
             "the candidates with a fitness)",
         }
 
+    def _under_way(self) -> str:
+        running = self.counts.running
+        if running == 0:
+            return ""
+        if self.is_driven:
+            return f", {running} under way"
+        return f", {running} under way when the last driver ended"
+
     def tables(self) -> list[SearchTable]:
-        """Failures, the best candidates, those trained again, and a front for each cost."""
-        found = []
+        """Return the failures, the best candidates, those trained again, and the fronts."""
+        tables = []
         if self.failures:
-            found.append(SearchTable("failures", ("kind", "count", "last error"), self.failures))
+            tables.append(SearchTable("failures", ("kind", "count", "last error"), self.failures))
         if self.best:
-            found.append(_candidates("best candidates", self.best))
-        if self.again:
-            rows = [(f"#{one.candidate}", one.epochs, one.fitness) for one in self.again]
-            found.append(SearchTable("trained again", ("candidate", "epochs", "fitness"), rows))
+            tables.append(_candidates("best candidates", self.best))
+        if self.retrained:
+            rows = [(f"#{each.candidate}", each.epochs, each.fitness) for each in self.retrained]
+            tables.append(SearchTable("trained again", ("candidate", "epochs", "fitness"), rows))
         for cost, rows in self.fronts.items():
             title = f"Pareto front, fitness against {cost}: {len(rows)} candidates"
-            shown = title + f", the {FRONT} best" * (len(rows) > FRONT)
-            found.append(_candidates(shown, rows[:FRONT]))
-        return found
+            if len(rows) > FRONT_ROWS:
+                title += f", the {FRONT_ROWS} best"
+            tables.append(_candidates(title, rows[:FRONT_ROWS]))
+        return tables
 
     def __str__(self) -> str:
         facts = f"search {self.study.name}\n{progress.table(self.facts())}"
         return "\n\n".join([facts, *map(as_text, self.tables())])
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as values that JSON can represent."""
         best = self.best[0] if self.best else None
         return {
             "run": self.path,
@@ -91,13 +99,16 @@ class Report(NamedTuple):
             "failures_by_kind": {failure.kind: failure.count for failure in self.failures},
             "best_fitness": best.fitness if best else None,
             "best": [_entry(row) for row in self.best],
-            "trained_again": [one._asdict() for one in self.again],
+            "trained_again": [each._asdict() for each in self.retrained],
             "pareto": {cost: [_entry(row) for row in rows] for cost, rows in self.fronts.items()},
         }
 
 
 def report(reader: Reader) -> Report:
-    """Of a run, as far as it has come; give a `reading.Snapshot` if its driver is at work."""
+    """Build the report of a run; pass a `Snapshot` while its driver is running."""
+    fronts = {
+        cost: list(queries.pareto_front(reader, cost)) for cost in queries.cost_metrics(reader)
+    }
     return Report(
         study=reader.study(),
         path=str(reader.path.parent),
@@ -105,38 +116,36 @@ def report(reader: Reader) -> Report:
         is_driven=queries.is_driven(reader),
         work_s=queries.work_s(reader),
         failures=_failures(reader),
-        best=queries.top(reader, BEST),
-        fronts={cost: list(queries.pareto_front(reader, cost)) for cost in queries.cost_metrics(reader)},
-        again=finals_file.read_finals(reader),
+        best=queries.top(reader, BEST_ROWS),
+        fronts=fronts,
+        retrained=finals_file.read_finals(reader),
     )
 
 
 def _failures(reader: Reader) -> list[Failure]:
-    found = []
+    failures = []
     for kind, count in reader.failures_by_kind().items():
         (last,) = deque(reader.evaluations("outcome = ?", kind), maxlen=1)
-        found.append(Failure(kind, count, (last.error or "")[:200]))
-    return found
+        failures.append(Failure(kind, count, (last.error or "")[:200]))
+    return failures
 
 
 def _candidates(title: str, rows: list[CandidateRow]) -> SearchTable:
     names = dict.fromkeys(name for row in rows for name in row.metrics)
+    # A metric that equals the fitness in every row would be a second column of it.
     names = [n for n in names if any(row.metrics.get(n) != row.fitness for row in rows)]
     header = ("candidate", "fitness", *names, "parent", "mutation")
-    return SearchTable(
-        title,
-        header,
-        [
-            (
-                f"#{row.id}",
-                row.fitness,
-                *(row.metrics.get(name) for name in names),
-                "random" if row.parent is None else f"#{row.parent}",
-                row.mutation,
-            )
-            for row in rows
-        ],
-    )
+    cells = [
+        (
+            f"#{row.id}",
+            row.fitness,
+            *(row.metrics.get(name) for name in names),
+            "random" if row.parent is None else f"#{row.parent}",
+            row.mutation,
+        )
+        for row in rows
+    ]
+    return SearchTable(title, header, cells)
 
 
 def _entry(row: CandidateRow) -> dict[str, Any]:
@@ -150,5 +159,5 @@ def _entry(row: CandidateRow) -> dict[str, Any]:
     }
 
 
-def _share(part: int, whole: int) -> str:
+def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "0%"

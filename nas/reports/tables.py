@@ -1,4 +1,4 @@
-"""Tables as plain text and as HTML, which escapes all that it shows."""
+"""Format tables as plain text and as HTML, which escapes all values."""
 
 import html
 import math
@@ -9,7 +9,7 @@ from gpipe_jax.utils.text import text_table as columns
 
 
 class SearchTable(NamedTuple):
-    """A title, names of the columns, and rows of as many values."""
+    """Hold a title, the names of the columns, and rows with a value for each column."""
 
     title: str
     header: Sequence[str]
@@ -17,13 +17,13 @@ class SearchTable(NamedTuple):
 
 
 def as_text(table: SearchTable) -> str:
-    """Columns as wide as they need."""
+    """Return the table as text in columns."""
     rows = [table.header, *([show(value) for value in row] for row in table.rows)]
     return f"{table.title}\n{columns(rows)}"
 
 
 def as_html(table: SearchTable) -> str:
-    """An HTML table with its title as the caption."""
+    """Return the table as HTML, with its title as the caption."""
     head = _row("th", table.header)
     body = "".join(_row("td", [show(value) for value in row]) for row in table.rows)
     title = html.escape(table.title)
@@ -31,7 +31,7 @@ def as_html(table: SearchTable) -> str:
 
 
 def facts_as_html(facts: Mapping[str, Any]) -> str:
-    """Names and values, one pair a row."""
+    """Return a table with one name and its value in each row."""
     rows = "".join(
         f'<tr><th style="text-align:left">{html.escape(name)}</th>'
         f'<td style="text-align:left">{html.escape(show(value))}</td></tr>'
@@ -48,12 +48,12 @@ def _row(tag: str, values: Iterable[str]) -> str:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The same with None for infinity and NaN, which JSON does not have."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def show(value: Any) -> str:
-    """A value on one line."""
+    """Format a value on one line."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -112,7 +112,7 @@ def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_p
     [
         (sqlite3.DatabaseError("malformed"), (2, "compare_search.py: malformed\n")),
         (TypeError("no fitness"), (1, "compare_search.py: no fitness\n")),
-        (KeyboardInterrupt(), (130, "compare_search.py: interrupted; the same command goes on\n")),
+        (KeyboardInterrupt(), (130, "compare_search.py: interrupted; run the same command again to resume\n")),
     ],
 )
 def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) -> None:

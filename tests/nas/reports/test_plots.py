@@ -224,14 +224,14 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
     number = next(cells.store.ranked()).id
     rows, steps = cells.store.lineage(number), lineage.steps(cells.store, number)
     assert [step.row.id for step in steps] == [row.id for row in rows] and len(rows) > 3
-    assert len(steps[0].drawn) == 2  # both cells of the random ancestor
+    assert len(steps[0].pictures) == 2  # both cells of the random ancestor
     for step in steps[1:]:
         kind, words = step.row.mutation.split(": ", 1)
         if kind == "identity":
-            assert step.lines == ["nothing has changed"] and not step.drawn
-        elif step.drawn:
+            assert step.lines == ["no change"] and not step.pictures
+        elif step.pictures:
             assert step.lines[0] == words.replace(", ", ": ").replace("->", "→")
-            assert all(marks(one) for one in step.drawn)
+            assert all(marks(one) for one in step.pictures)
     figure = lineage.figure(cells.store, number, tmp_path / "lineage.png")
     (curve,) = figure.axes[0].lines
     np.testing.assert_array_equal(curve.get_ydata(), [row.fitness for row in rows])
@@ -241,12 +241,12 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
     assert {text for text in texts if "→" in text} == {
         text for step in steps for text in step.lines if "→" in text
     }
-    pictures = sum(len(step.drawn) for step in steps)
+    pictures = sum(len(step.pictures) for step in steps)
     assert len(figure.axes) == 1 + pictures
 
 
 def test_of_a_long_lineage_the_first_and_the_last_are_drawn(cells, monkeypatch) -> None:
-    monkeypatch.setattr(lineage, "MOST", 3)
+    monkeypatch.setattr(lineage, "MAX_ANCESTORS", 3)
     number = next(cells.store.ranked()).id
     rows = cells.store.lineage(number)
     figure = lineage.figure(cells.store, number)

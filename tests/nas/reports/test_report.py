@@ -173,7 +173,7 @@ def test_a_run_without_its_space_s_code_can_be_exported_and_one_without_a_result
     with small("runs", name="new") as search:
         search.ask()
     assert cli.main(["export", "new", "--out", "new.json"]) == 2
-    assert "has no result yet: wait for the first evaluation" in capsys.readouterr().err
+    assert "has no result yet; wait for the first evaluation" in capsys.readouterr().err
 
 
 def test_a_page_replaces_no_other_file(run, tmp_path) -> None:
