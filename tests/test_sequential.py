@@ -137,7 +137,7 @@ def test_an_output_that_training_changes_is_refused() -> None:
         return x if train else x[:, 0]
 
     message = (
-        r"layer 1, .*apply, gives float32\[2,3\] in training but float32\[2\] in evaluation; "
+        r"layer 1, .*apply, returns float32\[2,3\] in training but float32\[2\] in evaluation; "
         r"make the two agree"
     )
     with pytest.raises(ValueError, match=message):

@@ -1,1 +1,1 @@
-"""The parts that the zoo's networks are made of, and the description of a layer."""
+"""Describe layers, and provide the building blocks that all network families share."""

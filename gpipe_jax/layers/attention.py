@@ -1,4 +1,4 @@
-"""Multi-head attention (Vaswani et al., Attention Is All You Need, 3.2).
+"""Implement multi-head attention (Vaswani et al., Attention Is All You Need, 3.2).
 
 Letters: B examples, S positions, T positions of the other sequence, D width, H heads, K features
 of a head.
@@ -14,25 +14,25 @@ Dtype = jnp.dtype | str
 
 
 def attend(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, *, causal: bool) -> jax.Array:
-    """Scaled dot-product attention [B, S, H, K]; if causal, no position sees a later one."""
+    """Return scaled dot-product attention [B, S, H, K]; if causal, no position sees a later one."""
     # Scores in float32 at least; jax.nn.dot_product_attention would make float64 ones float32.
-    kind = jnp.promote_types(q_BSHK.dtype, jnp.float32)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_BSHK, k_BTHK, preferred_element_type=kind)
+    dtype = jnp.promote_types(q_BSHK.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q_BSHK, k_BTHK, preferred_element_type=dtype)
     scores = scores / math.sqrt(q_BSHK.shape[-1])
     if causal:
-        seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
-        scores = jnp.where(seen, scores, jnp.finfo(kind).min)
+        visible = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
+        scores = jnp.where(visible, scores, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTHK.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v_BTHK)
 
 
-def split_heads(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
-    """The last axis cut into parts, and each of them into heads: arrays [B, S, H, K]."""
-    return [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x, parts, axis=-1)]
+def split_heads(x: jax.Array, count: int, heads: int) -> list[jax.Array]:
+    """Split the last axis into `count` arrays, and each of them into heads: [B, S, H, K]."""
+    return [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x, count, axis=-1)]
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention of x [B, S, D] to itself; K is `head_width`, or else D / H."""
+    """Attend from x [B, S, D] to itself, with several heads; K is `head_width`, or else D / H."""
 
     causal = False
 
@@ -57,13 +57,13 @@ class SelfAttention(nnx.Module):
 
 
 class CausalAttention(SelfAttention):
-    """Multi-head self-attention in which no position sees a later one."""
+    """Attend from x [B, S, D] to itself, without a position seeing a later one."""
 
     causal = True
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of x [B, T, D] to all positions of a memory [B, S, D]."""
+    """Attend from x [B, T, D] to all positions of a memory [B, S, D], with several heads."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
-"""Running statistics of batch norm, committed once a step (GPipe, section 2.2).
+"""Update the running statistics of batch norm once a step (GPipe, section 2.2).
 
-In training a batch norm normalises with the statistics of its micro-batch. What it sees there is
-returned as moments about the running mean r:
+In training a batch norm normalises with the statistics of its micro-batch. It returns them as
+moments about the running mean r:
 
     E[x - r]   and   E[(x - r)^2] = var + (mean - r)^2
 
-Their averages over the micro-batches of a step, which are equally large, are the moments of the
-whole mini-batch, and give its mean and variance. About r rather than zero, because the difference
-of large numbers would lose what matters when the mean is far from zero.
+The micro-batches of a step are equally large. So the averages of their moments are the moments of
+the whole batch, and give its mean and variance. Moments about zero would be inaccurate for a mean
+far from zero: the variance would be a small difference of large numbers.
 """
 
 from typing import Any, NamedTuple
@@ -20,10 +20,10 @@ from gpipe_jax.utils.trees import PyTree
 
 
 class Norm(NamedTuple):
-    """One `nnx.BatchNorm` of a module: its path there, and the decay of its running statistics."""
+    """Describe one `nnx.BatchNorm` of a module."""
 
-    path: tuple
-    momentum: float
+    path: tuple  # in the module
+    momentum: float  # decay of its running statistics in a step
 
 
 class WholeStatistic(nnx.BatchStat):
@@ -43,7 +43,7 @@ def _whole(statistic: nnx.Variable) -> WholeStatistic:
 
 
 def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
-    """The batch norms of a module, which from now on keep what they see as it is.
+    """Return the batch norms of a module, and make them store the statistics of each call.
 
     With momentum 0 the values after a call are the statistics of that call's input.
     """
@@ -51,7 +51,7 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
             known |= {(*path, "mean"), (*path, "var")}
-            if not part.use_running_average:  # else it is frozen
+            if not part.use_running_average:  # which freezes it
                 norms.append(Norm(tuple(path), part.momentum))
                 part.momentum = 0.0
                 part.mean, part.var = map(_whole, (part.mean, part.var))
@@ -60,36 +60,36 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     if other:
         raise ValueError(
             f"layer {name} has statistics that are not of an nnx.BatchNorm: {', '.join(other)}; "
-            f"a pipeline knows how to add up those of nnx.BatchNorm only"
+            f"a pipeline can only combine those of nnx.BatchNorm"
         )
     return tuple(norms)
 
 
 def fresh(shapes: PyTree) -> PyTree:
-    """Running statistics as `nnx.BatchNorm` starts them: mean 0, variance 1."""
+    """Return running statistics as `nnx.BatchNorm` starts them: mean 0, variance 1."""
 
-    def one(path: tuple, a: Any) -> jax.Array:
-        return jnp.full(a.shape, float(path[-1].key == "var"), a.dtype)
+    def fill(path: tuple, a: Any) -> jax.Array:
+        return jnp.full(a.shape, 1.0 if path[-1].key == "var" else 0.0, a.dtype)
 
-    return jax.tree.map_with_path(one, shapes)
+    return jax.tree.map_with_path(fill, shapes)
 
 
-def moments(norms: tuple[Norm, ...], stats: PyTree, seen: PyTree) -> PyTree:
-    """The moments about the running means, from the `seen` means and variances."""
+def moments(norms: tuple[Norm, ...], stats: PyTree, batch_stats: PyTree) -> PyTree:
+    """Turn the means and variances of a micro-batch, in place, into moments about running means."""
     for norm in norms:
-        running, here = _at(stats, norm.path), _at(seen, norm.path)
-        shift = here["mean"] - running["mean"]
-        here["mean"], here["var"] = shift, here["var"] + shift**2
-    return seen
+        running, batch = _at(stats, norm.path), _at(batch_stats, norm.path)
+        shift = batch["mean"] - running["mean"]
+        batch["mean"], batch["var"] = shift, batch["var"] + shift**2
+    return batch_stats
 
 
 def commit(norms: tuple[Norm, ...], stats: PyTree, moments: PyTree) -> PyTree:
-    """Running statistics moved towards the mean and variance that these moments stand for."""
+    """Return the running statistics moved towards the mean and variance of these moments."""
     result = jax.tree.map(lambda a: a, stats)
     for norm in norms:
-        running, new, seen = (_at(tree, norm.path) for tree in (stats, result, moments))
-        keep, shift = norm.momentum, seen["mean"]
-        variance = jnp.maximum(seen["var"] - shift**2, 0)
+        running, new, moment = (_at(tree, norm.path) for tree in (stats, result, moments))
+        keep, shift = norm.momentum, moment["mean"]
+        variance = jnp.maximum(moment["var"] - shift**2, 0)
         new["mean"] = running["mean"] + (1 - keep) * shift
         new["var"] = keep * running["var"] + (1 - keep) * variance
     return result

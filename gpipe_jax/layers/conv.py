@@ -1,9 +1,9 @@
-"""Convolutions whose gradients are fast on every platform, also inside scan and switch.
+"""Implement convolutions whose gradients are fast on all platforms, also inside scan and cond.
 
-XLA:CPU rewrites a convolution's gradients to its fast path only in the entry computation of a
-program; inside the pipeline's scan they would run tens of times slower. So on CPU the gradients are
-written as convolutions that need no rewriting, and depthwise convolutions are sums of
-shifted products (see `pool`). Elsewhere all are XLA's own.
+XLA:CPU rewrites the gradients of a convolution to its fast path only in the entry computation of a
+program. Inside the pipeline's scan they would run tens of times slower. So on CPU this module
+writes the gradients as convolutions that need no rewriting, and depthwise convolutions as sums of
+shifted products (see `windows`). On other platforms all are XLA's own.
 """
 
 import jax
@@ -20,18 +20,18 @@ AXES = ("NHWC", "HWIO", "NHWC")
 def conv2d(
     x: jax.Array, kernel: jax.Array, stride: int | tuple[int, int] = 1, padding: str = "SAME"
 ) -> jax.Array:
-    """Convolution of x [B, H, W, C] with kernel [h, w, C, F]; padding "SAME" or "VALID"."""
+    """Convolve x [B, H, W, C] with kernel [h, w, C, F]; padding is "SAME" or "VALID"."""
     h, w = kernel.shape[:2]
     strides = (stride, stride) if isinstance(stride, int) else stride
     windows = Windows((h, w), strides, padding=padding)
-    windows.axes(x.shape)  # an error if not one window fits
+    windows.axes(x.shape)  # raises an error if no window fits
     return _conv2d(windows, x, kernel)
 
 
 def depthwise_conv2d(
     x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
 ) -> jax.Array:
-    """Convolution of each channel of x [B, H, W, C] with its own kernel, of [h, w, C]; "SAME"."""
+    """Convolve each channel of x [B, H, W, C] with its own of the kernels [h, w, C]; "SAME"."""
     h, w, channels = kernel.shape
     if channels != x.shape[3]:
         raise ValueError(
@@ -49,7 +49,7 @@ def _plain(windows: Windows, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _canonical_gradients(
     windows: Windows, dy: jax.Array, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients as two forward convolutions in the layout that XLA:CPU computes fast."""
+    """Compute the gradients as two forward convolutions in the layout that XLA:CPU runs fast."""
     axes, stride = windows.axes(x.shape), windows.stride
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     pads = [axis.transposed_padding for axis in axes]
@@ -80,11 +80,11 @@ def _depthwise_gradients(
     windows: Windows, dy: jax.Array, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     weights = kernel.reshape(-1, x.shape[3])
-    viewers = windows.viewers(dy, x.shape)
-    dx = total(viewer * weight for viewer, weight in zip(viewers, weights, strict=True))
+    transposed = windows.transposed_views(dy, x.shape)
+    dx = total(view * weight for view, weight in zip(transposed, weights, strict=True))
     padded = windows.pad(x)
 
-    # A loop, which reuses one buffer: unrolled, each position would fill its own, and take longer.
+    # The loop reuses one buffer. Unrolled, each position fills its own, which takes longer.
     def weight_gradient(position: jax.Array) -> jax.Array:
         view = windows.at(padded, *position)
         return (view * dy).sum((0, 1, 2))
@@ -98,7 +98,7 @@ _depthwise = fast_on_cpu(_plain_depthwise, _depthwise_gradients, _shifted_produc
 
 
 class Conv(nnx.Module):
-    """A square convolution without bias, padding "SAME"; x [B, H, W, C] -> [B, H', W', F]."""
+    """Convolve x [B, H, W, C] -> [B, H', W', F]: a square kernel, no bias, padding "SAME"."""
 
     def __init__(
         self, in_features: int, out_features: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs

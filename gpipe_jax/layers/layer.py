@@ -1,9 +1,8 @@
-"""What a layer is: a value that says how to make parameters and how to apply them.
+"""Describe layers: values that say how to make parameters and how to apply them.
 
-A network is a sequence of layers, and every layer has one calling convention: one pytree in, one
-pytree out. `layer(Module, **kwargs)` only *describes* a `flax.nnx.Module`; the module is built
-where it is needed, under tracing. Descriptions are compared by value, which is how equal layers are
-found and share one compiled body.
+A network is a sequence of layers. Each layer takes one pytree and returns one pytree.
+`layer(Module, **kwargs)` only *describes* a `flax.nnx.Module`; the module is built under tracing.
+Descriptions are compared by value, so equal layers are recognized and share one compiled body.
 """
 
 import functools
@@ -21,88 +20,190 @@ from gpipe_jax.utils.trees import PyTree
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer is told about the call: one micro-batch of one step."""
+    """Describe one call of a layer: one micro-batch of one step."""
 
     key: jax.Array  # of this layer, micro-batch and step: the only source of randomness
-    train: bool
-    progress: jax.Array | float = 1.0  # of the training run, 0 to 1
+    train: bool  # False in evaluation
+    progress: jax.Array | float = 1.0  # fraction of the training run that is done, 0 to 1
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A description of a layer; see `layer`. Subclasses say how it is made and applied."""
+    """Describe a layer of a network; make one with `layer`.
+
+    Layers are values: they compare equal if they are built from equal arguments, and every method
+    below returns a new one. To define a kind of layer of your own, subclass it and override `init`
+    and `apply`.
+
+    Args:
+        stashes: names of the tensors that the layer stashes; set by `stash`.
+        pops: names of the tensors that the layer pops; set by `pop`.
+        ties: pairs (path, name) of the layer's tied parameters; set by `tie`.
+
+    Example::
+
+        down = gpipe.layer(Down, halvings=1).stash("level 0")  # returns (y, skip)
+        up = gpipe.layer(Up).pop("level 0")                    # takes (x, skip)
+    """
 
     stashes: tuple[str, ...] = field(default=(), kw_only=True)
     pops: tuple[str, ...] = field(default=(), kw_only=True)
     ties: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # (path, name)
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        """Fresh parameters, a tree of arrays, for an input like `x`."""
+        """Make fresh parameters.
+
+        Args:
+            key: a random key of this layer.
+            x: an input, or a tree of zeros like it.
+
+        Returns:
+            A tree of floating-point arrays.
+        """
         raise NotImplementedError
 
     def init_statistics(self) -> PyTree:
-        """Fresh running statistics of batch norms; no leaves for a layer without."""
+        """Make fresh running statistics of batch norms.
+
+        Returns:
+            A tree of arrays; without leaves if the layer has no batch norm.
+        """
         return {}
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
-        """Parameters and statistics as trees of `jax.ShapeDtypeStruct`, for an input like `x`."""
+        """Return the shapes of parameters and running statistics; nothing is computed.
+
+        Args:
+            x: an input, as arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            Parameters and statistics, as trees of `jax.ShapeDtypeStruct`.
+        """
         params = jax.eval_shape(lambda x: self.init(jax.random.key(0), x), x)
         return params, jax.eval_shape(self.init_statistics)
 
     def apply(
         self, params: PyTree, stats: PyTree, x: PyTree, context: Context
     ) -> tuple[PyTree, PyTree]:
-        """The output for input `x`, and in training the moments of this micro-batch.
+        """Compute the output for one micro-batch.
 
-        Moments have the form of `stats`. The pipeline averages them over all micro-batches and
-        gives the average to `commit`, once a step.
+        Args:
+            params: the parameters, as `init` makes them.
+            stats: the running statistics, as `init_statistics` makes them.
+            x: the input; with `pop`, a tuple (x, *popped).
+            context: the random key, whether this is training, and the progress of the run.
+
+        Returns:
+            The output (with `stash`, a tuple (y, *stashed)), and the moments of this micro-batch in
+            the form of `stats`. The moments are empty in evaluation. The pipeline averages them
+            over all micro-batches and passes the average to `commit`, once a step.
         """
         raise NotImplementedError
 
     def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
-        """The running statistics after a step, from the average moments of its micro-batches."""
+        """Compute the running statistics after a step.
+
+        Args:
+            stats: the running statistics before the step.
+            moments: the average moments of the step's micro-batches, in the form of `stats`.
+
+        Returns:
+            The new running statistics.
+        """
         del moments
         return stats
 
     def stash(self, *names: str) -> Self:
-        """This layer, whose output is (y, *kept): y goes on, the rest waits to be popped by name.
+        """Stash outputs of this layer, for a later layer to pop: a skip connection.
 
-        The kept tensors may cross any number of stages; no stage in between computes with them.
+        The stashed tensors may cross any number of stages. No stage between computes with them.
+
+        Args:
+            *names: a name for each stashed tensor. A later layer must pop each name once.
+
+        Returns:
+            This layer, whose output is a tuple (y, *stashed): the next layer takes y.
+
+        Example::
+
+            start = gpipe.layer(BottleneckStart, in_features=64, features=64).stash("identity")
         """
         return replace(self, stashes=(*self.stashes, *names))
 
     def pop(self, *names: str) -> Self:
-        """This layer, whose input is (x, *popped): what earlier layers stashed by these names."""
+        """Take tensors that earlier layers stashed, beside the input.
+
+        Args:
+            *names: names that earlier layers stashed.
+
+        Returns:
+            This layer, whose input is a tuple (x, *popped).
+
+        Example::
+
+            end = gpipe.layer(BottleneckEnd, in_features=64, features=256).pop("identity")
+        """
         return replace(self, pops=(*self.pops, *names))
 
     def tie(self, name: str, path: str) -> Self:
-        """This layer, whose parameter at `path` ("linear.kernel") is the one called `name`.
+        """Share a parameter with all other layers that tie the same name.
 
-        All layers that tie the same name share one parameter, which the first of them makes.
+        The first of these layers makes the parameter, and its gradient is the sum over all of them.
+
+        Args:
+            name: the name of the shared parameter.
+            path: the parameter's path in this layer, as "linear.kernel".
+
+        Returns:
+            This layer, with that parameter tied.
+
+        Example::
+
+            embedding = gpipe.layer(Embedding, vocabulary=256, width=64).tie("tokens", "tokens")
+            head = gpipe.layer(TiedHead, vocabulary=256, width=64).tie("tokens", "tokens")
         """
         return replace(self, ties=(*self.ties, (path, name)))
 
     def linked(self, description: str) -> str:
-        """`description` with the names of what is stashed, popped and tied."""
+        """Return `description` with the names of what is stashed, popped and tied.
+
+        Args:
+            description: the layer without its links, as "Dense(features=4)".
+        """
         ties = [f"{path} as {name}" for path, name in self.ties]
-        words = {"stash": self.stashes, "pop": self.pops, "tie": ties}
-        parts = [f"{verb} {', '.join(names)}" for verb, names in words.items() if names]
-        return " ".join([description, *(f"[{part}]" for part in parts)])
+        links = {"stash": self.stashes, "pop": self.pops, "tie": ties}
+        texts = [f"[{verb} {', '.join(names)}]" for verb, names in links.items() if names]
+        return " ".join([description, *texts])
 
 
 def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer:
-    """Describe one layer of the network.
+    """Describe one layer of a network.
 
-    `layer(Module, **kwargs)` is the `nnx.Module` that `Module(**kwargs, rngs=...)` builds (`rngs`
-    only if it takes them); it is called as `module(x)`, with `rngs=` if it takes them, and with
-    `progress=` (of the training run, 0 to 1) if it takes that. Modules that keep their own
-    `nnx.Rngs` (Dropout) get theirs reseeded for every micro-batch. An `nnx.BatchNorm` normalises
-    with the statistics of the micro-batch, whatever the examples' weights; its running ones change
-    once a step, by what its last call in the layer saw.
+    `layer(Module, **kwargs)` describes the `nnx.Module` that `Module(**kwargs)` builds.
+    `layer(init, apply)` describes a layer of Linen or plain JAX by two functions.
 
-    `layer(init, apply)` is a pair of functions, as of Linen or plain JAX: `init(key, x)` returns
-    parameters and `apply(params, x)` the output. If it takes `rngs`, it gets the key in training
-    and None in evaluation; if it takes `train`, it gets whether this is training.
+    Args:
+        target: an `nnx.Module` class; or `init`, a function (key, x) -> parameters. A module is
+            built with `rngs=` if it takes that. It is called as `module(x)`, with `rngs=` if it
+            takes that, and with `progress=` (of the training run, 0 to 1) if it takes that.
+        apply: a function (params, x) -> output, with `init`. If it takes `rngs`, it gets the random
+            key in training and None in evaluation. It gets `train` and `progress` if it takes them.
+        **kwargs: arguments of the module class; they must be hashable. Lists become tuples.
+
+    Returns:
+        The description of the layer. Nothing is built.
+
+    Raises:
+        TypeError: the arguments are of the wrong kind, or not hashable.
+
+    Modules that hold their own `nnx.Rngs` (`nnx.Dropout`) get them reseeded for each micro-batch.
+    An `nnx.BatchNorm` normalises with the statistics of the micro-batch, whatever the weights of
+    the examples. Its running statistics change once a step, from its last call in the layer.
+
+    Example:
+        >>> from flax import nnx
+        >>> str(layer(nnx.Linear, in_features=4, out_features=2))
+        'Linear(in_features=4, out_features=2)'
     """
     if apply is not None:
         if kwargs:
@@ -130,14 +231,14 @@ def _freeze(value: Any) -> Any:
 
 
 def _types(value: Any) -> tuple:
-    """The types of the arguments: 1, 1.0 and True are equal, but make different layers."""
-    parts = tuple(map(_types, value)) if isinstance(value, list | tuple) else ()
-    return (type(value).__name__, *parts)
+    """Return the types in `value`: 1, 1.0 and True are equal, but make different layers."""
+    inner = tuple(map(_types, value)) if isinstance(value, list | tuple) else ()
+    return (type(value).__name__, *inner)
 
 
 @dataclass(frozen=True)
 class FunctionLayer(Layer):
-    """A pair of functions (init, apply)."""
+    """Describe a layer by two functions (init, apply)."""
 
     init_fn: Callable
     apply_fn: Callable
@@ -149,41 +250,41 @@ class FunctionLayer(Layer):
         self, params: PyTree, stats: PyTree, x: PyTree, context: Context
     ) -> tuple[PyTree, PyTree]:
         del stats
-        known = {
+        options = {
             "rngs": context.key if context.train else None,
             "train": context.train,
             "progress": context.progress,
         }
-        wanted = {name: value for name, value in known.items() if _takes(self.apply_fn, name)}
-        return self.apply_fn(params, x, **wanted), {}
+        taken = {name: value for name, value in options.items() if _takes(self.apply_fn, name)}
+        return self.apply_fn(params, x, **taken), {}
 
     def __str__(self) -> str:
-        owner = getattr(self.apply_fn, "__self__", None)
+        owner = getattr(self.apply_fn, "__self__", None)  # of a Linen module's bound `apply`
         name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))
         return self.linked(name if owner is None else type(owner).__name__)
 
 
 class Template(NamedTuple):
-    """The static half of a module: its graph in both modes, and what it holds beside parameters."""
+    """Hold the static half of a module: its graph in both modes, and the shapes of its arrays."""
 
-    params: PyTree  # as shapes
+    params: PyTree  # as `jax.ShapeDtypeStruct`s
     stats: PyTree  # likewise
     train: nnx.GraphDef
     evaluate: nnx.GraphDef
-    rng_state: tuple[tuple[tuple, type], ...]  # paths of its random streams
+    rng_state: tuple[tuple[tuple, type], ...]  # paths and types of its random streams
     norms: tuple[batch_norm.Norm, ...]
 
 
 @dataclass(frozen=True)
 class ModuleLayer(Layer):
-    """An `nnx.Module` class and the arguments to build it with."""
+    """Describe a layer by an `nnx.Module` class and the arguments to build it with."""
 
     module: type[nnx.Module]
     kwargs: tuple[tuple[str, Any], ...]
-    types: tuple  # of the arguments, so that equal layers are equal in these too
+    types: tuple  # of the arguments: layers with arguments 1 and True differ
 
     def build(self, key: jax.Array) -> nnx.Module:
-        """The module itself, with every parameter."""
+        """Build the module, with all its parameters."""
         rngs = {"rngs": nnx.Rngs(key)} if _takes(self.module.__init__, "rngs") else {}
         return self.module(**dict(self.kwargs), **rngs)
 
@@ -202,18 +303,19 @@ class ModuleLayer(Layer):
         self, params: PyTree, stats: PyTree, x: PyTree, context: Context
     ) -> tuple[PyTree, PyTree]:
         template, key = _template(self), context.key
-        kinds = enumerate(template.rng_state)
-        streams = [(path, _stream_value(kind, key, i)) for i, (path, kind) in kinds]
+        streams = [
+            (path, _stream_value(kind, key, i)) for i, (path, kind) in enumerate(template.rng_state)
+        ]
         graph = template.train if context.train else template.evaluate
         rng_state = nnx.to_pure_dict(nnx.from_flat_state(streams))
         module = nnx.merge(graph, params, stats, rng_state)
-        known = {"rngs": nnx.Rngs(key), "progress": context.progress}
+        options = {"rngs": nnx.Rngs(key), "progress": context.progress}
         call = self.module.__call__
-        y = module(x, **{name: value for name, value in known.items() if _takes(call, name)})
+        y = module(x, **{name: value for name, value in options.items() if _takes(call, name)})
         if not (context.train and template.norms):
             return y, {}
-        seen = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
-        return y, batch_norm.moments(template.norms, stats, seen)
+        batch_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+        return y, batch_norm.moments(template.norms, stats, batch_stats)
 
     def commit(self, stats: PyTree, moments: PyTree) -> PyTree:
         return batch_norm.commit(_template(self).norms, stats, moments)
@@ -224,7 +326,7 @@ class ModuleLayer(Layer):
 
 
 def _brief(value: Any) -> str:
-    """The value itself if that is short, else its type."""
+    """Return the text of a value if it is short, else the name of its type."""
     text = str(value)
     return text if len(text) <= 24 and "\n" not in text else type(value).__name__
 
@@ -236,16 +338,16 @@ def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
 
 @functools.lru_cache(maxsize=4096)
 def _template(description: ModuleLayer) -> Template:
-    """Built abstractly: no array of the module ever exists."""
+    """Build the module abstractly, without any array, and split it."""
     module = nnx.eval_shape(lambda: description.build(jax.random.key(0)))
     norms = batch_norm.prepare(module, str(description))
     kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
     train, params, stats, rng_state, rest = nnx.split(module, *kinds)
     unknown = nnx.to_flat_state(rest)
     if unknown:
-        found = ", ".join(sorted({type(v).__name__ for _, v in unknown}))
+        types = ", ".join(sorted({type(v).__name__ for _, v in unknown}))
         raise ValueError(
-            f"layer {description} has variables of type {found}; a pipeline layer may hold "
+            f"layer {description} has variables of type {types}; a pipeline layer may hold "
             f"nnx.Param, random streams, and the statistics of nnx.BatchNorm only"
         )
     module.eval()
@@ -256,7 +358,7 @@ def _template(description: ModuleLayer) -> Template:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise ValueError unless each of a network's numbers is a whole number of at least one."""
+    """Raise ValueError unless each of a network's numbers is a whole number of at least 1."""
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1")

@@ -1,8 +1,8 @@
-"""Windows that slide over images, and pooling of what they see.
+"""Implement pooling that is fast on all platforms.
 
-XLA:CPU runs pooling some ten times slower than need be, and depthwise convolutions inside a loop a
-hundred times. So on CPU these operations are written over whole shifted images, one for each
-position in a window, which compile to vector code; elsewhere they are XLA's own.
+XLA:CPU runs pooling about ten times slower than necessary, and depthwise convolutions inside a loop
+a hundred times. So on CPU these operations work on whole shifted images, one for each position in a
+window (see `windows`). On other platforms they are XLA's own.
 
 Letters: B images, H and W height and width, C channels, H' and W' windows down and across, h and w
 positions in a window.
@@ -34,13 +34,13 @@ def _max_on_cpu(windows: Windows, x: jax.Array) -> jax.Array:
 
 
 def _max_gradients(windows: Windows, dy: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-    chosen = windows.viewers(computed_once(_first_maximum(windows, x)), x.shape)
-    pairs = enumerate(zip(chosen, windows.viewers(dy, x.shape), strict=True))
+    chosen = windows.transposed_views(computed_once(_first_maximum(windows, x)), x.shape)
+    pairs = enumerate(zip(chosen, windows.transposed_views(dy, x.shape), strict=True))
     return (total(jnp.where(position == t, d, 0) for t, (position, d) in pairs),)
 
 
 def _first_maximum(windows: Windows, x: jax.Array) -> jax.Array:
-    """The number of the position, row by row, at which each window has its first maximum."""
+    """Return the position, counted row by row, of the first maximum of each window."""
     best, *others = windows.views(x, -jnp.inf)
     position = jnp.zeros(best.shape, jnp.int32)
     for t, view in enumerate(others, 1):
@@ -60,7 +60,7 @@ def _sum_on_cpu(windows: Windows, x: jax.Array) -> jax.Array:
     return total(windows.views(x))
 
 
-# Not `fast_on_cpu`, which would save x for a gradient that needs only its shape.
+# This is not `fast_on_cpu`, which would store x for a gradient that needs only its shape.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _window_sum(windows: Windows, shape: tuple[int, ...], x: jax.Array) -> jax.Array:
     return on_cpu(_sum_on_cpu, _sum, windows, x)
@@ -74,7 +74,7 @@ def _window_sum_backward(
     windows: Windows, shape: tuple[int, ...], _: None, dy: jax.Array
 ) -> tuple[jax.Array]:
     def cpu(windows: Windows, dy: jax.Array) -> tuple[jax.Array]:
-        return (total(windows.viewers(dy, shape)),)
+        return (total(windows.transposed_views(dy, shape)),)
 
     def plain(windows: Windows, dy: jax.Array) -> tuple[jax.Array]:
         x = jax.ShapeDtypeStruct(shape, dy.dtype)
@@ -87,7 +87,7 @@ _window_sum.defvjp(_window_sum_forward, _window_sum_backward)
 
 
 def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """The maximum in each window of x [B, H, W, C], padding "SAME".
+    """Return the maximum in each window of x [B, H, W, C], padding "SAME".
 
     The gradient goes to one element of a window, its first maximum row by row.
     """
@@ -95,7 +95,7 @@ def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
 
 
 def avg_pool(x: jax.Array, size: int, stride: int, padding: str = "SAME") -> jax.Array:
-    """The mean of each window of x [B, H, W, C] over its elements inside the image."""
+    """Return the mean of each window of x [B, H, W, C] over its elements inside the image."""
     windows = Windows((size, size), (stride, stride), padding=padding)
     down, across = (_elements_seen(axis, stride) for axis in windows.axes(x.shape))
     counts = down[:, None, None] * across[:, None]
@@ -103,6 +103,6 @@ def avg_pool(x: jax.Array, size: int, stride: int, padding: str = "SAME") -> jax
 
 
 def _elements_seen(axis: Axis, stride: int) -> np.ndarray:
-    """How many elements of the image each window along an axis has, int [H'] or [W']."""
+    """Count the elements of the image in each window along an axis: int [H'] or [W']."""
     starts = np.arange(0, axis.span, stride) - axis.low
     return np.minimum(starts + axis.reach, axis.length) - np.maximum(starts, 0)

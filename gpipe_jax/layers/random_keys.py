@@ -1,7 +1,7 @@
-"""The keys of all randomness: of the step, the layer and the micro-batch, never of a tick or stage.
+"""Derive all random keys: from the step, the layer and the micro-batch, never a tick or a stage.
 
-So initial parameters and dropout are the same however the network is cut and scheduled. Keys of
-single examples make dropout independent of the number of micro-batches and replicas too.
+So initial parameters and dropout do not depend on how the network is cut and scheduled. With keys
+of single examples, dropout does not depend on the number of micro-batches and replicas either.
 """
 
 import functools
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 
 def layer_key(seed: int | jax.Array, layer_id: int | jax.Array) -> jax.Array:
-    """The key that a layer is initialised from; independent of how the network is cut."""
+    """Return the key that initialises a layer; it does not depend on how the network is cut."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), layer_id)
 
 
 def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """The key of all randomness of one training step."""
+    """Return the key of all randomness in one training step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
@@ -29,11 +29,11 @@ def apply_key(
     micro_batch: int | jax.Array,
     examples: int | None = None,
 ) -> jax.Array:
-    """The key of one layer on one micro-batch, from `step_key`; never of a tick or a stage.
+    """Return the key of one layer on one micro-batch, from `step_key`.
 
-    With the number of `examples` of a micro-batch, the key is one for each of them: the arrays it
-    draws must have the examples as their first axis, and row i depends on the i-th example's place
-    in the whole batch only.
+    With the number of `examples` of a micro-batch, each example has a key of its own. The arrays
+    drawn must then have the examples as their first axis. Row i depends only on the position of
+    example i in the whole batch.
     """
     key = jax.random.fold_in(step, layer_id)
     if examples is None:
@@ -45,9 +45,9 @@ def apply_key(
 
 @functools.cache
 def _one_for_each(examples: int) -> Any:
-    """A generator whose key is B threefry keys, and that draws row i of an array from the i-th."""
+    """Return a generator whose key is B threefry keys; key i draws row i of an array."""
 
-    def one(data: jax.Array) -> jax.Array:
+    def threefry(data: jax.Array) -> jax.Array:
         return jax.random.wrap_key_data(data, impl="threefry2x32")
 
     def bits(data: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
@@ -57,14 +57,16 @@ def _one_for_each(examples: int) -> Any:
                 f"{examples} examples of a micro-batch, got shape {list(shape)}; "
                 f"draw for each example, or use keys of micro-batches"
             )
-        return jax.vmap(lambda d: jax.random.bits(one(d), shape[1:], f"uint{width}"))(data)
+        return jax.vmap(lambda d: jax.random.bits(threefry(d), shape[1:], f"uint{width}"))(data)
 
     def split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        parts = jax.vmap(lambda d: jax.random.key_data(jax.random.split(one(d), math.prod(shape))))
-        return jnp.swapaxes(parts(data), 0, 1).reshape(*shape, *data.shape)
+        def split_key(key: jax.Array) -> jax.Array:
+            return jax.random.key_data(jax.random.split(threefry(key), math.prod(shape)))
+
+        return jnp.swapaxes(jax.vmap(split_key)(data), 0, 1).reshape(*shape, *data.shape)
 
     def fold_in(data: jax.Array, i: Any) -> jax.Array:
-        return jax.vmap(lambda d: jax.random.key_data(jax.random.fold_in(one(d), i)))(data)
+        return jax.vmap(lambda d: jax.random.key_data(jax.random.fold_in(threefry(d), i)))(data)
 
     def seed(value: jax.Array) -> jax.Array:
         ids = jnp.arange(examples)

@@ -1,4 +1,4 @@
-"""What each layer of a network looks like, found without building anything."""
+"""Infer the shapes of each layer of a network, without building anything."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -13,52 +13,54 @@ from gpipe_jax.utils.trees import PyTree, describe, differentiable, signature
 
 
 class LayerShape(NamedTuple):
-    """What one layer of a network looks like: trees of `jax.ShapeDtypeStruct`."""
+    """Hold the shapes of one layer of a network, as trees of `jax.ShapeDtypeStruct`."""
 
     layer: Layer
-    boundary: Boundary  # what passes a cut in front of the layer
-    input: PyTree  # what the layer is applied to: with what it pops
-    params: PyTree  # its own: None in place of what it borrows from the owner of a tied name
-    borrowed: dict[str, PyTree]  # tied name -> the parameter
+    boundary: Boundary  # the boundary of a stage that starts with this layer
+    input: PyTree  # the input of the layer, with the tensors that it pops
+    params: PyTree  # its own parameters, and None for those that another layer owns
+    borrowed: dict[str, PyTree]  # tied name -> the parameter that another layer owns
     stats: PyTree  # running statistics
-    output: PyTree  # of the layer: with what it stashes
+    output: PyTree  # the output of the layer, with the tensors that it stashes
 
 
 def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
-    """The shapes of every layer's parameters and output for an input like `x`; builds nothing.
+    """Return the shapes of each layer's parameters and output for an input like `x`.
 
-    Raises ValueError, naming both layers, where an output does not fit the next layer's input, and
-    where what is stashed, popped or tied does not match.
+    Raises ValueError if an output does not fit the next layer's input (the message names both
+    layers), or if stashed, popped or tied names do not match.
     """
     skips_and_ties.check_names(layers)
     shapes: list[LayerShape] = []
     known: dict = {}
     boundary, shared = Boundary(x, {}), {}
     for i, layer in enumerate(layers):
-        taken, rest = skips_and_ties.take(layer, boundary)
-        question = layer, signature(taken)
-        if question not in known:
-            known[question] = _infer_one(layers, i, taken)
-        params, stats, output = known[question]
+        layer_input, rest = skips_and_ties.take(layer, boundary)
+        key = layer, signature(layer_input)
+        if key not in known:
+            known[key] = _infer_layer(layers, i, layer_input)
+        params, stats, output = known[key]
         skips_and_ties.check_tied(i, layer, params, shared)
         own, borrowed = skips_and_ties.borrow(layer, params, shared)
         shared = {**shared, **skips_and_ties.offered(layer, own)}
-        shapes.append(LayerShape(layer, boundary, taken, own, borrowed, stats, output))
+        shapes.append(LayerShape(layer, boundary, layer_input, own, borrowed, stats, output))
         boundary = skips_and_ties.give(layer, output, rest)
     return shapes
 
 
 def as_replica(function: Callable) -> Callable:
-    """`function` of one micro-batch as the only replica, so that it may name the replicas' axis."""
+    """Return `function` run as the only replica, so that it can use the name of the data axis."""
     return jax.vmap(function, in_axes=None, out_axes=None, axis_name=DATA, axis_size=1)
 
 
-def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     layer, key = layers[i], jax.eval_shape(lambda: jax.random.key(0))
 
     def output(params: PyTree, stats: PyTree, key: jax.Array, train: bool) -> PyTree:
-        y = lambda p, s, x, k: layer.apply(p, s, x, Context(k, train))[0]  # noqa: E731
-        return jax.eval_shape(as_replica(y), params, stats, x, key)
+        def apply(params: PyTree, stats: PyTree, x: PyTree, key: jax.Array) -> PyTree:
+            return layer.apply(params, stats, x, Context(key, train))[0]
+
+        return jax.eval_shape(as_replica(apply), params, stats, x, key)
 
     try:
         params, stats = layer.shapes(x)
@@ -72,18 +74,32 @@ def _infer_one(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTr
     _check_parameters(i, layer, params)
     if describe(trained) != describe(evaluated):
         raise ValueError(
-            f"layer {i}, {layer}, gives {describe(trained)} in training but {describe(evaluated)} "
-            f"in evaluation; make the two agree"
+            f"layer {i}, {layer}, returns {describe(trained)} in training but "
+            f"{describe(evaluated)} in evaluation; make the two agree"
         )
     skips_and_ties.check_stashed(i, layer, trained)
     return params, stats, trained
 
 
 def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
-    """The number of parameters of a network for inputs like `example`; tied ones count once.
+    """Count the parameters of a network; a tied parameter counts once. Nothing is built.
 
-    `example` is a tree of arrays or `jax.ShapeDtypeStruct`s, the first axis being the examples; or
-    a whole batch {"inputs": ..., "labels": ...}. Nothing is built.
+    Args:
+        layers: the network.
+        example: inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the
+            examples; or a batch {"inputs": ..., "labels": ...}.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        ValueError: a layer does not fit its input.
+
+    Example:
+        >>> import numpy as np
+        >>> import gpipe_jax as gpipe
+        >>> count_parameters(gpipe.zoo.mlp((4, 8, 2)), np.zeros((1, 4), np.float32))
+        58
     """
     if isinstance(example, dict) and {"inputs", "labels"} <= set(example):
         example = example["inputs"]
@@ -91,7 +107,7 @@ def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
 
 
 def elements(shapes: Iterable[LayerShape]) -> int:
-    """The number of parameters of layers; tied ones count once."""
+    """Count the parameters of layers; a tied parameter counts once."""
     return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
 
 

@@ -1,11 +1,11 @@
-"""What connects layers beside their order: stashed tensors that are popped later, tied parameters.
+"""Connect layers beside their order: by stashed tensors that are popped later, and tied parameters.
 
-kept = {}
+skips = {}
 for layer in layers:
-    x = (x, *(kept.pop(name) for name in layer.pops))   # if it pops any
+    x = (x, *(skips.pop(name) for name in layer.pops))   # if it pops any
     y = layer(params with the tied ones filled in, x)
-    y, *stashed = y                                     # if it stashes any
-    kept.update(zip(layer.stashes, stashed))
+    x, *stashed = y                                      # if it stashes any
+    skips.update(zip(layer.stashes, stashed))
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from gpipe_jax.utils.trees import PyTree, by_name
 
 
 class Boundary(NamedTuple):
-    """What passes between two layers."""
+    """Hold the tree that passes between two layers, or two stages."""
 
     x: PyTree
-    skips: dict[str, PyTree]  # stashed before, not yet popped
+    skips: dict[str, PyTree]  # tensors that are stashed and not yet popped
 
 
 def call(
     layer: Layer, params: PyTree, stats: PyTree, boundary: Boundary, shared: dict, context: Context
 ) -> tuple[Boundary, PyTree]:
-    """One layer, with its links: what passes on behind it, and the moments of its batch norms."""
+    """Apply one layer with its links; return the next boundary and the moments of batch norms."""
     x, rest = take(layer, boundary)
     filled = fill(layer, params, shared)
     y, moments = layer.apply(filled, stats, x, context)
@@ -33,14 +33,14 @@ def call(
 
 
 def take(layer: Layer, boundary: Boundary) -> tuple[PyTree, dict]:
-    """The layer's input, and the skips that pass it by."""
+    """Return the layer's input, and the skips that it does not pop."""
     popped = [boundary.skips[name] for name in layer.pops]
-    rest = {name: kept for name, kept in boundary.skips.items() if name not in layer.pops}
+    rest = {name: skip for name, skip in boundary.skips.items() if name not in layer.pops}
     return ((boundary.x, *popped) if popped else boundary.x), rest
 
 
 def give(layer: Layer, y: PyTree, rest: dict) -> Boundary:
-    """What passes on behind a layer with this output."""
+    """Return the boundary after a layer with this output."""
     if not layer.stashes:
         return Boundary(y, rest)
     return Boundary(y[0], {**rest, **dict(zip(layer.stashes, y[1:], strict=True))})
@@ -50,7 +50,7 @@ def give(layer: Layer, y: PyTree, rest: dict) -> Boundary:
 
 
 def borrow(layer: Layer, params: PyTree, shared: dict) -> tuple[PyTree, dict]:
-    """The layer's own parameters, with None where a name is in `shared`; and those shared ones."""
+    """Return the layer's own parameters, with None for shared ones, and the shared ones by name."""
     borrowed = {}
     for path, name in layer.ties:
         if name in shared:
@@ -59,13 +59,13 @@ def borrow(layer: Layer, params: PyTree, shared: dict) -> tuple[PyTree, dict]:
 
 
 def offered(layer: Layer, own: PyTree) -> dict[str, PyTree]:
-    """Tied name -> parameter, for those names that this layer owns."""
-    found = {name: _at(own, path.split(".")) for path, name in layer.ties}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the tied parameters that this layer owns, by name."""
+    tied = {name: _at(own, path.split(".")) for path, name in layer.ties}
+    return {name: value for name, value in tied.items() if value is not None}
 
 
 def fill(layer: Layer, params: PyTree, shared: dict) -> PyTree:
-    """The layer's parameters with the tied ones in their places."""
+    """Return the layer's parameters with the shared ones filled in."""
     for path, name in layer.ties:
         if name in shared:
             params = _replaced(params, path.split("."), shared[name])
@@ -79,7 +79,7 @@ def _at(tree: PyTree, path: Sequence[str]) -> PyTree:
 
 
 def _replaced(tree: PyTree, path: Sequence[str], value: PyTree) -> PyTree:
-    """A tree of dicts and sequences with another value at `path`."""
+    """Return a tree of dicts and sequences with another value at `path`."""
     if not path:
         return value
     key = _key(tree, path[0])
@@ -90,10 +90,12 @@ def _replaced(tree: PyTree, path: Sequence[str], value: PyTree) -> PyTree:
 
 
 def _key(tree: PyTree, name: str) -> Any:
-    """The key called `name`, of a dict or a sequence."""
-    keys = (
-        tree if isinstance(tree, dict) else range(len(tree)) if type(tree) in (list, tuple) else ()
-    )
+    """Return the key called `name` of a dict or a sequence; raise KeyError if there is none."""
+    keys: Any = ()
+    if isinstance(tree, dict):
+        keys = tree
+    elif type(tree) in (list, tuple):
+        keys = range(len(tree))
     for key in keys:
         if str(key) == name:
             return key
@@ -104,7 +106,7 @@ def _key(tree: PyTree, name: str) -> Any:
 
 
 def check_names(layers: Sequence[Layer]) -> None:
-    """Raise ValueError unless each stash is popped once, later, and each tied name used twice."""
+    """Check that each stash is popped once, later, and that each tied name is used twice."""
     _check_skips(layers)
     _check_ties(layers)
 
@@ -115,8 +117,8 @@ def _check_skips(layers: Sequence[Layer]) -> None:
         for name in layer.pops:
             if name not in waiting:
                 raise ValueError(
-                    f"layer {i}, {layer}, pops {name!r}, but no layer before it stashes that (and "
-                    f"none has popped it already); waiting there: {_listed(waiting)}"
+                    f"layer {i}, {layer}, pops {name!r}, but no layer before it stashes that, or "
+                    f"another has popped it; stashed at this layer: {_listed(waiting)}"
                 )
             del waiting[name]
         for name in layer.stashes:
@@ -156,18 +158,18 @@ def _check_ties(layers: Sequence[Layer]) -> None:
 
 
 def check_stashed(i: int, layer: Layer, output: PyTree) -> None:
-    """Raise ValueError unless an output is (y, *stashed)."""
-    want = 1 + len(layer.stashes)
-    if want > 1 and not (isinstance(output, tuple) and len(output) == want):
-        found = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
+    """Check that an output is (y, *stashed); raise ValueError if it is not."""
+    length = 1 + len(layer.stashes)
+    if length > 1 and not (isinstance(output, tuple) and len(output) == length):
+        got = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
         raise ValueError(
             f"layer {i}, {layer}, stashes {_listed(layer.stashes)}, so its output must be a tuple "
-            f"of {want}: what goes on, and what is kept; got {found}"
+            f"of {length}: the next layer's input, and the stashed tensors; got {got}"
         )
 
 
 def check_tied(i: int, layer: Layer, params: PyTree, shared: dict) -> None:
-    """Raise ValueError unless every tied path is a parameter, of the shape of its owner's."""
+    """Check that each tied path is a parameter with the shape and type of the owner's."""
     for path, name in layer.ties:
         try:
             own = _at(params, path.split("."))
@@ -175,8 +177,8 @@ def check_tied(i: int, layer: Layer, params: PyTree, shared: dict) -> None:
             own = None
         if own is None or not hasattr(own, "shape"):
             raise ValueError(
-                f"layer {i}, {layer}, ties {name!r} to {path!r}, which is not a parameter of it; "
-                f"it has {_listed(by_name(params))}"
+                f"layer {i}, {layer}, ties {name!r} to {path!r}, which is not one of its "
+                f"parameters: {_listed(by_name(params))}"
             )
         owner = shared.get(name, own)
         if (own.shape, own.dtype) != (owner.shape, owner.dtype):

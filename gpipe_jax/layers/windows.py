@@ -1,4 +1,16 @@
-"""Define the windows of convolutions and pooling, and forms of them that are fast on CPU."""
+"""Define the windows of convolutions and pooling, and forms of them that are fast on CPU.
+
+Along one axis of length 6, windows of 3 positions, dilation 1, stride 2, padding "SAME"; low = 0:
+
+    image      0  1  2  3  4  5  .       . is padding
+    window 0  [0  1  2]                  reach 3: elements from a window's first to its last
+    window 1        [0  1  2]
+    window 2              [0  1  2]      span 5: elements from the first start to the last start
+    view 1        1     3     5          position 1 of all windows: [B, H', W', C]
+
+`views` are what all windows have at each position. On CPU an operation on windows is a sum or a
+maximum over its views: whole shifted images, which compile to vector code.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -11,26 +23,26 @@ from jax import lax
 
 
 class Axis(NamedTuple):
-    """How windows lie along one axis of an image; all in elements."""
+    """Describe how windows lie along one axis of an image; all numbers are elements."""
 
     length: int  # of the image
     reach: int  # of one window
     low: int  # padding before the image
-    span: int  # from the first window's start to the last one's, both included
+    span: int  # from the first window's start to the last window's start, both included
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Pads the image, or cuts it, to what the windows see."""
+        """Return the padding (or cropping, if negative) of the image to what the windows cover."""
         return self.low, self.span + self.reach - 1 - self.length - self.low
 
     @property
     def transposed_padding(self) -> tuple[int, int]:
-        """Pads the windows, or cuts them, to all starts from which an element could be seen."""
+        """Return the padding of the starts to all starts whose window could cover an element."""
         return self.reach - 1 - self.low, self.length - self.span + self.low
 
 
 class Windows(NamedTuple):
-    """Windows of h x w positions `dilation` apart, one every `stride` elements down and across."""
+    """Describe windows of h x w positions `dilation` apart, one every `stride` elements."""
 
     size: tuple[int, int]
     stride: tuple[int, int]
@@ -38,7 +50,7 @@ class Windows(NamedTuple):
     padding: str = "SAME"  # or "VALID"
 
     def axes(self, shape: tuple[int, ...]) -> list[Axis]:
-        """How the windows lie down and across images of shape [B, H, W, C]."""
+        """Return how the windows lie down and across images of shape [B, H, W, C]."""
         return [self._axis(shape, 0), self._axis(shape, 1)]
 
     def _axis(self, shape: tuple[int, ...], i: int) -> Axis:
@@ -53,26 +65,26 @@ class Windows(NamedTuple):
         return Axis(length, reach, low, max(room // stride * stride + 1, 0))
 
     def pad(self, x: jax.Array, fill: float = 0.0) -> jax.Array:
-        """The images x [B, H, W, C] with as much around them as the windows see."""
+        """Pad the images x [B, H, W, C] to what the windows cover."""
         return _pad(x, [(*axis.padding, 0) for axis in self.axes(x.shape)], fill)
 
     def at(self, padded: jax.Array, i: int | jax.Array, j: int | jax.Array) -> jax.Array:
-        """What every window has at its position (i, j): [B, H', W', C]."""
+        """Return what all windows have at their position (i, j): [B, H', W', C]."""
         (h, w), d, (B, H, W, C) = self.size, self.dilation, padded.shape
         lengths = B, H - (h - 1) * d, W - (w - 1) * d, C
         shifted = lax.dynamic_slice(padded, (0, i * d, j * d, 0), lengths)
         return shifted[:, :: self.stride[0], :: self.stride[1]]
 
     def views(self, x: jax.Array, fill: float = 0.0) -> list[jax.Array]:
-        """What the windows see of x: for each position, row by row, [B, H', W', C]."""
+        """Return what all windows have at each position, row by row: arrays [B, H', W', C]."""
         padded = self.pad(x, fill)
         return [self.at(padded, i, j) for i, j in np.ndindex(self.size)]
 
-    def viewers(self, y: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
-        """The transpose of `views`: who sees each element of images of shape [B, H, W, C].
+    def transposed_views(self, y: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+        """Return the transpose of `views`, for images of `shape` [B, H, W, C].
 
-        For each position, row by row, [B, H, W, C]: at each element the value in y [B, H', W', C]
-        of the one window that has the element at this position, or zero.
+        For each position, row by row, it is an array [B, H, W, C]. At each element it has the value
+        in y [B, H', W', C] of the one window with the element at this position, or zero.
         """
         axes = zip(self.axes(shape), self.stride, strict=True)
         padded = _pad(y, [(*axis.transposed_padding, s - 1) for axis, s in axes], 0)
@@ -85,12 +97,12 @@ def _pad(x: jax.Array, pads: list[tuple[int, int, int]], fill: float) -> jax.Arr
 
 
 def total(terms: Iterable[jax.Array]) -> jax.Array:
-    """The sum of equal shapes, written out for XLA to make one loop of."""
+    """Add arrays of equal shape in one expression, of which XLA makes one loop."""
     return functools.reduce(jnp.add, terms)
 
 
 def on_cpu(form: Callable, default: Callable, windows: Windows, *arrays: jax.Array) -> Any:
-    """`form(windows, *arrays)` in programs for CPU, `default(windows, *arrays)` in others."""
+    """Return `form(windows, *arrays)` in programs for CPU, else `default(windows, *arrays)`."""
     forms = {
         "cpu": functools.partial(form, windows),
         "default": functools.partial(default, windows),
@@ -99,10 +111,12 @@ def on_cpu(form: Callable, default: Callable, windows: Windows, *arrays: jax.Arr
 
 
 def fast_on_cpu(plain: Callable, gradients: Callable, forward: Callable | None = None) -> Callable:
-    """An operation `plain(windows, *arrays)` that takes other forms on CPU, and only there.
+    """Return the operation `plain(windows, *arrays)` with faster forms in programs for CPU.
 
-    `gradients(windows, dy, *arrays)` is a tuple, one gradient for each array. Without `forward`
-    the value is computed as elsewhere.
+    Args:
+        plain: the operation, as on the other platforms.
+        gradients: a function (windows, dy, *arrays) -> one gradient for each array.
+        forward: another form of the operation. Default: `plain`.
     """
 
     def value(windows: Windows, *arrays: jax.Array) -> jax.Array:
@@ -114,8 +128,12 @@ def fast_on_cpu(plain: Callable, gradients: Callable, forward: Callable | None =
         return jax.vjp(functools.partial(plain, windows), *arrays)[1](dy)
 
     operation = jax.custom_vjp(value, nondiff_argnums=(0,))
-    operation.defvjp(
-        lambda windows, *arrays: (value(windows, *arrays), arrays),
-        lambda windows, arrays, dy: on_cpu(gradients, plain_gradients, windows, dy, *arrays),
-    )
+
+    def forward_pass(windows: Windows, *arrays: jax.Array) -> tuple:
+        return value(windows, *arrays), arrays
+
+    def backward_pass(windows: Windows, arrays: tuple, dy: jax.Array) -> tuple:
+        return on_cpu(gradients, plain_gradients, windows, dy, *arrays)
+
+    operation.defvjp(forward_pass, backward_pass)
     return operation

@@ -279,9 +279,7 @@ def training_schedule(
             raise ValueError(f"unknown schedule {schedule!r} for training; known: {known}")
         return make(schedule, num_devices, micro_batches, chunks)
     if not (schedule.table[..., 0] == BACKWARD).any():
-        raise ValueError(
-            f"the schedule {schedule.kind!r} has no backwards; give a training schedule"
-        )
+        raise ValueError(f"the schedule {schedule.kind!r} has no backwards; give one that trains")
     sizes = (schedule.num_devices, schedule.micro_batches)
     if sizes != (num_devices, micro_batches):
         raise ValueError(

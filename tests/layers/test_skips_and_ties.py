@@ -103,16 +103,16 @@ def test_a_stash_of_a_single_tensor_takes_a_tuple_of_two() -> None:
     [
         (
             [ONE, ADD.pop("a")],
-            r"layer 1, add \[pop a\], pops 'a', but no layer before it stashes that "
-            r"\(and none has popped it already\); waiting there: nothing",
+            r"layer 1, add \[pop a\], pops 'a', but no layer before it stashes that, "
+            r"or another has popped it; stashed at this layer: nothing",
         ),
         (
             [TWO.stash("b"), THREE.stash("c", "d"), ADD.pop("a")],
-            r"layer 2, add \[pop a\], pops 'a', .*; waiting there: 'b', 'c', 'd'",
+            r"layer 2, add \[pop a\], pops 'a', .*; stashed at this layer: 'b', 'c', 'd'",
         ),
         (
             [TWO.stash("a"), ADD.pop("a"), ADD.pop("a")],
-            r"layer 2, .*, pops 'a', but no layer .* none has popped it already",
+            r"layer 2, .*, pops 'a', but no layer .* another has popped it",
         ),
         ([TWO.stash("a"), ADD.pop("a", "a")], r"layer 1, .*, pops 'a', but no layer .*: nothing"),
         ([ADD.pop("a"), TWO.stash("a")], r"layer 0, .*, pops 'a', but no layer before it"),
@@ -138,7 +138,7 @@ def test_names_that_do_not_match_are_refused(layers: list[Layer], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("first", "names", "found"),
+    ("first", "names", "given"),
     [
         (ONE, ["a"], "ShapeDtypeStruct"),
         (TWO, ["a", "b"], "a tuple of 2"),
@@ -148,12 +148,12 @@ def test_names_that_do_not_match_are_refused(layers: list[Layer], message: str) 
     ],
 )
 def test_an_output_without_the_stashed_tensors_is_refused(
-    first: Layer, names: list[str], found: str
+    first: Layer, names: list[str], given: str
 ) -> None:
     listed = ", ".join(map(repr, names))
     message = (
         rf"layer 1, .*, stashes {listed}, so its output must be a tuple of {1 + len(names)}: "
-        rf"what goes on, and what is kept; got {found}$"
+        rf"the next layer's input, and the stashed tensors; got {given}$"
     )
     layers = [ONE, first.stash(*names), *[ADD.pop(name) for name in names]]
     with pytest.raises(ValueError, match=message):
@@ -236,14 +236,14 @@ def test_names_may_be_tied_crosswise() -> None:
         ),
         (
             [WEIGHTS.tie("v", "w"), WEIGHTS.tie("v", "kernel")],
-            r"layer 1, one \[tie kernel as v\], ties 'v' to 'kernel', which is not a parameter of "
-            r"it; it has 'inner.b', 'inner.c', 'w'",
+            r"layer 1, one \[tie kernel as v\], ties 'v' to 'kernel', which is not one of "
+            r"its parameters: 'inner.b', 'inner.c', 'w'",
         ),
         ([WEIGHTS.tie("v", "inner"), WEIGHTS.tie("v", "w")], r"layer 0, .* 'inner', which is not"),
         ([WEIGHTS.tie("v", "w.x"), WEIGHTS.tie("v", "w")], r"layer 0, .* 'w.x', which is not"),
         (
             [WEIGHTS.tie("v", "w"), ONE.tie("v", "w")],
-            r"layer 1, .* 'w', which is not a parameter of it; it has nothing",
+            r"layer 1, .* 'w', which is not one of its parameters: nothing",
         ),
         (
             [WEIGHTS.tie("v", "w"), WEIGHTS.tie("v", "inner.b")],
