@@ -1,10 +1,15 @@
-"""Between arrays over all devices and one stage's block of them in numpy, a stage at a time.
+"""Copy arrays between the devices and host memory, one row of the mesh at a time.
 
-A host copies only what its own devices hold, so none ever holds the whole of a network that is
-spread over several. Rows of the mesh are stages; the devices of a row hold equal blocks.
+A host copies only what its own devices hold. So no host ever holds all of a network that is spread
+over several hosts. Row k of the mesh has the devices at position k of the stage axis, one for each
+replica; they hold equal blocks:
+
+    mesh.devices        replica 0   replica 1
+    row 0               block 0     block 0       an array [K * n, ...] has
+    row 1               block 1     block 1       K blocks [n, ...]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,32 +18,29 @@ import numpy as np
 from gpipe_jax.distributed.mesh import batch_sharding, params_sharding, replicated_sharding
 from gpipe_jax.utils.trees import PyTree
 
-AnyMesh = Any  # with devices: one that is abstract has no blocks
+AnyMesh = Any  # a mesh with devices, not an abstract one
 
 
-def held(mesh: AnyMesh) -> list[int]:
-    """The rows with a device of this process."""
-    here = jax.process_index()
-    rows = enumerate(mesh.devices)
-    return [k for k, row in rows if any(device.process_index == here for device in row)]
+def local_rows(mesh: AnyMesh) -> list[int]:
+    """Return the rows with a device of this process."""
+    return [k for k, row in enumerate(mesh.devices) if _local(row)]
 
 
-def owned(mesh: AnyMesh) -> list[int]:
-    """The rows that this process saves: each has one owner, and replicas take turns."""
-    here, replicas = jax.process_index(), mesh.devices.shape[1]
-    rows = enumerate(mesh.devices)
-    return [k for k, row in rows if row[k % replicas].process_index == here]
+def owned_rows(mesh: AnyMesh) -> list[int]:
+    """Return the rows that this process saves: each row has one owner, of alternating replicas."""
+    replicas = mesh.devices.shape[1]
+    return [k for k, row in enumerate(mesh.devices) if _local([row[k % replicas]])]
 
 
 def start_copies(tree: PyTree) -> None:
-    """Let the arrays' blocks on this process's devices be copied to the host meanwhile."""
+    """Start to copy the arrays' blocks on this process's devices to the host, asynchronously."""
     for array in jax.tree.leaves(tree):
         for shard in array.addressable_shards:
             shard.data.copy_to_host_async()
 
 
 def take(mesh: AnyMesh, tree: PyTree, k: int) -> PyTree:
-    """The block of row k of arrays cut along their first axis over the rows, as copies."""
+    """Return copies of row k's blocks of arrays that are divided along axis 0 over the rows."""
     row = set(mesh.devices[k])
 
     def block(array: jax.Array) -> np.ndarray:
@@ -50,58 +52,66 @@ def take(mesh: AnyMesh, tree: PyTree, k: int) -> PyTree:
 
 
 def place(mesh: AnyMesh, make: Callable[[int], PyTree]) -> PyTree:
-    """Arrays over all devices, of `make(k)`, the block of row k, for each row held here."""
-    here, places = jax.process_index(), params_sharding(mesh)
+    """Build arrays over all devices from `make(k)`, the blocks of row k, for each local row."""
+    sharding = params_sharding(mesh)
     blocks, treedef = [], None
-    for k in held(mesh):
+    for k in local_rows(mesh):
         leaves, treedef = jax.tree.flatten(make(k))
-        row = [device for device in mesh.devices[k] if device.process_index == here]
-        blocks.append([[jax.device_put(leaf, device) for device in row] for leaf in leaves])
+        devices = _local(mesh.devices[k])
+        blocks.append([[jax.device_put(leaf, device) for device in devices] for leaf in leaves])
     if treedef is None:
         raise ValueError(
-            f"no device of the mesh of {mesh.devices.size} is in process {here}; use all processes"
+            f"no device of the mesh of {mesh.devices.size} is in process {jax.process_index()}; "
+            f"use devices of all processes"
         )
 
-    def join(parts: list[list[jax.Array]]) -> jax.Array:
-        arrays = [array for part in parts for array in part]
+    def join(rows: list[list[jax.Array]]) -> jax.Array:
+        arrays = [array for row in rows for array in row]
         shape = arrays[0].shape
         whole = (mesh.devices.shape[0] * shape[0], *shape[1:])
-        return jax.make_array_from_single_device_arrays(whole, places, arrays)
+        return jax.make_array_from_single_device_arrays(whole, sharding, arrays)
 
-    return treedef.unflatten([join(list(parts)) for parts in zip(*blocks, strict=True)])
+    return treedef.unflatten([join(list(rows)) for rows in zip(*blocks, strict=True)])
 
 
 def replicate(mesh: AnyMesh, value: Any) -> Any:
-    """`value`, which every process has, on every device."""
+    """Copy `value`, which every process has, to every device."""
     value = np.asarray(value)
-    places = replicated_sharding(mesh)
-    return jax.make_array_from_callback(value.shape, places, lambda index: value[index])
+    sharding = replicated_sharding(mesh)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def columns(mesh: AnyMesh) -> list[int]:
-    """The replicas with a device of this process."""
-    here, replicas = jax.process_index(), enumerate(mesh.devices.T)
-    return [d for d, column in replicas if any(one.process_index == here for one in column)]
+def local_replicas(mesh: AnyMesh) -> list[int]:
+    """Return the replicas with a device of this process."""
+    return [d for d, column in enumerate(mesh.devices.T) if _local(column)]
 
 
-def place_batch(mesh: AnyMesh, parts: PyTree, replicas: list[int]) -> PyTree:
-    """Arrays [M, D*B, ...] over the replicas, of this process's part, [M, B of each of them, ...].
+def _local(devices: Iterable[Any]) -> list[Any]:
+    process = jax.process_index()
+    return [device for device in devices if device.process_index == process]
 
-    Which is all of it where this process has a device of every replica.
+
+def place_batch(mesh: AnyMesh, micro_batched: PyTree, replicas: list[int]) -> PyTree:
+    """Build arrays [M, D*B, ...] over the replicas from the examples of this process's replicas.
+
+    Args:
+        mesh: The devices.
+        micro_batched: Arrays [M, len(replicas) * B, ...].
+        replicas: The replicas with a device of this process, see `local_replicas`.
     """
-    places = batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
-        return jax.device_put(parts, places)
+        return jax.device_put(micro_batched, sharding)
 
-    def one(array: np.ndarray) -> jax.Array:
+    def place_array(array: np.ndarray) -> jax.Array:
         size = array.shape[1] // len(replicas)
 
-        def part(index: Any) -> np.ndarray:
-            first = (index[1].start or 0) // size
-            start = replicas.index(first) * size
+        def of_replica(index: Any) -> np.ndarray:
+            replica = (index[1].start or 0) // size
+            start = replicas.index(replica) * size
             return array[:, start : start + size]
 
         whole = (array.shape[0], mesh.devices.shape[1] * size, *array.shape[2:])
-        return jax.make_array_from_callback(whole, places, part)
+        return jax.make_array_from_callback(whole, sharding, of_replica)
 
-    return jax.tree.map(one, parts)
+    return jax.tree.map(place_array, micro_batched)

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.device_order import arrange
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.xla_workarounds import backends_are_running
 
 MeshLike = Mesh | AbstractMesh
@@ -109,7 +110,7 @@ def simulate_devices(n: int) -> None:
         mesh = gpipe.make_mesh(stages=4, data=2)
     """
     if n < 1:
-        raise ValueError(f"`n` must be at least 1 device, got {n}")
+        raise ArgumentError("n", f"`n` must be at least 1 device, got {n}")
     os.environ["PJRT_NPROC"] = str(max(2 * n, os.cpu_count() or 1))
     if backends_are_running():
         if jax.default_backend() == "cpu" and jax.device_count() >= n:
@@ -156,11 +157,12 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
     available = list(jax.devices() if devices is None else devices)
     need = stages * data
     if need > len(available):
-        raise ValueError(
+        raise ArgumentError(
+            "data" if data > stages else "stages",
             f"a mesh of {stages} stages x {data} data replicas needs {need} devices, but there are "
             f"{len(available)} ({available[0].platform}); lower `stages` or `data`, or simulate "
             f"them on CPU with gpipe_jax.simulate_devices({need}) before anything else "
-            f"(in a config file: mesh.simulate={need})"
+            f"(in a config file: mesh.simulate={need})",
         )
     chosen = available[:need]
     if devices is None:
@@ -173,10 +175,11 @@ def _check_processes(chosen: Sequence[Any], stages: int, data: int) -> None:
     """Raise ValueError unless every process has one of the chosen devices."""
     idle = set(range(jax.process_count())) - {device.process_index for device in chosen}
     if idle:
-        raise ValueError(
+        raise ArgumentError(
+            "data" if data > stages else "stages",
             f"a mesh of {stages} stages x {data} data replicas uses {len(chosen)} of "
             f"{jax.device_count()} devices, and none of process {min(idle)}; raise `stages` or "
-            f"`data`, or start fewer processes"
+            f"`data`, or start fewer processes",
         )
 
 
@@ -192,9 +195,10 @@ def check_axes(mesh: MeshLike) -> None:
     """Raise ValueError unless the axes have the names, order and types that `make_mesh` gives."""
     if (mesh.axis_names, mesh.axis_types) != ((STAGE, DATA), _AXIS_TYPES):
         types = ", ".join(kind.name for kind in mesh.axis_types)
-        raise ValueError(
+        raise ArgumentError(
+            "mesh",
             f"`mesh` has the axes {mesh.axis_names} ({types}); it needs {STAGE!r} and {DATA!r} in "
-            f"this order (Auto, Auto), as gpipe_jax.make_mesh(stages=..., data=...) makes them"
+            f"this order (Auto, Auto), as gpipe_jax.make_mesh(stages=..., data=...) makes them",
         )
 
 

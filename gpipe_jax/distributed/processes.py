@@ -1,8 +1,13 @@
-"""Several processes as one run: whether all have come, whether one is gone, what all agree on.
+"""Connect the processes of a run, end all of them if one dies, and share small values.
 
-Before JAX connects them, and aborts without a word of who is missing, the processes hold a roll
-call on the coordinator's port. They keep its connections: one that breaks without a goodbye is a
-process that died, and the others end too, so that a supervisor can start them all again.
+JAX aborts without naming the processes that are missing. So before JAX connects them, all processes
+connect to the coordinator's port, and process 0 reports which ones are missing. The connections
+stay open. If one breaks without a goodbye, its process died, and the others exit too, so that a
+supervisor can start all of them again:
+
+    process 1 --+
+    process 2 --+--> process 0     "goodbye": done.  broken, or a reason: everybody exits.
+    process 3 --+
 """
 
 import contextlib
@@ -22,27 +27,28 @@ from gpipe_jax.distributed.cluster import TIMEOUT_S, Cluster
 from gpipe_jax.errors import MissingProcessError
 from gpipe_jax.utils.console import say
 
-GRACE_S = 5  # for the others to end by themselves
-SHUTDOWN_S = 45  # to wait at the end for others, who have said goodbye or are gone
-HEARTBEAT_S = 30  # without a sign of life a host counts as gone; JAX's own limit is 100 s
+GRACE_S = 5  # the time that others get to exit by themselves
+SHUTDOWN_S = 45  # the wait at the end for others, which have finished or died
+HEARTBEAT_S = 30  # without a heartbeat a host counts as dead; JAX's own limit is 100 s
 GOODBYE, READY = b"goodbye\n", b"ready\n"
 
 
 @contextlib.contextmanager
-def together(cluster: Cluster | None) -> Iterator[None]:
-    """Run the block as one of the cluster's processes, or alone. Before any device is touched.
+def connected(cluster: Cluster | None) -> Iterator[None]:
+    """Run the block as one process of the cluster, or as a single process.
 
-    Raises MissingError if not all come in time.
+    Call it before any device is used. Raises MissingProcessError if a process does not connect in
+    time.
     """
-    if cluster is None or cluster.count == 1:
+    if cluster is None or cluster.num_processes == 1:
         yield
         return
-    peers = roll_call(cluster, TIMEOUT_S)
-    watch = Watch(cluster, peers)
+    peers = wait_for_all(cluster, TIMEOUT_S)
+    watcher = FailureWatcher(cluster, peers)
     jax.distributed.initialize(
         cluster.coordinator,
-        cluster.count,
-        cluster.index,
+        cluster.num_processes,
+        cluster.process_index,
         cluster_detection_method="deactivate",
         initialization_timeout=TIMEOUT_S,
         shutdown_timeout_seconds=SHUTDOWN_S,
@@ -50,92 +56,98 @@ def together(cluster: Cluster | None) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        # The likely reason, a process that is gone, says its name and ends this one.
+        # The likely cause is that another process died: the watcher names it and ends this one.
         time.sleep(HEARTBEAT_S)
-        watch.failed(error)
+        watcher.report_failure(error)
         raise
     except BaseException as error:
-        watch.failed(error)
+        watcher.report_failure(error)
         raise
-    watch.goodbye()
+    watcher.finish()
 
 
-def leave(code: int) -> NoReturn:
-    """End with this exit code. JAX's own farewell aborts where others have ended before."""
+def exit_now(code: int) -> NoReturn:
+    """Exit with this code at once. JAX's own shutdown aborts if other processes have exited."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 class Peer(NamedTuple):
-    """A connection to another process."""
+    """Hold a connection to another process."""
 
     index: int
-    name: str  # of its machine
+    name: str  # the name of its machine
     socket: socket.socket
 
 
-def roll_call(cluster: Cluster, timeout_s: float) -> list[Peer]:
-    """Wait for all processes. Raises MissingError, which names those that are not here."""
+def wait_for_all(cluster: Cluster, timeout_s: float) -> list[Peer]:
+    """Wait for all processes; raise MissingProcessError with the names of missing ones."""
     deadline = time.monotonic() + timeout_s
     hint = "did you start the same command on every host (--worker=all)?"
-    if cluster.index:
-        say(f"{cluster.me}, waiting for the others (time-out {timeout_s:g} s); {hint}")
-        return [_answer(cluster, deadline, hint)]
-    here: dict[int, Peer] = {}
+    if cluster.process_index:
+        say(f"{cluster.label}, waiting for the others (time-out {timeout_s:g} s); {hint}")
+        return [_connect(cluster, deadline, hint)]
+    peers: dict[int, Peer] = {}
     with _server(cluster) as server:
-        said = 0.0
-        while len(here) < cluster.count - 1:
-            missing = [i for i in range(1, cluster.count) if i not in here]
-            names = f"host{'s' * (len(missing) > 1)} {', '.join(str(i + 1) for i in missing)}"
+        last_message = 0.0
+        while len(peers) < cluster.num_processes - 1:
+            missing = [i for i in range(1, cluster.num_processes) if i not in peers]
+            noun = "hosts" if len(missing) > 1 else "host"
+            names = f"{noun} {', '.join(str(i + 1) for i in missing)}"
             if time.monotonic() > deadline:
-                problem = f"{names} of {cluster.count} did not come within {timeout_s:g} s; {hint}"
-                for peer in here.values():
-                    with contextlib.suppress(OSError):  # it has gone again
+                problem = (
+                    f"{names} of {cluster.num_processes} did not connect within {timeout_s:g} s; "
+                    f"{hint}"
+                )
+                for peer in peers.values():
+                    with contextlib.suppress(OSError):  # it has exited
                         peer.socket.sendall(f"{problem}\n".encode())
                 raise MissingProcessError(problem)
-            if time.monotonic() - said > 30:
-                say(f"{cluster.me}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
-                said = time.monotonic()
+            if time.monotonic() - last_message > 30:
+                say(f"{cluster.label}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
+                last_message = time.monotonic()
             server.settimeout(1)
-            # Nobody yet, or somebody who has no business here.
+            # No connection yet, or one that is not of this run.
             with contextlib.suppress(OSError, ValueError):
-                peer = _greet(server.accept()[0])
-                here |= {peer.index: peer} if 0 < peer.index < cluster.count else {}
-    for peer in here.values():
-        with contextlib.suppress(OSError):  # its broken connection is noticed by the watch
+                peer = _accept(server.accept()[0])
+                if 0 < peer.index < cluster.num_processes:
+                    peers[peer.index] = peer
+    for peer in peers.values():
+        with contextlib.suppress(OSError):  # the watcher sees the broken connection
             peer.socket.sendall(READY)
-    return list(here.values())
+    return list(peers.values())
 
 
 def _server(cluster: Cluster) -> socket.socket:
     port = int(cluster.coordinator.rpartition(":")[2])
-    both: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-    options = both if socket.has_dualstack_ipv6() else {}
+    options: Any = {}
+    if socket.has_dualstack_ipv6():
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:
-        return socket.create_server(("", port), backlog=cluster.count, **options)
+        return socket.create_server(("", port), backlog=cluster.num_processes, **options)
     except OSError as error:
-        problem = f"port {port} of --coordinator {cluster.coordinator} cannot be opened here"
         raise MissingProcessError(
-            f"{problem} ({error.strerror}); use another, the same everywhere"
-        ) from (error)
+            f"port {port} of --coordinator {cluster.coordinator} cannot be opened on this host "
+            f"({error.strerror}); use another port, the same on every host"
+        ) from error
 
 
-def _greet(connection: socket.socket) -> Peer:
+def _accept(connection: socket.socket) -> Peer:
     connection.settimeout(10)
     index, name = _line(connection).decode().split(" ", 1)
     return Peer(int(index), name.strip(), _kept_alive(connection))
 
 
-def _answer(cluster: Cluster, deadline: float, hint: str) -> Peer:
+def _connect(cluster: Cluster, deadline: float, hint: str) -> Peer:
     host, _, port = cluster.coordinator.rpartition(":")
     while True:
         try:
             connection = socket.create_connection((host, int(port)), timeout=5)
-            connection.sendall(f"{cluster.index} {socket.gethostname()}\n".encode())
+            connection.sendall(f"{cluster.process_index} {socket.gethostname()}\n".encode())
             connection.settimeout(max(deadline + 5 - time.monotonic(), 1))
             answer = _line(connection)
-        except OSError:  # not there yet
+        except OSError:  # process 0 does not listen yet
             answer = b""
         if answer == READY:
             return Peer(0, host, _kept_alive(connection))
@@ -143,13 +155,13 @@ def _answer(cluster: Cluster, deadline: float, hint: str) -> Peer:
             raise MissingProcessError(answer.decode().strip())
         if time.monotonic() > deadline:
             raise MissingProcessError(
-                f"host 1 of {cluster.count} ({cluster.coordinator}) did not come; {hint}"
+                f"host 1 of {cluster.num_processes} ({cluster.coordinator}) did not answer; {hint}"
             )
         time.sleep(0.5)
 
 
 def _line(connection: socket.socket) -> bytes:
-    """What comes up to the end of a line, or of the connection."""
+    """Read up to the end of a line, or of the connection."""
     text = b""
     while not text.endswith(b"\n"):
         more = connection.recv(1)
@@ -160,90 +172,93 @@ def _line(connection: socket.socket) -> bytes:
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
-    """A connection that breaks if the other machine is gone."""
+    """Return the connection, such that it breaks if the other machine dies."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("IDLE", HEARTBEAT_S // 2), ("INTVL", 5), ("CNT", HEARTBEAT_S // 10)):
-        if hasattr(socket, f"TCP_KEEP{name}"):  # not everywhere
+        if hasattr(socket, f"TCP_KEEP{name}"):  # some systems lack it
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
     return connection
 
 
-class Watch:
-    """Ends this process, with a message, when another one dies.
+class FailureWatcher:
+    """End this process, with a message, when another one dies.
 
-    Process 0 hears it from the system and tells the others; the others hear of process 0's end.
+    Process 0 sees its connections break and informs the others. The others see that of process 0.
     """
 
     def __init__(self, cluster: Cluster, peers: list[Peer]) -> None:
-        self.cluster, self.peers, self.over = cluster, peers, False
-        self._ears = [
+        self.cluster, self.peers, self.is_done = cluster, peers, False
+        self._threads = [
             threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in peers
         ]
-        for ear in self._ears:
-            ear.start()
+        for thread in self._threads:
+            thread.start()
 
-    def goodbye(self) -> None:
-        """This process is done; nobody need end for it. The first may have more to do: wait."""
+    def finish(self) -> None:
+        """Say goodbye, so that no process exits because of this one; wait for process 0."""
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 peer.socket.sendall(GOODBYE)
-        for ear in self._ears if self.cluster.index else ():
-            ear.join()
+        if self.cluster.process_index:
+            for thread in self._threads:
+                thread.join()
 
-    def failed(self, error: BaseException) -> None:
-        """This process ends with an error, and its own exit code; the others need not wait."""
-        self.over = True
+    def report_failure(self, error: BaseException) -> None:
+        """Send the error of this process, which exits with its own code, to the others."""
+        self.is_done = True
         reason = next(iter(str(error).splitlines()[-1:]), "")
-        text = f"{self.cluster.me} failed: {type(error).__name__}: {reason}\n"
+        text = f"{self.cluster.label} failed: {type(error).__name__}: {reason}\n"
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 peer.socket.sendall(text.encode())
 
     def _listen(self, peer: Peer) -> None:
         try:
-            heard = _line(peer.socket)
+            message = _line(peer.socket)
         except OSError:
-            heard = b""
-        if heard == GOODBYE:
+            message = b""
+        if message == GOODBYE:
             return
-        if heard:  # what failed there may be failing here, with an exit code of its own
+        if message:  # the same error may occur in this process, with its own exit code
             time.sleep(GRACE_S)
-        if self.over:
+        if self.is_done:
             return
-        lost = f"host {peer.index + 1} of {self.cluster.count} ({peer.name}) is gone"
-        lost = heard.decode().strip() or lost
+        reason = message.decode().strip()
+        if not reason:
+            reason = f"host {peer.index + 1} of {self.cluster.num_processes} ({peer.name}) is gone"
         for other in self.peers:
             with contextlib.suppress(OSError):
-                other.socket.sendall(f"{lost}\n".encode())
-        say(f"{lost}; {self.cluster.me} ends too: start all of them again, to continue")
+                other.socket.sendall(f"{reason}\n".encode())
+        say(f"{reason}; {self.cluster.label} exits too: start all of them again to continue")
         os._exit(1)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what all share."""
+    """Return whether this is process 0, which writes the files that all share."""
     return jax.process_index() == 0
 
 
-def from_first(numbers: list[int]) -> list[int]:
-    """The first process's numbers, in every process."""
+def broadcast_from_first(numbers: list[int]) -> list[int]:
+    """Return the numbers of process 0 in every process."""
     if jax.process_count() == 1:
         return numbers
     from jax.experimental import multihost_utils
 
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
-    mine = np.resize(np.asarray(numbers, np.int32), count)  # the others' are only of that shape
-    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
+    # Only process 0's values count; the others' need the same shape.
+    values = np.resize(np.asarray(numbers, np.int32), count)
+    return multihost_utils.broadcast_one_to_all(values).tolist() if count else []
 
 
-def all_have(text: str) -> bool:
-    """Whether the text is the same in all processes; every one must ask."""
-    here = zlib.crc32(text.encode()) & 0x7FFFFFFF
-    return all_agree(from_first([here]) == [here])
+def same_in_all(text: str) -> bool:
+    """Return whether a text is the same in all processes; every one must call this."""
+    checksum = zlib.crc32(text.encode()) & 0x7FFFFFFF
+    return all_agree(broadcast_from_first([checksum]) == [checksum])
 
 
 def all_agree(yes: bool) -> bool:
-    """Whether all processes say yes; every one must ask."""
+    """Return whether `yes` is true in all processes; every one must call this."""
     if jax.process_count() == 1:
         return yes
     from jax.experimental import multihost_utils

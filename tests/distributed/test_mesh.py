@@ -1,4 +1,4 @@
-"""The mesh: its axes, which device is which, and errors that say how to get more devices."""
+"""Check the axes of a mesh, the order of its devices, and the errors for too few devices."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Several processes as one run: the same numbers and checkpoints, and what if one dies."""
+"""Run several processes as one: the same numbers and checkpoints; and one of them dies."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from paths import REPOSITORY
 
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed.cluster import Cluster
-from gpipe_jax.distributed.processes import roll_call
+from gpipe_jax.distributed.processes import wait_for_all
 from gpipe_jax.errors import MissingProcessError
 
 CONFIG = """\
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 class Process:
-    """`gpipe train` in a process of its own, as one of `count`."""
+    """Run `gpipe train` in a child process, as one of `count`."""
 
     def __init__(self, folder: Path, count: int, index: int, port: int, *overrides: str) -> None:
         command = [
@@ -44,7 +44,7 @@ class Process:
             f"train.workdir={folder / f'{count} processes'}", *overrides,
         ]  # fmt: skip
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
-        paths = f"{REPOSITORY}{os.pathsep}{folder}"  # of a sitecustomize.py, if the test makes one
+        paths = f"{REPOSITORY}{os.pathsep}{folder}"  # a test may write sitecustomize.py
         environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen(command, env=environment, **pipes)
@@ -62,7 +62,7 @@ class Process:
         while (line := self._new.get(timeout=240)) is not None:
             if text in line:
                 return
-        raise AssertionError(f"never said {text!r}: {self.output}")
+        raise AssertionError(f"never printed {text!r}: {self.output}")
 
     @property
     def output(self) -> str:
@@ -71,20 +71,20 @@ class Process:
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(count, *overrides)`: so many processes of one run; killed at the end of the test."""
+    """Provide `start(count, *overrides)`: processes of one run, killed at the end of the test."""
     (tmp_path / "c.yaml").write_text(CONFIG)
     started: list[Process] = []
 
     def run(count: int, *overrides: str) -> list[Process]:
         port = free_port()
-        some = [Process(tmp_path, count, i, port, *overrides) for i in range(count)]
-        started.extend(some)
-        return some
+        processes = [Process(tmp_path, count, i, port, *overrides) for i in range(count)]
+        started.extend(processes)
+        return processes
 
     yield run
-    for one in started:
-        one.process.kill()  # one that jax.distributed connected outlives SIGTERM
-        one.process.wait()
+    for each in started:
+        each.process.kill()  # SIGTERM does not end a process that jax.distributed connected
+        each.process.wait()
 
 
 def codes(processes: list[Process], timeout_s: float = 240) -> list[int]:
@@ -102,20 +102,21 @@ def losses(workdir: Path) -> list[float]:
     return [r.get("loss", r.get("test_loss")) for r in records]
 
 
-def check_as_one(start, folder: Path, count: int, *overrides: str) -> list[Process]:
-    several, alone = start(count, *overrides), start(1, *overrides)
-    assert codes(several + alone) == [0] * (count + 1), several[0].output + several[1].output
-    one, more = folder / "1 processes", folder / f"{count} processes"
-    assert len(losses(one)) == 22 and losses(more) == pytest.approx(losses(one), abs=1e-6)
-    assert len(files(one, 20)) >= 4 and files(more, 20) == files(one, 20)
-    names = {path.name for path in more.iterdir()}
+def check_equal_to_one(start, folder: Path, count: int, *overrides: str) -> list[Process]:
+    several, single = start(count, *overrides), start(1, *overrides)
+    assert codes(several + single) == [0] * (count + 1), several[0].output + several[1].output
+    expected, actual = folder / "1 processes", folder / f"{count} processes"
+    assert len(losses(expected)) == 22
+    assert losses(actual) == pytest.approx(losses(expected), abs=1e-6)
+    assert len(files(expected, 20)) >= 4 and files(actual, 20) == files(expected, 20)
+    names = {path.name for path in actual.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
     return several
 
 
-def test_two_processes_are_as_one(start, tmp_path):
-    """Each has one stage; then each has a replica, and reads its half of every batch."""
-    first, second = check_as_one(start, tmp_path, 2)
+def test_two_processes_equal_one(start, tmp_path):
+    """Give each one stage; then give each a replica, which reads its half of every batch."""
+    first, second = check_equal_to_one(start, tmp_path, 2)
     assert "step 20/20" in first.output and "step 20/20" not in second.output
     assert "host 2 of 2, waiting for the others (time-out 300 s)" in second.output
 
@@ -130,26 +131,25 @@ def test_two_processes_are_as_one(start, tmp_path):
         (4, ["mesh.stages=4", "model.features=[64, 12, 12, 12, 12, 10]", "mesh.data=1"]),
     ],
 )
-def test_several_processes_are_as_one(start, tmp_path, count, overrides):
-    check_as_one(start, tmp_path, count, *overrides)
+def test_several_processes_equal_one(start, tmp_path, count, overrides):
+    check_equal_to_one(start, tmp_path, count, *overrides)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_all_cut_by_the_times_of_the_first(start, tmp_path):
-    """By their own the first would put two layers into the first stage, the second one."""
+def test_all_use_the_times_of_the_first(start, tmp_path):
+    """Share the times of process 0: with its own, process 1 would balance otherwise."""
     (tmp_path / "sitecustomize.py").write_text("""
 import sys
 from gpipe_jax.partition import costs
 times = iter([9.0, 1.0, 1.0] if "--process=1" in sys.argv else [1.0, 1.0, 9.0])
 costs._measured_time = lambda program, specs: next(times)
 """)
-    check_as_one(start, tmp_path, 2, "pipeline.cost=time")
+    check_equal_to_one(start, tmp_path, 2, "pipeline.cost=time")
 
 
 @pytest.mark.slow
 def test_preempted_in_an_evaluation(start, tmp_path):
-    """SIGTERM to one: both leave the evaluation, and save the step before it."""
+    """Send SIGTERM to one: both leave the evaluation, and save the step before it."""
     (tmp_path / "sitecustomize.py").write_text("""
 import time
 from gpipe_jax.training.trainer import Trainer
@@ -167,7 +167,7 @@ Trainer.evaluate = slow
     first.wait_for("evaluating")
     second.process.send_signal(signal.SIGTERM)
     assert codes(both, 60) == [75, 75], first.output + second.output
-    assert all("stopped after step 10, which is saved" in one.output for one in both)
+    assert all("stopped after step 10, which is saved" in each.output for each in both)
     assert (
         len(files(tmp_path / "2 processes", 10)) == 4
         and len(losses(tmp_path / "2 processes")) == 10
@@ -175,7 +175,7 @@ Trainer.evaluate = slow
 
 
 def test_preempted_then_one_is_killed(start, tmp_path):
-    """SIGTERM to one: both save the same step. SIGKILL to one: the other says which, and ends."""
+    """Send SIGTERM to one: both save the same step. Kill one: the other names it, and exits."""
     first, second = both = start(2, ENDLESS)
     first.wait_for("step 10/")
     second.process.send_signal(signal.SIGTERM)
@@ -183,11 +183,11 @@ def test_preempted_then_one_is_killed(start, tmp_path):
     steps = [p.output.split("stopped after step ")[1].split(",")[0] for p in both]
     assert steps[0] == steps[1] and len(files(tmp_path / "2 processes", int(steps[0]))) == 4
     first, second = both = start(2, ENDLESS)
-    first.wait_for(f"step {int(steps[0]) + 10 - int(steps[0]) % 10}/")  # it goes on
+    first.wait_for(f"step {int(steps[0]) + 10 - int(steps[0]) % 10}/")  # it resumes
     second.process.kill()
-    began = time.monotonic()
-    assert codes([first], 60) == [1] and time.monotonic() - began < 60
-    assert f"host 2 of 2 ({socket.gethostname()}) is gone; host 1 of 2 ends too" in first.output
+    start_s = time.monotonic()
+    assert codes([first], 60) == [1] and time.monotonic() - start_s < 60
+    assert f"host 2 of 2 ({socket.gethostname()}) is gone; host 1 of 2 exits too" in first.output
     assert "Traceback" not in first.output
 
 
@@ -197,68 +197,68 @@ def test_the_first_of_three_is_killed(start):
     first.wait_for("step 10/")
     first.process.kill()
     assert codes(others, 60) == [1, 1]
-    for i, one in enumerate(others):
-        assert f"host 1 of 3 (127.0.0.1) is gone; host {i + 2} of 3 ends too" in one.output
+    for i, other in enumerate(others):
+        assert f"host 1 of 3 (127.0.0.1) is gone; host {i + 2} of 3 exits too" in other.output
 
 
 @pytest.mark.slow
 def test_one_of_two_fails_without_dying(start, tmp_path):
-    """It has an exit code of its own, and the other says which failed, and why."""
+    """Keep its own exit code; the other process names it and its error."""
     port, both = free_port(), []
     try:
         for i, simulated in enumerate((4, 5)):
             both.append(Process(tmp_path, 2, i, port, ENDLESS, f"mesh.simulate={simulated}"))
         assert codes(both, 120) == [1, 2], both[0].output + both[1].output
     finally:
-        for one in both:
-            one.process.kill()
+        for each in both:
+            each.process.kill()
     assert "host 2 of 2 failed: ConfigError: override" in both[0].output
     assert "do not split over 2 processes" in both[0].output
 
 
-# --- who is there --------------------------------------------------------------------------------
+# --- connecting ----------------------------------------------------------------------------------
 
 
-def call(*clusters: Cluster, timeout_s: float) -> list:
-    """What the roll call comes to in each process, here threads: peers, or the error."""
-    found: list = [None] * len(clusters)
+def connect_all(*clusters: Cluster, timeout_s: float) -> list:
+    """Return the result of `wait_for_all` in each process, here a thread: peers, or the error."""
+    results: list = [None] * len(clusters)
 
-    def one(i: int) -> None:
+    def connect(i: int) -> None:
         try:
-            found[i] = roll_call(clusters[i], timeout_s)
+            results[i] = wait_for_all(clusters[i], timeout_s)
         except MissingProcessError as error:
-            found[i] = str(error)
+            results[i] = str(error)
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(clusters))]
+    threads = [threading.Thread(target=connect, args=(i,)) for i in range(len(clusters))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return results
 
 
-def test_all_are_there():
+def test_all_connect():
     address = f"127.0.0.1:{free_port()}"
-    first, *others = call(*(Cluster(address, 4, i) for i in range(4)), timeout_s=20)
+    first, *others = connect_all(*(Cluster(address, 4, i) for i in range(4)), timeout_s=20)
     assert sorted(peer.index for peer in first) == [1, 2, 3]
     assert {peer.name for peer in first} == {socket.gethostname()}
     assert [[peer.index for peer in peers] for peers in others] == [[0]] * 3
 
 
-def test_those_who_are_missing_are_named_everywhere(capsys):
+def test_missing_processes_are_named(capsys):
     address = f"127.0.0.1:{free_port()}"
-    found = call(*(Cluster(address, 4, i) for i in (0, 2)), timeout_s=2)
+    results = connect_all(*(Cluster(address, 4, i) for i in (0, 2)), timeout_s=2)
     problem = (
-        "hosts 2, 4 of 4 did not come within 2 s; did you start the same command on every host "
+        "hosts 2, 4 of 4 did not connect within 2 s; did you start the same command on every host "
         "(--worker=all)?"
     )
-    assert found == [problem, problem]
-    said = capsys.readouterr().err
-    assert "host 1 of 4, waiting for hosts 2, 3, 4 (time-out 2 s); did you start" in said
+    assert results == [problem, problem]
+    shown = capsys.readouterr().err
+    assert "host 1 of 4, waiting for hosts 2, 3, 4 (time-out 2 s); did you start" in shown
 
 
-def test_strangers_are_not_counted():
-    """Such as a port scanner, or another run's process."""
+def test_foreign_connections_are_ignored():
+    """Ignore a port scanner, or another run's process."""
     port = free_port()
     address = f"127.0.0.1:{port}"
 
@@ -270,22 +270,22 @@ def test_strangers_are_not_counted():
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    (found,) = call(Cluster(address, 2, 0), timeout_s=2)
+    (problem,) = connect_all(Cluster(address, 2, 0), timeout_s=2)
     thread.join()
-    assert found.startswith("host 2 of 2 did not come within 2 s")
+    assert problem.startswith("host 2 of 2 did not connect within 2 s")
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        (found,) = call(Cluster(f"127.0.0.1:{port}", 2, 0), timeout_s=1)
-    assert f"port {port} of --coordinator 127.0.0.1:{port} cannot be opened here" in found
+        (problem,) = connect_all(Cluster(f"127.0.0.1:{port}", 2, 0), timeout_s=1)
+    assert f"port {port} of --coordinator 127.0.0.1:{port} cannot be opened on this host" in problem
 
 
 def test_the_first_is_missing():
     address = f"127.0.0.1:{free_port()}"
-    (found,) = call(Cluster(address, 2, 1), timeout_s=1)
-    assert found.startswith(f"host 1 of 2 ({address}) did not come; did you")
+    (problem,) = connect_all(Cluster(address, 2, 1), timeout_s=1)
+    assert problem.startswith(f"host 1 of 2 ({address}) did not answer; did you")
 
 
 @pytest.fixture
@@ -295,24 +295,24 @@ def nothing_set(monkeypatch):
     return monkeypatch
 
 
-def test_alone_if_nothing_says_otherwise(nothing_set):
-    assert cluster.find(None, None, None) is None and not cluster.is_asked(None, None, None)
+def test_a_single_process_by_default(nothing_set):
+    assert cluster.find(None, None, None) is None and not cluster.is_requested(None, None, None)
 
 
-def test_asked_by_options_or_environment(nothing_set):
-    wanted = Cluster("somewhere:1234", 4, 2)
-    assert cluster.find("somewhere:1234", 4, 2) == wanted
+def test_requests_by_options_or_environment(nothing_set):
+    expected = Cluster("somewhere:1234", 4, 2)
+    assert cluster.find("somewhere:1234", 4, 2) == expected
     nothing_set.setenv("JAX_COORDINATOR_ADDRESS", "somewhere:1234")
     nothing_set.setenv("JAX_NUM_PROCESSES", "4")
-    assert cluster.find(None, None, 2) == wanted and cluster.is_asked(None, None, None)
+    assert cluster.find(None, None, 2) == expected and cluster.is_requested(None, None, None)
 
 
 def test_a_slurm_job_is_found(nothing_set):
     job = {"JOB_ID": "7", "STEP_NODELIST": "node[01-04]", "NTASKS": "4", "PROCID": "3"}
     for name, value in {**job, "LOCALID": "0"}.items():
         nothing_set.setenv(f"SLURM_{name}", value)
-    found = cluster.find(None, None, None)
-    assert found and found.coordinator.startswith("node01:") and found[1:] == (4, 3)
+    detected = cluster.find(None, None, None)
+    assert detected and detected.coordinator.startswith("node01:") and detected[1:] == (4, 3)
     nothing_set.setenv("SLURM_NTASKS", "1")
     assert cluster.find(None, None, None) is None
 
@@ -323,9 +323,9 @@ def test_a_slurm_job_is_found(nothing_set):
         (("a:1", None, 0), "several processes need --coordinator HOST:PORT .* give all three"),
         (("a:1", 2, 2), "--process 2 of --processes 2: processes count from 0 to 1"),
         (("a", 2, 1), "--coordinator a has no port; write it as HOST:PORT"),
-        (("a:1", "two", 1), "JAX_NUM_PROCESSES two and JAX_PROCESS_ID 1 must be numbers"),
+        (("a:1", "two", 1), "JAX_NUM_PROCESSES two and JAX_PROCESS_ID 1 must be whole numbers"),
     ],
 )
-def test_clusters_that_cannot_be(nothing_set, options, message):
+def test_bad_requests(nothing_set, options, message):
     with pytest.raises(ValueError, match=message):
         cluster.find(*options)

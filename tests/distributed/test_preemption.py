@@ -1,4 +1,4 @@
-"""Signals while the main thread cannot answer: as a user's terminal or a supervisor sends them."""
+"""Send signals, as a terminal or a supervisor does, while the main thread is busy."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ model: {kind: mlp, features: [64, 12, 10]}
 data: {kind: digits, batch_size: 24}
 train: {steps: 1000000, save_every: 5}
 """
-# The step takes long to compile; or a checkpoint takes long to write.
+# The start, the compilation of the step, or a checkpoint takes long.
 SLOW = {
     "start": """
 import time
@@ -45,7 +45,7 @@ checkpoint_format.write_file = slow
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(slow)`: a run in a process of its own."""
+    """Provide `start(slow)`: a run in a child process."""
     started = []
 
     def run(slow: str) -> subprocess.Popen:
@@ -68,7 +68,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     for line in process.stdout:
         if text in line:
             return
-    raise AssertionError(f"never said {text!r}")
+    raise AssertionError(f"never printed {text!r}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -77,7 +77,7 @@ def test_while_compiling_there_is_nothing_to_save(start, tmp_path, number):
     wait_for(process, "compiling")
     process.send_signal(number)
     assert process.wait(timeout=20) == 75
-    assert f"{number.name}: ends at once, there is nothing to save" in process.stdout.read()
+    assert f"{number.name}: stopping at once, as there is nothing to save" in process.stdout.read()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoints", "config.yaml", "lock", "metrics.jsonl",
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_while_starting_there_is_nothing_to_save(start, tmp_path):
     wait_for(process, "starting")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
-    assert "SIGTERM: ends at once, there is nothing to save" in process.stdout.read()
+    assert "SIGTERM: stopping at once, as there is nothing to save" in process.stdout.read()
     assert not (tmp_path / "run").exists()
 
 
@@ -97,9 +97,9 @@ def test_a_second_ctrl_c_stops_at_once(start):
     wait_for(process, "saving")
     process.send_signal(signal.SIGINT)
     wait_for(process, "SIGINT: saving after this step (Ctrl-C: stop at once)")
-    process.send_signal(signal.SIGTERM)  # as supervisors do again and again
+    process.send_signal(signal.SIGTERM)  # as supervisors do repeatedly
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert "stopped at once; the newest checkpoint is as it was" in process.stdout.read()
+    assert "stopped at once; the newest checkpoint is unchanged" in process.stdout.read()
