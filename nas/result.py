@@ -318,16 +318,17 @@ def search(
         other_evaluator: Whether a run by another evaluator may be resumed, although its fitness
             may not be comparable.
         **options: Other arguments of `nas.Search`:
-            cycles: Number of candidates with a fitness at which the search is over; default 1000.
-            target: Fitness that ends the search earlier; default: none.
-            cache: Whether duplicates are evaluated only once, or the number of evaluations after
-                which their mean answers; default True.
-            retries: Retries for each kind of failure; default `nas.Retries()`.
-            max_failures: Number of failures in a row that end the search; default 10.
-            compare: Metric of the population that jobs get as `Job.rivals`; default: the
-                evaluator's `compares`.
-            population, sample, seed, maximise, replacement, algorithm, fitness_policy: Fields of
-                `nas.Settings`.
+
+            - cycles: Number of candidates with a fitness at which the search is over; default 1000.
+            - target: Fitness that ends the search earlier; default: none.
+            - cache: Whether duplicates are evaluated only once, or the number of evaluations after
+              which their mean answers; default True.
+            - retries: Retries for each kind of failure; default `nas.Retries()`.
+            - max_failures: Number of failures in a row that end the search; default 10.
+            - compare: Metric of the population that jobs get as `Job.rivals`; default: the
+              evaluator's `compares`.
+            - population, sample, seed, maximise, replacement, algorithm, fitness_policy: Fields of
+              `nas.Settings`.
 
     Returns:
         The run. With `wait=False` it can be read while the search is running.
