@@ -1,4 +1,4 @@
-"""What the tests of searches share: a small space, an evaluator of it, and ways to drive."""
+"""Share a small space, an evaluator of it, and a driver between the tests of searches."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ NO_TABLE = f"no NAS-Bench-201 in {DATA}; set GPIPE_JAX_DATA"
 
 
 class Bits:
-    """Texts of bits, of which rotations count as the same network."""
+    """Search texts of bits; rotations count as duplicates."""
 
     name = "bits"
     length = 12
@@ -38,12 +38,12 @@ class Bits:
 
 
 def ones(bits) -> float:
-    """The fitness: the same for all rotations."""
+    """Return the fitness, which is equal for all rotations."""
     return float(sum(bits))
 
 
 def small(folder, **options: Any) -> nas.Search:
-    """A search of bits; the last of equal arguments wins."""
+    """Return a search of bits; `options` override the defaults."""
     defaults = {"space": Bits(), "population": 8, "sample": 3, "cycles": 60, "cache": False}
     return nas.Search(folder=folder, **{**defaults, **options})
 
@@ -53,7 +53,7 @@ def drive(
     evaluate: Callable[[nas.Job], Any] = lambda job: ones(job.architecture),
     slots: int = 1,
 ) -> nas.Search:
-    """To the end with `slots` jobs at once, finished in an order that only the jobs decide."""
+    """Run to the end with `slots` jobs at once; their order of ending depends on them alone."""
     running: list[nas.Job] = []
     while True:
         while len(running) < slots and (job := search.ask()) is not None:
@@ -66,7 +66,7 @@ def drive(
 
 
 def trace(search: nas.Search) -> list[tuple]:
-    """All that a search has decided."""
+    """Return everything that a search has decided."""
     return [
         (row.id, row.architecture, row.parent, row.mutation, row.state, row.fitness)
         for row in search.store.candidates()

@@ -1,4 +1,4 @@
-"""Drivers that are killed: what they left is enough to go on as if nothing had happened."""
+"""Kill drivers at any event, and resume as if nothing had happened."""
 
 import random
 import signal
@@ -26,18 +26,18 @@ KINDS = {
 
 
 class KilledError(BaseException):
-    """The driver's end."""
+    """End the driver."""
 
 
 def evaluate(job: nas.Job) -> dict:
-    """With chance and failures that only the job decides."""
+    """Return a noisy fitness, or a failure, that depends on the job alone."""
     fitness = ones(job.architecture) + job.seed % 7 / 10
     failed = job.seed % 5 == 0
     return {"fitness": float("nan") if failed else fitness, "trained_values": str(job.seed)}
 
 
 def killed_and_resumed(monkeypatch, folder, at: int, slots: int, options: dict) -> nas.Search:
-    """A search whose driver ends right after event number `at`; another goes on."""
+    """Run a search whose driver ends right after event number `at`, and resume it."""
     change = Store.change
 
     def stopping(store, *arguments, **named):
@@ -61,7 +61,7 @@ def killed_and_resumed(monkeypatch, folder, at: int, slots: int, options: dict) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [1, 4])
 def test_killed_at_any_event_and_resumed(tmp_path, monkeypatch, kind, slots) -> None:
-    """The same proposals, results and population, as without: 6 kinds x 2 x 5 = 60 of 60."""
+    """Compare proposals, results and population with an uninterrupted search, in 60 cases."""
     whole = drive(small(tmp_path / "whole", **KINDS[kind]), evaluate, slots)
     events = sum(1 for _ in whole.store.events())
     for at in random.Random(f"{kind} {slots}").sample(range(2, events), 5):
@@ -99,13 +99,13 @@ def start(tmp_path, workers: int, cache: bool) -> subprocess.Popen:
 def events(tmp_path) -> int:
     try:
         return sum(1 for _ in Reader(tmp_path / "search").events())
-    except Exception:  # not there as yet, or half made
+    except Exception:  # the file is missing, or not complete yet
         return 0
 
 
 @pytest.mark.parametrize(("workers", "cache"), [(1, True), (4, False)])
-def test_killed_by_sigkill_again_and_again(tmp_path, workers, cache) -> None:
-    """Nothing is lost, none counted twice, and with one worker all is as without."""
+def test_killed_by_sigkill_repeatedly(tmp_path, workers, cache) -> None:
+    """Lose nothing and count nothing twice; with one worker everything is as without a kill."""
     rng, kills = random.Random(workers), 0
     while True:
         process, before = start(tmp_path, workers, cache), events(tmp_path)
@@ -142,7 +142,7 @@ def test_killed_by_sigkill_again_and_again(tmp_path, workers, cache) -> None:
         ("UPDATE events SET fitness = 0 WHERE kind = 'result'", r"candidate \d+: "),
     ],
 )
-def test_a_log_that_is_not_true_is_found_out(tmp_path, statement, message) -> None:
+def test_a_wrong_log_is_detected(tmp_path, statement, message) -> None:
     with small(tmp_path) as search:
         drive(search)
         search.store._connection.execute(statement)

@@ -1,4 +1,4 @@
-"""Ask and tell: cache, twins, limits, failures, retraining, and what is refused."""
+"""Ask and tell: cache, duplicates, limits, failures, retraining, and invalid arguments."""
 
 import math
 from collections import Counter
@@ -91,7 +91,7 @@ def test_asking_and_telling_from_many_threads(tmp_path) -> None:
         nas.replay(search.store, Bits())
 
 
-def test_a_report_that_cannot_be_written_can_be_told_again(tmp_path, monkeypatch) -> None:
+def test_a_report_that_failed_can_be_repeated(tmp_path, monkeypatch) -> None:
     with small(tmp_path) as search:
         job = search.ask()
         with monkeypatch.context() as patch:
@@ -102,8 +102,8 @@ def test_a_report_that_cannot_be_written_can_be_told_again(tmp_path, monkeypatch
         assert search.store.candidate(0).fitness == 3.0
 
 
-def test_what_cannot_be_written_changes_nothing_in_memory(tmp_path, monkeypatch) -> None:
-    """Each write of a whole search fails once, and is done again: all is as without, also later."""
+def test_a_failed_write_changes_nothing_in_memory(tmp_path, monkeypatch) -> None:
+    """Let each write of a search fail once; repeated, everything is as without a failure."""
 
     def failing(store, table: str, row: int, **columns) -> None:
         nonlocal failures
@@ -124,20 +124,20 @@ def test_what_cannot_be_written_changes_nothing_in_memory(tmp_path, monkeypatch)
 
     with small(tmp_path / "whole", cache=True) as whole:
         drive(whole)
-        wanted = trace(whole), population(whole)
+        expected = trace(whole), population(whole)
     update, failed, failures = Store._update, set(), 0
     monkeypatch.setattr(Store, "_update", failing)
     with small(tmp_path, cache=True) as search:
         while (job := again(search.ask)) is not None:
             again(search.tell, job, ones(job.architecture))
-        assert (trace(search), population(search)) == wanted and failures > 150
+        assert (trace(search), population(search)) == expected and failures > 150
         nas.replay(search.store, Bits())
 
 
 # --- cache ----------------------------------------------------------------------------------------
 
 
-def test_equal_networks_are_evaluated_once_and_nothing_else_changes(tmp_path) -> None:
+def test_duplicates_are_evaluated_once_and_nothing_else_changes(tmp_path) -> None:
     with small(tmp_path / "a") as plain, small(tmp_path / "b", cache=True) as cached:
         drive(plain), drive(cached)
         assert trace(plain) == trace(cached)
@@ -150,30 +150,30 @@ def test_equal_networks_are_evaluated_once_and_nothing_else_changes(tmp_path) ->
             assert row.fitness == cached.store.candidate(row.answered_by).fitness
 
 
-def test_a_twin_in_flight_waits(tmp_path) -> None:
+def test_a_duplicate_of_a_running_candidate_waits(tmp_path) -> None:
     with small(tmp_path, cache=True, cycles=300) as search:
-        under_way: dict[str, int] = {}
+        running_now: dict[str, int] = {}
         running = []
         while not search.is_over:
             while len(running) < 16 and (job := search.ask()) is not None:
                 running.append(job)
                 name = Bits().canonical(job.architecture)
-                under_way[name] = under_way.get(name, 0) + 1
-                assert under_way[name] == 1, "a twin is evaluated at the same time, or again"
+                running_now[name] = running_now.get(name, 0) + 1
+                assert running_now[name] == 1, "a duplicate is evaluated at the same time, or again"
             job = running.pop()
             search.tell(job, ones(job.architecture))
         assert search.store.counts().cache_hits > 100
         nas.replay(search.store, Bits())
 
 
-def test_a_twin_takes_over_when_the_first_fails(tmp_path) -> None:
-    class One(Bits):
+def test_a_duplicate_takes_over_when_the_first_fails(tmp_path) -> None:
+    class AllEqual(Bits):
         def canonical(self, bits):
             return "all the same"
 
-    with small(tmp_path, space=One(), cache=True, retries=nas.Retries(exception=0)) as search:
+    with small(tmp_path, space=AllEqual(), cache=True, retries=nas.Retries(exception=0)) as search:
         first = search.ask()
-        assert search.ask() is None  # everyone else waits
+        assert search.ask() is None  # all others wait
         assert search.store.counts().proposed == 60
         search.report(first, Outcome("exception", error="no"))
         second = search.ask()
@@ -184,7 +184,7 @@ def test_a_twin_takes_over_when_the_first_fails(tmp_path) -> None:
         assert (counts.evaluations, counts.cache_hits, counts.failed) == (1, 59, 1)
 
 
-def test_with_noise_the_mean_answers_after_n(tmp_path) -> None:
+def test_the_mean_answers_after_n_evaluations(tmp_path) -> None:
     with small(tmp_path, cache=3, cycles=400) as search:
         drive(search, lambda job: ones(job.architecture) + (job.seed % 1000) / 1000, slots=4)
         by_network: dict = {}
@@ -199,7 +199,7 @@ def test_with_noise_the_mean_answers_after_n(tmp_path) -> None:
             assert all(row.fitness == pytest.approx(mean) for row in rows if row not in own)
 
 
-def test_the_mean_of_a_metric_is_over_those_that_have_it(tmp_path) -> None:
+def test_the_mean_of_a_metric_is_over_evaluations_that_have_it(tmp_path) -> None:
     def evaluate(job: nas.Job) -> dict[str, float]:
         seen[network := Bits().canonical(job.architecture)] += 1
         only = {"early": 4.0} if seen[network] == 1 else {"late": 6.0}
@@ -232,7 +232,7 @@ def test_limits_reject_before_training(tmp_path) -> None:
         nas.replay(search.store, Bits())
 
 
-def test_limits_that_nothing_keeps_end_the_search(tmp_path, monkeypatch) -> None:
+def test_limits_that_reject_everything_end_the_search(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(limits, "MAX_REJECTED", 100)
     search = small(tmp_path, limits=[nas.Limit("ones", ones, -1)])
     with search, pytest.raises(nas.FailuresError, match="rejected 100 candidates in a row, the l"):
@@ -240,7 +240,7 @@ def test_limits_that_nothing_keeps_end_the_search(tmp_path, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_failures_are_tried_again_as_often_as_said(tmp_path, kind) -> None:
+def test_failures_are_retried_as_often_as_set(tmp_path, kind) -> None:
     with small(tmp_path, retries=nas.Retries(**{kind: 2}), max_failures=100) as search:
         job = search.ask()
         for attempt in (1, 2, 3):
@@ -272,7 +272,7 @@ def test_failures_in_a_row_end_the_search_with_the_last(tmp_path) -> None:
     with search, pytest.raises(nas.FailuresError, match=message):
         for attempt in range(1, 9):
             search.report(search.ask(), Outcome("exception", error=f"no: {attempt}"))
-    with small(tmp_path, max_failures=4) as search:  # and it goes on, if the reason is gone
+    with small(tmp_path, max_failures=4) as search:  # it resumes once the cause is removed
         for _ in range(3):
             search.report(search.ask(), Outcome("exception"))
         search.tell(search.ask(), 1.0)
@@ -288,7 +288,7 @@ def test_late_and_repeated_reports_change_nothing(tmp_path) -> None:
         search.tell(job, 3.0)
         search.tell(job, 9.0)
         assert search.store.candidate(0).fitness == 3.0
-    with small(tmp_path) as search:  # `other` belongs to the driver before
+    with small(tmp_path) as search:  # `other` belongs to the earlier driver
         again = search.ask()
         assert (again.candidate, again.attempt) == (other.candidate, 2)
         search.tell(other, 5.0)
@@ -305,7 +305,7 @@ def test_late_and_repeated_reports_change_nothing(tmp_path) -> None:
 @pytest.mark.parametrize("slots", [1, 5])
 @pytest.mark.parametrize("policy", ["retrain_scratch", "retrain_warm"])
 def test_sampled_members_are_trained_again(tmp_path, policy, slots) -> None:
-    """Their fitness, stamp and values are new; warm ones, and their children, start from these."""
+    """Give them a new fitness, stamp and weights, from which warm ones and children start."""
     jobs = []
 
     def evaluate(job: nas.Job) -> dict:
@@ -325,8 +325,8 @@ def test_sampled_members_are_trained_again(tmp_path, policy, slots) -> None:
                 stamps.setdefault(event.candidate, []).append(event.seq)
         for row in store.candidates():
             assert row.last_trained == stamps[row.id][-1]
-            last = list(store.evaluations("candidate = ?", row.id))
-            assert row.fitness in [one.fitness for one in last]
+            evaluations = list(store.evaluations("candidate = ?", row.id))
+            assert row.fitness in [evaluation.fitness for evaluation in evaluations]
         retrained = [job for job in jobs if job.tournament is not None]
         children = [job for job in jobs if job.tournament is None and job.candidate >= 8 + slots]
         if policy == "retrain_warm":
@@ -338,14 +338,14 @@ def test_sampled_members_are_trained_again(tmp_path, policy, slots) -> None:
         nas.replay(store, Bits())
 
 
-def test_the_least_recently_trained_is_removed_not_the_first_proposed(tmp_path) -> None:
+def test_the_least_recently_trained_member_is_removed(tmp_path) -> None:
     with small(tmp_path, fitness_policy="retrain_scratch", cycles=40) as search:
         drive(search)
         removed = [(row.removed, row.id) for row in search.store.candidates("removed NOT NULL")]
         assert [number for _, number in sorted(removed)] != sorted(number for _, number in removed)
 
 
-def test_a_retraining_leaves_of_the_old_metrics_those_of_the_limits(tmp_path) -> None:
+def test_a_retraining_keeps_only_the_metrics_of_the_limits(tmp_path) -> None:
     def evaluate(job: nas.Job) -> dict:
         of = "first" if job.tournament is None else "again"
         return {"fitness": ones(job.architecture), of: 1.0}
@@ -360,7 +360,7 @@ def test_a_retraining_leaves_of_the_old_metrics_those_of_the_limits(tmp_path) ->
             assert row.metrics == {"zeros": 12 - row.fitness, of: 1.0}
 
 
-def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
+def test_a_failed_retraining_keeps_the_fitness(tmp_path) -> None:
     def evaluate(job: nas.Job) -> float:
         return math.nan if job.tournament is not None else ones(job.architecture)
 
@@ -370,7 +370,7 @@ def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
         nas.replay(search.store, Bits())
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- invalid arguments ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,13 +388,13 @@ def test_a_retraining_that_fails_leaves_the_fitness_as_it_was(tmp_path) -> None:
         ),
     ],
 )
-def test_what_is_no_fitness(tmp_path, returned, message) -> None:
+def test_a_return_that_is_no_fitness(tmp_path, returned, message) -> None:
     with small(tmp_path) as search, pytest.raises(ReturnError, match=message):
         search.tell(search.ask(), returned)
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), 1])
-def test_what_is_one_number(tmp_path, value) -> None:
+def test_a_return_that_is_one_number(tmp_path, value) -> None:
     with small(tmp_path) as search:
         search.tell(search.ask(), value)
         assert search.store.candidate(0).fitness == float(value)

@@ -1,4 +1,4 @@
-"""Files of trained values: there while someone may start from them, gone afterwards."""
+"""Keep files of trained weights while a training may start from them, and remove them then."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from nas.ask_tell import trained_values
 
 
 class Numbers:
-    """A space of numbers, of which four are the same network."""
+    """Search numbers, of which groups of four are duplicates."""
 
     name = "numbers"
 
@@ -36,7 +36,7 @@ def begin(folder: Path) -> nas.Search:
 
 
 def origin(search: nas.Search, job: nas.Job) -> int | None:
-    """Whose values a job is to start from."""
+    """Return the candidate whose weights a job starts from."""
     return (
         job.candidate
         if job.tournament is not None
@@ -45,10 +45,10 @@ def origin(search: nas.Search, job: nas.Job) -> int | None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_files_are_there_while_they_are_needed(tmp_path, seed) -> None:
-    """Eight jobs at once, ended in any order and often badly, and a driver that is gone at times.
+def test_files_exist_while_they_are_needed(tmp_path, seed) -> None:
+    """Run eight jobs at once that end in any order and often fail, under drivers that end too.
 
-    Only the values of a twin may be gone before its own candidate leaves.
+    Only the weights of a duplicate may be removed before its own candidate leaves.
     """
     run, rng, search, running = tmp_path / "search", Random(seed), begin(tmp_path), []
     (run / trained_values.FOLDER).mkdir()
@@ -84,7 +84,7 @@ def test_only_names_of_the_pattern_are_removed(tmp_path) -> None:
     assert left == {names[0], names[3], "best.safetensors", "1-1.txt"}
 
 
-def test_what_counts_as_gone(tmp_path) -> None:
+def test_which_weights_count_as_removed(tmp_path) -> None:
     assert trained_values.is_removed(tmp_path, "weights/3-4.safetensors")
     assert not trained_values.is_removed(tmp_path, "s3://mine/3-4.safetensors")
     assert not trained_values.is_removed(tmp_path, "weights/mine")
@@ -93,12 +93,12 @@ def test_what_counts_as_gone(tmp_path) -> None:
     assert not trained_values.is_removed(tmp_path, "weights/3-4.safetensors")
 
 
-def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left(tmp_path) -> None:
+def test_a_waiting_duplicate_finds_its_parents_weights_after_the_parent_left(tmp_path) -> None:
     class Prescribed(Numbers):
         def mutate(self, number, rng):
             return next(children), "step: as told"
 
-    children = iter([8, 9, 500])  # of which two are the same network
+    children = iter([8, 9, 500])  # of which two are duplicates
     search = nas.Search(
         space=Prescribed(), folder=tmp_path, population=1, sample=1, cycles=4, cache=1,
         fitness_policy="retrain_warm",
@@ -117,19 +117,19 @@ def test_a_twin_that_waits_finds_its_parents_values_although_the_parent_has_left
     tell(ask())
     for retraining in [ask(), ask(), ask()]:
         tell(retraining)
-    twin, other = ask(), ask()
-    assert (twin.candidate, other.candidate) == (1, 3) and search.ask() is None
+    first, other = ask(), ask()
+    assert (first.candidate, other.candidate) == (1, 3) and search.ask() is None
     tell(other)
     assert [row.id for row in search.store.population()] == [3]
-    tell(twin, math.nan)
+    tell(first, math.nan)
     waited = ask()
     assert waited.candidate == 2 and waited.inherit is not None
     assert waited.inherit == "weights/0-3.safetensors"  # of the retraining it was proposed after
     search.close()
 
 
-def test_what_is_started_from_outlives_the_driver(tmp_path) -> None:
-    """A child and retrainings start from the values of their proposal, whatever came after it."""
+def test_weights_to_start_from_outlive_the_driver(tmp_path) -> None:
+    """Start a child and retrainings from the weights at their proposal, whatever came later."""
 
     def begin() -> nas.Search:
         return nas.Search(
@@ -153,7 +153,7 @@ def test_what_is_started_from_outlives_the_driver(tmp_path) -> None:
     (run / trained_values.FOLDER).mkdir(parents=True)
     with begin() as search:
         tell(ask())
-        first, second, third = ask(), ask(), ask()  # of the one member, for three children
+        first, second, third = ask(), ask(), ask()  # of the only member, for three children
         tell(first)
         child = ask()
         tell(second)  # its parent is trained once more

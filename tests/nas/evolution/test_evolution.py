@@ -1,4 +1,4 @@
-"""The algorithm: what is proposed, what is removed, and that nothing but its inputs decides."""
+"""Propose and remove members by the algorithm, from its inputs alone."""
 
 import random
 
@@ -7,8 +7,8 @@ from searches import Bits, ones
 
 from nas.evolution.evolution import Evolution, Member, Settings
 
-# Of seed 0, P = 6, S = 3 on `Bits`. If it changes, so do all searches that are under way in the
-# world: then they cannot be resumed. Change the schema's version with it.
+# Seed 0, P = 6, S = 3 on `Bits`. If this trace changes, no existing run can be resumed: change the
+# schema's version with it.
 GOLDEN = """
 110110101010 None None
 101100101110 None None
@@ -30,14 +30,17 @@ GOLDEN = """
 
 
 def run(evolution: Evolution, cycles: int, fitness=ones) -> list[tuple]:
-    """One at a time; stamps are the numbers. Returns (text, parent, mutation, removed)."""
-    found = []
+    """Run one candidate at a time, with its number as stamp.
+
+    Return (text, parent, mutation, removed) of each.
+    """
+    trace = []
     for k in range(cycles):
         _, architecture, parent, mutation, sample = evolution.propose(k)
         removed = evolution.add(Member(k, architecture, fitness(architecture), k), sample)
         text = evolution.space.encode(architecture)
-        found.append((text, parent, mutation, removed and removed.candidate))
-    return found
+        trace.append((text, parent, mutation, removed and removed.candidate))
+    return trace
 
 
 def small(**settings) -> Evolution:
@@ -81,7 +84,7 @@ def test_stamps_increase() -> None:
         evolution.add(Member(3, (0,) * 12, 0.0, 2))
 
 
-def test_results_count_before_evolution_begins_and_not_proposals() -> None:
+def test_evolution_begins_after_p_results_not_proposals() -> None:
     evolution = small()
     assert all(evolution.propose(k).parent is None for k in range(50))
     run(evolution, 5)
@@ -90,13 +93,13 @@ def test_results_count_before_evolution_begins_and_not_proposals() -> None:
     assert evolution.propose(50).parent is not None
 
 
-def test_a_proposal_depends_on_its_number_and_the_population_alone() -> None:
-    one, other = small(), small()
-    run(one, 30), run(other, 30)
-    ahead = [one.propose(k) for k in (40, 30, 35)]
+def test_a_proposal_depends_on_number_and_population_alone() -> None:
+    first, second = small(), small()
+    run(first, 30), run(second, 30)
+    ahead = [first.propose(k) for k in (40, 30, 35)]
     random.seed(7)
-    assert ahead == [other.propose(k) for k in (40, 30, 35)]
-    assert one.propose(30) != one.propose(31)
+    assert ahead == [second.propose(k) for k in (40, 30, 35)]
+    assert first.propose(30) != first.propose(31)
     assert small(seed=1).propose(0) != small(seed=2).propose(0)
 
 
@@ -128,10 +131,10 @@ def test_minimising_is_maximising_the_negative() -> None:
 
 
 @pytest.mark.parametrize("maximise", [True, False])
-def test_evolution_finds_the_optimum_in_both_directions(maximise) -> None:
-    wanted = 12 if maximise else 0
+def test_the_optimum_is_reached_in_both_directions(maximise) -> None:
+    optimum = 12 if maximise else 0
     texts = [row[0] for row in run(small(maximise=maximise, population=20, sample=10), 400)]
-    assert any(text.count("1") == wanted for text in texts)
+    assert any(text.count("1") == optimum for text in texts)
 
 
 def test_elitist_removes_the_worst_of_all() -> None:
@@ -142,7 +145,7 @@ def test_elitist_removes_the_worst_of_all() -> None:
             assert fitness.pop(removed) <= min(fitness.values())
 
 
-def test_non_aging_removes_the_worst_of_the_sample_of_its_parent_and_never_itself() -> None:
+def test_non_aging_removes_the_worst_of_the_parents_sample() -> None:
     evolution, not_worst_of_all = small(algorithm="non_aging"), 0
     run(evolution, 6)
     for k in range(6, 200):
@@ -158,8 +161,8 @@ def test_non_aging_removes_the_worst_of_the_sample_of_its_parent_and_never_itsel
     assert not_worst_of_all > 50
 
 
-def test_non_aging_removes_another_where_the_sample_has_left() -> None:
-    """Then, and of a random candidate's, a sample is drawn; the newcomer is never in it."""
+def test_non_aging_draws_another_sample_if_all_of_it_has_left() -> None:
+    """Draw a sample then, and for a random candidate; the newcomer is never in it."""
     evolution = small(algorithm="non_aging")
     run(evolution, 6)
     gone = evolution.propose(6).sample

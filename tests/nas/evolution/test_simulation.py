@@ -1,4 +1,4 @@
-"""The simulated clock, and the search against the benchmark's curves, with few seeds."""
+"""Simulate a search on a clock, and compare it with the benchmark's curves, with few seeds."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from nas.evolution.simulation import StorelessLoop, simulate
 
 
 def work(job: Job) -> tuple[Outcome, float]:
-    """Ten seconds; the jobs 3, 13, 23, ... take a hundred."""
+    """Take ten seconds; the jobs 3, 13, 23, ... take a hundred."""
     return Outcome("ok", ones(job.architecture)), 100.0 if job.candidate % 10 == 3 else 10.0
 
 
@@ -37,7 +37,7 @@ def test_generations_wait_for_their_slowest() -> None:
     assert done[-1].at_s == 200.0 and [d.at_s for d in done].count(200.0) == 1
 
 
-def test_what_fails_is_done_again() -> None:
+def test_a_failed_job_is_repeated() -> None:
     failed = set()
 
     def sometimes(job: Job) -> tuple[Outcome, float]:
@@ -60,7 +60,7 @@ def test_a_search_and_the_bare_loop_propose_the_same(tmp_path) -> None:
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 @pytest.mark.parametrize(("P", "S"), [(0, 0), (100, 25), (20, 5), (10, 3)])
 def test_the_curves_of_the_benchmark(P, S) -> None:
-    """Mean test accuracy of the best of 150 and 200, 60 seeds, within four standard errors."""
+    """Compare the mean test accuracy of the best of 150 and 200 cells, within 4 standard errors."""
     with (DATA / "nasbench201" / "reference_curves.csv").open() as file:
         rows = {
             int(row["n_evals"]): (float(row["test200_mean"]), float(row["test200_std"] or 0))
@@ -70,17 +70,17 @@ def test_the_curves_of_the_benchmark(P, S) -> None:
     table = nas.NASBench201Table("cifar10", DATA)
     lookup = {cell: table(cell) for cell in table.rows}
     settings = {"population": P, "sample": S} if P else {"algorithm": "random"}
-    found: dict[int, list[float]] = {150: [], 200: []}
+    accuracies: dict[int, list[float]] = {150: [], 200: []}
     for seed in range(60):
         evolution = Evolution(nas.NASBench201Space(), Settings(seed=seed, **settings))
         done = simulate(
             StorelessLoop(evolution, 200),
             lambda job: (Outcome("ok", lookup[job.architecture]["valid12"]), 1.0),
         )
-        for n, values in found.items():
+        for n, values in accuracies.items():
             best = max(done[:n], key=lambda each: each.outcome.fitness)
             values.append(lookup[best.job.architecture]["test200"])
-    for n, values in found.items():
+    for n, values in accuracies.items():
         mean, deviation = rows[n]
         error = math.hypot(stdev(values) / math.sqrt(60), deviation / math.sqrt(1000))
         assert abs(fmean(values) - mean) < 4 * error, (n, fmean(values), mean, error)

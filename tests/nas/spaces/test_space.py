@@ -1,4 +1,4 @@
-"""Spaces: what is drawn, what is mutated, and which architectures are the same network."""
+"""Draw, mutate and compare architectures of the built-in spaces."""
 
 import random
 from collections import Counter
@@ -10,15 +10,16 @@ from searches import DATA, HAS_TABLE, NO_TABLE, Bits
 import nas
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
+from gpipe_jax.utils.graph_drawing import Picture
 from nas.evaluators import nasbench201_table
-from nas.spaces import nasbench201, space
+from nas.spaces import nasbench201, pictures, space
 
 SPACES = [nas.NASNetSpace(), nas.NASNetSpace(3, ("identity", "sep_3x3")), nas.NASBench201Space(),
           Bits()]  # fmt: skip
 
 
 @pytest.mark.parametrize("each", SPACES, ids=lambda each: each.name)
-def test_spaces_keep_the_rules(each) -> None:
+def test_spaces_obey_the_rules(each) -> None:
     nas.testing.check_space(each)
 
 
@@ -44,7 +45,7 @@ class Lossy(Bits):
         return "".join(map(str, bits[:-1]))
 
 
-class Unsaid(Bits):
+class Unnamed(Bits):
     def mutate(self, bits, rng):
         return super().mutate(bits, rng)[0], "a flip"
 
@@ -55,10 +56,10 @@ class Unsaid(Bits):
         (InPlace(), "mutate: changed its argument '[01]+' in place"),
         (Global(), r"random: seed 0 gave \(.*, then"),
         (Lossy(), "decode: '[01]+' became"),
-        (Unsaid(), "mutate: expected words such as 'op: edge 2, a -> b', got 'a flip'"),
+        (Unnamed(), "mutate: expected words such as 'op: edge 2, a -> b', got 'a flip'"),
     ],
 )
-def test_a_space_that_breaks_a_rule_is_found_out(broken, rule) -> None:
+def test_a_space_that_breaks_a_rule_is_detected(broken, rule) -> None:
     with pytest.raises(AssertionError, match=rule):
         nas.testing.check_space(broken)
 
@@ -75,7 +76,7 @@ def test_an_unknown_space_is_named() -> None:
 # --- NASNet ---------------------------------------------------------------------------------------
 
 
-def test_random_cells_are_uniform_and_concatenate_what_is_unused() -> None:
+def test_random_cells_are_uniform_and_concatenate_unread_states() -> None:
     rng, each = random.Random(0), nas.NASNetSpace()
     drawn = [each.random(rng) for _ in range(3000)]
     states = Counter(cell.pairs[4][1][1] for g in drawn for cell in (g.normal, g.reduction))
@@ -87,7 +88,7 @@ def test_random_cells_are_uniform_and_concatenate_what_is_unused() -> None:
 
 
 def test_mutations_are_those_of_the_paper() -> None:
-    """One element changes; identity 5 %, hidden state and operation 47.5 % each."""
+    """Change one element: identity 5 %, hidden state and operation 47.5 % each."""
     rng, each = random.Random(1), nas.NASNetSpace()
     kinds: Counter = Counter()
     for _ in range(4000):
@@ -144,7 +145,7 @@ def test_a_mutation_changes_one_edge() -> None:
     assert all(abs(n - 1000) < 4 * (3000 * 2 / 9) ** 0.5 for n in changed.values())  # by node
 
 
-def test_cells_that_compute_the_same_share_a_form() -> None:
+def test_equivalent_cells_share_a_canonical_form() -> None:
     each = nas.NASBench201Space()
     skip_then_conv = each.decode(
         "|skip_connect~0|+|none~0|nor_conv_3x3~1|+|none~0|none~1|skip_connect~2|"
@@ -165,7 +166,7 @@ def test_other_texts_are_no_cells(text) -> None:
 
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 def test_the_table_and_its_classes() -> None:
-    """Texts, the optimum, and canonical forms, of which each published class has only one."""
+    """Compare texts, the optimum and canonical forms; each published class has only one form."""
     each, table = nas.NASBench201Space(), nasbench201_table.NASBench201Table("cifar10", DATA)
     with np.load(table.path, allow_pickle=False) as file:
         texts, classes = file["arch_str"].tolist(), file["canonical_id"].tolist()
@@ -177,7 +178,7 @@ def test_the_table_and_its_classes() -> None:
     assert max(table(cell)["test200"] for cell in cells) == pytest.approx(94.373, abs=5e-4)
 
 
-def test_a_table_that_is_not_there(tmp_path, monkeypatch) -> None:
+def test_a_missing_table(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("GPIPE_JAX_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="is not given and GPIPE_JAX_DATA is not set: give"):
         nasbench201_table.NASBench201Table()
@@ -188,3 +189,32 @@ def test_a_table_that_is_not_there(tmp_path, monkeypatch) -> None:
     (tmp_path / "nb201.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="cannot be read as NAS-Bench-201's table"):
         nasbench201_table.NASBench201Table(folder=tmp_path).rows  # noqa: B018
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_a_new_built_in_space_is_drawn_without_a_change_elsewhere(monkeypatch) -> None:
+    class Drawn(Bits):
+        def pictures(self, bits, before=None):
+            return [Picture(f"{bits} after {before}", 1.0, 1.0, [], [])]
+
+        def differences(self, bits, before):
+            return [f"{sum(bits) - sum(before)} more"]
+
+    monkeypatch.setitem(space.SPACES, "bits", Drawn)
+    new, old = pictures.read("bits, 12 of them", "101"), pictures.read("bits", "001")
+    assert [picture.title for picture in pictures.pictures(new)] == ["(1, 0, 1) after None"]
+    assert pictures.pictures(new, old)[0].title == "(1, 0, 1) after (0, 0, 1)"
+    assert pictures.differences(new, old) == ["1 more"]
+
+
+def test_a_space_without_pictures_is_shown_as_text(monkeypatch) -> None:
+    monkeypatch.setitem(space.SPACES, "bits", Bits)
+    for name in ("bits", "mine"):
+        new, old = pictures.read(name, "101"), pictures.read(name, "001")
+        assert pictures.pictures(new) == [] and pictures.differences(new, new) == []
+        assert pictures.differences(new, old) == ["001 → 101"]
+        assert ">101<" in pictures.html(new)
+    assert isinstance(nas.NASNetSpace(), space.DrawableSpace)
+    assert isinstance(nas.NASBench201Space(), space.DrawableSpace)

@@ -1,4 +1,4 @@
-"""What pictures and reports are made of has the numbers of the store."""
+"""Check the numbers of reports and plots against the store."""
 
 import itertools
 import time
@@ -15,30 +15,30 @@ from nas.storage.reader import Reader
 @pytest.mark.parametrize("cache", [True, False])
 def test_progress_counts_candidates_and_evaluations(tmp_path, maximise, cache) -> None:
     with drive(small(tmp_path, maximise=maximise, cache=cache), slots=3) as search:
-        found, counts = queries.progress(search.store), search.store.counts()
+        course, counts = queries.progress(search.store), search.store.counts()
         rows = {row.id: row for row in search.store.candidates()}
-    assert found.fitness == [rows[number].fitness for number in found.candidate]
-    assert sorted(found.candidate) == sorted(rows) and len(rows) == counts.results
+    assert course.fitness == [rows[number].fitness for number in course.candidate]
+    assert sorted(course.candidate) == sorted(rows) and len(rows) == counts.results
     better = max if maximise else min
-    assert found.best == list(itertools.accumulate(found.fitness, better))
-    assert found.evaluations[-1] == counts.evaluations == counts.results - counts.cache_hits
+    assert course.best == list(itertools.accumulate(course.fitness, better))
+    assert course.evaluations[-1] == counts.evaluations == counts.results - counts.cache_hits
     assert (counts.cache_hits > 0) is cache
-    answered = [rows[number].answered_by is not None for number in found.candidate]
-    assert found.evaluations == list(itertools.accumulate(not hit for hit in answered))
+    answered = [rows[number].answered_by is not None for number in course.candidate]
+    assert course.evaluations == list(itertools.accumulate(not hit for hit in answered))
 
 
-def test_after_retraining_the_best_is_of_the_newest_fitness(tmp_path) -> None:
+def test_after_retraining_best_is_by_the_newest_fitness(tmp_path) -> None:
     def noisy(job) -> float:
         return ones(job.architecture) + job.seed % 100 / 10
 
     with drive(small(tmp_path, fitness_policy="retrain_scratch"), noisy) as search:
-        found, best = queries.progress(search.store), next(search.store.ranked())
-    assert found.best[-1] == best.fitness
-    assert len(found.best) == 60
-    assert any(b < a for a, b in itertools.pairwise(found.best))  # a lucky one was found out
+        course, best = queries.progress(search.store), next(search.store.ranked())
+    assert course.best[-1] == best.fitness
+    assert len(course.best) == 60
+    assert any(b < a for a, b in itertools.pairwise(course.best))  # a lucky fitness got worse
 
 
-def test_ages_are_places_in_the_order_of_training(tmp_path) -> None:
+def test_ages_follow_the_order_of_training(tmp_path) -> None:
     with drive(small(tmp_path)) as search:
         members, rows = queries.ages(search.store), search.store.population()
     assert [m.age for m in members] == list(range(8))
@@ -51,14 +51,14 @@ def test_the_clock_leaves_out_pauses(tmp_path) -> None:
         pass
     time.sleep(1.5)
     with drive(small(tmp_path, cycles=30)) as search:
-        found, work_s = queries.timeline(search.store), queries.work_s(search.store)
+        shown, work_s = queries.timeline(search.store), queries.work_s(search.store)
         events = list(search.store.events())
     assert work_s < events[-1].at - events[0].at - 1.4
-    assert found.drivers[0] == 0.0 and 0 < found.drivers[1] < work_s
-    assert len(found.bars) == 30 and found.left_out == 0
-    before = [bar for bar in found.bars if bar.evaluation <= 20]
-    assert all(bar.end <= found.drivers[1] for bar in before)
-    assert all(bar.start >= found.drivers[1] for bar in found.bars[20:])
+    assert shown.drivers[0] == 0.0 and 0 < shown.drivers[1] < work_s
+    assert len(shown.bars) == 30 and shown.left_out == 0
+    before = [bar for bar in shown.bars if bar.evaluation <= 20]
+    assert all(bar.end <= shown.drivers[1] for bar in before)
+    assert all(bar.start >= shown.drivers[1] for bar in shown.bars[20:])
 
 
 def test_bars_last_as_long_as_evaluations(tmp_path) -> None:
@@ -72,15 +72,15 @@ def test_bars_last_as_long_as_evaluations(tmp_path) -> None:
         space=small(tmp_path / "other").space, evaluate=evaluate, workers=3, population=8,
         sample=3, cycles=30, folder=tmp_path,
     )  # fmt: skip
-    found = queries.timeline(result.reader)
+    shown = queries.timeline(result.reader)
     rows = list(result.reader.evaluations())
-    for bar, row in zip(found.bars, rows, strict=True):
+    for bar, row in zip(shown.bars, rows, strict=True):
         assert (bar.evaluation, bar.worker, bar.outcome) == (row.id, row.worker, row.outcome)
         assert bar.end - bar.start == pytest.approx(row.finished - row.started, abs=1e-6)
         assert bar.end - bar.start >= 0.02
-    assert {"ok", "exception"} == {bar.outcome for bar in found.bars}
+    assert {"ok", "exception"} == {bar.outcome for bar in shown.bars}
     for _, bars in itertools.groupby(
-        sorted(found.bars, key=lambda b: b.worker), lambda b: b.worker
+        sorted(shown.bars, key=lambda b: b.worker), lambda b: b.worker
     ):
         ordered = sorted(bars, key=lambda bar: bar.start)
         assert all(a.end <= b.start for a, b in itertools.pairwise(ordered))
@@ -89,7 +89,7 @@ def test_bars_last_as_long_as_evaluations(tmp_path) -> None:
     assert recent.left_out == len(rows) - 7
 
 
-def test_jobs_without_a_report_share_as_few_rows_as_they_need(tmp_path) -> None:
+def test_jobs_without_a_report_share_rows(tmp_path) -> None:
     with small(tmp_path) as search:
         first, second, third = search.ask(), search.ask(), search.ask()
         search.tell(second, 1.0)
@@ -101,7 +101,7 @@ def test_jobs_without_a_report_share_as_few_rows_as_they_need(tmp_path) -> None:
     assert third and fourth and bars[2].end == bars[3].end  # until now
 
 
-def test_the_front_is_what_nothing_beats(tmp_path) -> None:
+def test_nothing_beats_the_front(tmp_path) -> None:
     for maximise in (True, False):
 
         def evaluate(job, maximise=maximise) -> dict:
@@ -138,7 +138,7 @@ def test_costs_are_known_by_name(tmp_path, name, is_cost) -> None:
         assert queries.cost_metrics(search.store) == [name] * is_cost
 
 
-def test_whether_a_driver_is_at_work(tmp_path) -> None:
+def test_is_driven(tmp_path) -> None:
     with small(tmp_path) as search:
         reader = Reader(tmp_path / "search")
         assert queries.is_driven(reader)

@@ -1,4 +1,4 @@
-"""The store: all or nothing, one writer, and files of other versions, places and searches."""
+"""Write all or nothing, with one writer, and refuse files of other versions and searches."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from nas.storage.writer import Store
 
 @pytest.fixture
 def path(tmp_path):
-    """The folder of a finished search."""
+    """Return the folder of a finished search."""
     with small(tmp_path) as search:
         drive(search)
     return tmp_path / "search"
@@ -41,7 +41,7 @@ def test_a_change_is_written_whole_or_not_at_all(path) -> None:
     store.close()
 
 
-def test_a_second_driver_is_refused_and_told_who_the_first_is(path, tmp_path) -> None:
+def test_a_second_driver_is_refused_with_the_name_of_the_first(path, tmp_path) -> None:
     code = f"""
 import sys; sys.path[:0] = {[str(path) for path in HELPERS]!r}
 from searches import small
@@ -54,17 +54,17 @@ small({str(tmp_path)!r})
             small(tmp_path)
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "SearchInUseError" in other.stderr and other.returncode == 1
-        assert len(list(Reader(path).candidates())) == 60  # reading goes on
+        assert len(list(Reader(path).candidates())) == 60  # reading still works
     small(tmp_path).close()
 
 
-def test_a_new_store_is_refused_where_one_is(path) -> None:
+def test_a_second_store_is_refused(path) -> None:
     with pytest.raises(FileExistsError, match="holds a search already: open it, or use another"):
         Store.create(path, name="x", space="bits", settings={})
 
 
 def test_reading_while_another_writes(tmp_path) -> None:
-    """Counts only grow, and each reading is consistent: members and results of the same moment."""
+    """Read counts that only grow, and members and results of the same moment."""
     search = small(tmp_path, cycles=400)
     reader = Reader(tmp_path / "search")
     with ThreadPoolExecutor(1) as pool:
@@ -99,17 +99,15 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch) -> None:
                 small(tmp_path / "far away")
         else:
             small(tmp_path / "far away").close()
-    small(tmp_path / "here").close()
+    small(tmp_path / "local").close()
 
 
 class CutError(BaseException):
-    """The driver's end."""
+    """End the driver."""
 
 
-def test_a_driver_killed_while_it_made_the_file_is_as_if_it_had_not_begun(
-    tmp_path, monkeypatch
-) -> None:
-    """Cut before each statement that it executes: the next driver makes the file, or goes on."""
+def test_a_driver_killed_while_it_created_the_file_left_nothing(tmp_path, monkeypatch) -> None:
+    """End it before each of its statements; the next driver creates the file, or resumes."""
 
     class Cut(sqlite3.Connection):
         def execute(self, text, *values):
@@ -134,7 +132,7 @@ def test_a_driver_killed_while_it_made_the_file_is_as_if_it_had_not_begun(
     assert {"INSERT INTO study ", "COMMIT", "UPDATE evaluations"} <= set(cut)
 
 
-def test_the_one_file_is_whole_while_a_reader_has_it_open(path, tmp_path) -> None:
+def test_the_file_is_complete_while_a_reader_has_it_open(path, tmp_path) -> None:
     reader = Reader(path)
     assert reader.counts().results == 60
     small(tmp_path).close()
@@ -167,15 +165,15 @@ def test_an_older_version_is_migrated_by_its_driver(path, monkeypatch) -> None:
         "MIGRATIONS",
         {2: "ALTER TABLE events ADD COLUMN a; ", 3: "ALTER TABLE events DROP COLUMN a;"},
     )
-    assert len(list(Reader(path).candidates())) == 60  # readers take it as it is
+    assert len(list(Reader(path).candidates())) == 60  # readers do not migrate
     store = Store(path)
     assert schema.version(store._connection) == 4 and len(list(store.candidates())) == 60
     store.close()
 
 
 @pytest.mark.parametrize("policy", ["retrain_warm", "retrain_scratch"])
-def test_a_search_of_version_1_goes_on(tmp_path, policy) -> None:
-    """Its candidates and retrainings under way start from what was trained last."""
+def test_a_search_of_version_1_is_resumed(tmp_path, policy) -> None:
+    """Start pending candidates and retrainings from the newest weights."""
 
     def begin() -> Search:
         return small(tmp_path, population=1, sample=1, fitness_policy=policy)
@@ -225,7 +223,7 @@ def test_another_search_in_the_same_place_is_refused(path, tmp_path) -> None:
         small(tmp_path, population=9, seed=1)
 
 
-def test_lineage_goes_from_the_random_ancestor_to_the_candidate(path) -> None:
+def test_a_lineage_begins_with_the_random_ancestor(path) -> None:
     reader = Reader(path)
     last = [row.id for row in reader.candidates()][-1]
     rows = reader.lineage(last)
@@ -235,11 +233,11 @@ def test_lineage_goes_from_the_random_ancestor_to_the_candidate(path) -> None:
         reader.candidate(60)
 
 
-def test_ranking_goes_by_the_direction_and_then_by_number(tmp_path) -> None:
+def test_ranking_is_by_fitness_and_then_by_number(tmp_path) -> None:
     for maximise in (True, False):
         with small(tmp_path / str(maximise), maximise=maximise) as search:
             drive(search)
-            found = [(row.fitness, row.id) for row in search.store.ranked()]
+            ranking = [(row.fitness, row.id) for row in search.store.ranked()]
             sign = -1 if maximise else 1
-            assert found == sorted(found, key=lambda pair: (sign * pair[0], pair[1]))
-            assert found[0][0] >= 9 if maximise else found[0][0] <= 3
+            assert ranking == sorted(ranking, key=lambda pair: (sign * pair[0], pair[1]))
+            assert ranking[0][0] >= 9 if maximise else ranking[0][0] <= 3

@@ -1,4 +1,4 @@
-"""`workers="devices"`: a candidate on each device, and one that is gone takes none with it."""
+"""Train a candidate on each device; a device that is lost loses no candidate."""
 
 import dataclasses
 import threading
@@ -23,10 +23,10 @@ def no_cache_on_disk(monkeypatch) -> None:
 
 @pytest.fixture
 def three(monkeypatch) -> list:
-    """This process's devices."""
-    found = jax.local_devices()[1:4]
-    monkeypatch.setattr(jax, "local_devices", lambda: found)
-    return found
+    """Give this process three devices."""
+    devices = jax.local_devices()[1:4]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    return devices
 
 
 def test_each_device_has_one_candidate_at_a_time(tmp_path, three) -> None:
@@ -49,19 +49,19 @@ def test_each_device_has_one_candidate_at_a_time(tmp_path, three) -> None:
     assert result.counts.failures == 0
 
 
-def test_results_do_not_depend_on_the_device_each_of_which_compiles_once(tmp_path, three) -> None:
+def test_results_do_not_depend_on_the_device(tmp_path, three) -> None:
     random = {"algorithm": "random", "cycles": 9, "evaluate": toy(weight_decay=0.01)}
     many = search(tmp_path, name="many", workers="devices", **random)
-    one = search(tmp_path, name="one", **random)
+    single = search(tmp_path, name="single", **random)
     assert set(many.evaluations["worker"]) == {"cpu 1", "cpu 2", "cpu 3"}
-    assert trace(one) == trace(many)
+    assert trace(single) == trace(many)
     evaluations = [row for row in many.reader.evaluations() if row.outcome == "ok"]
     compiled = [row.worker for row in evaluations if row.metrics["compile_s"] > 0]
     assert sorted(compiled) == ["cpu 1", "cpu 2", "cpu 3"]
 
 
 def test_a_device_that_disappears(tmp_path, three, monkeypatch) -> None:
-    """Its job is done elsewhere, and it gets no other one."""
+    """Repeat its job elsewhere, and give it no other one."""
     gone = three[1]
     monkeypatch.setattr(devices, "is_responsive", lambda device: device is not gone)
 
@@ -90,7 +90,7 @@ def test_no_device_is_left(tmp_path, three, monkeypatch) -> None:
         search(tmp_path, evaluate, workers="devices", cycles=30, max_failures=100)
 
 
-def test_a_failure_on_a_device_that_answers_is_the_candidates_own() -> None:
+def test_a_failure_on_a_responsive_device_is_the_candidates() -> None:
     assert devices.is_responsive(jax.local_devices()[2])
     pool = devices.DeviceAllocator(jax.local_devices()[:1]).pool()
     error = Outcome("exception", error="ValueError: mine")
@@ -115,7 +115,7 @@ def test_a_job_that_hangs_gives_its_device_to_the_next(tmp_path, three, monkeypa
 
 
 def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
-    def task(one: nas.Job) -> Outcome:
+    def task(job: nas.Job) -> Outcome:
         return Outcome("ok", float(end.wait(30)))
 
     pool, end = devices.DeviceAllocator(jax.local_devices()[:1]).pool(), threading.Event()
@@ -128,9 +128,9 @@ def test_a_job_that_waits_for_a_device_has_not_begun() -> None:
     pool.close()
 
 
-def test_a_job_that_expires_while_it_waits_for_a_device_does_not_begin() -> None:
-    def task(one: nas.Job) -> Outcome:
-        began.append(one.candidate)
+def test_a_job_that_expires_while_it_waits_does_not_begin() -> None:
+    def task(job: nas.Job) -> Outcome:
+        began.append(job.candidate)
         return Outcome("ok", float(end.wait(30)))
 
     pool, end, began = (
@@ -156,10 +156,13 @@ def test_a_device_that_fails_and_then_hangs_is_lost(monkeypatch) -> None:
     monkeypatch.setattr(devices, "RESPONSE_S", 0.1)
     (hung, other), end = jax.local_devices()[:2], threading.Event()
     pool = devices.DeviceAllocator([hung, other]).pool()
-    task = lambda one: Outcome("exception", error="UNAVAILABLE")  # noqa: E731
-    found = sorted(pool.submit(task, job()).result(20).kind for _ in range(2))
+
+    def task(job: nas.Job) -> Outcome:
+        return Outcome("exception", error="UNAVAILABLE")
+
+    kinds = sorted(pool.submit(task, job()).result(20).kind for _ in range(2))
     end.set()
-    assert found == ["exception", "worker_death"] and pool.count_lost() == 1
+    assert kinds == ["exception", "worker_death"] and pool.count_lost() == 1
     pool.close()
 
 
@@ -170,9 +173,9 @@ def test_a_default_device_may_be_a_platform() -> None:
 
 @pytest.mark.parametrize("handed_out_again", [True, False])
 def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_out_again) -> None:
-    """Also if two jobs fail on it then: the other device goes on, and it gets none any more."""
+    """Lose it once even if two jobs fail on it; the other device keeps working."""
 
-    def task(one: nas.Job) -> Outcome:
+    def task(job: nas.Job) -> Outcome:
         end.wait(30)
         return Outcome("exception", error="no") if this_device() is gone else Outcome("ok", 1.0)
 
@@ -183,8 +186,9 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
         return future
 
     gone, other = jax.local_devices()[:2]
-    answers = lambda device: device is not gone or not end.is_set()  # noqa: E731
-    monkeypatch.setattr(devices, "is_responsive", answers)
+    monkeypatch.setattr(
+        devices, "is_responsive", lambda device: device is not gone or not end.is_set()
+    )
     pool, end = devices.DeviceAllocator([gone, other]).pool(), threading.Event()
     dying, well = [begin()], begin()
     pool.expire(dying[0])
@@ -197,9 +201,7 @@ def test_a_device_that_dies_after_a_time_out_is_lost_once(monkeypatch, handed_ou
     pool.close()
 
 
-def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
-    tmp_path, three, monkeypatch
-) -> None:
+def test_a_device_that_hangs_is_lost_until_it_responds(tmp_path, three, monkeypatch) -> None:
     def evaluate(genotype) -> float:
         if this_device() is hung:
             end.wait(30)
@@ -224,8 +226,8 @@ def test_a_device_that_hangs_takes_one_candidate_and_is_lost_until_it_answers(
     pool.close()
 
 
-def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkeypatch) -> None:
-    def task(one: nas.Job) -> Outcome:
+def test_each_lost_device_means_one_job_less_at_once(three, monkeypatch) -> None:
+    def task(job: nas.Job) -> Outcome:
         return Outcome("exception", error="UNAVAILABLE")
 
     monkeypatch.setattr(devices, "is_responsive", lambda device: False)
@@ -239,32 +241,32 @@ def test_with_each_device_that_is_lost_there_is_a_job_less_at_once(three, monkey
     pool.close()
 
 
-def test_the_words_of_workers() -> None:
+def test_an_unknown_kind_of_workers() -> None:
     with pytest.raises(ValueError, match="expected a number of threads, 'devices', 'processes'"):
         pools.make_pool("device")
 
 
 def test_the_only_device_may_be_late(monkeypatch) -> None:
-    """The next job waits until it answers; it is no reason to end a search."""
+    """Let the next job wait until it responds; the search does not end."""
     began, end = threading.Event(), threading.Event()
 
-    def task(one: nas.Job) -> Outcome:
+    def task(job: nas.Job) -> Outcome:
         began.set()
         return Outcome("ok", 1.0)
 
-    def hang(one: nas.Job) -> Outcome:
+    def hang(job: nas.Job) -> Outcome:
         end.wait(30)
-        return task(one)
+        return task(job)
 
     monkeypatch.setattr(devices, "is_responsive", lambda device: end.wait(30))
     monkeypatch.setattr(devices, "RESPONSE_S", 0.01)
-    one = devices.DeviceAllocator(jax.local_devices()[:1])
-    pool = one.pool()
+    allocator = devices.DeviceAllocator(jax.local_devices()[:1])
+    pool = allocator.pool()
     hung = pool.submit(hang, job())
     while not pool.has_begun(hung):
         time.sleep(0.001)
     pool.expire(hung)
-    while not one._late:
+    while not allocator._late:
         time.sleep(0.001)
     waiting = pool.submit(task, job())
     assert not began.wait(0.1)

@@ -1,4 +1,4 @@
-"""Whole searches: workers of every kind, what goes wrong on them, and going on later."""
+"""Run whole searches on workers of every kind, with failures, and resume them."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def run(folder, evaluate=ones, **options) -> nas.Result:
 
 
 def check(result: nas.Result, results: int = 60) -> None:
-    """Nothing is lost, nothing counted twice, and the log says the same."""
+    """Check that nothing is lost or counted twice, and that the log agrees."""
     counts = result.counts
     assert counts.results == results and counts.running == 0
     assert counts.proposed == results + counts.failed + counts.rejected
@@ -55,18 +55,18 @@ def test_threads(tmp_path) -> None:
 def test_any_executor(tmp_path) -> None:
     with ThreadPoolExecutor(3) as executor:
         check(run(tmp_path, workers=executor))
-        assert executor.submit(int).result() == 0  # it is the caller's to shut down
+        assert executor.submit(int).result() == 0  # the caller shuts it down
 
-    class Odd(pools.DaemonThreads):
+    class Unsized(pools.DaemonThreads):
         pass
 
     with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
-        pools.make_pool(Odd())
-    check(run(tmp_path / "odd", workers=pools.of_executor(Odd(), slots=2)))
+        pools.make_pool(Unsized())
+    check(run(tmp_path / "unsized", workers=pools.of_executor(Unsized(), slots=2)))
 
 
-def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> None:
-    """Four jobs at once on one thread: those that wait do not run out of time."""
+def test_the_time_of_a_job_begins_on_the_executor(tmp_path) -> None:
+    """Submit four jobs at once to one thread: those that wait do not run out of time."""
 
     def slow(bits) -> float:
         time.sleep(0.2)
@@ -80,7 +80,7 @@ def test_the_time_of_a_job_is_from_its_start_on_the_users_executor(tmp_path) -> 
     assert set(result.evaluations["worker"]) == {"mine_0"}
 
 
-def test_tables_of_nothing_and_of_metrics_with_names_of_columns(tmp_path) -> None:
+def test_history_without_rows_and_with_metrics_named_as_columns(tmp_path) -> None:
     with nas.Search(folder=tmp_path, **SMALL) as search:
         result = nas.load("search", tmp_path)
         assert len(result.history) == len(result.evaluations) == 0
@@ -92,17 +92,17 @@ def test_tables_of_nothing_and_of_metrics_with_names_of_columns(tmp_path) -> Non
 
 
 def test_repeats_keep_the_last_trained_values_and_metrics_of_some() -> None:
-    class Odd:
+    class SometimesLoss:
         def evaluate(self, job):
-            found = {"fitness": job.seed, "trained_values": str(job.seed)}
-            return {**found, "loss": job.seed} if job.seed else found
+            returned = {"fitness": job.seed, "trained_values": str(job.seed)}
+            return {**returned, "loss": job.seed} if job.seed else returned
 
-    outcome = nas.Repeated(Odd(), 3).evaluate(nas.Job(1, 0, (), 0))
+    outcome = nas.Repeated(SometimesLoss(), 3).evaluate(nas.Job(1, 0, (), 0))
     assert outcome["loss"] == 1.5 and outcome["trained_values"] == "2" and outcome["fitness"] == 1
 
 
 class Few(Bits):
-    """Four networks, so that the cache soon knows all."""
+    """Have only four canonical forms, so that the cache soon has all."""
 
     def canonical(self, bits):
         return str(bits[:2])
@@ -171,7 +171,7 @@ def test_the_threads_of_a_search_end_with_it(tmp_path) -> None:
 
 
 def leaves(bits) -> float:
-    """Ends its process, as scripts do, for some bits."""
+    """End the process, as scripts do, for some bits."""
     return sys.exit("no such option") if bits[:2] == (0, 0) else ones(bits)
 
 
@@ -181,7 +181,7 @@ def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
     assert set(result.reader.failures_by_kind()) == {"exception"}
 
 
-def test_an_evaluator_that_a_worker_cannot_import_is_no_dead_worker() -> None:
+def test_an_evaluator_that_cannot_be_imported_is_no_dead_worker() -> None:
     pickled = b"cno_such_module\nevaluate\n."
     outcome = workers._run_pickled(pickled, nas.Job(1, 0, (), 0))
     assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
@@ -201,7 +201,7 @@ def dies(bits) -> float:
 
 
 def fails_sometimes(bits) -> float:
-    """By the bits: an exception, NaN, out of memory; otherwise the number of ones."""
+    """Fail for some bits, by an exception, NaN or lack of memory; otherwise count the ones."""
     if bits[:3] == (0, 0, 0):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
     if bits[:3] == (0, 0, 1):
@@ -222,7 +222,7 @@ def test_failures_of_evaluations_are_outcomes(tmp_path) -> None:
     assert errors["nan"] == "the fitness is nan"
 
 
-def test_a_thread_that_hangs_is_given_up_and_its_late_report_noted(tmp_path) -> None:
+def test_a_hung_thread_is_given_up_and_its_late_report_logged(tmp_path) -> None:
     given_up, seen = threading.Event(), []
 
     def hangs(bits) -> float:
@@ -245,7 +245,7 @@ def test_a_thread_that_hangs_is_given_up_and_its_late_report_noted(tmp_path) -> 
 
 
 class Compiles:
-    """Takes its time for the first job."""
+    """Take longer for the first job."""
 
     grace_s = 20.0
 
@@ -258,13 +258,13 @@ class Compiles:
         return ones(job.architecture)
 
 
-def test_compiling_is_not_of_the_time_of_a_job(tmp_path) -> None:
+def test_compilation_does_not_count_as_time_of_a_job(tmp_path) -> None:
     result = run(tmp_path, nas.Repeated(Compiles(0.8), 1), timeout_s=0.2)
     check(result)
     assert result.counts.failures == 0 and nas.TrainingEvaluator.grace_s == 1800
 
 
-def test_compiling_has_an_end(tmp_path, monkeypatch) -> None:
+def test_compilation_has_a_limit(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Compiles, "grace_s", 0.1)
     result = run(tmp_path, Compiles(1.0), timeout_s=0.2)
     assert result.reader.failures_by_kind() == {"timeout": 1}
@@ -288,8 +288,8 @@ def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
     check(nas.load("search", tmp_path).resume(evaluate=ones))
 
 
-def test_what_has_ended_is_written_while_limits_are_measured(tmp_path) -> None:
-    """A compiler as a limit takes minutes for each of as many candidates as there are workers."""
+def test_finished_jobs_are_reported_while_limits_are_measured(tmp_path) -> None:
+    """Report between measures: a compiler as a limit takes minutes for each candidate."""
 
     def slow(bits) -> float:
         time.sleep(0.2)
@@ -302,15 +302,17 @@ def test_what_has_ended_is_written_while_limits_are_measured(tmp_path) -> None:
     assert 1 <= written[3] <= 3
 
 
-def test_a_search_goes_on_with_its_own_limits(tmp_path) -> None:
-    """Or latencies of two chips would stand in one column; and none is lost with the functions."""
+def test_a_search_resumes_with_its_own_limits_only(tmp_path) -> None:
+    """Refuse other limits, whose measures would be mixed in one column."""
 
     def limited(*bounds: float) -> nas.Result:
         limits = [nas.Limit("ones", sum, bound) for bound in bounds]
         return run(tmp_path, evaluate=unpicklable, limits=limits, cycles=20)
 
+    def unpicklable(bits) -> float:
+        return ones(bits) + 0 * lock.locked()
+
     lock = threading.Lock()
-    unpicklable = lambda bits: ones(bits) + 0 * lock.locked()  # noqa: E731
     limited(7)
     assert limited(7).counts.results == 20
     with pytest.raises(
@@ -353,7 +355,7 @@ def test_an_error_in_the_background_is_raised_by_wait(tmp_path) -> None:
         result.wait()
 
 
-def test_stopped_by_a_callback_the_clock_or_the_user_and_resumed(tmp_path) -> None:
+def test_stopped_by_callback_time_or_user_and_resumed(tmp_path) -> None:
     def slow(bits) -> float:
         time.sleep(0.01)
         return ones(bits)
@@ -420,7 +422,7 @@ nas.search(space=Mine(), evaluate=evaluate, population=8, sample=3, cycles=60, n
 
 
 def test_resumed_in_another_process_without_its_functions(tmp_path) -> None:
-    """As after a restart of a notebook's kernel, whose functions and classes are gone."""
+    """Resume as after a restart of a notebook's kernel, which has lost functions and classes."""
     tests = os.pathsep.join(map(str, HELPERS))
     environment = {**os.environ, "PYTHONPATH": tests}
     for code in (NOTEBOOK, LATER):
@@ -444,7 +446,7 @@ def test_functions_that_cannot_be_stored(tmp_path) -> None:
     assert result.counts.results == 70
 
 
-def test_an_evaluator_of_another_name_is_refused_unless_it_is_wanted(tmp_path) -> None:
+def test_another_evaluator_is_refused_unless_allowed(tmp_path) -> None:
     def twos(bits) -> float:
         return 2 * ones(bits)
 
@@ -465,7 +467,7 @@ def test_an_evaluator_of_another_name_is_refused_unless_it_is_wanted(tmp_path) -
     assert run(tmp_path, twos, cycles=63).counts.results == 63
 
 
-def test_a_file_that_does_not_say_which_evaluator_goes_on_with_any(tmp_path) -> None:
+def test_a_store_without_an_evaluator_resumes_with_any(tmp_path) -> None:
     with nas.Search(folder=tmp_path, **{**SMALL, "cycles": 8}) as search:
         while job := search.ask():
             search.tell(job, 1.0)
@@ -496,7 +498,7 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
 def test_bad_workers(tmp_path, given, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, workers=given)
-    check(run(tmp_path))  # the store was let go of
+    check(run(tmp_path))  # the store was closed
 
 
 def test_an_evaluator_that_is_none(tmp_path) -> None:
@@ -505,8 +507,7 @@ def test_an_evaluator_that_is_none(tmp_path) -> None:
 
 
 class Gone:
-    """A job's future that is done, but the worker that has its result is gone: a cluster waits for
-    another to do it again."""
+    """Be a finished future whose worker is lost: a cluster waits for another to repeat the job."""
 
     def __init__(self, add_done_callback) -> None:
         self.add_done_callback, self.cancelled = add_done_callback, threading.Event()
@@ -522,7 +523,7 @@ class Gone:
         raise TimeoutError
 
 
-def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> None:
+def test_a_result_that_does_not_arrive_is_a_dead_worker(tmp_path, monkeypatch) -> None:
     def submit(task, job):
         future = pool.submit(task, job)
         if job.candidate in (5, 20) and job.attempt == 1:
@@ -543,7 +544,7 @@ def test_a_result_that_does_not_come_is_a_dead_worker(tmp_path, monkeypatch) -> 
     assert errors == {"it was done, but its result did not come within 0.05 s"}
 
 
-def test_slots_that_are_lost_get_no_jobs(tmp_path) -> None:
+def test_lost_slots_get_no_jobs(tmp_path) -> None:
     def evaluate(bits) -> float:
         with lock:
             busy.append(bits)
@@ -574,7 +575,7 @@ def test_an_address_that_does_not_answer(tmp_path, monkeypatch) -> None:
 
 
 class Perilous:
-    """By the job: the worker dies, hangs or does its work."""
+    """Kill the worker, hang, or work, depending on the job."""
 
     def __init__(self, hangs: int | None = None) -> None:
         self.hangs = hangs
@@ -588,7 +589,7 @@ class Perilous:
 
 
 def test_processes_that_die(tmp_path) -> None:
-    """Nannies restart them, and what they did is tried again."""
+    """Restart them by nannies, and retry their jobs."""
     pytest.importorskip("distributed", reason="needs dask: pip install 'gpipe-jax[search]'")
     result = run(tmp_path, Perilous(), workers="processes:2", cycles=30)
     check(result, 30)

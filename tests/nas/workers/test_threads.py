@@ -1,4 +1,4 @@
-"""A process that ends while candidates train ends as it was to."""
+"""End a process while candidates train, with the exit code that it should have."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def without_end():
     while True:  # in and out of XLA
         float(step(x).sum())
 
-def one(genotype):
+def first_hangs(genotype):
     if next(numbers) == 0:
         without_end()
     return 1.0
@@ -44,7 +44,7 @@ def none(genotype):
 """
 CONFIG = """\
 space: {kind: nasnet}
-evaluate: {kind: function, function: mine:one}
+evaluate: {kind: function, function: mine:first_hangs}
 evolution: {population: 4, sample: 2}
 run: {cycles: 30, workers: 2}
 """
@@ -73,16 +73,14 @@ def begin(folder: Path, *overrides: str) -> subprocess.Popen:
         (["evaluate.function=mine:none", "run.time_limit_s=2"], 1, "has no result yet"),
     ],
 )
-def test_the_exit_code_of_a_search_that_ends_while_candidates_train(
-    tmp_path, overrides, code, said
-) -> None:
+def test_the_exit_code_while_candidates_train(tmp_path, overrides, code, said) -> None:
     done = begin(tmp_path, *overrides)
     out, err = done.communicate(timeout=120)
     assert (done.returncode, said in out + err) == (code, True), err
     assert "begun" in out
 
 
-def test_the_exit_code_of_a_search_that_is_interrupted(tmp_path) -> None:
+def test_the_exit_code_after_an_interrupt(tmp_path) -> None:
     done = begin(tmp_path, "evaluate.function=mine:none")
     assert done.stdout is not None and done.stdout.readline() == "begun\n"
     time.sleep(0.3)
@@ -114,8 +112,8 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("stops", [True, False])
-def test_a_script_ends_its_trainings_before_its_own_end(tmp_path, stops) -> None:
-    """And they are no failures, also where a driver in the background would hear of them."""
+def test_a_script_ends_its_trainings_first(tmp_path, stops) -> None:
+    """End them without failures, also if a driver runs in the background."""
     paths = [str(path) for path in HELPERS]
     named = {
         "folder": str(tmp_path),
@@ -131,8 +129,8 @@ def test_a_script_ends_its_trainings_before_its_own_end(tmp_path, stops) -> None
     assert (counts.running, counts.failures, counts.evaluations) == (2, 0, 0)
 
 
-def test_what_can_end_does_so_when_its_threads_are_closed() -> None:
-    """So a search that is stopped and resumed does not train twice as many on its devices."""
+def test_jobs_that_check_end_when_their_threads_are_closed() -> None:
+    """Leave no training behind when a search is stopped and resumed on the same devices."""
 
     def until_asked() -> None:
         begun.set()
@@ -155,11 +153,11 @@ def test_what_can_end_does_so_when_its_threads_are_closed() -> None:
     another.close()
 
 
-def test_a_fault_has_an_exit_code_too(monkeypatch, capsys) -> None:
+def test_a_bug_has_an_exit_code(monkeypatch, capsys) -> None:
     def fault() -> int:
         raise KeyError("mutate")
 
     monkeypatch.setattr(cli, "main", fault)
-    with pytest.raises(SystemExit) as found:
+    with pytest.raises(SystemExit) as raised:
         cli.program()
-    assert found.value.code == 1 and "KeyError: 'mutate'" in capsys.readouterr().err
+    assert raised.value.code == 1 and "KeyError: 'mutate'" in capsys.readouterr().err
