@@ -1,4 +1,4 @@
-"""Small networks with everything that makes cutting hard, and a comparison leaf by leaf."""
+"""Build small networks that are hard to divide into stages, and compare trees leaf by leaf."""
 
 import dataclasses
 from itertools import pairwise
@@ -16,7 +16,7 @@ from gpipe_jax.utils.trees import PyTree
 
 
 class Join(nnx.Module):
-    """{"x", "skip", "ids"} -> the same, of other widths: a boundary of several tensors."""
+    """Map {"x", "skip", "ids"} to the same with other widths: a boundary of several tensors."""
 
     def __init__(self, width: int, out: int, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, out, rngs=rngs)
@@ -32,7 +32,7 @@ class Join(nnx.Module):
 
 
 class Split(nnx.Module):
-    """An array to the first boundary; the integer leaf crosses all stages."""
+    """Map an array to the first boundary; its integer leaf crosses all stages."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(3, width, rngs=rngs)
@@ -75,7 +75,7 @@ def convnet() -> list[gpipe.Layer]:
 
 @dataclasses.dataclass(frozen=True)
 class InDefaultFloat(gpipe.Layer):
-    """The layer with its parameters in float64 under x64: nnx makes float32 ones in any case."""
+    """Hold the parameters of a layer in float64 under x64; nnx alone makes float32 ones."""
 
     layer: gpipe.Layer
 
@@ -97,19 +97,19 @@ def in_default_float(tree: PyTree) -> PyTree:
 
 
 def widened(layers: list[gpipe.Layer]) -> list[gpipe.Layer]:
-    """The layers in float64 under `jax.enable_x64`."""
+    """Return the layers in float64 under `jax.enable_x64`."""
     if not jax.config.jax_enable_x64:
         return layers
     return [InDefaultFloat(a, stashes=a.stashes, pops=a.pops, ties=a.ties) for a in layers]
 
 
 def network(name: str, **kwargs: Any) -> list[gpipe.Layer]:
-    """The layers of that name, in float64 under `jax.enable_x64`."""
+    """Return the layers of that name, in float64 under `jax.enable_x64`."""
     return widened(NETWORKS[name](**kwargs))
 
 
-def odd() -> list[gpipe.Layer]:
-    """What nothing forbids: loops from a constant, branches, constant leaves, no parameters, flags.
+def unusual() -> list[gpipe.Layer]:
+    """Return layers with loops from a constant, branches, constant leaves, no parameters, flags.
 
     The boundaries have leaves of three types, one of them without elements.
     """
@@ -151,7 +151,7 @@ NETWORKS = {"transformer": transformer, "convnet": convnet, "pytree_mlp": pytree
 
 
 def make_batch(name: str, examples: int, seed: int = 0) -> dict:
-    """A batch with unequal weights for the network of that name."""
+    """Return a batch with unequal weights for the network of that name."""
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.5, 2.0, examples)
     if name == "transformer":
@@ -163,7 +163,7 @@ def make_batch(name: str, examples: int, seed: int = 0) -> dict:
 
 
 def reference(layers: list[gpipe.Layer], batch: dict, micro_batches: int = 1) -> tuple:
-    """(params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
+    """Return (params, loss, metrics, grads) of the plain sequential program, in its own dtype."""
     batch = jax.tree.map(jnp.asarray, batch)
     params, stats = sequential.init(layers, jax.tree.map(lambda a: a[:1], batch["inputs"]), seed=1)
     step = jax.jit(
@@ -173,11 +173,11 @@ def reference(layers: list[gpipe.Layer], batch: dict, micro_batches: int = 1) ->
     return jax.tree.map(np.asarray, (params, loss, metrics, grads))
 
 
-def assert_trees_close(actual: PyTree, wanted: PyTree, tolerance: float) -> None:
-    """Every leaf finite, and within `tolerance` of the largest element of the wanted leaf."""
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+def assert_trees_close(actual: PyTree, expected: PyTree, tolerance: float) -> None:
+    """Check that leaves are finite, and within `tolerance` of the largest expected element."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
         name, a, b = jax.tree_util.keystr(path), np.asarray(a), np.asarray(b)
         assert a.shape == b.shape, name

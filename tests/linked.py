@@ -1,4 +1,4 @@
-"""A small network with everything that crosses layers: statistics, dropout, skips, tied weights."""
+"""Build a small network with statistics, dropout, skips and tied weights."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # for compiling, not for running
 
 
 class Normed(nnx.Module):
-    """linear, batch norm, tanh, dropout whose share grows with the training run.
+    """Apply linear, batch norm, tanh, and dropout whose rate grows during training.
 
-    No bias before a batch norm: its gradient is zero, and rounding would be all of it.
+    The linear layer has no bias: its gradient would be zero but for rounding.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Stem(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Scores by the stem's own table."""
+    """Compute scores with the table of the stem."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(jax.random.normal(rngs.params(), (CLASSES, WIDTH)))
@@ -53,7 +53,7 @@ class Head(nnx.Module):
 
 
 class Keep(nnx.Module):
-    """Goes on with one half of what it makes and keeps two things, one of them integers."""
+    """Pass on one half of the output, and stash two arrays, one of them integers."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -73,7 +73,7 @@ class Use(nnx.Module):
 
 
 class KeepAgain(nnx.Module):
-    """Pops one tensor and stashes another under the same name."""
+    """Pop one tensor, and stash another under the same name."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -83,8 +83,8 @@ class KeepAgain(nnx.Module):
         return jnp.tanh(self.linear(x)) + kept["y"], {**kept, "y": jnp.cos(x)}
 
 
-def everything(rate: float = 0.3, axis: str | None = None) -> list[gpipe.Layer]:
-    """12 layers; "long" crosses nine of them, "short" one, "again" is used twice; table is tied."""
+def all_links(rate: float = 0.3, axis: str | None = None) -> list[gpipe.Layer]:
+    """Return 12 layers with a tied table; the skip "long" crosses nine, "again" is used twice."""
     normed = gpipe.layer(Normed, rate=rate, axis=axis)
     return [
         gpipe.layer(Stem).tie("table", "table"),
@@ -111,7 +111,7 @@ class Dropped(nnx.Module):
 
 
 def without_norm() -> list[gpipe.Layer]:
-    """Nothing that sees a micro-batch as a whole, but dropout."""
+    """Return layers with dropout, of which none depends on a micro-batch as a whole."""
     table = ("table", "table")
     stem, head = gpipe.layer(Stem).tie(*table), gpipe.layer(Head).tie(*table)
     return [stem, *[gpipe.layer(Dropped)] * 3, head]
@@ -136,7 +136,7 @@ def run_sequential(
     keys_per: str = "micro_batch",
     steps: int | None = None,
 ) -> tuple:
-    """(params, stats before, ((loss, metrics), grads), stats after): no update in between.
+    """Return (params, stats before, (loss, metrics), grads, stats after), without updates.
 
     Every batch is one step; the loss and the gradients are those of the last one.
     """

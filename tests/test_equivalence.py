@@ -1,9 +1,9 @@
-"""The central test: a pipeline equals the plain sequential program, in value and in every gradient.
+"""Check that a pipeline equals the plain sequential program, in value and in every gradient.
 
-The reference is one device, one batch, all layers in order. Batches have unequal weights and are
-three examples short of a full one, so that padding is always under test. The whole grid runs with
-`-m slow`; by default a diagonal, in which every value of K, D, M and schedule occurs with every
-network.
+This is the central test. The reference is one device, one batch, all layers in order. Batches have
+unequal weights and are three examples short of a full batch, so padding is always under test. The
+whole grid runs with `-m slow`. By default a diagonal runs, in which every value of K, D, M and
+schedule occurs with every network.
 """
 
 import functools
@@ -22,13 +22,14 @@ from gpipe_jax import sequential
 from gpipe_jax.layers import random_keys
 from gpipe_jax.pipeline import executor, remat
 from gpipe_jax.pipeline.ragged.storage import Storage
+from gpipe_jax.pipeline.state import State
 from gpipe_jax.schedules.buffers import BufferTable
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD
 
 
 @pytest.fixture(autouse=True)
 def unroll_short_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the longer runs of the small Transformer are scanned, and both ways are tested."""
+    """Scan the longer runs of the small Transformer, to test both forms of a run."""
     monkeypatch.setattr(remat, "MAX_UNROLL", 2)
 
 
@@ -96,20 +97,20 @@ def make_pipeline(
 
 
 def expected_permutes(pipe: gpipe.Pipeline) -> int:
-    """One for each wire array and direction, in each stretch of ticks that has the operation."""
+    """Count one for each encoded array and direction, in each segment of ticks that sends it."""
     operation = pipe.schedule.table[..., 0]
     has = [(operation == op).any(axis=1) for op in (FORWARD, BACKWARD)]
     first_b, last_f = np.argmax(has[1]), len(has[0]) - np.argmax(has[0][::-1])
     stretches = [range(0, first_b), range(first_b, last_f), range(last_f, len(operation))]
-    wires = (
+    encoded = (
         len(pipe.stages.boundary_format.shapes),
         len(pipe.stages.boundary_format.gradient_shapes),
     )
     sent = [operation[:, :-1] == FORWARD, operation[:, 1:] == BACKWARD]
     return sum(
-        wire * bool(sends[list(ticks)].any())
+        arrays * bool(sends[list(ticks)].any())
         for ticks in stretches
-        for wire, sends in zip(wires, sent, strict=True)
+        for arrays, sends in zip(encoded, sent, strict=True)
         if len(ticks)
     )
 
@@ -124,8 +125,8 @@ def check(pipe: gpipe.Pipeline, name: str, double: bool, tolerance: float) -> No
     assert text.count("stablehlo.while") >= 1 or pipe.micro_batches == 1
     step = lowered.compile(compiler_options=QUICK)
     state = pipe.from_layers(params, seed=1)
-    parts = pipe.split(present(make_batch(name, FULL)))
-    (our_loss, our_metrics), our_grads, _ = step(state, parts, jnp.uint32(0))
+    micro_batched = pipe.split(present(make_batch(name, FULL)))
+    (our_loss, our_metrics), our_grads, _ = step(state, micro_batched, jnp.uint32(0))
     if double:
         assert {a.dtype for a in jax.tree.leaves((our_loss, our_grads))} == {jnp.dtype("float64")}
     assert_trees_close((our_loss, our_metrics), (loss, metrics), tolerance)
@@ -152,7 +153,7 @@ def test_equivalence_float64(name: str, K: int, D: int, M: int, kind: str) -> No
     ],
 )
 def test_equivalence_with_nan_in_idle_buffers(name: str, K: int, M: int, kind: str) -> None:
-    """Whatever an idle slot holds or sends, no gradient ever sees it."""
+    """Check that no gradient depends on what an idle slot holds or sends."""
     example = make_batch(name, 30)
     pipe = gpipe.Pipeline(
         NETWORKS[name](),
@@ -174,7 +175,7 @@ def test_equivalence_with_nan_in_idle_buffers(name: str, K: int, M: int, kind: s
 
 
 def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The NaN test bites: reading one stale stash slot gives NaN."""
+    """Check the NaN test itself: reading one stale stash slot gives NaN."""
     lower = executor.lower
 
     def stale(schedule: gpipe.schedules.Schedule) -> BufferTable:
@@ -202,7 +203,7 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
     ],
 )
 def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
-    """The same masks in forward and recomputation, for every cut with as many micro-batches."""
+    """Check that forward and recomputation have the same masks, for any cut with equal M."""
     batch = make_batch("transformer", 16)
     params, loss, metrics, grads = reference_with_dropout(0.3)
     assert abs(loss - reference_with_dropout(0.0)[1]) > 1e-3, "dropout did nothing"
@@ -223,12 +224,12 @@ def test_equivalence_with_dropout(K: int, D: int, M: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("K", "D", "M", "kind"), [(5, 2, 3, "1f1b"), (2, 1, 2, "gpipe")])
-def test_equivalence_of_odd_layers(K: int, D: int, M: int, kind: str) -> None:
+def test_equivalence_of_unusual_layers(K: int, D: int, M: int, kind: str) -> None:
     batch = make_batch("pytree_mlp", 12)
     with jax.enable_x64(True):
-        params, loss, metrics, grads = reference(helpers.odd(), batch)
+        params, loss, metrics, grads = reference(helpers.unusual(), batch)
         pipe = gpipe.Pipeline(
-            helpers.odd(),
+            helpers.unusual(),
             loss=gpipe.losses.softmax_cross_entropy,
             mesh=gpipe.make_mesh(stages=K, data=D),
             micro_batches=M,
@@ -241,14 +242,14 @@ def test_equivalence_of_odd_layers(K: int, D: int, M: int, kind: str) -> None:
 
 
 def test_equivalence_of_a_recurrent_module() -> None:
-    """`nnx.RNN` loops from a state of zeros."""
+    """Check `nnx.RNN`, which loops from a state of zeros."""
     batch = make_batch("pytree_mlp", 8)
     batch["inputs"] = np.random.default_rng(0).normal(size=(8, 5, 3))
     layers = [gpipe.layer(Recurrent, features=3)] * 2 + [gpipe.layer(Scores)]
     params, stats = sequential.init(layers, jnp.asarray(batch["inputs"], jnp.float32))
     step = sequential.value_and_grad(layers, gpipe.losses.softmax_cross_entropy)
     arrays = jax.tree.map(jnp.asarray, {**batch, "inputs": batch["inputs"].astype(np.float32)})
-    wanted, grads, _ = jax.jit(step)(params, stats, arrays, random_keys.step_key(0, 0))
+    expected, grads, _ = jax.jit(step)(params, stats, arrays, random_keys.step_key(0, 0))
     pipe = gpipe.Pipeline(
         layers,
         loss=gpipe.losses.softmax_cross_entropy,
@@ -257,7 +258,7 @@ def test_equivalence_of_a_recurrent_module() -> None:
         example=batch,
     )
     result, our_grads, _ = pipe.value_and_grad(pipe.from_layers(params), batch)
-    assert_trees_close(tuple(result), jax.device_get(wanted), 1e-5)
+    assert_trees_close(tuple(result), jax.device_get(expected), 1e-5)
     assert_trees_close(pipe.to_layers(our_grads), jax.device_get(grads), 1e-5)
 
 
@@ -283,13 +284,17 @@ def test_equivalence_of_the_eager_schedule(name: str, K: int, D: int, M: int) ->
     check(make_pipeline(name, K, D, M, "eager_1f1b"), name, double=False, tolerance=1e-5)
 
 
-def test_equivalence_of_a_table_of_ones_own() -> None:
-    """Any valid table: here the micro-batches in reverse."""
-    plan = gpipe.schedules.gpipe(2, 3)
-    table = plan.table.copy()
+def test_equivalence_of_an_own_table() -> None:
+    """Check a valid table with the micro-batches in reverse."""
+    table = gpipe.schedules.gpipe(2, 3).table.copy()
     table[..., 1] = np.where(table[..., 0] > 0, 2 - table[..., 1], 0)
-    mine = gpipe.schedules.Schedule("reversed", table)
-    check(make_pipeline("pytree_mlp", 2, 1, 3, mine), "pytree_mlp", double=False, tolerance=1e-5)
+    reverse = gpipe.schedules.Schedule("reversed", table)
+    check(
+        make_pipeline("pytree_mlp", 2, 1, 3, reverse),
+        "pytree_mlp",
+        double=False,
+        tolerance=1e-5,
+    )
 
 
 def test_equivalence_of_outputs_has_no_dropout() -> None:
@@ -315,7 +320,7 @@ def test_equivalence_of_outputs_has_no_dropout() -> None:
     [pytest.param(1, 1, 1, marks=SLOW), pytest.param(8, 1, 2, marks=SLOW), (4, 2, 3)],
 )
 def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int) -> None:
-    """`apply` and `evaluate` go through the forward-only schedule, for any number of examples."""
+    """Check `apply` and `evaluate`, which use the forward-only schedule, with any count."""
     params, loss, metrics, _ = cached_reference(name, False)
     batch = make_batch(name, FULL)
     pipe = make_pipeline(name, K, D, M, "1f1b")
@@ -330,7 +335,7 @@ def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int
         train=False,
     )
     assert_trees_close(pipe.apply(state, inputs), np.asarray(plain), 1e-5)
-    assert_trees_close(pipe.evaluate(state, present(batch)), (loss, metrics), 1e-5)
+    assert_trees_close(tuple(pipe.evaluate(state, present(batch))), (loss, metrics), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -362,31 +367,31 @@ def test_from_layers_is_the_inverse_of_to_layers() -> None:
 def test_equivalence_would_see_a_fault(faulty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "pytree_mlp"
     if faulty == "drop a micro-batch":
-        parts = gpipe.Pipeline.split
-        monkeypatch.setattr(
-            gpipe.Pipeline,
-            "split",
-            lambda self, b: {**parts(self, b), "weights": parts(self, b)["weights"].at[1].set(0)},
-        )
+        split = gpipe.Pipeline.split
+
+        def without_one(self: gpipe.Pipeline, batch: dict) -> dict:
+            micro_batched = split(self, batch)
+            return {**micro_batched, "weights": micro_batched["weights"].at[1].set(0)}
+
+        monkeypatch.setattr(gpipe.Pipeline, "split", without_one)
     elif faulty == "flip a sign":
         add = Storage.add
         monkeypatch.setattr(
             Storage, "add", lambda *args: add(*args[:-1], jax.tree.map(jnp.negative, args[-1]))
         )
     else:
-        whole = gpipe.Pipeline.from_layers
-        swap = lambda t: [t[0], t[1], t[3], t[2], *t[4:]]  # noqa: E731
-        monkeypatch.setattr(
-            gpipe.Pipeline,
-            "from_layers",
-            lambda self, trees, seed=0: whole(self, swap(trees), seed),
-        )
+        from_layers = gpipe.Pipeline.from_layers
+
+        def swapped(self: gpipe.Pipeline, trees: list, seed: int = 0) -> State:
+            return from_layers(self, [*trees[:2], trees[3], trees[2], *trees[4:]], seed)
+
+        monkeypatch.setattr(gpipe.Pipeline, "from_layers", swapped)
     with pytest.raises(AssertionError, match="relative error"):
         check(make_pipeline(name, 4, 1, 4, "1f1b"), name, double=False, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["stage", "layer"])
-def test_equivalence_of_both_rematerialisations(remat: str) -> None:
+def test_equivalence_of_each_remat_policy(remat: str) -> None:
     params, loss, metrics, grads = cached_reference("transformer", False)
     pipe = gpipe.Pipeline(
         NETWORKS["transformer"](),

@@ -1,6 +1,6 @@
-"""What a cut must not change: batch norm, dropout, skips and tied weights, in every schedule.
+"""Check that stages do not change batch norm, dropout, skips and tied weights, in any schedule.
 
-The network of `linked.everything` has all of them at once; it is compared with the sequential
+The network of `linked.all_links` has all of them at once; it is compared with the sequential
 program over the same micro-batches after three steps, leaf by leaf.
 """
 
@@ -44,15 +44,15 @@ def batches(count: int = STEPS) -> list[dict]:
 
 
 @functools.cache
-def wanted(double: bool, M: int = 4, D: int = 1, axis: str | None = None) -> tuple:
-    """What the sequential program makes of the batches in 4 micro-batches."""
+def expected(double: bool, M: int = 4, D: int = 1, axis: str | None = None) -> tuple:
+    """Return the results of the sequential program for the batches in 4 micro-batches."""
     with jax.enable_x64(double):
-        layers = widened(linked.everything(axis=axis))
+        layers = widened(linked.all_links(axis=axis))
         return linked.run_sequential(layers, batches(), M=M, D=D, steps=4)
 
 
 def make(K: int, D: int, M: int, kind: str = "1f1b", V: int = 1, **options: Any) -> gpipe.Pipeline:
-    layers = options.pop("layers", None) or linked.everything(axis=options.pop("axis", None))
+    layers = options.pop("layers", None) or linked.all_links(axis=options.pop("axis", None))
     return gpipe.Pipeline(
         widened(layers),
         loss=CROSS_ENTROPY,
@@ -67,7 +67,7 @@ def make(K: int, D: int, M: int, kind: str = "1f1b", V: int = 1, **options: Any)
 
 
 def run(pipe: gpipe.Pipeline, params: Any, data: list[dict], **options: Any) -> tuple:
-    """((loss, metrics), grads, statistics) of the last step, by layer."""
+    """Return ((loss, metrics), grads, statistics) of the last step, by layer."""
     state, result, grads = pipe.from_layers(params, 1), None, None
     gradients = jax.jit(functools.partial(pipe.gradients, **options))
     lowered = gradients.lower(state, pipe.split(data[0]), jnp.uint32(0))
@@ -95,22 +95,22 @@ def marked(fast: list) -> list:
 def test_batch_norm_dropout_skip_tied_float32(K: int, D: int, kind: str, V: int) -> None:
     pipe = make(K, D, 4 // D, kind, V)
     assert len(pipe.stages.geometry.layer_ranges) == K * V
-    check(pipe, wanted(False), 1e-5)
+    check(pipe, expected(False), 1e-5)
 
 
 @pytest.mark.parametrize(("K", "D", "kind", "V"), marked(FAST[:2]))
 def test_batch_norm_dropout_skip_tied_float64(K: int, D: int, kind: str, V: int) -> None:
     with jax.enable_x64(True):
-        check(make(K, D, 4 // D, kind, V), wanted(True), 1e-12)
+        check(make(K, D, 4 // D, kind, V), expected(True), 1e-12)
 
 
 @pytest.mark.parametrize(("K", "M"), [(4, 3), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
-    """Fewer than devices, and not divisible by them; three chunks on each; NaN where idle."""
+    """Check fewer micro-batches than devices, and no multiple of them; with NaN where idle."""
     data = [linked.make_batch(8 * M)]
-    params, _, result, grads, _ = linked.run_sequential(linked.everything(), data, M=M, D=1)
+    params, _, result, grads, _ = linked.run_sequential(linked.all_links(), data, M=M, D=1)
     pipe = gpipe.Pipeline(
-        linked.everything(),
+        linked.all_links(),
         loss=CROSS_ENTROPY,
         mesh=gpipe.make_mesh(stages=K),
         micro_batches=M,
@@ -126,15 +126,15 @@ def test_interleaved_takes_any_number_of_micro_batches(K: int, M: int) -> None:
 
 @pytest.mark.parametrize(("K", "D"), [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_batch_norm_over_replicas(K: int, D: int) -> None:
-    """With the replicas' axis named, one micro-batch of all replicas is normalised together."""
-    together = wanted(False, 4 // D, D, "data")
-    apart = wanted(False)
+    """Check layers that name the data axis: they normalize all replicas together."""
+    together = expected(False, 4 // D, D, "data")
+    apart = expected(False)
     assert abs(float(together[2][0]) - float(apart[2][0])) > 1e-3
     check(make(K, D, 4 // D, axis="data"), together, 1e-5)
 
 
 def test_batch_norm_evaluates_with_the_running_statistics() -> None:
-    params, fresh, _, _, stats = wanted(False)
+    params, fresh, _, _, stats = expected(False)
     pipe, batch = make(2, 1, 4), linked.make_batch(COUNT)
     inputs = jnp.asarray(batch["inputs"], jnp.float32)
     outputs = {}
@@ -149,7 +149,7 @@ def test_batch_norm_evaluates_with_the_running_statistics() -> None:
 
 
 def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
-    """After one step: mean and variance over all examples, not over micro-batches."""
+    """Check mean and variance after one step: over all examples, not over micro-batches."""
 
     class Bare(nnx.Module):
         def __init__(self, *, rngs: nnx.Rngs) -> None:
@@ -174,26 +174,26 @@ def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
 def test_dropout_keyed_per_example_is_independent_of_the_micro_batches(
     K: int, D: int, M: int
 ) -> None:
-    reference = wanted_without_norm("example", 1)
+    reference = expected_without_norm("example", 1)
     options = {"layers": linked.without_norm(), "keys_per": "example"}
     check(make(K, D, M, **options), reference, 1e-5)
 
 
 def test_dropout_keyed_per_micro_batch_depends_on_them() -> None:
-    losses = [float(wanted_without_norm("micro_batch", M)[2][0]) for M in (1, 4)]
+    losses = [float(expected_without_norm("micro_batch", M)[2][0]) for M in (1, 4)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 @functools.cache
-def wanted_without_norm(keys_per: str, M: int) -> tuple:
+def expected_without_norm(keys_per: str, M: int) -> tuple:
     layers = linked.without_norm()
     return linked.run_sequential(layers, batches(), M=M, D=1, keys_per=keys_per, steps=4)
 
 
 def test_dropout_follows_the_progress_of_training() -> None:
-    """The share of dropout is 0 in step 0 of 4 and grows."""
-    params, batch = wanted(False)[0], linked.make_batch(COUNT)
-    plain = make(2, 1, 4, layers=linked.everything(rate=0.0))
+    """Check that the dropout rate is 0 in step 0 of 4, and grows."""
+    params, batch = expected(False)[0], linked.make_batch(COUNT)
+    plain = make(2, 1, 4, layers=linked.all_links(rate=0.0))
     without = float(run(plain, params, [batch])[0][0])
     pipe = make(2, 1, 4)
     state = pipe.from_layers(params, 1)
@@ -203,7 +203,7 @@ def test_dropout_follows_the_progress_of_training() -> None:
 
 
 def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
-    """The sine in it, and its derivative, are in no more places than when it crosses nothing."""
+    """Count the sine in the skip and its derivative: no more than without crossing."""
     layers = [gpipe.layer(linked.Stem).tie("table", "table"), gpipe.layer(linked.Keep).stash("a")]
     layers += [gpipe.layer(linked.Normed)] * 3
     layers += [gpipe.layer(linked.Use).pop("a"), gpipe.layer(linked.Head).tie("table", "table")]
@@ -220,12 +220,12 @@ def test_skip_costs_no_recomputation_in_the_stages_that_it_crosses() -> None:
 
 @pytest.mark.parametrize(("K", "V"), [(1, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
-    """Clipping by the global norm, momentum and weight decay see it once; so do counts."""
+    """Check that clipping by the global norm, momentum, weight decay and counts see it once."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9), optax.scale(-0.5))
     pipe = make(K, 1, 4, "interleaved", V)
     trainer = gpipe.Trainer(pipe, tx)
-    current = trainer.start(pipe.from_layers(wanted(False)[0], 1))
-    params, stats = wanted(False)[:2]
+    current = trainer.start(pipe.from_layers(expected(False)[0], 1))
+    params, stats = expected(False)[:2]
     optimizer = tx.init(params)
     step = jax.jit(sequential.value_and_grad(pipe.layers, CROSS_ENTROPY, 4))
     for i, batch in enumerate(batches()):
@@ -243,11 +243,11 @@ def test_tied_parameter_is_one_for_the_optimizer(K: int, V: int) -> None:
 
 
 def test_tied_parameter_crosses_devices_once_each_way() -> None:
-    """One sum over stages spreads it before the ticks, one collects its gradient after them."""
-    free = [dataclasses.replace(a, ties=()) for a in linked.everything()]
+    """Count one sum over stages before the ticks, and one of its gradient after them."""
+    free = [dataclasses.replace(a, ties=()) for a in linked.all_links()]
 
     def sums(pipe: gpipe.Pipeline) -> int:
-        """But those over replicas: of gradients and of moments, array by array."""
+        """Count the all-reduces, without those over replicas: gradients and moments, each array."""
         held = [s.local_shapes() for s in (*pipe.stages.params, *pipe.stages.stats)]
         return pipe.lower().as_text().count("stablehlo.all_reduce") - len(jax.tree.leaves(held))
 
@@ -311,13 +311,13 @@ def test_batch_norm_skip_tied_dropout_faults_are_seen(
         gradient = device._gradient
 
         def forgets(self: Any, s: int, *args: Any) -> Any:
-            found = gradient(self, s, *args)
+            tree = gradient(self, s, *args)
             passing = self.stages.geometry.passing(s)
             zero = {
                 n: jax.tree.map(lambda a, n=n: a * (n not in passing), t)
-                for n, t in found.skips.items()
+                for n, t in tree.skips.items()
             }
-            return found._replace(skips=zero)
+            return tree._replace(skips=zero)
 
         monkeypatch.setattr(device, "_gradient", forgets)
     else:
@@ -328,4 +328,4 @@ def test_batch_norm_skip_tied_dropout_faults_are_seen(
 
         monkeypatch.setattr(device, "_stage", ticks)
     with pytest.raises(AssertionError, match=FAULTS[fault]):
-        check(make(4, 1, 4), wanted(False), 1e-5)
+        check(make(4, 1, 4), expected(False), 1e-5)

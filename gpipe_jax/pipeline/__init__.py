@@ -1,1 +1,1 @@
-"""Room."""
+"""Divide a network into stages, and run exact pipelined training steps."""

@@ -1,4 +1,4 @@
-"""Every way to build or feed a pipeline wrongly has its own message."""
+"""Check that each wrong way to build or feed a pipeline has its own message."""
 
 import re
 
@@ -126,7 +126,7 @@ def test_no_layers():
     [(("x",), "Auto"), (("data", "stage"), "Auto"), (("stage", "data"), "Explicit")],
 )
 def test_a_mesh_of_other_axes(axes, kind):
-    """Of other names, in another order, or of another type."""
+    """Check other names, another order, and another type."""
     types = (AxisType[kind],) * len(axes)
     shape = (2, 1)[: len(axes)]
     mesh = jax.make_mesh(shape, axes, types, devices=jax.devices()[:2])
@@ -287,7 +287,7 @@ def normed() -> gpipe.Pipeline:
 
 
 def test_batch_norm_would_count_padding(normed, pipe):
-    """In training only; a network without batch norm is padded."""
+    """Check that only training is refused, and only of a network with batch norm."""
     message = (
         r"a batch of 11 examples cannot be padded to 12 in training: batch norm would count the "
         r"padding; give full batches"
@@ -306,7 +306,7 @@ def test_batch_norm_would_count_padding(normed, pipe):
 
 
 def test_draws_that_are_not_of_examples():
-    """Where each example has keys of its own."""
+    """Check random draws without an axis of examples, where each example has its own key."""
 
     def noise(params, x, rngs):
         return x if rngs is None else x + jax.random.normal(rngs, (1, 4))
@@ -341,7 +341,7 @@ def test_parameters_of_another_shape(pipe, trees):
 
 
 def test_parameters_of_another_type(pipe, trees):
-    """They would be rounded, or make the state larger than what was compiled."""
+    """Check parameters that would be rounded, or make the state larger than compiled for."""
     half = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), trees)
     with pytest.raises(ValueError, match=r"layer 0, .* has parameters .*float32.*, got .*bfloat16"):
         pipe.from_layers(half)
@@ -373,7 +373,7 @@ def test_statistics_that_do_not_fit(normed):
 
 
 def test_parameters_where_a_tied_one_is_borrowed():
-    """A tied parameter is in its first layer, and None in the others."""
+    """Check that a tied parameter is in its first layer, and None in the others."""
     tied = gpipe.layer(Square).tie("w", "linear.kernel")
     pipe = build([tied, tied], example=make_example(labels=np.zeros(EXAMPLES, int)))
     trees = pipe.to_layers(pipe.init(0))
@@ -408,7 +408,7 @@ def test_a_device_that_needs_more_than_the_limit(options):
 
 
 def test_an_optimizer_that_needs_more_than_the_limit():
-    """Known once there is one: until then it is taken for one of two slots."""
+    """Check the limit with the optimizer; a pipeline alone assumes two slots."""
     need = sum(build_deep().device_bytes().values())
     pipe = build_deep(memory_limit=need + 4)  # and Adam's count
     gpipe.Trainer(pipe, optax.adam(0.1))

@@ -1,4 +1,4 @@
-"""The rectangular form of ragged stages: nothing lost, nothing mixed up, little wasted."""
+"""Check the rectangular form of ragged stages: nothing is lost or mixed up, and little wasted."""
 
 import functools
 import random
@@ -16,16 +16,17 @@ from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK
 from gpipe_jax.pipeline.ragged.storage import Storage, from_block, to_block
 from gpipe_jax.utils.trees import PyTree, tree_bytes
 
-Stage = list[tuple[int, bool, PyTree]]  # runs: number of layers, scanned, tree of one
+Stage = list[tuple[int, bool, PyTree]]  # runs: (number of layers, scanned, tree of one layer)
 
 DTYPES = ("float32", "bfloat16", "float16")
 SEEDS = range(40)
 
 
 def random_stages(seed: int, dtypes: tuple[str, ...] = DTYPES) -> list[Stage]:
-    """1 to 6 stages of 0 to 5 runs; trees of 0 to 3 leaves of rank 0 to 2, many of them repeated.
+    """Return 1 to 6 stages of 0 to 5 runs.
 
-    Some have a None, as in the place of a borrowed parameter.
+    Trees have 0 to 3 leaves of rank 0 to 2; many are repeated. Some have a None, as in place of a
+    borrowed parameter.
     """
     rng = random.Random(seed)
 
@@ -46,7 +47,7 @@ def random_stages(seed: int, dtypes: tuple[str, ...] = DTYPES) -> list[Stage]:
 
 
 def fill(tree: PyTree, rng: np.random.Generator) -> PyTree:
-    """Small integers, exact in every dtype, and none of them zero."""
+    """Return small integers, exact in every dtype, and none of them zero."""
     return jax.tree.map(
         lambda a: (rng.integers(1, 100, a.shape) * rng.choice((-1, 1), a.shape)).astype(a.dtype),
         tree,
@@ -54,7 +55,7 @@ def fill(tree: PyTree, rng: np.random.Generator) -> PyTree:
 
 
 def filled(stage: Stage, rng: np.random.Generator) -> list[PyTree]:
-    """A tree for each layer of a stage."""
+    """Return a tree for each layer of a stage."""
     return [fill(tree, rng) for count, _, tree in stage for _ in range(count)]
 
 
@@ -62,15 +63,15 @@ def shapes_of(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def assert_equal(actual: PyTree, wanted: PyTree) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+def assert_equal(actual: PyTree, expected: PyTree) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_random_stages_have_everything() -> None:
-    """Slots and packs, scanned runs and others, empty stages: else the tests below show little."""
+def test_the_random_stages_cover_all_forms() -> None:
+    """Check that the tests below see slots and packs, scanned and other runs, and empty stages."""
     storages = [Storage(random_stages(seed)) for seed in SEEDS]
     places = [p for s in storages for groups in s.groups for g in groups for p in g.places]
     assert {p.slot is None for p in places} == {True, False}
@@ -92,17 +93,17 @@ def test_layers_survive_the_rectangular_form(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_read_gives_runs_and_write_inverts_it(seed: int) -> None:
-    """A scanned run is one tree of arrays [n, ...], another a list of n trees."""
+    """Check that a scanned run is one tree of arrays [n, ...], any other a list of n trees."""
     stages, rng = random_stages(seed), np.random.default_rng(seed)
     storage = Storage(stages)
     for k, stage in enumerate(stages):
         layers = filled(stage, rng)
-        wanted, rest = [], layers
+        expected, rest = [], layers
         for count, scanned, _ in stage:
             run, rest = rest[:count], rest[count:]
-            wanted.append(jax.tree.map(lambda *a: np.stack(a), *run) if scanned else run)
+            expected.append(jax.tree.map(lambda *a: np.stack(a), *run) if scanned else run)
         arrays = storage.join_layers(k, layers)
-        assert_equal(storage.read(k, arrays), wanted)
+        assert_equal(storage.read(k, arrays), expected)
         assert_equal(storage.write(k, storage.read(k, arrays), np), arrays)
 
 
@@ -119,7 +120,7 @@ def test_read_and_write_under_jit_are_those_of_numpy() -> None:
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("seed", SEEDS[::10])
 def test_reading_and_adding_touches_one_layer(seed: int, traced: bool) -> None:
-    """Whether the layer's index is a number or traced, as in a scan."""
+    """Check an index of the layer that is a number, and one that is traced, as in a scan."""
     stages, rng = random_stages(seed), np.random.default_rng(seed)
     storage = Storage(stages)
     for k, stage in enumerate(stages):
@@ -165,7 +166,7 @@ def test_adding_to_a_run_as_a_whole(seed: int) -> None:
 
 
 def single_leaves(stages: list[Stage]) -> list[tuple[int, int, int]]:
-    """(stage, run, leaf) of the runs of a single layer that is not scanned."""
+    """Return (stage, run, leaf) of each run of a single layer that is not scanned."""
     return [
         (k, r, i)
         for k, stage in enumerate(stages)
@@ -176,7 +177,7 @@ def single_leaves(stages: list[Stage]) -> list[tuple[int, int, int]]:
 
 
 def test_read_leaf_and_add_leaf_touch_one_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In slots and in packs; the others stay as they are."""
+    """Check slots and packs; all other leaves stay as they are."""
     monkeypatch.setattr(packing, "SLOT_SLACK", 0.05)  # for some of each
     in_slot = []
     for seed in SEEDS:
@@ -220,7 +221,7 @@ def test_leaves_of_one_shape_in_a_stage_have_slots_of_their_own() -> None:
 
 
 def test_stages_unlike_are_packed_to_the_largest() -> None:
-    """Slots would hold 9 + 4 + 6 elements on each device; a pack holds the 10 of stage 1."""
+    """Check that a pack holds the 10 elements of stage 1; slots would hold 9 + 4 + 6."""
     storage = Storage(
         [[(1, False, [spec(9)])], [(1, False, [spec(2, 2)]), (2, True, [spec(3)])], []]
     )
@@ -230,7 +231,7 @@ def test_stages_unlike_are_packed_to_the_largest() -> None:
 
 
 def test_slots_cost_no_more_than_their_slack() -> None:
-    """One large leaf everywhere is worth a slot, though one stage has a little of its own."""
+    """Check that a large leaf of all stages gets a slot, though one stage has another leaf."""
     large = (1, False, [spec(1000)])
     little = Storage([[large], [large, (1, False, [spec(7)])]])
     assert [slot.shape for slot in little.slots][:1] == [(1000,)]
@@ -285,7 +286,7 @@ def test_trees_without_leaves_need_no_arrays() -> None:
 
 
 def test_a_device_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots have an axis for the devices, packs lie end to end."""
+    """Check that slots have an axis for the devices, and that packs lie end to end."""
     monkeypatch.setattr(packing, "SLOT_SLACK", 0.05)  # for some of each
     stages, rng = random_stages(3), np.random.default_rng(0)
     storage = Storage(stages)

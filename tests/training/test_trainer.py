@@ -1,7 +1,8 @@
-"""The training loop: the same losses for every K, its buffers, its queue, and how it fails."""
+"""Check training: the same losses for every K, donated buffers, the queue, and failures."""
 
 import functools
 import itertools
+import time
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ from flax import nnx
 
 import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.config import AdamConfig
+from gpipe_jax.config.optimizers import AdamConfig
 from gpipe_jax.errors import DivergedError
 from gpipe_jax.pipeline.state import TrainState
-from gpipe_jax.training import optimizers, trainer
-from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.training import optimizers
+from gpipe_jax.training.trainer import IN_FLIGHT, Trainer
+from gpipe_jax.utils.trees import same_shapes
 
 EXAMPLES = 12
 
@@ -65,11 +67,11 @@ def trainers() -> dict[int, Trainer]:
 
 @pytest.fixture(scope="module")
 def fresh(trainers) -> LayerTrees:
-    """The state that all tests start from, as layers."""
-    one = trainers[2]
-    current = one.init(seed=3)
-    saved = one.to_layers(current)
-    one.step(current, next(make_batches()))  # compiled for what `init` returns
+    """Return the state that all tests start from, layer by layer."""
+    trainer = trainers[2]
+    current = trainer.init(seed=3)
+    saved = trainer.to_layers(current)
+    trainer.step(current, next(make_batches()))  # compiled for what `init` returns
     return saved
 
 
@@ -77,10 +79,10 @@ def params_of(saved: LayerTrees) -> list:
     return [saved.layers[i]["params"] for i in range(len(saved.layers))]
 
 
-def fit(one: Trainer, current, steps: int, batches=None):
+def fit(trainer: Trainer, current, steps: int, batches=None):
     records: list[dict] = []
     batches = make_batches(current.step) if batches is None else batches
-    return one.fit(current, batches, steps, records.append), records
+    return trainer.fit(current, batches, steps, records.append), records
 
 
 def losses(records: list[dict]) -> np.ndarray:
@@ -88,7 +90,7 @@ def losses(records: list[dict]) -> np.ndarray:
 
 
 def plain_losses(params: list, batch: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and accuracy of each example, in numpy."""
+    """Return loss and accuracy of each example, in numpy."""
     x = batch["inputs"].astype(np.float64)
     for p in params:
         x = np.tanh(x @ p["w"] + p["b"])
@@ -101,29 +103,29 @@ def plain_losses(params: list, batch: dict) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def fifty(trainers, fresh):
-    """The first 50 steps, and the state after 20 of them as layers, of each K."""
-    found = {}
-    for K, one in trainers.items():
-        middle, first = fit(one, one.from_layers(fresh, 0), 20)
-        saved = one.to_layers(middle)
-        found[K] = (saved, [*first, *fit(one, middle, 50)[1]])
-    return found
+    """Return for each K the state after 20 steps, layer by layer, and the records of 50 steps."""
+    results = {}
+    for K, trainer in trainers.items():
+        middle, first = fit(trainer, trainer.from_layers(fresh, 0), 20)
+        saved = trainer.to_layers(middle)
+        results[K] = (saved, [*first, *fit(trainer, middle, 50)[1]])
+    return results
 
 
 @pytest.mark.parametrize("K", [2, 4, 8])
 def test_fifty_losses_do_not_depend_on_the_number_of_stages(fifty, K):
-    one, other = losses(fifty[1][1]), losses(fifty[K][1])
-    assert len(one) == 50 and one[-5:].mean() < 0.8 * one[:5].mean(), "it must learn"
-    np.testing.assert_allclose(other, one, rtol=1e-5)
+    single, several = losses(fifty[1][1]), losses(fifty[K][1])
+    assert len(single) == 50 and single[-5:].mean() < 0.8 * single[:5].mean(), "it must learn"
+    np.testing.assert_allclose(several, single, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("there", "here"), [(1, 4), (4, 1), (2, 8), (8, 2)])
-def test_a_saved_state_continues_on_another_number_of_stages(trainers, fifty, there, here):
-    saved, records = fifty[there]
-    current = trainers[here].from_layers(saved, 20)
-    _, after = fit(trainers[here], current, 25)
-    assert [r["step"] for r in after] == [21, 22, 23, 24, 25]
-    np.testing.assert_allclose(losses(after), losses(records[20:25]), rtol=1e-6)
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 8), (8, 2)])
+def test_a_saved_state_continues_on_another_number_of_stages(trainers, fifty, before, after):
+    saved, records = fifty[before]
+    current = trainers[after].from_layers(saved, 20)
+    _, resumed = fit(trainers[after], current, 25)
+    assert [r["step"] for r in resumed] == [21, 22, 23, 24, 25]
+    np.testing.assert_allclose(losses(resumed), losses(records[20:25]), rtol=1e-6)
 
 
 def test_layers_roundtrip_exactly(trainers, fifty):
@@ -141,19 +143,19 @@ def test_layer_shapes_are_those_of_the_layers(trainers, fifty):
 
 
 def test_weight_decay_skips_vectors_in_every_form(fresh):
-    """After a step without gradient, matrices are half of what they were and vectors the same."""
+    """Check that a step without gradient halves matrices, and leaves vectors as they are."""
     tx = optax.chain(optax.scale(0.0), optimizers.weight_decay(1.0), optax.scale(-0.5))
-    one = make_trainer(4, tx=tx)
-    current = one.start(one.pipe.from_layers(params_of(fresh)))
-    current, _ = one.step(current, next(make_batches()))
-    for old, new in zip(params_of(fresh), one.pipe.to_layers(current.state), strict=True):
+    trainer = make_trainer(4, tx=tx)
+    current = trainer.start(trainer.pipe.from_layers(params_of(fresh)))
+    current, _ = trainer.step(current, next(make_batches()))
+    for old, new in zip(params_of(fresh), trainer.pipe.to_layers(current.state), strict=True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(b, a * (0.5 if a.ndim > 1 else 1.0)), old, new
         )
 
 
 def test_weight_decay_needs_no_array_of_the_parameters_size():
-    """A byte for each packed number says whether it decays; of a slot one number does."""
+    """Check that decay needs one byte for each packed number, and one number for a slot."""
     pipe = gpipe.Pipeline(
         gpipe.zoo.mlp((64, 256, 128, 96, 32)),
         loss=gpipe.losses.softmax_cross_entropy,
@@ -167,7 +169,7 @@ def test_weight_decay_needs_no_array_of_the_parameters_size():
     local = [storage.local_shapes() for storage in pipe.stages.params]
     packed = sum(a.size for arrays in local for a in arrays["packs"])
     held = sum(a.size for a in jax.tree.leaves(local))
-    more, less = (one.memory_analysis().temp_size_in_bytes for one in (with_decay, without))
+    more, less = (step.memory_analysis().temp_size_in_bytes for step in (with_decay, without))
     assert 0 < packed < held and more - less <= packed + 1000 < held
 
 
@@ -175,37 +177,42 @@ def test_weight_decay_needs_no_array_of_the_parameters_size():
 
 
 def test_the_old_state_is_given_up(trainers, fresh):
-    one = trainers[2]
-    current = one.from_layers(fresh, 0)
+    trainer = trainers[2]
+    current = trainer.from_layers(fresh, 0)
     old = [current.state.params, current.opt_state]
     arrays = [a for a in jax.tree.leaves(old) if a.size > 1]
-    one.step(current, next(make_batches()))
+    trainer.step(current, next(make_batches()))
     assert arrays and all(a.is_deleted() for a in arrays)
 
 
 def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, fresh):
-    one = trainers[2]
-    current = one.from_layers(fresh, 0)
-    micro_batched = one.pipe.split(next(make_batches()))
+    trainer = trainers[2]
+    current = trainer.from_layers(fresh, 0)
+    micro_batched = trainer.pipe.split(next(make_batches()))
     args = (current.state, current.opt_state, current.average, micro_batched, jnp.uint32(0))
-    text = one._step.lower(*args).compile().as_text()
+    text = trainer._step.lower(*args).compile().as_text()
     aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
     assert aliases >= len(jax.tree.leaves((current.state.params, current.opt_state)))
 
 
 def test_one_compilation_of_the_step(trainers, fresh, fifty):
-    """From `init` and from saved layers, for a full and for a ragged batch."""
-    one = trainers[2]
-    fit(one, one.from_layers(fresh, 0), 2, iter([next(make_batches(size=5)), next(make_batches())]))
-    assert [one._step._cache_size() for one in trainers.values()] == [1, 1, 1, 1]
+    """Check states from `init` and from saved layers, and a full and a ragged batch."""
+    trainer = trainers[2]
+    fit(
+        trainer,
+        trainer.from_layers(fresh, 0),
+        2,
+        iter([next(make_batches(size=5)), next(make_batches())]),
+    )
+    assert [trainer._step._cache_size() for trainer in trainers.values()] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("K", [1, 4])
 def test_a_ragged_batch_is_the_mean_over_its_examples(trainers, fresh, K):
     batch = next(make_batches(size=5))
-    wanted = plain_losses(params_of(fresh), batch)[0].mean()
+    expected = plain_losses(params_of(fresh), batch)[0].mean()
     _, metrics = trainers[K].step(trainers[K].from_layers(fresh, 0), batch)
-    assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_optimizer_that_depends_on_the_cut_is_refused():
@@ -217,13 +224,13 @@ def test_an_optimizer_that_depends_on_the_cut_is_refused():
 
 
 def not_started() -> TrainState:
-    """Of a step that is replaced, so that nobody looks at the arrays."""
+    """Return a state without arrays, for a step that is replaced."""
     nothing: Any = None
     return TrainState(nothing, None, 0)
 
 
 class Waited:
-    """A loss that notes when somebody waits for it."""
+    """Note when somebody waits for this loss."""
 
     def __init__(self, log: list, step: int, value: float = 1.0) -> None:
         self.log, self.step, self.value = log, step, value
@@ -233,8 +240,8 @@ class Waited:
         return self.value
 
 
-def without_devices(monkeypatch, one: Trainer, values=None) -> list:
-    """Replace the step by one that only notes that it was started."""
+def without_devices(monkeypatch, trainer: Trainer, values=None) -> list:
+    """Replace the step by one that only logs its start."""
     log: list = []
 
     def step(current, batch):
@@ -243,37 +250,37 @@ def without_devices(monkeypatch, one: Trainer, values=None) -> list:
         metrics = {"loss": Waited(log, current.step + 1, value)}
         return current._replace(step=current.step + 1), metrics
 
-    monkeypatch.setattr(one, "step", step)
+    monkeypatch.setattr(trainer, "step", step)
     return log
 
 
 def test_at_most_eight_steps_are_under_way(trainers, monkeypatch):
-    one = trainers[1]
+    trainer = trainers[1]
     current = not_started()
-    log = without_devices(monkeypatch, one)
-    _, records = fit(one, current, 30)
+    log = without_devices(monkeypatch, trainer)
+    _, records = fit(trainer, current, 30)
     under_way = np.cumsum([1 if what == "started" else -1 for what, _ in log])
-    assert under_way.max() == trainer.IN_FLIGHT == 8
+    assert under_way.max() == IN_FLIGHT == 8
     assert under_way[-1] == 0
     assert [r["step"] for r in records] == list(range(1, 31))
 
 
 def test_step_times_add_up_also_where_the_host_is_slower(trainers, monkeypatch):
-    """Steps done before anyone waits for them have taken at least what starting them took."""
-    one = trainers[1]
+    """Check steps that finish before anyone waits: each takes at least the time to start it."""
+    trainer = trainers[1]
     current = not_started()
-    without_devices(monkeypatch, one)
+    without_devices(monkeypatch, trainer)
     clock = itertools.count()
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))
-    _, records = fit(one, current, 5)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    _, records = fit(trainer, current, 5)
     assert all(r["step_time_s"] >= 1 for r in records)
 
 
 def test_batches_that_end_are_an_error(trainers, monkeypatch):
-    one = trainers[1]
-    without_devices(monkeypatch, one)
+    trainer = trainers[1]
+    without_devices(monkeypatch, trainer)
     with pytest.raises(ValueError, match="`batches` ended after 2 of 5 steps"):
-        fit(one, not_started(), 5, itertools.islice(make_batches(), 2))
+        fit(trainer, not_started(), 5, itertools.islice(make_batches(), 2))
 
 
 # --- divergence ----------------------------------------------------------------------------------
@@ -281,29 +288,29 @@ def test_batches_that_end_are_an_error(trainers, monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_training(trainers, monkeypatch, bad):
-    one = trainers[1]
+    trainer = trainers[1]
     current = not_started()
-    without_devices(monkeypatch, one, [2.0, 1.25, bad, 1.0, 1.0])
+    without_devices(monkeypatch, trainer, [2.0, 1.25, bad, 1.0, 1.0])
     message = f"loss became {bad} at step 3 .*finite loss was 1.25.*lower optimizer.learning_rate"
     with pytest.raises(DivergedError, match=message):
-        fit(one, current, 5)
+        fit(trainer, current, 5)
 
 
 def test_the_last_good_loss_is_known_across_calls(trainers, monkeypatch):
-    one = trainers[1]
+    trainer = trainers[1]
     current = not_started()
-    without_devices(monkeypatch, one, [2.0, 1.5, float("nan")])
-    current, _ = fit(one, current, 2)
+    without_devices(monkeypatch, trainer, [2.0, 1.5, float("nan")])
+    current, _ = fit(trainer, current, 2)
     with pytest.raises(DivergedError, match=r"at step 3 \(the last finite loss was 1.5\)"):
-        fit(one, current, 3)
+        fit(trainer, current, 3)
 
 
 def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
-    one = trainers[1]
-    monkeypatch.setattr(one, "_last_loss", float("nan"))
-    without_devices(monkeypatch, one, [float("nan"), 1.0])
+    trainer = trainers[1]
+    monkeypatch.setattr(trainer, "_last_loss", float("nan"))
+    without_devices(monkeypatch, trainer, [float("nan"), 1.0])
     with pytest.raises(DivergedError, match=r"nan at step 1 \(there was no step before it"):
-        fit(one, not_started(), 2)
+        fit(trainer, not_started(), 2)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -311,29 +318,29 @@ def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(12, 12, 5), (3,), (12,), (1, 1)])
 def test_evaluation_is_the_mean_over_all_examples(trainers, fresh, sizes):
-    one = trainers[4]
-    state = one.pipe.from_layers(params_of(fresh))
+    trainer = trainers[4]
+    state = trainer.pipe.from_layers(params_of(fresh))
     batches = [next(make_batches(i, size)) for i, size in enumerate(sizes)]
-    found = one.evaluate(state, iter(batches))
+    figures = trainer.evaluate(state, iter(batches))
     each = [plain_losses(params_of(fresh), batch) for batch in batches]
     loss, accuracy = (np.concatenate(values).mean() for values in zip(*each, strict=True))
-    assert found == {
+    assert figures == {
         "test_loss": pytest.approx(loss, rel=1e-5),
         "test_accuracy": pytest.approx(accuracy, abs=1e-6),
     }
 
 
 def test_evaluation_weighs_the_examples(trainers, fresh):
-    one = trainers[4]
+    trainer = trainers[4]
     rng = np.random.default_rng(0)
     batches = [next(make_batches(i, size)) for i, size in enumerate((12, 5))]
     batches = [{**b, "weights": rng.uniform(0.1, 5.0, len(b["labels"]))} for b in batches]
-    found = one.evaluate(one.pipe.from_layers(params_of(fresh)), iter(batches))
+    figures = trainer.evaluate(trainer.pipe.from_layers(params_of(fresh)), iter(batches))
     each = [plain_losses(params_of(fresh), batch)[0] for batch in batches]
-    wanted = np.average(
+    expected = np.average(
         np.concatenate(each), weights=np.concatenate([b["weights"] for b in batches])
     )
-    assert found["test_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert figures["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_to_evaluate_is_an_error(trainers):
@@ -345,7 +352,7 @@ def test_nothing_to_evaluate_is_an_error(trainers):
 
 
 class Normed(nnx.Module):
-    """linear without bias, batch norm, tanh."""
+    """Apply linear without bias, batch norm, and tanh."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(3, 3, use_bias=False, rngs=rngs)
@@ -356,7 +363,7 @@ class Normed(nnx.Module):
 
 
 def averaging(K: int, *, ema: float | None = 0.6, **options) -> Trainer:
-    """Batch norms, a matrix shared by the first and the fourth layer, and a moving average."""
+    """Return a trainer with batch norms, a matrix tied in two layers, and a moving average."""
     tied = gpipe.layer(Normed).tie("w", "linear.kernel")
     normed = gpipe.layer(Normed)
     pipe = gpipe.Pipeline(
@@ -381,36 +388,34 @@ def regression(step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def averaged() -> tuple:
-    """(trainer, state after five steps, parameters by layer after 0 to 5 of them)."""
-    one = averaging(2)
-    current = one.init(seed=1)
-    seen = [one.pipe.to_layers(current.state)]
+    """Return the trainer, the state after five steps, and the parameters after 0 to 5 steps."""
+    trainer = averaging(2)
+    current = trainer.init(seed=1)
+    seen = [trainer.pipe.to_layers(current.state)]
     for step in range(5):
-        current, _ = one.step(current, regression(step))
-        seen.append(one.pipe.to_layers(current.state))
-    return one, current, seen
+        current, _ = trainer.step(current, regression(step))
+        seen.append(trainer.pipe.to_layers(current.state))
+    return trainer, current, seen
 
 
 def test_evaluated_are_the_averages_of_the_parameters(averaged):
-    """a <- d a + (1 - d) p, with d = min(0.6, (1 + t) / (10 + t)) after t updates before it."""
-    one, current, seen = averaged
-    wanted = seen[0]
+    """Check a <- d a + (1 - d) p with d = min(0.6, (1 + t) / (10 + t)), t updates before it."""
+    trainer, current, seen = averaged
+    expected = seen[0]
     for t, params in enumerate(seen[1:]):
         d = min(0.6, (1 + t) / (10 + t))
-        wanted = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, wanted, params)
-    evaluated = one.evaluated(current)
-    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
-    jax.tree.map(assert_close, one.pipe.to_layers(evaluated), wanted)
-    assert not np.allclose(wanted[1]["linear"]["kernel"], seen[-1][1]["linear"]["kernel"], 1e-2)
+        expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, params)
+    evaluated = trainer.evaluated(current)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(assert_close, trainer.pipe.to_layers(evaluated), expected)
+    assert not np.allclose(expected[1]["linear"]["kernel"], seen[-1][1]["linear"]["kernel"], 1e-2)
     assert evaluated.stats is current.state.stats and evaluated.seed is current.state.seed
 
 
 def test_what_is_evaluated_has_the_parameters_type(averaged):
-    one, current, _ = averaged
-    found, wanted = one.evaluated(current).params, current.state.params
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), wanted
-    )
+    trainer, current, _ = averaged
+    evaluated = trainer.evaluated(current)
+    assert same_shapes(evaluated.params, current.state.params)
     assert {a.dtype for a in jax.tree.leaves(current.average)} == {jnp.dtype("float32")}
 
 
@@ -421,26 +426,28 @@ def test_without_an_average_the_parameters_themselves_are_evaluated(trainers, fr
 
 
 def test_the_average_starts_as_the_parameters_and_is_given_up_too(averaged):
-    one, *_ = averaged
-    current = one.init(seed=1)
+    trainer, *_ = averaged
+    current = trainer.init(seed=1)
     jax.tree.map(np.testing.assert_array_equal, current.average, current.state.params)
     old = jax.tree.leaves((current.state.params, current.state.stats, current.average))
-    one.step(current, regression(0))
+    trainer.step(current, regression(0))
     assert all(a.is_deleted() for a in old)
-    assert one._step._cache_size() == 1
+    assert trainer._step._cache_size() == 1
 
 
 def test_statistics_move_with_every_step(averaged):
-    """Those of the last micro-batches weigh most; evaluation uses them."""
-    one, current, _ = averaged
-    stats = one.pipe.statistics(current.state)
-    fresh = one.pipe.statistics(one.init(seed=1).state)
+    """Check that statistics move, and that evaluation uses them."""
+    trainer, current, _ = averaged
+    stats = trainer.pipe.statistics(current.state)
+    fresh = trainer.pipe.statistics(trainer.init(seed=1).state)
     for new, old in zip(stats, fresh, strict=True):
         assert np.abs(new["norm"]["mean"] - old["norm"]["mean"]).max() > 1e-3
         assert np.abs(new["norm"]["var"] - old["norm"]["var"]).max() > 1e-3
-    params = one.pipe.to_layers(current.state)
+    params = trainer.pipe.to_layers(current.state)
     losses = [
-        one.evaluate(one.pipe.from_layers(params, statistics=s), iter([regression(9)]))["test_loss"]
+        trainer.evaluate(trainer.pipe.from_layers(params, statistics=s), iter([regression(9)]))[
+            "test_loss"
+        ]
         for s in (stats, fresh)
     ]
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -450,8 +457,8 @@ def test_statistics_move_with_every_step(averaged):
     ("K", "options"), [(1, {}), (5, {}), (2, {"schedule": "interleaved", "chunks": 2})]
 )
 def test_averages_and_statistics_are_the_same_bits_for_every_cut(averaged, K, options):
-    one, current, _ = averaged
-    saved = one.to_layers(current)
+    trainer, current, _ = averaged
+    saved = trainer.to_layers(current)
     other = averaging(K, **options)
     moved = other.from_layers(saved, 5)
     assert moved.step == 5
@@ -469,23 +476,25 @@ def test_averages_and_statistics_are_the_same_bits_for_every_cut(averaged, K, op
 
 
 def test_a_saved_average_goes_on_elsewhere(averaged):
-    one, current, _ = averaged
-    saved, other = one.to_layers(current), averaging(5)
-    there, metrics_there = other.step(other.from_layers(saved, 5), regression(5))
-    here, metrics_here = one.step(one.from_layers(saved, 5), regression(5))
-    assert float(metrics_there["loss"]) == pytest.approx(float(metrics_here["loss"]), rel=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, other.to_layers(there), one.to_layers(here))
+    trainer, current, _ = averaged
+    saved, other = trainer.to_layers(current), averaging(5)
+    moved, metrics_moved = other.step(other.from_layers(saved, 5), regression(5))
+    stayed, metrics_stayed = trainer.step(trainer.from_layers(saved, 5), regression(5))
+    assert float(metrics_moved["loss"]) == pytest.approx(float(metrics_stayed["loss"]), rel=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, other.to_layers(moved), trainer.to_layers(stayed))
 
 
-@pytest.mark.parametrize(("steps", "wanted"), [(4, [0.0, 0.25, 0.5, 1.0, 1.0]), (None, [1.0] * 5)])
-def test_the_progress_of_training_is_the_share_of_steps_done(steps, wanted):
-    """And 1 from the end on, in evaluation, and where no length is given."""
-    told = gpipe.layer(lambda key, x: {}, lambda params, x, progress: 0 * x + progress)
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(4, [0.0, 0.25, 0.5, 1.0, 1.0]), (None, [1.0] * 5)]
+)
+def test_the_progress_of_training_is_the_share_of_steps_done(steps, expected):
+    """Check also that it is 1 from the end on, in evaluation, and without a length."""
+    progressing = gpipe.layer(lambda key, x: {}, lambda params, x, progress: 0 * x + progress)
     same = gpipe.layer(lambda key, x: {}, lambda params, x: x)
     batch = {"inputs": np.zeros((4, 1), np.float32), "labels": np.zeros((4, 1), np.float32)}
     pipe = gpipe.Pipeline(
-        [same, told],
+        [same, progressing],
         loss=lambda outputs, labels: outputs,
         mesh=gpipe.make_mesh(stages=2),
         example=batch,
@@ -493,6 +502,6 @@ def test_the_progress_of_training_is_the_share_of_steps_done(steps, wanted):
         steps=steps,
     )
     state = pipe.init(0)
-    found = [float(pipe.value_and_grad(state, batch, step)[0][0]) for step in (0, 1, 2, 4, 9)]
-    assert found == wanted
+    progress = [float(pipe.value_and_grad(state, batch, step)[0][0]) for step in (0, 1, 2, 4, 9)]
+    assert progress == expected
     assert float(pipe.evaluate(state, batch)[0]) == 1.0

@@ -1,7 +1,10 @@
-"""What crosses stage boundaries, in arrays whose shapes are the same for every boundary.
+"""Encode the boundaries between stages in arrays whose shapes are the same for every boundary.
 
-Boundaries keep their shape when all are alike; otherwise their leaves are laid end to end, by type,
-and padded to the largest boundary.
+Boundaries that are all alike keep their shapes. Otherwise the leaves of each dtype are laid end to
+end, and padded with zeros to the largest boundary:
+
+    boundary 0   x [2, 3], skip [4]    ->  | x x x x x x | s s s s | 0 0 |
+    boundary 1   x [2, 6]              ->  | x x x x x x x x x x x x     |
 """
 
 from collections.abc import Sequence
@@ -15,29 +18,41 @@ from gpipe_jax.utils.trees import PyTree, differentiable
 
 
 class BoundaryFormat:
-    """What crosses stage boundaries, as arrays whose shapes are the same for every boundary."""
+    """Describe the arrays that pass between stages.
+
+    Args:
+        boundaries: the trees of shapes that pass between the stages, in order.
+
+    Attributes:
+        packed: whether boundaries differ, so that their leaves are laid end to end.
+        shapes: the shapes of an encoded boundary.
+        gradient_shapes: the shapes of an encoded gradient: only floating-point arrays have one.
+    """
 
     def __init__(self, boundaries: Sequence[PyTree]) -> None:
         leaves = [jax.tree.leaves(tree) for tree in boundaries]
         structures = {jax.tree.structure(tree) for tree in boundaries}
         self.packed = len(structures) > 1 or any(specs != leaves[0] for specs in leaves)
-        dtypes = sorted({a.dtype for specs in leaves for a in specs}, key=str)
-        widths = {d: max(_count(specs, d) for specs in leaves) for d in dtypes}
-        self.shapes: list[jax.ShapeDtypeStruct] = (
-            [jax.ShapeDtypeStruct((widths[d],), d) for d in dtypes]
-            if self.packed
-            else [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (leaves or [[]])[0]]
-        )
+        if self.packed:
+            dtypes = sorted({a.dtype for specs in leaves for a in specs}, key=str)
+            widths = [max(_count(specs, dtype) for specs in leaves) for dtype in dtypes]
+            self.shapes = [
+                jax.ShapeDtypeStruct((width,), dtype)
+                for width, dtype in zip(widths, dtypes, strict=True)
+            ]
+        else:
+            first = leaves[0] if leaves else []
+            self.shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in first]
         self.gradient_shapes = [a for a in self.shapes if differentiable(a)]
 
     def encode(self, leaves: Sequence[jax.Array], shapes: Sequence) -> list[jax.Array]:
-        """Leaves of a boundary (or their gradients) as wire arrays of `shapes`."""
+        """Encode the leaves of a boundary, or their gradients, in arrays of `shapes`."""
         if not self.packed:
             return list(leaves)
         return [pack([a for a in leaves if a.dtype == s.dtype], s, jnp) for s in shapes]
 
     def decode(self, arrays: Sequence[jax.Array], specs: Sequence) -> list[jax.Array]:
-        """The inverse of `encode`, for leaves that look like `specs`."""
+        """Invert `encode`: return leaves with the shapes and dtypes of `specs`."""
         if not self.packed:
             return list(arrays)
         flat = {a.dtype: a for a in arrays}
@@ -52,16 +67,19 @@ class BoundaryFormat:
 
 
 def _count(specs: Sequence, dtype: Any) -> int:
+    """Return the number of elements of a dtype."""
     return sum(int(np.prod(a.shape)) for a in specs if a.dtype == dtype)
 
 
 def pack(arrays: Sequence, spec: Any, xp: Any) -> Any:
-    """Arrays end to end, padded with zeros to `spec`; `xp` is numpy or jax.numpy."""
+    """Lay arrays end to end, padded with zeros to `spec`; `xp` is numpy or jax.numpy."""
+    if not arrays:
+        return zeros(spec, xp)
     flat = [xp.reshape(a, (-1,)) for a in arrays]
-    rest = spec.shape[0] - sum(a.shape[0] for a in flat)
-    return xp.concatenate([*flat, xp.zeros((rest,), spec.dtype)]) if flat else xp.zeros(*like(spec))
+    padding = spec.shape[0] - sum(a.shape[0] for a in flat)
+    return xp.concatenate([*flat, xp.zeros((padding,), spec.dtype)])
 
 
-def like(spec: Any) -> tuple:
-    """The shape and type to make an array like `spec`."""
-    return spec.shape, spec.dtype
+def zeros(spec: Any, xp: Any) -> Any:
+    """Return an array of zeros with the shape and dtype of `spec`."""
+    return xp.zeros(spec.shape, spec.dtype)

@@ -1,15 +1,15 @@
-"""Trees of arrays that differ from stage to stage, as arrays that every device holds alike.
+"""Store trees that differ between stages in arrays that have the same shapes on every device.
 
-One SPMD program runs on every device, so every device holds arrays of the same shapes. Two kinds:
+One SPMD program runs on every device, so every device holds arrays of the same shapes. There are
+two kinds, between which `packing` chooses (see the drawing there):
 
 - a *slot* `[K, n, ...]` holds one leaf of a run of up to n equal layers, for every stage that has
-  a leaf of that shape (the body of a Transformer: nothing wasted, no relayout);
+  a leaf of that shape. The body of a Transformer needs nothing else: no padding, no new layout.
 - a *pack* `[K P]` of each dtype holds the rest of a stage's leaves end to end, padded to the
-  largest stage (convolution stages).
+  largest stage. Convolution stages are packed.
 
-`packing` chooses between them.
-
-Letters: K stages, k stage, n layers in a run, P packed elements.
+Letters: K stages (of one chunk), k stage, r run of a stage, n layers of a run, i layer of a run,
+P packed elements.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,72 +20,77 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gpipe_jax.pipeline.ragged.boundary import like, pack
+from gpipe_jax.pipeline.ragged.boundary import pack, zeros
 from gpipe_jax.pipeline.ragged.packing import LeafPlace, choose_places
 from gpipe_jax.utils.trees import PyTree
 
 
 class Storage:
-    """The rectangular form of K stages' trees: {"slots": [...], "packs": [...]}.
+    """Describe the arrays {"slots": [...], "packs": [...]} that hold the trees of K stages.
 
-    `stages[k]` lists stage k's runs: the number of layers, whether they are scanned, and the tree
-    of one (of shapes).
+    Args:
+        stages: the runs of each stage, as (number of layers, whether they are scanned, tree of one
+            layer's shapes).
     """
 
     def __init__(self, stages: Sequence[Sequence[tuple[int, bool, PyTree]]]) -> None:
         self.slots, self.packs, self.groups = choose_places(stages)
 
     def local_shapes(self) -> dict:
-        """One device's arrays, as shapes."""
+        """Return the shapes of one device's arrays."""
         slots = [jax.ShapeDtypeStruct((s.depth, *s.shape), s.dtype) for s in self.slots]
         return {"slots": slots, "packs": list(self.packs)}
 
     def device_bytes(self) -> int:
-        """Bytes that every device holds, padding included."""
+        """Return the bytes that every device holds, padding included."""
         packs = sum(p.size * p.dtype.itemsize for p in self.packs)
         return packs + sum(s.bytes for s in self.slots)
 
+    # --- reading ---------------------------------------------------------------------------------
+
     def read(self, k: int, arrays: dict) -> list[PyTree]:
-        """For each run of stage k a list of its layers' trees; if scanned, one tree [n, ...]."""
+        """Return the runs of stage k: a list of trees each, or one tree [n, ...] if scanned."""
         runs = []
         for r, group in enumerate(self.groups[k]):
             rows = self.read_run(k, r, arrays)
-            runs.append(rows if group.scanned else _unstacked(rows, group.count))
+            runs.append(rows if group.scanned else _unstack(rows, group.count))
         return runs
 
     def read_run(self, k: int, r: int, arrays: dict) -> PyTree:
-        """The trees of all layers of run r of stage k, as one tree [n, ...]."""
+        """Return the trees of all layers of run r of stage k, as one tree [n, ...]."""
         group = self.groups[k][r]
         rows = [self._rows(place, 0, group.count, arrays) for place in group.places]
         return group.treedef.unflatten(rows)
 
     def read_layer(self, k: int, r: int, i: Any, arrays: dict) -> PyTree:
-        """The tree of layer i of run r of stage k; `i` may be traced."""
+        """Return the tree of layer i of run r of stage k; `i` may be traced."""
         group = self.groups[k][r]
         return group.treedef.unflatten([self._rows(p, i, 1, arrays)[0] for p in group.places])
 
-    def packed(self, k: int, r: int) -> list[int]:
-        """Which leaves of run r of stage k are in a pack."""
-        return [n for n, place in enumerate(self.groups[k][r].places) if place.slot is None]
-
     def read_leaf(self, place: LeafPlace, arrays: dict) -> Any:
-        """The leaf kept at `place`, of a single layer."""
+        """Return the leaf at `place`, of a run of one layer."""
         return self._rows(place, 0, 1, arrays)[0]
 
-    def _rows(self, place: LeafPlace, i: Any, count: int, arrays: dict) -> Any:
-        """A leaf of `count` layers of a run from layer i on, [count, ...]."""
-        if place.slot is not None:
-            return _part(arrays["slots"][place.slot], i, count)
-        flat, size = arrays["packs"][self._pack(place)], place.size
-        return _part(flat, place.offset + i * size, count * size).reshape(count, *place.shape)
+    def packed(self, k: int, r: int) -> list[int]:
+        """Return which leaves of run r of stage k are in a pack."""
+        return [n for n, place in enumerate(self.groups[k][r].places) if place.slot is None]
 
-    def _pack(self, place: LeafPlace) -> int:
+    def _rows(self, place: LeafPlace, i: Any, count: int, arrays: dict) -> Any:
+        """Return a leaf of `count` layers of a run, from layer i on: [count, ...]."""
+        if place.slot is not None:
+            return _slice(arrays["slots"][place.slot], i, count)
+        flat, size = arrays["packs"][self._pack_index(place)], place.size
+        return _slice(flat, place.offset + i * size, count * size).reshape(count, *place.shape)
+
+    def _pack_index(self, place: LeafPlace) -> int:
         return [spec.dtype for spec in self.packs].index(place.dtype)
 
-    def add(self, k: int, r: int, i: Any, arrays: dict, tree: PyTree) -> dict:
-        """Traced: `arrays` with `tree` added to layer i of run r, or [n, ...] to all if i is None.
+    # --- adding ----------------------------------------------------------------------------------
 
-        Everything else stays as it is, so that the compiler can do it in place.
+    def add(self, k: int, r: int, i: Any, arrays: dict, tree: PyTree) -> dict:
+        """Add `tree` to layer i of run r, traced; or a tree [n, ...] to all layers if i is None.
+
+        All else stays as it is, so that the compiler can add in place.
         """
         group = self.groups[k][r]
         rows = tree if i is None else jax.tree.map(lambda a: a[None], tree)
@@ -94,23 +99,25 @@ class Storage:
         return arrays
 
     def add_leaf(self, place: LeafPlace, arrays: dict, value: jax.Array) -> dict:
-        """Traced: `arrays` with `value` added to the leaf kept at `place`, of a single layer."""
+        """Add `value` to the leaf at `place`, of a run of one layer; traced."""
         return self._add_rows(place, 0, arrays, value[None])
 
     def _add_rows(self, place: LeafPlace, i: Any, arrays: dict, value: jax.Array) -> dict:
-        """Add to a leaf of some layers of a run from layer i on; `value` is [some, ...]."""
+        """Add `value` [m, ...] to a leaf of m layers of a run, from layer i on."""
         slots, packs = list(arrays["slots"]), list(arrays["packs"])
         if place.slot is not None:
-            slots[place.slot] = _add_part(slots[place.slot], i, value)
+            slots[place.slot] = _add_slice(slots[place.slot], i, value)
         else:
-            n, start = self._pack(place), place.offset + i * place.size
-            packs[n] = _add_part(packs[n], start, value.reshape(-1))
+            n, start = self._pack_index(place), place.offset + i * place.size
+            packs[n] = _add_slice(packs[n], start, value.reshape(-1))
         return {"slots": slots, "packs": packs}
 
+    # --- writing ---------------------------------------------------------------------------------
+
     def write(self, k: int, runs: Sequence[PyTree], xp: Any = jnp) -> dict:
-        """The inverse of `read`: one device's arrays, zero where stage k has none."""
+        """Invert `read`: return one device's arrays, zero where stage k has no leaf."""
         local = self.local_shapes()
-        slots = [xp.zeros(*like(s)) for s in local["slots"]]
+        slots = [zeros(spec, xp) for spec in local["slots"]]
         packed: dict = {spec.dtype: [] for spec in self.packs}
         for group, run in zip(self.groups[k], runs, strict=True):
             columns = [jax.tree.leaves(run)] if group.scanned else map(jax.tree.leaves, run)
@@ -124,7 +131,7 @@ class Storage:
         return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
 
     def mask_packs(self, k: int, chosen: Callable[[tuple[int, ...]], bool]) -> list[jax.Array]:
-        """For each of stage k's packs, which of its elements are of leaves of `chosen` shapes."""
+        """Return for each of stage k's packs which elements belong to leaves of `chosen` shapes."""
         packed: dict = {spec.dtype: [] for spec in self.packs}
         for group in self.groups[k]:
             for place in (place for place in group.places if place.slot is None):
@@ -132,56 +139,60 @@ class Storage:
         specs = [jax.ShapeDtypeStruct(spec.shape, bool) for spec in self.packs]
         return [pack(packed[p.dtype], s, jnp) for p, s in zip(self.packs, specs, strict=True)]
 
+    # --- layer by layer, in numpy ----------------------------------------------------------------
+
     def split_layers(self, k: int, arrays: dict) -> list[PyTree]:
-        """Stage k's trees, one for each of its layers."""
+        """Return stage k's trees, one for each of its layers."""
         layers = []
         for r, group in enumerate(self.groups[k]):
-            layers += _unstacked(self.read_run(k, r, arrays), group.count)
+            layers += _unstack(self.read_run(k, r, arrays), group.count)
         return layers
 
     def join_layers(self, k: int, layers: Sequence[PyTree]) -> dict:
-        """The inverse of `split_layers`, in numpy."""
+        """Invert `split_layers`."""
         runs, start = [], 0
         for group in self.groups[k]:
-            some = list(layers[start : start + group.count])
-            runs.append(jax.tree.map(lambda *a: np.stack(a), *some) if group.scanned else some)
+            run = list(layers[start : start + group.count])
+            runs.append(jax.tree.map(lambda *a: np.stack(a), *run) if group.scanned else run)
             start += group.count
         return self.write(k, runs, np)
 
 
 def from_block(arrays: dict) -> dict:
-    """One device's arrays, from its block of those of all devices: slots are [K, ...] there.
+    """Return one device's arrays from its block of the arrays of all devices.
 
-    Packs of all devices lie end to end, [K P]: a TPU keeps the last two axes of an array in tiles,
-    in which [1, P] takes twice its size, and changing the shape within a step means a copy.
+    Slots of all devices are [K, ...]. Packs of all devices lie end to end, [K P]. A TPU stores the
+    last two axes of an array in tiles, in which [1, P] takes twice its size, and a change of shape
+    within a step means a copy.
     """
     return {"slots": [a[0] for a in arrays["slots"]], "packs": arrays["packs"]}
 
 
 def to_block(arrays: dict) -> dict:
-    """The inverse of `from_block`."""
+    """Invert `from_block`."""
     return {"slots": [a[None] for a in arrays["slots"]], "packs": arrays["packs"]}
 
 
 def of_all_devices(local: dict, devices: int) -> dict:
-    """The shapes of the arrays of all devices together, from those of one."""
+    """Return the shapes of the arrays of all devices together, from those of one device."""
     packs = [jax.ShapeDtypeStruct((devices * a.size,), a.dtype) for a in local["packs"]]
     slots = [jax.ShapeDtypeStruct((devices, *a.shape), a.dtype) for a in local["slots"]]
     return {"slots": slots, "packs": packs}
 
 
-def _unstacked(tree: PyTree, count: int) -> list[PyTree]:
-    """A tree of arrays [count, ...] as one tree of each row."""
+def _unstack(tree: PyTree, count: int) -> list[PyTree]:
+    """Divide a tree of arrays [count, ...] into one tree for each row."""
     return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]
 
 
-def _part(array: Any, start: Any, size: int) -> Any:
-    """`size` entries from `start`, which may be traced; of numpy arrays too."""
+def _slice(array: Any, start: Any, size: int) -> Any:
+    """Return `size` entries from `start`, which may be traced; numpy arrays work too."""
     if isinstance(start, int):
         return array[start : start + size]
     return lax.dynamic_slice_in_dim(array, start, size)
 
 
-def _add_part(array: jax.Array, start: Any, value: jax.Array) -> jax.Array:
-    part = _part(array, start, value.shape[0])
-    return lax.dynamic_update_slice_in_dim(array, part + value.astype(array.dtype), start, 0)
+def _add_slice(array: jax.Array, start: Any, value: jax.Array) -> jax.Array:
+    """Add `value` to as many entries from `start` on."""
+    entries = _slice(array, start, value.shape[0])
+    return lax.dynamic_update_slice_in_dim(array, entries + value.astype(array.dtype), start, 0)
