@@ -60,3 +60,17 @@ class WorkersError(RuntimeError):
 
 class TooLargeError(MemoryError):
     """Report a training that needs more memory than its device has."""
+
+
+class ExportOptionError(ValueError):
+    """Report an option of an export that cannot be used.
+
+    Attributes:
+        option: The name of the field of `ExportOptions`.
+        value: Its value.
+        problem: The rule and the remedy, without the name and the value.
+    """
+
+    def __init__(self, option: str, value: object, problem: str) -> None:
+        super().__init__(f"`{option}` {value}: {problem}")
+        self.option, self.value, self.problem = option, value, problem

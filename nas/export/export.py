@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpipe_jax.genotypes.genotype import Genotype
+from nas.errors import ExportOptionError
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
 from nas.result import Result
@@ -33,20 +34,6 @@ class ExportOptions(NamedTuple):
     cells_per_stack: int = scaled_config.CELLS_PER_STACK
     filters: int = scaled_config.FILTERS
     stages: int = scaled_config.STAGES
-
-
-class ExportOptionError(ValueError):
-    """Report an option of an export that cannot be used.
-
-    Attributes:
-        option: The name of the field of `ExportOptions`.
-        value: Its value.
-        problem: The rule and the remedy, without the name and the value.
-    """
-
-    def __init__(self, option: str, value: object, problem: str) -> None:
-        super().__init__(f"`{option}` {value}: {problem}")
-        self.option, self.value, self.problem = option, value, problem
 
 
 def export(
