@@ -3,7 +3,7 @@
 The loader and the base class of sections are those of `gpipe_jax`.
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic import ValidationError as PydanticError
@@ -15,6 +15,7 @@ from gpipe_jax.config.base import (
     Fraction,
     Positive,
     PositiveOrZero,
+    Problems,
     Section,
     Text,
     cross_check,
@@ -149,7 +150,8 @@ class EvolutionConfig(Section):
         try:
             Settings(**dict(self))
         except ValueError as error:
-            raise _problem("sample", str(error)) from error
+            problem = cross_check("sample", str(error))
+            raise PydanticError.from_exception_data("EvolutionConfig", [problem]) from error
         return self
 
 
@@ -193,6 +195,50 @@ class RunConfig(Section):
     )
 
 
+# --- rules between sections -----------------------------------------------------------------------
+
+
+def _evaluator_fits_space(
+    space: NASNetConfig | NASBench201Config,
+    evaluate: TableConfig | FunctionConfig | TrainingConfig,
+) -> Problems:
+    message = f"evaluate {evaluate.kind!r} has no cells of space {space.kind!r}; use "
+    if evaluate.kind == "table" and space.kind != "nasbench201":
+        message += "evaluate.kind function or training, or space.kind nasbench201"
+        return [("evaluate.kind", message)]
+    if evaluate.kind == "training" and space.kind != "nasnet":
+        return [("evaluate.kind", f"{message}space.kind nasnet")]
+    return []
+
+
+def _limits_fit_evaluator(
+    limits: LimitsConfig, evaluate: TableConfig | FunctionConfig | TrainingConfig
+) -> Problems:
+    compiled = [name for name in ("latency_ms", "memory_mib") if getattr(limits, name) is not None]
+    if evaluate.kind == "function" and limits != LimitsConfig():
+        message = (
+            "limits need evaluate.kind table or training, because the size of a function's "
+            "networks is unknown; remove them, or call nas.search(limits=[nas.Limit(...)])"
+        )
+        return [("limits", message)]
+    if evaluate.kind == "table" and (compiled or limits.topology):
+        return [("limits", "latency and memory are not in the table; use params_m and flops_m")]
+    if compiled and not limits.topology:
+        message = f"{compiled[0]} needs a topology to compile for; add one, such as v5e:1x1"
+        return [("limits", message)]
+    return []
+
+
+def _evolution_begins(run: RunConfig, evolution: EvolutionConfig) -> Problems:
+    if run.cycles >= evolution.population:
+        return []
+    message = (
+        f"cycles {run.cycles} is less than evolution.population {evolution.population}, and "
+        f"evolution begins after that many results; use at least {evolution.population}"
+    )
+    return [("run.cycles", message)]
+
+
 class SearchConfig(Configuration):
     """Configure a whole search. `space` and `evaluate` are required, the rest has defaults."""
 
@@ -208,49 +254,9 @@ class SearchConfig(Configuration):
     )
     run: RunConfig = Field(default=RunConfig(), description="the run")
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        table = self.evaluate.kind == "table"
-        if table and self.space.kind != "nasbench201":
-            message = (
-                f"evaluate 'table' has no cells of space {self.space.kind!r}; use evaluate.kind "
-                "function or training, or space.kind nasbench201"
-            )
-            raise _problem("evaluate.kind", message)
-        if self.evaluate.kind == "training" and self.space.kind != "nasnet":
-            message = (
-                f"evaluate 'training' has no cells of space {self.space.kind!r}; use space.kind "
-                "nasnet"
-            )
-            raise _problem("evaluate.kind", message)
-        problem = _limits_problem(self.limits, self.evaluate.kind)
-        if problem:
-            raise _problem("limits", problem)
-        if self.run.cycles < self.evolution.population:
-            message = (
-                f"cycles {self.run.cycles} is less than evolution.population "
-                f"{self.evolution.population}, and evolution begins after that many results; use "
-                f"at least {self.evolution.population}"
-            )
-            raise _problem("run.cycles", message)
-        return self
-
-
-def _limits_problem(limits: LimitsConfig, kind: str) -> str | None:
-    """Return what is wrong with limits for this kind of evaluator, or None."""
-    compiled = [name for name in ("latency_ms", "memory_mib") if getattr(limits, name) is not None]
-    if kind == "function" and limits != LimitsConfig():
-        return (
-            "limits need evaluate.kind table or training, because the size of a function's "
-            "networks is unknown; remove them, or call nas.search(limits=[nas.Limit(...)])"
-        )
-    if kind == "table" and (compiled or limits.topology):
-        return "latency and memory are not in the table; use params_m and flops_m"
-    if compiled and not limits.topology:
-        return f"{compiled[0]} needs a topology to compile for; add one, such as v5e:1x1"
-    return None
-
-
-def _problem(name: str, message: str) -> PydanticError:
-    """Return an error that has its own place in the file."""
-    return PydanticError.from_exception_data("SearchConfig", [cross_check(name, message)])
+    rules = (_evaluator_fits_space, _limits_fit_evaluator, _evolution_begins)
+    renamed: ClassVar = {
+        "evaluate.cells": "evaluate.cells_per_stack",
+        "evaluate.validation": "evaluate.validation_images",
+        "evaluate.validations": "evaluate.final_epochs",
+    }

@@ -4,11 +4,12 @@
     python scripts/benchmark_devices.py --devices 0    # on the accelerators of this machine
     python scripts/benchmark_devices.py --json         # one JSON object as the last line
 
-`workers="devices"` hands each device's thread its next candidate when it is done with the last, and
-compiles for each device. The other way is one program for all of them, by `jax.shard_map` without
-collectives, that trains as many candidates as there are devices; none of these has its result, and
-no device its next candidate, before the slowest has ended. Both run the same random architectures,
-by the interpreter, in turn, so that times are medians, ratios their quotients.
+With `workers="devices"` each device has a thread, which takes its next candidate when it is done
+with the last one. JAX compiles for each device. The other way is rounds: one program for all
+devices (`jax.shard_map` without collectives) trains as many candidates as there are devices. No
+result is known, and no device continues, before the slowest candidate of a round ends. Both ways
+train the same random architectures with the interpreter. They take turns; times are medians, and
+ratios are quotients of medians.
 """
 
 import argparse
@@ -36,14 +37,14 @@ from nas.training.interpreter.network import Interpreter
 from nas.training.network import Shape
 from nas.training.recipe import Recipe, Scalars
 
-EPOCHS, RATE = 3, 0.05
+EPOCHS, LEARNING_RATE, EXAMPLES = 3, 0.05, 512
 
 
 class Candidates:
-    """What there is to train: architectures as data, and images."""
+    """Train random architectures in either way."""
 
     def __init__(self, count: int, filters: int) -> None:
-        self.data = Data("digits", examples=512)
+        self.data = Data("digits", examples=EXAMPLES)
         split, space = self.data.split(), NASNetSpace()
         size, channels = split.images.shape[2:]
         shape = Shape(1, filters, size, channels, split.classes)
@@ -51,13 +52,12 @@ class Candidates:
         self.recipe = Recipe(64, 0.9, 5e-4, 0.0, source("digits").augmentation)
         drawn = [space.random(Random(seed)) for seed in range(count)]
         self.architectures = [self.network.encode(genotype) for genotype in drawn]
-        steps = np.float32(EPOCHS * (512 // 64))
-        self.scalars = [
-            Scalars(np.uint32(i), np.float32(RATE), np.float32(8), steps) for i in range(count)
-        ]
+        steps = np.float32(EPOCHS * (EXAMPLES // 64))
+        rate, warmup_steps = np.float32(LEARNING_RATE), np.float32(8)
+        self.scalars = [Scalars(np.uint32(i), rate, warmup_steps, steps) for i in range(count)]
 
     def in_threads(self, devices: list[Any]) -> list[float]:
-        """The losses of the last epochs."""
+        """Train with a thread for each device; return the losses of the last epoch."""
         free: SimpleQueue[Any] = SimpleQueue()
         for device in devices:
             free.put(device)
@@ -74,35 +74,37 @@ class Candidates:
             return list(pool.map(train, range(len(self.scalars))))
 
     def alone(self, i: int) -> float:
-        """The loss of the last epoch of one candidate, on this thread's device."""
+        """Train candidate i on this thread's device; return the loss of its last epoch."""
         architecture, scalars = self.architectures[i], self.scalars[i]
-        made, _ = programs.get(self.network, self.recipe, architecture, self.data)
-        state, _ = made.start(architecture, scalars.seed)
+        compiled, _ = programs.get(self.network, self.recipe, architecture, self.data)
+        state, _ = compiled.start(architecture, scalars.seed)
         loss = np.nan
         for _ in range(EPOCHS):
-            state, loss = made.epoch(
-                state, architecture, scalars, made.split.images, made.split.labels
+            state, loss = compiled.epoch(
+                state, architecture, scalars, compiled.split.images, compiled.split.labels
             )
             loss = float(loss)
         return loss
 
     def in_rounds(self, devices: list[Any]) -> Callable[[], list[float]]:
-        """A function that returns the same losses."""
+        """Compile the rounds; return a function that trains and returns the same losses."""
         mesh, split = Mesh(np.array(devices), ("candidate",)), self.data.split()
-        one, all_ = P("candidate"), P()
-        images, labels = jax.device_put(split[:2], NamedSharding(mesh, all_))
+        split_spec, same_spec = P("candidate"), P()
+        images, labels = jax.device_put(split[:2], NamedSharding(mesh, same_spec))
         start = _rounds(
-            functools.partial(programs.start, self.network, self.recipe), mesh, (one, one)
+            functools.partial(programs.start, self.network, self.recipe),
+            mesh,
+            (split_spec, split_spec),
         )
-        specs = (one, one, one, all_, all_)
+        specs = (*[split_spec] * 3, *[same_spec] * 2)
         epoch = _rounds(functools.partial(programs.epoch, self.network, self.recipe), mesh, specs)
 
         def run() -> list[float]:
             losses = []
             for first in range(0, len(self.scalars), len(devices)):
-                these = slice(first, first + len(devices))
-                architectures = _stack(self.architectures[these])
-                scalars = _stack(self.scalars[these])
+                members = slice(first, first + len(devices))
+                architectures = _stack(self.architectures[members])
+                scalars = _stack(self.scalars[members])
                 state, _ = start(architectures, scalars.seed)
                 loss = np.array([])
                 for _ in range(EPOCHS):
@@ -115,12 +117,12 @@ class Candidates:
 
 
 def _rounds(function: Callable, mesh: Mesh, specs: tuple) -> Any:
-    """The function of one candidate as that of one on each device."""
+    """Turn a function of one candidate into one of a candidate on each device."""
 
     def body(*arguments: Any) -> Any:
         pairs = zip(arguments, specs, strict=True)
-        own = [a if spec == P() else jax.tree.map(lambda x: x[0], a) for a, spec in pairs]
-        return jax.tree.map(lambda x: x[None], function(*own))
+        local = [a if spec == P() else jax.tree.map(lambda x: x[0], a) for a, spec in pairs]
+        return jax.tree.map(lambda x: x[None], function(*local))
 
     out = P("candidate")
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
@@ -131,36 +133,45 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def compare(candidates: Candidates, devices: list[Any], repetitions: int) -> dict[str, Any]:
-    """By way, seconds of the first time, with compilations, and of others; how losses differ."""
+    """Return for each way the seconds of the first time, with compilation, and of later times.
+
+    `loss_difference` is the largest relative difference of a candidate's losses.
+    """
     ways = {
         "threads": functools.partial(candidates.in_threads, devices),
         "rounds": candidates.in_rounds(devices),
         "one device": functools.partial(candidates.in_threads, devices[:1]),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
-    apart = 0.0
+    difference = 0.0
     for _ in range(1 + repetitions):
         losses = {}
         for way, run in ways.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             losses[way] = run()
-            times[way].append(time.perf_counter() - begun)
+            times[way].append(time.perf_counter() - started)
         a, b = np.array(losses["rounds"]), np.array(losses["threads"])
-        apart = float(np.max([apart, *np.abs(a / b - 1)]))
-    found: dict[str, Any] = {
+        difference = float(np.max([difference, *np.abs(a / b - 1)]))
+    seconds: dict[str, Any] = {
         way: {"first_s": first, "s": statistics.median(rest)}
         for way, (first, *rest) in times.items()
     }
-    return {**found, "loss_difference": apart}
+    return {**seconds, "loss_difference": difference}
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--devices", type=int, default=2, help="to simulate, 0 for real ones (2)")
-    parser.add_argument("--candidates", type=int, default=12, help="a multiple of devices (12)")
-    parser.add_argument("--filters", type=int, default=4, help="of the first stack (4)")
-    parser.add_argument("--repetitions", type=int, default=5, help="to time, after a first (5)")
+    parser.add_argument(
+        "--devices", type=int, default=2, help="devices to simulate, 0 for real ones (2)"
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=12, help="candidates, a multiple of devices (12)"
+    )
+    parser.add_argument("--filters", type=int, default=4, help="filters of the first stack (4)")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="times to measure, after a first (5)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
     for name, least in (("devices", 0), ("candidates", 1), ("filters", 1), ("repetitions", 1)):
@@ -173,18 +184,21 @@ def main() -> None:
         parser.error(
             f"--candidates {options.candidates}: expected a multiple of the {len(devices)} devices"
         )
-    found = compare(Candidates(options.candidates, options.filters), devices, options.repetitions)
-    apart = found.pop("loss_difference")
-    for way, figures in found.items():
+    results = compare(Candidates(options.candidates, options.filters), devices, options.repetitions)
+    difference = results.pop("loss_difference")
+    for way, figures in results.items():
         print(f"{way}: {figures['s']:.2f} s, the first time {figures['first_s']:.0f} s")
-    ratio = found["rounds"]["s"] / found["threads"]["s"]
+    ratio = results["rounds"]["s"] / results["threads"]["s"]
     print(f"{len(devices)} devices, {options.candidates} candidates: rounds / threads {ratio:.2f}")
-    print(f"largest relative difference of a candidate's last loss between these two: {apart:.1e}")
+    print(
+        "largest relative difference of a candidate's last loss between these two: "
+        f"{difference:.1e}"
+    )
     if options.json:
         machine = (
             f"Python {sys.version.split()[0]}, JAX {jax.__version__}, {devices[0].device_kind}"
         )
-        print(json.dumps({"machine": machine, "loss_difference": apart, **found}))
+        print(json.dumps({"machine": machine, "loss_difference": difference, **results}))
 
 
 if __name__ == "__main__":

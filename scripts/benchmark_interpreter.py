@@ -1,20 +1,21 @@
 """Compare the two builders of a search's networks: one program for all, and one for each.
 
     python scripts/benchmark_interpreter.py               # equality, times, candidates per hour
-    python scripts/benchmark_interpreter.py --image 32    # of steps on larger images
-    python scripts/benchmark_interpreter.py --tpu         # memory too, by the compiler for TPU v5e
+    python scripts/benchmark_interpreter.py --image 32    # steps on larger images
+    python scripts/benchmark_interpreter.py --tpu         # also memory, by the compiler for TPU v5e
     python scripts/benchmark_interpreter.py --json        # one JSON object as the last line
 
-Architectures are drawn at random, with seeds 0, 1, ... Both programs are of one training step, and
-train from the same values, on one batch, for --steps steps after a first that is not timed: in
-turn, so that times are medians, ratios their quotients. The difference of their losses is the
-largest of all steps, relative to the loss. Beside it, as such training is chaotic, stands the same
-of the static program and itself, from values that differ in the last digit.
+Architectures are drawn at random, with seeds 0, 1, ... Both programs are one training step. They
+train from the same values, on one batch, for --steps steps after a first one that is not timed.
+They take turns; times are medians, and ratios are quotients of medians. The difference of their
+losses is the largest of all steps, relative to the loss. Such training is chaotic, so a control is
+printed too: the difference of the static program from itself, started from values that differ in
+the last digit.
 
 Then candidates of a search (--config) are trained to the end by both builders in turn, from the
-same values, and by the static program again from values that differ in the last digit. The whole of
-each evaluation counts for the candidates per hour, compilations too; in a longer search the
-interpreter's one compilation weighs less.
+same values, and by the static program again from values that differ in the last digit. Candidates
+per hour count whole evaluations, with compilation. In a longer search the interpreter's one
+compilation weighs less.
 """
 
 import argparse
@@ -59,43 +60,43 @@ CONFIG = "configs/search_digits.yaml"
 def step(
     network: Network, architecture: Any, values: Variables, velocity: PyTree, batch: dict
 ) -> tuple[Variables, PyTree, jax.Array]:
-    """(values, velocity, loss) after a step of SGD with momentum."""
+    """Take a step of SGD with momentum; return (values, velocity, loss)."""
 
     def loss(parameters: PyTree) -> tuple[jax.Array, PyTree]:
-        both = Variables(parameters, values.statistics)
-        scores, new = network.apply(architecture, both, batch["images"], train=True)
-        return losses.softmax_cross_entropy(scores, batch["labels"])[0].mean(), new
+        variables = Variables(parameters, values.statistics)
+        scores, statistics = network.apply(architecture, variables, batch["images"], train=True)
+        return losses.softmax_cross_entropy(scores, batch["labels"])[0].mean(), statistics
 
-    (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(values.parameters)
+    (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(values.parameters)
     velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, gradients)
     parameters = jax.tree.map(lambda p, v: p - RATE * v, values.parameters, velocity)
-    return Variables(parameters, new), velocity, value
+    return Variables(parameters, statistics), velocity, value
 
 
 def batch_of(shape: Shape, examples: int) -> dict:
-    """Random images, which are the same for all."""
+    """Return random images, the same in every call."""
     key, size = jax.random.key(0), (examples, shape.image, shape.image, shape.channels)
     labels = jnp.arange(examples) % shape.classes
     return {"images": jax.random.normal(key, size), "labels": labels}
 
 
 def compiled(network: Network, genotype: Genotype, batch: dict) -> tuple[Callable, float]:
-    """The step as a program, and the seconds of making it."""
-    began, architecture = time.perf_counter(), network.encode(genotype)
+    """Compile the step; return the program and the seconds that it took."""
+    started, architecture = time.perf_counter(), network.encode(genotype)
     values = jax.eval_shape(network.init, architecture, jax.random.key(0))
     arguments = (architecture, values, values.parameters, batch)
     jitted = jax.jit(functools.partial(step, network), donate_argnums=(1, 2))
     program = jitted.lower(*arguments).compile()
-    return program, time.perf_counter() - began
+    return program, time.perf_counter() - started
 
 
 def start(network: Network, architecture: Any) -> Variables:
-    """Initial values."""
+    """Draw initial values."""
     return jax.jit(network.init)(architecture, jax.random.key(0))
 
 
 class Run:
-    """A program and its state."""
+    """Hold a program, its state, and the times of its steps."""
 
     def __init__(self, program: Callable, architecture: Any, values: Variables) -> None:
         self.program, self.architecture = program, architecture
@@ -104,42 +105,46 @@ class Run:
         self.cpu_times: list[float] = []
 
     def step(self, batch: dict) -> float:
-        """The loss of one more step."""
-        began, cpu = time.perf_counter(), time.process_time()
+        """Take one step and return its loss."""
+        started, cpu = time.perf_counter(), time.process_time()
         *state, loss = self.program(self.architecture, *self.state, batch)
         self.state = tuple(state)
         value = float(loss)
-        self.times.append(time.perf_counter() - began)
+        self.times.append(time.perf_counter() - started)
         self.cpu_times.append(time.process_time() - cpu)
         return value
 
 
 def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) -> dict:
-    """Both builders on each of the architectures, for so many steps."""
+    """Run `steps` steps of both builders on each of the architectures."""
     interpreter, static, batch = Interpreter(shape), Static(shape), batch_of(shape, examples)
-    one, compile_s = compiled(interpreter, genotypes[0], batch)
+    shared_program, compile_s = compiled(interpreter, genotypes[0], batch)
     rows = []
     for genotype in genotypes:
         architecture = interpreter.encode(genotype)
         values = start(interpreter, architecture)
-        # Copies, as each program takes what it is given for its results.
+        # Copies, because each program overwrites its arguments with its results.
         same = jax.tree.map(jnp.copy, to_static(interpreter, genotype, values))
-        other, own_compile_s = compiled(static, genotype, batch)
-        runs = [Run(one, architecture, values), Run(other, static.encode(genotype), same)]
-        moved = Run(other, static.encode(genotype), trained_by_both.in_the_last_digit(same))
-        found = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
-        again = [[moved.step(batch), loss[1]] for loss in found]
-        middle = [statistics.median(run.times[1:]) for run in runs]
-        cpu = [statistics.median(run.cpu_times[1:]) for run in runs]
+        own_program, own_compile_s = compiled(static, genotype, batch)
+        runs = [
+            Run(shared_program, architecture, values),
+            Run(own_program, static.encode(genotype), same),
+        ]
+        perturbed = trained_by_both.in_the_last_digit(same)
+        control = Run(own_program, static.encode(genotype), perturbed)
+        losses_of_both = [[run.step(batch) for run in runs] for _ in range(steps + 1)]
+        losses_of_static = [[control.step(batch), loss] for _, loss in losses_of_both]
+        seconds = [statistics.median(run.times[1:]) for run in runs]
+        cpu_seconds = [statistics.median(run.cpu_times[1:]) for run in runs]
         rows.append(
             {
                 "compile_s": own_compile_s,
-                "interpreter_ms": 1000 * middle[0],
-                "static_ms": 1000 * middle[1],
-                "ratio": middle[0] / middle[1],
-                "cpu_ratio": cpu[0] / cpu[1],
-                "loss_difference": largest_difference(found),
-                "of_itself": largest_difference(again),
+                "interpreter_ms": 1000 * seconds[0],
+                "static_ms": 1000 * seconds[1],
+                "ratio": seconds[0] / seconds[1],
+                "cpu_ratio": cpu_seconds[0] / cpu_seconds[1],
+                "loss_difference": largest_difference(losses_of_both),
+                "of_itself": largest_difference(losses_of_static),
             }
         )
         print(*(f"{name} {value:.3g}" for name, value in rows[-1].items()), sep="  ", flush=True)
@@ -147,13 +152,16 @@ def compare(shape: Shape, genotypes: list[Genotype], examples: int, steps: int) 
 
 
 def largest_difference(losses: list[list[float]]) -> float:
-    """Of (interpreter, static) in any step, relative to the second; NaN if one is not finite."""
-    one, other = np.array(losses).T
-    return float(np.max(np.abs(one - other) / np.abs(other)))
+    """Return the largest difference of two losses in a step, relative to the second one.
+
+    NaN if a loss is not finite.
+    """
+    a, b = np.array(losses).T
+    return float(np.max(np.abs(a - b) / np.abs(b)))
 
 
 def tpu_memory(topology: str, shape: Shape, genotypes: list[Genotype], examples: int) -> dict:
-    """Bytes of temporaries of both builders' steps on one device of a topology."""
+    """Return the bytes of temporaries of both builders' steps on one device of a topology."""
     programs = [_exported("interpreter", Interpreter(shape), genotypes[0], examples)]
     for i, genotype in enumerate(genotypes):
         programs.append(_exported(f"static {i}", Static(shape), genotype, examples))
@@ -165,9 +173,12 @@ def _exported(name: str, network: Network, genotype: Genotype, examples: int) ->
     architecture = network.encode(genotype)
     values = jax.eval_shape(network.init, architecture, jax.random.key(0))
     batch = jax.eval_shape(functools.partial(batch_of, network.shape, examples))
-    # From a flat list of arguments: an exported program knows no types of ours.
+    # With flat lists of arguments and results, because exports know no types of this package.
     leaves, structure = jax.tree.flatten((architecture, values, values.parameters, batch))
-    flat = lambda *a: jax.tree.leaves(step(network, *jax.tree.unflatten(structure, a)))  # noqa: E731
+
+    def flat(*arguments: Any) -> list:
+        return jax.tree.leaves(step(network, *jax.tree.unflatten(structure, arguments)))
+
     exported = jax.export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
     first = len(jax.tree.leaves(architecture))
     updated = len(jax.tree.leaves((values, values.parameters)))
@@ -178,30 +189,29 @@ def main() -> int:
     """Print the figures. Exit codes: 0 done, 2 bad input, 1 anything else."""
     options = _options()
     try:
-        given = checked(options)
+        search = checked(options)
     except (ValueError, OSError, ImportError, errors.CompilerNotInstalledError) as error:
         return console.fail(error, 2, "benchmark_interpreter.py")
     try:
-        figures = measured(given, options)
-    # It diverges, or memory is short.
-    except (ArithmeticError, RuntimeError, MemoryError) as error:
+        figures = measured(search, options)
+    except (ArithmeticError, RuntimeError, MemoryError) as error:  # diverged, or out of memory
         return console.fail(error, 1, "benchmark_interpreter.py")
     if options.json:
         print(json.dumps(figures))
     return 0
 
 
-def measured(given: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """All that is asked for, which is printed too."""
+def measured(search: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and return what the options ask for."""
     machine = f"{platform.machine()}, Python {sys.version.split()[0]}, JAX {jax.__version__}"
     figures: dict[str, Any] = {"machine": machine}
     if options.architectures:
-        found = compare(_shape(options), drawn(options.architectures), options.batch, options.steps)
-        figures |= found
+        genotypes = drawn(options.architectures)
+        figures |= compare(_shape(options), genotypes, options.batch, options.steps)
         report(figures, options)
     if options.trained:
         numbers = range(options.first, options.first + options.trained)
-        rows = trained_by_both.trained_by_both(given, numbers)
+        rows = trained_by_both.trained_by_both(search, numbers)
         figures["trained"] = {"rows": rows, **trained_by_both.summary(rows)}
         report_trained(figures["trained"], options.trained)
     if options.tpu:
@@ -216,30 +226,32 @@ def measured(given: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cells", type=int, default=1, help="normal cells in a stack (1)")
-    parser.add_argument("--filters", type=int, default=8, help="of the first stack (8)")
+    parser.add_argument("--cells-per-stack", type=int, default=1, help="normal cells (1)")
+    parser.add_argument("--filters", type=int, default=8, help="filters of the first stack (8)")
     parser.add_argument("--image", type=int, default=8, help="height and width (8)")
-    parser.add_argument("--batch", type=int, default=64, help="examples (64)")
-    parser.add_argument("--architectures", type=int, default=10, help="to compare (10)")
-    parser.add_argument("--steps", type=int, default=7, help="to time, after a first (7)")
-    parser.add_argument("--trained", type=int, default=20, help="to train to the end (20)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first of them (0)")
-    parser.add_argument("--config", default=CONFIG, help=f"of that search ({CONFIG})")
+    parser.add_argument("--batch", type=int, default=64, help="examples in a batch (64)")
+    parser.add_argument(
+        "--architectures", type=int, default=10, help="architectures to compare (10)"
+    )
+    parser.add_argument("--steps", type=int, default=7, help="steps to time, after a first one (7)")
+    parser.add_argument("--trained", type=int, default=20, help="candidates to train (20)")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first of them (0)")
+    parser.add_argument("--config", default=CONFIG, help=f"config of their search ({CONFIG})")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace its own")
     parser.add_argument("--tpu", action="store_true", help="v5e memory, N=3, F=24; an hour")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = console.parse(parser)
-    least_of = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "first": 0}
-    for name, least in least_of.items():
+    minimum = {"batch": 1, "architectures": 0, "steps": 1, "trained": 0, "first": 0}
+    for name, least in minimum.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
     if options.trained == 1:
-        parser.error("--trained 1: expected at least 2, which can be ranked, or 0")
+        parser.error("--trained 1: expected at least 2, because one cannot be ranked, or 0")
     return options
 
 
 def checked(options: argparse.Namespace) -> dict[str, Any]:
-    """What the search of the config is, if that is trained; an error is raised now, not later."""
+    """Return the arguments of the config's search, if candidates are trained; check all options."""
     if options.architectures:
         Static(_shape(options)).encode(*drawn(1))
     if options.tpu:
@@ -251,24 +263,26 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def drawn(count: int) -> list[Genotype]:
-    """So many of the paper's space, at random."""
+    """Draw architectures of the paper's space at random."""
     return [NASNetSpace().random(Random(seed)) for seed in range(count)]
 
 
 def _shape(options: argparse.Namespace) -> Shape:
-    return Shape(options.cells, options.filters, options.image, channels=1, classes=10)
+    return Shape(options.cells_per_stack, options.filters, options.image, channels=1, classes=10)
 
 
 def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the summary."""
     rows = figures["architectures"]
-    mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
+
+    def mean(name: str) -> float:
+        return statistics.mean(row[name] for row in rows)
+
     print(f"compile: interpreter {figures['compile_s']:.0f} s once, else {mean('compile_s'):.0f} s")
     print(
         f"step, interpreter / static: {mean('ratio'):.2f}, processor time {mean('cpu_ratio'):.2f}"
     )
-    # NaN if there is one.
-    worst, itself = (
+    worst, itself = (  # NaN if one of them is
         np.max([row[name] for row in rows]) for name in ("loss_difference", "of_itself")
     )
     print(
@@ -278,23 +292,23 @@ def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def report_trained(figures: dict[str, Any], count: int) -> None:
-    """Print what came of whole trainings."""
+    """Print the summary of whole trainings."""
     for builder in BUILDERS:
-        found = figures[builder]
+        results = figures[builder]
         print(
-            f"{count} candidates trained, {builder}: mean accuracy {found['fitness']:.4f}, "
-            f"{found['per_hour']:.0f} an hour, {found['compilations']} programs compiled; "
-            f"without compilations {found['per_hour_without_compiling']:.0f} an hour"
+            f"{count} candidates trained, {builder}: mean accuracy {results['fitness']:.4f}, "
+            f"{results['per_hour']:.0f} an hour, {results['compilations']} programs compiled; "
+            f"without compilations {results['per_hour_without_compiling']:.0f} an hour"
         )
     ratio = figures["interpreter"]["per_hour"] / figures["static"]["per_hour"]
     ranks = figures["rank_correlation"]
-    apart, of_itself = (
+    difference, of_itself = (
         "{:.4f} +- {:.4f}".format(*figures[f"difference of {name}"])
         for name in ("interpreter", "itself")
     )
     print(
-        f"ratio of candidates per hour {ratio:.1f}; accuracies differ by {apart}, those of the "
-        f"static program from itself by {of_itself}; the builders' ranks correlate "
+        f"ratio of candidates per hour {ratio:.1f}; accuracies differ by {difference}, those of "
+        f"the static program from itself by {of_itself}; the builders' ranks correlate "
         f"{'undefined' if ranks is None else format(ranks, '.3f')}"
     )
 

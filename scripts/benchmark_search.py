@@ -2,9 +2,9 @@
 
     python scripts/benchmark_search.py [--json] [--rows 100000] [--million]
 
-Evaluations take no time; the space is six choices of five, as in NAS-Bench-201. PyGlove and Optuna
-do the same in the same run where they are installed: pip install pyglove optuna. --million
-evaluates a million times, and looks at the memory of the driver on the way.
+Evaluations take no time. The space is six choices of five, as in NAS-Bench-201. PyGlove and Optuna
+do the same in the same run if they are installed: pip install pyglove optuna. --million evaluates a
+million times and prints the memory of the driver on the way.
 """
 
 import argparse
@@ -26,18 +26,18 @@ EDGES = 6
 
 
 def fitness(architecture: tuple[int, ...]) -> float:
-    """Any function that costs nothing."""
+    """Return a fitness that takes no time to compute."""
     return float(sum(architecture))
 
 
 def resident_mib() -> float:
-    """Memory of this process."""
+    """Return the resident memory of this process in MiB."""
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * 4096 / 2**20
 
 
 def overhead(folder: str, rows: int, measured: int) -> dict[str, float]:
-    """Milliseconds of an `ask` and a `tell` with so many rows of history, and of a resumption."""
+    """Return milliseconds of an `ask` and a `tell` after `rows` results, and seconds to resume."""
     options = {**OPTIONS, "folder": folder, "name": "overhead", "cycles": rows + measured}
     with nas.Search(**options) as search:
         fill(search, rows)
@@ -48,26 +48,26 @@ def overhead(folder: str, rows: int, measured: int) -> dict[str, float]:
         while (job := timed(times, search.ask)) is not None:
             timed(times, search.tell, job, fitness(job.architecture))
     pairs = sorted(a + b for a, b in zip(times[0::2], times[1::2], strict=False))
-    middle, mean = 1000 * pairs[len(pairs) // 2], 1000 * sum(pairs) / len(pairs)
-    return {"mean_ms": mean, "median_ms": middle, "resume_s": resume_s}
+    median, mean = 1000 * pairs[len(pairs) // 2], 1000 * sum(pairs) / len(pairs)
+    return {"mean_ms": mean, "median_ms": median, "resume_s": resume_s}
 
 
 def timed(times: list[float], function: Callable, *arguments: object) -> nas.Job | None:
-    """What it returns; its seconds are added to `times`."""
+    """Call the function, append its seconds to `times`, and return its result."""
     started = time.perf_counter()
-    found = function(*arguments)
+    result = function(*arguments)
     times.append(time.perf_counter() - started)
-    return found
+    return result
 
 
 def fill(search: nas.Search, results: int) -> None:
-    """Ask and tell so often."""
+    """Ask and tell until the search has this many results."""
     while search.evolution.results < results and (job := search.ask()) is not None:
         search.tell(job, fitness(job.architecture))
 
 
 def ours(folder: str, count: int, workers: int) -> float:
-    """Evaluations a second of `nas.search`, store on, with threads."""
+    """Return evaluations per second of `nas.search` with its store, in threads."""
     started = time.perf_counter()
     name = f"threads {workers}"
     options = {**OPTIONS, "folder": folder, "name": name, "cycles": count}
@@ -76,7 +76,7 @@ def ours(folder: str, count: int, workers: int) -> float:
 
 
 def pyglove(folder: str, count: int, workers: int) -> float:
-    """The same of PyGlove's regularized evolution, in memory, as it has no store of its own."""
+    """Return the rate of PyGlove's regularized evolution, in memory: it has no store of its own."""
     import pyglove as pg  # pyright: ignore[reportMissingImports]
 
     space = pg.Dict({f"edge{i}": pg.oneof(list(range(len(OPERATIONS)))) for i in range(EDGES)})
@@ -93,7 +93,7 @@ def pyglove(folder: str, count: int, workers: int) -> float:
 
 
 def optuna(folder: str, count: int, workers: int) -> float:
-    """The same of Optuna's random sampler, its quickest, with SQLite."""
+    """Return the rate of Optuna's random sampler, its quickest, with SQLite."""
     import optuna  # pyright: ignore[reportMissingImports]
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -113,7 +113,7 @@ def optuna(folder: str, count: int, workers: int) -> float:
 
 
 def in_threads(work: Callable[[], None], workers: int) -> None:
-    """Do it in so many threads at once."""
+    """Run `work` in this many threads at once."""
     threads = [threading.Thread(target=work) for _ in range(workers)]
     for thread in threads:
         thread.start()
@@ -122,24 +122,28 @@ def in_threads(work: Callable[[], None], workers: int) -> None:
 
 
 def million(folder: str, count: int) -> list[tuple[int, float]]:
-    """(evaluations, MiB of the driver) on the way to so many."""
-    found = []
+    """Evaluate `count` times; return (evaluations, MiB of the driver) on the way."""
+    memory = []
     with nas.Search(**OPTIONS, folder=folder, name="million", cycles=count) as search:
         for done in (1000, 10_000, *range(100_000, count + 1, 100_000)):
             fill(search, done)
-            found.append((done, resident_mib()))
-            print(f"{done:>9} evaluations: {found[-1][1]:.1f} MiB", flush=True)
+            memory.append((done, resident_mib()))
+            print(f"{done:>9} evaluations: {memory[-1][1]:.1f} MiB", flush=True)
         size = search.store.path.stat().st_size / 2**20
     print(f"the store has {size:.0f} MiB")
-    return found
+    return memory
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=100_000, help="of history (100,000)")
+    parser.add_argument(
+        "--rows", type=int, default=100_000, help="results before the measurement (100,000)"
+    )
     parser.add_argument("--count", type=int, default=2000, help="evaluations to time (2,000)")
-    parser.add_argument("--million", action="store_true", help="the driver's memory too; minutes")
+    parser.add_argument(
+        "--million", action="store_true", help="also measure the driver's memory; minutes"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
     for name, least in (("rows", 1), ("count", OPTIONS["population"])):
@@ -163,10 +167,10 @@ def main() -> None:
                 figures[f"{name}, {workers} threads"] = rate = peer(folder, count, workers)
                 store = "SQLite" if name == "optuna" else "in memory"
                 print(f"{name}, {store}, threads {workers}: {rate:.0f} a second", flush=True)
-        figures["overhead"] = found = overhead(folder, options.rows, 2000)
+        figures["overhead"] = costs = overhead(folder, options.rows, 2000)
         print(
-            f"ask and tell at {options.rows} rows: mean {found['mean_ms']:.2f} ms, median "
-            f"{found['median_ms']:.2f} ms; resumed in {found['resume_s']:.2f} s"
+            f"ask and tell at {options.rows} rows: mean {costs['mean_ms']:.2f} ms, median "
+            f"{costs['median_ms']:.2f} ms; resumed in {costs['resume_s']:.2f} s"
         )
         if options.million:
             figures["memory_mib"] = million(folder, 1_000_000)

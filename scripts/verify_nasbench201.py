@@ -4,7 +4,7 @@
 
 FOLDER holds nb201.npz and reference_curves.csv, or a folder nasbench201 with them; the default is
 the environment variable GPIPE_JAX_DATA. The curves are the closed form of random search, and means
-of another implementation of regularized evolution over 1,000 runs. All time is simulated. "z" is
+over 1,000 runs of another implementation of regularized evolution. All time is simulated. "z" is
 the difference in standard errors of both.
 """
 
@@ -34,17 +34,17 @@ NOISE = 1.0  # percent of accuracy
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """Hold a line of the table."""
 
-    what: str
+    name: str
     measured: str
-    wanted: str
-    ok: bool | None  # None where nothing is wanted: it is only measured
+    expected: str
+    ok: bool | None  # None if it is only measured: nothing is expected
     figures: dict
 
 
 class Lookup:
-    """A table's columns as plain dicts, which are quicker."""
+    """Hold a table's columns as plain dicts, which are quicker."""
 
     def __init__(self, dataset: str, folder: Path | None) -> None:
         table = NASBench201Table(dataset, folder)
@@ -54,140 +54,146 @@ class Lookup:
         )
 
     def work(self, job: Job) -> tuple[Outcome, float]:
-        """Twelve epochs of one cell."""
+        """Return the outcome of twelve epochs of one cell, and their seconds."""
         return Outcome("ok", self.valid[job.architecture]), self.time_s[job.architecture]
 
 
 def best(lookup: Lookup, done: list[FinishedJob], counts: list[int]) -> list[float]:
-    """Test accuracy of the best cell by what was reported, after so many results."""
-    found, top, n, picked = [], -math.inf, 0, ()
+    """Return the test accuracy of the best cell by reported fitness after each of `counts`."""
+    accuracies, results, top_fitness, top_cell = [], 0, -math.inf, ()
     for each in done:
-        if each.outcome.fitness is not None:
-            n += 1
-            if each.outcome.fitness > top:
-                top, picked = each.outcome.fitness, each.job.architecture
-            if n in counts:
-                found.append(lookup.test[picked])
-    return found
+        fitness = each.outcome.fitness
+        if fitness is None:
+            continue
+        results += 1
+        if fitness > top_fitness:
+            top_fitness, top_cell = fitness, each.job.architecture
+        if results in counts:
+            accuracies.append(lookup.test[top_cell])
+    return accuracies
 
 
 def loop(
     seed: int, cycles: int, population: int = 100, sample: int = 25, **rest: Any
 ) -> StorelessLoop:
-    """A search without a store."""
+    """Return a search without a store."""
     settings = nas.Settings(population=population, sample=sample, seed=seed, **rest)
     return StorelessLoop(Evolution(SPACE, settings), cycles)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
+    """Return the mean and its standard error."""
     return fmean(values), stdev(values) / math.sqrt(len(values))
 
 
-def against(what: str, values: list[float], wanted: float, error: float = 0.0) -> Row:
-    """A mean that is to be within four standard errors of another."""
+def against(name: str, values: list[float], expected: float, error: float = 0.0) -> Row:
+    """Expect a mean to be within four standard errors of another one."""
     mean, own = mean_and_error(values)
-    z = (mean - wanted) / math.hypot(own, error)
-    figures = {"mean": mean, "standard_error": own, "wanted": wanted, "z": z, "runs": len(values)}
+    z = (mean - expected) / math.hypot(own, error)
+    figures = {"mean": mean, "standard_error": own, "wanted": expected, "z": z, "runs": len(values)}
     measured = f"{mean:.3f} +- {own:.3f} (z {z:+.1f})"
-    return Row(what, measured, f"{wanted:.3f} within 4 standard errors", abs(z) <= 4, figures)
+    return Row(name, measured, f"{expected:.3f} within 4 standard errors", abs(z) <= 4, figures)
 
 
 # --- the lines of the table -----------------------------------------------------------------------
 
 
 def curves(path: Path) -> dict[tuple, tuple[float, float]]:
-    """(data set, P, S, n) to test accuracy's mean and standard error; P is 0 of random search."""
-    found = {}
+    """Return mean test accuracy and its standard error by (data set, P, S, n).
+
+    P is 0 for random search.
+    """
+    reference = {}
     with (path.parent / "reference_curves.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             key = (row["dataset"], int(row["P"] or 0), int(row["S"] or 0), int(row["n_evals"]))
             error = float(row["test200_std"] or 0) / math.sqrt(float(row["runs"] or 1))
-            found[key] = float(row["test200_mean"]), error
-    return found
+            reference[key] = float(row["test200_mean"]), error
+    return reference
 
 
 def random_search(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
-    """Against the closed form."""
-    wanted, counts = curves(lookups["cifar10"].path), [10, 20, 50, 100, 150, 200, 300, 500]
-    found: dict[str, list[list[float]]] = {dataset: [] for dataset in DATASETS}
+    """Compare random search with the closed form."""
+    reference, counts = curves(lookups["cifar10"].path), [10, 20, 50, 100, 150, 200, 300, 500]
+    accuracies: dict[str, list[list[float]]] = {dataset: [] for dataset in DATASETS}
     for seed in range(runs):
-        one = loop(seed, 500, 1, 1, algorithm="random")
-        cells = [one.evolution.propose(k).architecture for k in range(500)]
+        search_loop = loop(seed, 500, 1, 1, algorithm="random")
+        cells = [search_loop.evolution.propose(k).architecture for k in range(500)]
         for dataset, lookup in lookups.items():
             done = [
                 FinishedJob(0.0, Job(k, k, cell, 0), Outcome("ok", lookup.valid[cell]))
                 for k, cell in enumerate(cells)
             ]
-            found[dataset].append(best(lookup, done, counts))
+            accuracies[dataset].append(best(lookup, done, counts))
     for dataset in DATASETS:
-        for n, values in zip(counts, zip(*found[dataset], strict=True), strict=True):
+        for n, values in zip(counts, zip(*accuracies[dataset], strict=True), strict=True):
             yield against(
-                f"random search, {dataset}, {n}", list(values), wanted[dataset, 0, 0, n][0]
+                f"random search, {dataset}, {n}", list(values), reference[dataset, 0, 0, n][0]
             )
 
 
 def evolution(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
-    """Against the curves, one evaluation at a time."""
-    wanted, counts = curves(lookups["cifar10"].path), [150, 200, 500]
+    """Compare evolution with the curves, one evaluation at a time."""
+    reference, counts = curves(lookups["cifar10"].path), [150, 200, 500]
     for dataset, lookup in lookups.items():
         for P, S in ((100, 25), (20, 5), (10, 3)):
-            found = [
+            accuracies = [
                 best(lookup, simulate(loop(seed, 500, P, S), lookup.work), counts)
                 for seed in range(runs)
             ]
-            for n, values in zip(counts, zip(*found, strict=True), strict=True):
-                what = f"evolution, {dataset}, P={P} S={S}, {n}"
-                yield against(what, list(values), *wanted[dataset, P, S, n])
+            for n, values in zip(counts, zip(*accuracies, strict=True), strict=True):
+                name = f"evolution, {dataset}, P={P} S={S}, {n}"
+                yield against(name, list(values), *reference[dataset, P, S, n])
 
 
 def budget(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """12,000 s on CIFAR-10; published are 93.92 +- 0.30, and 93.70 +- 0.36 by random search."""
+    """Search 12,000 s on CIFAR-10; published: 93.92 +- 0.30, random search 93.70 +- 0.36."""
     for algorithm, published in (("aging", 93.92), ("random", 93.70)):
-        found = []
+        accuracies = []
         for seed in range(runs):
-            one = loop(seed, 400, 10, 3, algorithm=algorithm)
-            done = [d for d in simulate(one, lookup.work) if d.at_s <= 12_000]
-            found += best(lookup, done, [len(done)])
-        measured = f"{fmean(found):.2f} +- {stdev(found):.2f} (deviation)"
-        figures = {"mean": fmean(found), "deviation": stdev(found), "runs": runs}
-        what = f"12,000 s, cifar10, P=10 S=3, {algorithm}"
-        yield Row(what, measured, f"published {published}", None, figures)
+            search_loop = loop(seed, 400, 10, 3, algorithm=algorithm)
+            done = [each for each in simulate(search_loop, lookup.work) if each.at_s <= 12_000]
+            accuracies += best(lookup, done, [len(done)])
+        mean, deviation = fmean(accuracies), stdev(accuracies)
+        measured = f"{mean:.2f} +- {deviation:.2f} (deviation)"
+        figures = {"mean": mean, "deviation": deviation, "runs": runs}
+        name = f"12,000 s, cifar10, P=10 S=3, {algorithm}"
+        yield Row(name, measured, f"published {published}", None, figures)
 
 
 def noisy(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """What is best by a fitness with noise, by its true test accuracy, after 500 evaluations."""
+    """Compare algorithms with a noisy fitness: true test accuracy after 500 evaluations."""
 
     def work(job: Job) -> tuple[Outcome, float]:
         noise = Random(job.seed).gauss(0.0, NOISE)
         return Outcome("ok", lookup.valid[job.architecture] + noise), 1.0
 
-    found = {}
+    accuracies = {}
     for algorithm in ("aging", "non_aging", "elitist", "random"):
         values = []
         for seed in range(runs):
             done = simulate(loop(seed, 500, algorithm=algorithm), work)
             values += best(lookup, done, [500])
-        found[algorithm] = mean_and_error(values)
-    mean, error = found["aging"]
-    for algorithm, (other, other_error) in found.items():
+        accuracies[algorithm] = mean_and_error(values)
+    mean, error = accuracies["aging"]
+    for algorithm, (other, other_error) in accuracies.items():
         z = (mean - other) / math.hypot(error, other_error)
-        what, measured = f"noisy, cifar10, {algorithm}, 500", f"{other:.3f} +- {other_error:.3f}"
+        name, measured = f"noisy, cifar10, {algorithm}, 500", f"{other:.3f} +- {other_error:.3f}"
         figures = {"mean": other, "standard_error": other_error, "runs": runs}
-        wanted = "aging not worse by 2 standard errors" if algorithm != "aging" else ""
-        yield Row(what, measured, wanted, z >= -2, figures)
+        expected = "" if algorithm == "aging" else "aging not worse by 2 standard errors"
+        yield Row(name, measured, expected, z >= -2, figures)
 
 
 def search(folder: str, seed: int, cycles: int, **options: Any) -> nas.Search:
-    """A search with all there is, its store too."""
+    """Return a search with its store."""
     return nas.Search(
         space=SPACE, name=f"{seed}", folder=folder, seed=seed, cycles=cycles, **options
     )
 
 
 def killed(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """Eight workers, a tenth of the evaluations killed half way; with the store, and replayed."""
-    wanted, found, kills = curves(lookup.path), [], 0
+    """Kill a tenth of the evaluations of eight workers half way; check the store and replay it."""
+    reference, accuracies, kills = curves(lookup.path), [], 0
 
     def work(job: Job) -> tuple[Outcome, float]:
         seconds = lookup.time_s[job.architecture]
@@ -198,23 +204,23 @@ def killed(lookup: Lookup, runs: int) -> Iterator[Row]:
     for seed in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             retries = nas.Retries(worker_death=99)
-            with search(folder, seed, 200, cache=False, retries=retries) as one:
-                found.append(best(lookup, simulate(one, work, slots=8), [150, 200]))
-                counts, members = one.store.counts(), one.store.population()
+            with search(folder, seed, 200, cache=False, retries=retries) as tested:
+                accuracies.append(best(lookup, simulate(tested, work, slots=8), [150, 200]))
+                counts, members = tested.store.counts(), tested.store.population()
                 assert counts.results == counts.evaluations == 200 and len(members) == 100
-                assert all(one.store.attempts(n, None, "ok") == 1 for n in range(200))
-                nas.replay(one.store, SPACE)
+                assert all(tested.store.attempts(n, None, "ok") == 1 for n in range(200))
+                nas.replay(tested.store, SPACE)
                 kills += counts.failures
-    for n, values in zip([150, 200], zip(*found, strict=True), strict=True):
-        what = f"8 workers, {kills} of {kills + 200 * runs} killed, P=100 S=25, {n}"
-        yield against(what, list(values), *wanted["cifar10", 100, 25, n])
+    for n, values in zip([150, 200], zip(*accuracies, strict=True), strict=True):
+        name = f"8 workers, {kills} of {kills + 200 * runs} killed, P=100 S=25, {n}"
+        yield against(name, list(values), *reference["cifar10", 100, 25, n])
 
 
 def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """32 workers, one evaluation in twenty ten times slower: asynchronous or in generations.
+    """Make one evaluation in twenty ten times slower, for 32 workers: asynchronous or generations.
 
-    An asynchronous search waits for stragglers only once, at its end. At most 1/5 is wanted of one
-    that goes on; with the wait at its end 500 results miss that, and both are shown.
+    An asynchronous search waits for stragglers only once, at its end. A search that continues is
+    expected to take at most 1/5. With the wait at its end 500 results miss that; both are shown.
     """
 
     def work(job: Job) -> tuple[Outcome, float]:
@@ -226,46 +232,49 @@ def stragglers(lookup: Lookup, runs: int) -> Iterator[Row]:
         done = simulate(loop(seed, cycles), work, slots=32, synchronous=synchronous)
         return done[results - 1].at_s / 3600
 
-    for results, more, what in (
-        (500, 32, "500 results of a search that goes on"),
+    for results, extra_results, name in (
+        (500, 32, "500 results of a search that continues"),
         (500, 0, "500 to the end"),
         (1000, 0, "1,000 to the end"),
         (2000, 0, "2,000 to the end"),
     ):
         quick, slow = (
             fmean(hours(seed, results + extra, results, synchronous) for seed in range(runs))
-            for synchronous, extra in ((False, more), (True, 0))
+            for synchronous, extra in ((False, extra_results), (True, 0))
         )
         ratio = quick / slow
         measured = f"{quick:.2f} h / {slow:.2f} h = {ratio:.3f}"
         figures = {"asynchronous_h": quick, "synchronous_h": slow, "runs": runs}
-        met = "met" if ratio <= 0.2 else "missed"
-        wanted = "at most 0.2" if more else f"0.2 is {met}"
-        yield Row(f"stragglers, {what}", measured, wanted, ratio <= 0.2 if more else None, figures)
+        is_met = ratio <= 0.2
+        if extra_results:
+            yield Row(f"stragglers, {name}", measured, "at most 0.2", is_met, figures)
+        else:
+            note = "0.2 is met" if is_met else "0.2 is missed"
+            yield Row(f"stragglers, {name}", measured, note, None, figures)
 
 
 def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
-    """8 workers with and without the cache: evaluations of 200 proposals, and the best of 200.
+    """Search with and without the cache: evaluations of 200 proposals, and the best of 200.
 
-    Every score is that of the cell that was trained.
+    Eight workers. Every fitness must be that of the cell that was trained.
     """
     tests: dict[bool, list[float]] = {True: [], False: []}
-    made: dict[bool, int] = {True: 0, False: 0}
+    evaluations: dict[bool, int] = {True: 0, False: 0}
     for seed in range(runs):
         for cache in (True, False):
             folder, cycles = tempfile.TemporaryDirectory(), 600 if cache else 200
-            with folder as name, search(name, seed, cycles, cache=cache) as one:
-                done = simulate(one, lookup.work, slots=8, max_jobs=200)
+            with folder as name, search(name, seed, cycles, cache=cache) as tested:
+                done = simulate(tested, lookup.work, slots=8, max_jobs=200)
                 tests[cache] += best(lookup, done, [len(done)])
-                rows = list(one.store.candidates())
-                made[cache] += sum(row.answered_by is None for row in rows[:200])
+                rows = list(tested.store.candidates())
+                evaluations[cache] += sum(row.answered_by is None for row in rows[:200])
                 for row in rows:
                     trained = row if row.answered_by is None else rows[row.answered_by]
                     if row.fitness is not None:
                         cell = SPACE.decode(trained.architecture)
                         assert row.fitness == trained.fitness == lookup.valid[cell]
     (mean, error), (plain, plain_error) = (mean_and_error(tests[key]) for key in (True, False))
-    share = made[True] / made[False]
+    share = evaluations[True] / evaluations[False]
     figures = {"evaluations": share, "test200": mean, "test200_without": plain, "runs": runs}
     yield Row("cache, evaluations of 200 proposals", f"{share:.2f}", "below 1", share < 1, figures)
     measured = f"{mean:.3f} +- {error:.3f} / {plain:.3f} +- {plain_error:.3f}"
@@ -277,9 +286,9 @@ def cached(lookup: Lookup, runs: int) -> Iterator[Row]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="of the table and the curves")
-    parser.add_argument("--runs", type=int, default=200, help="seeds of most lines (200)")
-    parser.add_argument("--only", help="only lines of the function of this name")
+    parser.add_argument("--folder", type=Path, help="folder of the table and the curves")
+    parser.add_argument("--runs", type=int, default=200, help="runs of most lines (200)")
+    parser.add_argument("--only", help="only the lines of the function of this name")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
@@ -302,14 +311,14 @@ def main() -> None:
     for name, part in parts.items():
         for row in part() if options.only in (None, name) else ():
             mark = {True: "ok", False: "NOT MET", None: "measured only"}[row.ok]
-            print(f"{row.what:<50} {row.measured:<42} {row.wanted}: {mark}", flush=True)
+            print(f"{row.name:<50} {row.measured:<42} {row.expected}: {mark}", flush=True)
             rows.append(row)
     wall_s = time.perf_counter() - started
     judged = [row.ok for row in rows if row.ok is not None]
     only = len(rows) - len(judged)
-    print(f"{sum(judged)} of {len(judged)} as wanted, {only} only measured, in {wall_s:.0f} s")
+    print(f"{sum(judged)} of {len(judged)} as expected, {only} only measured, in {wall_s:.0f} s")
     if options.json:
-        lines = {row.what: {**row.figures, "ok": row.ok} for row in rows}
+        lines = {row.name: {**row.figures, "ok": row.ok} for row in rows}
         print(json.dumps({"rows": lines, "wall_s": wall_s}))
     sys.exit(0 if all(judged) else 1)
 

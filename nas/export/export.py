@@ -95,7 +95,7 @@ def _check(options: ExportOptions) -> None:
     folder = out.absolute().parent
     if not folder.is_dir():
         raise ExportOptionError("out", out, f"the folder {out.parent} does not exist; create it")
-    for name in ("top", "epochs", "cells_per_stack"):
+    for name in ("top", "epochs", "cells_per_stack", "filters", "stages"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ExportOptionError(name, value, "expected a whole number of at least 1")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from gpipe_jax.genotypes.genotype import Genotype
+from nas.errors import ExportOptionError
 from nas.training.evaluator import TrainingEvaluator
 
 CELLS_PER_STACK, FILTERS, STAGES = 6, 32, 4  # the paper's N and F; devices of the pipeline
@@ -107,7 +108,8 @@ def sections(
         stages: Pipeline stages, one device each.
 
     Raises:
-        ConfigError, ValueError: There is no such network, or it cannot be cut into these stages.
+        ExportOptionError: There are more stages than layers.
+        ConfigError, SectionError: There is no such network.
     """
     from gpipe_jax.config import loader
     from gpipe_jax.training import from_config
@@ -134,10 +136,11 @@ def sections(
     }
     layers = len(from_config.network(loader.load(config).model))
     if layers < stages:
-        raise ValueError(
-            f"stages {stages} is more than the {layers} layers of a network with "
-            f"cells_per_stack {cells_per_stack}, and no stage can be empty; use at most {layers} "
-            "stages, or more cells"
+        raise ExportOptionError(
+            "stages",
+            stages,
+            f"a network with cells_per_stack {cells_per_stack} has {layers} layers, and no stage "
+            f"can be empty; use at most {layers}, or more cells",
         )
     return config
 

@@ -1,4 +1,4 @@
-"""The script that compares algorithms by real training; here nothing is trained."""
+"""Test the script that compares algorithms by real training; here nothing is trained."""
 
 import importlib
 import json
@@ -14,6 +14,9 @@ import nas
 from nas.evaluators.evaluator import identity_of
 
 OVERRIDES = ("evolution.population=4", "evolution.sample=2", "run.cycles=8", "run.workers=1")
+
+
+INTERRUPTED = "interrupted; run the same command again to resume"
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def compare(tmp_path, monkeypatch, capsys):
 
 
 def training(monkeypatch, evaluate) -> list[tuple[int, nas.Job]]:
-    """What is trained (epochs, job), to the fitness that `evaluate` says."""
+    """Replace training by `evaluate`; return the list of what is trained: (epochs, job)."""
     jobs = []
 
     def train(self, job: nas.Job) -> dict:
@@ -95,7 +98,7 @@ def test_too_many_failures_end_it(compare, monkeypatch) -> None:
 
 
 def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_path) -> None:
-    """The first one compiles for all, and has as much time for it as outside of a comparison."""
+    """Check that the first one, which compiles for all, has as much time as in other searches."""
 
     def evaluate(evaluator, job: nas.Job) -> float:
         time.sleep(0.5 * (len(jobs) == 1))
@@ -112,7 +115,10 @@ def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_p
     [
         (sqlite3.DatabaseError("malformed"), (2, "compare_search.py: malformed\n")),
         (TypeError("no fitness"), (1, "compare_search.py: no fitness\n")),
-        (KeyboardInterrupt(), (130, "compare_search.py: interrupted; run the same command again to resume\n")),
+        (
+            KeyboardInterrupt(),
+            (130, "compare_search.py: interrupted; run the same command again to resume\n"),
+        ),
     ],
 )
 def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) -> None:
@@ -127,6 +133,9 @@ def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) 
 def test_a_folder_goes_on_with_the_same_training_only(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("compare_search")
-    of = lambda epochs: nas.TrainingEvaluator(data="digits", epochs=epochs)  # noqa: E731
+
+    def of(epochs: int) -> nas.TrainingEvaluator:
+        return nas.TrainingEvaluator(data="digits", epochs=epochs)
+
     short, long = (identity_of(script.Remembered(of(epochs))) for epochs in (3, 9))
     assert short != long and short == identity_of(script.Remembered(of(3)))

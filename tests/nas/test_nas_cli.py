@@ -126,14 +126,18 @@ def test_errors_name_the_line(nas, tmp_path) -> None:
 def test_another_search_in_the_folder(nas) -> None:
     assert nas("search", "mine.yaml")[0] == 0
     code, _, err = nas("search", "mine.yaml", "evolution.seed=4")
-    assert code == 2 and "seed is 0 in the run, 4 here; use another name, or the same settings" in err
+    assert (
+        code == 2 and "seed is 0 in the run, 4 here; use another name, or the same settings" in err
+    )
 
 
 def test_another_evaluator_in_the_folder(nas, tmp_path) -> None:
     assert nas("search", "mine.yaml")[0] == 0
     before = (tmp_path / "runs/mine/config.yaml").read_text()
     code, _, err = nas("search", "mine.yaml", "evaluate.function=mine:text", "run.cycles=40")
-    assert code == 2 and "evaluate.function is 'evaluate' in the run, 'text' here; use another" in err
+    assert (
+        code == 2 and "evaluate.function is 'evaluate' in the run, 'text' here; use another" in err
+    )
     assert (tmp_path / "runs/mine/config.yaml").read_text() == before
 
 
@@ -215,6 +219,17 @@ def test_bad_training_is_found_before_anything_is_trained(nas, tmp_path, overrid
     code, _, err = nas("search", "training.yaml", override)
     assert code == 2 and problem in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_old_keys_name_the_new_ones(nas, tmp_path) -> None:
+    keys = {"cells": "cells_per_stack", "validation": "validation_images"}
+    keys["validations"] = "final_epochs"
+    old = "evaluate: {kind: training, cells: 1, validation: 9, validations: 1}\n"
+    (tmp_path / "old.yaml").write_text(f"space: {{kind: nasnet}}\n{old}")
+    code, _, err = nas("search", "old.yaml")
+    assert code == 2
+    for before, now in keys.items():
+        assert f"old.yaml:2: 'evaluate.{before}' is now 'evaluate.{now}'; rename it" in err
 
 
 @pytest.mark.parametrize("name", ["search_digits", "search_cifar10"])

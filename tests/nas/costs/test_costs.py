@@ -1,4 +1,4 @@
-"""What networks cost: counted, compiled once for each network, and as limits and metrics."""
+"""Test costs of networks: counted, compiled once for each network, and as limits and metrics."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ SMALL = {"space": SPACE, "population": 4, "sample": 2, "cycles": 8, "cache": Fal
 
 @pytest.fixture
 def tpu(monkeypatch):
-    """A TPU compiler that takes no time; gives what it was asked for, in order."""
+    """Replace the TPU compiler by one that takes no time; return its requests in order."""
     asked = []
 
     def compile_for(network, genotype, batch: int, topology: str) -> Compiled:

@@ -1,4 +1,4 @@
-"""What is exported: a config that gpipe takes, of the best candidate or the best of the best."""
+"""Test the exported config: gpipe accepts it, and it is the best candidate's."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identit
 
 
 def run(folder, evaluator, space=SPACE, name: str = "searched", cycles: int = 8) -> nas.Result:
-    """A search whose fitness is by the candidate's number: of the even ones it is the highest."""
+    """Run a search whose fitness follows from the number: later even candidates are better."""
     setup = Setup(space, evaluator, (), {}).pickled()
     options = {"population": 8, "sample": 2, "cycles": cycles, "folder": folder, "name": name}
     with nas.Search(space=space, setup=setup, **options) as search:
@@ -97,7 +97,7 @@ def test_on_a_file_of_arrays(export, tmp_path) -> None:
 
 
 def test_on_few_examples(export, tmp_path) -> None:
-    """What can be searched on can be trained on: the batch is no larger than the data."""
+    """Check that the batch is no larger than the data."""
     few = {"inputs": np.zeros((120, 8, 8, 1), np.float32), "labels": np.arange(120) % 3}
     np.savez(tmp_path / "few.npz", **few)
     some = nas.TrainingEvaluator(data=str(tmp_path / "few.npz"), batch_size=16)
@@ -170,7 +170,10 @@ def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None
 
 
 def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypatch) -> None:
-    fitness = lambda self, job: {"fitness": 100 * job.candidate + self.epochs}  # noqa: E731
+
+    def fitness(self, job: nas.Job) -> dict:
+        return {"fitness": 100 * job.candidate + self.epochs}
+
     monkeypatch.setattr(nas.TrainingEvaluator, "evaluate", fitness)
     result = run("runs", nas.TrainingEvaluator(data="digits", epochs=5))
 
@@ -244,7 +247,7 @@ BAD = [
     (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
     (
         ("-o", "b.yaml", "--cells-per-stack", "1", "--stages", "9"),
-        "stages 9 is more than the 8 layers of",
+        "--stages 9: a network with cells_per_stack 1 has 8 layers",
     ),
 ]
 

@@ -24,7 +24,7 @@ def score(job) -> dict:
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    """A search of cells, with a cost, and its store open."""
+    """Return a search of cells with a cost, with its store open."""
     folder = tmp_path_factory.mktemp("cells")
     options = {"space": nas.NASNetSpace(pairs=3), "cycles": 120, "cache": True, "sample": 5}
     with drive(small(folder, **options), score, slots=3) as search:

@@ -22,7 +22,7 @@ VOID = {"img", "meta", "br"}
 
 
 class Checked(HTMLParser):
-    """A page whose elements are closed in order, and that asks for nothing from elsewhere."""
+    """Parse a page; check that elements are closed in order and nothing else is loaded."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Both builders on the same values: what the tests of the interpreter compare."""
+"""Run both builders on the same values, for the tests of the interpreter."""
 
 import functools
 from random import Random
@@ -18,7 +18,7 @@ from nas.training.static import Static
 
 
 class Step(NamedTuple):
-    """What a training step computes, and scores of an evaluation after it."""
+    """Hold what a training step computes, and the scores of an evaluation after it."""
 
     loss: jax.Array
     scores: jax.Array
@@ -51,12 +51,12 @@ def images(shape: Shape, examples: int) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def shapes(static: Static, genotype: Genotype) -> Variables:
-    """Of its values; seconds for a large one."""
+    """Return the shapes of a network's values; takes seconds for a large one."""
     return jax.eval_shape(static.init, static.encode(genotype), jax.random.key(0))
 
 
 def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Variables:
-    """Values of which no two entries are alike, so that to mistake one shows."""
+    """Return values that all differ, so that a mixed-up element shows."""
     rng = np.random.default_rng(seed)
 
     def parameter(path: tuple, a: Any) -> jax.Array:
@@ -76,7 +76,7 @@ def shaken(static: Static, genotype: Genotype, seed: int = 0) -> Variables:
 
 
 class Pair:
-    """An interpreter, compiled once and for all, and the static builder of the same shape."""
+    """Hold an interpreter, compiled only once, and the static builder of the same shape."""
 
     def __init__(self, interpreter: Interpreter, examples: int = 4) -> None:
         self.interpreter, self.static = interpreter, Static(interpreter.shape)
@@ -85,14 +85,14 @@ class Pair:
         self.other = jax.jit(functools.partial(step, self.static))
 
     def one(self, architecture: Any, values: Variables, images: jax.Array) -> Step:
-        """The interpreter's step, by a program that can't be compiled anew for what differs."""
+        """Run the interpreter's step, by a program that is never compiled again."""
         if self.program is None:
             jitted = jax.jit(functools.partial(step, self.interpreter))
             self.program = jitted.lower(architecture, values, images).compile()
         return self.program(architecture, values, images)
 
     def both(self, genotype: Genotype, draw: int = 0) -> tuple[Step, Step, PyTree]:
-        """The interpreter's step in the static form, the static one, and padding's gradients."""
+        """Return the interpreter's step in the static form, the static one, padding's gradients."""
         values = shaken(self.static, genotype, draw)
         architecture = self.interpreter.encode(genotype)
         found = self.one(architecture, from_static(self.interpreter, genotype, values), self.images)
@@ -104,10 +104,10 @@ class Pair:
         return found._replace(gradients=gradients, statistics=statistics), wanted, padding
 
     def losses(self, genotype: Genotype, steps: int) -> tuple[list[float], list[float]]:
-        """Of so many steps of gradient descent, by both builders from the same start.
+        """Return the losses of gradient descent by both builders, from the same values.
 
-        They are small: larger ones (0.01) are chaotic in some architectures, where the layers
-        alone, from values changed in their last digit, come to losses 1e-7 away in ten steps.
+        The learning rate is small. Larger ones (0.01) are chaotic in some architectures: there the
+        layers alone, from values changed in the last digit, differ by 1e-7 after ten steps.
         """
         values = shaken(self.static, genotype)
         both = from_static(self.interpreter, genotype, values)
@@ -134,9 +134,9 @@ def assert_same(found: Step, wanted: Step, padding: object, tolerance: float) ->
 
 
 def floored(tree: object, wanted: object) -> object:
-    """Leaves that are compared with the tree's largest element too, a hundredth of it.
+    """Append a hundredth of the tree's largest element to every leaf, so that errors relate to it.
 
-    In float32 the gradient of a scale that a later batch norm takes out again is rounding alone.
+    In float32 the gradient of a scale that a later batch norm removes is only rounding.
     """
     least = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted)) * 1e-2
     return jax.tree.map(lambda a: np.append(np.ravel(a), least), tree)

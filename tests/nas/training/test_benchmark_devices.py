@@ -1,4 +1,4 @@
-"""The script that compares ways to keep devices busy; nothing is compiled."""
+"""Test the script that compares ways to keep devices busy; nothing is compiled."""
 
 import importlib
 import math

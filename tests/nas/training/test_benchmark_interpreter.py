@@ -1,4 +1,4 @@
-"""The arithmetic of the script that compares the builders; nothing is compiled."""
+"""Test the arithmetic of the script that compares the builders; nothing is compiled."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""With the interpreter a search compiles as often as there are programs, whatever it proposes."""
+"""Check that with the interpreter a search compiles each program once, whatever it proposes."""
 
 import sys
 import threading
@@ -22,12 +22,16 @@ EVENT = "/jax/core/compile/backend_compile_duration"
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A count of the programs that XLA compiles, by name."""
+    """Count the programs that XLA compiles, by name."""
     monkeypatch.setattr(cache, "use", lambda folder: None)
-    found: Counter[str] = Counter()
-    listener = lambda name, _, **about: name == EVENT and found.update([about.get("fun_name")])  # noqa: E731
+    counts: Counter[str] = Counter()
+
+    def listener(name: str, _: float, **details) -> None:
+        if name == EVENT:
+            counts[details.get("fun_name")] += 1
+
     jax.monitoring.register_event_duration_secs_listener(listener)
-    yield found
+    yield counts
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
@@ -63,7 +67,7 @@ def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_pat
 
 
 def programs_of(network: Any, architecture: Any = ()) -> tuple[Any, bool]:
-    """By the cache, of anything."""
+    """Replace compilation, so that the cache holds networks."""
     recipe: Any = None
     return programs.get(network, recipe, architecture, recipe)
 
@@ -129,7 +133,7 @@ def test_what_is_too_large_is_compiled_but_once(uncompiled, monkeypatch) -> None
 
 
 def test_threads_that_need_different_programs(uncompiled) -> None:
-    """What others have put in or taken out meanwhile is not noticed."""
+    """Compile different programs at once: additions and removals by others do no harm."""
     names = [f"{n % 7}" for n in range(3_000)]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

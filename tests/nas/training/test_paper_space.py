@@ -1,4 +1,4 @@
-"""The interpreter in the paper's space: one to two hours for all fifty random architectures."""
+"""Check the interpreter in the paper's space: fifty random architectures take one to two hours."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @functools.cache  # with the interpreter's compiled program
 def full(dtype: str, operations: tuple[str, ...] = PAPER_OPERATIONS) -> Pair:
-    """With examples enough: of 8, ten steps make a rounding error 1e8 times larger."""
+    """Return both builders with enough examples: with 8, ten steps amplify rounding 1e8 times."""
     return Pair(Interpreter(Shape(1, 4, 8, 1, 10, dtype=dtype), operations), examples=32)
 
 
@@ -50,7 +50,7 @@ def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
 
 
 def single_agrees(double: Pair, single: Pair, genotype: Genotype, draw: int) -> bool:
-    """Whether float32 is within 1e-5 of the layers in one of both types, or as near as they are."""
+    """Check that float32 is within 1e-5 of the layers in either type, or as near as they are."""
     found, wanted, _ = single.both(genotype, draw)
     with jax.enable_x64(True):
         given = (shaken(single.static, genotype, draw), single.images)
@@ -66,14 +66,14 @@ def single_agrees(double: Pair, single: Pair, genotype: Genotype, draw: int) -> 
 
 
 def largest_error(tree: object, exact: object) -> float:
-    """The largest error in any leaf, relative to the leaf's largest element."""
+    """Return the largest error in any leaf, relative to the leaf's largest element."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
 @pytest.mark.timeout(7200)
 def test_three_cells_in_a_stack() -> None:
-    """As many as the paper's search has: the loop over a stack's cells has a middle."""
+    """Test as many cells as the paper's search has: the loop over a stack has a middle."""
     with jax.enable_x64(True):
         pair = Pair(Interpreter(Shape(3, 4, 8, 1, 10, dtype="float64"), OPERATIONS), examples=32)
         assert_same(*pair.both(GENOTYPES["A"]), tolerance=1e-12)

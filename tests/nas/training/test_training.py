@@ -31,7 +31,7 @@ def no_cache_on_disk(monkeypatch) -> None:
 
 
 def numbers(found: dict) -> dict:
-    """What does not depend on the clock."""
+    """Return the metrics that do not depend on the clock."""
     return {name: value for name, value in found.items() if not name.endswith("_s")}
 
 
@@ -191,7 +191,7 @@ def test_a_file_of_images(tmp_path) -> None:
 
 
 def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
-    """In this process, and for a search that goes on; the same file elsewhere is the same."""
+    """Check it in this process and for a resumed search; a moved file is the same data."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     clear = (rng.normal(size=(200, 6, 6, 1)) + labels[:, None, None, None]).astype(np.float32)
@@ -204,7 +204,9 @@ def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
     best = found(path, clear, 8).best.fitness
     assert found(tmp_path / "moved.npz", clear, 9).counts.results == 9
     noise = rng.normal(size=clear.shape).astype(np.float32)
-    with pytest.raises(MismatchError, match=r"evaluate.data is 'a file of SHA-256 .*' there, 'a f"):
+    with pytest.raises(
+        MismatchError, match=r"evaluate.data is 'a file of SHA-256 .*' in the run, 'a f"
+    ):
         found(path, noise, 10)
     other = toy(data=str(path), **options)
     assert (other.load_data().images == noise[0]).all((1, 2, 3)).any()
@@ -224,9 +226,12 @@ def test_a_folder_of_images_is_known_by_its_arrays(tmp_path) -> None:
 def test_scores_that_are_not_finite_are_no_accuracy(monkeypatch) -> None:
     """Also if it was the last step that has ruined the values, whose loss is not known."""
     monkeypatch.setattr(Training, "_epoch", lambda self, number: 1.0)
-    ruin = lambda values: jax.tree.map(lambda a: a * jnp.nan, values)  # noqa: E731
+
+    def ruin(values):
+        return jax.tree.map(lambda a: a * jnp.nan, values)
+
     monkeypatch.setattr(Training, "values", property(lambda self: ruin(self._state.values)))
-    with pytest.raises(FloatingPointError, match=r"held out is not finite: .*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"image is not finite: .*lower learning_rate"):
         toy().evaluate(job())
 
 
@@ -259,7 +264,7 @@ def test_augmentation_moves_and_mirrors() -> None:
         ({"dtype": "float17"}, "dtype: unknown 'float17'; known: float32, bfloat16"),
         ({"dtype": "int32"}, "dtype: unknown 'int32'; known: float32, bfloat16"),
         ({"dtype": "float64"}, "dtype: unknown 'float64'; known: float32, bfloat16"),
-        ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; give 1 to 2"),
+        ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; use 1 to 2"),
     ],
 )
 def test_bad_settings(options, message) -> None:
@@ -272,10 +277,13 @@ def test_bad_settings(options, message) -> None:
     ("options", "message"),
     [
         ({"batch_size": 300}, "batch_size 300 is more than the 256 training images of digits"),
-        ({"examples": 2000}, r"examples 2000: digits has 1078 training images beside the 359 held"),
+        (
+            {"examples": 2000},
+            r"examples 2000: digits has 1078 training images besides the 359 h",
+        ),
         (
             {"validation_images": 1437},
-            "validation_images 1437: digits has 1437 images .* give 1 to 1436",
+            "validation_images 1437: digits has 1437 images .* use 1 to 1436",
         ),
         ({"data": "cifar10", "folder": "nowhere"}, "cannot find CIFAR-10: no folder nowhere"),
     ],
@@ -289,7 +297,7 @@ def test_images_too_small_for_the_cells(tmp_path) -> None:
     inputs, labels = np.zeros((100, 2, 2, 1), np.float32), np.arange(100) % 2
     np.savez(tmp_path / "small.npz", inputs=inputs, labels=labels)
     small = toy(data=str(tmp_path / "small.npz"), examples=None)
-    with pytest.raises(ValueError, match="are 2x2, too small for two reduction cells; give images"):
+    with pytest.raises(ValueError, match="are 2x2, too small for two reduction cells; use images"):
         search(tmp_path, small)
 
 
@@ -306,7 +314,7 @@ def test_a_loss_that_is_nan_stops_the_training() -> None:
     found = outcome(toy(epochs=8, learning_rate=1e30, warmup_epochs=0))
     assert found.kind == "nan"
     assert (
-        "in epoch 1 of 8: the training has diverged; give a lower learning_rate than 1e+30"
+        "in epoch 1 of 8: the training has diverged; use a lower learning_rate than 1e+30"
         in found.error
     )
 
@@ -331,9 +339,7 @@ def test_a_device_with_too_little_memory(monkeypatch) -> None:
     monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
     found = outcome(toy(batch_size=17))
     assert found.kind == "out_of_memory"
-    assert (
-        "GiB: give a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
-    )
+    assert "KiB; use a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
 
 
 def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:
@@ -361,17 +367,21 @@ def test_a_search_goes_on_with_the_same_training_only(tmp_path) -> None:
         return search(tmp_path, nas.Repeated(toy(**options), 1), cycles=cycles)
 
     on(8, epochs=2)
-    there = "evaluate.evaluator.epochs is 2 there, 3 here; evaluate.evaluator.momentum is 0.9 there"
-    with pytest.raises(MismatchError, match=f"by another evaluator, .*: {there}, 0.5 here; use an"):
+    differences = (
+        "evaluate.evaluator.epochs is 2 in the run, 3 here; evaluate.evaluator.momentum is 0.9"
+    )
+    with pytest.raises(
+        MismatchError, match=f"by another evaluator, .*: {differences} in the run, 0.5 here; use an"
+    ):
         on(9, epochs=3, momentum=0.5)
-    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Repeated' there, 'ToyEvaluator' h"):
+    with pytest.raises(MismatchError, match=r"evaluate.kind is 'Repeated' in the run, 'ToyEv"):
         search(tmp_path, toy(epochs=2), cycles=9)
-    with pytest.raises(MismatchError, match="builder is 'interpreter' there, 'static' here"):
+    with pytest.raises(MismatchError, match="builder is 'interpreter' in the run, 'static' here"):
         on(9, epochs=2, builder="static")
     aids = {"folder": "x", "timeout_s": 60.0, "compilation_cache": "y"}
     assert on(10, epochs=2, **aids).counts.results == 10
     nas.load("search", tmp_path).resume(evaluate=nas.Repeated(toy(epochs=3), 1), cycles=11)
-    with pytest.raises(MismatchError, match=r"is 3 there, 2 here.*resume\(evaluate=\.\.\.\)"):
+    with pytest.raises(MismatchError, match=r"is 3 in the run, 2 here.*resume\(evaluate=\.\.\.\)"):
         on(12, epochs=2)
     assert on(12, epochs=3).counts.results == nas.load("search", tmp_path).resume().counts.results
 

@@ -203,7 +203,7 @@ def _evaluations(run: Path) -> int:
 
 
 def _values(result: nas.Result) -> dict[int, bytes]:
-    """By member; evaluations that were lost make other names."""
+    """Return the weights by member, because lost evaluations change the names."""
     folder = result.path / "weights"
     found = {row.id: row.trained_values for row in result.reader.population()}
     assert {path.name for path in folder.iterdir()} == {Path(n).name for n in found.values() if n}

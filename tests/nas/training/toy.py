@@ -1,4 +1,4 @@
-"""What the tests of training share: a network that compiles at once, and searches that train it.
+"""Provide a network that compiles at once, and searches that train it.
 
 The toy network has a slot for each element of a genotype's normal cell: a hidden unit, if the
 operation is no identity. Its architecture is data, as the interpreter's is.
@@ -22,9 +22,9 @@ SLOTS = 10
 
 @dataclass(frozen=True)
 class Toy:
-    """Scores are sums over the used hidden units, of which each sees all pixels.
+    """Sum scores over the used hidden units, each of which reads all pixels.
 
-    These it sees in the images' own type, which is that of the shape.
+    The units compute in the images' own type, which is that of the shape.
     """
 
     shape: Shape
@@ -64,14 +64,14 @@ class Toy:
 
 @dataclass(frozen=True)
 class ToyEvaluator(TrainingEvaluator):
-    """A TrainingEvaluator of toys."""
+    """Train toys as TrainingEvaluator trains networks."""
 
     name: str = field(default="toy")
 
     def network(self) -> Any:
-        found = self.load_data()
-        _, size, _, channels = found.images.shape
-        sizes = (self.cells_per_stack, self.filters, size, channels, found.classes)
+        split = self.load_data()
+        _, size, _, channels = split.images.shape
+        sizes = (self.cells_per_stack, self.filters, size, channels, split.classes)
         return Toy(Shape(*sizes, dtype=self.dtype))
 
 
@@ -81,7 +81,7 @@ def toy(**options: Any) -> ToyEvaluator:
 
 
 def job(number: int = 0, **options: Any) -> nas.Job:
-    """Of a random genotype."""
+    """Return a job with a random genotype."""
     genotype = nas.NASNetSpace().random(Random(number))
     return nas.Job(number, number, genotype, **{"seed": number, **options})
 
@@ -90,7 +90,7 @@ SMALL_SPACE = nas.NASNetSpace(pairs=2, operations=("identity", "sep_3x3", "max_p
 
 
 def small(**options: Any) -> TrainingEvaluator:
-    """The interpreter, of a space and of networks that compile soon."""
+    """Return an evaluator with the interpreter, for a space and networks that compile quickly."""
     size = {"filters": 2, "examples": 64, "batch_size": 32, "validation_images": 40}
     return TrainingEvaluator(**{"epochs": 2, "final_epochs": 1, **size, **options})
 
@@ -101,7 +101,7 @@ def search(folder: Path, evaluate: Any = None, **options: Any) -> nas.Result:
 
 
 def trace(result: nas.Result) -> list[tuple]:
-    """All that a search has decided."""
+    """Return everything that a search has decided."""
     return [
         (row.id, row.architecture, row.parent, row.mutation, row.state, row.fitness)
         for row in result.reader.candidates()

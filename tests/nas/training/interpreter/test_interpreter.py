@@ -1,4 +1,4 @@
-"""One program for all architectures computes what each architecture's own program computes."""
+"""Check that one program for all architectures computes what each one's own program does."""
 
 import functools
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ def cell(*pairs: tuple, concat: tuple[int, ...]) -> Cell:
     return Cell(pairs, concat)
 
 
-# What is special: all inputs in the output, in another order; one state, and two in a reduction
-# cell, for which a match is left out.
-ODD = {
+# All inputs in the output, in another order; one state in the output; two in a reduction cell, for
+# which a match passes the states through.
+SPECIAL = {
     "inputs": Genotype(
         cell((("sep_3x3", 1), ("identity", 1)), (("conv_1x7_7x1", 2), ("sep_3x3", 0)),
              concat=(3, 1, 0)),
@@ -65,7 +65,7 @@ SLOW = pytest.mark.slow
 )
 def test_a_step_equals_that_of_the_layers(pair: Pair, name: str) -> None:
     """Outputs, all gradients and batch statistics; padding has gradient zero."""
-    assert_same(*pair.both(ODD[name]), tolerance=1e-12)
+    assert_same(*pair.both(SPECIAL[name]), tolerance=1e-12)
 
 
 def test_all_architectures_share_one_program(pair: Pair) -> None:
@@ -79,8 +79,8 @@ def test_all_architectures_share_one_program(pair: Pair) -> None:
 
 
 def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
-    """The compiled step has real conditionals: none became a selection among all results."""
-    genotype = ODD["narrow"]
+    """Check that the compiled step has real conditionals, not selections among all results."""
+    genotype = SPECIAL["narrow"]
     values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
     pair.one(pair.interpreter.encode(genotype), values, pair.images)
     assert pair.program is not None
@@ -94,7 +94,7 @@ def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
 
 @SLOW
 def test_values_survive_both_translations(pair: Pair) -> None:
-    for genotype in ODD.values():
+    for genotype in SPECIAL.values():
         values = shaken(pair.static, genotype)
         there = from_static(pair.interpreter, genotype, values)
         back = to_static(pair.interpreter, genotype, there)
@@ -137,7 +137,7 @@ def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def inherited(interpreter: Interpreter, child: Any, parent: Any) -> tuple:
-    """Fresh values, a parent's that are about 1000, and the child's of both."""
+    """Return fresh values, a parent's values (about 1000), and what the child gets of both."""
     fresh = interpreter.init(child, jax.random.key(0))
     old = jax.tree.map(lambda a: a + 1000.0, interpreter.init(parent, jax.random.key(1)))
     return fresh, old, interpreter.inherit(child, parent, fresh, old)
@@ -145,7 +145,7 @@ def inherited(interpreter: Interpreter, child: Any, parent: Any) -> tuple:
 
 def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
     interpreter = pair.interpreter
-    parent = ODD["two"]
+    parent = SPECIAL["two"]
     (first, second), concat = parent.normal.pairs, parent.normal.concat
     pairs = ((("sep_3x3", 0), ("max_pool_3x3", 0)), second)  # one operation is another
     child = Genotype(Cell(pairs, concat), Cell(parent.reduction.pairs, (3,)))
@@ -153,7 +153,10 @@ def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
     codes = interpreter.encode(child), interpreter.encode(parent)
     values = inherited(interpreter, *codes)[2]
     static = to_static(interpreter, child, values).parameters
-    trained_leaf = lambda a: bool((np.abs(a) > 500).all())  # noqa: E731
+
+    def trained_leaf(a):
+        return bool((np.abs(a) > 500).all())
+
     stem, normal, *_ = static
     assert all(map(trained_leaf, jax.tree.leaves((stem, normal))))
     assert set(normal["operations"]) == {0, 2, 3}  # the maximum has no parameters
@@ -166,7 +169,7 @@ def test_a_child_takes_what_it_shares_with_its_parent(pair: Pair) -> None:
 
 
 def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
-    interpreter, parent = pair.interpreter, ODD["two"]
+    interpreter, parent = pair.interpreter, SPECIAL["two"]
     pairs = ((("conv_1x7_7x1", 0), ("sep_3x3", 0)), parent.normal.pairs[1])
     child = Genotype(Cell(pairs, parent.normal.concat), parent.reduction)
     codes = interpreter.encode(child), interpreter.encode(parent)
@@ -185,9 +188,9 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
 
 
 def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pair) -> None:
-    """By both builders alike; the child concatenates as many states, but other ones."""
-    interpreter, static, parent = pair.interpreter, pair.static, ODD["two"]
-    child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), ODD["narrow"].reduction)
+    """Check both builders; the child concatenates as many states as its parent, but other ones."""
+    interpreter, static, parent = pair.interpreter, pair.static, SPECIAL["two"]
+    child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), SPECIAL["narrow"].reduction)
 
     @jax.jit  # soon compiled, unlike its operations one by one
     def both(fresh, trained):
@@ -210,7 +213,7 @@ def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pai
 def test_genotypes_of_another_space_are_refused() -> None:
     interpreter = Interpreter(SMALL)
     with pytest.raises(ValueError, match="normal cell has 2 pairs, but this interpreter's cells"):
-        interpreter.encode(ODD["two"])
+        interpreter.encode(SPECIAL["two"])
     with pytest.raises(ValueError, match="normal cell has conv_1x1, but this interpreter knows"):
         interpreter.encode(GENOTYPES["D"])
     with pytest.raises(ValueError, match="`stem` is 'imagenet', but the interpreter knows only"):
@@ -222,14 +225,14 @@ def test_genotypes_of_another_space_are_refused() -> None:
 @SLOW
 @pytest.mark.timeout(1800)
 def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() -> None:
-    """A step's errors relative to the layers' step in float32, over four draws of the values."""
+    """Compare the errors relative to the layers' step in float32, over four draws of values."""
     single, half = (
         replace(SMALL, cells_per_stack=1, dtype=dtype) for dtype in ("float32", "bfloat16")
     )
     layers, pair = Static(single), Pair(Interpreter(half, SPACE.operations, pairs=2), examples=32)
     exact = jax.jit(functools.partial(step, layers))
     for name in ("inputs", "narrow"):
-        found = np.array([errors(pair, layers, exact, ODD[name], seed) for seed in range(4)])
+        found = np.array([errors(pair, layers, exact, SPECIAL[name], seed) for seed in range(4)])
         mine, usual = np.sqrt(np.mean(found**2, 0))
         assert (mine < 2 * usual + 1e-3).all(), (name, mine, usual)
         for errors_of in (mine, usual):  # of another type, but of no other network
@@ -237,7 +240,7 @@ def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() ->
 
 
 def errors(pair: Pair, layers: Static, exact: Any, genotype: Genotype, seed: int) -> list:
-    """Of each part of a step, by the interpreter and by the layers in its type."""
+    """Return the error of each part of a step, by the interpreter and by the layers in its type."""
     images = pair.images.astype("float32")  # each network computes in its own type
     values = shaken(layers, genotype, seed)
     architecture = pair.static.encode(genotype)
@@ -252,7 +255,7 @@ def errors(pair: Pair, layers: Static, exact: Any, genotype: Genotype, seed: int
 
 
 def distance(found: object, wanted: object) -> float:
-    """Of all leaves together, relative to what is wanted."""
+    """Return the distance of all leaves together, relative to the expected ones."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
     apart, sizes = zip(*((np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs), strict=True)
     return float(np.sqrt(sum(apart) / sum(sizes)))
