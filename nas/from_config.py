@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpipe_jax.errors import section
+from gpipe_jax.errors import ArgumentError, section
 from nas.ask_tell.limits import Limit
 from nas.config import (
     FunctionConfig,
@@ -36,7 +36,7 @@ def arguments(config: SearchConfig) -> dict[str, Any]:
     also = (AttributeError, TypeError, RuntimeError)
     with section("space", also):
         space = _space(config.space)
-    with section("evaluate", also):
+    with section("evaluate", also, file_field="folder"):
         evaluate = _evaluate(config.evaluate)
     with section("limits", also):
         limits = _limits(config.limits, evaluate)
@@ -70,15 +70,16 @@ def _import_function(path: str) -> Any:
     """Import a function by module:name, also from the current folder."""
     name, colon, attribute = path.partition(":")
     if not (name and colon and attribute):
-        raise ValueError(f"`function` {path!r}: expected module:name")
+        raise ArgumentError("function", f"`function` {path!r}: expected module:name")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise ArgumentError(
+            "function",
             f"`function` {path!r} cannot be imported ({error}); run in the folder of {name}.py, or "
-            "install the module"
+            "install the module",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import (
     INPUTS,
     OPERATIONS,
@@ -44,12 +45,15 @@ class NASNetSpace:
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
-            raise ValueError(f"`pairs` {self.pairs}: a cell has at least one pair; give 1 or more")
+            raise ArgumentError(
+                "pairs", f"`pairs` {self.pairs}: a cell has at least one pair; give 1 or more"
+            )
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown or not self.operations:
-            raise ValueError(
+            raise ArgumentError(
+                "operations",
                 f"`operations`: expected some of {', '.join(OPERATIONS)}, got "
-                f"{unknown or self.operations!r}; correct them"
+                f"{unknown or self.operations!r}; correct them",
             )
         object.__setattr__(self, "operations", tuple(self.operations))
 
