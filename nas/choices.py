@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, get_args
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils import text
 
 Builder = Literal["interpreter", "static"]
@@ -19,6 +20,6 @@ def check_data(name: str) -> None:
     if name in DATASETS or Path(name).exists():
         return
     hint = text.did_you_mean_or_list(name, DATASETS)
-    raise ValueError(
-        f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
+    raise ArgumentError(
+        "data", f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
     )

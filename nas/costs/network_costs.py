@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import Genotype
 from nas.choices import DTYPES
 from nas.storage import old_names
@@ -71,7 +72,9 @@ class NetworkCosts:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}")
+            raise ArgumentError(
+                "dtype", f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}"
+            )
         if self.topology is None:
             return
         from gpipe_jax.tpu_compiler import libtpu, topologies

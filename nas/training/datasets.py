@@ -17,6 +17,7 @@ import numpy as np
 
 from gpipe_jax import data
 from gpipe_jax.data import cifar10_files, images
+from gpipe_jax.errors import ArgumentError
 from nas.choices import DATASETS
 
 
@@ -104,15 +105,17 @@ def _split(selection: Data) -> Split:
     if held is None:
         held = origin.held_out(count)
     if not 0 < held < count:
-        raise ValueError(
+        raise ArgumentError(
+            "validation_images",
             f"validation_images {held}: {name} has {count} images for training and validation, and "
-            f"both need at least one; use 1 to {count - 1}"
+            f"both need at least one; use 1 to {count - 1}",
         )
     used = count - held if selection.examples is None else selection.examples
     if not 0 < used <= count - held:
-        raise ValueError(
+        raise ArgumentError(
+            "examples",
             f"examples {used}: {name} has {count - held} training images besides the {held} held "
-            f"out; use 1 to {count - held}"
+            f"out; use 1 to {count - held}",
         )
     held_out = _proportional(labels, held)
     rest = np.setdiff1d(np.arange(count), held_out)

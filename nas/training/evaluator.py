@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES, RUNG, check_data
@@ -129,12 +130,13 @@ class TrainingEvaluator(Evaluator):
         for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+                raise ArgumentError(name, f"{name}: unknown {value!r}; known: {', '.join(known)}")
         if self.stop_epoch is not None and self.stop_epoch >= self.epochs:
             remedy = f"1 to {self.epochs - 1}" if self.epochs > 1 else "more epochs"
-            raise ValueError(
+            raise ArgumentError(
+                "stop_epoch",
                 f"stop_epoch {self.stop_epoch} is not before the end, epochs {self.epochs}; use "
-                f"{remedy}, or None for no stop"
+                f"{remedy}, or None for no stop",
             )
 
     # --- in the search's process ------------------------------------------------------------------
@@ -194,14 +196,16 @@ class TrainingEvaluator(Evaluator):
         split = self._data().split()
         count, size = split.images.shape[:2]
         if self.batch_size > count:
-            raise ValueError(
+            raise ArgumentError(
+                "batch_size",
                 f"batch_size {self.batch_size} is more than the {count} training images of "
-                f"{self.data}; use at most {count}"
+                f"{self.data}; use at most {count}",
             )
         if size < MIN_IMAGE_SIZE:
-            raise ValueError(
+            raise ArgumentError(
+                "data",
                 f"the images of {self.data} are {size}x{size}, too small for two reduction cells; "
-                f"use images of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}"
+                f"use images of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}",
             )
         return split
 
@@ -297,15 +301,16 @@ def _check_counts(evaluator: TrainingEvaluator) -> None:
         if getattr(evaluator, name) is not None:
             _check_count(name, getattr(evaluator, name))
     if evaluator.final_epochs > evaluator.epochs:
-        raise ValueError(
+        raise ArgumentError(
+            "final_epochs",
             f"final_epochs {evaluator.final_epochs} is more than epochs {evaluator.epochs}; use "
-            f"at most {evaluator.epochs}"
+            f"at most {evaluator.epochs}",
         )
 
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
+        raise ArgumentError(name, f"{name} {value!r}: expected a whole number of at least 1")
 
 
 def _check_numbers(evaluator: TrainingEvaluator) -> None:
@@ -324,7 +329,7 @@ def _check_numbers(evaluator: TrainingEvaluator) -> None:
         if value is None and name == "timeout_s":  # no limit
             continue
         if not (_is_number(value) and is_legal(value)):
-            raise ValueError(f"{name} {value!r}: expected {rule}")
+            raise ArgumentError(name, f"{name} {value!r}: expected {rule}")
 
 
 def _is_number(value: Any) -> bool:
