@@ -8,17 +8,20 @@ package, or a module beside these folders. It may import from rooms of the layer
 
 import argparse
 import ast
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+WIDTH = 88  # columns of a printed line: what a page of the documentation shows
 
 # The rooms of each package, from the bottom layer to the top one. A later package may import from
 # all of an earlier one.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gpipe_jax": (
-        ("utils", "errors"),
+        ("errors",),
+        ("utils",),
         ("schedules", "losses"),
         ("distributed", "genotypes", "data", "plots"),
         ("layers", "config", "tpu_compiler"),
@@ -62,8 +65,10 @@ class Room:
 
     @property
     def files(self) -> list[Path]:
-        """All its modules, those of its inner folders included."""
-        return sorted(self.path.rglob("*.py")) if self.path.is_dir() else [self.path]
+        """All its modules, those of its inner packages included."""
+        if self.path.is_file():
+            return [self.path]
+        return sorted(p for p in self.path.rglob("*.py") if (p.parent / "__init__.py").exists())
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,10 @@ def unlisted() -> list[str]:
 
 
 def contract(path: Path) -> str:
-    """Return the first line of the docstring of a folder or a module."""
+    """Return the first line of the docstring of a folder or a module; empty without one."""
     file = path / "__init__.py" if path.is_dir() else path
+    if not file.exists():
+        return ""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
 
@@ -160,8 +167,9 @@ def lines() -> Iterator[str]:
         yield f"{package}: {len(members)} rooms in {len(layers)} layers, {modules} modules"
         for room in reversed(members):
             yield _line(str(room.layer), room.name, room.files, contract(room.path))
-            for folder in sorted(path for path in room.path.glob("*") if path.is_dir()):
-                if files := sorted(folder.rglob("*.py")):
+            for folder in sorted({file.parent for file in room.files} - {room.path}):
+                if room.path.is_dir():
+                    files = [file for file in room.files if folder in file.parents]
                     yield _line("", f"  {folder.name}", files, contract(folder))
         yield ""
     yield "Imports that point up:"
@@ -171,7 +179,8 @@ def lines() -> Iterator[str]:
 
 
 def _line(layer: str, name: str, files: list[Path], text: str) -> str:
-    return f"{layer:>3}  {name:<14} {len(files):>3}  {text}".rstrip()
+    first = f"{layer:>3}  {name:<14} {len(files):>3}  "
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
 
 
 def main() -> int:

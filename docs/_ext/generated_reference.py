@@ -210,7 +210,7 @@ def _backslash(match: re.Match[str]) -> str:
 def cli_page() -> Iterator[str]:
     """Yield the page of both command lines."""
     yield from heading("Commands", "=")
-    for parser in (gpipe_cli._parser(), nas_cli._parser()):
+    for parser in (gpipe_cli.parser(), nas_cli._parser()):
         yield from heading(parser.prog, "-")
         yield from (plain(parser.description or ""), "")
         yield from _options(parser)
