@@ -86,6 +86,8 @@ _REALIZATION_ERRORS = (ValueError, OSError, ImportError)
 def section(
     name: str,
     also: tuple[type[Exception], ...] = (),
+    *,
+    file_field: str | None = None,
     **fields: str,
 ) -> Iterator[None]:
     """Turn errors of the block into a `SectionError` of the section `name`.
@@ -93,6 +95,7 @@ def section(
     Args:
         name: The section whose values the block uses.
         also: Further types of errors to turn, besides ValueError, OSError and ImportError.
+        file_field: The field that an OSError is about, such as the path of the data.
         **fields: The config's name of an argument, where it is another:
             `memory_limit="memory_limit_gib"`.
     """
@@ -101,8 +104,9 @@ def section(
     except SectionError:
         raise
     except (*_REALIZATION_ERRORS, *also) as error:
-        argument = error.argument if isinstance(error, ArgumentError) else None
-        field = None if argument is None else fields.get(argument, argument)
+        field = file_field if isinstance(error, OSError) else None
+        if isinstance(error, ArgumentError):
+            field = fields.get(error.argument, error.argument)
         raise SectionError(name, field, str(error)) from error
 
 

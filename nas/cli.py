@@ -19,6 +19,7 @@ from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT
 from nas.config import SearchConfig
+from nas.errors import ExportOptionError
 from nas.export import scaled_config
 from nas.reports.tables import finite
 from nas.storage.reader import FILE
@@ -54,10 +55,7 @@ def _fail(error: object, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nas", description="Search for architectures by regularized evolution."
-    )
-    parser.add_argument("--version", action="version", version=f"nas {nas.__version__}")
+    parser = console.new_parser("nas", "Search for architectures by regularized evolution.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     text = "run the search of a config; the same folder resumes a search"
@@ -71,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="HTML page to write (report.html in the run)"
     )
 
-    text = "write the best architecture of a run to a file, or a config that gpipe trains it by"
+    text = "write the best architecture of a run to a file, alone or in a config for gpipe train"
     export = console.add_command(commands, "export", _export, text)
     _add_run(export)
     _add_export_options(export)
@@ -114,6 +112,13 @@ class _RenamedCells(argparse.Action):
         )
 
 
+OPTION_OF: dict[tuple[str, str | None], str] = {
+    ("model", "filters"): "filters",
+    ("mesh", "stages"): "stages",
+}
+"""Options of `nas export` by the settings of the config that they become."""
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -124,18 +129,16 @@ def _search(options: argparse.Namespace) -> int:
     workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
     started = time.perf_counter()
     try:
-        arguments = from_config.arguments(config)
+        with loader.locating(options.config, options.overrides, SearchConfig):
+            arguments = from_config.arguments(config)
         if not (workdir / FILE).exists():  # an existing search is checked first
             _keep(config, workdir)
         with _progress(config.run.cycles) as callback:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
             )
-    except SectionError as error:
-        place = loader.place(
-            options.config, options.overrides, error.section, str(error), SearchConfig
-        )
-        raise ConfigError([f"{place}: {error}"], options.config) from error
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([str(error)], options.config) from error
     except sqlite3.Error as error:
@@ -211,12 +214,16 @@ def _export(options: argparse.Namespace) -> int:
     fields = {name: getattr(options, name) for name in export.ExportOptions._fields}
     try:
         ranking = export.export(result, export.ExportOptions(**fields), _show_finalist)
-    except export.ExportOptionError as error:
+    except ExportOptionError as error:
         option = error.option.replace("_", "-")
         return _fail(f"--{option} {error.value}: {error.problem}", BAD_INPUT)
+    except SectionError as error:
+        option = OPTION_OF.get((error.section, error.field))
+        where = options.run if option is None else f"--{option} {getattr(options, option)}"
+        return _fail(f"{where}: {error.problem}", BAD_INPUT)
     except ConfigError as error:
         raise ConfigError(error.problems, f"the config of {options.out}") from error
-    except (SectionError, ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError([str(error)], options.run) from error
     best = ranking[0].row
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}

@@ -1,12 +1,12 @@
-"""What saving costs a run: time of a step, saving every ten steps, over not saving.
+"""Measure what saving costs: time of a step, saving every ten steps, over not saving.
 
     python scripts/benchmark_save.py                       # configs/digits.yaml, a few minutes
     python scripts/benchmark_save.py configs/text.yaml --steps 50 --json
 
-Runs of one compiled program in turn, with checkpoints every ten steps and without; each from its
-eleventh step to the end of its last, saves and waits for them included; the ratio is that of the
-medians. On simulated CPU devices writing and training share the cores, so the ratio of processor
-time is given too.
+It alternates runs of one compiled program with checkpoints every ten steps and without. A run is
+timed from its eleventh step to the end of its last, including saves and waits for them; the ratio
+is that of the medians. On simulated CPU devices, writing and training share the cores, so the
+ratio of processor time is printed too.
 """
 
 import argparse
@@ -26,20 +26,22 @@ WARM_UP = 10
 
 
 def step_times_s(
-    parts: run.Assembly, steps: int, save_every: int, folder: Path
+    assembly: run.Assembly, steps: int, save_every: int, folder: Path
 ) -> tuple[float, float]:
-    """The mean time of a step of one run, and its processor time."""
+    """Return the mean time of a step of one run, and its processor time."""
     settings = {"steps": steps, "save_every": save_every, "eval_every": 10**6}
-    train = parts.config.train.model_copy(update=settings)
-    config = parts.config.model_copy(update={"train": train})
+    train = assembly.config.train.model_copy(update=settings)
+    config = assembly.config.model_copy(update={"train": train})
     started: list[tuple[float, float]] = []
-    now = lambda: (time.perf_counter(), time.process_time())  # noqa: E731
+
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
     def show(record: dict) -> None:
         if record["step"] == WARM_UP:
             started.append(now())
 
-    run.train(parts._replace(config=config, workdir=epath.Path(folder)), show)
+    run.train(assembly._replace(config=config, workdir=epath.Path(folder)), show)
     wall_s, processor_s = (b - a for a, b in zip(started[0], now(), strict=True))
     return wall_s / (steps - WARM_UP), processor_s / (steps - WARM_UP)
 
@@ -57,16 +59,16 @@ def main() -> int:
     for name, least in (("steps", WARM_UP + 1), ("rounds", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
-    parts = run.assemble(loader.load(options.config), "unused")
+    assembly = run.assemble(loader.load(options.config), "unused")
     times: dict[str, list[tuple[float, float]]] = {"saving": [], "not saving": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(options.rounds + 1):  # the first one compiles
+        for number in range(options.rounds + 1):  # the first round compiles
             for name, every in (("saving", 10), ("not saving", 10**6)):
                 path = Path(folder) / f"{name} {number}"
-                times[name].append(step_times_s(parts, options.steps, every, path))
+                times[name].append(step_times_s(assembly, options.steps, every, path))
     figures = {}
     for i, kind in enumerate(("wall", "processor")):
-        medians = {name: statistics.median(t[i] for t in each[1:]) for name, each in times.items()}
+        medians = {name: statistics.median(t[i] for t in runs[1:]) for name, runs in times.items()}
         ratio = figures[f"ratio_{kind}"] = medians["saving"] / medians["not saving"]
         saving, plain = medians.values()
         print(f"{kind} time of a step: {saving:.4f} s saving, {plain:.4f} s not: {ratio:.3f}")

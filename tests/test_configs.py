@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import pytest
 from paths import CONFIGS as FOLDER
 
-from gpipe_jax import losses, zoo
+from gpipe_jax import data, losses, zoo
 from gpipe_jax.cli import main as cli
-from gpipe_jax.config import AmoebaNetConfig, TransformerConfig
-from gpipe_jax.config.data import image_shape
 from gpipe_jax.config.loader import load
+from gpipe_jax.config.models import AmoebaNetConfig, TransformerConfig
 from gpipe_jax.config.run import Config, section_models
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.training import from_config, optimizers, run
@@ -35,12 +34,12 @@ def head(name: str) -> list[str]:
 def micro_batch(config: Config) -> dict:
     """The shapes of one micro-batch."""
     size = config.data.batch_size // (config.pipeline.micro_batches * config.mesh.data)
-    shape = image_shape(config.data)
-    if shape is None:
+    images = config.data.images()
+    if images is None:
         assert isinstance(config.model, TransformerConfig)
         tokens = jax.ShapeDtypeStruct((size, config.model.length), jnp.int32)
         return {"inputs": tokens, "labels": tokens}
-    pixels, channels, _ = shape
+    pixels, channels, _ = images
     return {
         "inputs": jax.ShapeDtypeStruct((size, pixels, pixels, channels), jnp.float32),
         "labels": jax.ShapeDtypeStruct((size,), jnp.int32),
@@ -118,7 +117,7 @@ def test_a_model_has_the_arguments_of_its_network_with_the_same_defaults(kind: s
 
 @pytest.mark.parametrize("kind", section_models("data"))
 def test_a_data_set_has_the_arguments_of_its_function(kind: str) -> None:
-    known = set(inspect.signature(from_config.DATASETS[kind]).parameters)
+    known = set(inspect.signature(data.DATASETS[kind]).parameters)
     fields = set(section_models("data")[kind].model_fields) - {"kind"}
     assert known - fields <= {"seed", "length", "augment", "rules", "decode"} and not fields - known
 

@@ -43,7 +43,7 @@ SPEC = yaml.safe_load((GUIDES / "jobset.yaml").read_text())["spec"]
 JOB = SPEC["replicatedJobs"][0]["template"]["spec"]
 SKY = yaml.safe_load((GUIDES / "skypilot.yaml").read_text())
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-PARSERS = {"gpipe": cli._parser(), "nas": nas_cli._parser()}
+PARSERS = {"gpipe": cli.parser(), "nas": nas_cli._parser()}
 # Pages that name a TPU to rent: its devices are those of the config.
 LAUNCHING = ("docs/guides/cloud_tpu.md", "docs/guides/gke.md", "docs/guides/skypilot.md")
 OTHER_COMMANDS = {

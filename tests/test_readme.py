@@ -60,7 +60,7 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_box_lists_every_command() -> None:
     row = re.search(r"\| Commands \| (.*) \|", README)
     assert row
-    for program, parser in (("gpipe", cli._parser()), ("nas", nas_cli._parser())):
+    for program, parser in (("gpipe", cli.parser()), ("nas", nas_cli._parser())):
         (listed,) = (part for part in row[1].split("; ") if part.startswith(f"`{program} "))
         (commands,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
         assert set(re.findall(r"[\w-]+", listed)) - {program} == set(commands)

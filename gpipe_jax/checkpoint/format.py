@@ -42,7 +42,7 @@ class RunInfo:
     step: int
     config: dict  # of the run, as `Config.model_dump`
     metrics: dict | None  # of the evaluation at this step, if there was one
-    data: dict = dataclasses.field(default_factory=dict)  # as `data.stream.identity` describes it
+    data: dict = dataclasses.field(default_factory=dict)  # as `data.stream.fingerprint`
 
 
 @dataclasses.dataclass(frozen=True)

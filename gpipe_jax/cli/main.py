@@ -1,4 +1,4 @@
-"""The command line: `gpipe train | eval | export | plan | schedule | config`.
+"""Run the command line: `gpipe init | train | eval | export | plan | schedule | config`.
 
 Exit codes: 0 done, 2 bad input (do not retry), 75 preempted after a save (start it again), 1
 anything else.
@@ -9,78 +9,79 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpipe_jax.cli.plan import _plan, _plan_options
-from gpipe_jax.cli.show import _config, _schedule
-from gpipe_jax.errors import ConfigError
-from gpipe_jax.schedules import generators
+from gpipe_jax.cli import init, plan, show
+from gpipe_jax.errors import ConfigError, OptionError
 from gpipe_jax.utils import console
 from gpipe_jax.utils.console import BAD_INPUT, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = console.parse(_parser(), arguments)
+    options = console.parse(parser(), arguments)
     try:
         return options.command(options)
     except ConfigError as error:
         return fail(error, BAD_INPUT)
+    except OptionError as error:
+        return fail(error, BAD_INPUT, f"gpipe {options.command_name}")
     except KeyboardInterrupt:
         return fail("interrupted", 130)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpipe", description="Train a sequence of layers through a pipeline."
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `gpipe`."""
+    program = console.new_parser("gpipe", "Train a sequence of layers through a pipeline.")
+    commands = program.add_subparsers(required=True, metavar="COMMAND")
+    init.add_parser(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    plan.add_parser(commands)
+    show.add_config_parser(commands)
+    _add_export(commands)
+    show.add_schedule_parser(commands)
+    return program
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    text = "train a config's network; in the folder of an earlier run, resume it"
+    command = console.add_command(commands, "train", _command_of_run("train"), text)
+    console.add_config(command)
+    console.complete_files(
+        command.add_argument(
+            "--plan", type=Path, metavar="FILE", help="use the layout of a plan (gpipe plan --out)"
+        )
     )
-    run = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_process_options(command)
 
-    text = "train a config's network; the same folder continues a run"
-    one = console.add_command(run, "train", _later("train"), text)
-    console.add_config(one)
-    one.add_argument("--plan", type=Path, metavar="FILE", help="lay it out as planned")
-    _host_options(one)
 
+def _add_eval(commands: argparse._SubParsersAction) -> None:
     text = "evaluate the newest checkpoint of a run"
-    one = console.add_command(run, "eval", _later("evaluate"), text)
-    console.add_config(one, "a YAML file, or the folder of a run")
-    one.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
-    _host_options(one)
+    command = console.add_command(commands, "eval", _command_of_run("evaluate"), text)
+    console.add_config(command, "a YAML file, or the folder of a run")
+    command.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
+    _add_process_options(command)
 
-    text = "say whether a config's run fits a TPU slice, and how fast it would be"
-    one = console.add_command(run, "plan", _plan, text)
-    console.add_config(one)
-    _plan_options(one)
 
-    one = console.add_command(run, "config", _config, "show a config as resolved")
-    console.add_config(one, required=False)
-    one.add_argument("--diff", action="store_true", help="differences from the defaults only")
-    one.add_argument("--schema", action="store_true", help="the JSON schema of all configs")
-
+def _add_export(commands: argparse._SubParsersAction) -> None:
     text = "write a run's parameters as one plain file"
-    one = console.add_command(run, "export", _later("export_run"), text)
-    one.add_argument("run", metavar="RUN", help="the folder of a run")
-    one.add_argument(
+    command = console.add_command(commands, "export", _command_of_run("export_run"), text)
+    console.complete_files(command.add_argument("run", metavar="RUN", help="the folder of a run"))
+    command.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
     )
 
-    one = console.add_command(run, "schedule", _schedule, "draw a schedule")
-    one.add_argument("--stages", type=int, required=True, metavar="K")
-    one.add_argument("--micro-batches", type=int, required=True, metavar="M")
-    one.add_argument("--kind", default="1f1b", choices=generators.KINDS)
-    one.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
-    one.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
-    return parser
+
+def _add_process_options(command: argparse.ArgumentParser) -> None:
+    """Add what JAX finds itself on TPU pods, and with Slurm and MPI."""
+    command.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of the first of several processes"
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    command.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
-def _host_options(one: argparse.ArgumentParser) -> None:
-    """On TPU pods, with Slurm and MPI, JAX finds these itself."""
-    one.add_argument("--coordinator", metavar="HOST:PORT", help="of the first of several processes")
-    one.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    one.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
-
-
-def _later(name: str) -> Callable[[argparse.Namespace], int]:
-    """A function of `gpipe_jax.cli.main.run`, which imports JAX: not before it is called."""
+def _command_of_run(name: str) -> Callable[[argparse.Namespace], int]:
+    """Return a function of `cli.run`; it imports that module, and JAX, only when it is called."""
 
     def command(options: argparse.Namespace) -> int:
         from gpipe_jax.cli import run

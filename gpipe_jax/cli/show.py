@@ -2,62 +2,95 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from gpipe_jax.config import loader
-from gpipe_jax.errors import ConfigError
-from gpipe_jax.schedules import generators, schedule, simulation
+from gpipe_jax.errors import ConfigError, OptionError
+from gpipe_jax.schedules import generators, simulation
+from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.console import BAD_INPUT, fail
 
+# --- gpipe config ---------------------------------------------------------------------------------
 
-def _config(options: argparse.Namespace) -> int:
+
+def add_config_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command `config`."""
+    command = console.add_command(commands, "config", config, "show a config as resolved")
+    console.add_config(command, required=False)
+    command.add_argument(
+        "--diff", action="store_true", help="show only differences from the defaults"
+    )
+    command.add_argument("--schema", action="store_true", help="show the JSON schema of configs")
+
+
+def config(options: argparse.Namespace) -> int:
+    """Show a configuration, or the schema of all."""
     if options.schema:
         print(json.dumps(loader.schema(), indent=None if options.json else 2))
         return 0
     if options.config is None:
         return fail("give a CONFIG file, or --schema", BAD_INPUT)
-    config = loader.load(options.config, options.overrides)
-    for line in loader.without_effect(config):
+    resolved = loader.load(options.config, options.overrides)
+    for line in loader.without_effect(resolved):
         console.say(line)
     if options.diff:
-        different = loader.differences(config)
+        changed = loader.non_defaults(resolved)
         if options.json:
-            print(json.dumps({k: {"default": a, "value": b} for k, (a, b) in different.items()}))
+            print(json.dumps({k: {"default": a, "value": b} for k, (a, b) in changed.items()}))
         else:
-            for name, (default, value) in different.items():
+            for name, (default, value) in changed.items():
                 print(f"{name}: {value} (default {default})")
     elif options.json:
-        print(config.model_dump_json())
+        print(resolved.model_dump_json())
     else:
-        print(loader.dump(config), end="")
+        print(loader.dump(resolved), end="")
     return 0
 
 
-def _schedule(options: argparse.Namespace) -> int:
+# --- gpipe schedule -------------------------------------------------------------------------------
+
+
+def add_schedule_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command `schedule`."""
+    command = console.add_command(commands, "schedule", schedule, "draw a schedule")
+    command.add_argument("--stages", type=int, required=True, metavar="K", help="devices")
+    command.add_argument(
+        "--micro-batches", type=int, required=True, metavar="M", help="micro-batches of a step"
+    )
+    command.add_argument(
+        "--kind", default="1f1b", choices=generators.KINDS, help="which schedule (1f1b)"
+    )
+    command.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
+
+
+def schedule(options: argparse.Namespace) -> int:
+    """Draw a schedule, with its figures."""
     try:
-        plan = generators.make(options.kind, options.stages, options.micro_batches, options.chunks)
+        drawn = generators.make(options.kind, options.stages, options.micro_batches, options.chunks)
     except ValueError as error:
         raise ConfigError([str(error)], "gpipe schedule") from error
     figures = {
-        "kind": plan.kind,
-        "stages": plan.num_devices,
-        "micro_batches": plan.micro_batches,
-        "chunks": plan.chunks,
-        "ticks": plan.ticks,
-        "bubble_fraction": plan.bubble_fraction,
-        "peak_stash": plan.peak_stash,
-        **_times(plan),
+        "kind": drawn.kind,
+        "stages": drawn.num_devices,
+        "micro_batches": drawn.micro_batches,
+        "chunks": drawn.chunks,
+        "ticks": drawn.ticks,
+        "bubble_fraction": drawn.bubble_fraction,
+        "peak_stash": drawn.peak_stash,
+        **_times(drawn),
     }
-    print(plan)
+    print(drawn)
     print(progress.table(figures))
     print(_TIMES)
     if options.png:
         from gpipe_jax import plots
 
         try:
-            plots.schedule(plan, options.png)
+            plots.schedule(drawn, options.png)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError([str(error)], f"--png {options.png}") from error
+            raise OptionError("--png", f"{options.png}: {error}") from error
         print(f"picture: {options.png}")
     if options.json:
         print(json.dumps(figures))
@@ -65,19 +98,19 @@ def _schedule(options: argparse.Namespace) -> int:
 
 
 _TIMES = """\
-times: through all of a device's chunks a forward takes 1, a backward, which recomputes it, 3; in
-lockstep a tick lasts as long as its slowest operation, as it does in one program on all devices"""
+times: through all chunks of a device, a forward takes 1 and a backward, which recomputes it, 3; in
+lockstep a tick lasts as long as its slowest operation, as in one program on all devices"""
 
 
-def _times(plan: schedule.Schedule) -> dict[str, float]:
-    """Time of the schedule, in the unit that `_TIMES` says."""
-    forward = [1 / plan.chunks] * (plan.num_devices * plan.chunks)
+def _times(drawn: Schedule) -> dict[str, float]:
+    """Return the time of the schedule, in the unit that `_TIMES` defines."""
+    forward = [1 / drawn.chunks] * (drawn.num_devices * drawn.chunks)
     backward = [3 * time for time in forward]
-    if plan.kind == "forward":
+    if drawn.kind == "forward":
         backward = [0.0 for _ in forward]
     else:
         forward[-1] = 0.0  # the last stage's is part of its backward
     return {
-        "time_lockstep": simulation.simulate(plan, forward, backward).time,
-        "time_asynchronous": simulation.simulate(plan, forward, backward, lockstep=False).time,
+        "time_lockstep": simulation.simulate(drawn, forward, backward).time,
+        "time_asynchronous": simulation.simulate(drawn, forward, backward, lockstep=False).time,
     }

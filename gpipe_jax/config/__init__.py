@@ -1,54 +1,23 @@
-"""Define what a run can be told, its defaults, and how a file becomes it; no JAX."""
+"""Define the configuration of a run: its settings, defaults and rules, and how a file is read.
+
+`run` holds the whole configuration, `models`, `data` and `optimizers` its sections with kinds, and
+`loader` reads files and overrides. No JAX here.
+"""
 
 from gpipe_jax.config.base import Section
-from gpipe_jax.config.data import (
-    ArrayRecordConfig,
-    ArraysConfig,
-    Cifar10Config,
-    DataConfig,
-    DigitsConfig,
-    FromFiles,
-    PythonConfig,
-    SyntheticImagesConfig,
-    SyntheticTokensConfig,
-    TextConfig,
-)
-from gpipe_jax.config.models import (
-    AmoebaNetConfig,
-    ConvNetConfig,
-    MlpConfig,
-    ModelConfig,
-    ResNetConfig,
-    TransformerConfig,
-)
-from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+from gpipe_jax.config.data import DataConfig
+from gpipe_jax.config.models import ModelConfig
+from gpipe_jax.config.optimizers import OptimizerConfig
 from gpipe_jax.config.run import Config, MeshConfig, PipelineConfig, ProfileConfig, TrainConfig
 
 __all__ = [
-    "AdamConfig",
-    "AmoebaNetConfig",
-    "ArrayRecordConfig",
-    "ArraysConfig",
-    "Cifar10Config",
     "Config",
-    "ConvNetConfig",
     "DataConfig",
-    "DigitsConfig",
-    "FromFiles",
     "MeshConfig",
-    "MlpConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PipelineConfig",
     "ProfileConfig",
-    "PythonConfig",
-    "ResNetConfig",
-    "RmsPropConfig",
     "Section",
-    "SgdConfig",
-    "SyntheticImagesConfig",
-    "SyntheticTokensConfig",
-    "TextConfig",
     "TrainConfig",
-    "TransformerConfig",
 ]

@@ -1,46 +1,107 @@
-"""What the fields of all sections are made of."""
+"""Define what all sections of a configuration share: types of fields, marks, base classes."""
 
-from typing import Annotated, Any
+import enum
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ValidationError as PydanticError
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
-LARGEST = 2**31 - 1  # jax holds shapes and steps in 32 bits
+LARGEST = 2**31 - 1  # JAX holds shapes and steps in 32 bits
 
 
-def _whole(value: Any) -> Any:
+def _not_a_bool(error_type: Any) -> BeforeValidator:
     # Python counts True as 1, and YAML reads an unquoted `yes` as True: never what was meant.
-    if isinstance(value, bool):
-        raise PydanticKnownError("int_type")
-    return value
+    def validate(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(error_type)
+        return value
 
-
-def _real(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticKnownError("float_type")
-    return value
+    return BeforeValidator(validate)
 
 
 # A field bounds a count further with `lt`: pydantic would let the `le` here win over another one.
-Count = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(_whole)]
-CountOrZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(_whole)]
-# Of layers and the like, each of which is an object here.
-Depth = Annotated[int, Field(ge=1, le=100_000), BeforeValidator(_whole)]
-Positive = Annotated[float, Field(gt=0), BeforeValidator(_real)]
-PositiveOrZero = Annotated[float, Field(ge=0), BeforeValidator(_real)]
-Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_real)]
+Count = Annotated[int, Field(ge=1, le=LARGEST), _not_a_bool("int_type")]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST), _not_a_bool("int_type")]
+# A count of layers and the like, each of which is an object in memory.
+Depth = Annotated[int, Field(ge=1, le=100_000), _not_a_bool("int_type")]
+Positive = Annotated[float, Field(gt=0), _not_a_bool("float_type")]
+PositiveOrZero = Annotated[float, Field(ge=0), _not_a_bool("float_type")]
+Fraction = Annotated[float, Field(ge=0, lt=1), _not_a_bool("float_type")]
 Text = Annotated[str, Field(min_length=1)]
 
 
+class Mark(enum.Enum):
+    """Say what a setting does not change; write it into the type: `Annotated[Count, Mark.LAYOUT]`.
+
+    A setting without a mark may change everything. It must stay the same when a run resumes, and
+    when a run follows a plan.
+    """
+
+    LAYOUT = "chosen by a plan; changes time and memory, but no result"
+    OPERATION = "changes no result: how the work is done, and what is written about it"
+    LENGTH = "changes the result, but neither time nor memory of a step"
+
+
 class Section(BaseModel):
-    """Base of every model here: immutable, no unknown keys, only finite numbers."""
+    """Define what all sections have: immutable, no unknown keys, only finite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
 
+    def unused(self) -> dict[str, str]:
+        """Return the fields without effect: {field: the setting of this section that is why}.
+
+        They are legal: one override of a file may leave others of its settings without effect.
+        """
+        return {}
+
+    @classmethod
+    def mark(cls, field: str) -> Mark | None:
+        """Return the mark of a field, if it has one."""
+        metadata = cls.model_fields[field].metadata
+        return next((entry for entry in metadata if isinstance(entry, Mark)), None)
+
+
+Problems = list[tuple[str, str]]  # (dotted name, message) of each
+
+
+class Configuration(Section):
+    """Define what a whole configuration has: its fields are sections.
+
+    Class attributes:
+        rules: Rules between sections. The parameters of a rule are named after the sections that
+            it needs. It returns the problems; each is reported at the setting that it names.
+        renamed: New dotted names of settings by their old ones. An old name is an error that says
+            the new one.
+    """
+
+    rules: ClassVar[tuple[Callable[..., Problems], ...]] = ()
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def cross_check(cls, sections: Mapping[str, Section]) -> Problems:
+        """Return every rule that is broken, among those whose sections are all there."""
+        problems: Problems = []
+        for rule in cls.rules:
+            names = inspect.signature(rule).parameters
+            if sections.keys() >= names.keys():
+                problems += rule(*(sections[name] for name in names))
+        return problems
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        # One error each, with its own location, where a plain ValueError would give one for all.
+        problems = [cross_check(name, message) for name, message in self.cross_check(dict(self))]
+        if problems:
+            raise PydanticError.from_exception_data(type(self).__name__, problems)
+        return self
+
 
 def cross_check(name: str, message: str) -> InitErrorDetails:
-    """What is wrong between sections, as an error of pydantic with its own place."""
+    """Return a problem between sections as an error of pydantic, located at a dotted name."""
     error = PydanticCustomError("cross_check", "{error}", {"error": message})
     return InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)

@@ -1,15 +1,56 @@
-"""The data sets, and whether a model can read them."""
+"""Define the sections of the data sets: arguments of the functions in `data`.
 
-from typing import Literal
+To add a data set, write a subclass of `DataConfig` and add it to `AnyDataConfig`. Its `kind` is the
+data set's name in `data.DATASETS`.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from gpipe_jax.config.base import Count, CountOrZero, Fraction, Section, Text
-from gpipe_jax.config.models import MlpConfig, ModelConfig, TransformerConfig
+from gpipe_jax.config.base import Count, CountOrZero, Fraction, Problems, Section, Text
+from gpipe_jax.config.models import AnyModelConfig, Images, ModelConfig
+from gpipe_jax.data.files import Rules
 
 
-class DigitsConfig(Section):
-    """The 1797 images of handwritten digits (8 x 8 pixels) that come with scikit-learn."""
+class DataConfig(Section):
+    """Define what the sections of all data sets have."""
+
+    holds_tokens: ClassVar[bool] = False  # or images
+    is_bytes: ClassVar[bool] = (
+        False  # each token is a byte: the loss is also reported in bits per byte
+    )
+    in_files: ClassVar[bool] = False  # shapes and classes are in the files, and read with them
+    file_field: ClassVar[str | None] = None  # the field with the path of the data
+
+    kind: str
+    if TYPE_CHECKING:  # a field of the subclasses, in an order of their own
+        batch_size: int
+
+    def images(self) -> Images | None:
+        """Return the size of the images; None for tokens, and for what only the files say."""
+        return None
+
+    def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the arguments of the data set's function in `data.DATASETS`, but for the seed."""
+        return self.model_dump(exclude={"kind"})
+
+    def problems(self, model: ModelConfig) -> Problems:
+        """Return why a network cannot read this data set, if both are of images or of tokens."""
+        images = self.images()
+        return [
+            (
+                f"model.{rule.field}",
+                f"{rule.words} {rule.value} does not fit data {self.kind!r} ({rule.reason}); "
+                f"make it {rule.legal}",
+            )
+            for rule in (model.size_rules(images) if images else ())
+            if rule.value != rule.legal
+        ]
+
+
+class DigitsConfig(DataConfig):
+    """Use the 1797 images of handwritten digits (8 x 8 pixels) that come with scikit-learn."""
 
     kind: Literal["digits"] = "digits"
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
@@ -20,9 +61,16 @@ class DigitsConfig(Section):
         default=1, lt=8, description="training images are moved by up to this many pixels each way"
     )
 
+    def images(self) -> Images:
+        return Images(size=8, channels=1, classes=10)
 
-class TextConfig(Section):
-    """Bytes of text, cut into sequences of `model.length`."""
+
+class TextConfig(DataConfig):
+    """Use the bytes of a text, cut into sequences of `model.length`."""
+
+    holds_tokens: ClassVar[bool] = True
+    is_bytes: ClassVar[bool] = True
+    file_field: ClassVar[str | None] = "source"
 
     kind: Literal["text"] = "text"
     source: Text = Field(
@@ -35,9 +83,21 @@ class TextConfig(Section):
         default=0.1, gt=0, description="part of the text kept for evaluation, in (0, 1)"
     )
 
+    def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:
+        return {**super().dataset_arguments(model), "length": model.sequence_length}
 
-class Cifar10Config(Section):
-    """CIFAR-10: 60,000 colour images of 32 x 32 pixels in ten classes, from a local folder."""
+    def problems(self, model: ModelConfig) -> Problems:
+        known = model.num_labels
+        if known >= 256:
+            return []
+        message = f"vocabulary {known} is less than the 256 values of a byte; use 256 or more"
+        return [("model.vocabulary", message)]
+
+
+class Cifar10Config(DataConfig):
+    """Use CIFAR-10 from a local folder: 60,000 colour images, 32 x 32 pixels, ten classes."""
+
+    file_field: ClassVar[str | None] = "folder"
 
     kind: Literal["cifar10"] = "cifar10"
     folder: Text | None = Field(
@@ -57,18 +117,26 @@ class Cifar10Config(Section):
         description="a square of this many pixels each way is cut out of training images",
     )
 
+    def images(self) -> Images:
+        return Images(size=32, channels=3, classes=10)
 
-class SyntheticImagesConfig(Section):
-    """Noise of any size, to see whether a large network fits and how fast it is."""
+
+class SyntheticImagesConfig(DataConfig):
+    """Use noise of any size, to see whether a large network fits and how fast it is."""
 
     kind: Literal["synthetic_images"] = "synthetic_images"
     image: Count = Field(default=224, description="pixels each way; there are three channels")
     classes: Count = Field(default=1000, description="number of classes")
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
 
+    def images(self) -> Images:
+        return Images(self.image, channels=3, classes=self.classes)
 
-class SyntheticTokensConfig(Section):
-    """Random tokens, in sequences of `model.length`, for the same purpose."""
+
+class SyntheticTokensConfig(DataConfig):
+    """Use random tokens in sequences of `model.length`, for the same purpose."""
+
+    holds_tokens: ClassVar[bool] = True
 
     kind: Literal["synthetic_tokens"] = "synthetic_tokens"
     vocabulary: Count = Field(
@@ -76,9 +144,22 @@ class SyntheticTokensConfig(Section):
     )
     batch_size: Count = Field(default=32, description="sequences in a step, over all replicas")
 
+    def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:
+        return {**super().dataset_arguments(model), "length": model.sequence_length}
 
-class ArraysConfig(Section):
-    """Arrays from files: `inputs` and `labels`, whose first axis is the examples."""
+    def problems(self, model: ModelConfig) -> Problems:
+        known = model.num_labels
+        if self.vocabulary <= known:
+            return []
+        message = f"vocabulary {self.vocabulary} is more than model.vocabulary {known}"
+        return [("data.vocabulary", f"{message}; use {known} or less")]
+
+
+class ArraysConfig(DataConfig):
+    """Read arrays from files: `inputs` and `labels`, whose first axis is the examples."""
+
+    in_files: ClassVar[bool] = True
+    file_field: ClassVar[str | None] = "train"
 
     kind: Literal["arrays"] = "arrays"
     train: Text = Field(
@@ -93,26 +174,35 @@ class ArraysConfig(Section):
         default=0.1, gt=0, description="part of train kept for evaluation if there is no test"
     )
 
+    def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:
+        return {**super().dataset_arguments(model), "rules": example_rules(model)}
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.test is None else {"test_fraction": f"test {self.test}"}
+
 
 class ArrayRecordConfig(ArraysConfig):
-    """array_record files whose records are .npz files of one example each."""
+    """Read array_record files whose records are .npz files of one example each."""
 
     kind: Literal["array_record"] = "array_record"  # type: ignore[assignment]
     train: Text = Field(description="the path of an array_record file, or a glob")
 
 
-class PythonConfig(Section):
-    """What a function of a Python file makes: anything that iterates."""
+class PythonConfig(DataConfig):
+    """Call a function of a Python file, which returns a data set of anything that iterates."""
+
+    in_files: ClassVar[bool] = True
+    file_field: ClassVar[str | None] = "source"
 
     kind: Literal["python"] = "python"
     source: Text = Field(
         description="the file and the function, as my_data.py:make; it is called with batch_size "
-        "and seed, and makes a gpipe_jax.data.Dataset"
+        "and seed, and returns a gpipe_jax.data.Dataset"
     )
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
 
 
-DataConfig = (
+AnyDataConfig = (
     DigitsConfig
     | TextConfig
     | Cifar10Config
@@ -122,68 +212,23 @@ DataConfig = (
     | SyntheticImagesConfig
     | SyntheticTokensConfig
 )
-FromFiles = ArraysConfig | ArrayRecordConfig | PythonConfig  # what they hold is in the files
 
 
-def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
-    """(pixels each way, channels, classes) of a data set of images; None for one of tokens."""
-    if isinstance(data, DigitsConfig):
-        return 8, 1, 10
-    if isinstance(data, Cifar10Config):
-        return 32, 3, 10
-    if isinstance(data, SyntheticImagesConfig):
-        return data.image, 3, data.classes
-    return None
+def example_rules(model: ModelConfig) -> Rules:
+    """Return what a network requires of examples from files."""
+    return Rules(tokens=model.reads_tokens, classes=model.num_labels)
 
 
-def data_problems(model: ModelConfig, data: DataConfig) -> list[tuple[str, str]]:
-    """Why the model cannot read the data: (dotted name, message) of each reason."""
-    if isinstance(data, FromFiles):
+def model_reads_data(model: AnyModelConfig, data: AnyDataConfig) -> Problems:
+    """Return why the network cannot read the data set."""
+    if data.in_files:
         return []
-    shape = image_shape(data)
-    if isinstance(model, TransformerConfig) != (shape is None):
-        message = (
-            f"model {model.kind!r} cannot read data {data.kind!r}; data.kind text and "
-            f"synthetic_tokens go with transformer_lm, those of images with the other models"
-        )
-        return [("model.kind", message)]
-    if shape is not None:
-        return _image_problems(model, data.kind, *shape)
-    known = getattr(model, "vocabulary", 0)
-    if isinstance(data, SyntheticTokensConfig) and data.vocabulary > known:
-        message = f"vocabulary {data.vocabulary} is more than model.vocabulary {known}"
-        return [("data.vocabulary", f"{message}; use {known} or less")]
-    if isinstance(data, TextConfig) and known < 256:
-        message = f"vocabulary {known} is less than the 256 values of a byte; use 256 or more"
-        return [("model.vocabulary", message)]
-    return []
-
-
-def _image_problems(
-    model: ModelConfig, data: str, size: int, channels: int, classes: int
-) -> list[tuple[str, str]]:
-    """Why the model does not take these images, or does not know these classes."""
-    images, kinds = f"{size} x {size} x {channels} images", f"{classes} classes"
-    if isinstance(model, MlpConfig):
-        first, last = model.features[0], model.features[-1]
-        rules = [
-            ("features", "first of features", first, size * size * channels, images),
-            ("features", "last of features", last, classes, kinds),
-        ]
-    else:  # a model without the setting takes any
-        rules = [
-            (name, name, getattr(model, name, legal), legal, reason)
-            for name, legal, reason in [
-                ("image", size, images),
-                ("in_channels", channels, images),
-                ("classes", classes, kinds),
-            ]
-        ]
-    return [
-        (
-            f"model.{name}",
-            f"{what} {value} does not fit data {data!r} ({reason}); make it {legal}",
-        )
-        for name, what, value, legal, reason in rules
-        if value != legal
-    ]
+    if model.reads_tokens == data.holds_tokens:
+        return data.problems(model)
+    tokens = [c.model_fields["kind"].default for c in get_args(AnyDataConfig) if c.holds_tokens]
+    readers = [c.model_fields["kind"].default for c in get_args(AnyModelConfig) if c.reads_tokens]
+    message = (
+        f"model {model.kind!r} cannot read data {data.kind!r}; data.kind {' and '.join(tokens)} "
+        f"go with {' and '.join(readers)}, those of images with the other models"
+    )
+    return [("model.kind", message)]

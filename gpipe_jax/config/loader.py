@@ -1,82 +1,129 @@
-"""From YAML, dicts and `a.b=c` overrides to a `Config`, or to a list of everything that is wrong.
+"""Load a `Config` from YAML, dicts and `a.b=c` overrides, or list everything that is wrong.
 
     load("configs/x.yaml", ["mesh.stages=4"])
 
-A bad file costs one reading: every problem is reported at once, with the line (or the override)
-that caused it. `yaml_source` reads values and notes their places; pydantic then finds the problems
-of the values, the place of each is looked up by its path, and `messages` words it.
+    file, overrides --yaml_parser--> Draft: values, and the place of each
+    each section    --pydantic-----> sections that are valid
+    valid sections  --rules--------> Config
+
+All problems are reported at once, each with its line or its override: those of every section, and
+those between sections that are valid. `messages` words them.
 """
 
+import contextlib
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
 from etils import epath
 
-from gpipe_jax.config import Section
-from gpipe_jax.config.messages import KeyPath, describe, show
+from gpipe_jax.config import messages
+from gpipe_jax.config.base import Configuration, Section
+from gpipe_jax.config.messages import KeyPath, show
 from gpipe_jax.config.run import Config, section_models, unused
 from gpipe_jax.config.yaml_parser import Draft, Location, YamlError, override, parse
-from gpipe_jax.errors import ConfigError
-from gpipe_jax.utils import text as hints
+from gpipe_jax.errors import ConfigError, SectionError
+from gpipe_jax.utils.text import did_you_mean
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Section
-C = TypeVar("C", bound=Section)
+C = TypeVar("C", bound=Configuration)
 
 _AFTER_THE_FILE = 10**9  # more than any line number
 
 
 def load(source: Source, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in a YAML file (or given as values), after `section.field=value` overrides.
+    """Load the configuration of a run.
 
-    Raises `ConfigError`, and nothing else, for bad input of any kind.
+    Args:
+        source: The path of a YAML file (also gs://), a dict of sections, or a `Config`.
+        overrides: Settings that replace the source's, such as "mesh.stages=4" or
+            "optimizer={kind: sgd}"; later ones win. Default: none.
+
+    Returns:
+        The configuration, every default filled in. It is immutable.
+
+    Raises:
+        ConfigError: The source or an override is invalid. It lists every problem with its line (or
+            override), the rule and a remedy. No other exception leaves `load` for bad input.
+
+    Example::
+
+        config = gpipe.load("configs/digits.yaml", ["train.steps=100"])
     """
     return load_as(Config, source, overrides)
 
 
 def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
-    """The same for another kind of configuration, a model whose fields are sections."""
-    config = _validate(_draft(source, overrides, root))
-    assert isinstance(config, root)
-    return config
-
-
-def place(
-    source: Source,
-    overrides: Iterable[str],
-    section: str,
-    message: str,
-    root: type[Section] = Config,
-) -> str:
-    """Where it was written what `message` is about: `x.yaml:3`, or the override.
-
-    This is the first field of the section that the message has in backticks, or else the section.
-    """
+    """Load another kind of configuration: a subclass of `Configuration`; see `load`."""
     draft = _draft(source, overrides, root)
-    fields = [(section, name) for name in re.findall(r"`(\w+)`", message)]
-    written = [path for path in fields if path in draft.places]
-    return draft.find(written[0] if written else (section,)).label
+    sections = {name: _section(draft, name) for name in root.model_fields}
+    for name in draft.values.keys() - root.model_fields.keys():
+        word = messages.unknown_key((name,), root) if isinstance(name, str) else None
+        _report(draft, (name,), word or messages.not_a_name((name,)))
+    valid = {name: section for name, section in sections.items() if section is not None}
+    for name, problem in root.cross_check(valid):
+        _report(draft, tuple(name.split(".")), f"{name}: {problem}")
+    if draft.problems:
+        raise _error(draft)
+    try:
+        return root.model_validate(valid)
+    except pydantic.ValidationError as error:  # a validator of the root itself
+        for path, group in _by_path((), error).items():
+            _report(draft, path, messages.describe(path, group, None))
+        raise _error(draft) from None
+
+
+@contextlib.contextmanager
+def locating(
+    source: Source, overrides: Iterable[str], root: type[Configuration] = Config
+) -> Iterator[None]:
+    """Turn a `SectionError` of the block into a `ConfigError` with the line of the setting.
+
+    Args:
+        source: Where the configuration was loaded from.
+        overrides: The overrides that it was loaded with.
+        root: The kind of configuration.
+    """
+    try:
+        yield
+    except SectionError as error:
+        draft = _draft(source, overrides, root)
+        path = (error.section,) if error.field is None else (error.section, error.field)
+        draft.report(draft.find(path), str(error))
+        raise _error(draft) from error
 
 
 def dump(config: Section) -> str:
-    """The configuration as YAML, every default written out; loading it gives an equal one."""
+    """Write a configuration as YAML, with every default; loading it gives an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a configuration, for editors and other programs."""
+    """Return the JSON schema of a configuration, for editors and other programs."""
     return Config.model_json_schema()
 
 
-def differences(config: Config) -> dict[str, tuple[Any, Any]]:
-    """What is not at its default: dotted name to (default, value).
+# --- differences ----------------------------------------------------------------------------------
 
-    A section with kinds is compared with the defaults of the kind it has.
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()  # in place of the value of a setting that one of two configurations lacks
+
+Differences = dict[str, tuple[Any, Any]]  # dotted name: (before, now)
+
+
+def non_defaults(config: Config) -> Differences:
+    """Return the settings that are not at their default: {dotted name: (default, value)}.
+
+    A section with kinds is compared with the defaults of its kind.
     """
-    found = {}
+    changed = {}
     for name, section in config:
         defaults = dict(type(section).model_construct())  # without those that are required
         if "kind" in defaults:
@@ -85,44 +132,46 @@ def differences(config: Config) -> dict[str, tuple[Any, Any]]:
         for field, value in section:
             default = defaults.get(field)
             if value != default:
-                found[f"{name}.{field}"] = (default, value)
-    return found
+                changed[f"{name}.{field}"] = (default, value)
+    return changed
 
 
 def without_effect(config: Config) -> list[str]:
-    """One line for each setting that is not at its default, and does nothing."""
-    changed, dead = differences(config), unused(config)
-    return [f"{name} has no effect with {dead[name]}" for name in dead if name in changed]
+    """Return one line for each setting that is not at its default, and has no effect."""
+    changed, reasons = non_defaults(config), unused(config)
+    return [f"{name} has no effect with {reasons[name]}" for name in reasons if name in changed]
 
 
-def compare(there: Config, here: Config) -> list[str]:
-    """One line for each setting in which two configurations differ; empty if they are equal.
+def compare(before: Config, now: Config) -> Differences:
+    """Return the settings that differ: {dotted name: (before, now)}; ABSENT if one has none.
 
-    Settings that do nothing in both are left out.
+    Settings without effect in both configurations are left out.
     """
     left, right = (
         {f"{name}.{field}": value for name, section in config for field, value in section}
-        for config in (there, here)
+        for config in (before, now)
     )
-    lines = []
-    dead = unused(there).keys() & unused(here).keys()
-    for name in [name for name in left | right if name not in dead]:
-        a, b = (
-            [show(side[name]), side[name]] if name in side else ["absent"] for side in (left, right)
-        )
-        if a != b:
-            lines.append(f"{name}: {a[0]} there, {b[0]} here")
-    return lines
+    ignored = unused(before).keys() & unused(now).keys()
+    pairs = {name: (left.get(name, ABSENT), right.get(name, ABSENT)) for name in left | right}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and name not in ignored}
+
+
+def describe_differences(differences: Differences) -> list[str]:
+    """Write one line for each difference."""
+    return [f"{name}: {show(a)} before, {show(b)} now" for name, (a, b) in differences.items()]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes lists on one line, as people do."""
+    """Write lists on one line, as people do."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def _draft(source: Source, overrides: Iterable[str], root: type[Section] = Config) -> Draft:
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _draft(source: Source, overrides: Iterable[str], root: type[Configuration]) -> Draft:
     if isinstance(source, str | os.PathLike):
         draft = _read(epath.Path(source), root)
     elif isinstance(source, Mapping | Section):
@@ -141,7 +190,7 @@ def _copy(section: Any) -> Any:
     return dict(section) if isinstance(section, Mapping | pydantic.BaseModel) else section
 
 
-def _read(path: epath.Path, root: type[Section]) -> Draft:
+def _read(path: epath.Path, root: type[Configuration]) -> Draft:
     draft = Draft(str(path), root)
     try:
         parse(draft, _text(path))
@@ -152,7 +201,7 @@ def _read(path: epath.Path, root: type[Section]) -> Draft:
 
 
 def no_package(error: ImportError) -> str:
-    """The problem that a package is missing which an address needs."""
+    """Word the problem that an address needs a package which is missing."""
     return f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
 
 
@@ -165,7 +214,7 @@ def _text(path: epath.Path) -> str:
             neighbours = sorted(os.listdir(path.parent))
         except OSError:
             neighbours = []
-        reason = f"no such file{hints.did_you_mean(path.name, neighbours)}"
+        reason = f"no such file{did_you_mean(path.name, neighbours)}"
     except ImportError as error:
         reason = no_package(error)
     except IsADirectoryError:
@@ -174,49 +223,101 @@ def _text(path: epath.Path) -> str:
         lines = error.object.count(b"\n", 0, error.start) + 1
         line = f":{lines}"
         reason = f"not UTF-8 text, at byte {error.start}; save it as UTF-8"
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+    except ValueError as error:  # a zero byte in the path
+        reason = f"cannot be read: {error}"
     raise ConfigError([f"{path}{line}: {reason}"], str(path))
 
 
-def _validate(draft: Draft) -> Section:
-    # `mesh:` with nothing below it is an empty section, which is to say the defaults.
-    given = {
-        name: value
-        for name, value in draft.values.items()
-        if value is not None or name not in draft.root.model_fields
-    }
+# --- checking -------------------------------------------------------------------------------------
+
+
+def _section(draft: Draft, name: str) -> Section | None:
+    """Return a section if it is valid, else report its problems."""
+    field, value = draft.root.model_fields[name], draft.values.get(name)
+    if value is None:  # `mesh:` with nothing below it is an empty section: the defaults
+        if not field.is_required():
+            return field.default
+        value = {}
+    if not isinstance(value, dict):
+        _report(draft, (name,), messages.not_a_section(name, value))
+        return None
+    models = section_models(name, draft.root)
+    kind = ""
+    if "" not in models:
+        kind, kinds = value.get("kind"), list(models)
+        if not isinstance(kind, str) or kind not in models:
+            problem = messages.unknown_kind(name, kind, kinds)
+            if "kind" not in value:
+                problem = messages.no_kind(name, kinds)
+            _report(draft, (name, "kind"), problem)
+            _check_without_kind(draft, name, value)
+            return None
     try:
-        config = draft.root.model_validate(given)
+        return models[kind].model_validate(value)
     except pydantic.ValidationError as error:
-        for path, group in _by_path(error, draft.root).items():
-            if not any(path[:end] in draft.unreadable for end in range(len(path) + 1)):
-                draft.report(draft.find(path), describe(draft.values, path, group, draft.root))
-    else:
-        if not draft.problems:
-            return config
-    raise _error(draft)
+        _report_fields(draft, models[kind], kind, _by_path((name,), error))
+        return None
 
 
-def _by_path(error: pydantic.ValidationError, root: type[Section]) -> dict[KeyPath, list[Any]]:
-    """Pydantic's errors by the path of the value in what was given.
+def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
+    """Report the fields of a section of unknown kind that every kind with such a field refuses."""
+    refused = {}
+    for model in set(section_models(name, draft.root).values()):
+        try:
+            model.model_validate({k: v for k, v in value.items() if k in model.model_fields})
+        except pydantic.ValidationError as error:
+            refused[model] = _by_path((name,), error)
+        else:
+            refused[model] = {}
+    for field in value.keys() - {"kind"}:
+        path = (name, field)
+        owners = {model: paths for model, paths in refused.items() if field in model.model_fields}
+        if not isinstance(field, str):
+            _report(draft, path, messages.not_a_name(path))
+        elif not owners:
+            _report(draft, path, messages.unknown_key(path, draft.root))
+        elif all(any(p[:2] == path for p in paths) for paths in owners.values()):
+            model, paths = next(iter(owners.items()))
+            inside = {p: errors for p, errors in paths.items() if p[:2] == path}
+            _report_fields(draft, model, "", inside)
 
-    Pydantic's own path also names the kind of a section and the branch of a union. A value that may
-    be a word or a list fails as each of them: if it fails inside the list, a list was meant.
+
+def _report_fields(
+    draft: Draft, model: type[Section], kind: str, problems: Mapping[KeyPath, list[Any]]
+) -> None:
+    for path, errors in problems.items():
+        if errors[0]["type"] == "extra_forbidden":
+            kind_place = draft.find((path[0], "kind"))
+            overridden = kind_place.order >= _AFTER_THE_FILE
+            message = messages.unknown_key(path, draft.root, kind, kind_is_overridden=overridden)
+        else:
+            field = model.model_fields.get(path[1])
+            message = messages.describe(path, errors, field.description if field else None)
+        _report(draft, path, message)
+
+
+def _by_path(root: KeyPath, error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
+    """Group pydantic's errors by the path of the value in what was given.
+
+    Pydantic's own path also names the branch of a union. A value that may be a word or a list fails
+    as each of them: if it fails inside the list, a list was meant.
     """
     groups: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
-        section, *rest = item["loc"]
-        has_kinds = section in root.model_fields and "" not in section_models(str(section), root)
-        if has_kinds and item["type"] != "cross_check":
-            rest = rest[1:]
-        if not rest and item["type"] in ("missing", "union_tag_not_found", "union_tag_invalid"):
-            rest = ["kind"]
-        path = (section, *rest[:1], *(part for part in rest[1:] if isinstance(part, int)))
+        path = (*root, *item["loc"])
+        path = (*path[:2], *(step for step in path[2:] if isinstance(step, int)))
         groups.setdefault(path, []).append(item)
     with_items = {path[:2] for path in groups if len(path) > 2}
     return {path: group for path, group in groups.items() if path not in with_items}
 
 
+def _report(draft: Draft, path: KeyPath, message: str) -> None:
+    """Add a problem, unless the value could not be read at all."""
+    if not any(path[:end] in draft.unreadable for end in range(len(path) + 1)):
+        draft.report(draft.find(path), message)
+
+
 def _error(draft: Draft) -> ConfigError:
-    return ConfigError(draft.lines(), draft.path or "the configuration")
+    return ConfigError(draft.lines(), draft.file or "the configuration")

@@ -1,44 +1,40 @@
-"""The words of the loader's messages: what was expected, what was given, and what to do.
+"""Word the loader's messages: what was expected, what was given, and what to do.
 
-A message fits on one line, whatever was given: values and paths are shown escaped and cut.
+A message fits on one line, whatever was given: values and paths are escaped and cut.
 """
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpipe_jax.config import Section
+from gpipe_jax.config.base import Configuration
 from gpipe_jax.config.run import Config, section_models
 from gpipe_jax.utils import text
 
 KeyPath = tuple[Any, ...]  # from the root of the configuration to a value
 
 
-def describe(
-    values: dict[Any, Any], path: KeyPath, errors: list[Any], root: type[Section] = Config
-) -> str:
-    """One line for what is wrong with the value at `path`."""
+# --- one field ------------------------------------------------------------------------------------
+
+
+def describe(path: KeyPath, errors: Sequence[Any], description: str | None) -> str:
+    """Word pydantic's errors of one value; several are branches of a union that all failed.
+
+    Args:
+        path: Where the value is.
+        errors: The errors, as `pydantic.ValidationError.errors` gives them.
+        description: The description of the field, for one that is missing.
+    """
     kind, given, name = errors[0]["type"], errors[0]["input"], dotted(path)
     if kind in ("value_error", "cross_check"):
         return f"{name}: {errors[0]['ctx']['error']}"
-    if kind == "extra_forbidden":
-        has_kinds = path[0] in root.model_fields and "" not in section_models(path[0], root)
-        return unknown_key(path, values[path[0]]["kind"] if has_kinds else "", root)
     if kind == "invalid_key":
-        return f"{name}: expected a name as key, got {show(path[-1])}; correct it"
-    if kind == "missing" and path[1] != "kind":
-        model = section_models(path[0], root)[values[path[0]].get("kind", "")]
-        return f"{name}: required; give {model.model_fields[path[1]].description}"
-    if kind in ("missing", "union_tag_not_found"):
-        return f"{name}: required; give {_one_of(section_models(path[0], root))}"
-    if kind == "union_tag_invalid":
-        given, legal = given["kind"], list(section_models(path[0], root))
-        rules = _one_of(legal)
-    else:
-        rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
-        legal = re.findall(r"'(.*?)'", rules)
-    hint = text.did_you_mean(given, legal)
+        return not_a_name(path)
+    if kind == "missing":
+        return f"{name}: required; give {description}"
+    rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
+    hint = text.did_you_mean(given, re.findall(r"'(.*?)'", rules))
     if kind == "string_type" and isinstance(given, int | float):
         hint = "; put it in quotes"
     return f"{name}: expected {rules}, got {show(given)}{hint}"
@@ -58,8 +54,6 @@ _RULES = {
     "string_too_short": "text, not nothing",
     "tuple_type": "a list",
     "too_short": "a list of at least {min_length}",
-    "model_type": "a mapping (lines of 'key: value')",
-    "model_attributes_type": "a mapping (lines of 'key: value')",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
@@ -69,45 +63,85 @@ _RULES = {
 
 
 def _rule(error: Any) -> str:
-    """What pydantic wanted, in words that follow `expected`."""
+    """Return what pydantic expected, in words that follow `expected`."""
     words = {name: str(value).removesuffix(".0") for name, value in error.get("ctx", {}).items()}
     rule = _RULES.get(error["type"])
     return rule.format_map(words) if rule else error["msg"]
 
 
-def fields_of(section: str, root: type[Section] = Config) -> list[str]:
-    """The fields of a section, of any kind."""
+# --- sections and keys ----------------------------------------------------------------------------
+
+
+def not_a_section(name: str, given: Any) -> str:
+    """Word the problem of a section that is no mapping."""
+    return f"{name}: expected a mapping (lines of 'key: value'), got {show(given)}"
+
+
+def not_a_name(path: KeyPath) -> str:
+    """Word the problem of a key that is no text."""
+    return f"{dotted(path)}: expected a name as key, got {show(path[-1])}; correct it"
+
+
+def no_kind(name: str, kinds: Sequence[str]) -> str:
+    """Word the problem of a section that does not say its kind."""
+    return f"{name}.kind: required; give {_one_of(kinds)}"
+
+
+def unknown_kind(name: str, given: Any, kinds: Sequence[str]) -> str:
+    """Word the problem of a section whose kind does not exist."""
+    hint = text.did_you_mean(given, kinds)
+    return f"{name}.kind: expected {_one_of(kinds)}, got {show(given)}{hint}"
+
+
+def fields_of(section: str, root: type[Configuration] = Config) -> list[str]:
+    """Return the fields of a section, of all its kinds."""
     models = section_models(section, root).values()
     return list(dict.fromkeys(field for model in models for field in model.model_fields))
 
 
-def unknown_key(path: KeyPath, kind: str, root: type[Section] = Config) -> str:
-    """What to do about a key that does not exist, or not in this kind of section."""
+def unknown_key(
+    path: KeyPath,
+    root: type[Configuration] = Config,
+    kind: str = "",
+    *,
+    kind_is_overridden: bool = False,
+) -> str:
+    """Word the problem of a key that does not exist, or not in this kind of section.
+
+    Args:
+        path: Where the key is.
+        root: The whole configuration.
+        kind: The kind of the section, if it has kinds and the kind is known.
+        kind_is_overridden: Whether an override gave the kind, and the file has keys of another.
+    """
     section, field = path[0], path[-1]
-    message = f"unknown key '{dotted(path)}'"
-    if section in root.model_fields:
-        models = section_models(section, root)
-        owners = [name for name, model in models.items() if field in model.model_fields]
-        if owners:
-            message = f"'{dotted(path)}' belongs to {section}.kind {_one_of(owners)}, not {kind!r}"
-            return (
-                f"{message}; remove it, or override the whole section: '{section}={{kind: {kind}}}'"
-            )
-        near = list(models[kind].model_fields) if kind else fields_of(section, root)
-        legal = ", ".join(near)
-        near = {f"{section}.{name}": name for name in near}
-    else:
-        near = {name: name for name in root.model_fields}
-        legal = ", ".join(near)
+    if dotted(path) in root.renamed:
+        return f"'{dotted(path)}' is now '{root.renamed[dotted(path)]}'; rename it"
+    if section not in root.model_fields:
+        return f"unknown key '{dotted(path)}'" + _suggestion(field, "", [*root.model_fields], root)
+    models = section_models(section, root)
+    owners = [name for name, model in models.items() if field in model.model_fields]
+    if owners and kind:
+        message = f"'{dotted(path)}' belongs to {section}.kind {_one_of(owners)}, not {kind!r}"
+        whole = f", or override the whole section: '{section}={{kind: {kind}}}'"
+        return f"{message}; remove it{whole if kind_is_overridden else ''}"
+    siblings = list(models[kind].model_fields) if kind else fields_of(section, root)
+    return f"unknown key '{dotted(path)}'" + _suggestion(field, f"{section}.", siblings, root)
+
+
+def _suggestion(field: Any, prefix: str, siblings: Sequence[str], root: type[Configuration]) -> str:
+    """Suggest a similar name: first of the siblings, then of the fields of all sections."""
     everywhere = {
-        f"{name}.{leaf}": leaf for name in root.model_fields for leaf in fields_of(name, root)
+        f"{section}.{name}": name
+        for section in root.model_fields
+        for name in fields_of(section, root)
     }
-    for names in (near, everywhere):
-        meant = text.nearest_name(str(field), names.values())
-        for name, leaf in names.items():
-            if leaf == meant:
-                return f"{message}; did you mean '{name}'?"
-    return f"{message}; legal keys: {legal}"
+    for names in ({f"{prefix}{name}": name for name in siblings}, everywhere):
+        nearest = text.nearest_name(str(field), names.values())
+        for dotted_name, name in names.items():
+            if name == nearest:
+                return f"; did you mean '{dotted_name}'?"
+    return f"; legal keys: {', '.join(siblings)}"
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -115,10 +149,13 @@ def _one_of(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+# --- paths and values -----------------------------------------------------------------------------
+
+
 def dotted(path: KeyPath) -> str:
-    """A path as people write it, on one line: `model.widths[1]`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
-    name = "".join(parts).removeprefix(".")
+    """Write a path as people do, on one line: `model.widths[1]`."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in path]
+    name = "".join(steps).removeprefix(".")
     name = name if name.isprintable() else repr(name)[1:-1]
     return name if len(name) <= 120 else f"{name[:100]}..."
 
@@ -129,7 +166,7 @@ _SHORT.maxtuple = _SHORT.maxlist = 32
 
 
 def show(value: Any) -> str:
-    """A value on one line, not too long."""
+    """Write a value on one line, cut if it is long."""
     if value is None:
         return "nothing"
     try:

@@ -1,17 +1,101 @@
-"""The networks: what the functions of `zoo` take, and what their losses do."""
+"""Define the sections of the networks: arguments of the functions in `zoo`, and of their losses.
 
-from typing import Annotated, Literal
+To add a network, write a subclass of `ModelConfig` and add it to `AnyModelConfig`. Its `kind` is
+the network's name in `zoo.MODELS`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from gpipe_jax.config.base import Count, Depth, Fraction, PositiveOrZero, Section, Text
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
 from gpipe_jax.utils.text import nearest_multiples
 
 
-class ConvNetConfig(Section):
-    """A residual network for small images."""
+class Images(NamedTuple):
+    """Describe the images of a data set."""
+
+    size: int  # pixels each way
+    channels: int
+    classes: int
+
+
+class SizeRule(NamedTuple):
+    """Say which value a setting must have for a data set of images."""
+
+    field: str
+    words: str  # the setting in a message
+    value: int
+    legal: int
+    reason: str
+
+
+class ModelConfig(Section):
+    """Define what the sections of all networks have."""
+
+    reads_tokens: ClassVar[bool] = False  # or images
+    _loss_fields: ClassVar[tuple[str, ...]] = ()  # fields that the loss takes, not the network
+
+    kind: str
+
+    @property
+    def num_labels(self) -> int:
+        """Return the number of different labels that the network can predict."""
+        raise NotImplementedError
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Return the tokens in a sequence; None for a network of images."""
+        return None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Return whether training draws random numbers."""
+        return False
+
+    def network_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the network's function in `zoo.MODELS`."""
+        return self.model_dump(exclude={"kind", *self._loss_fields})
+
+    def loss_arguments(self) -> dict[str, float]:
+        """Return the arguments of `losses.classification`."""
+        return self.model_dump(include=set(self._loss_fields))
+
+    def size_rules(self, images: Images) -> list[SizeRule]:
+        """Return which settings must have which values for these images."""
+        raise NotImplementedError
+
+
+def _what(images: Images) -> tuple[str, str]:
+    size, channels, classes = images
+    return f"{size} x {size} x {channels} images", f"{classes} classes"
+
+
+class _ImageModelConfig(ModelConfig):
+    """Define what the sections of networks of images have."""
+
+    if TYPE_CHECKING:  # fields of the subclasses, in an order of their own
+        classes: int
+        in_channels: int
+
+    @property
+    def num_labels(self) -> int:
+        return self.classes
+
+    def size_rules(self, images: Images) -> list[SizeRule]:
+        pixels, labels = _what(images)
+        return [
+            SizeRule("in_channels", "in_channels", self.in_channels, images.channels, pixels),
+            SizeRule("classes", "classes", self.classes, images.classes, labels),
+        ]
+
+
+class ConvNetConfig(_ImageModelConfig):
+    """Use a residual network for small images."""
 
     kind: Literal["convnet"] = "convnet"
     widths: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
@@ -25,7 +109,7 @@ class ConvNetConfig(Section):
 
     @field_validator("depths")
     @classmethod
-    def _one_depth_a_width(cls, depths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    def _one_depth_per_width(cls, depths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         widths = info.data.get("widths", depths)
         if len(widths) != len(depths):
             raise ValueError(
@@ -35,8 +119,10 @@ class ConvNetConfig(Section):
         return depths
 
 
-class ResNetConfig(Section):
-    """ResNet-101, or of other depths, with batch norm."""
+class ResNetConfig(_ImageModelConfig):
+    """Use ResNet-101, or a ResNet of other depths, with batch norm."""
+
+    _loss_fields: ClassVar[tuple[str, ...]] = ("label_smoothing",)
 
     kind: Literal["resnet"] = "resnet"
     depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
@@ -55,8 +141,10 @@ class ResNetConfig(Section):
     )
 
 
-class AmoebaNetConfig(Section):
-    """A network of the cells of a genotype, each of them a layer."""
+class AmoebaNetConfig(_ImageModelConfig):
+    """Use a network of the cells of a genotype; each cell is a layer."""
+
+    _loss_fields: ClassVar[tuple[str, ...]] = ("auxiliary_weight", "label_smoothing")
 
     kind: Literal["amoebanet"] = "amoebanet"
     genotype: Text = Field(
@@ -125,9 +213,44 @@ class AmoebaNetConfig(Section):
             )
         return layers
 
+    @property
+    def has_dropout(self) -> bool:
+        return self.dropout > 0 or self.drop_path > 0
 
-class TransformerConfig(Section):
-    """A decoder-only language model."""
+    def network_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `zoo.amoebanet`; reads the genotype's file, if it is one."""
+        return {
+            **super().network_arguments(),
+            "genotype": _read_genotype(self.genotype),
+            "auxiliary": self.auxiliary_weight > 0,
+        }
+
+    def size_rules(self, images: Images) -> list[SizeRule]:
+        pixels, _ = _what(images)
+        image = SizeRule("image", "image", self.image, images.size, pixels)
+        return [image, *super().size_rules(images)]
+
+
+def _read_genotype(source: str) -> Genotype:
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    if is_json(source):
+        return Genotype.from_json(source)
+    try:
+        return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArgumentError(
+            "genotype",
+            f"`genotype` {source} cannot be read ({reason}); give a file that Genotype.to_json "
+            f"wrote, or one of {', '.join(GENOTYPES)}",
+        ) from error
+
+
+class TransformerConfig(ModelConfig):
+    """Use a decoder-only language model."""
+
+    reads_tokens: ClassVar[bool] = True
 
     kind: Literal["transformer_lm"] = "transformer_lm"
     vocabulary: Count = Field(default=256, description="number of tokens; 256 for bytes")
@@ -140,7 +263,7 @@ class TransformerConfig(Section):
     layers: Depth = Field(default=4, description="number of transformer blocks")
     positions: Literal["learned", "sinusoidal"] = Field(
         default="learned",
-        description="how a token knows its place: learned has parameters, sinusoidal none",
+        description="how a token's position is encoded: learned has parameters, sinusoidal none",
     )
     tied: bool = Field(
         default=False, description="the head uses the embedding's table and has none of its own"
@@ -168,14 +291,39 @@ class TransformerConfig(Section):
             )
         return heads
 
+    @property
+    def num_labels(self) -> int:
+        return self.vocabulary
 
-class MlpConfig(Section):
-    """Dense layers with a nonlinearity between them."""
+    @property
+    def sequence_length(self) -> int:
+        return self.length
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.dropout > 0
+
+
+class MlpConfig(ModelConfig):
+    """Use dense layers with a nonlinearity between them."""
 
     kind: Literal["mlp"] = "mlp"
     features: Annotated[tuple[Count, ...], Field(min_length=2)] = Field(
         default=(64, 128, 128, 10), description="layer widths, from input to output; at least two"
     )
 
+    @property
+    def num_labels(self) -> int:
+        return self.features[-1]
 
-ModelConfig = ConvNetConfig | ResNetConfig | AmoebaNetConfig | TransformerConfig | MlpConfig
+    def size_rules(self, images: Images) -> list[SizeRule]:
+        pixels, labels = _what(images)
+        first, last = self.features[0], self.features[-1]
+        size = images.size**2 * images.channels
+        return [
+            SizeRule("features", "first of features", first, size, pixels),
+            SizeRule("features", "last of features", last, images.classes, labels),
+        ]
+
+
+AnyModelConfig = ConvNetConfig | ResNetConfig | AmoebaNetConfig | TransformerConfig | MlpConfig

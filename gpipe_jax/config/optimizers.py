@@ -1,4 +1,4 @@
-"""The optimizers."""
+"""Define the sections of the optimizers."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from gpipe_jax.config.base import Count, CountOrZero, Fraction, Positive, Positi
 
 
 class OptimizerConfig(Section):
-    """What every optimizer has."""
+    """Define what the sections of all optimizers have."""
 
     kind: str
     learning_rate: Positive = Field(default=1e-3, description="peak learning rate")
@@ -41,9 +41,15 @@ class OptimizerConfig(Section):
         description="decay of the moving average of the parameters, which is then evaluated",
     )
 
+    def unused(self) -> dict[str, str]:
+        if self.schedule == "exponential":
+            return {}
+        fields = ("decay_rate", "decay_steps", "staircase")
+        return dict.fromkeys(fields, f"schedule {self.schedule}")
+
 
 class SgdConfig(OptimizerConfig):
-    """Stochastic gradient descent with momentum."""
+    """Use stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
     momentum: Fraction = Field(default=0.9, description="decay of the velocity, in [0, 1)")
@@ -51,7 +57,7 @@ class SgdConfig(OptimizerConfig):
 
 
 class AdamConfig(OptimizerConfig):
-    """Adam with decoupled weight decay; `adam` and `adamw` are two names of one optimizer."""
+    """Use Adam with decoupled weight decay; `adam` and `adamw` are two names of one optimizer."""
 
     kind: Literal["adamw", "adam"] = "adamw"
     b1: Fraction = Field(default=0.9, description="decay of the first moment, in [0, 1)")
@@ -60,7 +66,7 @@ class AdamConfig(OptimizerConfig):
 
 
 class RmsPropConfig(OptimizerConfig):
-    """RMSProp with momentum as in TensorFlow; the defaults are AmoebaNet's for ImageNet.
+    """Use RMSProp with momentum as in TensorFlow; the defaults are AmoebaNet's for ImageNet.
 
     AmoebaNet-D was trained with eps 1.0 (tensorflow/tpu, models/official/amoeba_net).
     """

@@ -1,23 +1,24 @@
 """Define the whole configuration of a run, and the rules between its sections."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic import ValidationError as PydanticError
+from pydantic import Field, ValidationInfo, field_validator
 
 from gpipe_jax.config.base import (
+    Configuration,
     Count,
     CountOrZero,
     Depth,
+    Mark,
     Positive,
     PositiveOrZero,
+    Problems,
     Section,
     Text,
-    cross_check,
 )
-from gpipe_jax.config.data import ArraysConfig, DataConfig, data_problems
-from gpipe_jax.config.models import ModelConfig
+from gpipe_jax.config.data import AnyDataConfig, DataConfig, model_reads_data
+from gpipe_jax.config.models import AnyModelConfig
 from gpipe_jax.config.optimizers import AdamConfig, AnyOptimizerConfig
 from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING
 from gpipe_jax.utils import choices
@@ -32,17 +33,17 @@ else:
 
 
 class MeshConfig(Section):
-    """How many devices a run uses: stages x data of them."""
+    """Set how many devices a run uses: stages x data."""
 
-    stages: Count = Field(
+    stages: Annotated[Count, Mark.LAYOUT] = Field(
         default=1,
         description="devices in the pipeline, each with one stage of the network, or "
         "pipeline.chunks of them",
     )
-    data: Count = Field(
+    data: Annotated[Count, Mark.LAYOUT] = Field(
         default=1, description="replicas of the pipeline, each with a part of the batch"
     )
-    simulate: Count | None = Field(
+    simulate: Annotated[Count | None, Mark.OPERATION] = Field(
         default=None,
         lt=1025,
         description="number of CPU devices to simulate, for a machine without accelerators",
@@ -50,43 +51,45 @@ class MeshConfig(Section):
 
 
 class PipelineConfig(Section):
-    """How a batch goes through the stages."""
+    """Set how a batch passes through the stages."""
 
-    micro_batches: Count = Field(default=1, description="parts that a replica cuts its batch into")
-    schedule: ScheduleName = Field(
+    micro_batches: Annotated[Count, Mark.LAYOUT] = Field(
+        default=1, description="parts that a replica cuts its batch into"
+    )
+    schedule: Annotated[ScheduleName, Mark.LAYOUT] = Field(
         default="1f1b", description="order of the work"
     )
-    chunks: Depth = Field(
+    chunks: Annotated[Depth, Mark.LAYOUT] = Field(
         default=1,
         description="stages of the network on each device; more than one with interleaved only",
     )
-    partition: Literal["auto"] | tuple[Count, ...] = Field(
+    partition: Annotated[Literal["auto"] | tuple[Count, ...], Mark.LAYOUT] = Field(
         default="auto",
         description="auto (balanced cost), or the index of the first layer of every stage but the "
         "first",
     )
-    cost: Literal["flops", "time"] | tuple[PositiveOrZero, ...] = Field(
+    cost: Annotated[Literal["flops", "time"] | tuple[PositiveOrZero, ...], Mark.OPERATION] = Field(
         default="flops",
         description="what auto balances, and what a cut is said to cost: flops, measured time, or "
         "a cost for each layer",
     )
-    memory_limit_gib: Positive | None = Field(
+    memory_limit_gib: Annotated[Positive | None, Mark.OPERATION] = Field(
         default=None,
         description="memory of a device in GiB; auto keeps each stage below it, "
-        "and takes the optimizer for one of two slots a parameter",
+        "and assumes an optimizer with two numbers per parameter",
     )
-    remat: RematName = Field(
+    remat: Annotated[RematName, Mark.LAYOUT] = Field(
         default="stage", description="what the backward pass recomputes at a time"
     )
     keys_per: KeysPerName = Field(
         default="micro_batch",
-        description="what has randomness of its own; with example dropout does not depend on "
+        description="what has random numbers of its own; with example, dropout does not depend on "
         "micro_batches and mesh.data",
     )
 
     @property
     def memory_limit(self) -> float | None:
-        """The same in bytes."""
+        """Return the memory limit in bytes."""
         return None if self.memory_limit_gib is None else self.memory_limit_gib * GIB
 
     @field_validator("chunks")
@@ -116,41 +119,111 @@ class PipelineConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long a run is, and where it writes."""
+    """Set how long a run is, and where it writes."""
 
-    steps: Count = Field(default=1000, description="optimizer steps in all")
-    eval_every: Count = Field(default=200, description="steps between evaluations")
-    log_every: Count = Field(default=10, description="steps between lines of metrics")
-    save_every: Count | None = Field(
+    steps: Annotated[Count, Mark.LENGTH] = Field(default=1000, description="optimizer steps in all")
+    eval_every: Annotated[Count, Mark.OPERATION] = Field(
+        default=200, description="steps between evaluations"
+    )
+    log_every: Annotated[Count, Mark.OPERATION] = Field(
+        default=10, description="steps between lines of metrics"
+    )
+    save_every: Annotated[Count | None, Mark.OPERATION] = Field(
         default=None, description="steps between checkpoints; default: as evaluations"
     )
-    keep: Count = Field(default=2, description="newest checkpoints that are kept")
-    keep_best: CountOrZero = Field(
+    keep: Annotated[Count, Mark.OPERATION] = Field(
+        default=2, description="newest checkpoints that are kept"
+    )
+    keep_best: Annotated[CountOrZero, Mark.OPERATION] = Field(
         default=0, description="checkpoints of lowest held-out loss that are kept too"
     )
-    seed: CountOrZero = Field(
+    seed: Annotated[CountOrZero, Mark.LENGTH] = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )
-    writers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        default=(), description="what else is told the metrics: tensorboard, wandb"
+    writers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Mark.OPERATION] = Field(
+        default=(), description="where else the metrics are written: tensorboard, wandb"
     )
-    workdir: Text | None = Field(
+    workdir: Annotated[Text | None, Mark.OPERATION] = Field(
         default=None, description="folder of the run; default: runs/<name of the config file>"
     )
 
 
 class ProfileConfig(Section):
-    """Steps that are traced with jax.profiler, into the folder of the run."""
+    """Trace steps with jax.profiler, into the folder of the run."""
 
-    start: Count = Field(default=10, description="first step that is traced")
-    steps: CountOrZero = Field(default=0, description="how many are; 0: none")
+    start: Annotated[Count, Mark.OPERATION] = Field(
+        default=10, description="first step that is traced"
+    )
+    steps: Annotated[CountOrZero, Mark.OPERATION] = Field(
+        default=0, description="number of steps that are traced; 0: none"
+    )
+
+    def unused(self) -> dict[str, str]:
+        return {"start": "steps 0"} if self.steps == 0 else {}
 
 
-class Config(Section):
-    """A whole run. `model` and `data` are required, the rest has defaults."""
+def _batch_splits(data: DataConfig, mesh: MeshConfig, pipeline: PipelineConfig) -> Problems:
+    problem = batch_problem(
+        data.batch_size, replicas=mesh.data, micro_batches=pipeline.micro_batches
+    )
+    return [("data.batch_size", problem)] if problem else []
 
-    model: ModelConfig = Field(discriminator="kind", description="the network")
-    data: DataConfig = Field(discriminator="kind", description="the data set")
+
+def _every_stage_has_layers(mesh: MeshConfig, pipeline: PipelineConfig) -> Problems:
+    boundaries, chunks = pipeline.partition, pipeline.chunks
+    expected = mesh.stages * chunks - 1
+    if isinstance(boundaries, str) or len(boundaries) == expected:
+        return []
+    stages = f"{mesh.stages}" if chunks == 1 else f"{mesh.stages} x pipeline.chunks {chunks}"
+    message = (
+        f"mesh.stages {stages} needs {expected} boundaries, got {len(boundaries)}: "
+        f"{list(boundaries)}; give {expected}, or 'auto'"
+    )
+    return [("pipeline.partition", message)]
+
+
+def _enough_simulated_devices(mesh: MeshConfig) -> Problems:
+    devices = mesh.stages * mesh.data
+    if mesh.simulate is None or mesh.simulate >= devices:
+        return []
+    message = (
+        f"simulate {mesh.simulate} is less than stages x data = "
+        f"{mesh.stages} x {mesh.data} = {devices}; raise it to {devices}"
+    )
+    return [("mesh.simulate", message)]
+
+
+class Config(Configuration):
+    """Configure a whole run; immutable, with one section for each aspect.
+
+    `load` makes one from a file, a dict and overrides. `model` and `data` are required, all other
+    sections have defaults. Invalid values raise `pydantic.ValidationError`; `load` turns it into a
+    `ConfigError` whose lines have places.
+
+    Attributes:
+        model: The network: kind and sizes.
+        data: The data set: kind, batch size, files.
+        mesh: The devices: stages x data.
+        pipeline: Micro-batches, schedule, partition, recomputation.
+        optimizer: Kind, learning rate, decay.
+        train: Steps, evaluations, checkpoints, seed, folder.
+        profile: Steps to trace.
+
+    Example::
+
+        config = gpipe.load({"model": {"kind": "mlp"}, "data": {"kind": "digits"}})
+        assert config.mesh.stages == 1
+    """
+
+    rules = (
+        _batch_splits,
+        _every_stage_has_layers,
+        _enough_simulated_devices,
+        model_reads_data,
+    )
+
+    model: AnyModelConfig = Field(discriminator="kind", description="the network")
+    data: AnyDataConfig = Field(discriminator="kind", description="the data set")
     mesh: MeshConfig = Field(default=MeshConfig(), description="the devices")
     pipeline: PipelineConfig = Field(default=PipelineConfig(), description="the pipeline")
     optimizer: AnyOptimizerConfig = Field(
@@ -159,73 +232,42 @@ class Config(Section):
     train: TrainConfig = Field(default=TrainConfig(), description="the run")
     profile: ProfileConfig = Field(default=ProfileConfig(), description="a trace of the run")
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        # One error each, with its own location, where a plain ValueError would give one for all.
-        problems = [cross_check(name, message) for name, message in cross_checks(self)]
-        if problems:
-            raise PydanticError.from_exception_data("Config", problems)
-        return self
 
-
-def section_models(section: str, root: type[Section] = Config) -> dict[str, type[Section]]:
-    """The models a section may have, by `kind`; by the empty string if it has no kinds."""
+def section_models(section: str, root: type[Configuration] = Config) -> dict[str, type[Section]]:
+    """Return the classes that a section may have, by `kind`; by "" if it has no kinds."""
     annotation: Any = root.model_fields[section].annotation
     models = get_args(annotation) or (annotation,)
+    if len(models) == 1:
+        return {"": models[0]}
     return {
-        kind: model
-        for model in models
-        for kind in (get_args(model.model_fields["kind"].annotation) if len(models) > 1 else [""])
+        kind: model for model in models for kind in get_args(model.model_fields["kind"].annotation)
     }
 
 
-def cross_checks(config: Config) -> list[tuple[str, str]]:
-    """Every rule between sections that `config` breaks: (dotted name, message)."""
-    mesh, pipeline = config.mesh, config.pipeline
-    devices = mesh.stages * mesh.data
-    found: list[tuple[str, str]] = []
-    batch = batch_problem(
-        config.data.batch_size, replicas=mesh.data, micro_batches=pipeline.micro_batches
-    )
-    if batch:
-        found.append(("data.batch_size", batch))
-    if not isinstance(pipeline.partition, str):
-        found += _boundary_problems(mesh.stages, pipeline.chunks, pipeline.partition)
-    if mesh.simulate is not None and mesh.simulate < devices:
-        message = (
-            f"simulate {mesh.simulate} is less than stages x data = "
-            f"{mesh.stages} x {mesh.data} = {devices}; raise it to {devices}"
-        )
-        found.append(("mesh.simulate", message))
-    return found + data_problems(config.model, config.data)
+def marks(root: type[Configuration] = Config) -> dict[str, Mark | None]:
+    """Return the mark of each setting, by dotted name; of all kinds of its section together."""
+    return {
+        f"{section}.{field}": model.mark(field)
+        for section in root.model_fields
+        for model in section_models(section, root).values()
+        for field in model.model_fields
+    }
 
 
-def unused(config: Config) -> dict[str, str]:
-    """Settings that do nothing, by dotted name, and the setting that says so.
-
-    They are legal: one override of a file may leave others of its settings without effect.
-    """
-    found: dict[str, str] = {}
-    schedule = config.optimizer.schedule
-    if schedule != "exponential":
-        names = [f"optimizer.{name}" for name in ("decay_rate", "decay_steps", "staircase")]
-        found |= dict.fromkeys(names, f"optimizer.schedule {schedule}")
-    if isinstance(config.data, ArraysConfig) and config.data.test is not None:
-        found["data.test_fraction"] = f"data.test {config.data.test}"
-    if config.profile.steps == 0:
-        found["profile.start"] = "profile.steps 0"
-    return found
+def layout(config: Config) -> dict[str, Any]:
+    """Return the settings that a plan chooses, by dotted name, as they are in `config`."""
+    return {
+        f"{name}.{field}": getattr(section, field)
+        for name, section in config
+        for field in type(section).model_fields
+        if section.mark(field) is Mark.LAYOUT
+    }
 
 
-def _boundary_problems(
-    devices: int, chunks: int, boundaries: tuple[int, ...]
-) -> list[tuple[str, str]]:
-    need = devices * chunks - 1
-    if len(boundaries) == need:
-        return []
-    stages = f"{devices}" if chunks == 1 else f"{devices} x pipeline.chunks {chunks}"
-    message = (
-        f"mesh.stages {stages} needs {need} boundaries, got {len(boundaries)}: "
-        f"{list(boundaries)}; give {need}, or 'auto'"
-    )
-    return [("pipeline.partition", message)]
+def unused(config: Configuration) -> dict[str, str]:
+    """Return settings without effect: {dotted name: the setting that is why}."""
+    return {
+        f"{name}.{field}": f"{name}.{reason}"
+        for name, section in config
+        for field, reason in section.unused().items()
+    }

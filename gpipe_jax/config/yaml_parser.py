@@ -1,14 +1,14 @@
-"""From the text of YAML and of `a.b=c` overrides to plain values that know where they were written.
+"""Parse YAML text and `a.b=c` overrides into plain values, and note where each was written.
 
-To know lines, the text is walked as YAML nodes. Problems are collected in a `Draft`; only text that
-is useless as a whole is an exception, `TextError`. Reading files is the `loader`'s part.
+The text is walked as YAML nodes, because these have lines. Problems are collected in a `Draft`;
+only text that is useless as a whole raises `YamlError`. `loader` reads the files.
 """
 
 from typing import Any, NamedTuple
 
 import yaml
 
-from gpipe_jax.config import Section
+from gpipe_jax.config.base import Configuration
 from gpipe_jax.config.messages import KeyPath, dotted, fields_of, show, unknown_key
 from gpipe_jax.config.run import Config
 
@@ -25,7 +25,7 @@ _TAGS = {
 
 
 class YamlError(Exception):
-    """The text cannot be used at all, because of what is at `line`."""
+    """Report text that cannot be used at all, because of what is at `line`."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -33,29 +33,29 @@ class YamlError(Exception):
 
 
 class Location(NamedTuple):
-    """Where a value was written; places sort in the order of reading: file, then overrides."""
+    """Say where a value was written; locations sort as they are read: file, then overrides."""
 
     order: int
     label: str
 
 
 class Draft:
-    """Plain values of a configuration, the place of each, and the problems found so far."""
+    """Hold the plain values of a configuration, the place of each, and the problems so far."""
 
-    def __init__(self, path: str, root: type[Section] = Config) -> None:
-        self.path = path  # of the file; empty if the values did not come from one
-        self.root = root  # what the values are to become
+    def __init__(self, file: str, root: type[Configuration] = Config) -> None:
+        self.file = file  # its path; empty if the values are not from a file
+        self.root = root  # the class of the configuration
         self.values: dict[Any, Any] = {}
         self.places: dict[KeyPath, Location] = {(): self.line(1)}
         self.unreadable: set[KeyPath] = set()
         self.problems: list[tuple[Location, str]] = []
 
     def line(self, number: int) -> Location:
-        """The place that is a line of the file."""
-        return Location(number, f"{self.path}:{number}" if self.path else "")
+        """Return the place that is a line of the file."""
+        return Location(number, f"{self.file}:{number}" if self.file else "")
 
     def find(self, path: KeyPath) -> Location:
-        """The place of a value, or of the nearest thing around it that was written at all."""
+        """Return the place of a value, or of the nearest thing around it that was written."""
         while path not in self.places:
             path = path[:-1]
         return self.places[path]
@@ -65,7 +65,7 @@ class Draft:
         self.problems.append((place, message))
 
     def lines(self) -> list[str]:
-        """The problems in the order of reading, each after its place."""
+        """Return the problems in the order of reading, each after its place."""
         ordered = sorted(self.problems, key=lambda problem: problem[0].order)
         return [f"{place.label}: {text}" if place.label else text for place, text in ordered]
 
@@ -88,11 +88,11 @@ def override(draft: Draft, text: str, place: Location) -> None:
     if not equals or not name.strip():
         draft.report(place, "expected section.field=value, such as mesh.stages=4")
     elif path[0] not in draft.root.model_fields:
-        draft.report(place, unknown_key(path, "", draft.root))
+        draft.report(place, unknown_key(path, draft.root))
     elif len(path) > 2:
         message = f"'{dotted(path[:2])}' is a value, not a section; give it as a whole"
         known = path[1] in fields_of(path[0], draft.root)
-        draft.report(place, message if known else unknown_key(path[:2], "", draft.root))
+        draft.report(place, message if known else unknown_key(path[:2], draft.root))
     else:
         try:
             node = _compose(value)
@@ -119,7 +119,7 @@ def _assign(draft: Draft, path: KeyPath, node: yaml.Node | None, place: Location
 
 
 class _Composer(yaml.SafeLoader):
-    """Only builds nodes, and refuses what would loop or nest without end."""
+    """Build nodes only, and refuse what would loop or nest without end."""
 
     depth = 0
 
@@ -152,9 +152,9 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Location | None) -> Any:
-    """The plain value of a node; notes where each part was written (`place`, or its own line)."""
-    here = place or draft.line(node.start_mark.line + 1)
-    draft.places.setdefault(path, here)
+    """Return the plain value of a node; note the place of each part: `place`, or its own line."""
+    own_place = place or draft.line(node.start_mark.line + 1)
+    draft.places.setdefault(path, own_place)
     if node.tag not in _TAGS[type(node)]:
         tag = node.tag.replace(_TAG, "!!")
         reason = f"tag {tag} is not supported; remove it"
@@ -171,7 +171,7 @@ def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Location | None)
         except (ValueError, KeyError, IndexError):
             kind = node.tag.removeprefix(_TAG)
             reason = f"{show(node.value)} cannot be read as {kind}; correct it or quote it"
-    draft.report(here, f"{dotted(path) or 'the file'}: {reason}")
+    draft.report(own_place, f"{dotted(path) or 'the file'}: {reason}")
     draft.unreadable.add(path)
     return None
 
@@ -183,17 +183,17 @@ def _build_mapping(
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        here = place or draft.line(line)
+        own_place = place or draft.line(line)
         key = key_node.value
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
             given = show(key) if isinstance(key, str) else _noun(key_node)
-            draft.report(here, f"expected a name before the colon, got {given}; correct it")
+            draft.report(own_place, f"expected a name before the colon, got {given}; correct it")
         elif key in values:
             both = "" if place else f", on lines {lines[key]} and {line}"
-            draft.report(here, f"'{dotted((*path, key))}' is given twice{both}; keep one")
+            draft.report(own_place, f"'{dotted((*path, key))}' is given twice{both}; keep one")
         else:
             lines[key] = line
-            draft.places[*path, key] = here
+            draft.places[*path, key] = own_place
             values[key] = _build(draft, value_node, (*path, key), place)
     return values
 

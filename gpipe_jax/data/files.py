@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_fraction, dataset
-from gpipe_jax.errors import DataError
+from gpipe_jax.errors import ArgumentError, DataError
 
 KEYS = ("inputs", "labels")
 Decode = Callable[[bytes], Batch]
@@ -179,7 +179,7 @@ def _reading(role: str, path: object) -> Iterator[None]:
         reason = str(error)
         if isinstance(error, OSError) and error.strerror:
             reason = f"{error.strerror} ({error.filename})"
-        raise ValueError(f"`{role}` {path} cannot be read: {reason}; {rule}") from error
+        raise ArgumentError(role, f"`{role}` {path} cannot be read: {reason}; {rule}") from error
 
 
 # --- array_record ---------------------------------------------------------------------------------
@@ -241,13 +241,13 @@ def _records(role: str, source: str | Sequence[str], decode: Decode) -> Split:
     patterns = [source] if isinstance(source, str) else list(source)
     paths = [path for pattern in patterns for path in expand(pattern)]
     if not paths:
-        raise FileNotFoundError(f"`{role}` {source}: no such file; give a path or a glob")
+        raise ArgumentError(role, f"`{role}` {source}: no such file; give a path or a glob")
     try:
         records: Any = grain.sources.ArrayRecordDataSource(paths)
         count = len(records)
     except Exception as error:  # its C++ reader may raise anything
         first = str(error).splitlines()[0]
-        raise ValueError(f"`{role}` {source} is not array_record: {first}") from error
+        raise ArgumentError(role, f"`{role}` {source} is not array_record: {first}") from error
 
     def gather(index_B: np.ndarray) -> Batch:
         examples = [_decoded(decode, records[int(i)], f"record {i} of {source}") for i in index_B]
@@ -285,7 +285,7 @@ def _dataset(
 ) -> Dataset:
     for role, split in splits.items():
         if not split.count:
-            raise ValueError(f"`{role}` {split.source} has no examples")
+            raise ArgumentError(role, f"`{role}` {split.source} has no examples")
     if "test" not in splits:
         splits = _hold_out(name, splits["train"], test_fraction)
 
@@ -304,9 +304,10 @@ def _hold_out(name: str, whole: Split, test_fraction: float) -> dict[str, Split]
     check_fraction(name, test_fraction)
     held_out = round(whole.count * test_fraction)
     if not 0 < held_out < whole.count:
-        raise ValueError(
+        raise ArgumentError(
+            "test_fraction",
             f"`test_fraction` {test_fraction} of the {whole.count} examples of {whole.source} is "
-            f"{held_out}: neither split may be empty; use another, or give `test`"
+            f"{held_out}: neither split may be empty; use another, or give `test`",
         )
     order = np.random.default_rng(0).permutation(whole.count)
     chosen = {"train": np.sort(order[held_out:]), "test": np.sort(order[:held_out])}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpipe_jax.data.stream import Dataset, check_arguments
+from gpipe_jax.errors import ArgumentError
 
 
 def python(source: str, batch_size: int, seed: int) -> Dataset:
@@ -36,8 +37,9 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
     dataset: Any = _call(path, name, batch_size=batch_size, seed=seed)
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__
-        raise ValueError(
-            f"`source` {source} returned a {kind}; it must return a gpipe_jax.data.Dataset"
+        raise ArgumentError(
+            "source",
+            f"`source` {source} returned a {kind}; it must return a gpipe_jax.data.Dataset",
         )
     return dataset
 
@@ -54,7 +56,8 @@ def _call(path: str, name: str, **arguments: int) -> Any:
         spec.loader.exec_module(module)
         return getattr(module, name)(**arguments)
     except Exception as error:  # the user's own code may raise anything
-        raise ValueError(
+        raise ArgumentError(
+            "source",
             f"`source` {path}:{name} raised {type(error).__name__}: {error}; call it in Python to "
-            f"see where"
+            f"see where",
         ) from error

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from gpipe_jax.errors import DataError
+from gpipe_jax.errors import ArgumentError, DataError
 
 Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
 
@@ -100,9 +100,10 @@ def dataset(
     """
     (gather_train, train_examples), (gather_test, test_examples) = train_split, test_split
     if batch_size > train_examples:
-        raise ValueError(
+        raise ArgumentError(
+            "batch_size",
             f"`batch_size` {batch_size} is above the {train_examples} training examples of {name}: "
-            f"use {train_examples} or fewer"
+            f"use {train_examples} or fewer",
         )
 
     def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpipe_jax.data.files import expand
 from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_fraction, dataset
+from gpipe_jax.errors import ArgumentError
 
 
 def text(
@@ -98,7 +99,9 @@ def _read(source: str | Path) -> np.ndarray:
             "readable file, a glob, 'topics' or 'stdlib'",
         ) from error
     if not len(data):
-        raise ValueError(f"`source`: text file {source} is empty: give a file with text")
+        raise ArgumentError(
+            "source", f"`source`: text file {source} is empty: give a file with text"
+        )
     return data
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.partition.costs import LayerCost, loss_bytes
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.schedules.buffers import lower
@@ -78,9 +79,10 @@ def check(parts: dict[str, int], limit: float) -> None:
     """Raise ValueError if the parts together need more than `limit` bytes."""
     need = sum(parts.values())
     if need > limit:
-        raise ValueError(
+        raise ArgumentError(
+            "memory_limit",
             f"a device needs {format_bytes(need)} ({describe(parts)}), but `memory_limit` is "
-            f"{format_bytes(limit)}; use more stages or micro-batches, or raise it"
+            f"{format_bytes(limit)}; use more stages or micro-batches, or raise it",
         )
 
 

@@ -26,6 +26,7 @@ from gpipe_jax.distributed.mesh import (
     platform_of,
     replicated_sharding,
 )
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
@@ -153,13 +154,17 @@ class Pipeline:
         self.remat = remats.by_name(remat)
         if keys_per not in choices.KEYS_PER:
             known = " or ".join(map(repr, choices.KEYS_PER))
-            raise ValueError(f"`keys_per` must be {known}, got {keys_per!r}")
+            raise ArgumentError("keys_per", f"`keys_per` must be {known}, got {keys_per!r}")
         if steps is not None and steps < 1:
-            raise ValueError(f"`steps` of the training run must be at least 1, got {steps}")
+            raise ArgumentError(
+                "steps", f"`steps` of the training run must be at least 1, got {steps}"
+            )
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
         if not self.layers:
-            raise ValueError("`layers` is empty; give at least one layer for each stage")
+            raise ArgumentError(
+                "layers", "`layers` is empty; give at least one layer for each stage"
+            )
         check_axes(mesh)
         self.keys_per, self.steps, self.memory_limit = keys_per, steps, memory_limit
         self.schedule = training_schedule(schedule, num_devices(mesh), micro_batches, chunks)
@@ -201,9 +206,10 @@ class Pipeline:
         try:
             jax.eval_shape(loss, outputs, labels, self.micro_batch_shapes["weights"])
         except Exception as error:
-            raise ValueError(
+            raise ArgumentError(
+                "loss",
                 f"`loss` does not take the outputs of layer {len(self.layers) - 1}, "
-                f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(labels)}: {error}"
+                f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(labels)}: {error}",
             ) from error
 
     # --- parameters ------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ class Pipeline:
         own = None
         replicas = list(range(self.replicas))
         if train and len(self.rows) < self.batch_size:
-            own, replicas = len(self.rows), host_arrays.columns(self.mesh)
+            own, replicas = len(self.rows), host_arrays.local_replicas(self.mesh)
         may_pad = not (train and any(jax.tree.leaves(shape.stats) for shape in self.shapes))
         micro_batched = batches.split(
             batch, self.example, self.micro_batches, own_examples=own, may_pad=may_pad
@@ -292,7 +298,7 @@ class Pipeline:
     def rows(self) -> np.ndarray:
         """Return the positions in a batch of the examples that this process works on."""
         N, M, D = self.batch_size, self.micro_batches, self.replicas
-        return np.arange(N).reshape(M, D, -1)[:, host_arrays.columns(self.mesh)].reshape(-1)
+        return np.arange(N).reshape(M, D, -1)[:, host_arrays.local_replicas(self.mesh)].reshape(-1)
 
     # --- one step --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.partition.costs import LayerCost
 from gpipe_jax.utils import choices
 
@@ -103,5 +104,5 @@ def by_name(name: str) -> Remat:
     """Return the policy of this name; raise ValueError if there is none."""
     if name not in POLICIES:
         known = " or ".join(map(repr, choices.REMAT))
-        raise ValueError(f"`remat` must be {known}, got {name!r}")
+        raise ArgumentError("remat", f"`remat` must be {known}, got {name!r}")
     return POLICIES[name]

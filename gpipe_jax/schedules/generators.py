@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 
 
@@ -303,7 +304,7 @@ def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:
 
 def _at_least_one(chunks: int) -> int:
     if chunks < 1:
-        raise ValueError(f"`chunks` must be at least 1, got {chunks}")
+        raise ArgumentError("chunks", f"`chunks` must be at least 1, got {chunks}")
     return chunks
 
 

@@ -1,4 +1,4 @@
-"""The metrics file of a run: one JSON object a line, for logged steps and evaluations."""
+"""Write the metrics file of a run: one JSON object per line, for logged steps and evaluations."""
 
 import json
 import os
@@ -13,11 +13,17 @@ Show = Callable[[dict], None]
 
 
 class MetricsLog:
-    """`metrics.jsonl`: every `every`-th step, the first one, and every evaluation.
+    """Write `metrics.jsonl`: the first step, every `every`-th step, and every evaluation.
 
-    What lies after `step`, where the run continues, is dropped, for it is written again; as is its
-    evaluation, unless it is `evaluated`. Without a `path` nothing is written, but all is shown.
-    What is written, the `writers` are told too.
+    Records after `step`, where the run resumes, are dropped, because they are written again.
+
+    Args:
+        path: The file; None writes none, as in all processes but the first.
+        every: Steps between records.
+        step: The step at which the run resumes, or 0.
+        evaluated: Whether `step` is evaluated already; else its evaluation is dropped too.
+        show: A function that gets every record, also those that are not written.
+        writers: Further writers of the records that are written.
     """
 
     def __init__(
@@ -25,28 +31,28 @@ class MetricsLog:
         path: epath.Path | None,
         every: int,
         step: int,
+        *,
         evaluated: bool,
         show: Show,
         writers: Sequence[Writer] = (),
     ) -> None:
         self.path, self.every, self.show, self.writers = path, every, show, writers
         self.records = [
-            r
-            for r in (read(path) if path else ())
-            if r["step"] < step or (r["step"] == step and ("loss" in r or evaluated))
+            record
+            for record in (read(path) if path else ())
+            if record["step"] < step or (record["step"] == step and ("loss" in record or evaluated))
         ]
         if path:
-            lines = (json.dumps(r) + "\n" for r in self.records)
-            write_text(path, "".join(lines), durable=True)
+            write_text(path, self._lines(), durable=True)
 
     def step(self, record: dict) -> None:
-        """A training step."""
+        """Show the record of a training step, and write it if it is due."""
         self.show(record)
         if record["step"] % self.every == 0 or record["step"] == 1:
             self._write(record)
 
     def evaluation(self, record: dict) -> None:
-        """An evaluation."""
+        """Show and write the record of an evaluation."""
         self.show(record)
         self._write(record)
 
@@ -59,16 +65,19 @@ class MetricsLog:
                 file.write(json.dumps(record) + "\n")
 
     def sync(self) -> None:
-        """Have it all on the disk, which a checkpoint that comes later relies on."""
-        if self.path and not is_local(self.path):  # nothing can be added to a remote file
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        """Flush all records to the disk; a later checkpoint relies on them."""
+        if self.path and not is_local(self.path):  # nothing can be appended to a remote file
+            self.path.write_text(self._lines())
         elif self.path:
             with open(self.path, "a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
+    def _lines(self) -> str:
+        return "".join(json.dumps(record) + "\n" for record in self.records)
+
 
 def read(path: epath.Path) -> Iterator[dict]:
-    """The records of a file, without what a run that was cut off left of a line."""
+    """Yield the records of a file; skip a line that a killed run left incomplete."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines():

@@ -1,7 +1,8 @@
-"""Optimizers that act on the rectangular form of the parameters, as if on the layers themselves.
+"""Build optimizers that act on packed parameters as on the layers' own.
 
-Elementwise optax transformations and global norms give the same result on slots and padded packs as
-on the layers' own arrays; anything else would depend on how the network was cut, and is refused.
+The pipeline keeps the parameters of all stages in rectangular arrays, stacked and padded.
+Elementwise optax transformations and global norms give the same result there as on the layers' own
+arrays. Anything else would depend on the partition; `elementwise` refuses it.
 """
 
 import functools
@@ -12,33 +13,51 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.trees import PyTree, has_structure_of
 
 
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a config, for a run of `steps` steps.
+    """Build the optimizer of a config.
 
-    Add `l2` times the parameters to the gradients, clip their global norm (of the sum: L2 is part
-    of the loss, as in TensorFlow), precondition, scale by the learning rate, and subtract the
-    learning rate times `weight_decay` times the parameters. Both decays leave out norms and biases.
+    An update, in this order: add `l2` times the parameters to the gradients; clip their global
+    norm (of the sum, because L2 is part of the loss, as in TensorFlow); precondition; scale by the
+    learning rate; subtract the learning rate times `weight_decay` times the parameters. Both decays
+    leave out norms and biases.
+
+    Args:
+        config: The `optimizer` section of a `Config`, such as `AdamConfig(learning_rate=3e-4)`.
+        steps: Updates of the whole run; the schedule of the learning rate ends there.
+
+    Returns:
+        An optax transformation that acts on each element alone (and by global norms). Its `update`
+        needs the keyword `decaying`, which `Trainer` passes, if the config has a decay.
+
+    Raises:
+        ArgumentError: `warmup_steps` is not less than `steps`.
+
+    Example::
+
+        tx = gpipe.optimizers.build(config.optimizer, steps=config.train.steps)
+        trainer = gpipe.Trainer(pipe, tx)
     """
     hashable: Any = config
     return _build(hashable, steps)
 
 
-@functools.lru_cache(maxsize=16)  # one optimizer for equal arguments: `check_elementwise` knows it
+@functools.lru_cache(maxsize=16)  # one object for equal arguments: `check_elementwise` caches by it
 def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate(config, steps)
-    parts = []
+    transformations = []
     if config.l2:
-        parts.append(weight_decay(config.l2))
+        transformations.append(weight_decay(config.l2))
     if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(_descent(config, rate))
+        transformations.append(optax.clip_by_global_norm(config.clip_norm))
+    transformations.append(_descent(config, rate))
     if config.weight_decay:
-        parts.append(weight_decay(lambda step: -config.weight_decay * rate(step)))
-    return optax.chain(*parts)
+        transformations.append(weight_decay(lambda step: -config.weight_decay * rate(step)))
+    return optax.chain(*transformations)
 
 
 def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -48,20 +67,37 @@ def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTra
     if isinstance(config, AdamConfig):
         return optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), scale)
     if isinstance(config, RmsPropConfig):
-        # As tf.compat.v1.train.RMSPropOptimizer: the velocity holds steps, not gradients, so that
-        # a change of the learning rate reaches it only by and by.
+        # As tf.compat.v1.train.RMSPropOptimizer: the velocity holds steps, not gradients. So a
+        # change of the learning rate takes effect gradually.
         rms = optax.scale_by_rms(config.decay, config.eps, config.initial, eps_in_sqrt=True)
         return optax.chain(rms, scale, optax.trace(config.momentum))
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step: linear warm-up from zero, then the config's schedule."""
+    """Return the learning rate of a config: linear warm-up from zero, then the config's schedule.
+
+    Args:
+        config: The `optimizer` section of a `Config`.
+        steps: Updates of the whole run.
+
+    Returns:
+        A function of the number of updates done before: a scalar.
+
+    Raises:
+        ArgumentError: `warmup_steps` is not less than `steps`.
+
+    Example::
+
+        rate = gpipe.optimizers.learning_rate(config.optimizer, steps=1000)
+        rate(0), rate(999)
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps {warmup} leaves nothing of train.steps {steps}; "
-            f"use at most {steps - 1}"
+        raise ArgumentError(
+            "warmup_steps",
+            f"`warmup_steps` {warmup} leaves nothing of the run's {steps} steps (train.steps); "
+            f"use at most {steps - 1}",
         )
     after: optax.Schedule = optax.constant_schedule(peak)
     if config.schedule == "cosine":
@@ -75,20 +111,40 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decaying(params: PyTree) -> PyTree:
-    """Of each parameter whether weight decay acts on it: it leaves out norms and biases."""
+    """Return a mask of the parameters that weight decay applies to: all but norms and biases.
+
+    Args:
+        params: A tree of arrays, as the layers have them.
+
+    Returns:
+        A tree of the same structure, of bools.
+    """
     return jax.tree.map(lambda a: decays(a.shape), params)
 
 
 def decays(shape: tuple[int, ...]) -> bool:
-    """Whether weight decay acts on parameters of this shape: on all but vectors and scalars."""
+    """Return whether weight decay applies to parameters of this shape: not to vectors and scalars.
+
+    >>> decays((3, 4)), decays((3,))
+    (True, False)
+    """
     return len(shape) > 1
 
 
 def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Add `rate`, which may depend on the step, times the parameters where `decaying` is true.
+    """Add `rate` times the parameters to the updates, where `decaying` is true.
 
-    The trainer passes `decaying`, of the parameters' structure, to every transformation: for each
-    array one bool, or as many as it has elements.
+    Args:
+        rate: The factor, or a function of the number of updates done before.
+
+    Returns:
+        An optax transformation. Its `update` needs the keyword `decaying`, a tree of the
+        parameters' structure: for each array one bool, or one for each element. The trainer passes
+        it to every transformation.
+
+    Example::
+
+        tx = optax.chain(optax.scale_by_adam(), weight_decay(1e-4), optax.scale(-1e-3))
     """
     schedule = rate if callable(rate) else optax.constant_schedule(rate)
 
@@ -99,7 +155,10 @@ def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationEx
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
         now = schedule(state.count)
-        add = lambda u, p, d: u + jnp.asarray(now, u.dtype) * jnp.asarray(d, u.dtype) * p  # noqa: E731
+
+        def add(u: jax.Array, p: jax.Array, d: Any) -> jax.Array:
+            return u + jnp.asarray(now, u.dtype) * jnp.asarray(d, u.dtype) * p
+
         state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         return jax.tree.map(add, updates, params, extra["decaying"]), state
 
@@ -107,10 +166,19 @@ def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationEx
 
 
 def moving_average(average: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
-    """The moving average of the parameters after one more update; `step` were done before it.
+    """Return the moving average of the parameters after one more update.
 
-    With the decay min(decay, (1 + step) / (10 + step)) of tf.train.ExponentialMovingAverage, so
-    that early averages forget the initial parameters. Every leaf keeps the average's own type.
+    The decay is min(decay, (1 + step) / (10 + step)), as in tf.train.ExponentialMovingAverage, so
+    that early averages forget the initial parameters.
+
+    Args:
+        average: The average before; each leaf keeps its type.
+        params: The parameters after the update.
+        step: Number of updates before this one.
+        decay: The decay of late updates, in [0, 1).
+
+    Returns:
+        The new average.
     """
     weight = jnp.maximum(1 - decay, 9 / (10 + step))  # of the new parameters: 1 - that decay
 
@@ -121,6 +189,19 @@ def moving_average(average: PyTree, params: PyTree, step: jax.Array, decay: floa
 
 
 def map_parameters(function: Callable, tree: PyTree, params: PyTree) -> PyTree:
-    """Apply `function` to every part of an optimizer's state that has the structure of `params`."""
-    alike = has_structure_of(params)
-    return jax.tree.map(lambda node: function(node) if alike(node) else node, tree, is_leaf=alike)
+    """Apply `function` to every subtree of a state that has the form of the parameters.
+
+    Args:
+        function: A function of such a subtree.
+        tree: The state of an optimizer, or a tree of the same structure.
+        params: The parameters.
+
+    Returns:
+        The tree with these subtrees replaced; everything else stays.
+    """
+    is_like_params = has_structure_of(params)
+
+    def apply(node: PyTree) -> PyTree:
+        return function(node) if is_like_params(node) else node
+
+    return jax.tree.map(apply, tree, is_leaf=is_like_params)

@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""Measure where the time of a run goes, and trace some of its steps."""
 
 import contextlib
 import time
@@ -8,40 +8,43 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-PARTS = ("compile", "data", "checkpoint", "evaluation")
+ACTIVITIES = ("compile", "data", "checkpoint", "evaluation")
 
 
 class Timings:
-    """Seconds by part; what is no part is training. Parts within parts count once, as the inner."""
+    """Sum up seconds by activity; all other time is training.
+
+    An activity within another counts once, as the inner one.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
 
     @contextlib.contextmanager
-    def spend(self, part: str) -> Iterator[None]:
-        """Book the block's time on a part."""
+    def spend(self, activity: str) -> Iterator[None]:
+        """Count the block's time as an activity."""
         start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
             inner = sum(self.seconds.values()) - before
-            self.seconds[part] += time.perf_counter() - start - inner
+            self.seconds[activity] += time.perf_counter() - start - inner
 
 
 class Profile(NamedTuple):
-    """Which steps are traced, from 1, and where the trace goes; none without a folder."""
+    """Say which steps are traced, and into which folder; None traces nothing."""
 
-    start: int
+    start: int  # the first traced step; steps count from 1
     steps: int
     folder: epath.Path | None
 
     def until(self, step: int) -> int | None:
-        """The step up to which the next ones are all traced, or all not; None for all of them."""
+        """Return the step up to which the next ones are all traced, or all not; None: the end."""
         ends = [end for end in (self.start - 1, self.start - 1 + self.steps) if end > step]
         return ends[0] if self.steps and ends else None
 
     def over(self, step: int) -> contextlib.AbstractContextManager:
-        """The context that the steps after `step` run in."""
+        """Return the context in which the steps after `step` run."""
         traced = self.start - 1 <= step < self.start - 1 + self.steps
         if self.folder is None or not traced:
             return contextlib.nullcontext()

@@ -1,68 +1,74 @@
-"""The newest whole checkpoint of a run, and what became of newer ones."""
+"""Find and load the newest intact checkpoint of a run, and set damaged ones aside."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from etils import epath
 
-from gpipe_jax import errors
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint.format import DamagedStep, Manifest
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
-from gpipe_jax.errors import ConfigError, DamagedCheckpointError
+from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError
 from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training.trainer import Trainer
 
 
 class Restored(NamedTuple):
-    """A training state from a checkpoint."""
+    """Hold a training state from a checkpoint."""
 
     state: TrainState
     manifest: Manifest
-    damaged: dict[int, str]  # newer steps that are not whole, and why
+    damaged: dict[int, str]  # newer steps whose checkpoints are damaged: the reason of each
 
 
 def newest(
     folder: epath.Path, trainer: Trainer, check: Callable[[Manifest], None]
 ) -> Restored | None:
-    """The state in the newest whole checkpoint; None if there has never been one.
+    """Load the newest intact checkpoint; return None if there are no checkpoints.
 
-    `check` may refuse a manifest. With several processes all of them take the same one. Raises
-    ConfigError if checkpoints are there, but none that is whole, or it does not fit.
+    All processes load the same one.
+
+    Args:
+        folder: The checkpoints of a run.
+        trainer: The trainer of this run.
+        check: A function that may refuse a manifest, by raising an error.
+
+    Raises:
+        ConfigError: All checkpoints are damaged, or the newest intact one does not fit.
     """
     damaged: dict[int, str] = {}
-    for found in _manifests(folder):
+    for manifest in _manifests(folder):
         state, problem = None, None
-        if isinstance(found, Manifest):
-            check(found)
-            state, problem = _try(found, trainer)
+        if isinstance(manifest, DamagedStep):
+            problem = manifest.reason
         else:
-            problem = found.reason
+            check(manifest)
+            state, problem = _try(manifest, trainer)
         if processes.all_agree(problem is None):
-            assert state is not None and isinstance(found, Manifest)
-            return Restored(state, found, damaged)
-        damaged[found.step] = problem or "another host found it damaged"
+            assert state is not None and isinstance(manifest, Manifest)
+            return Restored(state, manifest, damaged)
+        damaged[manifest.step] = problem or "another host found it damaged"
     if damaged:
         lines = [f"step {step}: {problem}" for step, problem in damaged.items()]
-        rule = "none of the checkpoints here is whole; to start anew, remove or rename the folder"
+        rule = "all checkpoints here are damaged; to start again, remove or rename the folder"
         raise ConfigError([rule, *lines], str(folder))
     return None
 
 
 def _manifests(folder: epath.Path) -> Iterator[Manifest | DamagedStep]:
     try:
-        # A network file system may list less to some processes than to others.
-        steps = processes.from_first(checkpoint_format.steps(folder))
+        # A network file system may list fewer files to some processes than to others.
+        steps = processes.broadcast_from_first(checkpoint_format.steps(folder))
         yield from checkpoint_format.manifests(folder, steps)
-    except errors.CheckpointFormatError as error:
+    except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:
-        problem = no_package(error)
-        raise ConfigError([problem], str(folder)) from error
+        raise ConfigError([no_package(error)], str(folder)) from error
 
 
 def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:
+    """Return the state, or why the checkpoint is damaged."""
     descriptions = [str(layer) for layer in trainer.pipe.layers]
     try:
         saved = checkpoint_format.load(manifest, trainer.layer_shapes(), descriptions)
@@ -74,7 +80,7 @@ def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str |
 
 
 def describe(restored: Restored) -> list[str]:
-    """One line for each checkpoint that was passed over."""
+    """Return one line for each checkpoint that was skipped."""
     folder = restored.manifest.path.parent.parent
     return [
         f"checkpoint {folder / str(step)} is damaged ({problem}); taking that of step "
@@ -84,7 +90,7 @@ def describe(restored: Restored) -> list[str]:
 
 
 def set_aside(restored: Restored) -> None:
-    """Rename damaged checkpoints, whose steps will be saved again."""
+    """Rename damaged checkpoints, because their steps will be saved again."""
     folder = restored.manifest.path.parent.parent
     for step in restored.damaged:
         new, count = folder / f"{step}.damaged", 1

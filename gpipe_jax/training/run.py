@@ -1,8 +1,8 @@
-"""A whole run from a config, and its working folder.
+"""Carry out a whole run from a config, in its working folder.
 
-A run writes into its working folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for
-each logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`; if asked for,
-`tensorboard/` and `profile/`. The same folder continues it.
+A run writes into its folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for each
+logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`; if the config says so,
+`tensorboard/` and `profile/`. A later run in the same folder resumes it.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from etils import epath
 
 from gpipe_jax import plots
 from gpipe_jax.checkpoint.format import Manifest
-from gpipe_jax.config.loader import compare, dump
-from gpipe_jax.config.run import Config
+from gpipe_jax.config import loader
+from gpipe_jax.config.base import Mark
+from gpipe_jax.config.run import Config, marks
 from gpipe_jax.distributed import processes
-from gpipe_jax.distributed.preemption import Stop, listening
+from gpipe_jax.distributed.preemption import StopRequest, handle_signals
 from gpipe_jax.errors import ConfigError, RunInUseError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.training import loop, metrics, resume, writers
@@ -34,96 +35,112 @@ from gpipe_jax.utils.text import GIB
 
 __all__ = ["Assembly", "RunSummary", "assemble", "default_workdir", "evaluate", "train"]
 
-# What may differ from the run that wrote a checkpoint: where and how the work is done, and what is
-# written about it.
-FREE = (
-    *(f"mesh.{name}:" for name in ("stages", "data", "simulate")),
-    *(
-        f"pipeline.{name}:"
-        for name in ("micro_batches", "schedule", "chunks", "partition", "cost", "memory_limit_gib")
-    ),
-    "pipeline.remat:",
-    *(f"train.{name}:" for name in ("workdir", "log_every", "eval_every", "save_every")),
-    *("train.keep:", "train.keep_best:", "train.writers:", "profile."),
-)
+MAY_CHANGE = (Mark.LAYOUT, Mark.OPERATION)  # settings that may change when a run resumes
 
 
 class RunSummary(NamedTuple):
-    """What a run came to."""
+    """Hold the results of a run."""
 
     figures: dict  # what `--json` prints
     note: str  # where the curves are, or why there are none
 
 
-def train(parts: Assembly, show: Callable[[dict], None], stop: Stop | None = None) -> RunSummary:
-    """Train to the end, from the newest whole checkpoint if there is one.
+# --- train and evaluate ---------------------------------------------------------------------------
 
-    `show` gets every record: of each step, and of each evaluation. On SIGTERM or Ctrl-C, unless
-    somebody else listens to them for `stop`, it saves and raises StoppedError.
+
+def train(
+    assembly: Assembly, show: Callable[[dict], None], stop: StopRequest | None = None
+) -> RunSummary:
+    """Train to the end, from the newest intact checkpoint if there is one.
+
+    Args:
+        assembly: What to train, and where.
+        show: A function that gets every record: of each step, and of each evaluation.
+        stop: Who listens to signals. By default this function does: on SIGTERM or Ctrl-C it saves
+            and raises StoppedError.
+
+    Raises:
+        ConfigError: The folder holds another run, or cannot be written.
+        RunInUseError: Another run works in the folder.
+        StoppedError, DivergedError, DataError, SaveError: See `TrainingLoop.run`.
     """
     started = time.perf_counter()
-    with contextlib.ExitStack() as held:
-        held.enter_context(alone_in(parts.workdir))
-        heard = held.enter_context(contextlib.nullcontext(stop) if stop else listening())
-        restored = resume.newest(parts.checkpoints, parts.trainer, _same_run(parts))
-        keep_config(parts)
-        told = held.enter_context(_writers(parts, restored))
-        run = TrainingLoop(parts, restored, show, heard, told)
-        changed = _not_the_same(parts, restored.manifest.config) if restored else None
-        if changed and processes.is_first():
-            say(changed)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(assembly.workdir))
+        stop = stack.enter_context(contextlib.nullcontext(stop) if stop else handle_signals())
+        restored = resume.newest(assembly.checkpoints, assembly.trainer, _same_run(assembly))
+        write_config(assembly)
+        opened = stack.enter_context(_writers(assembly, restored))
+        run = TrainingLoop(assembly, restored, show, stop, opened)
+        warning = _other_split(assembly, restored.manifest.config) if restored else None
+        if warning and processes.is_first():
+            say(warning)
         with contextlib.closing(run.saver):
-            run.to_the_end()
-        heard.unsaved = False
-    final = run.evaluated or {}
-    times = {**_figures(parts, final, run.log.records, run.current.step), **_lost(parts.trainer)}
-    times["wall_s"] = time.perf_counter() - started
-    return RunSummary(times, _draw(parts, run.log.records))
+            run.run()
+        stop.has_unsaved = False
+    final = run.evaluation or {}
+    figures = _figures(assembly, final, run.log.records, run.current.step)
+    figures |= _overheads(assembly.trainer)
+    figures["wall_s"] = time.perf_counter() - started
+    return RunSummary(figures, _draw(assembly, run.log.records))
 
 
 def _writers(
-    parts: Assembly, restored: resume.Restored | None
+    assembly: Assembly, restored: resume.Restored | None
 ) -> contextlib.AbstractContextManager:
-    names = parts.config.train.writers if processes.is_first() else ()
+    names = assembly.config.train.writers if processes.is_first() else ()
     step = restored.state.step if restored else 0
-    return writers.opened(names, parts.workdir, parts.config.model_dump(mode="json"), step)
+    return writers.opened(names, assembly.workdir, assembly.config.model_dump(mode="json"), step)
 
 
-def evaluate(parts: Assembly, stop: Stop | None = None) -> RunSummary:
-    """Evaluate the newest whole checkpoint of a run on its held-out data.
+def evaluate(assembly: Assembly, stop: StopRequest | None = None) -> RunSummary:
+    """Evaluate the newest intact checkpoint of a run on its held-out data.
 
-    Raises StoppedError if that is wished for meanwhile.
+    Args:
+        assembly: The run.
+        stop: Who listens to signals, if the evaluation may be stopped.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it is of another network or other data.
+        StoppedError: `stop` was reached.
     """
     started = time.perf_counter()
     # On other data, or another split of it, the held-out examples may have been trained on.
-    check = _same_run(parts, only=("model.", "data.", "train.seed:"))
-    restored = resume.newest(parts.checkpoints, parts.trainer, check)
+    check = _same_run(assembly, sections=("model", "data"), settings=("train.seed",))
+    restored = resume.newest(assembly.checkpoints, assembly.trainer, check)
     if restored is None:
         problem = "there is no checkpoint to evaluate; train it first (gpipe train)"
-        raise ConfigError([problem], str(parts.workdir))
-    figures = loop.evaluate(parts, restored.state, stop)
-    records = list(metrics.read(parts.workdir / "metrics.jsonl"))
-    figures = _figures(parts, figures, records, restored.state.step)
+        raise ConfigError([problem], str(assembly.workdir))
+    final = loop.evaluate(assembly, restored.state, stop)
+    records = list(metrics.read(assembly.workdir / "metrics.jsonl"))
+    figures = _figures(assembly, final, records, restored.state.step)
     figures["wall_s"] = time.perf_counter() - started
     notes = [*resume.describe(restored), f"checkpoint: step {restored.state.step}"]
     return RunSummary(figures, "\n".join(notes))
 
 
-@contextlib.contextmanager
-def alone_in(workdir: epath.Path) -> Iterator[None]:
-    """Make a folder, and have it to oneself. Raises InUseError, or ConfigError if it cannot be.
+# --- the folder -----------------------------------------------------------------------------------
 
-    Two runs in one folder would write the same files. The lock is the first process's, and ends
-    with it; there is none on gs://, nor on file systems that have no locks.
+
+@contextlib.contextmanager
+def exclusive(workdir: epath.Path) -> Iterator[None]:
+    """Make a folder and lock it: two runs in one folder would write the same files.
+
+    The first process holds the lock, which ends with it. There is no lock on gs://, nor on file
+    systems without locks.
+
+    Raises:
+        RunInUseError: Another run holds the lock.
+        ConfigError: The folder cannot be made.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if processes.is_first():
             with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 local = atomic_files.is_local(workdir)
-                file = held.enter_context((workdir / "lock").open("w")) if local else None
+                file = stack.enter_context((workdir / "lock").open("w")) if local else None
             _lock(file, workdir)
-        processes.all_agree(True)  # the others wait for it
+        processes.all_agree(True)  # the other processes wait for the folder
         yield
 
 
@@ -138,13 +155,13 @@ def _lock(file: IO | None, workdir: epath.Path) -> None:
         pass  # a file system without locks
 
 
-def keep_config(parts: Assembly) -> None:
+def write_config(assembly: Assembly) -> None:
     """Write the config into the working folder, with the folder's own name."""
     if processes.is_first():
-        train = parts.config.train.model_copy(update={"workdir": str(parts.workdir)})
-        with _writing(parts.workdir):
-            text = dump(parts.config.model_copy(update={"train": train}))
-            atomic_files.write_text(parts.workdir / "config.yaml", text, durable=True)
+        train = assembly.config.train.model_copy(update={"workdir": str(assembly.workdir)})
+        with _writing(assembly.workdir):
+            text = loader.dump(assembly.config.model_copy(update={"train": train}))
+            atomic_files.write_text(assembly.workdir / "config.yaml", text, durable=True)
 
 
 @contextlib.contextmanager
@@ -156,62 +173,92 @@ def _writing(workdir: epath.Path) -> Iterator[None]:
         raise ConfigError([problem], str(workdir)) from error
 
 
-def _same_run(parts: Assembly, only: tuple[str, ...] = ("",)) -> Callable[[Manifest], None]:
-    """A check that a checkpoint's run had this config, in settings that start with `only`."""
+def default_workdir(source: Any) -> Path:
+    """Return the folder of a run whose config does not say one: runs/<name of the file>."""
+    return Path("runs") / Path(str(source)).stem
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def _same_run(
+    assembly: Assembly, sections: tuple[str, ...] | None = None, settings: tuple[str, ...] = ()
+) -> Callable[[Manifest], None]:
+    """Return a check that a checkpoint's run had this config and data.
+
+    Settings that change no result may differ. If `sections` are given, then only these and the
+    single `settings` are compared.
+    """
+    free = {name for name, mark in marks().items() if mark in MAY_CHANGE}
+
+    def matters(name: str) -> bool:
+        if sections is None:
+            return name not in free
+        return name.partition(".")[0] in sections or name in settings
 
     def check(manifest: Manifest) -> None:
         try:
-            there = Config.model_validate(manifest.config)
+            before = Config.model_validate(manifest.config)
         except ValueError as error:
             problem = (
-                f"the run here has a config that this version does not know; use the version that "
+                f"the run here has a config that this version cannot read; use the version that "
                 f"wrote it ({manifest.versions['gpipe-jax']})"
             )
-            raise ConfigError([problem], str(parts.workdir)) from error
-        lines = compare(there, parts.config)
-        different = [n for n in lines if n.startswith(only) and not n.startswith(FREE)]
+            raise ConfigError([problem], str(assembly.workdir)) from error
+        differences = loader.compare(before, assembly.config)
+        different = {name: pair for name, pair in differences.items() if matters(name)}
         if different:
             rule = "this folder holds a run of another config; use another (train.workdir=...)"
-            raise ConfigError([rule, *different], str(parts.workdir))
-        changed = [
-            f"{name}: {manifest.data.get(name)} there, {now} here"
-            for name, now in parts.data.items()
-            if manifest.data.get(name, now) != now
-        ]
-        if changed:
-            rule = (
-                "the data set is not the one that this run began with; bring that one back, or use "
-                "another folder (train.workdir=...)"
-            )
-            raise ConfigError([rule, *changed], str(parts.workdir))
+            lines = loader.describe_differences(different)
+            raise ConfigError([rule, *lines], str(assembly.workdir))
+        _same_data(manifest, assembly)
 
     return check
 
 
-def _not_the_same(parts: Assembly, there: dict) -> str | None:
-    """What another cut of the batch changes, if it is cut otherwise than in the config `there`."""
-    now = parts.config
-    parts_of_a_batch = now.mesh.data * now.pipeline.micro_batches
-    before = there["mesh"]["data"] * there["pipeline"]["micro_batches"]
-    depends = ["batch norm"] * any(jax.tree.leaves(s.stats) for s in parts.trainer.pipe.shapes)
-    random = any(getattr(now.model, name, 0) for name in ("dropout", "drop_path"))
-    if random and now.pipeline.keys_per == "micro_batch":
-        depends.append("dropout (pipeline.keys_per: micro_batch)")
-    if before == parts_of_a_batch or not depends:
+def _same_data(manifest: Manifest, assembly: Assembly) -> None:
+    # Older versions noted less of the data set.
+    changed = {
+        name: (manifest.data[name], now)
+        for name, now in assembly.data_identity.items()
+        if manifest.data.get(name, now) != now
+    }
+    if changed:
+        rule = (
+            "the data set is not the one that this run began with; restore that one, or use "
+            "another folder (train.workdir=...)"
+        )
+        raise ConfigError([rule, *loader.describe_differences(changed)], str(assembly.workdir))
+
+
+def _other_split(assembly: Assembly, before: dict) -> str | None:
+    """Return a warning if a batch is split into other micro-batches than before, and it matters."""
+    config = assembly.config
+    now_split = config.mesh.data * config.pipeline.micro_batches
+    before_split = before["mesh"]["data"] * before["pipeline"]["micro_batches"]
+    affected = []
+    if any(jax.tree.leaves(shape.stats) for shape in assembly.trainer.pipe.shapes):
+        affected.append("batch norm")
+    if config.model.has_dropout and config.pipeline.keys_per == "micro_batch":
+        affected.append("dropout (pipeline.keys_per: micro_batch)")
+    if before_split == now_split or not affected:
         return None
     return (
-        f"a batch is now cut into {parts_of_a_batch} parts (mesh.data x pipeline.micro_batches), "
-        f"before into {before}, which changes {' and '.join(depends)}: the run goes on, but not as "
-        "it would have gone"
+        f"a batch is now split into {now_split} micro-batches (mesh.data x pipeline.micro_batches),"
+        f" before into {before_split}, which changes {' and '.join(affected)}: the run resumes, "
+        f"but not as it would have continued"
     )
 
 
-def _draw(parts: Assembly, records: list[dict]) -> str:
-    picture = parts.workdir / "curves.png"
+# --- results --------------------------------------------------------------------------------------
+
+
+def _draw(assembly: Assembly, records: list[dict]) -> str:
+    picture = assembly.workdir / "curves.png"
     if not processes.is_first():
         return "no curves: the first process draws them"
     if not records:
-        return "no curves: metrics.jsonl is gone"
+        return "no curves: metrics.jsonl has been removed"
     if not atomic_files.is_local(picture):
         return "no curves: they are drawn into local folders only"
     try:
@@ -221,8 +268,9 @@ def _draw(parts: Assembly, records: list[dict]) -> str:
     return f"curves: {picture}"
 
 
-def _figures(parts: Assembly, final: dict, records: list[dict], steps: int) -> dict[str, Any]:
-    pipe, times = parts.trainer.pipe, [r["step_time_s"] for r in records if "step_time_s" in r]
+def _figures(assembly: Assembly, final: dict, records: list[dict], steps: int) -> dict[str, Any]:
+    pipe = assembly.trainer.pipe
+    times = [record["step_time_s"] for record in records if "step_time_s" in record]
     step_time_s = statistics.median(times) if times else None
     return {
         **final,
@@ -230,25 +278,20 @@ def _figures(parts: Assembly, final: dict, records: list[dict], steps: int) -> d
         "step_time_s": step_time_s,
         "examples_per_s": pipe.batch_size / step_time_s if step_time_s else None,
         "wall_s": None,
-        "workdir": str(parts.workdir),
-        "stages": pipe.stages.geometry.last + 1,
+        "workdir": str(assembly.workdir),
+        "stages": pipe.stages.geometry.num_stages,
         "parameters": elements(pipe.shapes),
         "bubble_fraction": pipe.schedule.bubble_fraction,
         "device": f"{jax.devices()[0].platform} x {pipe.mesh.size}",
-        "device_memory_gib": sum(parts.trainer.device_bytes().values()) / GIB,
+        "device_memory_gib": sum(assembly.trainer.device_bytes().values()) / GIB,
     }
 
 
-def _lost(trainer: Trainer) -> dict[str, Any]:
-    """Time that was no training, in seconds, and the most memory that a device has used."""
+def _overheads(trainer: Trainer) -> dict[str, Any]:
+    """Return the seconds that were no training, and the most memory that a device has used."""
     used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     peak = [u / GIB for u in used if u is not None]
     return {
-        **{f"{part}_s": seconds for part, seconds in trainer.timings.seconds.items()},
+        **{f"{activity}_s": seconds for activity, seconds in trainer.timings.seconds.items()},
         "peak_memory_gib": max(peak, default=None),
     }
-
-
-def default_workdir(source: Any) -> Path:
-    """runs/<name of the config file>."""
-    return Path("runs") / Path(str(source)).stem

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, beside the metrics file: imported only when asked for."""
+"""Write metrics to TensorBoard and Weights & Biases, which are imported only on request."""
 
 import contextlib
 import importlib
@@ -8,46 +8,48 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from gpipe_jax.errors import ArgumentError
+
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Writer(Protocol):
-    """Something that is told the records that go into the metrics file."""
+    """Define where else the records of the metrics file are written."""
 
     def write(self, record: dict) -> None:
-        """Show a record: "step", and a number for each other name."""
+        """Write a record: "step", and a number for each other name."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Write what is buffered, and close."""
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard` of the run."""
+    """Write event files into the folder `tensorboard` of the run."""
 
     def __init__(self, folder: epath.Path, config: dict, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # What was written after the checkpoint that the run continues from is hidden.
+        # Hides what was written after the checkpoint from which the run resumes.
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if not step:
             lines = [f"    {section}: {values}" for section, values in config.items()]
             self._writer.add_text("config", "\n".join(lines), 0)
 
     def write(self, record: dict) -> None:
-        """Show a record."""
+        """Write a record."""
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Write what is buffered, and close."""
         self._writer.close()
 
 
 class Wandb:
-    """A run of W&B, which a continued run continues.
+    """Write to a run of W&B; a run that resumes continues it.
 
-    W&B's own settings hold: WANDB_PROJECT, WANDB_MODE=offline, and so on.
+    W&B's own settings apply: WANDB_PROJECT, WANDB_MODE=offline, and so on.
     """
 
     def __init__(self, folder: epath.Path, config: dict, step: int) -> None:
@@ -60,12 +62,12 @@ class Wandb:
         )
 
     def write(self, record: dict) -> None:
-        """Show a record."""
+        """Write a record."""
         values = {name: value for name, value in record.items() if name != "step"}
         self._run.log(values, step=record["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Write what is buffered, and close."""
         self._run.finish()
 
 
@@ -73,14 +75,15 @@ WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise ImportError, which says what to install, if a writer's package is missing."""
+    """Raise an ArgumentError that says what to install, if a writer's package is missing."""
     for name in names:
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError as error:
-            raise ImportError(
+            raise ArgumentError(
+                "writers",
                 f"`writers`: {name} needs {PACKAGES[name]} ({error}): run "
-                f"pip install 'gpipe-jax[{name}]'"
+                f"pip install 'gpipe-jax[{name}]'",
             ) from error
 
 
@@ -88,9 +91,9 @@ def check(names: Sequence[str]) -> None:
 def opened(
     names: Sequence[str], folder: epath.Path, config: dict, step: int
 ) -> Iterator[list[Writer]]:
-    """The writers of a run that continues after `step`; they are closed however it ends."""
+    """Open the writers of a run that resumes after `step`, and close them however it ends."""
     with contextlib.ExitStack() as stack:
-        found: list[Writer] = [WRITERS[name](folder, config, step) for name in names]
-        for writer in found:
+        writers: list[Writer] = [WRITERS[name](folder, config, step) for name in names]
+        for writer in writers:
             stack.callback(writer.close)
-        yield found
+        yield writers

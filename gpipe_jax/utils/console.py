@@ -1,30 +1,78 @@
-"""What the command lines share: how they are read, and what is said to stderr.
+"""Build the command lines of `gpipe` and `nas`: shared options, messages and exit codes.
 
-No JAX here: what is wrong with an option is said at once.
+No JAX here, so that a mistake in an option is reported at once.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import shtab
+
+import gpipe_jax
+from gpipe_jax.errors import ArgumentError, OptionError
 
 BAD_INPUT = 2  # exit code: do not retry
 
 
+# --- messages -------------------------------------------------------------------------------------
+
+
 def say(text: object, program: str = "gpipe") -> None:
-    """One line to stderr."""
+    """Write one line to standard error."""
     print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def fail(error: object, code: int, program: str = "gpipe") -> int:
-    """Say what is wrong, and return the exit code."""
+    """Write what is wrong to standard error; return the exit code."""
     say(error, program)
     return code
+
+
+@contextlib.contextmanager
+def option(name: str, **others: str) -> Iterator[None]:
+    """Turn a ValueError or an OSError of the block into an `OptionError` of the option `name`.
+
+    Args:
+        name: The option that the block uses, such as "--topology".
+        **others: The options of further arguments, by the name in an `ArgumentError`:
+            `slices="--slices"`.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        argument = error.argument if isinstance(error, ArgumentError) else ""
+        raise OptionError(others.get(argument, name), str(error)) from error
+
+
+# --- parsers --------------------------------------------------------------------------------------
+
+
+class _Version(argparse.Action):
+    """Print the version; it is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"{parser.prog} {gpipe_jax.__version__}")
+        parser.exit()
+
+
+def new_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a program, with `--version` and `--print-completion`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    text = 'print the completion script of a shell and exit: eval "$(%(prog)s ... bash)"'
+    shtab.add_argument_to(parser, "--print-completion", text)
+    return parser
 
 
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """The options; overrides may stand before, between and after them, which argparse refuses."""
+    """Parse the arguments; overrides may stand before, between and after options.
+
+    `argparse` alone would refuse that.
+    """
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if "=" not in text]
     if unknown or (rest and "overrides" not in options):
@@ -40,16 +88,26 @@ def add_command(
     command: Callable[[argparse.Namespace], int],
     text: str,
 ) -> argparse.ArgumentParser:
-    """The parser of one command, which `options.command` then calls."""
-    one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    one.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    one.set_defaults(command=command)
-    return one
+    """Add a command: `options.command` is the function to call, `options.command_name` the name."""
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    parser.set_defaults(command=command, command_name=name)
+    return parser
 
 
 def add_config(
-    one: argparse.ArgumentParser, text: str = "a YAML file", *, required: bool = True
+    parser: argparse.ArgumentParser, text: str = "a YAML file", *, required: bool = True
 ) -> None:
-    """A config, and overrides of it."""
-    one.add_argument("config", metavar="CONFIG", nargs=None if required else "?", help=text)
-    one.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    """Add the arguments of a configuration: its file, and overrides."""
+    nargs = None if required else "?"
+    complete_files(parser.add_argument("config", metavar="CONFIG", nargs=nargs, help=text))
+    parser.add_argument(
+        "overrides", metavar="a.b=c", nargs="*", help="settings that replace the file's"
+    )
+
+
+def complete_files(action: argparse.Action) -> None:
+    """Let shells complete the names of files for an argument."""
+    action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it

@@ -181,8 +181,8 @@ def test_another_config_in_the_folder(trained, gpipe):
     assert code == 2
     assert err.splitlines()[1:] == [
         "this folder holds a run of another config; use another (train.workdir=...)",
-        "train.steps: 5 there, 3 here",
-        "train.seed: 0 there, 1 here",
+        "train.steps: 5 before, 3 now",
+        "train.seed: 0 before, 1 now",
     ]
 
 
@@ -369,7 +369,7 @@ def test_schedules_that_cannot_be(gpipe, arguments, text):
 def test_pictures_that_cannot_be_written(gpipe, path):
     arguments = ["--stages", 2, "--micro-batches", 2, "--png", path]
     code, _, err = gpipe("schedule", *arguments, config=None)
-    assert code == 2 and f"--png {path}" in err
+    assert code == 2 and f"gpipe schedule: --png: {path}: " in err
 
 
 # --- config --------------------------------------------------------------------------------------

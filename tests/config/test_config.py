@@ -7,27 +7,31 @@ from typing import Any
 import pydantic
 import pytest
 
-from gpipe_jax.config import (
-    AdamConfig,
-    AmoebaNetConfig,
+from gpipe_jax import data, zoo
+from gpipe_jax.config.base import Mark, Section
+from gpipe_jax.config.data import (
     Cifar10Config,
-    ConvNetConfig,
+    DataConfig,
     DigitsConfig,
-    FromFiles,
-    MlpConfig,
-    ResNetConfig,
-    RmsPropConfig,
-    SgdConfig,
     SyntheticImagesConfig,
     SyntheticTokensConfig,
     TextConfig,
+)
+from gpipe_jax.config.models import (
+    AmoebaNetConfig,
+    ConvNetConfig,
+    MlpConfig,
+    ModelConfig,
+    ResNetConfig,
     TransformerConfig,
 )
+from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
 from gpipe_jax.config.run import (
     Config,
     MeshConfig,
     PipelineConfig,
-    cross_checks,
+    layout,
+    marks,
     section_models,
     unused,
 )
@@ -41,11 +45,15 @@ def make(base: dict[str, Any] = DIGITS, **sections: Any) -> Config:
     return Config.model_validate({**base, **sections})
 
 
+def broken_rules(config: Config) -> list[tuple[str, str]]:
+    return Config.cross_check(dict(config))
+
+
 def test_model_and_data_are_enough():
     config = make()
     assert config.model == MlpConfig()
     assert config.optimizer == AdamConfig()
-    assert cross_checks(config) == []
+    assert broken_rules(config) == []
 
 
 @pytest.mark.parametrize("missing", ["model", "data"])
@@ -65,11 +73,61 @@ def test_every_section_has_defaults_and_every_field_a_description():
             own = {  # a file of one's own has no default
                 name: "x" for name, field in model.model_fields.items() if field.is_required()
             }
-            assert not own or issubclass(model, FromFiles)
+            assert not own or (issubclass(model, DataConfig) and model.in_files)
             named = {"kind": kind, **own} if kind else {}
             assert model(**own) == model.model_validate(named) or kind == "adam"
             for name, field in model.model_fields.items():
                 assert name == "kind" or field.description, f"{section}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("section", "base", "registry"),
+    [("model", ModelConfig, zoo.MODELS), ("data", DataConfig, data.DATASETS)],
+)
+def test_kinds_are_in_the_registry(section: str, base: type[Section], registry: dict[str, Any]):
+    kinds = section_models(section)
+    assert all(issubclass(model, base) for model in kinds.values())
+    assert kinds.keys() <= registry.keys()
+    if section == "data":
+        assert kinds.keys() == registry.keys()
+
+
+def test_every_optimizer_has_one_base():
+    assert all(issubclass(model, OptimizerConfig) for model in section_models("optimizer").values())
+
+
+def test_marks():
+    """What may change when a run resumes, and what a plan chooses."""
+    names = {mark: [name for name, m in marks().items() if m is mark] for mark in Mark}
+    assert names == {
+        Mark.LAYOUT: [
+            "mesh.stages",
+            "mesh.data",
+            "pipeline.micro_batches",
+            "pipeline.schedule",
+            "pipeline.chunks",
+            "pipeline.partition",
+            "pipeline.remat",
+        ],
+        Mark.OPERATION: [
+            "mesh.simulate",
+            "pipeline.cost",
+            "pipeline.memory_limit_gib",
+            "train.eval_every",
+            "train.log_every",
+            "train.save_every",
+            "train.keep",
+            "train.keep_best",
+            "train.writers",
+            "train.workdir",
+            "profile.start",
+            "profile.steps",
+        ],
+        Mark.LENGTH: ["train.steps", "train.seed"],
+    }
+    config = make(mesh={"stages": 2})
+    assert list(layout(config)) == names[Mark.LAYOUT]
+    assert layout(config)["mesh.stages"] == 2
 
 
 def test_adam_is_adamw():
@@ -357,7 +415,7 @@ def test_cross_checks(base: dict[str, Any], sections: dict[str, Any], name: str,
     ],
 )
 def test_what_agrees_is_accepted(sections: dict[str, Any]):
-    assert cross_checks(make(DIGITS, **sections)) == []
+    assert broken_rules(make(DIGITS, **sections)) == []
 
 
 @pytest.mark.parametrize(
@@ -377,7 +435,7 @@ def test_what_agrees_is_accepted(sections: dict[str, Any]):
     ],
 )
 def test_models_take_the_data_they_fit(model: dict[str, Any], data: dict[str, Any]):
-    assert cross_checks(make(model=model, data=data)) == []
+    assert broken_rules(make(model=model, data=data)) == []
 
 
 def test_all_cross_checks_are_reported_at_once():

@@ -3,16 +3,18 @@
 import random
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
 from pydantic import Field
 
-from gpipe_jax.config import AdamConfig, Section, SgdConfig, loader
+from gpipe_jax.config import loader
+from gpipe_jax.config.base import Configuration, Section
 from gpipe_jax.config.loader import load
+from gpipe_jax.config.optimizers import AdamConfig, SgdConfig
 from gpipe_jax.config.run import Config, MeshConfig
-from gpipe_jax.errors import ConfigError
+from gpipe_jax.errors import ConfigError, SectionError
 
 BASE = """\
 model:
@@ -120,10 +122,10 @@ def test_dump_and_load_round_trip(overrides: list[str]):
     assert loader.dump(load_text(text)) == text
 
 
-def test_differences():
-    assert loader.differences(load_text(BASE)) == {}
+def test_non_defaults():
+    assert loader.non_defaults(load_text(BASE)) == {}
     config = load_text(BASE + SGD + "  momentum: 0.5\n", "data.batch_size=32")
-    assert loader.differences(config) == {
+    assert loader.non_defaults(config) == {
         "data.batch_size": (64, 32),
         "optimizer.kind": ("adamw", "sgd"),
         "optimizer.momentum": (0.9, 0.5),
@@ -131,15 +133,23 @@ def test_differences():
 
 
 def test_compare():
-    there = load_text(BASE, "optimizer={kind: sgd, learning_rate: 0.1}", "pipeline.cost=[1, 2]")
-    here = load_text(BASE, "optimizer={kind: sgd, learning_rate: 0.2}", "train.workdir=runs/a")
-    assert loader.compare(there, there) == []
-    assert loader.compare(there, here) == [
-        "pipeline.cost: [1.0, 2.0] there, 'flops' here",
-        "optimizer.learning_rate: 0.1 there, 0.2 here",
-        "train.workdir: nothing there, 'runs/a' here",
+    before = load_text(BASE, "optimizer={kind: sgd, learning_rate: 0.1}", "pipeline.cost=[1, 2]")
+    now = load_text(BASE, "optimizer={kind: sgd, learning_rate: 0.2}", "train.workdir=runs/a")
+    assert loader.compare(before, before) == {}
+    differences = loader.compare(before, now)
+    assert differences == {
+        "pipeline.cost": ((1.0, 2.0), "flops"),
+        "optimizer.learning_rate": (0.1, 0.2),
+        "train.workdir": (None, "runs/a"),
+    }
+    assert loader.describe_differences(differences) == [
+        "pipeline.cost: [1.0, 2.0] before, 'flops' now",
+        "optimizer.learning_rate: 0.1 before, 0.2 now",
+        "train.workdir: nothing before, 'runs/a' now",
     ]
-    assert "optimizer.b1: absent there, 0.9 here" in loader.compare(there, load_text(BASE))
+    other_kind = loader.compare(before, load_text(BASE))
+    assert other_kind["optimizer.b1"] == (loader.ABSENT, 0.9)
+    assert "optimizer.b1: absent before, 0.9 now" in loader.describe_differences(other_kind)
 
 
 def test_compare_sees_what_it_does_not_print():
@@ -158,7 +168,8 @@ def test_settings_without_effect_are_legal_and_no_difference():
     ]
     assert load_text(loader.dump(config)) == config
     plain = load_text(BASE + SGD)
-    assert loader.without_effect(plain) == loader.compare(config, plain) == []
+    assert loader.without_effect(plain) == []
+    assert loader.compare(config, plain) == {}
     alive = load_text(BASE + SGD, *dead, "optimizer.schedule=exponential", "profile.steps=1")
     assert loader.without_effect(alive) == []
     assert len(loader.compare(plain, alive)) == 5
@@ -233,7 +244,7 @@ MESSAGES = [
     ("mesh: {micro_batches: 3}", "unknown key 'mesh.micro_batches'; did you mean 'pipeline.micro_batches'?"),  # noqa: E501
     ("mesh: {qqq: 3}", "unknown key 'mesh.qqq'; legal keys: stages, data, simulate"),
     ('mesh: {"a\\nb": 3}', r"unknown key 'mesh.a\nb'; legal keys: stages, data, simulate"),
-    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw' or 'adam', not 'sgd'; remove it, or override the whole section: 'optimizer={kind: sgd}'"),  # noqa: E501
+    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw' or 'adam', not 'sgd'; remove it"),  # noqa: E501
     # kinds
     ("optimizer: {learning_rate: 0.5}", "optimizer.kind: required; give 'sgd', 'adamw', 'adam' or 'rmsprop'"),  # noqa: E501
     ("optimizer: {kind: sdg}", "optimizer.kind: expected 'sgd', 'adamw', 'adam' or 'rmsprop', got 'sdg'; did you mean 'sgd'?"),  # noqa: E501
@@ -394,7 +405,7 @@ class Owner(Section):
     name: str = Field(description="who pays")
 
 
-class Journey(Section):
+class Journey(Configuration):
     """A configuration of another kind, as the search's is, whose sections must say something."""
 
     place: City | Village = Field(discriminator="kind")
@@ -411,17 +422,73 @@ def test_required_fields_of_another_kind_of_configuration():
 
 
 def test_places_of_what_is_found_later():
-    """The network and the pipeline find more errors: where is what they speak of?"""
+    """The network and the pipeline find more errors: where is the field that they name?"""
     Path("x.yaml").write_text("model:\n  kind: mlp\n  features: [64, 10]\n" + "mesh: {data: 2}\n")
-    overrides = ["mesh.stages=3"]
-    for section, message, found in [
-        ("model", "`unknown` or `features` of 3", "x.yaml:3"),
-        ("model", "nothing in backticks", "x.yaml:1"),
-        ("mesh", "lower `stages` or `data`", "override 'mesh.stages=3'"),
-        ("mesh", "`features` is of another section", "x.yaml:4"),
-        ("train", "`steps` is nowhere in the file", "x.yaml:1"),
+    for section, field, place in [
+        ("model", "features", "x.yaml:3"),
+        ("model", None, "x.yaml:1"),
+        ("model", "unknown", "x.yaml:1"),
+        ("mesh", "stages", "override 'mesh.stages=3'"),
+        ("mesh", "data", "x.yaml:4"),
+        ("train", "steps", "x.yaml:1"),
     ]:
-        assert loader.place("x.yaml", overrides, section, message) == found
+        with (
+            pytest.raises(ConfigError) as caught,
+            loader.locating("x.yaml", ["mesh.stages=3"]),
+        ):
+            raise SectionError(section, field, "it does not fit")
+        assert caught.value.problems == (f"{place}: {section}: it does not fit",)
+    with pytest.raises(ConfigError) as caught, loader.locating({"mesh": {}}, []):
+        raise SectionError("mesh", "data", "it does not fit")
+    assert caught.value.problems == ("mesh: it does not fit",)
+
+
+class Trip(Configuration):
+    """A configuration with a renamed setting, and one whose sections disagree."""
+
+    renamed: ClassVar = {"owner.title": "owner.name"}
+
+    place: City | Village = Field(default=Village(), discriminator="kind")
+    owner: Owner
+
+
+def test_a_renamed_setting_says_its_new_name():
+    Path("trip.yaml").write_text("owner:\n  title: Ann\n")
+    with pytest.raises(ConfigError) as caught:
+        loader.load_as(Trip, "trip.yaml", ["owner.title=Bea", "owner.name=Cid"])
+    message = "'owner.title' is now 'owner.name'; rename it"
+    assert caught.value.problems == (f"override 'owner.title=Bea': {message}",)
+    with pytest.raises(ConfigError) as caught:
+        loader.load_as(Trip, "trip.yaml", ["owner.name=Cid"])
+    assert caught.value.problems == (f"trip.yaml:2: {message}",)
+
+
+def test_a_wrong_kind_hides_nothing_else():
+    """Neither the other fields of its section, nor other sections, nor rules between these."""
+    text = BASE + "  batch_size: 60\nmesh:\n  data: 7\n  simulate: 1\n"
+    text += "optimizer:\n  kind: adm\n  learning_rate: -1\n  eps: 0\n  momentum: 2\n  qqq: 1\n"
+    lines = problems(text, "train.stepps=3")
+    assert [line.split(";")[0] for line in lines] == [
+        "x.yaml:5: data.batch_size: batch_size 60 is not a multiple of data x micro_batches = "
+        "7 x 1 = 7",
+        "x.yaml:8: mesh.simulate: simulate 1 is less than stages x data = 1 x 7 = 7",
+        "x.yaml:10: optimizer.kind: expected 'sgd', 'adamw', 'adam' or 'rmsprop', got 'adm'",
+        "x.yaml:11: optimizer.learning_rate: expected more than 0, got -1",
+        "x.yaml:12: optimizer.eps: expected more than 0, got 0",
+        "x.yaml:13: optimizer.momentum: expected less than 1, got 2",
+        "x.yaml:14: unknown key 'optimizer.qqq'",
+        "override 'train.stepps=3': unknown key 'train.stepps'",
+    ]
+
+
+def test_an_invalid_section_hides_only_its_own_rules():
+    text = BASE + "mesh:\n  stages: 2\n  simulate: 1\npipeline: {partition: [1, 2], chunks: x}\n"
+    assert problems(text, "model.classes=3") == [
+        "x.yaml:7: mesh.simulate: simulate 1 is less than stages x data = 2 x 1 = 2; raise it to 2",
+        "x.yaml:8: pipeline.chunks: expected a whole number, got 'x'",
+        "override 'model.classes=3': model.classes: classes 3 does not fit data 'digits' "
+        "(10 classes); make it 10",
+    ]
 
 
 def test_files_that_cannot_be_read():

@@ -161,7 +161,7 @@ def test_arrays_of_wrong_types_and_ranges(tmp_path, inputs, labels, rules, messa
 
 
 def test_array_record_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`train` .*gone: no such file; give a path"):
+    with pytest.raises(ValueError, match=r"`train` .*gone: no such file; give a path"):
         array_record(str(tmp_path / "gone"), 2, 0)
     (tmp_path / "text.array_record").write_text("no records" * 100)
     with pytest.raises(ValueError, match=r"`train` .*text.array_record is not array_record: "):

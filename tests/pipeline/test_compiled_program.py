@@ -15,7 +15,7 @@ import pytest
 from helpers import NETWORKS, make_batch
 
 import gpipe_jax as gpipe
-from gpipe_jax.config import AdamConfig
+from gpipe_jax.config.optimizers import AdamConfig
 
 TPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

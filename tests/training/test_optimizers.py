@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpipe_jax.config import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
 from gpipe_jax.training import elementwise, optimizers
 
 STEPS = 3
@@ -164,7 +164,8 @@ def test_a_run_follows_its_schedule():
 @pytest.mark.parametrize("warmup_steps", [10, 11])
 def test_a_warm_up_as_long_as_the_run_is_refused(warmup_steps):
     config = SgdConfig(warmup_steps=warmup_steps)
-    with pytest.raises(ValueError, match=f"warmup_steps {warmup_steps} .*steps 10; use at most 9"):
+    match = f"`warmup_steps` {warmup_steps} .* 10 steps .*; use at most 9"
+    with pytest.raises(ValueError, match=match):
         optimizers.build(config, 10)
 
 

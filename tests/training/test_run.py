@@ -15,7 +15,7 @@ from etils import epath
 import gpipe_jax as gpipe
 from gpipe_jax import errors
 from gpipe_jax.checkpoint import format as checkpoint_format
-from gpipe_jax.distributed.preemption import listening
+from gpipe_jax.distributed.preemption import handle_signals
 from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
 from gpipe_jax.training import run, trainer
 
@@ -58,19 +58,19 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One run from beginning to end: (parts, summary, records shown)."""
-    parts, shown = assemble(tmp_path_factory.mktemp("a run") / "whole"), []
-    return parts, run.train(parts, shown.append), shown
+    """One run from beginning to end: (assembly, summary, records shown)."""
+    assembly, shown = assemble(tmp_path_factory.mktemp("a run") / "whole"), []
+    return assembly, run.train(assembly, shown.append), shown
 
 
 # --- what a run writes ---------------------------------------------------------------------------
 
 
 def test_every_record_is_shown_and_every_third_written(whole):
-    parts, _, shown = whole
+    assembly, _, shown = whole
     steps = [r["step"] for r in shown if "loss" in r]
     assert steps == list(range(1, STEPS + 1))
-    written = records_of(parts.workdir)
+    written = records_of(assembly.workdir)
     assert [r["step"] for r in written if "loss" in r] == [1, 3, 6, 9]
     assert [r["step"] for r in written if "test_loss" in r] == [4, 8, STEPS]
     assert [r["step"] for r in written] == sorted(r["step"] for r in written)
@@ -80,16 +80,16 @@ def test_every_record_is_shown_and_every_third_written(whole):
 
 
 def test_the_summary(whole):
-    parts, summary, shown = whole
+    assembly, summary, shown = whole
     figures = summary.figures
     assert figures["test_loss"] == shown[-1]["test_loss"]
     assert figures["test_accuracy"] == shown[-1]["test_accuracy"]
     assert (figures["steps"], figures["stages"]) == (STEPS, 2)
     assert figures["bubble_fraction"] == pytest.approx(1 / 3)
-    assert figures["workdir"] == str(parts.workdir)
+    assert figures["workdir"] == str(assembly.workdir)
     assert 0 < figures["step_time_s"] < figures["wall_s"]
-    assert summary.note == f"curves: {parts.workdir / 'curves.png'}"
-    assert len((parts.workdir / "curves.png").read_bytes()) > 5000
+    assert summary.note == f"curves: {assembly.workdir / 'curves.png'}"
+    assert len((assembly.workdir / "curves.png").read_bytes()) > 5000
 
 
 def test_the_two_newest_checkpoints_are_kept(whole):
@@ -99,16 +99,16 @@ def test_the_two_newest_checkpoints_are_kept(whole):
 
 def test_the_saved_config_is_that_of_the_run(whole):
     """It names its own folder, so that `gpipe train WORKDIR/config.yaml` continues the run."""
-    parts = whole[0]
-    config = gpipe.load(parts.workdir / "config.yaml")
-    assert config.train.workdir == str(parts.workdir)
+    assembly = whole[0]
+    config = gpipe.load(assembly.workdir / "config.yaml")
+    assert config.train.workdir == str(assembly.workdir)
     back = config.train.model_copy(update={"workdir": None})
-    assert config.model_copy(update={"train": back}) == parts.config
+    assert config.model_copy(update={"train": back}) == assembly.config
 
 
 def test_evaluate_repeats_the_last_evaluation(whole):
-    parts, summary, _ = whole
-    again = run.evaluate(parts)
+    assembly, summary, _ = whole
+    again = run.evaluate(assembly)
     for name in ("test_loss", "test_accuracy", "steps", "step_time_s"):
         assert again.figures[name] == summary.figures[name]
     assert again.note == f"checkpoint: step {STEPS}"
@@ -127,9 +127,9 @@ def test_evaluate_on_other_stages(whole):
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
     """Cut off after the first checkpoint, and again after the second, with half a line written."""
-    parts, reference, _ = whole
+    assembly, reference, _ = whole
     workdir = tmp_path / "interrupted"
-    again = parts._replace(workdir=epath.Path(workdir))
+    again = assembly._replace(workdir=epath.Path(workdir))
     for last in (6, 10):
 
         def show(record, last=last):
@@ -144,32 +144,34 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
     shown: list[dict] = []
     summary = run.train(again, shown.append)
     assert shown[0]["step"] == 9, "it continues from step 8"
-    assert len(saved(workdir, STEPS)) == 4 and saved(workdir, STEPS) == saved(parts.workdir, STEPS)
-    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    assert len(saved(workdir, STEPS)) == 4 and saved(workdir, STEPS) == saved(
+        assembly.workdir, STEPS
+    )
+    there, here = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
     assert here == there
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
 
 
 def test_a_finished_run_only_repeats_its_summary(whole):
-    parts, reference, _ = whole
-    before = (parts.workdir / "metrics.jsonl").read_bytes()
+    assembly, reference, _ = whole
+    before = (assembly.workdir / "metrics.jsonl").read_bytes()
     shown: list[dict] = []
-    summary = run.train(parts, shown.append)
+    summary = run.train(assembly, shown.append)
     assert not shown and summary.note == reference.note
     ignored = {"wall_s", "compile_s", "data_s", "checkpoint_s", "evaluation_s"}
     assert {k: v for k, v in summary.figures.items() if k not in ignored} == {
         k: v for k, v in reference.figures.items() if k not in ignored
     }
-    assert (parts.workdir / "metrics.jsonl").read_bytes() == before
+    assert (assembly.workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
-    parts, reference, _ = whole
-    path = parts.workdir / "metrics.jsonl"
+    assembly, reference, _ = whole
+    path = assembly.workdir / "metrics.jsonl"
     before = path.read_bytes()
     path.unlink()
     try:
-        summary = run.train(parts, lambda record: None)
+        summary = run.train(assembly, lambda record: None)
     finally:
         path.write_bytes(before)
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
@@ -177,11 +179,11 @@ def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
     assert summary.note.startswith("no curves")
 
 
-def train_to_the_end(parts, workdir) -> None:
+def train_to_completion(assembly, workdir) -> None:
     """As often as it takes; the result is that of the run that was left alone."""
-    run.train(parts._replace(workdir=epath.Path(workdir)), lambda record: None)
-    assert saved(workdir, STEPS) == saved(parts.workdir, STEPS)
-    there, here = (without_times(records_of(w)) for w in (parts.workdir, workdir))
+    run.train(assembly._replace(workdir=epath.Path(workdir)), lambda record: None)
+    assert saved(workdir, STEPS) == saved(assembly.workdir, STEPS)
+    there, here = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
     assert here == there
 
 
@@ -192,18 +194,18 @@ def signal_now(*_) -> None:
 
 @pytest.mark.parametrize("last", [1, 4, 7])
 def test_preempted_during_a_step(whole, tmp_path, last, capsys):
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path))
 
     def show(record: dict) -> None:
         if record["step"] == last and "loss" in record:
             signal_now()
 
     with pytest.raises(StoppedError, match=r"stopped after step (\d+), which is saved") as error:
-        run.train(parts, show)
+        run.train(assembly, show)
     assert "SIGTERM: saving after this step" in capsys.readouterr().err
     done = int(str(error.value).split()[3].strip(","))
     assert last <= done <= last + trainer.IN_FLIGHT and latest_step(tmp_path) == done
-    train_to_the_end(whole[0], tmp_path)
+    train_to_completion(whole[0], tmp_path)
 
 
 def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
@@ -218,20 +220,20 @@ def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
     assert told and 4 <= latest_step(tmp_path) <= 8
-    train_to_the_end(whole[0], tmp_path)
+    train_to_completion(whole[0], tmp_path)
 
 
 def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
     """Which is left, and done again by the run that goes on."""
-    parts, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
+    assembly, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
 
     def test():
         signal_now()
         yield from batches()
 
-    dataset = dataclasses.replace(parts.dataset, test=test)
+    dataset = dataclasses.replace(assembly.dataset, test=test)
     with pytest.raises(StoppedError, match="after step 4, which is saved"):
-        run.train(parts._replace(dataset=dataset), lambda record: None)
+        run.train(assembly._replace(dataset=dataset), lambda record: None)
     assert not any("test_loss" in r for r in records_of(tmp_path))
 
     def show(record: dict) -> None:
@@ -239,14 +241,14 @@ def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run.train(parts, show)
+        run.train(assembly, show)
     assert any("test_loss" in r for r in records_of(tmp_path)), "of step 4, which is done again"
-    train_to_the_end(whole[0], tmp_path)
+    train_to_completion(whole[0], tmp_path)
 
 
 def test_signals_are_as_before_a_run(whole):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with listening():
+    with handle_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
@@ -254,7 +256,7 @@ def test_signals_are_as_before_a_run(whole):
 def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_path, monkeypatch):
     """Step 4 is saved without its loss, the lowest: it is evaluated again, and kept."""
     config = gpipe.load(CONFIG, ["train.keep=1", "train.keep_best=1"])
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path), config=config)
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path), config=config)
     losses = {4: 1.0, 8: 2.0, STEPS: 3.0}
 
     def stopped(*_):
@@ -262,12 +264,12 @@ def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_pa
 
     monkeypatch.setattr(run.loop, "evaluate", stopped)
     with pytest.raises(StoppedError, match="after step 4, which is saved"):
-        run.train(parts, lambda record: None)
+        run.train(assembly, lambda record: None)
     monkeypatch.setattr(
         run.loop, "evaluate", lambda _, state, stop: {"test_loss": losses[state.step]}
     )
-    run.train(parts, lambda record: None)
-    assert checkpoint_format.steps(parts.checkpoints) == [STEPS, 4]
+    run.train(assembly, lambda record: None)
+    assert checkpoint_format.steps(assembly.checkpoints) == [STEPS, 4]
 
 
 def test_other_steps_between_saves(whole, tmp_path):
@@ -282,13 +284,13 @@ def test_other_steps_between_saves(whole, tmp_path):
 
 def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, capsys):
     shutil.copytree(whole[0].workdir, tmp_path / "run")
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
     part = tmp_path / "run" / "checkpoints" / "11" / "state" / "1.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
-    note = run.evaluate(parts).note.splitlines()
+    note = run.evaluate(assembly).note.splitlines()
     assert re.search(r"11 is damaged \(1.safetensors has .*\); taking that of step 8", note[0])
     assert note[1] == "checkpoint: step 8"
-    train_to_the_end(whole[0], tmp_path / "run")
+    train_to_completion(whole[0], tmp_path / "run")
     assert "11 is damaged" in capsys.readouterr().err
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["11", "11.damaged", "8"]
@@ -296,13 +298,13 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, caps
 
 def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
     shutil.copytree(whole[0].workdir, tmp_path / "run")
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
     for step in (8, 11):
         (tmp_path / "run" / "checkpoints" / str(step) / "state" / "manifest.json").unlink()
     with pytest.raises(ConfigError) as error:
-        run.train(parts, lambda record: None)
+        run.train(assembly, lambda record: None)
     assert error.value.problems == (
-        "none of the checkpoints here is whole; to start anew, remove or rename the folder",
+        "all checkpoints here are damaged; to start again, remove or rename the folder",
         "step 11: manifest.json is missing",
         "step 8: manifest.json is missing",
     )
@@ -391,11 +393,11 @@ def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, 
     before = config.model_dump(mode="json")
     now = gpipe.load(config, [override, "pipeline.micro_batches=1"])
     pipe = SimpleNamespace(shapes=[SimpleNamespace(stats=stats)])
-    parts = SimpleNamespace(config=now, trainer=SimpleNamespace(pipe=pipe))
-    assert names in run._not_the_same(parts, before)
-    assert run._not_the_same(parts, now.model_dump(mode="json")) is None, "it is the same"
+    assembly = SimpleNamespace(config=now, trainer=SimpleNamespace(pipe=pipe))
+    assert names in run._other_split(assembly, before)
+    assert run._other_split(assembly, now.model_dump(mode="json")) is None, "it is the same"
     per_example = gpipe.load(now, ["pipeline.keys_per=example"])
-    found = run._not_the_same(SimpleNamespace(config=per_example, trainer=parts.trainer), before)
+    found = run._other_split(SimpleNamespace(config=per_example, trainer=assembly.trainer), before)
     assert ("dropout" in found) is False if stats else found is None
 
 
@@ -403,8 +405,8 @@ def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, 
 
 
 def other_config(whole, *overrides: str) -> run.Assembly:
-    parts = whole[0]
-    return parts._replace(config=gpipe.load(CONFIG, overrides))
+    assembly = whole[0]
+    return assembly._replace(config=gpipe.load(CONFIG, overrides))
 
 
 def test_a_folder_of_another_config_lists_what_differs(whole):
@@ -415,8 +417,8 @@ def test_a_folder_of_another_config_lists_what_differs(whole):
     rule, *lines = error.value.problems
     assert "another config; use another (train.workdir=...)" in rule
     assert lines == [
-        "optimizer.learning_rate: 0.01 there, 0.5 here",
-        f"train.steps: {STEPS} there, 5 here",
+        "optimizer.learning_rate: 0.01 before, 0.5 now",
+        f"train.steps: {STEPS} before, 5 now",
     ]
     assert (whole[0].workdir / "config.yaml").read_bytes() == before
 
@@ -434,18 +436,18 @@ def test_a_setting_that_does_nothing_makes_no_other_run(whole):
     old = {**manifest.config, "profile": {"start": 5, "steps": 0}}
     old["optimizer"] = {**old["optimizer"], "decay_steps": 7}
     run._same_run(whole[0])(dataclasses.replace(manifest, config=old))
-    with pytest.raises(ConfigError, match=r"optimizer.decay_steps: 7 there, 1000 here"):
+    with pytest.raises(ConfigError, match=r"optimizer.decay_steps: 7 before, 1000 now"):
         falling = other_config(whole, "optimizer.schedule=exponential")
         run._same_run(falling)(dataclasses.replace(manifest, config=old))
 
 
-@pytest.mark.parametrize("work", [lambda parts: run.train(parts, print), run.evaluate])
+@pytest.mark.parametrize("work", [lambda assembly: run.train(assembly, print), run.evaluate])
 def test_other_data_under_the_same_config(whole, work):
     """Such as a text file that has grown."""
-    data = {**whole[0].data, "train_examples": 1438, "first_labels_crc32": 1}
-    with pytest.raises(ConfigError, match="not the one that this run began with; bring") as error:
-        work(whole[0]._replace(data=data))
-    assert error.value.problems[1] == "train_examples: 1437 there, 1438 here"
+    data = {**whole[0].data_identity, "train_examples": 1438, "first_labels_crc32": 1}
+    with pytest.raises(ConfigError, match="not the one that this run began with; restore") as error:
+        work(whole[0]._replace(data_identity=data))
+    assert error.value.problems[1] == "train_examples: 1437 before, 1438 now"
     assert error.value.problems[2].startswith("first_labels_crc32: ")
 
 
@@ -464,16 +466,16 @@ def test_evaluate_without_a_checkpoint(whole, tmp_path):
 
 
 def test_a_folder_that_another_run_is_using(whole, tmp_path):
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path))
     with (
-        run.alone_in(parts.workdir),
+        run.exclusive(assembly.workdir),
         pytest.raises(
             errors.RunInUseError, match=r"another run is using .*: end it, or wait until"
         ),
     ):
-        run.train(parts, lambda record: None)
+        run.train(assembly, lambda record: None)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    with run.alone_in(parts.workdir):
+    with run.exclusive(assembly.workdir):
         pass
 
 
@@ -481,7 +483,7 @@ def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypat
     """Another run that is about to end may still write some."""
 
     def newest(*_):
-        with pytest.raises(errors.RunInUseError), run.alone_in(whole[0].workdir):
+        with pytest.raises(errors.RunInUseError), run.exclusive(whole[0].workdir):
             pass
         raise Interrupted
 
@@ -516,13 +518,13 @@ def test_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
-    parts, shapes = whole[0], whole[0].trainer.layer_shapes()
+    assembly, shapes = whole[0], whole[0].trainer.layer_shapes()
     more = shapes._replace(layers={**shapes.layers, 3: shapes.layers[2]})
-    monkeypatch.setattr(parts.trainer, "layer_shapes", lambda: more)
-    monkeypatch.setattr(parts.trainer.pipe, "layers", (*parts.trainer.pipe.layers, "another"))
+    monkeypatch.setattr(assembly.trainer, "layer_shapes", lambda: more)
+    monkeypatch.setattr(assembly.trainer.pipe, "layers", (*assembly.trainer.pipe.layers, "another"))
     for action in (run.evaluate, lambda p: run.train(p, lambda record: None)):
         with pytest.raises(ConfigError, match="does not fit this run: missing layer 3"):
-            action(parts)
+            action(assembly)
 
 
 # --- divergence ----------------------------------------------------------------------------------
@@ -530,9 +532,9 @@ def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
 
 def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
     """The last update may ruin the parameters after the training loss was still good."""
-    parts = whole[0]._replace(workdir=epath.Path(tmp_path))
-    monkeypatch.setattr(parts.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path))
+    monkeypatch.setattr(assembly.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
     with pytest.raises(DivergedError, match=r"held-out loss became nan at step 4 \(the last fin"):
-        run.train(parts, lambda record: None)
+        run.train(assembly, lambda record: None)
     assert latest_step(tmp_path) is None
     assert all("test_loss" not in r for r in records_of(tmp_path))

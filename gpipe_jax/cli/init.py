@@ -1,0 +1,50 @@
+"""Run `gpipe init`: write a first config and data file, to run and to change."""
+
+import argparse
+import json
+from importlib import resources
+from pathlib import Path
+
+from gpipe_jax.errors import OptionError
+from gpipe_jax.utils import console
+
+FILES = ("config.yaml", "my_data.py")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    text = "write a commented config and a data file to start from"
+    command = console.add_command(commands, "init", run, text)
+    command.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the files; if one of them exists, write none."""
+    folder: Path = options.folder
+    paths = [folder / name for name in FILES]
+    existing = [path for path in paths if path.exists()]
+    if existing:
+        problem = f"{existing[0]} exists already; choose another folder, or remove it"
+        raise OptionError("FOLDER", problem)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            _write_new(path)
+    except OSError as error:
+        raise OptionError("FOLDER", f"cannot write into {folder}: {error}") from error
+    for path in paths:
+        print(f"wrote {path}")
+    change_folder = "" if folder == Path() else f"cd {folder}; "
+    print(f"start with: {change_folder}gpipe train config.yaml")
+    if options.json:
+        print(json.dumps({"files": [str(path) for path in paths]}))
+    return 0
+
+
+def _write_new(path: Path) -> None:
+    """Copy one of the files of this package; fail if another process has made it meanwhile."""
+    text = resources.files("gpipe_jax.cli").joinpath("starter", path.name).read_text("utf-8")
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
