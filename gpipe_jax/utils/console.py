@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import shtab
 
-import gpipe_jax
 from gpipe_jax.errors import ArgumentError, OptionError
 
 BAD_INPUT = 2  # exit code: do not retry
@@ -53,7 +52,9 @@ class _Version(argparse.Action):
     """Print the version; it is looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"{parser.prog} {gpipe_jax.__version__}")
+        import importlib.metadata  # takes longer than the rest of a short command
+
+        print(f"{parser.prog} {importlib.metadata.version('gpipe-jax')}")
         parser.exit()
 
 
