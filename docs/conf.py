@@ -21,7 +21,6 @@ extensions = [
     "generated_reference",  # in docs/_ext
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -39,7 +38,6 @@ if os.environ.get("GPIPE_JAX_DOCS_INTERSPHINX"):
 
 exclude_patterns = ["_build", "_ext"]
 default_role = "literal"  # docstrings write `name` for code
-autosummary_generate = False  # docs/_ext/generated_reference.py writes the pages
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -47,7 +45,7 @@ python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-smartquotes = False
+smartquotes_action = "De"  # dashes and dots; quotes are code as often as not
 add_module_names = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

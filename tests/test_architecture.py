@@ -1,6 +1,7 @@
 """Check the printed architecture: the order of rooms, contracts, imports that point up."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,4 +77,4 @@ def test_it_prints_and_its_exit_code_says_whether_all_is_well() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("Imports that point up:\n  none\n")
-    assert "  6  pipeline " in done.stdout
+    assert re.search(r"^ +\d+  pipeline  ", done.stdout, re.MULTILINE)

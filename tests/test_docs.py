@@ -174,6 +174,7 @@ INLINE = [(page, words) for page, text in TEXTS.items() for words in inline_comm
 
 
 def label(value: Any) -> str:
+    """Return the name of a case."""
     return value if isinstance(value, str) else "-".join(value[:2])
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 import gpipe_jax
 import nas
 from gpipe_jax.cli import main as gpipe_cli
@@ -157,6 +159,9 @@ def _directive(full: str, value: Any) -> list[str]:
     lines = [f".. {kind}:: {full}"]
     if kind == "autoexception" and ".errors." not in full:
         lines.append("   :no-index:")  # references go to the page of `errors`
+    if kind == "autoclass" and issubclass(value, BaseModel):
+        fields = "Its fields are the sections of :doc:`the settings <config>`."
+        return [*lines, "   :no-members:", "", fields, ""]
     return [*lines, ""]
 
 
@@ -204,12 +209,24 @@ def _backslash(match: re.Match[str]) -> str:
     return "".join(f"\\{letter}" for letter in match[0])
 
 
+SHELLS = """\
+``python -m gpipe_jax`` is ``gpipe``. For completion in bash, run
+
+.. code-block:: sh
+
+   eval "$(gpipe --print-completion bash)" && eval "$(nas --print-completion bash)"
+
+:doc:`../errors_and_exit_codes` lists the exit codes.
+"""
+
+
 # --- command lines --------------------------------------------------------------------------------
 
 
 def cli_page() -> Iterator[str]:
     """Yield the page of both command lines."""
     yield from heading("Commands", "=")
+    yield from (SHELLS, "")
     for parser in (gpipe_cli.parser(), nas_cli._parser()):
         yield from heading(parser.prog, "-")
         yield from (plain(parser.description or ""), "")
@@ -232,12 +249,17 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
     rows = [
-        (_option(action), _default(action), plain((action.help or "") % {"default": ""}))
+        (_option(action), _default(action), plain(_help(parser, action)))
         for action in parser._actions
         if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
         and action.help != argparse.SUPPRESS
     ]
     return table(("option", "default", "meaning"), rows, "34 16 50") if rows else []
+
+
+def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    text = (action.help or "").replace(" (%(default)s)", "")  # it has a column of its own
+    return text % {**vars(action), "prog": parser.prog}
 
 
 def _option(action: argparse.Action) -> str:
