@@ -50,15 +50,15 @@ def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
 
 def best_so_far(axes: "Axes", reader: Reader) -> None:
     """Plot each candidate's fitness, and the best until then."""
-    study, found = reader.study(), queries.progress(reader)
-    places = range(1, len(found.fitness) + 1)
-    every = max(1, len(places) // MAX_POINTS)
-    axes.plot(places[::every], found.fitness[::every], ".", color=GREY, ms=3, label="a candidate")
-    axes.step(places, found.best, where="post", color=BLUE, lw=1.8, label="best so far")
+    study, course = reader.study(), queries.progress(reader)
+    counts = range(1, len(course.fitness) + 1)
+    every = max(1, len(counts) // MAX_POINTS)
+    axes.plot(counts[::every], course.fitness[::every], ".", color=GREY, ms=3, label="a candidate")
+    axes.step(counts, course.best, where="post", color=BLUE, lw=1.8, label="best so far")
     first = study.settings["population"]
-    if study.settings["algorithm"] != "random" and first < len(places):
+    if study.settings["algorithm"] != "random" and first < len(counts):
         axes.axvline(first + 0.5, color=ORANGE, lw=1, ls=":", label="evolution begins")
-    hidden = _focus(axes, found.fitness, maximise=study.maximise)
+    hidden = _focus(axes, course.fitness, maximise=study.maximise)
     _finish(axes, f"best so far{hidden}", "candidates with a fitness", "fitness")
 
 

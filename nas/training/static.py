@@ -130,8 +130,8 @@ class _Concats(NamedTuple):
     last: tuple[int, ...]
     before_last: tuple[int, ...]
 
-    def part_keys(self, path: tuple) -> list[tuple]:
-        """Name the equal parts of an array: one, or one for each state that a projection reads."""
+    def piece_keys(self, path: tuple) -> list[tuple]:
+        """Name the equal pieces of an array: one, or one for each state that a projection reads."""
         name, *rest = (key.key for key in path[1:])  # path[0]: parameters, or statistics
         if name == "outputs":
             return [(name, self.own[rest[0]], *rest[1:])]
@@ -141,12 +141,12 @@ class _Concats(NamedTuple):
         return [(name, *rest)]
 
     def split(self, trees: PyTree) -> dict[tuple, jax.Array]:
-        """Return all parts of the trees' arrays by name."""
-        parts = {}
+        """Return all pieces of the trees' arrays by name."""
+        pieces = {}
         for path, a in jax.tree.leaves_with_path(trees):
-            keys = self.part_keys(path)
-            parts |= zip(keys, jnp.split(a, len(keys), _input_axis(a)), strict=True)
-        return parts
+            keys = self.piece_keys(path)
+            pieces |= zip(keys, jnp.split(a, len(keys), _input_axis(a)), strict=True)
+        return pieces
 
 
 def _own_concat(layer: Layer) -> tuple[int, ...]:
@@ -157,28 +157,28 @@ def _own_concat(layer: Layer) -> tuple[int, ...]:
 
 
 def _inherited(ours: _Concats, theirs: _Concats, fresh: PyTree, trained: PyTree) -> PyTree:
-    """Return (parameters, statistics) of a layer, part by part."""
+    """Return (parameters, statistics) of a layer, piece by piece."""
     new, old = ours.split(fresh), theirs.split(trained)
     our_shapes, their_shapes = _shapes_by_unit(new), _shapes_by_unit(old)
 
     def choose(path: tuple, a: jax.Array) -> jax.Array:
-        parts = []
-        for key in ours.part_keys(path):
+        pieces = []
+        for key in ours.piece_keys(path):
             agrees = our_shapes[_unit(key)] == their_shapes.get(_unit(key))
-            parts.append((old if agrees else new)[key])
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, _input_axis(a))
+            pieces.append((old if agrees else new)[key])
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, _input_axis(a))
 
     return jax.tree.map_with_path(choose, fresh)
 
 
 def _unit(key: tuple) -> tuple:
-    """Name what a part is inherited together with: all of an operation, or of an output."""
+    """Name what a piece is inherited together with: all of an operation, or of an output."""
     return key[:2] if key[0] in ("operations", "outputs") else key
 
 
-def _shapes_by_unit(parts: dict[tuple, jax.Array]) -> dict[tuple, dict[tuple, Any]]:
+def _shapes_by_unit(pieces: dict[tuple, jax.Array]) -> dict[tuple, dict[tuple, Any]]:
     shapes: dict[tuple, dict[tuple, Any]] = {}
-    for key, a in parts.items():
+    for key, a in pieces.items():
         shapes.setdefault(_unit(key), {})[key] = a.shape
     return shapes
 

@@ -58,11 +58,11 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
     jobs = training(monkeypatch, evaluate)
     code, lines, err = compare("--seeds", "2", "--json")
     assert code == 0, err
-    found = json.loads(lines[-1], parse_constant=pytest.fail)
-    again = found["measured"]["best trained again"]
+    figures = json.loads(lines[-1], parse_constant=pytest.fail)
+    again = figures["measured"]["best trained again"]
     assert again == {name: [None, None] for name in ("aging", "non_aging", "random")}
-    assert len(found["measured"]["population's last 4"]["aging"]) == 2
-    assert Path(found["plot"]).is_file()
+    assert len(figures["measured"]["population's last 4"]["aging"]) == 2
+    assert Path(figures["plot"]).is_file()
     first = [job.seed for epochs, job in jobs if epochs == 6 and job.candidate < 4]
     assert len(first) == len(set(first)) == 8  # once for all algorithms
 
@@ -73,8 +73,8 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
         (("evaluate.stop_epoch=3",), "evaluate.stop_epoch 3: candidates are trained once for all"),
         (("evolution.fitness_policy=retrain_warm",), "evolution.fitness_policy retrain_warm: "),
         (("evolution.algorithm=random",), "evolution.algorithm random: this compares aging, non_"),
-        (("run.target=0.9",), "run.target 0.9: budgets are to be equal, and this ends some runs"),
-        (("run.time_limit_s=0.001",), "run.time_limit_s 0.001: budgets are to be equal, and this"),
+        (("run.target=0.9",), "run.target 0.9: budgets must be equal, but this ends some runs"),
+        (("run.time_limit_s=0.001",), "run.time_limit_s 0.001: budgets must be equal, but this"),
         (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),
     ],
 )
@@ -111,7 +111,7 @@ def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("error", "expected"),
     [
         (sqlite3.DatabaseError("malformed"), (2, "compare_search.py: malformed\n")),
         (TypeError("no fitness"), (1, "compare_search.py: no fitness\n")),
@@ -121,13 +121,13 @@ def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_p
         ),
     ],
 )
-def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, wanted) -> None:
+def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, expected) -> None:
     def search(**options):
         raise error
 
     monkeypatch.setattr(nas, "search", search)
     code, _, err = compare()
-    assert (code, err) == wanted
+    assert (code, err) == expected
 
 
 def test_a_folder_goes_on_with_the_same_training_only(monkeypatch) -> None:

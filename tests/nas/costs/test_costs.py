@@ -33,8 +33,8 @@ def tpu(monkeypatch):
     def compile_for(network, genotype, batch: int, topology: str) -> Compiled:
         asked.append((genotype, batch, topology))
         n = len(asked)
-        found = Compiled("a candidate", 1.0, needed_bytes=n * 2**20, cycles=1.5e6 * n)
-        return found if n != 3 else too_large(found._replace(needed_bytes=17 * GIB), 16 * GIB)
+        compiled = Compiled("a candidate", 1.0, needed_bytes=n * 2**20, cycles=1.5e6 * n)
+        return compiled if n != 3 else too_large(compiled._replace(needed_bytes=17 * GIB), 16 * GIB)
 
     monkeypatch.setattr(libtpu, "check_installed", lambda: None)
     monkeypatch.setattr(inference, "compile_for", compile_for)
@@ -112,12 +112,12 @@ def test_to_count_starts_no_accelerator() -> None:
 
 def test_equal_networks_are_compiled_once(tpu) -> None:
     costs = NetworkCosts(filters=4, topology="v5e:1x1", batch_size=2)
-    one, other, large = genotypes(3)
-    assert costs.latency_ms(one) == costs.latency_ms(one.canonical()) == 1.0  # at 1.5 GHz
-    assert costs.memory_mib(one) == 1.0
+    first, other, large = genotypes(3)
+    assert costs.latency_ms(first) == costs.latency_ms(first.canonical()) == 1.0  # at 1.5 GHz
+    assert costs.memory_mib(first) == 1.0
     assert costs.latency_ms(other) == 2.0 and len(tpu) == 2
     assert costs.latency_ms(large) == math.inf and costs.memory_mib(large) == 17 * 2**10
-    assert NetworkCosts(filters=4, topology="v5e:1x1").latency_ms(one) == 4.0  # another batch
+    assert NetworkCosts(filters=4, topology="v5e:1x1").latency_ms(first) == 4.0  # another batch
     assert [batch for _, batch, _ in tpu] == [2, 2, 2, 1]
     assert {topology for *_, topology in tpu} == {"v5e:1x1"}
 
@@ -179,11 +179,11 @@ def test_of_a_config(tpu) -> None:
         return from_config.arguments(SearchConfig(**values))["limits"]
 
     assert limits() == ()
-    found = limits(params_m=1, topology="v5e:1x1", memory_mib=20, batch_size=4)
-    assert [(one.name, one.at_most) for one in found] == [
+    built = limits(params_m=1, topology="v5e:1x1", memory_mib=20, batch_size=4)
+    assert [(limit.name, limit.at_most) for limit in built] == [
         ("params_m", 1), ("latency_ms", math.inf), ("memory_mib", 20)
     ]  # fmt: skip
-    owner = found[0].measure.__self__
+    owner = built[0].measure.__self__
     assert owner == NetworkCosts(1, 8, 8, 1, 10, batch_size=4, topology="v5e:1x1")
     with pytest.raises(
         gpipe_jax_errors.SectionError, match="unknown TPU generation 'v5'; did you mean 'v5"
@@ -222,15 +222,18 @@ def test_by_the_real_compiler(tmp_path, monkeypatch) -> None:
     """More filters take more memory and time; the second process finds the result on disk."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'gpipe-jax[tpu]'")
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
-    genotype, found = genotypes(1)[0], []
+    genotype, measured = genotypes(1)[0], []
     for filters in (4, 128):
         costs = NetworkCosts(filters=filters, topology="v5e:1x1", batch_size=256)
-        found.append((costs.latency_ms(genotype), costs.memory_mib(genotype)))
-    assert 0.001 < found[0][0] < found[1][0] < 100 and 0.1 < found[0][1] < found[1][1] < 2000
+        measured.append((costs.latency_ms(genotype), costs.memory_mib(genotype)))
+    assert (
+        0.001 < measured[0][0] < measured[1][0] < 100
+        and 0.1 < measured[0][1] < measured[1][1] < 2000
+    )
     usable = topologies.GENERATIONS["v5e"].hbm_gib
     huge = NetworkCosts(filters=2048, image=64, topology="v5e:1x1", batch_size=2048)
     assert huge.latency_ms(genotype) == math.inf and huge.memory_mib(genotype) > usable * 1024
     _compile.cache_clear()
     monkeypatch.setattr(compiler, "_compile", lambda *_: 1 / 0)
     again = NetworkCosts(filters=128, topology="v5e:1x1", batch_size=256)
-    assert again.latency_ms(genotype) == found[1][0]
+    assert again.latency_ms(genotype) == measured[1][0]

@@ -51,10 +51,12 @@ def test_a_config_of_the_winner_on_the_data_of_the_search(export, tmp_path) -> N
     result = run("runs", nas.TrainingEvaluator(data="digits"))
     sizes = ("--cells-per-stack", "2", "--filters", "16", "--stages", "4")
     code, lines, _ = export("searched", "--out", "best.yaml", *sizes, "--json")
-    config, said = loader.load("best.yaml"), json.loads(lines[-1])
-    assert code == 0 and said["candidate"] == 6 and said["out"] == "best.yaml"
+    config, figures = loader.load("best.yaml"), json.loads(lines[-1])
+    assert code == 0 and figures["candidate"] == 6 and figures["out"] == "best.yaml"
     genotype = Genotype.from_json(config.model.genotype)
-    assert genotype == result.best.architecture == Genotype.from_json(json.dumps(said["genotype"]))
+    assert (
+        genotype == result.best.architecture == Genotype.from_json(json.dumps(figures["genotype"]))
+    )
     assert (config.model.layers, config.model.filters, config.model.stem) == (6, 16, "cifar")
     assert (config.data.kind, config.mesh.stages, config.mesh.simulate) == ("digits", 4, 4)
     assert (config.pipeline.partition, config.pipeline.schedule) == ("auto", "eager_1f1b")
@@ -155,15 +157,15 @@ def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None
     assert export(*again)[0] == 130  # and what was trained is kept
     code, lines, _ = export(*again)
     assert code == 0 and trained == [(6, 15, None), (4, 15, None), (4, 15, None), (2, 15, None)]
-    said = json.loads(lines[-1])
-    assert [(one["candidate"], one["again"]) for one in said["ranking"]] == [
+    figures = json.loads(lines[-1])
+    assert [(each["candidate"], each["again"]) for each in figures["ranking"]] == [
         (4, 1 / 5), (6, 1 / 7), (2, None)
     ]  # fmt: skip
     assert "#6: fitness 0.6, trained again 0.142857" in lines
     assert "#2: fitness 0.2, trained again failed" in lines
-    wanted = nas.load("searched").candidate(4).architecture
+    architecture = nas.load("searched").candidate(4).architecture
     with open("best.json") as file:
-        assert Genotype.from_json(file.read()) == wanted and said["candidate"] == 4
+        assert Genotype.from_json(file.read()) == architecture and figures["candidate"] == 4
     assert export("searched", "-o", "new.yaml", "--top", "3", "--epochs", "7")[0] == 0
     assert trained[4:] == [(6, 7, None), (4, 7, None), (2, 7, None)]
     assert len(json.loads((nas.load("searched").path / finals_file.FILE).read_text())) == 4
@@ -187,7 +189,7 @@ def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypat
     assert export("searched", "-o", "best.json", "--top", "2")[0] == 0
     assert export("searched", "-o", "new.json", "--top", "2", "--epochs", "7")[0] == 0
     text, figures = report()
-    assert [tuple(one.values()) for one in figures["trained_again"]] == [
+    assert [tuple(each.values()) for each in figures["trained_again"]] == [
         (6, 15, 615), (6, 7, 607), (4, 15, 415), (4, 7, 407)
     ]  # fmt: skip
     table = text[text.index("\ntrained again\n") :].split("\n\n")[0].splitlines()[2:]
@@ -218,8 +220,8 @@ def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, mo
 
 def test_what_the_search_trained_on_is_not_guessed(export, tmp_path, monkeypatch) -> None:
     (tmp_path / "theirs.py").write_text("def evaluate(genotype):\n    return 1.0\n")
-    with monkeypatch.context() as here:
-        here.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
         run("runs", importlib.import_module("theirs").evaluate)
     del sys.modules["theirs"]
     code, _, err = export("searched", "-o", "best.yaml")
@@ -278,7 +280,7 @@ def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("command", "found"),
+    ("command", "expected"),
     [
         (("train", "train.steps=4", "optimizer.warmup_steps=1"), {"steps": 4}),
         (("plan", "--topology", "v5e:2x2"), {"fits": True, "topology": "v5e:2x2"}),
@@ -288,7 +290,7 @@ def test_cells_of_another_space_cannot_be_scaled_up(export) -> None:
         ),
     ],
 )
-def test_what_is_exported_is_trained_and_planned(export, command, found) -> None:
+def test_what_is_exported_is_trained_and_planned(export, command, expected) -> None:
     """In four stages on simulated devices, and by the TPU compiler."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'gpipe-jax[tpu]'")
     run("runs", nas.TrainingEvaluator(data="digits"))
@@ -300,5 +302,5 @@ def test_what_is_exported_is_trained_and_planned(export, command, found) -> None
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said == {**said, **found}
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures == {**figures, **expected}

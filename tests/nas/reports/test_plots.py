@@ -38,18 +38,18 @@ def panel(figure, title: str):
 
 def line(axes, label: str) -> np.ndarray:
     """Points [N, 2] of a line."""
-    (found,) = (each for each in axes.lines if each.get_label() == label)
-    return np.array(found.get_xydata())
+    (match,) = (each for each in axes.lines if each.get_label() == label)
+    return np.array(match.get_xydata())
 
 
 def test_the_overview_has_the_numbers_of_the_store(cells, tmp_path) -> None:
     figure = plots.overview(cells.store, tmp_path / "plain")
     assert (tmp_path / "plain").read_bytes().startswith(b"\x89PNG")
-    found, rows = queries.progress(cells.store), {r.id: r for r in cells.store.candidates()}
+    course, rows = queries.progress(cells.store), {r.id: r for r in cells.store.candidates()}
     best = panel(figure, "best so far")
     places = np.arange(1, 121)
-    np.testing.assert_array_equal(line(best, "best so far"), np.c_[places, found.best])
-    fitness = [rows[number].fitness for number in found.candidate]
+    np.testing.assert_array_equal(line(best, "best so far"), np.c_[places, course.best])
+    fitness = [rows[number].fitness for number in course.candidate]
     np.testing.assert_array_equal(line(best, "a candidate"), np.c_[places, fitness])
     saved = panel(figure, "cache")
     hits = cells.store.counts().cache_hits
@@ -161,7 +161,7 @@ def test_marked_is_what_a_mutation_has_changed() -> None:
         parent = space.random(rng)
         child, words = space.mutate(parent, rng)
         lines = child.differences(parent)
-        marked = [text for one in child.pictures(parent) for text in marks(one)]
+        marked = [text for cell in child.pictures(parent) for text in marks(cell)]
         if child == parent:
             assert not lines and not marked
             continue
@@ -186,13 +186,13 @@ def test_a_cell_of_nasbench201_can_be_read_off_its_picture() -> None:
         bottoms = {(box.x, box.y + graph_drawing.BOX_HEIGHT): box.text for box in drawn.boxes}
         tops = {(box.x, box.y): box.text for box in drawn.boxes}
         nodes = {box.y: int(box.text[0]) for box in drawn.boxes if box.text[0].isdigit()}
-        found = {}
+        operations = {}
         for above, below in zip(drawn.edges[::2], drawn.edges[1::2], strict=True):
             source = nodes[above.points[0][1] - graph_drawing.BOX_HEIGHT]
             target = nodes[below.points[1][1]]
             assert tops[above.points[1]] == bottoms[below.points[0]]
-            found[source, target] = tops[above.points[1]]
-        assert [OPERATIONS.index(found[edge]) for edge in EDGES] == list(edges)
+            operations[source, target] = tops[above.points[1]]
+        assert [OPERATIONS.index(operations[edge]) for edge in EDGES] == list(edges)
 
 
 def test_marked_are_the_edges_that_differ() -> None:
@@ -231,7 +231,7 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
             assert step.lines == ["no change"] and not step.pictures
         elif step.pictures:
             assert step.lines[0] == words.replace(", ", ": ").replace("->", "→")
-            assert all(marks(one) for one in step.pictures)
+            assert all(marks(picture) for picture in step.pictures)
     figure = lineage.figure(cells.store, number, tmp_path / "lineage.png")
     (curve,) = figure.axes[0].lines
     np.testing.assert_array_equal(curve.get_ydata(), [row.fitness for row in rows])
@@ -263,10 +263,10 @@ def test_a_space_of_another_is_shown_as_it_writes_itself(tmp_path) -> None:
     with drive(small(tmp_path, cycles=30)) as search:
         number = max(row.id for row in search.store.candidates("parent IS NOT NULL"))
         steps = lineage.steps(search.store, number)
-        one = spaces_pictures.read("bits", "<0110>")
+        architecture = spaces_pictures.read("bits", "<0110>")
         figure = lineage.figure(search.store, number)
     assert steps[0].lines == [f"random: {steps[0].row.architecture}"]
     assert steps[1].lines == [f"{steps[0].row.architecture} → {steps[1].row.architecture}"]
-    assert ElementTree.fromstring(spaces_pictures.html(one)).text == "<0110>"
+    assert ElementTree.fromstring(spaces_pictures.html(architecture)).text == "<0110>"
     assert len(figure.axes) == 1
     assert spaces_pictures.pictures(spaces_pictures.read("nasnet", "no JSON")) == []

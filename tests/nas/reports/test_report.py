@@ -107,9 +107,9 @@ def test_the_page_needs_nothing_else_and_escapes(run, tmp_path) -> None:
         connection.execute("UPDATE evaluations SET outcome = 'nan', error = ?", (EVIL,))
     code, lines, _ = run("mine", "--out", "page.html")
     assert code == 0 and lines[-1] == "page: page.html"
-    found = Checked((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert "script" not in found.seen and found.seen.count("img") == 1
-    assert found.texts.count(EVIL) >= 14  # title, heading; each of ten mutations; an error; ...
+    page = Checked((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "script" not in page.seen and page.seen.count("img") == 1
+    assert page.texts.count(EVIL) >= 14  # title, heading; each of ten mutations; an error; ...
     assert (code, run("mine", "--out", "page.html")[0]) == (0, 0)  # a page of ours is renewed
 
 
@@ -118,10 +118,10 @@ def test_a_page_draws_the_cells_and_the_ancestors(tmp_path) -> None:
     with drive(small(tmp_path, space=space), lambda job: len(str(job.architecture))) as search:
         text, best = html.page(search.store), next(search.store.ranked())
         ancestors = search.store.lineage(best.id)
-    found = Checked(text)
-    assert found.seen.count("figure") == len(ancestors) > 1
-    assert found.seen.count("svg") >= 2 + 2  # the best, the first; and what the others changed
-    assert any(f"#{best.id}" in each for each in found.texts)
+    page = Checked(text)
+    assert page.seen.count("figure") == len(ancestors) > 1
+    assert page.seen.count("svg") >= 2 + 2  # the best, the first; and what the others changed
+    assert any(f"#{best.id}" in each for each in page.texts)
 
 
 @pytest.mark.parametrize("of", ["nothing", "failures", "running"])
@@ -134,14 +134,14 @@ def test_a_report_of_any_state(tmp_path, of) -> None:
         elif jobs:
             search.tell(jobs[0], 3.0)
         snapshot = Snapshot(tmp_path / "search")
-        found = report.report(snapshot)
+        summary = report.report(snapshot)
         Checked(html.page(snapshot))
-    text = str(found)
-    assert "a driver is at work" in text and found.is_driven
-    assert found.to_dict()["best_fitness"] == (3.0 if of == "running" else None)
+    text = str(summary)
+    assert "a driver is at work" in text and summary.is_driven
+    assert summary.to_dict()["best_fitness"] == (3.0 if of == "running" else None)
     assert ("best candidates" in text) is (of == "running")
     if of == "failures":
-        assert found.to_dict()["failures_by_kind"] == {"nan": 5}
+        assert summary.to_dict()["failures_by_kind"] == {"nan": 5}
         assert "0 done, 5 failed" in text and "the fitness is nan" in text
     if of == "running":
         assert "1 done, 0 failed, 4 under way" in text
@@ -193,10 +193,10 @@ def test_html_of_a_result_and_of_a_candidate(tmp_path) -> None:
         space="nasbench201", evaluate=lambda edges: sum(edges), population=6, sample=3, cycles=40,
         folder=tmp_path, name=EVIL.replace("/", ""),
     )  # fmt: skip
-    found = Checked(result._repr_html_())
-    assert EVIL.replace("/", "") in "".join(found.texts) and "script" not in found.seen
-    assert found.seen.count("svg") == 1 and f"#{result.best.number}" in found.texts
-    child = max(result.lineage(result.best.number), key=lambda one: one.number)
+    page = Checked(result._repr_html_())
+    assert EVIL.replace("/", "") in "".join(page.texts) and "script" not in page.seen
+    assert page.seen.count("svg") == 1 and f"#{result.best.number}" in page.texts
+    child = max(result.lineage(result.best.number), key=lambda each: each.number)
     shown = child._repr_html_()
     Checked(shown)
     assert child.row.mutation.replace(">", "&gt;") in shown and f"#{child.row.parent}" in shown

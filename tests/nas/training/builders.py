@@ -31,8 +31,8 @@ def step(network: Network, architecture: Any, values: Variables, images: jax.Arr
     labels = jnp.arange(images.shape[0]) % network.shape.classes
 
     def loss(parameters: PyTree) -> tuple[jax.Array, tuple]:
-        both = Variables(parameters, values.statistics)
-        scores, statistics = network.apply(architecture, both, images, train=True)
+        variables = Variables(parameters, values.statistics)
+        scores, statistics = network.apply(architecture, variables, images, train=True)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)
         return -chosen.mean(), (scores, statistics)
 
@@ -82,26 +82,28 @@ class Pair:
         self.interpreter, self.static = interpreter, Static(interpreter.shape)
         self.images = images(interpreter.shape, examples)
         self.program: jax.stages.Compiled | None = None
-        self.other = jax.jit(functools.partial(step, self.static))
+        self.static_step = jax.jit(functools.partial(step, self.static))
 
-    def one(self, architecture: Any, values: Variables, images: jax.Array) -> Step:
+    def interpreted_step(self, architecture: Any, values: Variables, images: jax.Array) -> Step:
         """Run the interpreter's step, by a program that is never compiled again."""
         if self.program is None:
             jitted = jax.jit(functools.partial(step, self.interpreter))
             self.program = jitted.lower(architecture, values, images).compile()
         return self.program(architecture, values, images)
 
-    def both(self, genotype: Genotype, draw: int = 0) -> tuple[Step, Step, PyTree]:
+    def both_steps(self, genotype: Genotype, draw: int = 0) -> tuple[Step, Step, PyTree]:
         """Return the interpreter's step in the static form, the static one, padding's gradients."""
         values = shaken(self.static, genotype, draw)
         architecture = self.interpreter.encode(genotype)
-        found = self.one(architecture, from_static(self.interpreter, genotype, values), self.images)
-        wanted = self.other(self.static.encode(genotype), values, self.images)
+        computed = self.interpreted_step(
+            architecture, from_static(self.interpreter, genotype, values), self.images
+        )
+        expected = self.static_step(self.static.encode(genotype), values, self.images)
         used = self.interpreter.used(architecture)
-        padding = jax.tree.map(lambda g, u: g[np.asarray(u) == 0], found.gradients, used)
-        both = Variables(found.gradients, found.statistics)
-        gradients, statistics = to_static(self.interpreter, genotype, both)
-        return found._replace(gradients=gradients, statistics=statistics), wanted, padding
+        padding = jax.tree.map(lambda g, u: g[np.asarray(u) == 0], computed.gradients, used)
+        values_of_step = Variables(computed.gradients, computed.statistics)
+        gradients, statistics = to_static(self.interpreter, genotype, values_of_step)
+        return computed._replace(gradients=gradients, statistics=statistics), expected, padding
 
     def losses(self, genotype: Genotype, steps: int) -> tuple[list[float], list[float]]:
         """Return the losses of gradient descent by both builders, from the same values.
@@ -110,35 +112,39 @@ class Pair:
         layers alone, from values changed in the last digit, differ by 1e-7 after ten steps.
         """
         values = shaken(self.static, genotype)
-        both = from_static(self.interpreter, genotype, values)
-        one = self._train(self.one, self.interpreter.encode(genotype), both, steps)
-        return one, self._train(self.other, self.static.encode(genotype), values, steps)
+        own_values = from_static(self.interpreter, genotype, values)
+        interpreted = self._train(
+            self.interpreted_step, self.interpreter.encode(genotype), own_values, steps
+        )
+        return interpreted, self._train(
+            self.static_step, self.static.encode(genotype), values, steps
+        )
 
     def _train(self, run: Any, architecture: Any, values: Variables, steps: int) -> list[float]:
         losses = []
         for _ in range(steps):
-            found = run(architecture, values, self.images)
-            losses.append(float(found.loss))
+            computed = run(architecture, values, self.images)
+            losses.append(float(computed.loss))
             parameters = jax.tree.map(
-                lambda p, g: p - 0.001 * g, values.parameters, found.gradients
+                lambda p, g: p - 0.001 * g, values.parameters, computed.gradients
             )
-            values = Variables(parameters, found.statistics)
+            values = Variables(parameters, computed.statistics)
         return losses
 
 
-def assert_same(found: Step, wanted: Step, padding: object, tolerance: float) -> None:
+def assert_same(computed: Step, expected: Step, padding: object, tolerance: float) -> None:
     assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(padding))
-    for name, a, b in zip(Step._fields, found, wanted, strict=True):
+    for name, a, b in zip(Step._fields, computed, expected, strict=True):
         floor = name == "gradients"
         assert_trees_close(*((floored(a, b), floored(b, b)) if floor else (a, b)), tolerance)
 
 
-def floored(tree: object, wanted: object) -> object:
+def floored(tree: object, expected: object) -> object:
     """Append a hundredth of the tree's largest element to every leaf, so that errors relate to it.
 
     In float32 the gradient of a scale that a later batch norm removes is only rounding.
     """
-    least = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted)) * 1e-2
+    least = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(expected)) * 1e-2
     return jax.tree.map(lambda a: np.append(np.ravel(a), least), tree)
 
 

@@ -28,7 +28,7 @@ class Candidates:
 
 
 @pytest.mark.parametrize(
-    ("threads", "rounds", "wanted"),
+    ("threads", "rounds", "expected"),
     [
         ([1.0, 2.0], [1.0, 2.5], 0.25),
         ([-2.0, 1.0], [-1.0, 1.0], 0.5),
@@ -36,9 +36,9 @@ class Candidates:
         ([1.0, 1.0], [math.nan, 1.0], math.nan),
     ],
 )
-def test_how_losses_differ(script, threads, rounds, wanted) -> None:
-    found = script.compare(Candidates(threads, rounds), [None], 2)
-    assert found["loss_difference"] == pytest.approx(wanted, nan_ok=True)
+def test_how_losses_differ(script, threads, rounds, expected) -> None:
+    compared = script.compare(Candidates(threads, rounds), [None], 2)
+    assert compared["loss_difference"] == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(

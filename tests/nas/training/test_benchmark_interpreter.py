@@ -62,9 +62,9 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
 
 
 def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
-    found = {"seconds": 60, "train_s": 60, "fitness": 0.1, "compilations": 3}
+    measures = {"seconds": 60, "train_s": 60, "fitness": 0.1, "compilations": 3}
     rows = [
-        {"interpreter": found, "static": found | {"fitness": fitness}, "itself": found}
+        {"interpreter": measures, "static": measures | {"fitness": fitness}, "itself": measures}
         for fitness in (0.1, 0.2)
     ]
     figures = script.trained_by_both.summary(rows)
@@ -81,8 +81,8 @@ def run(script, monkeypatch, *arguments: str) -> int:
 def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
     def train(evaluators, network, number, genotype):
         trained.append((number, genotype))
-        found = {"seconds": 1, "train_s": 1, "fitness": number, "compilations": 3}
-        return dict.fromkeys(script.trained_by_both.TRAINED, found)
+        measures = {"seconds": 1, "train_s": 1, "fitness": number, "compilations": 3}
+        return dict.fromkeys(script.trained_by_both.TRAINED, measures)
 
     trained = []
     monkeypatch.setattr(script.trained_by_both, "train", train)
@@ -100,8 +100,8 @@ def test_static_trains_again_from_values_that_differ_in_the_last_digit(
     script, monkeypatch, tmp_path
 ) -> None:
     def evaluate(job):
-        _, found = weights.load(tmp_path / job.inherit, network)
-        seen.append((job.seed, jax.tree.map(np.asarray, found.parameters)))
+        _, values = weights.load(tmp_path / job.inherit, network)
+        seen.append((job.seed, jax.tree.map(np.asarray, values.parameters)))
         return {"fitness": 0.5, "compile_s": 0, "train_s": 1}
 
     seen, genotype = [], nas.NASNetSpace().random(Random(0))
@@ -114,9 +114,9 @@ def test_static_trains_again_from_values_that_differ_in_the_last_digit(
         "static",
         "itself",
     ]
-    (seed, one), (_, same), (_, moved) = seen
+    (seed, own), (_, same), (_, moved) = seen
     assert {seed for seed, _ in seen} == {seed}
-    for a, b, c in zip(*map(jax.tree.leaves, (one, same, moved)), strict=True):
+    for a, b, c in zip(*map(jax.tree.leaves, (own, same, moved)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert 0 < np.abs(c - b).max() < 3e-7 * np.abs(b).max()
 

@@ -57,9 +57,9 @@ def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_pat
         jax.jit(lambda x: x * 17 + 4)(3.0)
         assert list(tmp_path.iterdir())
         jax.config.update(names[0], str(tmp_path / "mine"))
-        for folder, wanted in ((None, "mine"), ("a", "a"), ("b", "b"), (None, "mine")):
+        for folder, expected in ((None, "mine"), ("a", "a"), ("b", "b"), (None, "mine")):
             cache.use(folder and str(tmp_path / folder))
-            assert getattr(jax.config, names[0]) == str(tmp_path / wanted)
+            assert getattr(jax.config, names[0]) == str(tmp_path / expected)
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -87,11 +87,11 @@ def test_the_programs_used_least_recently_go(uncompiled) -> None:
 
 def test_programs_are_kept_for_however_many_devices(uncompiled, monkeypatch) -> None:
     def on_each(network: str) -> list[bool]:
-        made = []
+        are_new = []
         for number in range(4):
             monkeypatch.setattr(programs, "this_device", lambda number=number: number)
-            made.append(programs_of(network)[1] > 0)
-        return made
+            are_new.append(programs_of(network)[1] > 0)
+        return are_new
 
     assert all(on_each("a")) and all(on_each("b")) and not any(on_each("a"))
     assert all(on_each("c")) and not any(on_each("a")) and all(on_each("b"))
@@ -139,7 +139,7 @@ def test_threads_that_need_different_programs(uncompiled) -> None:
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
-            assert [made for made, _ in pool.map(programs_of, names)] == names
+            assert [compiled for compiled, _ in pool.map(programs_of, names)] == names
     finally:
         sys.setswitchinterval(before)
     assert len(programs._programs) == 2

@@ -41,7 +41,7 @@ def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
     """
     (double, single), genotype = both_types, random_genotype(seed)
     with jax.enable_x64(True):
-        assert_same(*double.both(genotype), tolerance=1e-12)
+        assert_same(*double.both_steps(genotype), tolerance=1e-12)
         if seed < 20:
             losses = double.losses(genotype, steps=10)
             np.testing.assert_allclose(*losses, rtol=1e-9)
@@ -51,13 +51,13 @@ def test_random_architectures(both_types: tuple[Pair, Pair], seed: int) -> None:
 
 def single_agrees(double: Pair, single: Pair, genotype: Genotype, draw: int) -> bool:
     """Check that float32 is within 1e-5 of the layers in either type, or as near as they are."""
-    found, wanted, _ = single.both(genotype, draw)
+    computed, expected, _ = single.both_steps(genotype, draw)
     with jax.enable_x64(True):
         given = (shaken(single.static, genotype, draw), single.images)
         given = jax.tree.map(lambda a: a.astype("float64"), given)
         exact = double.other(double.static.encode(genotype), *given)
     agree = True
-    for name, *steps in zip(Step._fields, found, wanted, exact, strict=True):
+    for name, *steps in zip(Step._fields, computed, expected, exact, strict=True):
         a, b, c = (floored(a, steps[2]) if name == "gradients" else a for a in steps)
         error, own, apart = (largest_error(*pair) for pair in ((a, c), (b, c), (a, b)))
         print(f"{draw} {name}: {error:.1e} from float64, layers {own:.1e}, from these {apart:.1e}")
@@ -76,7 +76,7 @@ def test_three_cells_in_a_stack() -> None:
     """Test as many cells as the paper's search has: the loop over a stack has a middle."""
     with jax.enable_x64(True):
         pair = Pair(Interpreter(Shape(3, 4, 8, 1, 10, dtype="float64"), OPERATIONS), examples=32)
-        assert_same(*pair.both(GENOTYPES["A"]), tolerance=1e-12)
+        assert_same(*pair.both_steps(GENOTYPES["A"]), tolerance=1e-12)
 
 
 @pytest.mark.timeout(7200)
@@ -85,4 +85,4 @@ def test_the_published_architectures(dtype: str, tolerance: float) -> None:
     with jax.enable_x64(dtype == "float64"):
         pair = full(dtype, OPERATIONS)
         for letter in "ABCD":
-            assert_same(*pair.both(GENOTYPES[letter]), tolerance=tolerance)
+            assert_same(*pair.both_steps(GENOTYPES[letter]), tolerance=tolerance)

@@ -30,30 +30,30 @@ def no_cache_on_disk(monkeypatch) -> None:
     monkeypatch.setattr("nas.training.compilation_cache.use", lambda folder: None)
 
 
-def numbers(found: dict) -> dict:
+def numbers(metrics: dict) -> dict:
     """Return the metrics that do not depend on the clock."""
-    return {name: value for name, value in found.items() if not name.endswith("_s")}
+    return {name: value for name, value in metrics.items() if not name.endswith("_s")}
 
 
 def test_training_learns_and_repeats_by_its_seed_alone() -> None:
     evaluator = toy(epochs=12)
-    found = evaluator.evaluate(job(3))
-    assert found["fitness"] > 0.5 and found["train_loss"] < 2
-    assert found["train_s"] > 0 and found["compile_s"] > 0
+    metrics = evaluator.evaluate(job(3))
+    assert metrics["fitness"] > 0.5 and metrics["train_loss"] < 2
+    assert metrics["train_s"] > 0 and metrics["compile_s"] > 0
     again = evaluator.evaluate(job(3))
-    assert again["compile_s"] == 0 and numbers(again) == numbers(found)
+    assert again["compile_s"] == 0 and numbers(again) == numbers(metrics)
     evaluator.evaluate(job(4))
     with jax.default_device(jax.local_devices()[5]):
-        assert numbers(pickle.loads(pickle.dumps(evaluator)).evaluate(job(3))) == numbers(found)
-    assert numbers(evaluator.evaluate(job(3, seed=4))) != numbers(found)
+        assert numbers(pickle.loads(pickle.dumps(evaluator)).evaluate(job(3))) == numbers(metrics)
+    assert numbers(evaluator.evaluate(job(3, seed=4))) != numbers(metrics)
 
 
 def test_training_in_bfloat16_learns_too() -> None:
     half, single = (toy(epochs=12, dtype=dtype) for dtype in ("bfloat16", "float32"))
-    found, same = half.evaluate(job(3)), single.evaluate(job(3))
-    assert found["fitness"] > 0.5 and found["train_loss"] < 2
-    assert found["train_loss"] == pytest.approx(same["train_loss"], rel=0.02)
-    assert found["train_loss"] != same["train_loss"]
+    half_result, single_result = half.evaluate(job(3)), single.evaluate(job(3))
+    assert half_result["fitness"] > 0.5 and half_result["train_loss"] < 2
+    assert half_result["train_loss"] == pytest.approx(single_result["train_loss"], rel=0.02)
+    assert half_result["train_loss"] != single_result["train_loss"]
 
 
 @pytest.mark.slow
@@ -61,9 +61,9 @@ def test_training_in_bfloat16_learns_too() -> None:
 def test_the_interpreter_learns_in_bfloat16(tmp_path) -> None:
     options = {"filters": 4, "examples": 256, "epochs": 12, "validation_images": 200}
     evaluator = small(dtype="bfloat16", learning_rate=0.1, **options)
-    told = evaluator.in_search(SMALL_SPACE, tmp_path, "stored", None)
-    found = told.evaluate(nas.Job(0, 0, SMALL_SPACE.random(Random(0)), seed=0))
-    assert found["fitness"] > 0.3 and found["train_loss"] < 1.8
+    prepared = evaluator.in_search(SMALL_SPACE, tmp_path, "stored", None)
+    result = prepared.evaluate(nas.Job(0, 0, SMALL_SPACE.random(Random(0)), seed=0))
+    assert result["fitness"] > 0.3 and result["train_loss"] < 1.8
 
 
 def test_an_epoch_is_this_loop() -> None:
@@ -80,8 +80,8 @@ def test_an_epoch_is_this_loop() -> None:
     def loss(parameters, statistics, index):
         values = Variables(parameters, statistics)
         scores, new = network.apply(architecture, values, data.images[index], train=True)
-        wanted = 0.9 * jax.nn.one_hot(data.labels[index], 10) + 0.1 / 10
-        return -(wanted * jax.nn.log_softmax(scores)).sum(-1).mean(), new
+        expected = 0.9 * jax.nn.one_hot(data.labels[index], 10) + 0.1 / 10
+        return -(expected * jax.nn.log_softmax(scores)).sum(-1).mean(), new
 
     gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
     want, velocity = state.values, jax.tree.map(jnp.zeros_like, state.values.parameters)
@@ -133,8 +133,8 @@ def test_what_is_not_used_never_changes_and_does_not_count() -> None:
     )
     state = programs.fresh(recipe, state.values._replace(parameters=full))
     scalars = Scalars(np.uint32(0), np.float32(0.1), np.float32(0), np.float32(8))
-    one = jax.jit(functools.partial(programs.epoch, network, recipe))
-    after, _ = one(state, architecture, scalars, data.images, data.labels)
+    epoch = jax.jit(functools.partial(programs.epoch, network, recipe))
+    after, _ = epoch(state, architecture, scalars, data.images, data.labels)
     for name, used in network.used(architecture).items():
         old, new = full[name], after.values.parameters[name]
         assert ((old != new) == (used > 0))[np.abs(old) > 1e-6].mean() > 0.95
@@ -154,8 +154,8 @@ def test_validation_counts_each_image_once() -> None:
 
 
 def test_the_fitness_is_the_mean_of_the_last_validations(monkeypatch) -> None:
-    found = iter([0.1, 0.4, 0.6])
-    monkeypatch.setattr("nas.training.loop.Training.accuracy", lambda self: next(found))
+    accuracies = iter([0.1, 0.4, 0.6])
+    monkeypatch.setattr("nas.training.loop.Training.accuracy", lambda self: next(accuracies))
     assert toy(epochs=5, final_epochs=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
 
 
@@ -197,17 +197,17 @@ def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
     clear = (rng.normal(size=(200, 6, 6, 1)) + labels[:, None, None, None]).astype(np.float32)
     path, options = tmp_path / "mine.npz", {"examples": None, "batch_size": 32}
 
-    def found(path: Path, inputs: np.ndarray, cycles: int) -> nas.Result:
+    def run(path: Path, inputs: np.ndarray, cycles: int) -> nas.Result:
         np.savez(path, inputs=inputs, labels=labels)
         return search(tmp_path, toy(data=str(path), **options), cycles=cycles)
 
-    best = found(path, clear, 8).best.fitness
-    assert found(tmp_path / "moved.npz", clear, 9).counts.results == 9
+    best = run(path, clear, 8).best.fitness
+    assert run(tmp_path / "moved.npz", clear, 9).counts.results == 9
     noise = rng.normal(size=clear.shape).astype(np.float32)
     with pytest.raises(
         MismatchError, match=r"evaluate.data is 'a file of SHA-256 .*' in the run, 'a f"
     ):
-        found(path, noise, 10)
+        run(path, noise, 10)
     other = toy(data=str(path), **options)
     assert (other.load_data().images == noise[0]).all((1, 2, 3)).any()
     assert other.evaluate(job())["fitness"] < best - 0.1
@@ -215,12 +215,12 @@ def test_another_file_of_the_same_name_is_other_data(tmp_path) -> None:
 
 def test_a_folder_of_images_is_known_by_its_arrays(tmp_path) -> None:
     evaluator = toy(data=str(tmp_path))
-    found = set()
+    identities = set()
     for value in (0.0, 1.0):
         np.save(tmp_path / "inputs.npy", np.full((40, 4, 4, 1), value, np.float32))
         np.save(tmp_path / "labels.npy", np.arange(40) % 2)
-        found.add(evaluator.goes_by["data"])
-    assert len(found) == 2 and evaluator.goes_by["data"] in found
+        identities.add(evaluator.goes_by["data"])
+    assert len(identities) == 2 and evaluator.goes_by["data"] in identities
 
 
 def test_scores_that_are_not_finite_are_no_accuracy(monkeypatch) -> None:
@@ -238,12 +238,12 @@ def test_scores_that_are_not_finite_are_no_accuracy(monkeypatch) -> None:
 def test_augmentation_moves_and_mirrors() -> None:
     image = np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1)
     change = Augmentation(shift=1, flip=True, fill=-1.0)
-    made = np.asarray(change(jnp.tile(image, (400, 1, 1, 1)), jax.random.key(0)))
-    wanted = set()
+    changed = np.asarray(change(jnp.tile(image, (400, 1, 1, 1)), jax.random.key(0)))
+    expected = set()
     for side in (image, image[:, ::-1]):
         padded = np.pad(side, ((1, 1), (1, 1), (0, 0)), constant_values=-1)
-        wanted |= {padded[r : r + 4, c : c + 4].tobytes() for r in range(3) for c in range(3)}
-    assert {a.tobytes() for a in made} == wanted
+        expected |= {padded[r : r + 4, c : c + 4].tobytes() for r in range(3) for c in range(3)}
+    assert {a.tobytes() for a in changed} == expected
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
@@ -311,19 +311,19 @@ def outcome(evaluator, **options):
 
 
 def test_a_loss_that_is_nan_stops_the_training() -> None:
-    found = outcome(toy(epochs=8, learning_rate=1e30, warmup_epochs=0))
-    assert found.kind == "nan"
+    failure = outcome(toy(epochs=8, learning_rate=1e30, warmup_epochs=0))
+    assert failure.kind == "nan"
     assert (
         "in epoch 1 of 8: the training has diverged; use a lower learning_rate than 1e+30"
-        in found.error
+        in failure.error
     )
 
 
 def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
     toy().evaluate(job())
-    found = outcome(toy(timeout_s=1e-9))
-    assert found.kind == "timeout"
-    assert "for 1 of 3 epochs, more than timeout_s 1e-09" in found.error
+    failure = outcome(toy(timeout_s=1e-9))
+    assert failure.kind == "timeout"
+    assert "for 1 of 3 epochs, more than timeout_s 1e-09" in failure.error
 
 
 @pytest.mark.parametrize(
@@ -331,23 +331,25 @@ def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
     [(None, None, None), (9.0, None, 9.0), (None, 5.0, 5.0), (9.0, 5.0, 5.0), (5.0, 9.0, 5.0)],
 )
 def test_the_shorter_of_two_limits_counts(tmp_path, own, of_the_search, limit) -> None:
-    told = toy(timeout_s=own).in_search(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
-    assert told.timeout_s == limit
+    evaluator = toy(timeout_s=own).in_search(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
+    assert evaluator.timeout_s == limit
 
 
 def test_a_device_with_too_little_memory(monkeypatch) -> None:
     monkeypatch.setattr(programs, "memory_of", lambda device: 100_000)
-    found = outcome(toy(batch_size=17))
-    assert found.kind == "out_of_memory"
-    assert "KiB; use a smaller batch_size, fewer filters or cells, or dtype bfloat16" in found.error
+    failure = outcome(toy(batch_size=17))
+    assert failure.kind == "out_of_memory"
+    assert (
+        "KiB; use a smaller batch_size, fewer filters or cells, or dtype bfloat16" in failure.error
+    )
 
 
 def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:
-    def evaluate(one: nas.Job):
-        if one.candidate % 3 == 1:
+    def evaluate(attempt: nas.Job):
+        if attempt.candidate % 3 == 1:
             raise RuntimeError("INTERNAL: something of XLA")
-        lr = 1e30 if one.candidate % 3 == 2 else 0.05
-        return toy(learning_rate=lr, warmup_epochs=0).evaluate(one)
+        lr = 1e30 if attempt.candidate % 3 == 2 else 0.05
+        return toy(learning_rate=lr, warmup_epochs=0).evaluate(attempt)
 
     class Some:
         pass

@@ -33,28 +33,28 @@ def files(result: nas.Result) -> set[str]:
 
 
 def test_values_come_back_as_they_were(tmp_path) -> None:
-    network, one = toy.toy().network(), job(1)
-    values = network.init(network.encode(one.architecture), jax.random.key(0))
-    weights.save(tmp_path / "weights" / "1-1.safetensors", one.architecture, values)
-    architecture, found = weights.load(tmp_path / "weights" / "1-1.safetensors", network)
-    np.testing.assert_array_equal(architecture, network.encode(one.architecture))
-    jax.tree.map(np.testing.assert_array_equal, values, found)
+    network, candidate = toy.toy().network(), job(1)
+    values = network.init(network.encode(candidate.architecture), jax.random.key(0))
+    weights.save(tmp_path / "weights" / "1-1.safetensors", candidate.architecture, values)
+    architecture, loaded = weights.load(tmp_path / "weights" / "1-1.safetensors", network)
+    np.testing.assert_array_equal(architecture, network.encode(candidate.architecture))
+    jax.tree.map(np.testing.assert_array_equal, values, loaded)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["1-1.safetensors"]
 
 
 def test_a_damaged_file_and_another_networks(tmp_path) -> None:
-    network, one = toy.toy().network(), job(1)
-    values = network.init(network.encode(one.architecture), jax.random.key(0))
+    network, candidate = toy.toy().network(), job(1)
+    values = network.init(network.encode(candidate.architecture), jax.random.key(0))
     path = tmp_path / "1-1.safetensors"
-    weights.save(path, one.architecture, values)
+    weights.save(path, candidate.architecture, values)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"1-1.safetensors cannot be read \(.*: remove the file"):
+    with pytest.raises(ValueError, match=r"1-1.safetensors cannot be read \(.*; remove the file"):
         weights.load(path, network)
     with pytest.raises(ValueError, match=r"2.safetensors cannot be read \(FileNotFoundError"):
         weights.load(tmp_path / "2.safetensors", network)
-    weights.save(path, one.architecture, values)
+    weights.save(path, candidate.architecture, values)
     other = replace(network, shape=replace(network.shape, classes=4))
-    with pytest.raises(ValueError, match=r"of another network: .*outer.* shape \[10, 10\] there"):
+    with pytest.raises(ValueError, match=r"of another network: .*outer.* is of shape \[10, 10\]"):
         weights.load(path, other)
 
 
@@ -75,16 +75,16 @@ def test_a_child_starts_from_its_parents_values_where_they_agree(tmp_path, monke
     _, fresh, warm = (values.parameters["inner"] for values in starts)
     network = evaluator.network()
     _, trained = weights.load(tmp_path / name, network)
-    both = network.encode(parent.architecture) * network.encode(child.architecture) > 0
-    assert both.any() and not both.all()
-    np.testing.assert_array_equal(warm[:, both], trained.parameters["inner"][:, both])
-    np.testing.assert_array_equal(warm[:, ~both], fresh[:, ~both])
+    shared = network.encode(parent.architecture) * network.encode(child.architecture) > 0
+    assert shared.any() and not shared.all()
+    np.testing.assert_array_equal(warm[:, shared], trained.parameters["inner"][:, shared])
+    np.testing.assert_array_equal(warm[:, ~shared], fresh[:, ~shared])
 
 
 def test_a_warm_search_keeps_the_files_of_its_members_only(tmp_path) -> None:
     def look(search: nas.Search) -> None:
-        there = {path.name for path in (tmp_path / "search" / "weights").iterdir()}
-        most.append(len(there))
+        names = {path.name for path in (tmp_path / "search" / "weights").iterdir()}
+        most.append(len(names))
 
     most: list[int] = []
     result = search(tmp_path, **WARM, callback=look)
@@ -119,9 +119,11 @@ class Elsewhere:
 
 def test_workers_that_do_not_see_the_runs_folder_end_the_search(tmp_path) -> None:
     whole = search(tmp_path, name="whole", **WARM)
-    found = r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search on"
+    problem = (
+        r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search o"
+    )
     remedy = ".*: with retrain_warm .* resume with workers on this machine, such as 'devices', or"
-    with pytest.raises(LostWeightsError, match=found + remedy):
+    with pytest.raises(LostWeightsError, match=problem + remedy):
         search(tmp_path, Elsewhere(tmp_path / "disk"), **WARM)
     assert (tmp_path / "disk" / "search" / "weights" / "0-1.safetensors").exists()
     result = nas.load("search", tmp_path)
@@ -205,6 +207,6 @@ def _evaluations(run: Path) -> int:
 def _values(result: nas.Result) -> dict[int, bytes]:
     """Return the weights by member, because lost evaluations change the names."""
     folder = result.path / "weights"
-    found = {row.id: row.trained_values for row in result.reader.population()}
-    assert {path.name for path in folder.iterdir()} == {Path(n).name for n in found.values() if n}
-    return {number: (result.path / name).read_bytes() for number, name in found.items() if name}
+    names = {row.id: row.trained_values for row in result.reader.population()}
+    assert {path.name for path in folder.iterdir()} == {Path(n).name for n in names.values() if n}
+    return {number: (result.path / name).read_bytes() for number, name in names.items() if name}

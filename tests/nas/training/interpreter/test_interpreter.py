@@ -65,7 +65,7 @@ SLOW = pytest.mark.slow
 )
 def test_a_step_equals_that_of_the_layers(pair: Pair, name: str) -> None:
     """Outputs, all gradients and batch statistics; padding has gradient zero."""
-    assert_same(*pair.both(SPECIAL[name]), tolerance=1e-12)
+    assert_same(*pair.both_steps(SPECIAL[name]), tolerance=1e-12)
 
 
 def test_all_architectures_share_one_program(pair: Pair) -> None:
@@ -74,7 +74,7 @@ def test_all_architectures_share_one_program(pair: Pair) -> None:
         genotype = random_genotype(seed, SPACE)
         architecture = pair.interpreter.encode(genotype)
         values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
-        losses.add(float(pair.one(architecture, values, pair.images).loss))
+        losses.add(float(pair.interpreted_step(architecture, values, pair.images).loss))
     assert len(losses) == 3 and np.isfinite(list(losses)).all()
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
     """Check that the compiled step has real conditionals, not selections among all results."""
     genotype = SPECIAL["narrow"]
     values = from_static(pair.interpreter, genotype, shaken(pair.static, genotype))
-    pair.one(pair.interpreter.encode(genotype), values, pair.images)
+    pair.interpreted_step(pair.interpreter.encode(genotype), values, pair.images)
     assert pair.program is not None
     text = pair.program.as_text()
     assert text is not None
@@ -96,14 +96,14 @@ def test_what_is_not_chosen_is_not_computed(pair: Pair) -> None:
 def test_values_survive_both_translations(pair: Pair) -> None:
     for genotype in SPECIAL.values():
         values = shaken(pair.static, genotype)
-        there = from_static(pair.interpreter, genotype, values)
-        back = to_static(pair.interpreter, genotype, there)
+        translated = from_static(pair.interpreter, genotype, values)
+        back = to_static(pair.interpreter, genotype, translated)
         jax.tree.map(np.testing.assert_array_equal, back, values)
         used = pair.interpreter.used(pair.interpreter.encode(genotype))
         sizes = [sum(np.sum(a) for a in jax.tree.leaves(tree)) for tree in (used,)]
         assert sizes == [sum(a.size for a in jax.tree.leaves(values.parameters))]
-        assert jax.tree.structure(used) == jax.tree.structure(there.parameters)
-        jax.tree.map(lambda a, u: np.testing.assert_array_equal(a[u == 0], 0), there[0], used)
+        assert jax.tree.structure(used) == jax.tree.structure(translated.parameters)
+        jax.tree.map(lambda a, u: np.testing.assert_array_equal(a[u == 0], 0), translated[0], used)
 
 
 @SLOW
@@ -178,13 +178,13 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     assert all(np.abs(a).max() < 500 for a in jax.tree.leaves(changed))
     assert all(np.abs(a).min() > 500 for a in jax.tree.leaves(kept))
     static = pair.static
-    wanted = static.inherit(
+    expected = static.inherit(
         static.encode(child),
         static.encode(parent),
         to_static(interpreter, child, fresh),
         to_static(interpreter, parent, trained),
     )
-    jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), wanted)
+    jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), expected)
 
 
 def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pair) -> None:
@@ -193,19 +193,19 @@ def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pai
     child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), SPECIAL["narrow"].reduction)
 
     @jax.jit  # soon compiled, unlike its operations one by one
-    def both(fresh, trained):
+    def inherit_both(fresh, trained):
         translated = (
             from_static(interpreter, child, fresh),
             from_static(interpreter, parent, trained),
         )
         codes = interpreter.encode(child), interpreter.encode(parent)
-        found = to_static(interpreter, child, interpreter.inherit(*codes, *translated))
-        return found, static.inherit(static.encode(child), static.encode(parent), fresh, trained)
+        computed = to_static(interpreter, child, interpreter.inherit(*codes, *translated))
+        return computed, static.inherit(static.encode(child), static.encode(parent), fresh, trained)
 
     values = shaken(static, child), shaken(static, parent, seed=1)
-    found, wanted = both(*values)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    fresh, trained, new = (v.parameters[2]["enter"]["kernel"][0, 0] for v in (*values, wanted))
+    computed, expected = inherit_both(*values)
+    jax.tree.map(np.testing.assert_array_equal, computed, expected)
+    fresh, trained, new = (v.parameters[2]["enter"]["kernel"][0, 0] for v in (*values, expected))
     np.testing.assert_array_equal(new[:4], fresh[:4])  # of state 1, which its parent has not
     np.testing.assert_array_equal(new[4:], trained[:4])  # of state 3, which its parent has first
 
@@ -232,8 +232,8 @@ def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() ->
     layers, pair = Static(single), Pair(Interpreter(half, SPACE.operations, pairs=2), examples=32)
     exact = jax.jit(functools.partial(step, layers))
     for name in ("inputs", "narrow"):
-        found = np.array([errors(pair, layers, exact, SPECIAL[name], seed) for seed in range(4)])
-        mine, usual = np.sqrt(np.mean(found**2, 0))
+        measured = np.array([errors(pair, layers, exact, SPECIAL[name], seed) for seed in range(4)])
+        mine, usual = np.sqrt(np.mean(measured**2, 0))
         assert (mine < 2 * usual + 1e-3).all(), (name, mine, usual)
         for errors_of in (mine, usual):  # of another type, but of no other network
             assert (errors_of < 0.7).all() and errors_of[Step._fields.index("scores")] > 1e-3
@@ -244,18 +244,21 @@ def errors(pair: Pair, layers: Static, exact: Any, genotype: Genotype, seed: int
     images = pair.images.astype("float32")  # each network computes in its own type
     values = shaken(layers, genotype, seed)
     architecture = pair.static.encode(genotype)
-    wanted = exact(architecture, values, images)
-    theirs = pair.other(architecture, values, images)
+    expected = exact(architecture, values, images)
+    theirs = pair.static_step(architecture, values, images)
     translated = from_static(pair.interpreter, genotype, values)
-    ours = pair.one(pair.interpreter.encode(genotype), translated, images)
-    both = to_static(pair.interpreter, genotype, (ours.gradients, ours.statistics))
-    ours = ours._replace(gradients=both[0], statistics=both[1])
+    ours = pair.interpreted_step(pair.interpreter.encode(genotype), translated, images)
+    static_form = to_static(pair.interpreter, genotype, (ours.gradients, ours.statistics))
+    ours = ours._replace(gradients=static_form[0], statistics=static_form[1])
     assert {a.dtype for a in jax.tree.leaves((ours, theirs))} == {jnp.dtype("float32")}
-    return [[distance(*each) for each in zip(one, wanted, strict=True)] for one in (ours, theirs)]
+    return [
+        [distance(*each) for each in zip(computed, expected, strict=True)]
+        for computed in (ours, theirs)
+    ]
 
 
-def distance(found: object, wanted: object) -> float:
+def distance(measured: object, expected: object) -> float:
     """Return the distance of all leaves together, relative to the expected ones."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    pairs = zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True)
     apart, sizes = zip(*((np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs), strict=True)
     return float(np.sqrt(sum(apart) / sum(sizes)))
