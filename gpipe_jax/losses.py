@@ -1,8 +1,10 @@
-"""Losses: (outputs, labels) -> losses of the examples, or (losses, metrics of the examples).
+"""Define losses: (outputs, labels) -> losses of the examples, or (losses, metrics of the examples).
 
-Every array returned has the examples as its first axis; further axes (positions) are averaged. The
-pipeline sums them over micro-batches and replicas with the examples' weights, so that a loss is the
-weighted mean over the whole batch, whatever the number of micro-batches.
+The first axis of each returned array is the examples; further axes (positions) are averaged. The
+pipeline sums these arrays over micro-batches and replicas, with the weights of the examples. So a
+loss is the weighted mean over the whole batch, whatever the number of micro-batches.
+
+Public: `softmax_cross_entropy`, `classification`, `squared_error`, `weighted_sums`.
 """
 
 from collections.abc import Callable
@@ -15,9 +17,20 @@ from gpipe_jax.utils.trees import PyTree
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
-    """Cross entropy in nats of integer labels [B, ...] under logits [B, ..., C], and accuracy.
+    """Compute the cross entropy of integer labels, and the accuracy.
 
-    A label that is no class, below 0 or from C on, has loss NaN; of weight 0 it counts nothing.
+    Args:
+        logits: scores [B, ..., C], in any floating-point type.
+        labels: integers [B, ...] in 0..C-1. Another label has the loss NaN, which does not count
+            for an example of weight 0.
+
+    Returns:
+        The losses [B, ...] in nats, in float32 at least; and {"accuracy": [B, ...]}, 0 or 1 each.
+
+    Example:
+        >>> losses, metrics = softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+        >>> float(losses[0])  # log(4)
+        1.3862943649291992
     """
     losses = _cross_entropy(logits, labels)
     return losses, {"accuracy": (logits.argmax(-1) == labels).astype(losses.dtype)}
@@ -27,22 +40,38 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="fill")[..., 0]
     chosen = jnp.where(labels < 0, jnp.nan, chosen)  # an index below zero would count from the end
-    wanted = (1 - smoothing) * chosen + smoothing * logits.mean(-1) if smoothing else chosen
-    return jax.nn.logsumexp(logits, axis=-1) - wanted
+    expected = (1 - smoothing) * chosen + smoothing * logits.mean(-1) if smoothing else chosen
+    return jax.nn.logsumexp(logits, axis=-1) - expected
 
 
 def classification(*, label_smoothing: float = 0.0, auxiliary_weight: float = 0.0) -> Callable:
-    """The loss of an image classifier: cross entropy, "accuracy", and "top5_accuracy" from C = 100.
+    """Return the loss of an image classifier.
 
-    Label smoothing e gives every class e / C and the label 1 - e more (Szegedy et al., Rethinking
-    the Inception Architecture, section 7). With an auxiliary weight the network's outputs are a
-    pair, (logits, auxiliary logits), and the weighted loss of the latter, smoothed too, is added;
-    the metrics are of the former. Equal arguments give equal loss functions.
+    Source: Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567,
+    section 7 (label smoothing).
+
+    Args:
+        label_smoothing: e in [0, 1). The target is e / C for each class, and 1 - e more for the
+            label. Default 0.
+        auxiliary_weight: the weight of an auxiliary head's loss, which is smoothed too. If it is
+            not 0, the network returns a pair (logits, auxiliary logits). Default 0.
+
+    Returns:
+        A function (outputs, labels) -> (losses [B, ...], metrics). The metrics are "accuracy", and
+        "top5_accuracy" if there are at least 100 classes, of the first logits only. Equal arguments
+        give equal functions.
+
+    Raises:
+        ValueError: an argument is out of range; or, in a call, the number of outputs is wrong.
+
+    Example:
+        >>> classification(label_smoothing=0.1) == classification(label_smoothing=0.1)
+        True
     """
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}: use a number in [0, 1)")
+        raise ValueError(f"`label_smoothing` is {label_smoothing}; use a number in [0, 1)")
     if not auxiliary_weight >= 0:
-        raise ValueError(f"auxiliary_weight is {auxiliary_weight}: use 0 (no such head) or more")
+        raise ValueError(f"`auxiliary_weight` is {auxiliary_weight}; use 0 (no such head) or more")
     return _Classification(label_smoothing, auxiliary_weight)
 
 
@@ -65,25 +94,40 @@ class _Classification:
         return losses, metrics
 
     def _heads(self, outputs: PyTree) -> tuple[jax.Array, ...]:
-        """(logits,) or (logits, auxiliary logits)."""
+        """Return (logits,) or (logits, auxiliary logits)."""
         heads = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
-        wanted = 2 if self.auxiliary_weight else 1
-        if len(heads) != wanted:
-            what = "a pair (logits, auxiliary logits)" if wanted == 2 else "logits alone"
+        count = 2 if self.auxiliary_weight else 1
+        if len(heads) != count:
+            expected = "a pair (logits, auxiliary logits)" if count == 2 else "logits alone"
+            got = "1 output" if len(heads) == 1 else f"{len(heads)} outputs"
             raise ValueError(
-                f"with auxiliary_weight {self.auxiliary_weight} the network must return {what}, "
-                f"got {len(heads)} output{'s' * (len(heads) != 1)}; an auxiliary head and its "
-                f"weight go together, use both or neither"
+                f"with `auxiliary_weight` {self.auxiliary_weight} the network must return "
+                f"{expected}, got {got}; use both an auxiliary head and its weight, or neither"
             )
         return heads
 
 
 def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared error of every output; labels have the outputs' shape."""
+    """Compute the squared error of each output.
+
+    Args:
+        outputs: floating-point numbers [B, ...].
+        labels: numbers of the same shape.
+
+    Returns:
+        The squared differences [B, ...].
+
+    Raises:
+        ValueError: the shapes differ; they are not broadcast.
+
+    Example:
+        >>> squared_error(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])).tolist()
+        [0.0, 4.0]
+    """
     if outputs.shape != labels.shape:
         raise ValueError(
-            f"labels have shape {list(labels.shape)} but outputs {list(outputs.shape)}; "
-            f"make them alike, they are not broadcast"
+            f"labels have shape {list(labels.shape)}, but outputs {list(outputs.shape)}; "
+            f"make the shapes equal, as they are not broadcast"
         )
     return jnp.square(outputs - labels)
 
@@ -91,13 +135,33 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 def weighted_sums(
     loss: Callable, outputs: PyTree, labels: PyTree, weights: jax.Array
 ) -> tuple[jax.Array, dict]:
-    """Loss and metrics of one micro-batch: sums over its examples with `weights` [B]."""
+    """Sum the losses and metrics of one micro-batch over its examples.
+
+    Args:
+        loss: a function (outputs, labels) -> losses [B, ...] or (losses, {name: metric [B, ...]}).
+        outputs: the network's outputs for the micro-batch.
+        labels: the labels of the micro-batch.
+        weights: the weight of each example, [B]. An example of weight 0 does not count, even if its
+            loss is NaN.
+
+    Returns:
+        The weighted sum of the losses, and of each metric; scalars, in float32 at least.
+
+    Raises:
+        ValueError: the loss returns no array [B, ...], or a metric has a reserved name.
+
+    Example:
+        >>> outputs, labels = jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])
+        >>> float(weighted_sums(squared_error, outputs, labels, jnp.array([0.5, 0.5]))[0])
+        2.0
+    """
     result = loss(outputs, labels)
     losses, metrics = result if isinstance(result, tuple) else (result, {})
 
     taken = {"loss", "step", "step_time_s"} & set(metrics)
     if taken:
-        raise ValueError(f"the metrics of `loss` may not be called {', '.join(sorted(taken))}")
+        names = ", ".join(sorted(taken))
+        raise ValueError(f"the metrics of `loss` may not be called {names}; use other names")
 
     def weigh(values: jax.Array) -> jax.Array:
         if values.ndim < 1 or values.shape[0] != weights.shape[0]:

@@ -1,7 +1,9 @@
-"""The plain program that a pipeline must equal: all layers in order, on one device.
+"""Define the plain program that a pipeline must equal: all layers in order, on one device.
 
-Tests compare the pipeline with it leaf by leaf, benchmarks time both, and a reader can see here
-what `Pipeline.value_and_grad` means.
+It is the meaning of `Pipeline.value_and_grad`. Tests compare the pipeline with it leaf by leaf, and
+benchmarks time both.
+
+Public: `init`, `forward`, `value_and_grad`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +23,27 @@ from gpipe_jax.utils.trees import PyTree
 
 
 def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree], list[PyTree]]:
-    """Parameters and running statistics of every layer, as in any pipeline of the same seed.
+    """Make the parameters and running statistics of all layers.
 
-    Layer i is made from the key `layer_key(seed, i)`; a tied parameter is in its first layer, and
-    None in the others.
+    They equal those of any pipeline with the same seed. Layer i uses the key `layer_key(seed, i)`.
+
+    Args:
+        layers: the network.
+        x: inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the examples.
+        seed: the seed of the parameters. Default 0.
+
+    Returns:
+        Lists with one tree for each layer: parameters, and running statistics. A tied parameter is
+        in its first layer, and None in the others.
+
+    Raises:
+        ValueError: a layer does not fit its input.
+
+    Example:
+        >>> import gpipe_jax as gpipe
+        >>> params, stats = init(gpipe.zoo.mlp((4, 2)), jnp.zeros((1, 4)))
+        >>> params[0]["linear"]["kernel"].shape
+        (4, 2)
     """
     params, shared = [], {}
     for i, shape in enumerate(infer_shapes(layers, x)):
@@ -48,16 +67,33 @@ def forward(
     progress: float | jax.Array = 1.0,
     examples: int | None = None,
 ) -> tuple[PyTree, list[PyTree]]:
-    """The network's output for one micro-batch, and its moments (see `Layer.apply`).
+    """Compute the network's output for one micro-batch.
 
-    `examples` is the number of them if each has a random key of its own, else None.
+    Args:
+        layers: the network.
+        params: the parameters of each layer, as `init` makes them.
+        stats: the running statistics of each layer.
+        x: the inputs of the micro-batch.
+        key: the random key of the step (`layers.random_keys.step_key`).
+        micro_batch: the number of the micro-batch, for its random keys. Default 0.
+        train: whether this is training.
+        progress: the fraction of the training run that is done. Default 1.
+        examples: B if each example has random keys of its own. Default: keys of the micro-batch.
+
+    Returns:
+        The output, and the moments of each layer (see `Layer.apply`).
+
+    Example::
+
+        params, stats = sequential.init(layers, x)
+        y, _ = sequential.forward(layers, params, stats, x, jax.random.key(0), train=False)
     """
     boundary, shared, moments = Boundary(x, {}), {}, []
     for i, (layer, p, s) in enumerate(zip(layers, params, stats, strict=True)):
         shared = {**skips_and_ties.offered(layer, p), **shared}
         context = Context(apply_key(key, i, micro_batch, examples), train, progress)
-        boundary, seen = skips_and_ties.call(layer, p, s, boundary, shared, context)
-        moments.append(seen)
+        boundary, moments_of_layer = skips_and_ties.call(layer, p, s, boundary, shared, context)
+        moments.append(moments_of_layer)
     return boundary.x, moments
 
 
@@ -70,15 +106,35 @@ def value_and_grad(
     remat: bool = False,
     keys_per: str = "micro_batch",
 ) -> Callable:
-    """(params, stats, batch, key, progress=1) -> ((loss, metrics), grads, stats): a pipelined step.
+    """Return the function that `Pipeline.value_and_grad` computes.
 
-    The batch is cut into micro-batches of consecutive examples, each for one of the `replicas`, so
-    there are `micro_batches` x `replicas` of them. Their losses are summed with the weights of the
-    whole batch: the result is the weighted mean over the batch. The returned running statistics
-    have seen all of it. With `remat` every micro-batch is recomputed in the backward pass.
+    It splits a batch into micro-batches of consecutive examples, `micro_batches` x `replicas` of
+    them. It sums their losses with the weights of the whole batch, so the loss is the weighted mean
+    over the batch.
+
+    Args:
+        layers: the network.
+        loss: a function (outputs, labels) -> losses, see `losses`.
+        micro_batches: M. Default 1.
+        replicas: D, over which batch norm can average. Default 1.
+        remat: whether the backward pass recomputes each micro-batch. Default False.
+        keys_per: what has random keys of its own, "micro_batch" or "example". Default
+            "micro_batch".
+
+    Returns:
+        A function (params, stats, batch, key, progress=1) -> ((loss, metrics), grads, stats). The
+        batch is {"inputs", "labels", "weights": [N]}, `key` is the random key of the step, and
+        the returned running statistics are those after the step.
+
+    Example::
+
+        step = jax.jit(sequential.value_and_grad(layers, losses.softmax_cross_entropy, 4))
+        (loss, metrics), grads, stats = step(params, stats, batch, step_key(0, 1))
     """
 
-    def one(params: PyTree, stats: PyTree, batch: dict, key: Any, m: Any, progress: Any) -> tuple:
+    def run_micro_batch(
+        params: PyTree, stats: PyTree, batch: dict, key: Any, m: Any, progress: Any
+    ) -> tuple:
         examples = batch["weights"].shape[0] if keys_per == "example" else None
         outputs, moments = forward(
             layers, params, stats, batch["inputs"], key, m,
@@ -86,49 +142,52 @@ def value_and_grad(
         )  # fmt: skip
         return weighted_sums(loss, outputs, batch["labels"], batch["weights"]), moments
 
-    body = _sum_over_replicas(jax.checkpoint(one) if remat else one, replicas)
+    body = _sum_over_replicas(
+        jax.checkpoint(run_micro_batch) if remat else run_micro_batch, replicas
+    )
 
     def total(params: PyTree, stats: PyTree, batch: dict, key: Any, progress: Any) -> tuple:
         weights = batch["weights"] / batch["weights"].sum()
-        parts = jax.tree.map(
+        micro_batched = jax.tree.map(
             lambda a: a.reshape(micro_batches, replicas, -1, *a.shape[1:]),
             {**batch, "weights": weights},
         )
 
-        def add(sums: PyTree, part: tuple) -> tuple[PyTree, None]:
-            m, micro_batch = part
-            found = body(params, stats, micro_batch, key, m, progress)
-            return jax.tree.map(jnp.add, sums, found), None
+        def add(sums: PyTree, row: tuple) -> tuple[PyTree, None]:
+            m, micro_batch = row
+            result = body(params, stats, micro_batch, key, m, progress)
+            return jax.tree.map(jnp.add, sums, result), None
 
-        first = jax.tree.map(lambda a: a[0], parts)
+        first = jax.tree.map(lambda a: a[0], micro_batched)
         shapes = jax.eval_shape(body, params, stats, first, key, 0, progress)
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        (loss_and_metrics, moments), _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), parts))
+        rows = (jnp.arange(micro_batches), micro_batched)
+        (loss_and_metrics, moments), _ = jax.lax.scan(add, zero, rows)
         return loss_and_metrics[0], (loss_and_metrics, moments)
 
-    def run(params: PyTree, stats: PyTree, batch: dict, key: Any, progress: Any = 1.0) -> tuple:
+    def step(params: PyTree, stats: PyTree, batch: dict, key: Any, progress: Any = 1.0) -> tuple:
         gradient = jax.value_and_grad(total, has_aux=True)
         (_, (result, moments)), grads = gradient(params, stats, batch, key, progress)
         mean = jax.tree.map(lambda a: a / (micro_batches * replicas), moments)
         stats = [a.commit(s, m) for a, s, m in zip(layers, stats, mean, strict=True)]
         return result, grads, stats
 
-    return run
+    return step
 
 
-def _sum_over_replicas(one: Callable, replicas: int) -> Callable:
-    """`one`, for micro-batch m of each replica, as arrays [D, B, ...]; the results are added up."""
+def _sum_over_replicas(function: Callable, replicas: int) -> Callable:
+    """Run `function` on micro-batch m of each replica, in arrays [D, B, ...]; sum the results."""
 
     def alone(params: PyTree, stats: PyTree, batch: dict, key: Any, m: Any, progress: Any) -> tuple:
         batch = jax.tree.map(lambda a: a[0], batch)
-        return as_replica(one)(params, stats, batch, key, m, progress)
+        return as_replica(function)(params, stats, batch, key, m, progress)
 
     def together(
         params: PyTree, stats: PyTree, batch: dict, key: Any, m: Any, progress: Any
     ) -> Any:
         ids = m * replicas + jnp.arange(replicas)
-        each = jax.vmap(one, in_axes=(None, None, 0, None, 0, None), axis_name=DATA)
-        found = each(params, stats, batch, key, ids, progress)
-        return jax.tree.map(lambda a: a.sum(0), found)
+        each = jax.vmap(function, in_axes=(None, None, 0, None, 0, None), axis_name=DATA)
+        results = each(params, stats, batch, key, ids, progress)
+        return jax.tree.map(lambda a: a.sum(0), results)
 
     return alone if replicas == 1 else together

@@ -1,1 +1,1 @@
-"""Room."""
+"""Estimate what layers cost, and cut networks into balanced stages."""

@@ -1,14 +1,15 @@
-"""Where a network is cut into stages: `partition`, told what the layers of a pipeline cost."""
+"""Choose the stage boundaries of a pipeline from the costs of its layers."""
 
 from collections.abc import Sequence
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.partition import solver
 from gpipe_jax.partition.costs import LayerCost
 
 
 def cut(
-    wanted: str | Sequence[int],
+    boundaries: str | Sequence[int],
     costs: Sequence[LayerCost],
     shapes: Sequence[LayerShape],
     *,
@@ -17,14 +18,22 @@ def cut(
     kept_bytes: Sequence[int],
     memory_limit: float | None,
 ) -> solver.Partition:
-    """The `wanted` stages: "auto", or the first layer of each but the first.
+    """Return the cut into stages.
 
-    `transfer` is what a cut behind each layer adds, in the unit of the costs.
+    Args:
+        boundaries: "auto", or the first layer of each stage but the first.
+        costs: the cost of each layer.
+        shapes: the shapes of each layer, for its name.
+        stages: the number of stages.
+        transfer: what a cut after each layer adds, in the unit of the costs.
+        kept_bytes: what a stage stores for the backward pass of each layer (see `pipeline.remat`).
+        memory_limit: bytes that a device may hold, or None.
     """
-    if isinstance(wanted, str) and wanted != "auto":
-        raise ValueError(
+    if isinstance(boundaries, str) and boundaries != "auto":
+        raise ArgumentError(
+            "partition",
             f"`partition` must be 'auto' or the first layer of stages 1 to {stages - 1}, "
-            f"got {wanted!r}"
+            f"got {boundaries!r}",
         )
     times = [c.compute_s for c in costs]
     options: dict = dict(
@@ -34,7 +43,7 @@ def cut(
         memory_limit=memory_limit,
         names=[str(shape.layer) for shape in shapes],
     )
-    if not isinstance(wanted, str):
-        return solver.explicit(wanted, times, stages=stages, **options)
+    if not isinstance(boundaries, str):
+        return solver.explicit(boundaries, times, stages=stages, **options)
     padding = [c.parameter_bytes for c in costs]
     return solver.partition(times, stages, padding=padding, **options)

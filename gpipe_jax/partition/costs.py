@@ -1,7 +1,7 @@
-"""What each layer costs: time, and bytes of parameters, of working set and of output.
+"""Estimate the cost of each layer: time, and bytes of parameters, working set and output.
 
-Costs feed the partitioner. Times are estimates in seconds, from the count of floating-point
-operations at a nominal rate, or measured; only their ratios matter.
+The partition is computed from these costs. Times are in seconds, either measured or from the number
+of floating-point operations at a nominal rate. Only their ratios matter.
 """
 
 import statistics
@@ -16,6 +16,7 @@ import numpy as np
 
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.mesh import DATA
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.shape_inference import LayerShape, as_replica
@@ -23,19 +24,20 @@ from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition.flops import count_flops
 from gpipe_jax.utils.trees import PyTree, float_leaves, signature, tree_bytes, vjp
 
-# Nominal (floating-point operations, bytes over the link to the next stage) in a second, to weigh
-# compute against transfer. Orders of magnitude: what a matrix unit and one interconnect link of a
-# current device sustain, and what a core and its memory do for a simulated CPU mesh.
+# Nominal (floating-point operations, bytes over the link to the next stage) per second, to weigh
+# compute against transfer. They are orders of magnitude: of a matrix unit and one interconnect link
+# of a current device, and of a core and its memory for a simulated CPU mesh.
 NOMINAL_RATES = {"cpu": (2e10, 5e9), "gpu": (1e14, 5e10), "tpu": (1e14, 5e10)}
 
 
 class LayerCost(NamedTuple):
-    """One layer, one micro-batch on one replica."""
+    """Hold the cost of one layer for one micro-batch on one replica."""
 
-    compute_s: float  # forward (recomputed) and backward: a backward slot's time
+    compute_s: float  # forward (recomputed) and backward: the time of an entry with a backward
     parameter_bytes: int
-    working_bytes: int  # kept between the layer's forward and its backward
-    boundary_bytes: int  # what passes on behind it: its output, and stashed tensors on their way
+    working_bytes: int  # stored between the layer's forward and its backward
+    boundary_bytes: int  # the boundary after it: its output, and skips that pass it
+    flops: float | None = None  # of `compute_s`; None if the times are measured or given
 
 
 def measure(
@@ -45,37 +47,55 @@ def measure(
     *,
     shared: bool = False,
 ) -> list[LayerCost]:
-    """The cost of every layer; equal layers are looked at once.
+    """Return the cost of each layer; equal layers are measured once.
 
-    `kind` is "flops" (of the platform's program, see `count_flops`), "time" (run here, median of
-    five), or the costs themselves, one number for each layer in any unit. Where the network is
-    `shared` by all processes the first one's times count, and every process must ask.
+    Args:
+        shapes: the layers.
+        kind: "flops" (see `count_flops`), "time" (the median of five runs on this machine), or the
+            costs themselves, one number for each layer in any unit.
+        platform: the platform to count operations for.
+        shared: whether several processes cut the same network. All of them then use the times of
+            the first process, so all must call this function.
     """
+    flops: Sequence[float | None] = [None] * len(shapes)
     if not isinstance(kind, str):
         if len(kind) != len(shapes):
-            raise ValueError(
-                f"`cost` has {len(kind)} numbers for {len(shapes)} layers; give one each"
+            raise ArgumentError(
+                "cost", f"`cost` has {len(kind)} numbers for {len(shapes)} layers; give one each"
             )
         times = [float(c) for c in kind]
-    elif kind in ("flops", "time"):
+    elif kind == "flops":
         rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[0]
-        flops_s = lambda program, specs: count_flops(program, specs, platform) / rate  # noqa: E731
-        one = _measured_time if kind == "time" else flops_s
-        times = _each_distinct(shapes, lambda shape: one(*_training_program(shape)))
-        if kind == "time" and shared:  # each process measures its own, and all must cut alike
-            times = [us / 1e6 for us in processes.from_first([round(1e6 * t) for t in times])]
+        flops = _each_distinct(shapes, lambda s: count_flops(*_training_program(s), platform))
+        times = [count / rate for count in flops]
+    elif kind == "time":
+        times = _each_distinct(shapes, lambda s: _measured_time(*_training_program(s)))
+        if shared:  # processes measure different times, and all must cut in the same way
+            times = _of_first_process(times)
     else:
-        raise ValueError(f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}")
+        raise ArgumentError(
+            "cost", f"`cost` must be 'flops', 'time' or one number a layer, got {kind!r}"
+        )
     working = _each_distinct(shapes, _working_bytes)
     behind = [*(shape.boundary for shape in shapes[1:]), shapes[-1].output]
     return [
-        LayerCost(t, tree_bytes((s.params, s.stats)), w, tree_bytes(after))
-        for t, w, s, after in zip(times, working, shapes, behind, strict=True)
+        LayerCost(t, tree_bytes((s.params, s.stats)), w, tree_bytes(after), count)
+        for t, w, s, after, count in zip(times, working, shapes, behind, flops, strict=True)
     ]
 
 
+def _of_first_process(times: Sequence[float]) -> list[float]:
+    """Return the first process's times, with all their bits; every process must call this.
+
+    Processes exchange int32 numbers, so each float64 travels as two of them.
+    """
+    words = np.asarray(times, np.float64).view(np.int32).tolist()
+    words = processes.broadcast_from_first(words)
+    return np.asarray(words, np.int32).view(np.float64).tolist()
+
+
 def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
-    """Time to send each layer's output to the next stage and to get its gradient back."""
+    """Return the seconds to send each layer's boundary, and to get its gradient back."""
     rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[1]
     return [2 * cost.boundary_bytes / rate for cost in costs]
 
@@ -90,7 +110,7 @@ def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
 
 
 def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
-    """The layer's forward and backward, and the shapes to call it with."""
+    """Return the layer's forward and backward as a program, and the shapes to call it with."""
 
     def program(*arguments: Any) -> PyTree:
         y, pull = _vjp(shape, *arguments)
@@ -100,7 +120,7 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 
 
 def _arguments(shape: LayerShape) -> tuple:
-    """Shapes of parameters, with those that the layer borrows, statistics, input and seed."""
+    """Return the shapes of parameters (borrowed ones too), statistics, input and seed."""
     params = skips_and_ties.fill(shape.layer, shape.params, shape.borrowed)
     return params, shape.stats, shape.input, jax.ShapeDtypeStruct((), jnp.uint32)
 
@@ -108,7 +128,7 @@ def _arguments(shape: LayerShape) -> tuple:
 def _vjp(
     shape: LayerShape, params: PyTree, stats: PyTree, x: PyTree, seed: jax.Array
 ) -> tuple[list, Callable]:
-    """Differentiate in the parameters and in the floating-point inputs."""
+    """Differentiate in the parameters and the floating-point inputs."""
 
     def run(params: PyTree, x: PyTree) -> tuple[PyTree, None]:
         context = Context(jax.random.key(seed), train=True)
@@ -132,23 +152,29 @@ def _measured_time(program: Callable, specs: tuple) -> float:
 
 
 def _working_bytes(shape: LayerShape) -> int:
-    """Bytes of what the backward pass needs from the forward pass, parameters aside."""
+    """Return the bytes that the backward pass needs from the forward pass, without parameters."""
     arguments = _arguments(shape)
-    return _kept_bytes(lambda *arguments: _vjp(shape, *arguments)[1], arguments)
+
+    def pull(*arguments: Any) -> Callable:
+        return _vjp(shape, *arguments)[1]
+
+    return _kept_bytes(pull, arguments)
 
 
 def loss_bytes(loss: Callable, outputs: PyTree, labels: PyTree, weights: PyTree) -> int:
-    """Bytes of what the loss keeps for its backward, and of the gradient of the outputs."""
+    """Return the bytes that the loss stores for its backward, and of the outputs' gradient."""
 
     def pull(_: None, outputs: PyTree, labels: PyTree, weights: PyTree) -> Callable:
-        of_outputs = lambda _, y: weighted_sums(loss, y, labels, weights)  # noqa: E731
-        return vjp(of_outputs, None, outputs)[1]
+        def loss_of(_: None, outputs: PyTree) -> tuple[jax.Array, dict]:
+            return weighted_sums(loss, outputs, labels, weights)
+
+        return vjp(loss_of, None, outputs)[1]
 
     return _kept_bytes(pull, (None, outputs, labels, weights)) + tree_bytes(outputs)
 
 
 def _kept_bytes(pull: Callable, arguments: tuple) -> int:
-    """Bytes of what `pull(*arguments)` returns and is not among its first argument's leaves."""
+    """Return the bytes of `pull(*arguments)`, without leaves of its first argument."""
     traced = jax.make_jaxpr(pull, axis_env=[(DATA, 1)])(*arguments).jaxpr
     parameters = set(traced.invars[: len(jax.tree.leaves(arguments[0]))])
     variables = {v for v in traced.outvars if not isinstance(v, jax.extend.core.Literal)}

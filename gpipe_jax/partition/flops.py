@@ -1,6 +1,6 @@
-"""How many floating-point operations a program does, by XLA's count, with every round of its loops.
+"""Count the floating-point operations of a program, by XLA's count times the rounds of its loops.
 
-XLA counts the body of a loop once: it does not look for how long the loop is.
+XLA counts the body of a loop once, whatever the length of the loop.
 """
 
 import warnings
@@ -11,28 +11,29 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-# Equations whose programs mean something in them only: kernels work on references, and the parts of
-# a sharded program name the mesh's axes. XLA's count has of them what it sees.
+# Equations whose inner programs cannot run alone: kernels work on references, and sharded programs
+# use the names of mesh axes. For them, XLA's count is used as it is.
 _NOT_ENTERED = ("pallas_call", "shard_map")
 
-# Names of platforms for which programs are lowered: a GPU that is not there is taken for NVIDIA's.
-_ABSENT = {"cpu": "cpu", "gpu": "cuda"}  # the rest as "tpu"
+# Platforms to lower programs for if this machine has another one; a GPU counts as NVIDIA's, and
+# every other platform as a TPU.
+_ABSENT = {"cpu": "cpu", "gpu": "cuda"}
 _Platforms = tuple[str, ...] | None
 
 
 def count_flops(program: Callable, specs: tuple, platform: str) -> float:
-    """The floating-point operations of `program(*specs)` on such devices, which need not be there.
+    """Count the floating-point operations of `program(*specs)` on a platform, present or not.
 
-    A scan counts as many times as it is long, a conditional as its dearest branch. How long a while
-    loop is nobody knows: it counts as one round, with a warning; so does a loop whose body cannot
-    be looked at by itself, as it writes to references of the program around it.
+    A scan counts as often as it is long, and a conditional as its most expensive branch. The length
+    of a while loop is unknown: it counts as one round, with a warning. So does a loop whose body
+    cannot be lowered alone, because it writes to references of the program around it.
     """
-    here = platform == jax.default_backend()
-    return sum(_counts(program, specs, None if here else (_ABSENT.get(platform, "tpu"),)))
+    is_present = platform == jax.default_backend()
+    return sum(_counts(program, specs, None if is_present else (_ABSENT.get(platform, "tpu"),)))
 
 
 def _counts(program: Callable, specs: tuple, platforms: _Platforms) -> tuple[float, float]:
-    """By XLA's count, and what that leaves out."""
+    """Return XLA's count, and the operations that it leaves out."""
     traced = jax.jit(program).trace(*specs)
     analysis = traced.lower(lowering_platforms=platforms).cost_analysis() or {}
     return float(analysis.get("flops", 0.0)), _left_out(traced.jaxpr.jaxpr, platforms)
@@ -47,12 +48,12 @@ def _left_out_of(equation: Any, platforms: _Platforms) -> float:
     if name in _NOT_ENTERED:
         return 0.0
     if name == "scan":
-        # XLA sees one round of `unroll` steps, and the steps that are left over behind the loop.
-        unseen = max(params["length"] // params["unroll"] - 1, 0) * params["unroll"]
-        if not unseen:
+        # XLA counts one round of `unroll` steps, and the steps that remain after the loop.
+        uncounted = max(params["length"] // params["unroll"] - 1, 0) * params["unroll"]
+        if not uncounted:
             return params["length"] * _left_out(params["jaxpr"].jaxpr, platforms)
         once, more = _of_jaxpr(params["jaxpr"], platforms)
-        return unseen * once + params["length"] * more
+        return uncounted * once + params["length"] * more
     if name == "cond" and any(_left_out(branch.jaxpr, platforms) for branch in params["branches"]):
         branches = [_of_jaxpr(branch, platforms) for branch in params["branches"]]
         return max(map(sum, branches)) - max(once for once, _ in branches)
@@ -65,8 +66,8 @@ def _of_jaxpr(jaxpr: ClosedJaxpr, platforms: _Platforms) -> tuple[float, float]:
     try:
         specs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals)
         return _counts(jaxpr_as_fun(jaxpr), specs, platforms)
-    except Exception:  # whatever JAX raises: a layer that runs must not fail for being counted
-        _warn("whose body cannot be looked at by itself")
+    except Exception:  # whatever JAX raises: counting must not stop a layer that runs
+        _warn("whose body cannot be lowered alone")
         return 0.0, _left_out(jaxpr.jaxpr, platforms)
 
 
@@ -77,13 +78,13 @@ def _is_float(variable: Any) -> bool:
 def _warn(loop: str) -> None:
     warnings.warn(
         f"the cost of a layer counts one round of a loop {loop}; "
-        "to balance by it use the cost 'time', or give the costs",
+        "to balance by its true cost, use the cost 'time', or give the costs",
         stacklevel=3,
     )
 
 
 def _inside(equation: Any) -> Iterator[Jaxpr]:
-    """The programs that an equation is made of: a jit's, a remat's, a custom derivative's."""
+    """Yield the inner programs of an equation: of a jit, a remat, a custom derivative."""
     for value in jax.tree.leaves(list(equation.params.values())):
         value = value.jaxpr if isinstance(value, ClosedJaxpr) else value
         if isinstance(value, Jaxpr):

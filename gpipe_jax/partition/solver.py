@@ -1,7 +1,7 @@
 """Cut L layers into K contiguous, non-empty stages so that the slowest is as fast as possible.
 
-The slowest stage sets the pipeline's speed. Rules of thumb miss the best cut by up to 1.8 times,
-or leave a stage empty, so this is exact: dynamic programming over all cuts, O(K L^2).
+The slowest stage sets the speed of the pipeline. Rules of thumb miss the best cut by up to 1.8
+times, or leave a stage empty. So this is exact: dynamic programming over all cuts, in O(K L^2).
 
 Letters: L layers, K stages. Segment matrices are [L, L]: entry [i, e] is for the stage made of
 layers i..e, both included; i > e is no stage and holds infinity.
@@ -15,20 +15,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.text import format_bytes
 
 PerLayer = Sequence[float] | np.ndarray  # [L]
-# Equal stages whose layers were summed in another order differ by rounding; they still tie.
+# Equal stages differ by rounding if their layers are summed in another order; they still tie.
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which layers each stage holds, and how even the cut is. Costs have the unit of the input.
+    """Hold the layers of each stage, and how even the cut is. Costs have the unit of the input.
 
     `bound` is a lower bound on the bottleneck of *any* cut of these layers into K stages: no stage
-    is faster than its largest layer, and the slowest is no faster than the mean. It knows of
-    neither transfers nor memory, so the best cut there is may stay above it.
+    is faster than its largest layer, and the slowest is no faster than the mean. It ignores
+    transfers and memory, so the best cut may be above it.
     """
 
     boundaries: tuple[int, ...]  # first layer of stages 1..K-1, strictly increasing
@@ -38,18 +39,18 @@ class Partition:
 
     @property
     def layer_ranges(self) -> list[range]:
-        """The layer indices of each stage."""
+        """Return the layer indices of each stage."""
         ends = (*self.boundaries, self.layers)
         return [range(i, e) for i, e in zip((0, *self.boundaries), ends, strict=True)]
 
     @property
     def bottleneck(self) -> float:
-        """Cost of the slowest stage."""
+        """Return the cost of the slowest stage."""
         return max(self.costs)
 
     @property
     def imbalance(self) -> float:
-        """Cost of the slowest stage over the mean cost: 1 is even."""
+        """Return the cost of the slowest stage over the mean cost; 1 is even."""
         mean = math.fsum(self.costs) / len(self.costs)
         return self.bottleneck / mean if mean else 1.0
 
@@ -65,22 +66,22 @@ def partition(
     objective: Literal["bottleneck", "variance"] = "bottleneck",
     names: Sequence[str] | None = None,
 ) -> Partition:
-    """Return the best cut of the layers, of all that fit in the memory.
+    """Return the best cut of the layers, of all cuts that fit in the memory.
 
-    A stage costs the sum of its layers' `costs`, plus `transfer[l]` (same unit) where it ends with
+    A stage costs the sum of its layers' `costs`, plus `transfer[l]` (same unit) if it ends with
     layer l and is not the last. The sum of its `memory` (bytes) stays within `memory_limit` (bytes
     per device). "bottleneck" minimises, each among the best of the one before:
 
     1. the largest stage cost;
-    2. the largest sum of `padding` (parameter bytes per layer), where given: every device holds
-       arrays as large as the largest stage's;
+    2. the largest sum of `padding` (parameter bytes per layer), if given: every device holds arrays
+       as large as those of the largest stage;
     3. the sum of squared stage costs. Without transfers the mean is fixed, and this is the GPipe
        paper's objective (section 2.2): the variance.
 
-    "variance" minimises 3 alone. With transfers the sum of squares is K (variance + mean^2): it
-    wants even stages and cheap transfers. Of cuts still equal, the later stages get more layers.
+    "variance" minimises 3 alone. With transfers the sum of squares is K (variance + mean^2), so it
+    prefers even stages and cheap transfers. Among equal cuts, the later stages get more layers.
 
-    Raises ValueError where the input is malformed or nothing fits, naming the layer by `names`.
+    Raises ValueError if the input is malformed or nothing fits; it names layers by `names`.
     """
     if objective not in ("bottleneck", "variance"):
         raise ValueError(f"objective is {objective!r}: use 'bottleneck' or 'variance'")
@@ -90,7 +91,7 @@ def partition(
         _forbid(segments_LL, _segment_sums(layers.memory), memory_limit)
     best, _ = _best_cut(segments_LL, stages, np.maximum)
     if math.isinf(best):
-        raise ValueError(_nothing_fits(layers, stages))
+        raise ArgumentError("memory_limit", _nothing_fits(layers, stages))
     if objective == "bottleneck":
         _forbid(segments_LL, segments_LL, best)
         if padding is not None:
@@ -119,7 +120,7 @@ def explicit(
         )
     for boundary in boundaries:
         if not isinstance(boundary, (int, np.integer)):
-            raise ValueError(f"boundary {boundary!r} is no number of a layer: give integers")
+            raise ValueError(f"boundary {boundary!r} is no index of a layer: give integers")
     for before, after in itertools.pairwise((0, *boundaries)):
         if not 0 < after < len(costs):
             raise ValueError(
@@ -135,7 +136,7 @@ def explicit(
 
 
 class _Layers(NamedTuple):
-    """The checked input, each [L]; what was not given is zero, or infinity for the limit."""
+    """Hold the checked input, each [L]; what is not given is 0, or infinity for the limit."""
 
     costs: np.ndarray
     transfer: np.ndarray
@@ -162,7 +163,8 @@ def _checked(
         raise ValueError(f"{len(costs)} costs but {len(names)} names: give one per layer")
     if memory_limit is not None and (memory is None or not memory_limit > 0):
         raise ValueError(
-            f"memory_limit is {memory_limit} bytes with memory {'not ' * (memory is None)}given: "
+            f"memory_limit is {memory_limit} bytes and memory is "
+            f"{'missing' if memory is None else 'given'}: "
             "a limit must be above 0 and needs the memory of each layer"
         )
     labels = [f"layer {i}" + (f" ({names[i]})" if names else "") for i in range(len(costs))]
@@ -189,13 +191,14 @@ def _values(argument: str, values: PerLayer | None, labels: list[str]) -> np.nda
 
 
 def _check_memory(layers: _Layers, starts: Sequence[int], labels: Sequence[str]) -> None:
-    """Raise ValueError where a group of layers, given by its first, is above the limit."""
+    """Raise ValueError if a group of layers, given by its first, is above the limit."""
     needed = np.add.reduceat(layers.memory, starts)
     largest = int(np.argmax(needed))
     if needed[largest] > layers.memory_limit:
-        raise ValueError(
+        raise ArgumentError(
+            "memory_limit",
             f"{labels[largest]} alone needs {format_bytes(needed[largest])}, above memory_limit "
-            f"{format_bytes(layers.memory_limit)}: raise the limit, or shrink or split it"
+            f"{format_bytes(layers.memory_limit)}: raise the limit, or shrink or split it",
         )
 
 

@@ -1,4 +1,4 @@
-"""Networks as lists of layers, ready to be cut into stages."""
+"""Build networks as lists of layers, with one file or folder for each family."""
 
 from gpipe_jax.genotypes.amoebanet import AMOEBANET_A, AMOEBANET_B, AMOEBANET_C, AMOEBANET_D
 from gpipe_jax.genotypes.genotype import Genotype

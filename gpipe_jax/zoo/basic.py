@@ -1,4 +1,4 @@
-"""Small networks for small images."""
+"""Build small networks for small images."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from gpipe_jax.layers.layer import Layer, layer
 
 
 class Dense(nnx.Module):
-    """A linear map of the flattened input, followed by a gelu unless it is the last layer."""
+    """Apply a linear map to the flattened input, then a gelu unless it is the last layer."""
 
     def __init__(
         self, in_features: int, out_features: int, last: bool = False, *, rngs: nnx.Rngs
@@ -26,12 +26,12 @@ class Dense(nnx.Module):
 
 
 def group_norm(features: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group norm with four groups, or as many as divide the features."""
+    """Return a group norm with four groups, or as many as divide the features."""
     return nnx.GroupNorm(features, num_groups=math.gcd(features, 4), rngs=rngs)
 
 
 class ConvStem(nnx.Module):
-    """Images to features: convolution, group norm, relu."""
+    """Map images to features: convolution, group norm, relu."""
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(in_features, features, rngs=rngs)
@@ -42,7 +42,7 @@ class ConvStem(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1x1 convolution of x where shapes change."""
+    """Compute x + conv(relu(norm(conv(relu(norm(x)))))), with a 1x1 convolution of x if needed."""
 
     def __init__(self, in_features: int, features: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
         self.norm1 = group_norm(in_features, rngs)
@@ -59,7 +59,7 @@ class ResidualBlock(nnx.Module):
 
 
 class ConvHead(nnx.Module):
-    """relu, mean over positions, and a linear map to class scores [B, classes]."""
+    """Map features to class scores [B, classes]: relu, mean over positions, linear map."""
 
     def __init__(self, in_features: int, classes: int, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(in_features, classes, rngs=rngs)
@@ -75,13 +75,29 @@ def convnet(
     in_channels: int = 1,
     classes: int = 10,
 ) -> list[Layer]:
-    """A residual network with group norm: images [B, H, W, in_channels] to scores [B, classes].
+    """Build a small residual network with group norm, which needs no batch statistics.
 
-    A stem, then `depths[i]` residual blocks of `widths[i]` features, each group after the first at
-    half the resolution of the one before, then a head. Needs no batch statistics.
+    It is a stem, then `depths[i]` residual blocks of `widths[i]` features, then a head. Each group
+    of blocks after the first has half the resolution of the one before.
+
+    Args:
+        widths: features of each group of blocks. Default (16, 32, 64).
+        depths: blocks of each group, as many numbers as `widths`. Default (2, 3, 2).
+        in_channels: channels of the images. Default 1.
+        classes: number of classes. Default 10.
+
+    Returns:
+        Layers from images [B, H, W, in_channels] to scores [B, classes].
+
+    Raises:
+        ValueError: `widths` and `depths` have different lengths.
+
+    Example:
+        >>> len(convnet((8, 16), (1, 1)))
+        4
     """
     if len(widths) != len(depths):
-        raise ValueError(f"{len(widths)} `widths` but {len(depths)} `depths`; give one for one")
+        raise ValueError(f"{len(widths)} `widths` but {len(depths)} `depths`; give as many of both")
     layers = [layer(ConvStem, in_features=in_channels, features=widths[0])]
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         for j in range(depth):
@@ -93,7 +109,19 @@ def convnet(
 
 
 def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
-    """Dense layers between these widths, from input to output; inputs are flattened."""
+    """Build a multilayer perceptron: linear maps with gelus between them.
+
+    Args:
+        features: the width of the flattened input, of each hidden layer, and of the output. Default
+            (64, 128, 128, 10).
+
+    Returns:
+        One layer fewer than there are widths, from inputs [B, ...] to outputs [B, features[-1]].
+
+    Example:
+        >>> len(mlp((64, 128, 10)))
+        2
+    """
     pairs = list(pairwise(features))
     return [
         layer(Dense, in_features=a, out_features=b, last=i == len(pairs) - 1)

@@ -1,4 +1,4 @@
-"""Residual networks with batch norm as lists of layers."""
+"""Build residual networks with batch norm."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.conv import Conv
 from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.layers.pooling import max_pool
@@ -13,9 +14,9 @@ from gpipe_jax.zoo.basic import ConvHead
 
 
 class ConvBatchNorm(nnx.Module):
-    """Convolution without bias, then batch norm; x [B, H, W, C] -> [B, H', W', F].
+    """Apply a convolution without bias, then batch norm: x [B, H, W, C] -> [B, H', W', F].
 
-    The running statistics keep 0.9 of themselves in a step.
+    The running statistics have the momentum 0.9.
     """
 
     def __init__(
@@ -29,21 +30,21 @@ class ConvBatchNorm(nnx.Module):
 
 
 class ConvNormRelu(ConvBatchNorm):
-    """Convolution without bias, batch norm, relu; x [B, H, W, C] -> [B, H', W', F]."""
+    """Apply a convolution without bias, batch norm, relu: x [B, H, W, C] -> [B, H', W', F]."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.relu(super().__call__(x))
 
 
 class MaxPool(nnx.Module):
-    """The maximum in 3x3 windows at half the resolution."""
+    """Take the maximum in 3x3 windows, at half the resolution."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return max_pool(x, 3, 2)
 
 
 class BottleneckStart(nnx.Module):
-    """x to (y, x): a 1x1 convolution to fewer features, and the input to be stashed."""
+    """Map x to (y, x): a 1x1 convolution to fewer features, and the input to stash."""
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs) -> None:
         self.reduce = ConvNormRelu(in_features, features, 1, rngs=rngs)
@@ -53,10 +54,10 @@ class BottleneckStart(nnx.Module):
 
 
 class BottleneckEnd(nnx.Module):
-    """(y, popped input x) to relu(norm(1x1 convolution of y) + x).
+    """Map (y, popped input x) to relu(norm(1x1 convolution of y) + x).
 
-    `in_features` are those of y. Where shapes change x passes a 1x1 convolution and batch norm;
-    `shortcut_features` are those of x there, else None.
+    `in_features` is the width of y. If shapes change, x passes a 1x1 convolution and batch norm,
+    and `shortcut_features` is its width; else that is None.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class BottleneckEnd(nnx.Module):
             ConvBatchNorm(shortcut_features, features, 1, stride, rngs=rngs) if changed else None
         )
 
-    def __call__(self, taken: tuple[jax.Array, jax.Array]) -> jax.Array:
-        y, x = taken
+    def __call__(self, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        y, x = inputs
         return jax.nn.relu(self.expand(y) + (x if self.shortcut is None else self.shortcut(x)))
 
 
-EXPANSION = 4  # output features of a bottleneck over its inner ones
-SKIP = "identity"
+EXPANSION = 4  # output features of a bottleneck over its inner features
+SKIP = "identity"  # name of the stashed input of a bottleneck
 
 
 def resnet(
@@ -91,27 +92,47 @@ def resnet(
     in_channels: int = 3,
     stem: Literal["imagenet", "small"] = "imagenet",
 ) -> list[Layer]:
-    """ResNet-101, or of other depths: images [B, H, W, in_channels] to scores [B, classes].
+    """Build ResNet-101, or a ResNet of other depths.
 
-    He et al., table 1; (3, 4, 6, 3) is ResNet-50. Group i has `depths[i]` bottlenecks of
-    `width` x 2^i inner features, each group after the first at half the resolution of the one
-    before. The stem divides the resolution by four; the "small" one, a 3x3 convolution, keeps it.
+    Group i has `depths[i]` bottlenecks of `width` x 2^i inner features. Each group after the first
+    has half the resolution of the one before. A bottleneck is three layers, with a skip from the
+    first to the third, so a stage can end inside it.
 
-    A bottleneck is three layers, and its input a skip from the first to the third, so a cut can be
-    inside. As in torchgpipe's benchmark its 3x3 convolution has the stride (He et al.: the first).
+    Source: He et al., https://arxiv.org/abs/1512.03385, table 1. The stride is in the 3x3
+    convolution of a bottleneck, as in torchgpipe's benchmark (He et al.: in the first 1x1 one).
+
+    Args:
+        depths: bottlenecks of each group. Default (3, 4, 23, 3); ResNet-50 is (3, 4, 6, 3).
+        width: inner features of the first group. Default 64.
+        classes: number of classes. Default 1000.
+        in_channels: channels of the images. Default 3.
+        stem: "imagenet" divides the resolution by four; "small", a 3x3 convolution, keeps it.
+            Default "imagenet".
+
+    Returns:
+        Layers from images [B, H, W, in_channels] to scores [B, classes].
+
+    Raises:
+        ValueError: a number is less than 1, `depths` is empty, or the stem is unknown.
+
+    Example:
+        >>> len(resnet((1, 1), stem="small"))
+        8
     """
     if stem not in ("imagenet", "small"):
-        raise ValueError(f"`stem` is {stem!r}: use 'imagenet' or 'small'")
+        raise ArgumentError("stem", f"`stem` is {stem!r}: use 'imagenet' or 'small'")
     check_counts(width=width, classes=classes, in_channels=in_channels)
     if not depths:
-        raise ValueError("`depths` is empty; give the bottlenecks of at least one group")
+        raise ArgumentError(
+            "depths", "`depths` is empty; give the bottlenecks of at least one group"
+        )
     for depth in depths:
         check_counts(depths=depth)
-    large = stem == "imagenet"
-    size, stride = (7, 2) if large else (3, 1)
     first = {"in_features": in_channels, "features": width}
-    layers = [layer(ConvNormRelu, size=size, stride=stride, **first)]
-    layers += [layer(MaxPool)] * large
+    if stem == "imagenet":
+        layers = [layer(ConvNormRelu, size=7, stride=2, **first), layer(MaxPool)]
+    else:
+        layers = [layer(ConvNormRelu, size=3, stride=1, **first)]
     before = width
     for i, depth in enumerate(depths):
         inner = width * 2**i

@@ -1,4 +1,9 @@
-"""A U-Net as a list of layers."""
+"""Build a U-Net.
+
+level 0   convolutions -> Down ......... skip "level 0" ......... Up -> convolutions -> head
+level 1          convolutions -> Down .. skip "level 1" .. Up -> convolutions
+bottom                       convolutions ------------------^
+"""
 
 from itertools import pairwise
 
@@ -13,9 +18,9 @@ from gpipe_jax.zoo.resnet import ConvNormRelu
 
 
 class Down(nnx.Module):
-    """x [B, H, W, C] to ([B, H/2, W/2, C], x): the maxima of 2x2 squares, and x to be stashed.
+    """Map x [B, H, W, C] to ([B, H/2, W/2, C], x): the maxima of 2x2 squares, and x to stash.
 
-    `halvings` are this one and those that come after it.
+    `halvings` counts this one and those after it.
     """
 
     def __init__(self, halvings: int) -> None:
@@ -33,16 +38,16 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
-    """(x [B, H, W, C], popped [B, 2H, 2W, C']) to [B, 2H, 2W, C + C']: each pixel four times."""
+    """Map (x [B, H, W, C], popped [B, 2H, 2W, C']) to [B, 2H, 2W, C + C'], repeating pixels."""
 
-    def __call__(self, taken: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, popped = taken
+    def __call__(self, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, popped = inputs
         larger = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         return jnp.concatenate([larger, popped], axis=-1)
 
 
 class SegmentationHead(nnx.Module):
-    """x [B, H, W, C] to class scores [B, H, W, classes] of each pixel: a 1x1 convolution."""
+    """Map x [B, H, W, C] to scores [B, H, W, classes] of each pixel by a 1x1 convolution."""
 
     def __init__(self, in_features: int, classes: int, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(in_features, classes, 1, rngs=rngs)
@@ -59,15 +64,34 @@ def unet(
     in_channels: int = 3,
     classes: int = 1,
 ) -> list[Layer]:
-    """Images [B, H, W, in_channels] to scores [B, H, W, classes] of every pixel.
+    """Build a U-Net, which gives scores for each pixel.
 
-    Ronneberger et al., with the sizes of torchgpipe's benchmark U-Net (B, C) = (`convolutions`,
-    `channels`). Level i on the way down has that many convolutions of C 2^i features, then half the
-    resolution; its features skip to level i on the way up, of C 2^(i-1) features. H and W are
-    multiples of 2^depth. Each convolution, with batch norm and relu, is a layer of its own.
+    Level i on the way down has `convolutions` convolutions of C 2^i features, then halves the
+    resolution. Its features skip to level i on the way up, which has C 2^(i-1) features. Each
+    convolution, with batch norm and relu, is a layer of its own.
 
-    torchgpipe has instance norm without parameters, leaky relu and dropout in place of batch norm
-    and relu. The numbers of parameters agree but for the batch norms', about one in 5000.
+    Source: Ronneberger et al., https://arxiv.org/abs/1505.04597, with the sizes of torchgpipe's
+    benchmark U-Net (B, C) = (`convolutions`, `channels`). torchgpipe has instance norm without
+    parameters, leaky relu and dropout in place of batch norm and relu. The numbers of parameters
+    agree except for those of batch norm, about one in 5000.
+
+    Args:
+        depth: how often the resolution is halved. Default 5.
+        convolutions: convolutions on each level, each way. Default 5.
+        channels: C, features of the first level; even. Default 64.
+        in_channels: channels of the images. Default 3.
+        classes: number of classes. Default 1.
+
+    Returns:
+        Layers from images [B, H, W, in_channels] to scores [B, H, W, classes]. H and W must be
+        multiples of 2^depth.
+
+    Raises:
+        ValueError: a number is less than 1, or `channels` is odd.
+
+    Example:
+        >>> len(unet(depth=1, convolutions=1, channels=4))
+        6
     """
     check_counts(depth=depth, convolutions=convolutions, channels=channels, classes=classes)
     if channels % 2:

@@ -174,22 +174,27 @@ def test_given_costs_are_taken_as_they_are() -> None:
 
 
 def test_all_processes_take_the_times_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They measure different ones, and would cut the network differently."""
-    told: list[list[int]] = []
+    """Processes measure different times, and would cut the network in different ways.
 
-    def from_first(numbers: list[int]) -> list[int]:
-        told.append(numbers)
-        return [500_000, 3]
+    The times arrive with all their bits, above 2147 s (2^31 microseconds) and below 1 us too.
+    """
+    first, sent = [5000.1, 3.7e-8], []
 
-    monkeypatch.setattr(hosts, "from_first", from_first)
+    def broadcast(numbers: list[int]) -> list[int]:
+        sent.append(numbers)
+        return np.asarray(first).view(np.int32).tolist()
+
+    monkeypatch.setattr(hosts, "broadcast_from_first", broadcast)
     costs = measure(dense_shapes(8, 16, 4), "time", "cpu", shared=True)
-    assert [one.compute_s for one in costs] == [0.5, 3e-6]
-    assert len(told) == 1 and len(told[0]) == 2 and min(told[0]) > 0  # microseconds of its own
+    assert [cost.compute_s for cost in costs] == first
+    assert len(sent) == 1
+    own = np.asarray(sent[0], np.int32).view(np.float64)
+    assert len(own) == 2 and own.min() > 0 and own.max() < 60
 
 
 def test_a_mesh_of_one_process_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others may make no pipeline."""
-    monkeypatch.setattr(hosts, "from_first", lambda _: pytest.fail("asked the other processes"))
+    monkeypatch.setattr(hosts, "broadcast_from_first", lambda _: pytest.fail("called"))
     mesh, x = make_mesh(stages=2, data=1), jnp.ones((4, 8))
     example = {"inputs": x, "labels": jnp.zeros((4,), jnp.int32)}
     layers = zoo.mlp((8, 16, 4))

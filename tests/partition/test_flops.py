@@ -119,7 +119,7 @@ def test_a_loop_that_writes_to_references_counts_one_round() -> None:
         jax.lax.fori_loop(0, 5, step, None)
         return ref[...]
 
-    with pytest.warns(UserWarning, match="one round of a loop whose body cannot be looked at by"):
+    with pytest.warns(UserWarning, match="one round of a loop whose body cannot be lowered alone"):
         counted = count_flops(program, (SQUARE, SQUARE), "cpu")
     assert counted >= PRODUCT
 

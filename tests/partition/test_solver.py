@@ -176,7 +176,7 @@ INPUT_ERRORS = {
     "transfer": ({"transfer": [1, 1, 1]}, r"4 costs but 3 transfer: give one per layer"),
     "memory": ({"memory": [1]}, r"4 costs but 1 memory"),
     "names": ({"names": ["a"]}, r"4 costs but 1 names"),
-    "limit_alone": ({"memory_limit": GIB}, r"memory not given: .*needs the memory of each layer"),
+    "limit_alone": ({"memory_limit": GIB}, r"memory is missing: .*needs the memory of each layer"),
     "limit_zero": ({"memory": [1] * 4, "memory_limit": 0}, r"memory_limit is 0 bytes.*above 0"),
     "large": (
         {"memory": [GIB, 3 * GIB, 1, 1], "memory_limit": 2 * GIB, "names": ["a", "moe", "c", "d"]},
@@ -203,7 +203,9 @@ def test_padding_and_objective_errors():
 
 
 def test_no_cut_fits():
-    message = "into 2 stages fits: .*at least 4.00 GiB, memory_limit is 3.00 GiB: use 4 or more stages"
+    message = (
+        "into 2 stages fits: .*at least 4.00 GiB, memory_limit is 3.00 GiB: use 4 or more stages"
+    )
     with pytest.raises(ValueError, match=message):
         partition([1] * 4, 2, memory=[2 * GIB] * 4, memory_limit=3 * GIB)
     assert partition([1] * 4, 4, memory=[2 * GIB] * 4, memory_limit=3 * GIB).boundaries == (1, 2, 3)
@@ -216,7 +218,7 @@ def test_no_cut_fits():
         ([0, 2], r"boundary 0 is out of range: of 4 layers.* 1 to 3"),
         ([1, 4], r"boundary 4 is out of range"),
         ([2, 2], r"must increase, got 2 then 2: a stage would be empty"),
-        ([1.5, 2], r"boundary 1.5 is no number of a layer: give integers"),
+        ([1.5, 2], r"boundary 1.5 is no index of a layer: give integers"),
         ([3, 1], r"must increase, got 3 then 1"),
         ([1, 2], r"stage 2 alone needs 4.00 GiB, above memory_limit 3.00 GiB"),
     ],

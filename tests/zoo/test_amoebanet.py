@@ -184,7 +184,7 @@ ERRORS = [
     ({"layers": 0}, "`layers` is 0, but must be a whole number of at least 1"),
     ({"classes": 0}, "`classes` is 0, but must be a whole number of at least 1"),
     ({"in_channels": 0}, "`in_channels` is 0, but must be a whole number of at least 1"),
-    ({"stem": "mnist"}, "`stem` is 'mnist', but there are imagenet, torchgpipe, cifar"),
+    ({"stem": "mnist"}, "`stem` is 'mnist', but the known stems are imagenet, torchgpipe, cifar"),
     ({"filters": 7}, "`filters` is 7, but .* stem 'imagenet' means 8 filters; give at least 8"),
     ({"filters": 3, "stem": "torchgpipe"}, "stem 'torchgpipe' means 4 filters"),
     ({"filters": 1, "stem": "cifar"}, "stem 'cifar' means 2 filters"),
@@ -194,12 +194,12 @@ ERRORS = [
     ({"image": 0}, "`image` is 0, but must be a whole number of at least 1"),
     (
         {"image": 18},
-        "`image` is 18, but cell 16 of 22 halves its input, which would be 1x1 there; give 19 or",
+        "`image` is 18, but cell 16 of 22 halves its input, which would be 1x1; give 19 or",
     ),
-    ({"image": 2, "stem": "cifar"}, "`image` is 2, but cell 14 of 20 .* 1x1 there; give 3 or more"),
+    ({"image": 2, "stem": "cifar"}, "`image` is 2, but cell 14 of 20 .* 1x1; give 3 or more"),
     (
         {"image": 8, "stem": "cifar", "auxiliary": True},
-        "auxiliary head pools 5x5 of its input, which would be 4x4 there; give 9 or more",
+        "auxiliary head pools 5x5 of its input, which would be 4x4; give 9 or more",
     ),
 ]
 

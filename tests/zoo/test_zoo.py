@@ -90,7 +90,7 @@ def test_only_the_last_dense_layer_is_linear() -> None:
 
 
 def test_widths_and_depths_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 `widths` but 3 `depths`; give one for one"):
+    with pytest.raises(ValueError, match="2 `widths` but 3 `depths`; give as many of both"):
         zoo.convnet((4, 8), (1, 1, 1))
 
 

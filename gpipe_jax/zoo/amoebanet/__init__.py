@@ -1,1 +1,1 @@
-"""Room."""
+"""Build AmoebaNets, and other networks of cells from the NASNet space."""

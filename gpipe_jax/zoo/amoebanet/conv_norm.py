@@ -1,4 +1,4 @@
-"""relu, a convolution without bias, batch norm: what the cells of an AmoebaNet are made of.
+"""Implement relu, convolution without bias and batch norm, the units of an AmoebaNet's cells.
 
 Letters: B images, H and W height and width, C and F features before and after, h and w positions
 in a kernel.
@@ -13,21 +13,21 @@ from flax import nnx
 from gpipe_jax.layers.conv import conv2d, depthwise_conv2d
 
 INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-"""How all kernels start."""
+"""Initializer of all kernels."""
 
 EPSILON = 1e-3
-"""Added to the variance in batch norm."""
+"""Number that batch norm adds to the variance."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """How the batch norms of a network work; each has a scale and a bias."""
+    """Configure the batch norms of a network; each has a scale and a bias."""
 
     momentum: float = 0.9997  # decay of the running statistics, once a step
-    axis_name: str | None = None  # of the replicas to normalise over, if over more than one
+    axis_name: str | None = None  # axis of the replicas to normalise over; None: over one
 
     def make(self, features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-        """A batch norm over all but the last axis."""
+        """Return a batch norm over all axes but the last."""
         return nnx.BatchNorm(
             features,
             momentum=self.momentum,
@@ -38,15 +38,15 @@ class Normalization:
 
 
 def kernel(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    """A convolution kernel [h, w, C, F]."""
+    """Return a convolution kernel [h, w, C, F]."""
     return nnx.Param(INIT(rngs.params(), shape))
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "SAME") -> jax.Array:
-    """The convolution of x with a kernel [h, w, C, F], in the type of x.
+    """Convolve x with a kernel [h, w, C, F], in the type of x.
 
-    A kernel of one row or column has its stride along that only. Most kernels of a cell are 1x1;
-    as a matrix product that is fast everywhere, and quick to trace and compile.
+    A kernel of one row or column has its stride along that only. Most kernels of a cell are 1x1. A
+    matrix product is fast on all platforms for these, and quick to trace and compile.
     """
     h, w = kernel.shape[:2]
     kernel = kernel.astype(x.dtype)
@@ -57,20 +57,20 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "S
 
 
 def halve(x: jax.Array, even: jax.Array, odd: jax.Array) -> jax.Array:
-    """Half the resolution: two 1x1 convolutions side by side, of the even and of the odd pixels."""
+    """Halve the resolution by two 1x1 convolutions side by side, of even and of odd pixels."""
     shifted = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]  # for odd sizes
     return jnp.concatenate([convolve(x, even, 2), convolve(shifted, odd, 2)], -1)
 
 
 class Identity(nnx.Module):
-    """x itself."""
+    """Return x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
 
 
 class ConvNorm(nnx.Module):
-    """relu (if wanted), a convolution without bias, batch norm; `size` is of the kernel, [h, w].
+    """Apply relu (if `relu`), a convolution of kernel `size` [h, w] without bias, batch norm.
 
     A kernel of one row or column has its stride along that only. Batch norm is in float32 at least.
     """
@@ -98,7 +98,7 @@ class ConvNorm(nnx.Module):
 
 
 class SeparableNorm(nnx.Module):
-    """relu, a depthwise and then a 1x1 convolution without bias, batch norm."""
+    """Apply relu, a depthwise and then a 1x1 convolution without bias, batch norm."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class SeparableNorm(nnx.Module):
         norm: Normalization,
         rngs: nnx.Rngs,
     ) -> None:
-        # Of one filter for each channel, so its fan out is that of one output channel.
+        # There is one filter for each channel, so the fan-out is that of one output channel.
         self.depthwise = nnx.Param(INIT(rngs.params(), (size, size, in_features, 1))[..., 0])
         self.pointwise = kernel(rngs, 1, 1, in_features, features)
         self.norm = norm.make(features, rngs)
@@ -124,9 +124,9 @@ class SeparableNorm(nnx.Module):
 
 
 class FactorizedReduction(nnx.Module):
-    """relu (if wanted), half the resolution by `halve`, batch norm.
+    """Apply relu (if `relu`), halve the resolution by `halve`, apply batch norm.
 
-    As it reads the odd pixels too, the stride loses fewer of them.
+    It reads even and odd pixels, so the stride drops fewer of them.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ def match(
     norm: Normalization,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """x in the width and resolution of another tensor: a convolution of it where they differ."""
+    """Return a module that brings x to a width and resolution: a convolution if they differ."""
     if stride > 1:
         return FactorizedReduction(in_features, features, relu=relu, norm=norm, rngs=rngs)
     if in_features != features:

@@ -1,7 +1,11 @@
-"""The layers of an AmoebaNet: stem, cell, auxiliary head, classifier.
+"""Implement the layers of an AmoebaNet: stem, cell, auxiliary head, classifier.
 
-Behind the stem's x, the boundary between two layers is (x, skip): the outputs of the last cell and
-of the one before. B images, H and W height and width, C channels.
+    x -> Stem -> x -> first cell -> (x, skip) -> cell -> (x, skip) -> ... -> Classifier -> scores
+
+From the first cell on, the boundary between two layers is (x, skip): the outputs of the last cell
+and of the one before it.
+
+Letters: B images, H and W height and width, C channels.
 """
 
 import jax
@@ -14,17 +18,17 @@ from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import INIT, ConvNorm, Identity, Normalization, match
 from gpipe_jax.zoo.amoebanet.operations import OPERATIONS
 
-Boundary = tuple[jax.Array, jax.Array]
+CellBoundary = tuple[jax.Array, jax.Array]  # (x, skip)
 
 AUXILIARY_WIDTHS = (51, 307)
-"""Of the auxiliary head: 0.4 times NASNet's 128 and 768, as in AmoebaNet's code."""
+"""Widths of the auxiliary head: 0.4 times NASNet's 128 and 768, as in AmoebaNet's code."""
 
 POOL, POOL_STRIDE = 5, 3
-"""Of the auxiliary head's average pool, without padding."""
+"""Window and stride of the auxiliary head's average pool, which has no padding."""
 
 
 class Stem(nnx.Module):
-    """Images to features: a 3x3 convolution and batch norm, computing in `dtype` from here on."""
+    """Map images to features in `dtype` by a 3x3 convolution and batch norm."""
 
     def __init__(
         self,
@@ -54,10 +58,10 @@ class Stem(nnx.Module):
 
 
 class DropPath(nnx.Module):
-    """In training, nothing in place of x for some examples; what is kept is scaled up.
+    """Set x to zero for some examples in training, and scale up the others.
 
-    An example is dropped with probability `rate` times the progress of training (ScheduledDropPath,
-    NASNet, https://arxiv.org/abs/1707.07012).
+    The probability is `rate` times the progress of training (ScheduledDropPath, NASNet,
+    https://arxiv.org/abs/1707.07012).
     """
 
     def __init__(self, rate: float) -> None:
@@ -72,11 +76,13 @@ class DropPath(nnx.Module):
 
 
 class AmoebaCell(nnx.Module):
-    """A cell of `features` at `stride`: (x, skip) to (y, x), y being the concatenated states.
+    """Apply a cell: map (x, skip) to (y, x), where y is the concatenation of some states.
 
     State 0 is x after relu, 1x1 convolution and batch norm. State 1 is skip, matched to the width
-    of state 0 and, with `skip_stride` 2, to its resolution. Only operations on these two have the
-    stride. The first cell has no `skip_features`: it takes the stem's x, which is state 1 too.
+    of state 0 and, with `skip_stride` 2, to its resolution. Each further state is the sum of two
+    operations on earlier states. Only operations on states 0 and 1 have the cell's stride.
+
+    The first cell has no `skip_features`. It takes the stem's x alone, as x and as skip.
     """
 
     def __init__(
@@ -93,19 +99,22 @@ class AmoebaCell(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.cell, self.first, self.stride = cell, skip_features is None, stride
-        widths, made = [features] * cell.states, {"norm": norm, "rngs": rngs}
-        self.enter = ConvNorm(in_features, features, **made)
+        widths, options = [features] * cell.states, {"norm": norm, "rngs": rngs}
+        self.enter = ConvNorm(in_features, features, **options)
         if skip_features is None:
             self.match, widths[1] = Identity(), in_features
         else:
-            self.match = match(skip_features, features, skip_stride, relu=True, **made)
+            self.match = match(skip_features, features, skip_stride, relu=True, **options)
 
-        def at(state: int) -> tuple[int, int, int]:
+        def shape_for(state: int) -> tuple[int, int, int]:
+            """Return the widths before and after an operation on a state, and its stride."""
             return widths[state], features, stride if state < INPUTS else 1
 
         elements = [element for pair in cell.pairs for element in pair]
-        self.operations = nnx.List([OPERATIONS[name](*at(i), **made) for name, i in elements])
-        self.outputs = nnx.List([match(*at(i), relu=False, **made) for i in cell.concat])
+        self.operations = nnx.List(
+            [OPERATIONS[name](*shape_for(i), **options) for name, i in elements]
+        )
+        self.outputs = nnx.List([match(*shape_for(i), relu=False, **options) for i in cell.concat])
         self.drop_path = DropPath(drop_path)
 
     def __call__(
@@ -121,19 +130,18 @@ class AmoebaCell(nnx.Module):
 
         def element(name: str, state: int) -> jax.Array:
             y = next(operations)(states[state])
-            kept = name == "identity"
-            return y if kept else self.drop_path(y, rngs=rngs, progress=progress)
+            return y if name == "identity" else self.drop_path(y, rngs=rngs, progress=progress)
 
         for a, b in self.cell.pairs:
             states.append(element(*a) + element(*b))
-        parts = [out(states[i]) for out, i in zip(self.outputs, self.cell.concat, strict=True)]
-        return jnp.concatenate(parts, -1), x
+        outputs = [out(states[i]) for out, i in zip(self.outputs, self.cell.concat, strict=True)]
+        return jnp.concatenate(outputs, -1), x
 
 
 class AuxiliaryHead(nnx.Module):
-    """(x, skip) to ((x, skip), scores [B, classes]), for x of H = W = `size`.
+    """Map (x, skip) to ((x, skip), scores [B, classes]), for x of H = W = `size`.
 
-    It adds to the loss in training, which helps the layers before it (Szegedy et al. 2015).
+    Its loss helps to train the layers before it (Szegedy et al. 2015).
     """
 
     def __init__(
@@ -141,17 +149,17 @@ class AuxiliaryHead(nnx.Module):
     ) -> None:
         narrow, wide = AUXILIARY_WIDTHS
         self.size = size
-        rest = (size - POOL) // POOL_STRIDE + 1
-        made = {"norm": norm, "rngs": rngs}
-        self.project = ConvNorm(in_features, narrow, relu=False, **made)
-        self.whole = ConvNorm(narrow, wide, size=(rest, rest), padding="VALID", **made)
+        pooled = (size - POOL) // POOL_STRIDE + 1
+        options = {"norm": norm, "rngs": rngs}
+        self.project = ConvNorm(in_features, narrow, relu=False, **options)
+        self.whole = ConvNorm(narrow, wide, size=(pooled, pooled), padding="VALID", **options)
         self.linear = nnx.Linear(wide, classes, kernel_init=INIT, rngs=rngs)
 
-    def __call__(self, boundary: Boundary) -> tuple[Boundary, jax.Array]:
+    def __call__(self, boundary: CellBoundary) -> tuple[CellBoundary, jax.Array]:
         if boundary[0].shape[1:3] != (self.size, self.size):
             raise ValueError(
-                f"the auxiliary head was made for features of {self.size}x{self.size}, got "
-                f"{boundary[0].shape[1]}x{boundary[0].shape[2]}; give `image` as the images are"
+                f"the auxiliary head expects features of {self.size}x{self.size}, got "
+                f"{boundary[0].shape[1]}x{boundary[0].shape[2]}; set `image` to the images' size"
             )
         y = avg_pool(jax.nn.relu(boundary[0]), POOL, POOL_STRIDE, "VALID")
         y = jax.nn.relu(self.whole(self.project(y)))
@@ -159,9 +167,9 @@ class AuxiliaryHead(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """(x, skip) to scores [B, classes]: relu, mean over positions, dropout, a linear map.
+    """Map (x, skip) to scores [B, classes]: relu, mean over positions, dropout, linear map.
 
-    With `auxiliary` from ((x, skip), auxiliary scores) to (scores, auxiliary scores).
+    With `auxiliary`, map ((x, skip), auxiliary scores) to (scores, auxiliary scores).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The operations that the cells of an AmoebaNet choose from, as nnx modules.
+"""Implement the operations of an AmoebaNet's cells as nnx modules.
 
 `OPERATIONS[name](in_features, features, stride, norm=..., rngs=...)` maps x [B, H, W, in_features]
-to [B, ceil(H / stride), ceil(W / stride), features]. They are those of AmoebaNet's code
-(tensorflow/tpu, models/official/amoeba_net/network_utils.py), where padding is "SAME".
+to [B, ceil(H / stride), ceil(W / stride), features]. The operations are those of AmoebaNet's code
+(tensorflow/tpu, models/official/amoeba_net/network_utils.py), with padding "SAME".
 """
 
 import functools
@@ -24,7 +24,7 @@ POOLS: dict[str, Callable] = {"avg": avg_pool, "max": max_pool}
 
 
 class Pool(nnx.Module):
-    """A window's mean or maximum; where the width changes, a 1x1 convolution and batch norm."""
+    """Take the mean or maximum of windows; if the width changes, match it by a 1x1 convolution."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Pool(nnx.Module):
 def identity(
     in_features: int, features: int, stride: int, *, norm: Normalization, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """x, or a 1x1 convolution of it where the shape changes."""
+    """Return a module for x itself, or for its 1x1 convolution if the shape changes."""
     if stride == 1 and in_features == features:
         return Identity()
     return ConvNorm(in_features, features, stride, norm=norm, rngs=rngs)
@@ -63,9 +63,9 @@ def separable(
     norm: Normalization,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """Two separable convolutions, the first with the stride."""
-    part = functools.partial(SeparableNorm, size=size, dilation=dilation, norm=norm, rngs=rngs)
-    return nnx.Sequential(part(in_features, features, stride), part(features, features))
+    """Return two separable convolutions, the first with the stride."""
+    conv = functools.partial(SeparableNorm, size=size, dilation=dilation, norm=norm, rngs=rngs)
+    return nnx.Sequential(conv(in_features, features, stride), conv(features, features))
 
 
 def bottleneck(
@@ -77,7 +77,7 @@ def bottleneck(
     norm: Normalization,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """Convolutions of these sizes [h, w] at a quarter of the width, between two of 1x1."""
+    """Return convolutions of these sizes [h, w] at a quarter of the width, between 1x1 ones."""
     narrow = max(1, features // 4)
     conv = functools.partial(ConvNorm, norm=norm, rngs=rngs)
     middle = [conv(narrow, narrow, stride, size=size) for size in sizes]
@@ -96,7 +96,7 @@ OPERATIONS: dict[str, Callable[..., nnx.Module]] = {
     "conv_1x1": ConvNorm,
     "conv_3x3": functools.partial(bottleneck, sizes=((3, 3),)),
     "max_pool_2x2": functools.partial(Pool, kind="max", size=2),
-    # Not dilated: the code reads its name, dil_2_separable_5x5_2, as two 5x5 ones.
+    # Not dilated: AmoebaNet's code reads its name, dil_2_separable_5x5_2, as two 5x5 ones.
     "dil_2_sep_5x5": functools.partial(separable, size=5),
 }
-"""How the operations of `gpipe_jax.genotypes.genotype` are built, by name."""
+"""Builders of the operations in `gpipe_jax.genotypes.genotype`, by name."""

@@ -1,1 +1,1 @@
-"""Room."""
+"""Build Transformers: language models and encoder-decoders."""

@@ -1,7 +1,6 @@
-"""The parts of Transformers: embeddings, pre-norm blocks, heads.
+"""Implement the layers of Transformers: embeddings, pre-norm blocks, heads.
 
-What the layers of an encoder-decoder give to the next one is a dict: "x", and what later layers
-need beside it.
+The layers of an encoder-decoder pass on a dict: "x", and what later layers need beside it.
 
 Letters: B examples, S positions, T target positions, D width, V vocabulary.
 """
@@ -16,7 +15,7 @@ from gpipe_jax.layers.attention import CausalAttention, CrossAttention, Dtype, S
 
 
 class Embedding(nnx.Module):
-    """Tokens int [B, S] to vectors [B, S, D]: a learned token vector plus a learned position."""
+    """Map tokens int [B, S] to vectors [B, S, D]: learned token vectors plus learned positions."""
 
     def __init__(
         self, vocabulary: int, length: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
@@ -32,7 +31,7 @@ class Embedding(nnx.Module):
 
 
 class SinusoidalEmbedding(nnx.Module):
-    """Tokens int [B, S] to vectors [B, S, D]: sqrt(D) times a learned vector, plus `sinusoids`.
+    """Map tokens int [B, S] to vectors [B, S, D]: sqrt(D) times learned vectors plus `sinusoids`.
 
     Vaswani et al., Attention Is All You Need, 3.4 and 3.5. S has no limit.
     """
@@ -52,7 +51,7 @@ class SinusoidalEmbedding(nnx.Module):
 
 
 def sinusoids(length: int, width: int) -> jax.Array:
-    """Positions as vectors [S, D]: sin(p / 10000^(2i/D)) at 2i, the cosine at 2i + 1.
+    """Return positions as vectors [S, D]: sin(p / 10000^(2i/D)) at 2i, the cosine at 2i + 1.
 
     Vaswani et al., 3.5.
     """
@@ -62,7 +61,7 @@ def sinusoids(length: int, width: int) -> jax.Array:
 
 
 class AttentionHalf(nnx.Module):
-    """x + attention(norm(x)): the first half of a block."""
+    """Compute x + attention(norm(x)), the first half of a block."""
 
     attention_type: type[SelfAttention] = CausalAttention
 
@@ -85,13 +84,13 @@ class AttentionHalf(nnx.Module):
 
 
 class EncoderAttentionHalf(AttentionHalf):
-    """The same, with all positions seeing each other."""
+    """Compute x + attention(norm(x)), in which all positions see each other."""
 
     attention_type = SelfAttention
 
 
 class FeedForwardHalf(nnx.Module):
-    """x + down(gelu(up(norm(x)))): the second half of a block."""
+    """Compute x + down(gelu(up(norm(x)))), the second half of a block."""
 
     def __init__(
         self,
@@ -114,7 +113,7 @@ class FeedForwardHalf(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (Transformer, pre-norm)."""
+    """Compute x + attention(norm(x)), then x + feed_forward(norm(x)): a pre-norm block."""
 
     attention_half: type[AttentionHalf] = AttentionHalf
 
@@ -137,10 +136,10 @@ class Block(nnx.Module):
 
 
 class LanguageHead(nnx.Module):
-    """Vectors [B, S, D] to token scores [B, S, V], after a last layer norm.
+    """Map vectors [B, S, D] to token scores [B, S, V], after a last layer norm.
 
-    Its table has an embedding's shape [V, D], so that the pipeline's first and last stage share a
-    slot for them.
+    Its table has the shape [V, D] of an embedding, so the first and the last stage of a pipeline
+    share a slot for them.
     """
 
     def __init__(self, width: int, vocabulary: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs):
@@ -155,25 +154,24 @@ class LanguageHead(nnx.Module):
 
 
 def scores(x_BSD: jax.Array, tokens_VD: jax.Array, bias_V: jax.Array, dtype: Dtype) -> jax.Array:
-    """Token scores [B, S, V]: products of vectors with the tokens' own, and a bias."""
+    """Return token scores [B, S, V]: products with the vectors of the tokens, plus a bias."""
     return x_BSD @ tokens_VD.astype(dtype).T + bias_V.astype(dtype)[None, None]
 
 
 def plain_norm(width: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm without parameters.
+    """Return a layer norm without parameters.
 
-    For norms that only linear maps with a bias read: these can express any scale and bias
-    themselves, so nothing is lost.
+    Use it if only linear maps with a bias read its output: these can express any scale and bias.
     """
     kind = jnp.dtype(dtype)
     return nnx.LayerNorm(width, use_bias=False, use_scale=False, dtype=kind, rngs=rngs)
 
 
 class TiedHead(nnx.Module):
-    """Vectors [B, S, D] to token scores [B, S, V]: products with an embedding's `tokens` [V, D].
+    """Map vectors [B, S, D] to token scores [B, S, V] by the `tokens` [V, D] of an embedding.
 
-    To be tied by `layer(TiedHead, ...).tie(name, "tokens")`. The norm keeps its scale: the table is
-    not the head's alone, so it cannot express one.
+    Tie them by `layer(TiedHead, ...).tie(name, "tokens")`. The norm has a scale, because a table
+    that is shared cannot express one.
     """
 
     def __init__(self, width: int, vocabulary: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs):
@@ -191,7 +189,7 @@ class TiedHead(nnx.Module):
 
 
 class SourceEmbedding(nnx.Module):
-    """{"source": int [B, S], "target": int [B, T]} to {"x": [B, S, D], "target"}."""
+    """Map {"source": int [B, S], "target": int [B, T]} to {"x": [B, S, D], "target"}."""
 
     def __init__(
         self, vocabulary: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
@@ -203,7 +201,7 @@ class SourceEmbedding(nnx.Module):
 
 
 class EncoderBlock(Block):
-    """A block on "x" [B, S, D] of {"x", "target"} in which all positions see each other."""
+    """Apply a block to "x" [B, S, D] of {"x", "target"}; all positions see each other."""
 
     attention_half = EncoderAttentionHalf
 
@@ -212,7 +210,7 @@ class EncoderBlock(Block):
 
 
 class TargetEmbedding(nnx.Module):
-    """{"x": [B, S, D], "target": int [B, T]} to {"x": [B, T, D], "memory": norm(x) [B, S, D]}."""
+    """Map {"x" [B, S, D], "target" int [B, T]} to {"x" [B, T, D], "memory": norm(x) [B, S, D]}."""
 
     def __init__(
         self, vocabulary: int, width: int, dtype: Dtype = "float32", *, rngs: nnx.Rngs
@@ -225,7 +223,7 @@ class TargetEmbedding(nnx.Module):
 
 
 class DecoderBlock(Block):
-    """A causal block on "x" [B, T, D] of {"x", "memory"} that also attends to the memory.
+    """Apply a causal block, which also attends to the memory, to "x" [B, T, D] of {"x", "memory"}.
 
     x + self_attention(norm(x)), x + cross_attention(norm(x), memory), x + feed_forward(norm(x)).
     """
@@ -254,7 +252,7 @@ class DecoderBlock(Block):
 
 
 class Decoded(nnx.Module):
-    """{"x", "memory"} to x: what the decoder gives to a head."""
+    """Map {"x", "memory"} to x, for a head."""
 
     def __call__(self, tree: dict) -> jax.Array:
         return tree["x"]

@@ -1,7 +1,8 @@
-"""Transformers as lists of layers."""
+"""Build Transformers: language models and encoder-decoders."""
 
 from typing import Literal
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.layer import Layer, check_counts, layer
 from gpipe_jax.zoo.transformer.layers import (
     AttentionHalf,
@@ -18,7 +19,7 @@ from gpipe_jax.zoo.transformer.layers import (
     TiedHead,
 )
 
-TOKENS = "tokens"  # the name by which embeddings and head share a table
+TOKENS = "tokens"  # name of the table that embeddings and head share
 
 
 def transformer_lm(
@@ -35,39 +36,61 @@ def transformer_lm(
     tied: bool = False,
     halves: bool = False,
 ) -> list[Layer]:
-    """A decoder-only language model: tokens int [B, length] to scores [B, length, vocabulary].
+    """Build a decoder-only language model: an embedding, pre-norm blocks, and a head.
 
-    An embedding, pre-norm blocks, and a head. Learned positions are parameters, sinusoidal ones are
-    not. The head has its own weights, or the embedding's table if `tied`. With `halves` a block is
-    two layers, attention and feed-forward, so that stages can be cut more evenly. `dtype` is what
-    the layers compute in; parameters are float32.
+    Transformer-L of the GPipe paper (table 1), and its Transformer-24 and Transformer-48, are
+    `transformer_lm(vocabulary=32000, length=1024, width=2048, heads=32, feed_forward=8192,
+    layers=L, positions="sinusoidal")`.
 
-    The GPipe paper's Transformer-L (table 1) is `transformer_lm(vocabulary=32000, length=1024,
-    width=2048, heads=32, feed_forward=8192, layers=L, positions="sinusoidal")`; its Transformer-24
-    and Transformer-48 too.
+    Args:
+        vocabulary: number of tokens. Default 256.
+        length: positions of a text. Default 128.
+        width: D, features of a position; a multiple of `heads`. Default 128.
+        heads: attention heads. Default 4.
+        feed_forward: inner features of the feed-forward half of a block. Default 512.
+        layers: number of blocks. Default 4.
+        dropout: probability to drop a feature after attention and feed-forward. Default 0.
+        dtype: type to compute in; parameters are float32. Default "float32".
+        positions: "learned" positions are parameters; "sinusoidal" ones are not, and need an even
+            width. Default "learned".
+        tied: whether the head uses the embedding's table. Default False.
+        halves: whether each block is two layers, attention and feed-forward, so that stages can be
+            more even. Default False.
+
+    Returns:
+        Layers from tokens int [B, length] to scores [B, length, vocabulary].
+
+    Raises:
+        ValueError: a number is less than 1, or the width does not fit the heads or positions.
+
+    Example:
+        >>> len(transformer_lm(layers=6))
+        8
     """
     check_counts(
         vocabulary=vocabulary, length=length, width=width, heads=heads, feed_forward=feed_forward,
         layers=layers,
     )  # fmt: skip
     _check_heads(width, heads)
-    kind = {"width": width, "dtype": dtype}
+    common = {"width": width, "dtype": dtype}
     if positions == "learned":
-        embedding = layer(Embedding, vocabulary=vocabulary, length=length, **kind)
+        embedding = layer(Embedding, vocabulary=vocabulary, length=length, **common)
     elif positions == "sinusoidal":
         _check_sinusoids(width)
-        embedding = layer(SinusoidalEmbedding, vocabulary=vocabulary, **kind)
+        embedding = layer(SinusoidalEmbedding, vocabulary=vocabulary, **common)
     else:
-        raise ValueError(f"`positions` is {positions!r}: use 'learned' or 'sinusoidal'")
-    block = [layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **kind)]
+        raise ArgumentError(
+            "positions", f"`positions` is {positions!r}: use 'learned' or 'sinusoidal'"
+        )
+    block = [layer(Block, heads=heads, feed_forward=feed_forward, dropout=dropout, **common)]
     if halves:
         block = [
-            layer(AttentionHalf, heads=heads, dropout=dropout, **kind),
-            layer(FeedForwardHalf, feed_forward=feed_forward, dropout=dropout, **kind),
+            layer(AttentionHalf, heads=heads, dropout=dropout, **common),
+            layer(FeedForwardHalf, feed_forward=feed_forward, dropout=dropout, **common),
         ]
     if tied:
         embedding = embedding.tie(TOKENS, "tokens")
-    return [embedding, *block * layers, _head(vocabulary, tied, kind)]
+    return [embedding, *block * layers, _head(vocabulary, tied, common)]
 
 
 def encoder_decoder(
@@ -82,51 +105,75 @@ def encoder_decoder(
     dtype: str = "float32",
     tied: bool = False,
 ) -> list[Layer]:
-    """A translator: {"source": int [B, S], "target": int [B, T]} to scores [B, T, vocabulary].
+    """Build an encoder-decoder, as for translation. All blocks are pre-norm.
 
-    `layers` encoder and as many decoder layers, all pre-norm, each a layer of the list; positions
-    are sinusoidal. Scores at t depend on targets up to t and on the whole source, padding too.
-    `head_width` is the features of a head, width / heads if None. Source embedding, target
-    embedding and head have their own weights; if `tied`, one table (Vaswani et al., 3.4).
+    Scores at position t depend on the targets up to t and on the whole source, including padding.
+    Positions are sinusoidal.
 
-    The GPipe paper's T(L, feed_forward, heads) of section 5 is `encoder_decoder(vocabulary=64000,
-    width=1024, head_width=64, ...)`. So its 1.3B, 3B and 6B parameters are met; its 400M for
-    T(6, 8192, 16) is 408M with one table of the two embeddings, but 474M with three tables as here.
+    Source: Vaswani et al., https://arxiv.org/abs/1706.03762. T(L, feed_forward, heads) of the GPipe
+    paper, section 5, is `encoder_decoder(vocabulary=64000, width=1024, head_width=64, ...)`, which
+    has its 1.3B, 3B and 6B parameters. Its 400M for T(6, 8192, 16) is 408M with one table for both
+    embeddings, but 474M with three tables as here.
+
+    Args:
+        vocabulary: number of tokens, of source and target. Default 256.
+        width: D, features of a position; even. Default 128.
+        heads: attention heads. Default 4.
+        head_width: features of a head. Default: `width` / `heads`, which must be whole.
+        feed_forward: inner features of the feed-forward half of a block. Default 512.
+        layers: number of encoder blocks, and of decoder blocks. Default 2.
+        dropout: probability to drop a feature after attention and feed-forward. Default 0.
+        dtype: type to compute in; parameters are float32. Default "float32".
+        tied: whether both embeddings and the head share one table (Vaswani et al., section 3.4).
+            Default False.
+
+    Returns:
+        Layers from {"source": int [B, S], "target": int [B, T]} to scores [B, T, vocabulary]. Each
+        block is one layer.
+
+    Raises:
+        ValueError: the width is odd, or not a multiple of `heads`.
+
+    Example:
+        >>> len(encoder_decoder(layers=2))
+        8
     """
     if head_width is None:
         _check_heads(width, heads)
     _check_sinusoids(width)
-    kind = {"width": width, "dtype": dtype}
-    block = {"heads": heads, "head_width": head_width, "feed_forward": feed_forward, **kind}
+    common = {"width": width, "dtype": dtype}
+    block = {"heads": heads, "head_width": head_width, "feed_forward": feed_forward, **common}
     source, target = (
-        layer(part, vocabulary=vocabulary, **kind) for part in (SourceEmbedding, TargetEmbedding)
+        layer(module, vocabulary=vocabulary, **common)
+        for module in (SourceEmbedding, TargetEmbedding)
     )
     if tied:
-        source, target = (part.tie(TOKENS, "embedding.tokens") for part in (source, target))
+        source, target = (table.tie(TOKENS, "embedding.tokens") for table in (source, target))
     return [
         source,
         *[layer(EncoderBlock, dropout=dropout, **block)] * layers,
         target,
         *[layer(DecoderBlock, dropout=dropout, **block)] * layers,
         layer(Decoded),
-        _head(vocabulary, tied, kind),
+        _head(vocabulary, tied, common),
     ]
 
 
-def _head(vocabulary: int, tied: bool, kind: dict) -> Layer:
+def _head(vocabulary: int, tied: bool, common: dict) -> Layer:
     if tied:
-        return layer(TiedHead, vocabulary=vocabulary, **kind).tie(TOKENS, "tokens")
-    return layer(LanguageHead, vocabulary=vocabulary, **kind)
+        return layer(TiedHead, vocabulary=vocabulary, **common).tie(TOKENS, "tokens")
+    return layer(LanguageHead, vocabulary=vocabulary, **common)
 
 
 def _check_heads(width: int, heads: int) -> None:
     if width % heads:
-        raise ValueError(f"`width` {width} is not a multiple of `heads` {heads}")
+        raise ArgumentError("width", f"`width` {width} is not a multiple of `heads` {heads}")
 
 
 def _check_sinusoids(width: int) -> None:
     if width % 2:
-        raise ValueError(
+        raise ArgumentError(
+            "width",
             f"`width` is {width}, but sinusoidal positions are pairs of a sine and a cosine: "
-            f"use an even width"
+            f"use an even width",
         )
