@@ -18,6 +18,7 @@ from pydantic import BaseModel
 import gpipe_jax
 import nas
 from gpipe_jax.cli import main as gpipe_cli
+from gpipe_jax.config.base import Mark
 from gpipe_jax.config.run import Config, section_models
 from nas import cli as nas_cli
 from nas.config import SearchConfig
@@ -311,6 +312,8 @@ def _fields(model: Any) -> list[str]:
         else:
             default = f"``{_yaml(field.get('default'))}``"
         text = plain(model.model_fields[name].description or "")
+        if model.mark(name) in (Mark.LAYOUT, Mark.OPERATION):
+            text += " (*may change on resume*)"
         rows.append((f"``{name}``", plain(_type(field)), default, text))
     header = ("name", "type", "default", "meaning")
     return table(header, rows, "20 24 16 40") if rows else ["It has no settings.", ""]
