@@ -2,8 +2,8 @@
 
 This is the central test. The reference is one device, one batch, all layers in order. Batches have
 unequal weights and are three examples short of a full batch, so padding is always under test. The
-whole grid runs with `-m slow`. By default a diagonal runs, in which every value of K, D, M and
-schedule occurs with every network.
+whole grid runs with `-m slow`. By default a diagonal runs. It has every value of K, D, M and
+schedule, and every D and schedule with every network.
 """
 
 import functools
@@ -40,26 +40,30 @@ GRID = list(itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-DIAGONAL = [
-    (1, 2, 4, "1f1b"),
-    (2, 1, 8, "gpipe"),
-    (4, 2, 1, "1f1b"),
-    (4, 1, 3, "gpipe"),
-    (8, 2, 2, "1f1b"),
-]
+DIAGONAL = {
+    ("transformer", 2, 1, 8, "gpipe"),
+    ("transformer", 4, 2, 1, "1f1b"),
+    ("transformer", 8, 2, 2, "1f1b"),
+    ("convnet", 1, 2, 4, "1f1b"),
+    ("convnet", 4, 1, 3, "gpipe"),
+    ("convnet", 8, 2, 2, "1f1b"),
+    ("pytree_mlp", 1, 2, 4, "1f1b"),
+    ("pytree_mlp", 2, 1, 8, "gpipe"),
+}
 
 
-def grid(fast: list[tuple]) -> list:
-    return [
-        pytest.param(name, *case, marks=() if case in fast else SLOW)
-        for name, case in itertools.product(NETWORKS, GRID)
-    ]
+def grid(fast: set[tuple]) -> list:
+    cases = [(name, *case) for name, case in itertools.product(NETWORKS, GRID)]
+    return [pytest.param(*case, marks=() if case in fast else SLOW) for case in cases]
 
 
 def test_the_default_has_every_value() -> None:
-    for i, values in enumerate(((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b"))):
+    """Check every value of K, D, M and schedule; every D and schedule with every network."""
+    for i, values in enumerate(((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8), ("gpipe", "1f1b")), 1):
         assert {case[i] for case in DIAGONAL} == set(values)
-    assert set(DIAGONAL) <= set(GRID)
+    for i in (2, 4):
+        assert len({(case[0], case[i]) for case in DIAGONAL}) == 2 * len(NETWORKS)
+    assert {case[1:] for case in DIAGONAL} <= set(GRID)
 
 
 def present(batch: dict) -> dict:
@@ -138,7 +142,9 @@ def test_equivalence_float32(name: str, K: int, D: int, M: int, kind: str) -> No
     check(make_pipeline(name, K, D, M, kind), name, double=False, tolerance=1e-5)
 
 
-@pytest.mark.parametrize(("name", "K", "D", "M", "kind"), grid([(8, 1, 4, "gpipe")]))
+@pytest.mark.parametrize(
+    ("name", "K", "D", "M", "kind"), grid({(name, 8, 1, 4, "gpipe") for name in NETWORKS})
+)
 def test_equivalence_float64(name: str, K: int, D: int, M: int, kind: str) -> None:
     with jax.enable_x64(True):
         check(make_pipeline(name, K, D, M, kind), name, double=True, tolerance=1e-12)
@@ -147,8 +153,9 @@ def test_equivalence_float64(name: str, K: int, D: int, M: int, kind: str) -> No
 @pytest.mark.parametrize(
     ("name", "K", "M", "kind"),
     [
-        *(("pytree_mlp", 8, 5, kind) for kind in ("gpipe", "1f1b", "eager_1f1b")),
+        *(("pytree_mlp", 8, 5, kind) for kind in ("gpipe", "eager_1f1b")),
         ("convnet", 4, 3, "1f1b"),
+        pytest.param("pytree_mlp", 8, 5, "1f1b", marks=SLOW),
         *(pytest.param("convnet", 4, 3, kind, marks=SLOW) for kind in ("gpipe", "eager_1f1b")),
     ],
 )
@@ -278,7 +285,11 @@ class Scores(nnx.Module):
         return self.linear(x[:, -1])
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(
+    "name",
+    # The default has `pytree_mlp` under this schedule with NaN in idle buffers.
+    ["transformer", "convnet", pytest.param("pytree_mlp", marks=SLOW)],
+)
 @pytest.mark.parametrize(("K", "D", "M"), [pytest.param(2, 2, 8, marks=SLOW), (4, 1, 3)])
 def test_equivalence_of_the_eager_schedule(name: str, K: int, D: int, M: int) -> None:
     check(make_pipeline(name, K, D, M, "eager_1f1b"), name, double=False, tolerance=1e-5)

@@ -100,7 +100,6 @@ LOSSES = {
 # One cut for each kind of network, all different, by default; the rest of the grid is slow.
 FAST = {
     ("resnet", 4, 2, "eager_1f1b", 1),
-    ("unet", 2, 2, "interleaved", 2),
     ("tied encoder-decoder", 4, 2, "1f1b", 1),
 }
 FAST_DOUBLE = {
