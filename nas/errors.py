@@ -1,4 +1,25 @@
-"""Define every exception of the search that a caller may catch; this module imports nothing."""
+"""Define every exception of the search that a caller may catch; import nothing.
+
+RuntimeError
+    FailuresError             too many failures in a row
+    LostWeightsError          trained weights are not in the run's folder
+    SearchInUseError          another driver has the run open
+    WorkersError              the workers cannot be used
+ValueError
+    MismatchError             the run holds another search
+    StoreVersionError         the run's file is of a newer version
+    NotASearchError           the file is no run's store
+    ExportOptionError         an option of an export cannot be used
+OSError
+    NetworkFileSystemError    the run's folder is on a network file system
+    SearchExistsError         the file holds a search already (a FileExistsError)
+TypeError
+    ReturnError               an evaluator returned no fitness
+MemoryError
+    TooLargeError             a training does not fit into its device
+AssertionError
+    ReplayError               log and tables of a run disagree
+"""
 
 
 class ReplayError(AssertionError):
@@ -74,3 +95,6 @@ class ExportOptionError(ValueError):
     def __init__(self, option: str, value: object, problem: str) -> None:
         super().__init__(f"`{option}` {value}: {problem}")
         self.option, self.value, self.problem = option, value, problem
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.option, self.value, self.problem)

@@ -1,11 +1,13 @@
 """Lay out a cell of NAS-Bench-201: four nodes below each other, edges as boxes between them.
 
-    0: input           row 0
-    |       \\    \\
-    e01      |    |    row 1; e02 is in row 2, to the left
-    1: sum   |    |    row 2
-    ...
-    3: output          row 6
+                0: input               row 0
+                  0-1                  row 1
+        0-2      1: sum                row 2
+                  1-2            0-3   row 3
+                 2: sum    1-3         row 4
+                  2-3                  row 5
+                3: output              row 6
+     column -1     0        1     2
 
 Every edge has a fixed place, so that two cells can be compared at a glance.
 """
