@@ -7,7 +7,7 @@
                  2: sum    1-3         row 4
                   2-3                  row 5
                 3: output              row 6
-     column -1     0        1     2
+        -1         0        1     2    column
 
 Every edge has a fixed place, so that two cells can be compared at a glance.
 """
