@@ -1,11 +1,11 @@
-"""Time and memory of a pipelined training step, as ratios to programs without our pipeline.
+"""Measure time and memory of a pipelined training step, as ratios to programs without it.
 
     python scripts/benchmark_step.py            # all, a few minutes on two cores
     python scripts/benchmark_step.py --json     # the same, with one JSON object as the last line
     python scripts/benchmark_step.py --model amoebanet    # one network
 
-Times are medians, taken in turn in one process on simulated CPU devices that share the cores: they
-show overhead, and nothing of the speed of an accelerator. The memory row is compiled for a TPU pod
+Times are medians of alternating calls in one process, on simulated CPU devices that share the
+cores: they show overhead, not the speed of an accelerator. The memory row is compiled for a TPU pod
 by the real compiler (needs `pip install 'gpipe-jax[tpu]'`) and has not run on one.
 """
 
@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpipe_jax.layers import windows as layers_windows
-
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
@@ -32,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
-from gpipe_jax.layers import random_keys
+from gpipe_jax.layers import random_keys, windows
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.zoo.amoebanet import conv_norm
 from gpipe_jax.zoo.transformer.layers import Block
@@ -42,15 +40,15 @@ BLOCK = dict(width=1024, heads=16, feed_forward=4096, dropout=0.0, dtype="bfloat
 
 
 class Row(NamedTuple):
-    """One figure and what is asked of it."""
+    """Hold one figure and its upper limit."""
 
-    what: str
+    name: str
     value: float
     limit: float
 
 
 def transformer() -> tuple[list, dict]:
-    """Layers and a batch."""
+    """Return layers and a batch."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (32, 129))
     layers = gpipe.zoo.transformer_lm(layers=6, width=128, length=128)
@@ -58,7 +56,7 @@ def transformer() -> tuple[list, dict]:
 
 
 def convnet() -> tuple[list, dict]:
-    """Layers and a batch."""
+    """Return layers and a batch."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(128, 32, 32, 1)).astype(np.float32)
     layers = gpipe.zoo.convnet((16, 32, 64, 64), (2, 2, 2, 2))
@@ -66,7 +64,7 @@ def convnet() -> tuple[list, dict]:
 
 
 def amoebanet() -> tuple[list, dict]:
-    """AmoebaNet-D with batch norm and drop-path: layers and a batch."""
+    """Return AmoebaNet-D with batch norm and drop-path: layers and a batch."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(64, 16, 16, 3)).astype(np.float32)
     layers = gpipe.zoo.amoebanet(
@@ -76,12 +74,12 @@ def amoebanet() -> tuple[list, dict]:
 
 
 MODELS = {"transformer": transformer, "convnet": convnet, "amoebanet": amoebanet}
-# Of a pipelined step over the sequential one. AmoebaNet's stages are all different.
+# Time of a pipelined step over the sequential one. AmoebaNet's stages are all different.
 STEP_LIMIT = {"transformer": 1.10, "convnet": 1.10, "amoebanet": 1.15}
 
 
 def pipeline(layers: list, batch: dict, K: int, D: int, M: int, schedule: str) -> gpipe.Pipeline:
-    """A pipeline of the layers."""
+    """Return a pipeline of the layers."""
     mesh = gpipe.make_mesh(stages=K, data=D)
     return gpipe.Pipeline(
         layers, loss=LOSS, mesh=mesh, micro_batches=M, schedule=schedule, example=batch
@@ -89,15 +87,15 @@ def pipeline(layers: list, batch: dict, K: int, D: int, M: int, schedule: str) -
 
 
 def step_ratio(model: str, K: int, D: int, M: int, schedule: str, repeats: int) -> float:
-    """Time of a pipelined step over the sequential one's, with the same micro-batches.
+    """Return the time of a pipelined step over a sequential one with the same micro-batches.
 
-    The sequential program recomputes too, unless there is one stage and one micro-batch: then
-    neither does, and the comparison is with plain `jax.jit(jax.value_and_grad)`.
+    The sequential program recomputes too, except for one stage and one micro-batch. Then neither
+    recomputes, and the comparison is with plain `jax.jit(jax.value_and_grad)`.
     """
     layers, batch = MODELS[model]()
     pipe = pipeline(layers, batch, K, D, M, schedule)
     ours = pipe.lower().compile()
-    state, parts, zero = pipe.init(0), pipe.split(batch), jnp.uint32(0)
+    state, micro_batched, zero = pipe.init(0), pipe.split(batch), jnp.uint32(0)
     plain = jax.jit(
         plain_program(layers)
         if K * D * M == 1
@@ -106,16 +104,18 @@ def step_ratio(model: str, K: int, D: int, M: int, schedule: str, repeats: int) 
     params, stats = jax.tree.map(jnp.asarray, (pipe.to_layers(state), pipe.statistics(state)))
     weights = np.ones(pipe.batch_size, np.float32)
     whole, key = {**batch, "weights": weights}, random_keys.step_key(0, 0)
-    times = in_turn(
-        [lambda: ours(state, parts, zero), lambda: plain(params, stats, whole, key)], repeats
-    )
+    functions = [
+        lambda: ours(state, micro_batched, zero),
+        lambda: plain(params, stats, whole, key),
+    ]
+    times = time_alternately(functions, repeats)
     return times[0] / times[1]
 
 
 def canonical_ratio(repeats: int) -> float:
-    """Time of a pipelined AmoebaNet-A step over the same with XLA's own convolutions and pools.
+    """Return the time of a pipelined AmoebaNet-A step over that with XLA's convolutions and pools.
 
-    A has depthwise convolutions, of which D has none.
+    A has depthwise convolutions; D has none.
     """
 
     def own(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "SAME") -> jax.Array:
@@ -134,21 +134,21 @@ def canonical_ratio(repeats: int) -> float:
         compiled = pipe.lower().compile()
         return lambda: compiled(*arguments)
 
-    ours, chosen = step(), (layers_windows.on_cpu, conv_norm.convolve)
-    layers_windows.on_cpu = lambda form, default, windows, *arrays: default(windows, *arrays)
+    ours, chosen = step(), (windows.on_cpu, conv_norm.convolve)
+    windows.on_cpu = lambda form, default, shifts, *arrays: default(shifts, *arrays)
     conv_norm.convolve = own
     jax.clear_caches()
     try:
         plain = step()
     finally:
-        layers_windows.on_cpu, conv_norm.convolve = chosen
+        windows.on_cpu, conv_norm.convolve = chosen
         jax.clear_caches()
-    times = in_turn([ours, plain], repeats)
+    times = time_alternately([ours, plain], repeats)
     return times[0] / times[1]
 
 
 def plain_program(layers: list) -> Callable:
-    """What a user would write without any pipeline."""
+    """Return the program that a user would write without a pipeline."""
 
     def loss(params: list, stats: list, batch: dict, key: jax.Array) -> tuple:
         x, new = batch["inputs"], []
@@ -160,11 +160,11 @@ def plain_program(layers: list) -> Callable:
     return jax.value_and_grad(loss, has_aux=True)
 
 
-def in_turn(functions: list[Callable], repeats: int) -> list[float]:
-    """Median time of each function, called in turn so that they share whatever else happens.
+def time_alternately(functions: list[Callable], repeats: int) -> list[float]:
+    """Return the median time of each function, called alternately to share disturbances.
 
-    Prints the ratio of the first two's processor time too: on cores that are shared, a program that
-    is faster only because it keeps more of them busy shows there.
+    It prints the ratio of processor time of the first two as well. On shared cores, that reveals a
+    program that is faster only because it uses more of them.
     """
     wall: list[list[float]] = [[] for _ in functions]
     busy: list[list[float]] = [[] for _ in functions]
@@ -180,22 +180,22 @@ def in_turn(functions: list[Callable], repeats: int) -> list[float]:
 
 
 def growth_with_micro_batches(model: str, repeats: int) -> dict[str, float]:
-    """Compile time, program size and temporary memory with M = 64 over those with M = 8.
+    """Return compile time, program size and temporary memory with M = 64 over those with M = 8.
 
-    A micro-batch has the same number of examples in both.
+    Both have micro-batches of the same size.
     """
     layers, batch = MODELS[model]()
-    one = {name: a[:2] for name, a in batch.items()}
+    micro_batch = {name: a[:2] for name, a in batch.items()}
     lowered, sizes, memory = [], [], []
     for M in (64, 8):
-        example = {name: np.concatenate([a] * M) for name, a in one.items()}
+        example = {name: np.concatenate([a] * M) for name, a in micro_batch.items()}
         low = pipeline(layers, example, 4, 2, M, "1f1b").lower()
         compiled = low.compile()
         lowered.append(low)
         sizes.append((compiled.as_text() or "").count("\n"))
         memory.append(temporary_bytes(compiled))
-    # Options that say what is the default anyway make XLA compile again instead of remembering.
-    times = in_turn([functools.partial(recompile, low) for low in lowered], repeats)
+    # Explicit options, although they equal the defaults, make XLA compile again.
+    times = time_alternately([functools.partial(recompile, low) for low in lowered], repeats)
     return {
         "compile time": times[0] / times[1],
         "program size": sizes[0] / sizes[1],
@@ -204,12 +204,12 @@ def growth_with_micro_batches(model: str, repeats: int) -> dict[str, float]:
 
 
 def temporary_bytes(compiled: Any) -> int:
-    """What one device needs beside a program's inputs and outputs."""
+    """Return the memory of one device beside a program's inputs and outputs."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def recompile(lowered: Any) -> None:
-    """Compile again, whatever is cached."""
+    """Compile again, without caches."""
     jax.clear_caches()
     lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
 
@@ -217,10 +217,10 @@ def recompile(lowered: Any) -> None:
 def memory_ratio(
     topology: str, K: int, M: int, per_stage: int, shape: tuple[int, int], remat: str
 ) -> float:
-    """Temporary memory of a 1F1B table over that of differentiating through a scanned pipeline.
+    """Return temporary memory of a 1F1B table over that of a differentiated scan.
 
-    A stage has `per_stage` Transformer blocks, a micro-batch the `shape` (examples, positions).
-    Both programs recompute stages, or with `remat="layer"` also layer by layer within a stage.
+    A stage has `per_stage` Transformer blocks; a micro-batch has the `shape` (examples, positions).
+    Both programs recompute stages, and with `remat="layer"` also layer by layer within a stage.
     """
     from jax.experimental import topologies
 
@@ -252,14 +252,14 @@ def memory_ratio(
 def differentiated_scan(
     block: Any, mesh: Any, M: int, per_stage: int, example: dict, remat: str
 ) -> Any:
-    """The usual pipeline in JAX, lowered: `jax.grad` through a scan of rematerialised stages."""
+    """Lower the usual pipeline in JAX: `jax.grad` through a scan of rematerialised stages."""
     K = mesh.shape["stage"]
     key = jax.random.key(0)
 
-    def one(params: Any, x: jax.Array) -> jax.Array:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
         return block.apply(params, {}, x, Context(key, train=True))[0]
 
-    layer = jax.checkpoint(one) if remat == "layer" else one
+    layer = jax.checkpoint(apply) if remat == "layer" else apply
 
     def stage(params: Any, x: jax.Array) -> jax.Array:
         for i in range(per_stage):
@@ -284,10 +284,11 @@ def differentiated_scan(
     mapped = jax.shard_map(
         body, mesh=mesh, in_specs=(P("stage"), P(None, "data"), P(None, "data")), out_specs=P()
     )
-    one = jax.eval_shape(block.init, key, None)
+    block_params = jax.eval_shape(block.init, key, None)
     lead = NamedSharding(mesh, P("stage"))
     params = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((K, per_stage, *a.shape), a.dtype, sharding=lead), one
+        lambda a: jax.ShapeDtypeStruct((K, per_stage, *a.shape), a.dtype, sharding=lead),
+        block_params,
     )
     split = NamedSharding(mesh, P(None, "data"))
     a = example["inputs"]
@@ -307,33 +308,33 @@ def main() -> None:
     gpipe.simulate_devices(8)
     rows = []
 
-    def add(what: str, value: float, limit: float) -> None:
-        rows.append(Row(what, value, limit))
-        print(f"{what:<66}{value:>8.3f}   at most {limit:.2f}", flush=True)
+    def add(name: str, value: float, limit: float) -> None:
+        rows.append(Row(name, value, limit))
+        print(f"{name:<66}{value:>8.3f}   at most {limit:.2f}", flush=True)
 
     for model in [options.model] if options.model else MODELS:
         for schedule in ("gpipe", "1f1b", "eager_1f1b"):
             ratio = step_ratio(model, 4, 2, 8, schedule, options.repeats)
-            what = f"{model}: step, 4 stages x 2 replicas, {schedule} / sequential"
-            add(what, ratio, STEP_LIMIT[model])
+            name = f"{model}: step, 4 stages x 2 replicas, {schedule} / sequential"
+            add(name, ratio, STEP_LIMIT[model])
         ratio = step_ratio(model, 1, 1, 1, "gpipe", options.repeats)
         add(f"{model}: step, 1 stage, 1 micro-batch / plain jit", ratio, 1.05)
         if model == "amoebanet":
             add("amoebanet: step, canonical / plain convolutions", canonical_ratio(3), 0.10)
             continue
-        for what, ratio in growth_with_micro_batches(model, 3).items():
-            add(f"{model}: {what}, M = 64 / M = 8", ratio, 1.05)
+        for quantity, ratio in growth_with_micro_batches(model, 3).items():
+            add(f"{model}: {quantity}, M = 64 / M = 8", ratio, 1.05)
     if options.model not in (None, "transformer"):
-        print("the memory row is of the transformer")
+        print("skipped the memory row: it is for the transformer only")
     elif importlib.util.find_spec("libtpu"):
         for blocks, shape, remat in ((1, (4, 1024), "stage"), (2, (8, 512), "layer")):
             ratio = memory_ratio("v5p:4x4x8", 16, 64, blocks, shape, remat)
-            what = f"temporary memory, 1f1b / differentiated scan, {blocks} blocks a stage"
-            add(f"{what}, remat {remat}", ratio, 0.70)
+            name = f"temporary memory, 1f1b / differentiated scan, {blocks} blocks a stage"
+            add(f"{name}, remat {remat}", ratio, 0.70)
     else:
         print("skipped the memory row: it needs pip install 'gpipe-jax[tpu]'")
     if options.json:
-        print(json.dumps({row.what: row.value for row in rows}))
+        print(json.dumps({row.name: row.value for row in rows}))
     sys.exit(any(row.value > row.limit for row in rows))
 
 

@@ -1,14 +1,14 @@
-"""Kill training runs at random instants, start them again, and compare with runs left alone.
+"""Kill training runs at random instants, resume them, and compare with uninterrupted runs.
 
-    python scripts/crash_test.py --kills 20          # ten minutes or so on two cores
+    python scripts/crash_test.py --kills 20          # about ten minutes on two cores
     python scripts/crash_test.py --kills 4 --json    # with one JSON object as the last line
 
-Two small runs on simulated CPU devices take the kills in turn: a residual network with batch norm,
-shifted images and a moving average on the digits, and a Transformer with dropout on text. Each is
-killed (SIGKILL) while it starts, compiles, trains, saves or evaluates, and started with the same
-command. After each kill the next checkpoint, and at the end the last one, must be bit by bit that
-of a run that was left alone; the metrics must be the same, and each there once. JSON keys: kills,
-identical (of them, after which everything was), lost_steps_max (steps that a kill threw away).
+Two small runs on simulated CPU devices share the kills: a residual network with batch norm, shifted
+images and a moving average on the digits, and a Transformer with dropout on text. Each is killed
+(SIGKILL) while it starts, compiles, trains, saves or evaluates, and resumed with the same command.
+After each kill the next checkpoint, and at the end the last one, must be bitwise that of an
+uninterrupted run. The metrics must be equal, and occur once each. JSON keys: kills, identical (the
+number after which everything was), lost_steps_max (the most steps that a kill lost).
 """
 
 import argparse
@@ -47,29 +47,29 @@ train: {{steps: {steps}, save_every: {save}, eval_every: {evaluate}, log_every: 
 
 
 class Kill(NamedTuple):
-    """One kill, and what came of it."""
+    """Hold one kill and its outcome."""
 
     run: str
     instant: str
-    done: int  # the last step that was seen done
-    resumed: int = 0  # the step from which the next start went on
+    done: int  # the last step that was completed
+    resumed: int = 0  # the step from which the run resumed
     identical: bool = False
 
     @property
     def lost(self) -> int:
-        """Steps that had to be done again."""
+        """Return the number of steps that had to be repeated."""
         return max(self.done - self.resumed, 0)
 
 
 class Process:
-    """A running `gpipe train`, and how far its output says it is."""
+    """Run `gpipe train`, and follow its progress by its output."""
 
     def __init__(self, config: Path, workdir: Path, **options: str) -> None:
         self.workdir, self.step, self.first, self.evaluating = workdir, 0, None, False
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            # Every start compiles the same programs; that is not what is tested.
+            # Every start compiles the same programs, which is not tested here.
             "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TPU_SKIP_MDS_QUERY": "1",
@@ -96,7 +96,7 @@ class Process:
         self.lines.put(None)
 
     def wait_for(self, step: int, limit_s: float) -> bool:
-        """Whether `step` is done, within the limit; False too if the process has ended."""
+        """Return whether `step` is done within the limit; False if the process has ended."""
         deadline = time.monotonic() + limit_s
         while self.step < step:
             try:
@@ -109,62 +109,65 @@ class Process:
         return True
 
     def _note(self, line: str) -> None:
-        found = re.match(r"step (\d+)/", line)
-        if found and "test_loss" not in line:
-            self.step = int(found[1])
+        match = re.match(r"step (\d+)/", line)
+        if match and "test_loss" not in line:
+            self.step = int(match[1])
             self.first = self.first or self.step
             self.evaluating = self.step % EVAL_EVERY == 0
-        elif found:
+        elif match:
             self.evaluating = False
 
     def instant(self) -> str:
-        """What the process is doing, as far as can be seen."""
+        """Return what the process is doing, as far as its output and files show."""
         while not self.lines.empty():
             line = self.lines.get()
             if line is not None:
                 self._note(line)
         saving = any(self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
-        doing = "save" if saving else "evaluation" if self.evaluating else "step"
-        return doing if self.first else "start, compile"
+        if not self.first:
+            return "start, compile"
+        if saving:
+            return "save"
+        return "evaluation" if self.evaluating else "step"
 
     def kill(self) -> None:
-        """SIGKILL, as the system would."""
+        """Send SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def finish(self) -> None:
-        """Wait for the end of the run, which must be a good one."""
+        """Wait for the end of the run; fail unless its exit code is 0."""
         self.wait_for(10**9, 600)
         if self.process.wait(timeout=60):
             raise SystemExit(f"{self.workdir} ended with {self.process.returncode}")
 
 
 def layers(workdir: Path, step: int) -> dict[str, bytes]:
-    """The files of a checkpoint: all that training changes."""
+    """Return the files of a checkpoint: everything that training changes."""
     folder = workdir / "checkpoints" / str(step) / "state"
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The records of a run, without times."""
+    """Return the records of a run, without times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
 
 
 def newest(workdir: Path, after: int = -1) -> int | None:
-    """The newest checkpoint that has its name."""
+    """Return the step of the newest complete checkpoint."""
     names = (path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
     return max((int(name) for name in names if int(name) > after), default=None)
 
 
 def crash(name: str, config: Path, folder: Path, kills: int, rng: random.Random) -> list[Kill]:
-    """Kill one run so often, then let it end."""
+    """Kill one run `kills` times, then let it end."""
     whole, workdir = folder / f"{name}-whole", folder / f"{name}-killed"
     Process(config, whole, keep="100000").finish()
     done: list[Kill] = []
     for number in range(kills + 1):
         process = Process(config, workdir)
-        # Either while it starts, or some steps and some fraction of a step after it has begun.
+        # Kill it while it starts, or after some steps and a fraction of a step.
         early = number == 1 or rng.random() < 0.15
         goal = 1 if early else (number * STEPS_PER_KILL + rng.randrange(1, STEPS_PER_KILL))
         if number == kills:
@@ -186,7 +189,7 @@ def crash(name: str, config: Path, folder: Path, kills: int, rng: random.Random)
 
 
 def judge(kill: Kill, process: Process, whole: Path) -> Kill:
-    """The kill, with what the start after it came to."""
+    """Return the kill with the outcome of the next start."""
     step = newest(process.workdir) or 0
     same = step == 0 or layers(process.workdir, step) == layers(whole, step) != {}
     resumed = process.first - 1 if process.first else min(step, kill.done)
@@ -197,12 +200,12 @@ def main() -> int:
     """Print a table of instants and outcomes; 0 if all were identical."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
     options = parser.parse_args()
-    rng, found = random.Random(options.seed), []
+    rng, outcomes = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, model) in enumerate(MODELS.items()):
             kills = (options.kills + 1 - i) // 2
@@ -210,17 +213,17 @@ def main() -> int:
             steps = STEPS_PER_KILL * (kills + 1)
             rest = REST.format(steps=steps, save=SAVE_EVERY, evaluate=EVAL_EVERY, keep=2)
             config.write_text(model + rest)
-            found += crash(name, config, Path(folder), kills, rng) if kills else []
+            outcomes += crash(name, config, Path(folder), kills, rng) if kills else []
     print(f"{'run':8}{'killed during':16}{'done':>6}{'resumed from':>14}{'lost':>6}  identical")
-    for kill in found:
+    for kill in outcomes:
         print(
             f"{kill.run:8}{kill.instant:16}{kill.done:>6}{kill.resumed:>14}{kill.lost:>6}  "
             f"{'yes' if kill.identical else 'NO'}"
         )
     figures = {
-        "kills": len(found),
-        "identical": sum(kill.identical for kill in found),
-        "lost_steps_max": max((kill.lost for kill in found), default=0),
+        "kills": len(outcomes),
+        "identical": sum(kill.identical for kill in outcomes),
+        "lost_steps_max": max((kill.lost for kill in outcomes), default=0),
     }
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
     if options.json:

@@ -1,16 +1,17 @@
-"""The largest models for a number of partitions: the GPipe paper's table 1, and ours beside it.
+"""Find the largest models for a number of partitions, beside those of the GPipe paper's table 1.
 
     python scripts/reproduce_table1.py                    # Transformer on TPU v3
     python scripts/reproduce_table1.py --rows amoebanet   # AmoebaNet-D on TPU v2
     python scripts/reproduce_table1.py --stages 1 8 --csv table1.csv --png table1.png --json
 
-Needs the TPU compiler (`pip install 'gpipe-jax[tpu]'`, Linux x86-64) and no TPU: whole training
-steps are compiled for the paper's TPU generations, and the compiler says whether they fit. Nothing
-ran on a TPU. A step takes minutes to compile and is remembered for the next time.
+Needs the TPU compiler (`pip install 'gpipe-jax[tpu]'`, Linux x86-64) and no TPU. It compiles whole
+training steps for the paper's TPU generations, and the compiler says whether they fit. Nothing ran
+on a TPU. A step takes minutes to compile; results are cached.
 
-The paper is https://arxiv.org/abs/1811.06965. As there: RMSProp with two slots, recomputation, 32
-sequences of 1024 tokens or 128 images of 224 pixels; here in 32 and 64 micro-batches with the
-schedule 1F1B, recomputing layer by layer. A partition is a core, which is what JAX calls a device.
+The paper is https://arxiv.org/abs/1811.06965. As in the paper: RMSProp with two slots,
+recomputation, 32 sequences of 1024 tokens or 128 images of 224 pixels. Here: 32 and 64
+micro-batches, the schedule 1F1B, and recomputation layer by layer. A partition is a core, which JAX
+calls a device.
 """
 
 import functools
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tables import amoebanet, arguments, compiling, finish, transformer
+from tables import amoebanet, arguments, finish, make_compiler, transformer
 
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.pipeline.memory import describe
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs
 from gpipe_jax.planner.job import Job, Layout
-from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.tpu_compiler.results import Compiled
 from gpipe_jax.training.trainer import Trainer
@@ -38,12 +39,12 @@ from gpipe_jax.utils.trees import tree_bytes
 
 SEQUENCES, IMAGES = 32, 128  # in a batch
 MICRO_BATCHES = {"transformer": 32, "amoebanet": 64}
-STEP_FILTERS = 32  # by which AmoebaNet gets wider beyond the paper
-SCANNED = 1.4  # AmoebaNet as compiled needs so much more than by analysis: where the search starts
+STEP_FILTERS = 32  # steps in which AmoebaNet gets wider than in the paper
+COMPILED_RATIO = 1.4  # compiled AmoebaNets need this much more than by analysis: a first guess
 
 
 class Paper(NamedTuple):
-    """A column of the paper's table 1: "Pipeline-K"."""
+    """Hold a column of the paper's table 1: "Pipeline-K"."""
 
     topology: str  # ours, with at least as many devices as partitions
     size: tuple[int, ...]  # (L,) or (L, D)
@@ -68,29 +69,29 @@ PAPER = {
 
 
 class Measured(NamedTuple):
-    """A training step as compiled."""
+    """Hold the figures of a compiled training step."""
 
     size: tuple[int, ...]
     parameters: int
-    memory: dict[str, int]  # bytes of a device by analysis, by part
+    memory: dict[str, int]  # bytes of a device by analysis, by use
     compiled_bytes: int  # of a device, 0 if unknown
-    fits: bool | None  # None: the compiler has not said
+    fits: bool | None  # None: the compiler did not finish
     compile_s: float = 0.0
     problem: str | None = None
 
     @property
     def analysed_gib(self) -> float:
-        """What a device holds by analysis."""
+        """Return the memory of a device by analysis."""
         return sum(self.memory.values()) / GIB
 
     @property
     def compiled_gib(self) -> float:
-        """What the compiler says that a device needs."""
+        """Return the memory of a device as compiled."""
         return self.compiled_bytes / GIB
 
     @property
     def ratio(self) -> float:
-        """Compiled over analysed."""
+        """Return compiled memory over analysed memory."""
         return self.compiled_gib / self.analysed_gib
 
     def __str__(self) -> str:
@@ -103,7 +104,7 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A number of partitions."""
+    """Hold the results for one number of partitions."""
 
     stages: int
     paper: Paper
@@ -114,17 +115,17 @@ class Row(NamedTuple):
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure(trainer: Trainer, size: tuple[int, ...], compiling: Compiling) -> Measured:
-    """Compile a training step; a time-out is a result too."""
+def measure(trainer: Trainer, size: tuple[int, ...], compiler: Compiler) -> Measured:
+    """Compile a training step; return a time-out as a result too."""
     pipe, problem = trainer.pipe, None
     count = elements(pipe.shapes)
     step = Compiled("step", 0.0)
     try:
-        step = compiling([programs.whole_step(trainer)])["step"]
+        step = compiler.compile([programs.whole_step(trainer)])["step"]
     except (TimeoutError, RuntimeError) as error:
         problem = str(error).splitlines()[0]
     unknown = problem or (step.error and step.short_by_bytes is None)
-    found = Measured(
+    measured = Measured(
         size,
         count,
         trainer.device_bytes(),
@@ -133,12 +134,12 @@ def measure(trainer: Trainer, size: tuple[int, ...], compiling: Compiling) -> Me
         step.compile_s,
         problem or step.error,
     )
-    print(f"K {pipe.stages.geometry.num_devices}, {found}", flush=True)
-    return found
+    print(f"K {pipe.stages.geometry.num_devices}, {measured}", flush=True)
+    return measured
 
 
 def largest(start: int, fits: Callable[[int], bool | None]) -> int:
-    """The largest n that fits, tried one by one from `start` on; 0 if there is none."""
+    """Return the largest n that fits, trying one after the other from `start`; 0 if none fits."""
     if not fits(start):
         return next((n for n in range(start - 1, 0, -1) if fits(n)), 0)
     n = start
@@ -148,12 +149,12 @@ def largest(start: int, fits: Callable[[int], bool | None]) -> int:
 
 
 def layout(model: str, stages: int) -> Layout:
-    """How a step is done on so many partitions."""
+    """Return the layout of a step on this many partitions."""
     return Layout(stages, micro_batches=MICRO_BATCHES[model], schedule="1f1b", remat="layer")
 
 
 def analysed_gib(trainer: Trainer) -> float:
-    """What a device holds by analysis."""
+    """Return the memory of a device by analysis."""
     return sum(trainer.device_bytes().values()) / GIB
 
 
@@ -161,18 +162,21 @@ def analysed_gib(trainer: Trainer) -> float:
 
 
 def blocks(depth: int, stages: int) -> int:
-    """L with `depth` layers on each partition: as in the paper one less in all, but for K = 1."""
-    return depth * stages - (stages > 1)
+    """Return L for `depth` layers on each partition, in all one less if K > 1 (as the paper)."""
+    return depth * stages - 1 if stages > 1 else depth
 
 
-def transformer_row(K: int, paper: Paper, compiling: Compiling) -> Row:
-    """The paper's L, and the largest: from where the analysis stops, up or down by the compiler."""
-    limit = compiling.topology.generation.hbm_gib
-    size = lambda depth: (blocks(depth, K),)  # noqa: E731
+def transformer_row(K: int, paper: Paper, compiler: Compiler) -> Row:
+    """Compile the paper's L, and search for the largest from the largest by analysis."""
+    limit = compiler.topology.generation.hbm_gib
+
+    def size(depth: int) -> tuple[int]:
+        return (blocks(depth, K),)
+
     trainer = functools.cache(
-        lambda n: transformer(*size(n), SEQUENCES).trainer(layout("transformer", K))
+        lambda n: transformer(*size(n), SEQUENCES).build_trainer(layout("transformer", K))
     )
-    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiling))
+    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiler))
     depth = -(-paper.size[0] // K)
     same = compiled(depth)
     guess = largest(depth, lambda n: analysed_gib(trainer(n)) <= limit)
@@ -184,42 +188,45 @@ def transformer_row(K: int, paper: Paper, compiling: Compiling) -> Row:
 
 
 def layer_bytes(pipe: Pipeline) -> list[float]:
-    """What each layer adds to its device: value, gradient and two slots, and its input."""
+    """Return the bytes that each layer adds: value, gradient and two slots, and its input."""
     pairs = zip(pipe.costs, pipe.shapes, strict=True)
     return [float(4 * c.parameter_bytes + tree_bytes(s.boundary)) for c, s in pairs]
 
 
 def cut_by_memory(job: Job, stages: int) -> Trainer:
-    """Stages of equal memory: most parameters are in the last cells, most work in the first."""
+    """Balance memory: most parameters are in the last cells, most work in the first ones."""
     chosen = layout("amoebanet", stages)
-    even = job.trainer(chosen, [1.0] * len(job.layers))
-    return job.trainer(chosen, layer_bytes(even.pipe))
+    even = job.build_trainer(chosen, [1.0] * len(job.layers))
+    return job.build_trainer(chosen, layer_bytes(even.pipe))
 
 
-def amoebanet_same(K: int, size: tuple[int, ...], compiling: Compiling) -> Measured:
-    """The paper's size, cut into stages of equal work, or if that does not fit of equal memory."""
+def amoebanet_same(K: int, size: tuple[int, ...], compiler: Compiler) -> Measured:
+    """Compile the paper's size in stages of equal work, or if it does not fit, of equal memory."""
     layers, filters = size
     job = amoebanet(layers, filters, IMAGES)
-    trainer = job.trainer(layout("amoebanet", K))
+    trainer = job.build_trainer(layout("amoebanet", K))
     if K == 1:
-        return measure(trainer, size, compiling)
-    if analysed_gib(trainer) <= compiling.topology.generation.hbm_gib:
-        found = measure(trainer, size, compiling)
-        if found.fits:
-            return found
-    return measure(cut_by_memory(job, K), size, compiling)
+        return measure(trainer, size, compiler)
+    if analysed_gib(trainer) <= compiler.topology.generation.hbm_gib:
+        measured = measure(trainer, size, compiler)
+        if measured.fits:
+            return measured
+    return measure(cut_by_memory(job, K), size, compiler)
 
 
-def amoebanet_row(K: int, paper: Paper, compiling: Compiling) -> Row:
-    """The paper's size, and with the most partitions the widest that fits."""
-    same = amoebanet_same(K, paper.size, compiling)
+def amoebanet_row(K: int, paper: Paper, compiler: Compiler) -> Row:
+    """Compile the paper's size, and for the most partitions search for the widest that fits."""
+    same = amoebanet_same(K, paper.size, compiler)
     if max(PAPER["amoebanet"]) > K:
         return Row(K, paper, same, same if same.fits else None)
-    limit, (layers, filters) = compiling.topology.generation.hbm_gib, paper.size
-    size = lambda n: (layers, filters + STEP_FILTERS * (n - 1))  # noqa: E731
+    limit, (layers, filters) = compiler.topology.generation.hbm_gib, paper.size
+
+    def size(n: int) -> tuple[int, int]:
+        return layers, filters + STEP_FILTERS * (n - 1)
+
     trainer = functools.cache(lambda n: cut_by_memory(amoebanet(*size(n), IMAGES), K))
-    guess = largest(1, lambda n: SCANNED * analysed_gib(trainer(n)) <= limit) or 1
-    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiling))
+    guess = largest(1, lambda n: COMPILED_RATIO * analysed_gib(trainer(n)) <= limit) or 1
+    compiled = functools.cache(lambda n: measure(trainer(n), size(n), compiler))
     best = largest(guess, lambda n: compiled(n).fits)
     return Row(K, paper, same, compiled(best) if best else None)
 
@@ -231,45 +238,46 @@ ROWS = {"transformer": transformer_row, "amoebanet": amoebanet_row}
 
 
 def named(size: Sequence[int]) -> str:
-    """`103`, or `(72, 512)`."""
+    """Format a size: `103`, or `(72, 512)`."""
     return str(size[0]) if len(size) == 1 else f"({', '.join(map(str, size))})"
 
 
 def counted(parameters: float) -> str:
-    """`786M`, `5.32B`."""
+    """Format a number of parameters: `786M`, `5.32B`."""
     return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
 
 
 def table(model: str, rows: Sequence[Row]) -> str:
-    """The paper's columns, the same sizes here, and the largest here; memory is of one device."""
+    """Format the paper's columns, the same sizes, and our largest ones; memory is per device."""
     size = "L" if model == "transformer" else "(L, D)"
     measured = ("fits", "GiB", "analysis", "ratio")
-    head = ("K", f"paper {size}", "parameters", "GiB", "ours", *measured, "compile s")
-    found: list[tuple[str, ...]] = [(*head, f"largest {size}", "parameters", "of paper", *measured)]
+    header = ("K", f"paper {size}", "parameters", "GiB", "ours", *measured, "compile s")
+    largest_header = (f"largest {size}", "parameters", "of paper", *measured)
+    lines: list[tuple[str, ...]] = [(*header, *largest_header)]
     for row in rows:
         K, paper, same, best = row
         ours = (counted(same.parameters), *_figures(same), f"{same.compile_s:.0f}")
         theirs = (named(paper.size), counted(paper.parameters), f"{paper.memory_gib / K:.2f}")
-        found.append((str(K), *theirs, *ours, *_largest(row, best)))
-    return text_table(found, align_right=True)
+        lines.append((str(K), *theirs, *ours, *_largest(row, best)))
+    return text_table(lines, align_right=True)
 
 
 def _largest(row: Row, best: Measured | None) -> tuple[str, ...]:
     if best is None:
-        return ("none", *[""] * 6)
+        return ("none", "", "", "", "", "", "")
     share = f"{growth(row):.2f}"
     return (named(best.size), counted(best.parameters), share, *_figures(best))
 
 
-def _figures(found: Measured) -> tuple[str, ...]:
-    fits = {True: "yes", False: "no", None: "unknown"}[found.fits]
-    gib = f"{found.compiled_gib:.2f}" if found.compiled_bytes else ""
-    ratio = f"{found.ratio:.2f}" if found.compiled_bytes else ""
-    return fits, gib, f"{found.analysed_gib:.2f}", ratio
+def _figures(measured: Measured) -> tuple[str, ...]:
+    fits = {True: "yes", False: "no", None: "unknown"}[measured.fits]
+    gib = f"{measured.compiled_gib:.2f}" if measured.compiled_bytes else ""
+    ratio = f"{measured.ratio:.2f}" if measured.compiled_bytes else ""
+    return fits, gib, f"{measured.analysed_gib:.2f}", ratio
 
 
 def growth(row: Row) -> float:
-    """The largest L over the paper's; of AmoebaNet's parameters, as it grows in width."""
+    """Return our largest L over the paper's; for AmoebaNet, which widens, that of parameters."""
     if row.largest is None:
         return 0.0
     if len(row.paper.size) == 1:
@@ -278,35 +286,35 @@ def growth(row: Row) -> float:
 
 
 def records(model: str, rows: Sequence[Row]) -> Iterator[dict]:
-    """A record of each compiled size, for CSV and JSON."""
+    """Yield a record of each compiled size, for CSV and JSON."""
     for row in rows:
-        for which, found in (("the paper's", row.same), ("largest", row.largest)):
-            if found is None:
+        for which, measured in (("the paper's", row.same), ("largest", row.largest)):
+            if measured is None:
                 continue
             yield {
                 "model": model,
                 "stages": row.stages,
                 "topology": row.paper.topology,
                 "which": which,
-                "size": named(found.size),
-                "parameters": found.parameters,
+                "size": named(measured.size),
+                "parameters": measured.parameters,
                 "paper_size": named(row.paper.size),
                 "paper_parameters": row.paper.parameters,
                 "paper_gib": row.paper.memory_gib / row.stages,
                 "growth": growth(row) if which == "largest" else 1.0,
-                "fits": found.fits,
-                "compiled_gib": found.compiled_gib or None,
-                "analysed_gib": found.analysed_gib,
-                "ratio": found.ratio or None,
-                "compile_s": found.compile_s,
-                "problem": found.problem,
-                **{f"{name}_gib": size / GIB for name, size in found.memory.items()},
+                "fits": measured.fits,
+                "compiled_gib": measured.compiled_gib or None,
+                "analysed_gib": measured.analysed_gib,
+                "ratio": measured.ratio or None,
+                "compile_s": measured.compile_s,
+                "problem": measured.problem,
+                **{f"{name}_gib": size / GIB for name, size in measured.memory.items()},
             }
 
 
 def draw(model: str, rows: Sequence[Row], path: Path) -> None:
-    """Bars: parameters of the paper's and of our largest model, by the number of partitions."""
-    picture = figures.blank(6.5, 3.8)
+    """Draw bars: parameters of the paper's and of our largest model, by number of partitions."""
+    picture = figures.new_figure(6.5, 3.8)
     axes = picture.subplots()
     paper = [row.paper.parameters for row in rows]
     ours = [row.largest.parameters if row.largest else 0 for row in rows]
@@ -321,35 +329,39 @@ def draw(model: str, rows: Sequence[Row], path: Path) -> None:
 
 
 def host_gib() -> float:
-    """The most memory that one process of this run had: this one, or a compiler's."""
+    """Return the peak memory of one process of this run: this one, or a compiler's."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(each).ru_maxrss for each in who) * unit / GIB
+    return max(resource.getrusage(process).ru_maxrss for process in who) * unit / GIB
 
 
 def main() -> None:
     """Print the table."""
     assert __doc__ is not None
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--rows", choices=PAPER, default="transformer", help="which of its halves")
-    parser.add_argument("--stages", type=int, nargs="+", metavar="K", help="only these columns")
+    parser.add_argument(
+        "--rows", choices=PAPER, default="transformer", help="which half of the table"
+    )
+    parser.add_argument(
+        "--stages", type=int, nargs="+", metavar="K", help="only these numbers of partitions"
+    )
     options = parser.parse_args()
     paper = PAPER[options.rows]
-    wanted = options.stages or list(paper)
-    if unknown := set(wanted) - set(paper):
-        parser.error(f"--stages: {min(unknown)} is none of {', '.join(map(str, paper))}")
+    selected = options.stages or list(paper)
+    if unknown := set(selected) - set(paper):
+        parser.error(f"--stages: {min(unknown)} is not one of {', '.join(map(str, paper))}")
     jax.config.update("jax_platforms", "cpu")  # no device is used here
     rows = []
-    for K in wanted:
-        target = compiling(topologies.parse(paper[K].topology), options.timeout)
-        rows.append(ROWS[options.rows](K, paper[K], target))
+    for K in selected:
+        compiler = make_compiler(topologies.parse(paper[K].topology), options.timeout)
+        rows.append(ROWS[options.rows](K, paper[K], compiler))
     print(f"\n{table(options.rows, rows)}\n")
     for row in rows:
         if not row.same.fits:
             print(f"K {row.stages}, {row.same}")
-    print(f"memory of the host: at most {host_gib():.1f} GiB a process, if anything was compiled")
-    found = list(records(options.rows, rows))
-    finish(options, found, lambda path: draw(options.rows, rows, path))
+    print(f"memory of the host: at most {host_gib():.1f} GiB per process, if anything was compiled")
+    figures_of_rows = list(records(options.rows, rows))
+    finish(options, figures_of_rows, lambda path: draw(options.rows, rows, path))
 
 
 if __name__ == "__main__":

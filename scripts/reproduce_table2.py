@@ -1,21 +1,21 @@
-"""Normalised training throughput, predicted from compiler cycles: the GPipe paper's table 2.
+"""Predict normalised training throughput from compiler cycles, as in the GPipe paper's table 2.
 
     python scripts/reproduce_table2.py
     python scripts/reproduce_table2.py --hold micro-batch --csv table2.csv --png table2.png --json
-    python scripts/reproduce_table2.py --models transformer --layers-only     # the quickest
+    python scripts/reproduce_table2.py --models transformer --layers-only     # the fastest
     python scripts/reproduce_table2.py --interleaved
 
 Needs the TPU compiler (`pip install 'gpipe-jax[tpu]'`, Linux x86-64) and no TPU. Nothing ran on a
-TPU: times are the compiler's cycle estimates for TPU v3, at the clock and with the links of
-`gpipe_jax.tpu_compiler.topologies`. A layer takes up to a minute or two to compile and is remembered.
+TPU: times are the compiler's cycle estimates for TPU v3, with the clock and the links of
+`gpipe_jax.tpu_compiler.topologies`. A layer takes up to two minutes to compile; results are cached.
 
 The paper (https://arxiv.org/abs/1811.06965) trains Transformer-48 and AmoebaNet-D (18, 256) on K
 partitions with M micro-batches, and adjusts the batch to memory. Here a batch is 32 sequences or
-128 images, or with `--hold micro-batch` a micro-batch is 1 sequence or 4 images, whatever M. Each
-block of Transformer-48 is two layers, attention and feed-forward, which can be cut more evenly.
-A layout need not fit into memory to be timed, as a step is summed up from its layers, each compiled
-alone (marked * where it would not fit). For the largest M whole stages are compiled too, where they
-fit (`compute.predict`).
+128 images. With `--hold micro-batch`, a micro-batch is 1 sequence or 4 images for every M. Each
+block of Transformer-48 is two layers, attention and feed-forward, which balance better.
+A layout need not fit into memory to be timed: its step is the sum of its layers, each compiled
+alone (* marks layouts that would not fit). For the largest M, whole stages are compiled too, if
+they fit (`gpipe_jax.planner.predict.predict_step`).
 """
 
 import argparse
@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import jax
 import tables
-from tables import arguments, compiling, finish
+from tables import arguments, finish, make_compiler
 
 from gpipe_jax.partition import solver
 from gpipe_jax.planner import predict, programs, step_time
 from gpipe_jax.planner.job import Job, Layout
-from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.planner.step_time import StageTimes, StepTime
 from gpipe_jax.tpu_compiler import topologies
 from gpipe_jax.training.trainer import Trainer
@@ -62,26 +62,26 @@ INTERLEAVED = ((1, "eager_1f1b"), (2, "interleaved"), (4, "interleaved"))  # (V,
 
 
 class Cell(NamedTuple):
-    """One prediction."""
+    """Hold one prediction."""
 
     model: str
     layout: Layout
     batch: int
     basis: str  # "layers" or "stages", each compiled alone
     step: StepTime
-    slowest: float  # stage over the mean, by these times
+    slowest: float  # the slowest stage over the mean, by these times
     optimum: float  # the least possible for the times of the layers
     analysed_gib: float
     fits: bool  # by analysis
 
     @property
     def key(self) -> tuple[int, int]:
-        """(K, M)."""
+        """Return (K, M)."""
         return self.layout.stages, self.layout.micro_batches
 
     @property
     def throughput(self) -> float:
-        """Examples in a second."""
+        """Return examples per second."""
         return self.batch / self.step.total
 
 
@@ -89,67 +89,69 @@ class Cell(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """Seconds of each layer on one micro-batch, compiled alone."""
+    """Hold the seconds of each layer for one micro-batch, compiled alone."""
 
     forward: list[float]
     backward: list[float]  # with recomputation
 
 
 class Predictor:
-    """Predictions for one model; what is compiled for one of them serves the others."""
+    """Predict for one model; predictions share what is compiled."""
 
-    def __init__(self, model: str, target: Compiling) -> None:
-        self.model, self.compiling = model, target
+    def __init__(self, model: str, compiler: Compiler) -> None:
+        self.model, self.compiler = model, compiler
         self.layer_times = functools.cache(self._layer_times)
         self.update_rate = functools.cache(self._update_rate)
 
     def _layer_times(self, size: int) -> LayerTimes:
-        """Of micro-batches of `size` examples."""
+        """Return the times for micro-batches of `size` examples."""
         job = MODELS[self.model](size)
-        pipe = job.trainer(Layout(), _any_cost(job)).pipe
-        found = self.compiling(programs.of_layers(pipe))
-        alike = programs.first_alike(pipe)
+        pipe = job.build_trainer(Layout(), _any_cost(job)).pipe
+        compiled = self.compiler.compile(programs.of_layers(pipe))
+        representatives = programs.representatives(pipe)
         forward, backward = (
-            [self.compiling.seconds(found[f"{name} {i}"]) for i in alike]
+            [self.compiler.seconds(compiled[f"{name} {i}"]) for i in representatives]
             for name in ("forward", "backward")
         )
         return LayerTimes(forward, backward)
 
     def _update_rate(self) -> float:
-        """The optimizer's seconds for a byte of parameters: it goes through them one by one."""
+        """Return the optimizer's seconds per byte of parameters: it is elementwise."""
         job = MODELS[self.model](max(STAGES))
-        trainer = job.trainer(Layout(max(STAGES)), _any_cost(job))
-        update = self.compiling([programs.update(trainer)])["update"]
-        return self.compiling.seconds(update) / trainer.pipe.stages.params.device_bytes()
+        trainer = job.build_trainer(Layout(max(STAGES)), _any_cost(job))
+        update = self.compiler.compile([programs.update(trainer)])["update"]
+        return self.compiler.seconds(update) / trainer.pipe.stages.params.device_bytes()
 
     def by_layers(self, layout: Layout, batch: int) -> Cell:
-        """A step summed up from its layers."""
+        """Predict a step as the sum of its layers."""
         times = self.layer_times(batch // layout.micro_batches)
-        trainer = MODELS[self.model](batch).trainer(layout, self._cost(times))
+        trainer = MODELS[self.model](batch).build_trainer(layout, self._cost(times))
         stages = trainer.pipe.stages
         whole = step_time.stage_times(
-            *(of_stages(each, stages.geometry.layer_ranges) for each in times),
+            of_stages(times.forward, stages.geometry.layer_ranges),
+            of_stages(times.backward, stages.geometry.layer_ranges),
             remat=stages.remat,
         )
         step = step_time.step_time(
             stages,
             trainer.pipe.schedule,
             whole,
-            self.compiling.topology,
+            self.compiler.topology,
             replicas=trainer.pipe.replicas,
             update_s=self.update_rate() * stages.params.device_bytes(),
         )
         return self._cell(layout, batch, "layers", trainer, times, whole, step)
 
     def by_stages(self, layout: Layout, batch: int) -> Cell:
-        """A step whose stages are compiled whole; ValueError if one of them does not fit."""
+        """Predict a step from whole compiled stages; raise ValueError if one does not fit."""
         times = self.layer_times(batch // layout.micro_batches)
         job = MODELS[self.model](batch)
-        trainer, found = predict.predict(job, layout, self.compiling, self._cost(times))
-        return self._cell(layout, batch, "stages", trainer, times, found.stages, found.step)
+        cost = self._cost(times)
+        trainer, predicted = predict.predict_step(job, layout, self.compiler, cost)
+        return self._cell(layout, batch, "stages", trainer, times, predicted.stages, predicted.step)
 
     def _cost(self, times: LayerTimes) -> str | list[float]:
-        """What the partition balances: AmoebaNet's layers by their cycles."""
+        """Return what the partition balances: for AmoebaNet the cycles of its layers."""
         return times.backward if self.model == "amoebanet" else "flops"
 
     def _cell(
@@ -162,33 +164,39 @@ class Predictor:
         whole: StageTimes,
         step: StepTime,
     ) -> Cell:
-        need = sum(trainer.device_bytes().values()) / GIB
-        best = solver.partition(layers.backward, len(whole.backward)).imbalance
-        slowest, limit = imbalance(whole.backward), self.compiling.topology.generation.hbm_gib
-        found = Cell(
-            self.model, layout, batch, basis, step, slowest, best, need, fits=need <= limit
+        needed_gib = sum(trainer.device_bytes().values()) / GIB
+        cell = Cell(
+            self.model,
+            layout,
+            batch,
+            basis,
+            step,
+            slowest=imbalance(whole.backward),
+            optimum=solver.partition(layers.backward, len(whole.backward)).imbalance,
+            analysed_gib=needed_gib,
+            fits=needed_gib <= self.compiler.topology.generation.hbm_gib,
         )
         print(f"{self.model}, {layout}: {step.total:.4g} s by {basis}", flush=True)
-        return found
+        return cell
 
 
 def _any_cost(job: Job) -> list[float]:
-    """For a network whose cut does not matter; counting operations would take a minute."""
+    """Return costs for a partition that does not matter; counting FLOPs would take a minute."""
     return [1.0] * len(job.layers)
 
 
-def of_stages(layers: Sequence[float], cuts: Sequence[range]) -> list[float]:
-    """The sum over each stage's layers."""
-    return [sum(layers[i] for i in cut) for cut in cuts]
+def of_stages(layers: Sequence[float], layer_ranges: Sequence[range]) -> list[float]:
+    """Sum over each stage's layers."""
+    return [sum(layers[i] for i in layer_range) for layer_range in layer_ranges]
 
 
 def imbalance(times: Sequence[float]) -> float:
-    """The slowest over the mean: 1 is even."""
+    """Return the slowest over the mean; 1 is balanced."""
     return max(times) * len(times) / sum(times)
 
 
 def batch_of(model: str, micro_batches: int, hold: str) -> int:
-    """Examples of a step; with "micro-batch" a micro-batch is that of the paper's largest M."""
+    """Return the batch size; with "micro-batch", micro-batches are those of the largest M."""
     if hold == "batch":
         return BATCH[model]
     return BATCH[model] // max(MICRO_BATCHES) * micro_batches
@@ -198,18 +206,18 @@ def batch_of(model: str, micro_batches: int, hold: str) -> int:
 
 
 def normalised(cells: Sequence[Cell]) -> dict[tuple[int, int], float]:
-    """Throughput by (K, M), over that of the smallest K with the smallest M."""
+    """Return throughput by (K, M), over that of the smallest K with the smallest M."""
     base = base_of(cells)
     return {cell.key: cell.throughput / base for cell in cells}
 
 
 def base_of(cells: Sequence[Cell]) -> float:
-    """The throughput that counts as 1: of the smallest K with the smallest M."""
+    """Return the throughput that counts as 1: of the smallest K with the smallest M."""
     return min(cells, key=lambda cell: cell.key).throughput
 
 
 def throughput_table(cells: Sequence[Cell], interleaved: Sequence[Cell] = ()) -> str:
-    """A row for each M: ours beside the paper's, for each K. The last row is not in the paper."""
+    """Format a row for each M: ours beside the paper's, for each K; the last is not the paper's."""
     paper, base = PAPER[cells[0].model], base_of(cells)
     stages = sorted({cell.key[0] for cell in cells})
     rows = [("M", *(name for K in stages for name in (f"K {K}", "paper")))]
@@ -220,30 +228,32 @@ def throughput_table(cells: Sequence[Cell], interleaved: Sequence[Cell] = ()) ->
         named.setdefault(f"{cell.key[1]}, V {cell.layout.chunks}", {})[cell.key[0]] = cell
     for name, row in named.items():
         ours = [f"{row[K].throughput / base:.2f}{'' if row[K].fits else '*'}" for K in stages]
-        theirs = [f"{paper.get(row[K].key, '')}" * (row[K].layout.chunks == 1) for K in stages]
+        theirs = [
+            f"{paper.get(row[K].key, '')}" if row[K].layout.chunks == 1 else "" for K in stages
+        ]
         rows.append((name, *(text for pair in zip(ours, theirs, strict=True) for text in pair)))
     return text_table(rows, align_right=True)
 
 
 def shares(step: StepTime) -> dict[str, float]:
-    """Each part of a step, in per cent."""
-    return {name: 100 * part / step.total for name, part in step._asdict().items()}
+    """Return the percentage of each cause in a step's time."""
+    return {name: 100 * seconds / step.total for name, seconds in step._asdict().items()}
 
 
 def breakdown_table(cells: Sequence[Cell]) -> str:
-    """Where the time of a step goes, in per cent, and how even the stages are."""
+    """Format the causes of a step's time in per cent, and the balance of the stages."""
     names = ("compute", "recompute", "imbalance", "bubble", "transfer", "update")
-    head = ("K", "M", "V", "by", "step s", "examples/s", *(f"{name} %" for name in names))
-    rows: list[tuple[str, ...]] = [(*head, "slowest/mean", "optimum", "GiB", "fits")]
+    header = ("K", "M", "V", "by", "step s", "examples/s", *(f"{name} %" for name in names))
+    rows: list[tuple[str, ...]] = [(*header, "slowest/mean", "optimum", "GiB", "fits")]
     for cell in cells:
-        parts = shares(cell.step)
+        percent = shares(cell.step)
         rows.append(
             (
                 *map(str, (*cell.key, cell.layout.chunks)),
                 cell.basis,
                 f"{cell.step.total:.4g}",
                 f"{cell.throughput:.4g}",
-                *(f"{parts[name]:.1f}" for name in names),
+                *(f"{percent[name]:.1f}" for name in names),
                 f"{cell.slowest:.3f}",
                 f"{cell.optimum:.3f}",
                 f"{cell.analysed_gib:.2f}",
@@ -254,22 +264,22 @@ def breakdown_table(cells: Sequence[Cell]) -> str:
 
 
 def theoretical_speedup(stages: int, micro_batches: int, chunks: int) -> float:
-    """Of V chunks over one, from the bubble alone: Narayanan et al. 2021, section 2.2."""
+    """Return the speed-up of V chunks by the bubble alone: Narayanan et al. 2021, section 2.2."""
     K, M, V = stages, micro_batches, chunks
     return (M + K - 1) / ((V * M + K - 1) / V)
 
 
 def interleaved_table(cells: Sequence[Cell]) -> str:
-    """Speed-up over one chunk a device, predicted and theoretical."""
+    """Format the speed-up over one chunk per device, predicted and theoretical."""
     rows = [("V", "schedule", "step s", "speed-up", "theoretical", "slowest/mean", "GiB", "fits")]
     for cell in cells:
-        chosen = cell.layout
+        layout = cell.layout
         speedup = cells[0].step.total / cell.step.total
-        theory = theoretical_speedup(*cell.key, chosen.chunks)
+        theory = theoretical_speedup(*cell.key, layout.chunks)
         rows.append(
             (
-                str(chosen.chunks),
-                chosen.schedule,
+                str(layout.chunks),
+                layout.schedule,
                 f"{cell.step.total:.4g}",
                 f"{speedup:.3f}",
                 f"{theory:.3f}",
@@ -282,7 +292,7 @@ def interleaved_table(cells: Sequence[Cell]) -> str:
 
 
 def records(cells: Sequence[Cell], base: float) -> Iterator[dict]:
-    """A record of each prediction, for CSV and JSON; `base` is the throughput that counts as 1."""
+    """Yield a record of each prediction, for CSV and JSON; `base` is the throughput of 1."""
     for cell in cells:
         K, M = cell.key
         yield {
@@ -302,14 +312,14 @@ def records(cells: Sequence[Cell], base: float) -> Iterator[dict]:
             "optimum": cell.optimum,
             "analysed_gib": cell.analysed_gib,
             "fits": cell.fits,
-            **{f"{name}_s": part for name, part in cell.step._asdict().items()},
+            **{f"{name}_s": seconds for name, seconds in cell.step._asdict().items()},
         }
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Lines against the number of partitions, for each M; the paper's are dashed."""
+    """Draw throughput against the number of partitions, for each M; the paper's is dashed."""
     models = list(dict.fromkeys(cell.model for cell in cells))
-    picture = figures.blank(5 * len(models), 3.8)
+    picture = figures.new_figure(5 * len(models), 3.8)
     panels = picture.subplots(1, len(models), squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
         own = [cell for cell in cells if cell.model == model]
@@ -318,8 +328,9 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
         for n, M in enumerate(counts):
             drawn = axes.plot(stages, [ours[K, M] for K in stages], "o-", label=f"M = {M}")
             known = [K for K in stages if (K, M) in paper]
-            line = {"color": drawn[0].get_color(), "label": None if n else "GPipe paper"}
-            axes.plot(known, [paper[K, M] for K in known], "x--", **line)
+            label = None if n else "GPipe paper"
+            values = [paper[K, M] for K in known]
+            axes.plot(known, values, "x--", color=drawn[0].get_color(), label=label)
         axes.set(xlabel="partitions", ylabel="normalised throughput", xticks=stages)
         axes.set_title(f"{model}: predicted, not run", fontsize=10)
         axes.grid(alpha=0.3)
@@ -328,8 +339,8 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 
 def draw_interleaved(cells: Sequence[Cell], path: Path) -> None:
-    """Speed-up against the number of chunks."""
-    picture = figures.blank(4.5, 3.6)
+    """Draw the speed-up against the number of chunks."""
+    picture = figures.new_figure(4.5, 3.6)
     axes, chunks = picture.subplots(), [cell.layout.chunks for cell in cells]
     axes.plot(chunks, [cells[0].step.total / c.step.total for c in cells], "o-", label="predicted")
     theory = [theoretical_speedup(*c.key, c.layout.chunks) for c in cells]
@@ -339,36 +350,37 @@ def draw_interleaved(cells: Sequence[Cell], path: Path) -> None:
     picture.savefig(path, dpi=150)
 
 
-# --- what is run ----------------------------------------------------------------------------------
+# --- the runs -------------------------------------------------------------------------------------
 
 
 def run_model(model: str, options: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
-    """Print one model's tables: (its cells by layers, those with more of the largest M)."""
-    predictor = Predictor(model, compiling(topologies.parse(TOPOLOGY), options.timeout))
-    one = functools.partial(Layout, schedule=options.schedule, remat="stage")
+    """Print one model's tables; return its cells by layers, and the others of the largest M."""
+    predictor = Predictor(model, make_compiler(topologies.parse(TOPOLOGY), options.timeout))
+    layout_of = functools.partial(Layout, schedule=options.schedule, remat="stage")
     cells, whole = [], []
     many = max(options.micro_batches)
     for M in options.micro_batches:
         batch = batch_of(model, M, options.hold)
         for K in options.stages:
-            cells.append(predictor.by_layers(one(K, micro_batches=M), batch))
+            cells.append(predictor.by_layers(layout_of(K, micro_batches=M), batch))
     largest = [cell for cell in cells if cell.key[1] == many]
-    two = [Layout(K, 1, many, "interleaved", 2) for K in options.stages]
-    twice = [predictor.by_layers(each, batch_of(model, many, options.hold)) for each in two]
+    layouts = [Layout(K, 1, many, "interleaved", 2) for K in options.stages]
+    batch = batch_of(model, many, options.hold)
+    interleaved = [predictor.by_layers(layout, batch) for layout in layouts]
     if not options.layers_only:
         whole = list(_whole_stages(predictor, largest))
     print(f"\n{model}, {options.schedule}, the {options.hold} held: throughput / the first\n")
-    print(throughput_table(cells, twice))
-    print("V 2: interleaved, two chunks a device")
+    print(throughput_table(cells, interleaved))
+    print("V 2: interleaved, two chunks per device")
     print("* does not fit, by analysis; the paper adjusts the batch until it does")
-    print(f"\n{breakdown_table([*largest, *twice, *whole])}\n")
+    print(f"\n{breakdown_table([*largest, *interleaved, *whole])}\n")
     if model == "amoebanet":
         print(f"in the paper imbalance takes {PAPER_IMBALANCE:.1%} of the step at K = 2\n")
-    return cells, [*twice, *whole]
+    return cells, [*interleaved, *whole]
 
 
 def _whole_stages(predictor: Predictor, cells: Sequence[Cell]) -> Iterator[Cell]:
-    """The same by stages, but for those with a stage that does not fit even alone."""
+    """Predict the same by stages, except where a stage alone does not fit."""
     for cell in cells:
         try:
             yield predictor.by_stages(cell.layout, cell.batch)
@@ -377,8 +389,8 @@ def _whole_stages(predictor: Predictor, cells: Sequence[Cell]) -> Iterator[Cell]
 
 
 def run_interleaved(options: argparse.Namespace) -> list[Cell]:
-    """Print Transformer-48's speed-up with several chunks a device, K = 8, M = 8."""
-    predictor = Predictor("transformer", compiling(topologies.parse(TOPOLOGY), options.timeout))
+    """Print Transformer-48's speed-up with several chunks per device, K = 8, M = 8."""
+    predictor = Predictor("transformer", make_compiler(topologies.parse(TOPOLOGY), options.timeout))
     batch = batch_of("transformer", 8, options.hold)
     cells = [
         predictor.by_layers(Layout(8, 1, 8, schedule, V), batch) for V, schedule in INTERLEAVED
@@ -396,7 +408,10 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=MICRO_BATCHES)
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "eager_1f1b"), default="gpipe")
     parser.add_argument(
-        "--hold", choices=("batch", "micro-batch"), default="batch", help="what M leaves as it is"
+        "--hold",
+        choices=("batch", "micro-batch"),
+        default="batch",
+        help="what stays the same for all M",
     )
     parser.add_argument(
         "--layers-only", action="store_true", help="compile no whole stages, which takes longest"
@@ -408,14 +423,14 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # no device is used here
     if options.interleaved:
         cells = run_interleaved(options)
-        found = list(records(cells, cells[0].throughput))
-        return finish(options, found, lambda path: draw_interleaved(cells, path))
-    found, drawn = [], []
+        rows = list(records(cells, cells[0].throughput))
+        return finish(options, rows, lambda path: draw_interleaved(cells, path))
+    rows, drawn = [], []
     for model in options.models:
         cells, more = run_model(model, options)
-        found += records([*cells, *more], base_of(cells))
+        rows += records([*cells, *more], base_of(cells))
         drawn += cells
-    return finish(options, found, lambda path: draw(drawn, path))
+    return finish(options, rows, lambda path: draw(drawn, path))
 
 
 if __name__ == "__main__":

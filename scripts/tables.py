@@ -1,4 +1,4 @@
-"""What the scripts that reproduce the GPipe paper's tables 1 and 2 share: models, tables, files."""
+"""Provide the models, options and files of the scripts that reproduce the GPipe paper's tables."""
 
 import argparse
 import csv
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from gpipe_jax import losses, zoo
-from gpipe_jax.config import RmsPropConfig
+from gpipe_jax.config.optimizers import RmsPropConfig
 from gpipe_jax.planner.job import Job
 from gpipe_jax.planner.plan import COMPILED
-from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.tpu_compiler import libtpu
 from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.training import optimizers
@@ -24,7 +24,7 @@ IMAGE, CLASSES = 224, 1000
 
 
 def transformer(layers: int, batch: int, *, halves: bool = False) -> Job:
-    """Transformer-L of the paper's table 1, section 3, on a batch of sequences."""
+    """Return Transformer-L of the paper's table 1, section 3, on a batch of sequences."""
     network = zoo.transformer_lm(
         vocabulary=32000,
         length=LENGTH,
@@ -41,7 +41,7 @@ def transformer(layers: int, batch: int, *, halves: bool = False) -> Job:
 
 
 def amoebanet(layers: int, filters: int, batch: int) -> Job:
-    """AmoebaNet-D (layers, filters) of the paper's table 1, on a batch of images."""
+    """Return AmoebaNet-D (layers, filters) of the paper's table 1, on a batch of images."""
     network = zoo.amoebanet(
         "D", layers=layers, filters=filters, image=IMAGE, classes=CLASSES, dtype="bfloat16"
     )
@@ -51,32 +51,35 @@ def amoebanet(layers: int, filters: int, batch: int) -> Job:
 
 
 def _job(network: list, loss: Callable, inputs: jax.ShapeDtypeStruct, labels: object) -> Job:
-    """With RMSProp, whose two slots make 12 bytes a parameter, as the paper counts them."""
+    """Return a job with RMSProp: its two slots make 12 bytes a parameter, as in the paper."""
     tx = optimizers.build(RmsPropConfig(learning_rate=1e-4, momentum=0.9), 100)
     return Job(network, loss, {"inputs": inputs, "labels": labels}, tx)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that both scripts have."""
+    """Return a parser with the options of both scripts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds for one compilation")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures there")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
     return parser
 
 
-def compiling(topology: Topology, timeout_s: float | None) -> Compiling:
-    """With its progress on standard error; RuntimeError if there is no compiler."""
+def make_compiler(topology: Topology, timeout_s: float | None) -> Compiler:
+    """Return a compiler that prints its progress; raise RuntimeError if libtpu is missing."""
     libtpu.check_installed()
-    show = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731
-    return Compiling(topology, timeout_s, show)
+
+    def show(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    return Compiler(topology, timeout_s, show)
 
 
 def finish(options: argparse.Namespace, records: Sequence[dict], draw: Callable) -> None:
-    """Write what is asked for; `draw` is told the picture's path."""
+    """Write the files that the options request; `draw` takes the picture's path."""
     print(COMPILED)
     if options.csv:
         write_csv(options.csv, records)
@@ -87,7 +90,7 @@ def finish(options: argparse.Namespace, records: Sequence[dict], draw: Callable)
 
 
 def write_csv(path: Path, records: Sequence[dict]) -> None:
-    """A line for each record; columns in the order in which they first occur."""
+    """Write a line for each record, and columns in the order of their first occurrence."""
     names = list(dict.fromkeys(name for record in records for name in record))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

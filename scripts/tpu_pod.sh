@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU VM or pod: the same command on every host, from one script and one config.
-# The usage below is what `scripts/tpu_pod.sh help` prints.
+# Train on a Cloud TPU VM or pod: run the same command on every host.
+# `scripts/tpu_pod.sh help` prints the usage below.
 #
-# Everything goes through `gcloud compute tpus queued-resources`, whose ssh and scp reach every host
-# (--worker=all) of every slice (--node=all) and end with a failing host's exit code. What a host then
-# does is in tpu_host.sh, which the setup copies there with the library.
+# All commands use `gcloud compute tpus queued-resources`. Its ssh and scp reach every host
+# (--worker=all) of every slice (--node=all), and return the exit code of a failing host. Each host
+# then runs tpu_host.sh, which setup copies there with the library.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: scripts/tpu_pod.sh COMMAND NAME [options]
 
-  create NAME --type v5litepod-16   ask for a TPU (a queued resource); --wait until it is there
+  create NAME --type v5litepod-16   request a TPU (a queued resource); --wait until it is ready
   setup  NAME                       copy this clone to every host and install it
   run    NAME --config FILE [a.b=c ...]
                                     start `python -m gpipe_jax train` on every host and return
-  status NAME                       the queued resource's state, and what each host is doing
+  status NAME                       the state of the queued resource and of each host
   logs   NAME [--follow]            the end of every host's log
   stop   NAME                       save and end the run on every host
-  delete NAME                       give the TPU back; what is on its disks is lost
+  delete NAME                       release the TPU; its disks are lost
 
   --zone Z, --project P    default: those of `gcloud config`
   --type T                 accelerator type, such as v4-32, v5litepod-16, v5p-8 or v6e-16
-  --slices N               so many TPUs of this type, joined (multislice)
-  --spot                   cheaper, and may be taken away
+  --slices N               number of TPUs of this type, connected (multislice)
+  --spot                   cheaper, but can be preempted
   --runtime-version V      default: the one for the type
-  --dry-run                print the gcloud lines and run none
+  --dry-run                print the gcloud commands without running them
 
-A run goes on when you disconnect. It is started again after it was preempted (exit code 75), and up
-to three times in a row after a failure, such as the loss of another host; not when the config is
-wrong (2). Several hosts need a folder they share: train.workdir=gs://BUCKET/RUN.
+A run continues when you disconnect. It is restarted after a preemption (exit code 75), and up to
+three times in succession after a failure, such as the loss of another host; but not if the config
+is invalid (2). Several hosts need a shared folder: train.workdir=gs://BUCKET/RUN.
 TEXT
 }
 
@@ -38,11 +38,11 @@ fail() { # MESSAGE [EXIT CODE]
   exit "${2:-1}"
 }
 
-check() { # OPTION VALUE REGULAR-EXPRESSION RULE: odd characters are refused, whoever would read them
+check() { # OPTION VALUE REGULAR-EXPRESSION RULE: refuse unusual characters
   (LC_ALL=C && [[ $2 =~ ^($3)$ ]]) || fail "$1 is $(quoted "$2"); use $4" 2
 }
 
-quoted() { # WORD ...: as one line for any shell
+quoted() { # WORD ...: print one line for any shell
   local word quote="'\\''" space=''
   for word; do
     if (LC_ALL=C && [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]); then
@@ -63,7 +63,7 @@ parse() {
   shift 2
   check NAME "$name" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' \
     'up to 63 lower-case letters, digits and dashes, beginning with a letter'
-  reach="if hosts could not be reached, run ssh-add ~/.ssh/google_compute_engine, see that $name is \
+  reach="if hosts could not be reached, run ssh-add ~/.ssh/google_compute_engine, check that $name is \
 ACTIVE (scripts/tpu_pod.sh status $name), and try again"
   while (($#)); do
     local option=$1 value=''
@@ -73,7 +73,7 @@ ACTIVE (scripts/tpu_pod.sh status $name), and try again"
         value=$2
         shift
         ;;
-      --*=*) # one more argument: --zone=Z is --zone Z
+      --*=*) # --zone=Z is --zone Z
         set -- "${option%%=*}" "${option#*=}" "${@:2}"
         continue
         ;;
@@ -101,12 +101,12 @@ ACTIVE (scripts/tpu_pod.sh status $name), and try again"
   check --slices "$slices" '[1-9][0-9]{0,3}' 'a whole number from 1'
 }
 
-only() { # COMMAND: the option that is being read is its own
+only() { # COMMAND: check that the current option belongs to it
   [[ $command == "$1" ]] || fail "$(quoted "$option") is an option of $1, not of $command" 2
 }
 
-step() { # WHAT REMEDY VERB ...: runs `gcloud compute tpus queued-resources VERB ...`
-  local what=$1 remedy=$2 code=0
+step() { # ACTION REMEDY VERB ...: runs `gcloud compute tpus queued-resources VERB ...`
+  local action=$1 remedy=$2 code=0
   shift 2
   local line=(gcloud compute tpus queued-resources "$@")
   [[ -z $zone ]] || line+=("--zone=$zone")
@@ -117,27 +117,27 @@ step() { # WHAT REMEDY VERB ...: runs `gcloud compute tpus queued-resources VERB
   fi
   printf '+ %s\n' "$(quoted "${line[@]}")" >&2
   "${line[@]}" || code=$?
-  ((code == 0)) || fail "$what failed (exit code $code): $remedy" "$code"
+  ((code == 0)) || fail "$action failed (exit code $code): $remedy" "$code"
 }
 
-on_every_host() { # WHAT REMEDY WORD ...: tpu_host.sh WORD ... on every host
-  local what=$1 remedy=$2
+on_every_host() { # ACTION REMEDY WORD ...: tpu_host.sh WORD ... on every host
+  local action=$1 remedy=$2
   shift 2
-  step "$what" "$remedy; $reach" ssh "$name" --worker=all --node=all \
+  step "$action" "$remedy; $reach" ssh "$name" --worker=all --node=all \
     --command="$(quoted bash gpipe-jax/scripts/tpu_host.sh "$@")"
 }
 
-state() { # prints the queued resource's state; nothing in a dry run, but for the line
+state() { # print the queued resource's state; in a dry run only the command
   step "asking for the state of $name" \
-    "make it first (scripts/tpu_pod.sh create $name), or give its --zone and --project" \
+    "create it first (scripts/tpu_pod.sh create $name), or give its --zone and --project" \
     describe "$name" '--format=value(state.state)'
 }
 
 need_active() {
-  local found
+  local current
   [[ ! $dry_run ]] || { state && return; }
-  found=$(state) || exit
-  [[ $found == ACTIVE ]] || fail "$name is $found, not ACTIVE: $(advice "$found")"
+  current=$(state) || exit
+  [[ $current == ACTIVE ]] || fail "$name is $current, not ACTIVE: $(advice "$current")"
 }
 
 advice() { # STATE
@@ -162,75 +162,75 @@ are on GKE only: see docs/guides/gke.md)" 2 ;;
   fi
   local nodes=("--node-id=$name")
   ((slices == 1)) || nodes=("--node-count=$slices" "--node-prefix=$name")
-  step "creating $name" "see quota and zones of $type, or if $name exists already" \
+  step "creating $name" "check quota and zones of $type, and whether $name exists already" \
     create "$name" "${nodes[@]}" "--accelerator-type=$type" "--runtime-version=$runtime" \
     ${spot:+--spot}
-  [[ -z $wait ]] || wait_for_it
+  [[ -z $wait ]] || wait_until_active
 }
 
-wait_for_it() {
-  local found=''
+wait_until_active() {
+  local current=''
   [[ ! $dry_run ]] || { state && return; }
-  while [[ $found != ACTIVE ]]; do
-    found=$(state) || exit
-    case $found in
-      FAILED | SUSPEND*) fail "$name is $found: $(advice "$found")" ;;
+  while [[ $current != ACTIVE ]]; do
+    current=$(state) || exit
+    case $current in
+      FAILED | SUSPEND*) fail "$name is $current: $(advice "$current")" ;;
       ACTIVE) ;;
-      *) echo "$name is $found" && sleep "${TPU_POD_POLL_S:-30}" ;;
+      *) echo "$name is $current" && sleep "${TPU_POD_POLL_S:-30}" ;;
     esac
   done
   echo "$name is ACTIVE"
 }
 
 setup() {
-  local root archive parts=() part
+  local root archive paths=() path
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  for part in gpipe_jax nas configs scripts pyproject.toml README.md; do
-    [[ ! -e $root/$part ]] || parts+=("$part")
+  for path in gpipe_jax nas configs scripts pyproject.toml README.md; do
+    [[ ! -e $root/$path ]] || paths+=("$path")
   done
   need_active
   archive=${XDG_CACHE_HOME:-$HOME/.cache}/gpipe-jax/clone.tgz
   if [[ ! $dry_run ]]; then
     mkdir -p "${archive%/*}"
-    tar -czf "$archive" -C "$root" --exclude=__pycache__ "${parts[@]}" ||
-      fail "cannot pack $root into $archive: see that there is space"
+    tar -czf "$archive" -C "$root" --exclude=__pycache__ "${paths[@]}" ||
+      fail "cannot pack $root into $archive: check the free disk space"
   fi
   step "copying to $name" "$reach" scp "$archive" "$name:gpipe-jax.tgz" --worker=all --node=all
-  step "unpacking on $name" "see that the disks have space; $reach" \
+  step "unpacking on $name" "check the free disk space; $reach" \
     ssh "$name" --worker=all --node=all \
     --command='mkdir -p gpipe-jax && tar -xzf gpipe-jax.tgz -C gpipe-jax'
-  on_every_host "installing on $name" "see the messages above and that hosts reach PyPI" setup
+  on_every_host "installing on $name" "see the messages above, and check that hosts reach PyPI" setup
 }
 
 run() {
   local file=${config##*/}
   [[ $config ]] || fail "run needs a --config, such as --config configs/transformer_48.yaml" 2
-  # gcloud would take a colon for a host, and a dash for an option
+  # gcloud takes a colon for a host, and a dash for an option
   check --config "$config" '[^-:[:cntrl:]][^:[:cntrl:]]*' 'a path without colons'
   check "the name of --config" "$file" '[A-Za-z0-9_][-A-Za-z0-9_.]*' 'letters, digits, _, - and .'
   [[ -f $config ]] || fail "there is no file $config: give the path of a config" 2
   step "copying $config to $name" "run setup first (scripts/tpu_pod.sh setup $name); $reach" \
     scp "$config" "$name:gpipe-jax/configs/$file.new" --worker=all --node=all
   on_every_host "starting the run on $name" \
-    "exit code 2 means that the config is wrong; stop a run that is under way \
+    "exit code 2 means that the config is invalid; stop an active run \
 (scripts/tpu_pod.sh stop $name)" start "configs/$file" ${overrides[@]+"${overrides[@]}"}
   [[ $dry_run ]] || echo "started; follow it with scripts/tpu_pod.sh logs $name --follow"
 }
 
 status() {
-  local found
+  local current
   if [[ $dry_run ]]; then
     state
   else
-    found=$(state) || exit
-    echo "$name is $found"
-    [[ $found == ACTIVE ]] || { advice "$found" && return; }
+    current=$(state) || exit
+    echo "$name is $current"
+    [[ $current == ACTIVE ]] || { advice "$current" && return; }
   fi
   on_every_host "asking the hosts of $name" "run setup first (scripts/tpu_pod.sh setup $name)" status
 }
 
 logs() {
-  on_every_host "reading the logs of $name" "there is one after the first run" logs ${follow:+--follow}
+  on_every_host "reading the logs of $name" "a log exists after the first run" logs ${follow:+--follow}
 }
 
 stop() {
@@ -238,8 +238,8 @@ stop() {
     "it may still be running (scripts/tpu_pod.sh status $name)" stop
 }
 
-delete() { # asks, unless gcloud is told not to
-  step "deleting $name" "see if it is still there (scripts/tpu_pod.sh status $name)" \
+delete() { # gcloud asks first, unless it is configured not to
+  step "deleting $name" "check if it still exists (scripts/tpu_pod.sh status $name)" \
     delete "$name" --force
 }
 
@@ -247,7 +247,7 @@ case ${1:-} in
   create | setup | run | status | logs | stop | delete)
     parse "$@"
     [[ $dry_run ]] || command -v gcloud >/dev/null ||
-      fail "there is no gcloud here: install the Google Cloud CLI (https://cloud.google.com/sdk)"
+      fail "gcloud is not installed: install the Google Cloud CLI (https://cloud.google.com/sdk)"
     "$command"
     ;;
   help | --help | -h) usage ;;

@@ -1,7 +1,7 @@
-"""scripts/tpu_pod.sh against a `gcloud` that plays a TPU: it records what it is told, and obeys.
+"""Run scripts/tpu_pod.sh with a fake `gcloud` that records its commands and acts as a TPU.
 
-Its ssh runs the command in a home folder of its own and its scp copies there, so what the hosts do
-(tpu_host.sh) is run too, with a Python and a uv that are played as well.
+Its ssh runs a command in a separate home folder, and its scp copies there. So the hosts' script
+(tpu_host.sh) runs too, with a fake Python and a fake uv.
 """
 
 import json
@@ -43,35 +43,36 @@ if verb == "ssh":
     sys.exit(subprocess.run(["sh", "-c", command], cwd=host, env=environment).returncode)
 """
 
-# The training process: it says how it was called, and ends as the next word of CODES says.
+# The training process: it records its arguments, and exits with the next code of CODES.
 PYTHON = """\
 import json, os, signal, sys, time
-here = os.environ["HOME"]
-with open(os.path.join(here, "trained"), "a") as file:
+home = os.environ["HOME"]
+with open(os.path.join(home, "trained"), "a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
 if sys.argv[1:4] == ["-m", "gpipe_jax", "config"]:
     sys.exit(int(os.environ.get("CHECKED", 0)))
 print("a line of the run", flush=True)
-calls = [line for line in open(os.path.join(here, "trained")) if json.loads(line)[1:3] == ["gpipe_jax", "train"]]
+records = [json.loads(line) for line in open(os.path.join(home, "trained"))]
+calls = [record for record in records if record[1:3] == ["gpipe_jax", "train"]]
 codes = os.environ["CODES"].split()
 code = codes[min(len(calls), len(codes)) - 1]
 if code == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if code in ("waits", "deaf"):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75)) if code == "waits" else None
-    open(os.path.join(here, "ready"), "w").close()
+    open(os.path.join(home, "ready"), "w").close()
     time.sleep(60)
 sys.exit(int(code))
 """
 
 
 class Pod:
-    """A folder with the programs played, the host's home, and what was called."""
+    """Provide the fake programs, the host's home, and the record of calls."""
 
     def __init__(self, folder: Path) -> None:
         self.bin, self.host, self.calls = folder / "bin", folder / "host", folder / "calls"
-        for made in (self.bin, self.host):
-            made.mkdir()
+        for path in (self.bin, self.host):
+            path.mkdir()
         self.program(self.bin / "gcloud", GCLOUD)
         self.calls.touch()
         self.environment = {
@@ -90,14 +91,14 @@ class Pod:
         path.chmod(0o755)
 
     def install(self) -> None:
-        """As `setup` leaves a host."""
+        """Install the library as `setup` does."""
         home = self.host / "gpipe-jax"
         (home / "configs").mkdir(parents=True)
         shutil.copytree(SCRIPTS, home / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         self.program(home / ".venv" / "bin" / "python", PYTHON)
 
     def __call__(self, *words: str, code: int = 0, **environment: str) -> str:
-        """Standard output of tpu_pod.sh, or, if it shall fail with `code`, standard error."""
+        """Run tpu_pod.sh; return its output, or standard error if it must fail with `code`."""
         done = subprocess.run(
             ["bash", str(SCRIPTS / "tpu_pod.sh"), *words],
             capture_output=True,
@@ -113,13 +114,13 @@ class Pod:
         return [json.loads(line) for line in self.calls.read_text().splitlines()]
 
     def trained(self) -> list[list[str]]:
-        """The arguments of every training process."""
+        """Return the arguments of every training process."""
         path = self.host / "trained"
         calls = [json.loads(line) for line in path.read_text().splitlines()]
         return [call[3:] for call in calls if call[1:3] == ["gpipe_jax", "train"]]
 
-    def play(self) -> None:
-        """Every command can succeed: the host is set up, and its log is there and short."""
+    def let_all_succeed(self) -> None:
+        """Let every command succeed: the host is set up, and its log exists and is short."""
         self.install()
         self.program(self.bin / "uv", "")
         self.program(self.bin / "tail", "")  # --follow would not end
@@ -127,13 +128,13 @@ class Pod:
         (self.host / "gpipe-jax-run" / "log").touch()
 
     def until(self, text: str) -> str:
-        """Wait until the status of the host has this text."""
+        """Wait until the status of the host has this text, and return it."""
         path = self.host / "gpipe-jax-run" / "status"
         for _ in range(400):
             if path.exists() and text in path.read_text():
                 return path.read_text()
             time.sleep(0.05)
-        raise AssertionError(f"{text!r} never came: {path.read_text()}")
+        raise AssertionError(f"{text!r} never appeared: {path.read_text()}")
 
 
 @pytest.fixture
@@ -201,8 +202,8 @@ def test_a_dry_run_prints_the_lines_and_runs_none(pod: Pod, words, lines) -> Non
 
 
 @pytest.mark.parametrize(("words", "lines"), LINES, ids=IDS)
-def test_what_is_run_is_what_the_dry_run_prints(pod: Pod, words, lines) -> None:
-    pod.play()
+def test_a_run_executes_the_lines_of_the_dry_run(pod: Pod, words, lines) -> None:
+    pod.let_all_succeed()
     pod(*words, "--zone", "us-west4-a", "--project=some-project", CODES="0")
     expected = lines_of(pod, lines, "--zone=us-west4-a", "--project=some-project")
     assert pod.called() == expected
@@ -213,8 +214,8 @@ def test_what_is_run_is_what_the_dry_run_prints(pod: Pod, words, lines) -> None:
     [(words, step) for words, lines in LINES for step in range(1, len(lines) + 1)],
     ids=lambda value: "-".join(value[:1]) if isinstance(value, tuple) else str(value),
 )
-def test_any_step_that_fails_ends_it_with_a_remedy(pod: Pod, words, step: int) -> None:
-    pod.play()
+def test_a_failing_step_ends_it_with_a_remedy(pod: Pod, words, step: int) -> None:
+    pod.let_all_succeed()
     message = pod(*words, code=7, FAIL_AT=str(step), CODES="0").splitlines()[-1]
     assert message.startswith("tpu_pod.sh: ") and "failed (exit code 7): " in message
     assert "my-pod" in message
@@ -242,12 +243,12 @@ def test_the_runtime_version_follows_the_type(pod: Pod, kind: str, version: str)
 
 def test_create_waits(pod: Pod) -> None:
     states = "none WAITING_FOR_RESOURCES PROVISIONING ACTIVE"
-    said = pod(*CREATE, "--wait", STATES=states).splitlines()
-    assert said == [f"my-pod is {state}" for state in states.split()[1:]]
+    output = pod(*CREATE, "--wait", STATES=states).splitlines()
+    assert output == [f"my-pod is {state}" for state in states.split()[1:]]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED", "SUSPENDING"])
-def test_create_does_not_wait_for_what_will_not_come(pod: Pod, state: str) -> None:
+def test_create_does_not_wait_for_a_failed_tpu(pod: Pod, state: str) -> None:
     message = pod(*CREATE, "--wait", code=1, STATES=f"none {state}")
     assert f"my-pod is {state}: delete it (scripts/tpu_pod.sh delete my-pod)" in message
 
@@ -258,7 +259,7 @@ def test_setup_needs_a_tpu(pod: Pod) -> None:
     assert len(pod.called()) == 1
 
 
-def test_status_of_a_tpu_that_is_not_there_yet(pod: Pod) -> None:
+def test_status_of_a_tpu_that_is_not_ready(pod: Pod) -> None:
     assert pod("status", "my-pod", STATES="PROVISIONING").splitlines()[0] == (
         "my-pod is PROVISIONING"
     )
@@ -271,12 +272,12 @@ def test_without_gcloud(pod: Pod, tmp_path: Path) -> None:
     for name in ("bash", "dirname"):
         (tools / name).symlink_to(shutil.which(name) or "")
     message = pod("stop", "my-pod", code=1, PATH=str(tools))
-    assert "no gcloud here: install the Google Cloud CLI" in message
+    assert "gcloud is not installed: install the Google Cloud CLI" in message
 
 
-# --- odd arguments --------------------------------------------------------------------------------
+# --- unusual arguments ----------------------------------------------------------------------------
 
-ODD = [
+UNUSUAL = [
     "a b",
     "$(touch pwned)",
     "`touch pwned`",
@@ -290,16 +291,16 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("odd", [*ODD, "My-pod", "pod-", "1pod", "x" * 64, "../x"])
-def test_odd_names_are_refused(pod: Pod, odd: str) -> None:
-    assert "NAME is " in pod("status", odd, code=2) and not pod.called()
+@pytest.mark.parametrize("unusual", [*UNUSUAL, "My-pod", "pod-", "1pod", "x" * 64, "../x"])
+def test_unusual_names_are_refused(pod: Pod, unusual: str) -> None:
+    assert "NAME is " in pod("status", unusual, code=2) and not pod.called()
 
 
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("unusual", UNUSUAL)
 @pytest.mark.parametrize("option", ["--zone", "--project", "--type", "--slices"])
-def test_odd_options_are_refused(pod: Pod, option: str, odd: str) -> None:
-    words = [*CREATE, option, odd]
-    if odd == "" and option != "--slices":  # as if it had not been given
+def test_unusual_options_are_refused(pod: Pod, option: str, unusual: str) -> None:
+    words = [*CREATE, option, unusual]
+    if unusual == "" and option != "--slices":  # as if it were not given
         words = ["create", "my-pod", "--type", ""]
     message = pod(*words, code=2)
     assert "; use " in message or "create needs a --type" in message
@@ -307,20 +308,20 @@ def test_odd_options_are_refused(pod: Pod, option: str, odd: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", ["a b.yaml", "$(x).yaml", "-x.yaml", "é.yaml", "a\nb.yaml", "host:x"]
+    "unusual", ["a b.yaml", "$(x).yaml", "-x.yaml", "é.yaml", "a\nb.yaml", "host:x"]
 )
-def test_odd_config_names_are_refused(pod: Pod, tmp_path: Path, odd: str) -> None:
-    (tmp_path / odd).write_text("")
-    assert "; use " in pod("run", "my-pod", "--config", str(tmp_path / odd), code=2)
-    assert "; use " in pod("run", "my-pod", f"--config={odd}", code=2) and not pod.called()
+def test_unusual_config_names_are_refused(pod: Pod, tmp_path: Path, unusual: str) -> None:
+    (tmp_path / unusual).write_text("")
+    assert "; use " in pod("run", "my-pod", "--config", str(tmp_path / unusual), code=2)
+    assert "; use " in pod("run", "my-pod", f"--config={unusual}", code=2) and not pod.called()
 
 
-def test_a_config_in_an_odd_folder_is_copied(pod: Pod, tmp_path: Path) -> None:
+def test_a_config_in_an_unusual_folder_is_copied(pod: Pod, tmp_path: Path) -> None:
     pod.install()
-    odd = tmp_path / "a b's $(x)"
-    odd.mkdir()
-    (odd / "mine.yaml").write_text("model:")
-    pod("run", "my-pod", "--config", str(odd / "mine.yaml"), CODES="0")
+    unusual = tmp_path / "a b's $(x)"
+    unusual.mkdir()
+    (unusual / "mine.yaml").write_text("model:")
+    pod("run", "my-pod", "--config", str(unusual / "mine.yaml"), CODES="0")
     assert (pod.host / "gpipe-jax" / "configs" / "mine.yaml").read_text() == "model:"
 
 
@@ -375,22 +376,22 @@ def test_setup_brings_the_library_and_installs_it(pod: Pod) -> None:
         pod.bin / "uv",
         "import os, sys; print(' '.join(sys.argv[1:]), 'in', os.getcwd(), flush=True)",
     )
-    said = pod("setup", "my-pod")
+    output = pod("setup", "my-pod")
     home = pod.host / "gpipe-jax"
     for name in ("pyproject.toml", "README.md", "gpipe_jax/__main__.py", "configs/digits.yaml"):
         assert (home / name).read_bytes() == (ROOT / name).read_bytes()
-    assert f"venv --python 3.12 .venv in {home}" in said
-    assert f"-e .[tpu,examples,tensorboard] in {home}" in said and "ready" in said
+    assert f"venv --python 3.12 .venv in {home}" in output
+    assert f"-e .[tpu,examples,tensorboard] in {home}" in output and "ready" in output
 
 
 @pytest.mark.parametrize(
     ("codes", "times", "last"),
     [
         ("0", 1, "done (exit code 0)"),
-        ("2 0", 1, "not started again: bad input (exit code 2)"),
+        ("2 0", 1, "not restarted: bad input (exit code 2)"),
         ("75 75 75 75 75 75 0", 7, "done (exit code 0)"),
         ("1 137 0", 3, "done (exit code 0)"),
-        ("1 1 1 75 1 1 1 1 0", 8, "failed four times in a row (exit code 1)"),
+        ("1 1 1 75 1 1 1 1 0", 8, "failed four times in succession (exit code 1)"),
     ],
 )
 def test_the_supervisor(pod: Pod, codes: str, times: int, last: str) -> None:
@@ -405,10 +406,10 @@ def test_the_supervisor(pod: Pod, codes: str, times: int, last: str) -> None:
     assert all(line.startswith(f"{name}: ") for line in log.splitlines())
 
 
-def test_a_wrong_config_is_told_at_once(pod: Pod) -> None:
+def test_an_invalid_config_is_reported_at_once(pod: Pod) -> None:
     pod.install()
     message = pod(*RUN, code=2, CHECKED="2", CODES="0")
-    assert "exit code 2 means that the config is wrong" in message
+    assert "exit code 2 means that the config is invalid" in message
     assert pod.trained() == []
 
 
@@ -423,7 +424,7 @@ def test_one_run_at_a_time_and_stop_lets_it_save(pod: Pod) -> None:
     pod(*RUN, CODES="waits")
     pod.until("running since")
     assert "running since" in pod("status", "my-pod")
-    assert "a run is under way" in pod(*RUN, code=1, CODES="0")
+    assert "a run is active" in pod(*RUN, code=1, CODES="0")
     ready(pod)
     assert "stopped (exit code 75)" in pod("stop", "my-pod")
     assert len(pod.trained()) == 1
@@ -432,34 +433,34 @@ def test_one_run_at_a_time_and_stop_lets_it_save(pod: Pod) -> None:
     pod.until("done")
 
 
-def test_a_run_that_is_refused_leaves_the_config_of_the_one_under_way(pod: Pod, tmp_path) -> None:
+def test_a_refused_run_keeps_the_config_of_the_active_one(pod: Pod, tmp_path) -> None:
     pod.install()
     (tmp_path / "mine.yaml").write_text("first:")
     words = ("run", "my-pod", "--config", str(tmp_path / "mine.yaml"))
     pod(*words, CODES="waits")
     ready(pod)
     (tmp_path / "mine.yaml").write_text("second:")
-    assert "a run is under way" in pod(*words, code=1, CODES="0")
-    there = pod.host / "gpipe-jax" / "configs" / "mine.yaml"
-    assert there.read_text() == "first:"
+    assert "a run is active" in pod(*words, code=1, CODES="0")
+    copied = pod.host / "gpipe-jax" / "configs" / "mine.yaml"
+    assert copied.read_text() == "first:"
     pod("stop", "my-pod")
-    assert not (pod.host / "gpipe-jax-run" / "pid").exists(), "another process may get its number"
+    assert not (pod.host / "gpipe-jax-run" / "pid").exists(), "another process may get this number"
     pod(*words, CODES="0")
-    assert there.read_text() == "second:"
+    assert copied.read_text() == "second:"
 
 
 def test_a_supervisor_that_is_stopped_before_its_first_round(pod: Pod) -> None:
     pod.install()
-    place = pod.host / "gpipe-jax-run"
-    place.mkdir()
-    (place / "stop").touch()
+    state = pod.host / "gpipe-jax-run"
+    state.mkdir()
+    (state / "stop").touch()
     command = ["bash", "scripts/tpu_host.sh", "supervise", "configs/digits.yaml"]
     environment = {**pod.environment, "HOME": str(pod.host)}
     subprocess.run(command, cwd=pod.host / "gpipe-jax", env=environment, check=True, timeout=60)
-    assert (place / "status").read_text() == "stopped (exit code 75)\n"
+    assert (state / "status").read_text() == "stopped (exit code 75)\n"
 
 
-def test_a_process_deaf_to_sigterm_is_killed(pod: Pod) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(pod: Pod) -> None:
     pod.install()
     pod(*RUN, CODES="deaf")
     ready(pod)
@@ -471,7 +472,7 @@ def ready(pod: Pod) -> None:
         if (pod.host / "ready").exists():
             return
         time.sleep(0.05)
-    raise AssertionError("the run never began")
+    raise AssertionError("the run never started")
 
 
 @pytest.mark.parametrize("script", ["scripts/tpu_pod.sh", "scripts/tpu_host.sh", ".ci/run"])

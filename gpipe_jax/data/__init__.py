@@ -1,7 +1,5 @@
 """Make seeded, restartable streams of batches, from data on this machine; numpy only."""
 
-from collections.abc import Callable
-
 from gpipe_jax.data.files import Rules, array_record, arrays
 from gpipe_jax.data.images import cifar10, digits
 from gpipe_jax.data.python_source import python
@@ -11,7 +9,7 @@ from gpipe_jax.data.text_files import text
 from gpipe_jax.errors import DataError
 
 # The data sets of configs: `data.kind` is the name here, and the section's fields are arguments.
-DATASETS: dict[str, Callable[..., Dataset]] = {
+DATASETS = {
     "digits": digits,
     "text": text,
     "cifar10": cifar10,

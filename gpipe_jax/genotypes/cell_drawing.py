@@ -213,7 +213,7 @@ def _draw_pair(
     sum_top = top + PAIR_HEIGHT - BOX_HEIGHT
     for ((operation, source), changed), side in zip(elements, (-1, 1), strict=True):
         centre = x + side * (OPERATION_WIDTH + OPERATION_GAP) / 2
-        fill = next(colour for part, colour in FILL_COLOURS.items() if part in operation)
+        fill = next(colour for name, colour in FILL_COLOURS.items() if name in operation)
         box = Box(centre, top, OPERATION_WIDTH, operation, fill)
         edge = layout.edge(source, (centre, top), k)
         boxes.append(box.marked() if changed else box)

@@ -13,7 +13,7 @@ from gpipe_jax.utils import text
 from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
-HEADER = ("stage", "layers", "first layer", "cost", "parameters", "output")
+STAGE_HEADER = ("stage", "layers", "first layer", "cost", "parameters")
 
 
 class Summary(NamedTuple):
@@ -36,19 +36,17 @@ def summarize(
     """Return the stages and their balance, the schedule and its bubble, stash and padding."""
     geometry = stages.geometry
     total = sum(partition.costs) or 1.0
-    rows: list[tuple[str, ...]] = [HEADER]
+    rows: list[tuple[str, ...]] = [(*STAGE_HEADER, "output")]
     for s, layers in enumerate(geometry.layer_ranges):
         shapes = [geometry.shapes[i] for i in layers]
-        rows.append(
-            (
-                str(s),
-                layer_range(layers[0], layers[-1]),
-                str(shapes[0].layer),
-                f"{partition.costs[s] / total:.1%}",
-                f"{elements(shapes):,}",
-                format_bytes(tree_bytes(shapes[-1].output)),
-            )
+        row = stage_row(
+            s,
+            (layers[0], layers[-1]),
+            str(shapes[0].layer),
+            partition.costs[s] / total,
+            elements(shapes),
         )
+        rows.append((*row, format_bytes(tree_bytes(shapes[-1].output))))
     lower_bound = partition.bound / partition.bottleneck if partition.bottleneck else 1
     waiting = _lockstep_bubble(schedule, partition.costs)
     facts = {
@@ -69,9 +67,13 @@ def summarize(
     return Summary(rows, facts)
 
 
-def layer_range(first: int, last: int) -> str:
-    """Return the range of a stage's layers as text."""
-    return f"{first}-{last}" if last > first else f"{first}"
+def stage_row(
+    s: int, layers: tuple[int, int], first_layer: str, cost_fraction: float, parameters: int
+) -> tuple[str, ...]:
+    """Return the cells of stage s below `STAGE_HEADER`; `layers` are its first and last."""
+    first, last = layers
+    indices = f"{first}-{last}" if last > first else f"{first}"
+    return (str(s), indices, first_layer, f"{cost_fraction:.1%}", f"{parameters:,}")
 
 
 def _mesh(stages: Stages, replicas: int) -> str:

@@ -1,6 +1,1 @@
-"""Plan a run with the real TPU compiler, before renting a pod.
-
-accelerators -> compiled -> compiler (a process of its own: compile_child)
-job -> programs -> compute (with memory and timing) -> report
-                   searching -> planner (what users call)
-"""
+"""Predict whether a layout fits a TPU slice and how fast it is, and find the best layout."""

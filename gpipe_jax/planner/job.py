@@ -1,11 +1,11 @@
-"""What is to be trained, and how it could be laid out on devices: each pair is a program."""
+"""Describe what is trained (a job) and how it lies on devices (a layout)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
 
-from gpipe_jax.config.run import Config
+from gpipe_jax.config.run import Config, layout
 from gpipe_jax.distributed.mesh import abstract_mesh
 from gpipe_jax.errors import section
 from gpipe_jax.layers.layer import Layer
@@ -16,15 +16,15 @@ from gpipe_jax.training.trainer import Trainer
 
 
 class Layout(NamedTuple):
-    """What a plan may choose; it changes no result, but time and memory."""
+    """Hold the settings that a plan may choose: they change time and memory, but no result."""
 
-    stages: int = 1
-    data: int = 1
-    micro_batches: int = 1
+    stages: int = 1  # K, devices along the stage axis
+    data: int = 1  # D, replicas
+    micro_batches: int = 1  # M
     schedule: str = "1f1b"
-    chunks: int = 1
+    chunks: int = 1  # V, stages on each device
     remat: str = "stage"
-    partition: Any = "auto"
+    partition: Any = "auto"  # or the first layer of each stage but the first
 
     def __str__(self) -> str:
         chunks = f", V {self.chunks}" if self.chunks > 1 else ""
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is trained, whatever the layout."""
+    """Hold what is trained, independently of the layout."""
 
     layers: Sequence[Layer]
     loss: Callable
@@ -42,10 +42,10 @@ class Job(NamedTuple):
     ema: float | None = None
     steps: int | None = None
     keys_per: str = "micro_batch"
-    memory_limit: float | None = None  # bytes of a device that the partition keeps within
+    memory_limit: float | None = None  # bytes of a device that the partition must not exceed
 
-    def trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
-        """The training of this job so laid out, on devices that are nowhere."""
+    def build_trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
+        """Return the training of this job in a layout, on an abstract mesh (no devices)."""
         mesh = abstract_mesh(stages=layout.stages, data=layout.data)
         pipe = Pipeline(
             self.layers,
@@ -56,13 +56,17 @@ class Job(NamedTuple):
             keys_per=self.keys_per,
             memory_limit=self.memory_limit,
             cost=cost,
-            **{k: v for k, v in layout._asdict().items() if k not in ("stages", "data")},
+            micro_batches=layout.micro_batches,
+            schedule=layout.schedule,
+            chunks=layout.chunks,
+            remat=layout.remat,
+            partition=layout.partition,
         )
         return Trainer(pipe, self.tx, ema=self.ema)
 
 
 def from_config(config: Config) -> tuple[Job, Layout]:
-    """The job and the layout that a config describes; reads no data. Raises `SectionError`."""
+    """Return the job and the layout of a config; read no data. Raises `SectionError`."""
     with section("data"):
         example = build.example(config)
     with section("model"):
@@ -80,5 +84,5 @@ def from_config(config: Config) -> tuple[Job, Layout]:
         keys_per=pipeline.keys_per,
         memory_limit=pipeline.memory_limit,
     )
-    chosen = {name: getattr(pipeline, name) for name in Layout._fields if hasattr(pipeline, name)}
-    return job, Layout(stages=config.mesh.stages, data=config.mesh.data, **chosen)
+    settings = {name.partition(".")[2]: value for name, value in layout(config).items()}
+    return job, Layout(**settings)

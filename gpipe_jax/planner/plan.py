@@ -1,11 +1,11 @@
-"""What a plan says: as a table, in a notebook, as JSON, as a picture."""
+"""Hold a plan, and show it as a table, in a notebook, as JSON and as a picture."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.utils import text as utils_text
-from gpipe_jax.utils.figures import blank, saved
+from gpipe_jax.pipeline.summary import STAGE_HEADER, Summary, stage_row
+from gpipe_jax.utils.figures import new_figure, save_figure
 from gpipe_jax.utils.text import GIB, format_bytes, format_seconds
 
 COMPILED = "compiled, not run: times are predictions from the compiler's cycle estimates"
@@ -14,80 +14,109 @@ ANALYSED = "by analysis of shapes alone, not compiled: name a topology to compil
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage."""
+    """Hold the figures of one stage."""
 
     layers: tuple[int, int]  # first and last
     first_layer: str
-    cost: float  # part of all stages' backward work
+    cost_fraction: float  # of the backward work of all stages
     parameters: int
-    boundary_bytes: int  # of what it gets, for one micro-batch on one replica
+    boundary_bytes: int  # of its input, for one micro-batch on one replica
     padding_bytes: int  # of parameters, on its device
-    forward_s: float | None = None  # one micro-batch
+    forward_s: float | None = None  # for one micro-batch
     backward_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a layout; times and what is compiled are None without a topology."""
+    """Hold what `plan` predicts for one layout.
+
+    Times and compiled figures are None without a topology, or if the program does not compile.
+    `print(plan)` shows a table of the stages and the facts of the whole plan; so does a notebook.
+
+    Attributes:
+        topology: The TPU slices that it is compiled for, as "v3:4x4".
+        layout: The settings stages, data, micro_batches, schedule, chunks, remat and partition.
+        parameters: The number of parameters of the network.
+        batch_size: Examples of a batch (N).
+        fits: Whether the program fits the devices; None if not known.
+        hbm_needed_gib: Memory of a device, as compiled, or else as analysed.
+        hbm_usable_gib: Memory that a program may use on a device of the topology.
+        hbm_analysed_gib: Memory of a device by analysis of shapes.
+        memory_gib: The analysed memory by use.
+        compiled_gib: The compiled memory: arguments, temporaries, results, code.
+        bubble_fraction: The idle fraction of the schedule's slots.
+        imbalance: The cost of the slowest stage over the mean.
+        step_time_s: The predicted time of a training step.
+        time_s: The step's time by cause.
+        throughput: Predicted examples per second.
+        collectives: The number of collective instructions outside of loops, by kind.
+        collectives_in_loops: Those in loops.
+        asynchronous: Whether the permutes overlap with other instructions.
+        stages: The figures of each stage.
+        versions: The versions of jax, jaxlib and libtpu.
+        compile_s: The time to compile the step.
+        problem: Why it does not fit, or did not compile.
+        warnings: What to look at.
+        config: The configuration that it is made for, if any.
+    """
 
     topology: str | None
-    layout: dict[str, Any]  # stages, data, micro_batches, schedule, chunks, remat, partition
+    layout: dict[str, Any]
     parameters: int
     batch_size: int
     fits: bool | None
-    hbm_needed_gib: float  # compiled, or else analysed
+    hbm_needed_gib: float
     hbm_usable_gib: float | None
     hbm_analysed_gib: float
-    memory_gib: dict[str, float]  # analysed, by part
-    compiled_gib: dict[str, float] | None  # arguments, temporaries, code
-    bubble_fraction: float  # of the slots
-    imbalance: float  # slowest stage over the mean
+    memory_gib: dict[str, float]
+    compiled_gib: dict[str, float] | None
+    bubble_fraction: float
+    imbalance: float
     step_time_s: float | None
     time_s: dict[str, float] | None
-    throughput: float | None  # examples in a second
-    collectives: dict[str, int] | None  # kind -> how many instructions, outside of loops
+    throughput: float | None
+    collectives: dict[str, int] | None
     collectives_in_loops: dict[str, int] | None
-    asynchronous: bool | None  # whether the permutes are
+    asynchronous: bool | None
     stages: list[StagePlan]
     versions: dict[str, str | None]
     compile_s: float | None = None
-    problem: str | None = None  # why it does not fit, or did not compile
+    problem: str | None = None
     warnings: list[str] = field(default_factory=list)
-    config: dict[str, Any] | None = None  # that it was made for
+    config: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as a dictionary for JSON.
+
+        Returns:
+            The attributes by name, and a "note" that says how the figures were obtained.
+        """
         return {**asdict(self), "note": ANALYSED if self.topology is None else COMPILED}
 
     def __str__(self) -> str:
-        found = (f"{name}: {value}" for name, value in self.facts().items())
-        return "\n".join([utils_text.text_table(self._rows()), *found])
+        return str(self._summary())
 
     def _repr_html_(self) -> str:
-        return utils_text.html_table(self._rows(), self.facts())
+        return self._summary()._repr_html_()
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        head = ["stage", "layers", "first layer", "cost", "parameters", "boundary", "padding"]
-        timed = ["forward", "backward"] if self.time_s is not None else []
-        rows = [(*head, *timed)]
+    def _summary(self) -> Summary:
+        times = ("forward", "backward") if self.time_s is not None else ()
+        rows: list[tuple[str, ...]] = [(*STAGE_HEADER, "boundary", "padding", *times)]
         for s, stage in enumerate(self.stages):
-            first, last = stage.layers
-            row = [
-                str(s),
-                f"{first}-{last}" if last > first else f"{first}",
-                stage.first_layer,
-                f"{stage.cost:.1%}",
-                f"{stage.parameters:,}",
+            row = (
+                *stage_row(
+                    s, stage.layers, stage.first_layer, stage.cost_fraction, stage.parameters
+                ),
                 format_bytes(stage.boundary_bytes),
                 format_bytes(stage.padding_bytes),
-            ]
-            times = [format_seconds(s or 0) for s in (stage.forward_s, stage.backward_s) if timed]
-            rows.append((*row, *times))
-        return rows
+            )
+            seconds = (stage.forward_s or 0, stage.backward_s or 0) if times else ()
+            rows.append((*row, *map(format_seconds, seconds)))
+        return Summary(rows, self.facts())
 
     def facts(self) -> dict[str, str]:
-        """The figures of the whole plan, by name."""
-        found = {
+        """Return the figures of the whole plan as text, by name, in the order of printing."""
+        facts = {
             "layout": ", ".join(f"{k} {v}" for k, v in self.layout.items() if k != "partition"),
             "batch": f"{self.batch_size} examples",
             "parameters": f"{self.parameters:,}",
@@ -97,66 +126,78 @@ class Plan:
         }
         warnings = {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
         if self.topology is None:
-            return {**found, **warnings, "note": ANALYSED}
-        found = {"topology": self.topology, **found, "fits": self._fit()}
+            return {**facts, **warnings, "note": ANALYSED}
+        facts = {"topology": self.topology, **facts, "fits": self._fit()}
         if self.compiled_gib is not None:
-            found["compiled memory"] = (
-                f"{_size(self.hbm_needed_gib)}, {self.hbm_needed_gib / self.hbm_analysed_gib:.2f} "
-                f"of the analysis: {_sizes(self.compiled_gib)}"
+            ratio = self.hbm_needed_gib / self.hbm_analysed_gib
+            facts["compiled memory"] = (
+                f"{_size(self.hbm_needed_gib)}, {ratio:.2f} of the analysis: "
+                f"{_sizes(self.compiled_gib)}"
             )
         if self.time_s is not None and self.step_time_s is not None:
-            parts = ", ".join(
+            times = ", ".join(
                 f"{k.replace('_', ' ')} {format_seconds(v)}" for k, v in self.time_s.items()
             )
-            found["step"] = f"{format_seconds(self.step_time_s)} predicted: {parts}"
-            found["throughput"] = f"{self.throughput:.4g} examples/s predicted"
+            facts["step"] = f"{format_seconds(self.step_time_s)} predicted: {times}"
+            facts["throughput"] = f"{self.throughput:.4g} examples/s predicted"
         if self.collectives is not None and self.collectives_in_loops is not None:
             kind = "asynchronous" if self.asynchronous else "synchronous"
             inside, outside = map(_counts, (self.collectives_in_loops, self.collectives))
-            found["collectives"] = f"in loops {inside} (permutes {kind}); outside {outside}"
-        found["versions"] = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-        return {**found, **warnings, "note": COMPILED}
+            facts["collectives"] = f"in loops {inside} (permutes {kind}); outside {outside}"
+        facts["versions"] = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        return {**facts, **warnings, "note": COMPILED}
 
     def _fit(self) -> str:
         if self.fits is None:
             return f"unknown ({self.problem})"
         if self.hbm_usable_gib is None:
             return "yes" if self.fits else "no"
-        left = self.hbm_usable_gib - self.hbm_needed_gib
+        excess = self.hbm_needed_gib - self.hbm_usable_gib
         usable = f"{self.hbm_needed_gib:.2f} of {self.hbm_usable_gib:.2f} GiB on each device"
-        return f"yes, {usable}" if self.fits else f"no, by {-left:.2f} GiB: {usable}"
+        return f"yes, {usable}" if self.fits else f"no, by {excess:.2f} GiB: {usable}"
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Memory and time by part, as a picture; written to `path` where given."""
+        """Draw memory by use, and time by cause if it is known.
+
+        Args:
+            path: Where to write the picture too; None writes nothing.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
         panels: list[tuple[str, dict[str, float]]] = [("GiB on each device", self.memory_gib)]
         if self.time_s is not None:
             panels.append(("seconds of a step, predicted", self.time_s))
-        return saved(_draw(panels, self.hbm_usable_gib), path, dpi=150)
+        return save_figure(_draw(panels, self.hbm_usable_gib), path, dpi=150)
 
 
-def _draw(panels: list, limit: float | None) -> Any:
-    picture = blank(9, 1.2 + 1.3 * len(panels))
-    axes = picture.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for i, (ax, (title, parts)) in enumerate(zip(axes, panels, strict=True)):
+def _draw(panels: list[tuple[str, dict[str, float]]], limit_gib: float | None) -> Any:
+    """Draw a bar for each panel; the first has a line at `limit_gib`."""
+    figure = new_figure(9, 1.2 + 1.3 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for i, (ax, (title, values)) in enumerate(zip(axes, panels, strict=True)):
         left = 0.0
-        for name, value in parts.items():
+        for name, value in values.items():
             ax.barh(0, value, left=left, label=f"{name.replace('_', ' ')} {value:.3g}")
             left += value
-        if i == 0 and limit is not None:
-            ax.axvline(limit, color="black", linestyle="--", label=f"usable {limit:.4g}")
+        if i == 0 and limit_gib is not None:
+            ax.axvline(limit_gib, color="black", linestyle="--", label=f"usable {limit_gib:.4g}")
         ax.set_yticks([])
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.15))
-    return picture
+    return figure
 
 
-def gib(parts: dict[str, int]) -> dict[str, float]:
-    """Bytes in GiB."""
-    return {name: n / GIB for name, n in parts.items()}
+def to_gib(sizes: dict[str, int]) -> dict[str, float]:
+    """Convert sizes from bytes to GiB."""
+    return {name: n / GIB for name, n in sizes.items()}
 
 
-def _sizes(parts: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in parts.items())
+def _sizes(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in sizes.items())
 
 
 def _size(gib: float) -> str:

@@ -1,55 +1,55 @@
-"""Plan files: written by `gpipe plan --out`, and followed by `gpipe train --plan`."""
+"""Write plan files (`gpipe plan --out`), and read them as overrides (`gpipe train --plan`)."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpipe_jax.config import loader
-from gpipe_jax.config.run import Config
+from gpipe_jax.config.base import Mark
+from gpipe_jax.config.run import Config, marks
 from gpipe_jax.errors import ConfigError
 from gpipe_jax.planner.plan import Plan
 
-# What a plan chooses, by its name in a config.
-SETTINGS = {
-    "stages": "mesh.stages",
-    "data": "mesh.data",
-    "micro_batches": "pipeline.micro_batches",
-    "schedule": "pipeline.schedule",
-    "chunks": "pipeline.chunks",
-    "remat": "pipeline.remat",
-    "partition": "pipeline.partition",
-}
-CHOSEN = (*SETTINGS.values(), "mesh.simulate", "pipeline.cost", "train.", "pipeline.memory_limit")
+# Settings that a plan chooses: the name in a config, by the name in a layout.
+SETTINGS = {name.partition(".")[2]: name for name, mark in marks().items() if mark is Mark.LAYOUT}
 
 
 def save(plan: Plan, path: Path) -> None:
-    """Write a plan of a config; OSError if that can't be done."""
+    """Write a plan of a config; raise OSError if the file cannot be written."""
     path.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def step_time_s(path: Path) -> float | None:
-    """The time of a step that a plan file predicts, if it does; the file must be one."""
+    """Return the step time that a valid plan file predicts, or None if it predicts none."""
     return json.loads(path.read_text(encoding="utf-8"))["step_time_s"]
 
 
 def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:
-    """`given`, and before them the overrides that lay the run of config `source` out as planned.
+    """Return `given`, and before them the overrides that give a run the layout of a plan.
 
-    ConfigError if the file is no plan, or one that was made for another config.
+    Args:
+        path: The plan file.
+        source: The config of the run.
+        given: The user's own overrides.
+
+    Raises:
+        ConfigError: The file is not a plan, or a plan for another config.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        planned = Config.model_validate(found["config"])
-        layout = {**found["layout"], "partition": found["layout"]["partition"] or "auto"}
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        planned = Config.model_validate(plan["config"])
+        layout = {**plan["layout"], "partition": plan["layout"]["partition"] or "auto"}
         chosen = [f"{name}={json.dumps(layout[k])}" for k, name in SETTINGS.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"cannot be read as a plan ({reason}); write one with gpipe plan ... --out FILE"
         raise ConfigError([problem], str(path)) from error
     config = loader.load(source, given)
-    lines = loader.compare(planned, config)
-    different = [line for line in lines if not line.startswith(CHOSEN)]
+    # A setting with a mark changes neither memory nor time of a planned step.
+    free = {name for name, mark in marks().items() if mark}
+    differences = loader.compare(planned, config)
+    different = {name: pair for name, pair in differences.items() if name not in free}
     if different:
-        rule = f"this plan was made for another config than {source}; make one for it"
-        raise ConfigError([rule, *different], str(path))
+        rule = f"this plan was made for another config than {source}; run gpipe plan for this one"
+        raise ConfigError([rule, *loader.describe_differences(different)], str(path))
     return [*chosen, *given]

@@ -1,4 +1,4 @@
-"""Plans of a config, a file or layers: of one layout, or of the best ones."""
+"""Plan a run of a config, a file or layers: one layout, or the best ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,17 +7,17 @@ from typing import Any
 
 from gpipe_jax.config.run import Config
 from gpipe_jax.layers.layer import Layer
-from gpipe_jax.planner import job, predict
-from gpipe_jax.planner import search as searching
-from gpipe_jax.planner.job import Job, Layout
+from gpipe_jax.planner import predict
+from gpipe_jax.planner import search as layout_search
+from gpipe_jax.planner.job import Job, Layout, from_config
 from gpipe_jax.planner.plan import Plan
-from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.planner.search import Ranking
 from gpipe_jax.tpu_compiler import topologies
 
 UNTIMED = (
-    "stages balance operations here, not measured time as in training (cost 'time'): nothing is "
-    "run for a plan; --cost cycles balances compiled times"
+    "this plan balances operations, not measured time as training does (cost 'time'): a plan runs "
+    "nothing; --cost cycles balances compiled times"
 )
 
 
@@ -31,32 +31,53 @@ def plan(
     show: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Plan:
-    """Whether a run fits a TPU slice, how fast it would be, and why; nothing is run.
+    """Predict whether a run fits a TPU slice, how fast it is, and why; run nothing.
 
-        print(plan("configs/transformer_48.yaml", topology="v3:4x4"))
-        plan(layers, loss=loss, example=batch, tx=optax.adam(1e-3), stages=8, micro_batches=32)
+    Args:
+        network: A config, the path of its file, or a list of layers.
+        topology: The TPU slice to compile for, as "v3:4x4" or a Cloud name as "v3-32". None does
+            not compile: there are no times then.
+        slices: The number of such slices, connected by the data-centre network.
+        cost: What the partition balances: "flops", "cycles" (each layer's time as compiled for the
+            topology), or one number for each layer. None is the config's own; for layers "flops".
+        timeout_s: The longest that the compilation of one program may take, in seconds.
+        show: Called every few seconds with a line of text about the compilation.
+        **options: Only for layers. Required: `loss`, `example` (a batch or its shapes) and `tx` (an
+            optax optimizer). Optional, of the layout: `stages` (default 1), `data` (1),
+            `micro_batches` (1), `schedule` ("1f1b"), `chunks` (1), `remat` ("stage"), `partition`
+            ("auto"). Optional, of the job: `ema`, `steps`, `keys_per`, `memory_limit`.
 
-    `network` is a config, its file, or layers; with layers, `options` are `loss`, `example`, `tx`
-    and what `Layout` and `Job` have beside. `topology` is "v3:4x4" or a Cloud name as "v3-32";
-    without one the compiler is not asked, and there is no time. `cost` is what the partition
-    balances: that of the config, or "cycles", each layer's time as compiled for the topology.
-    Compilations longer than `timeout_s` raise TimeoutError; `show` is told how they go on.
+    Returns:
+        The plan; print it to see a table.
+
+    Raises:
+        ValueError: The topology or an option is invalid, or the mesh does not fit it.
+        TypeError: `options` are missing for layers, or given for a config.
+        CompilerNotInstalledError: libtpu is not installed.
+        TimeoutError: A compilation took longer than `timeout_s`.
+
+    Example::
+
+        print(gpipe.plan("configs/transformer_48.yaml", topology="v3:4x4"))
+        gpipe.plan(
+            layers, loss=loss, example=batch, tx=optax.adam(1e-3), stages=8, micro_batches=32
+        )
     """
-    work, layout, config = _describe(network, options)
+    job, layout, config = _describe(network, options)
     cost = cost or (config.pipeline.cost if config else "flops")
     untimed = isinstance(cost, str) and cost == "time"
     if untimed:  # there is no device to measure on
         cost = "flops"
     if topology is None:
         if isinstance(cost, str) and cost == "cycles":
-            raise ValueError("`cost` 'cycles' needs a `topology` to compile for, as 'v3:4x4'")
-        found = predict.analyse(work, layout, cost)
+            raise ValueError("`cost` 'cycles' needs a `topology` to compile for, such as 'v3:4x4'")
+        result = predict.analyse(job, layout, cost)
     else:
-        compiling = Compiling(topologies.parse(topology, slices), timeout_s, show)
-        found = predict.with_compiler(work, layout, compiling, cost)
+        compiler = Compiler(topologies.parse(topology, slices), timeout_s, show)
+        result = predict.compile_plan(job, layout, compiler, cost)
     if untimed:
-        found = replace(found, warnings=[*found.warnings, UNTIMED])
-    return _of(config, found)
+        result = replace(result, warnings=[*result.warnings, UNTIMED])
+    return _with_config(result, config)
 
 
 def search(
@@ -69,34 +90,39 @@ def search(
     show: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Ranking:
-    """Plans of other layouts of a run on all of a slice's devices, the fastest first.
+    """Find the fastest layouts of a run on all devices of a slice.
 
-    Looked at by analysis are all numbers of stages, replicas and micro-batches (of a power of two
-    of examples) that use all devices, every schedule, 2 and 4 chunks, and recomputation layer by
-    layer where that of whole stages is too large. The fastest that should fit are compiled, until
-    `compile_best` do. The results of training are the same for all.
+    The search analyses all numbers of stages, replicas and micro-batches (with a power of two of
+    examples) that use all devices, every schedule, 2 and 4 chunks, and recomputation layer by layer
+    if that of whole stages is too large. It compiles the fastest ones that should fit, until
+    `compile_best` of them do. The results of training are the same for all layouts.
+
+    The other arguments are as in `plan`. Raises ValueError if no layout fits.
     """
-    work, _, config = _describe(network, options)
-    compiling = Compiling(topologies.parse(topology, slices), timeout_s, show)
-    ranking = searching.search(work, compiling, compile_best)
-    return ranking._replace(plans=[_of(config, p) for p in ranking.plans])
+    job, _, config = _describe(network, options)
+    compiler = Compiler(topologies.parse(topology, slices), timeout_s, show)
+    ranking = layout_search.search(job, compiler, compile_best)
+    return ranking._replace(plans=[_with_config(plan, config) for plan in ranking.plans])
 
 
 def _describe(network: Any, options: dict) -> tuple[Job, Layout, Config | None]:
+    """Return the job, the layout and the config (None for layers) of `plan`'s arguments."""
     if isinstance(network, str | Path):
         from gpipe_jax.config import loader
 
         network = loader.load(network)
     if isinstance(network, Config):
         if options:
-            raise TypeError(f"a config says everything itself; unexpected {sorted(options)}")
-        return *job.from_config(network), network
+            raise TypeError(
+                f"a config has all options; unexpected {sorted(options)}: set them in the config"
+            )
+        return *from_config(network), network
     layout = {k: options.pop(k) for k in Layout._fields if k in options}
     missing = [k for k in ("loss", "example", "tx") if k not in options]
     if missing:
-        raise TypeError(f"a plan of layers needs {', '.join(missing)} too")
+        raise TypeError(f"a plan of layers needs {', '.join(missing)} too; give them by name")
     return Job(layers=list(network), **options), Layout(**layout), None
 
 
-def _of(config: Config | None, found: Plan) -> Plan:
-    return replace(found, config=config.model_dump(mode="json") if config else None)
+def _with_config(plan: Plan, config: Config | None) -> Plan:
+    return replace(plan, config=config.model_dump(mode="json") if config else None)

@@ -1,4 +1,4 @@
-"""Making a plan of one layout: by analysis, and with a topology by the compiler."""
+"""Make the plan of one layout, by analysis or with the compiler."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from gpipe_jax.pipeline.device_step import Branch
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs, step_time
 from gpipe_jax.planner.job import Job, Layout
-from gpipe_jax.planner.plan import Plan, StagePlan, gib
+from gpipe_jax.planner.plan import Plan, StagePlan, to_gib
 from gpipe_jax.planner.step_time import StageTimes, StepTime
 from gpipe_jax.tpu_compiler import libtpu
 from gpipe_jax.tpu_compiler.compiler import compile_programs
@@ -21,112 +21,112 @@ from gpipe_jax.utils.text import GIB
 from gpipe_jax.utils.trees import tree_bytes
 
 
-class Compiling(NamedTuple):
-    """For which devices, and how patiently."""
+class Compiler(NamedTuple):
+    """Compile programs for one topology."""
 
     topology: Topology
     timeout_s: float | None = None
     show: Callable[[str], None] | None = None
 
-    def __call__(self, wanted: Sequence[Program]) -> dict[str, Compiled]:
-        """The results of programs, by name."""
-        found = compile_programs(wanted, self.topology, timeout_s=self.timeout_s, show=self.show)
-        return {compiled.name: compiled for compiled in found}
+    def compile(self, targets: Sequence[Program]) -> dict[str, Compiled]:
+        """Compile programs and return the results by name."""
+        results = compile_programs(targets, self.topology, timeout_s=self.timeout_s, show=self.show)
+        return {compiled.name: compiled for compiled in results}
 
     def seconds(self, compiled: Compiled) -> float:
-        """The compiler's estimate of how long a program takes."""
+        """Return the compiler's estimate of the time that a program takes."""
         if compiled.error:
             raise ValueError(f"{compiled.name} alone did not compile: {compiled.error}")
         return compiled.cycles / (self.topology.generation.clock_ghz * 1e9)
 
 
 def analyse(job: Job, layout: Layout, cost: Any = "flops") -> Plan:
-    """What can be said without a compiler."""
-    return _plan(job.trainer(layout, cost), layout)
+    """Make a plan without a compiler: memory and bubble, but no times."""
+    return _plan(job.build_trainer(layout, cost), layout)
 
 
 class Prediction(NamedTuple):
-    """How long a layout's step takes."""
+    """Hold the predicted times of a layout."""
 
     stages: StageTimes
     step: StepTime
 
 
-def with_compiler(job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops") -> Plan:
-    """The whole step compiled, and its time predicted from its parts if these fit alone."""
-    trainer = _trainer(job, layout, compiling, cost)
-    found = compiling([programs.whole_step(trainer), *_parts(trainer)])
-    whole = found.pop("step")
+def compile_plan(job: Job, layout: Layout, compiler: Compiler, cost: Any = "flops") -> Plan:
+    """Compile the whole step, and predict its time from its pieces if each of them fits."""
+    trainer = _trainer(job, layout, compiler, cost)
+    pieces = compiler.compile([programs.whole_step(trainer), *_timed_programs(trainer)])
+    step = pieces.pop("step")
     failed = [
-        f"no time, as {part.name} alone {part.error}" for part in found.values() if part.error
+        f"no time, as {piece.name} alone {piece.error}" for piece in pieces.values() if piece.error
     ]
     endless = [
-        f"{part.name} has {part.endless_loops} loop(s) of unknown length: its predicted time "
-        f"counts one round of each"
-        for part in found.values()
-        if part.endless_loops
+        f"{piece.name} has {piece.endless_loops} loop(s) of unknown length: its predicted time "
+        f"counts one iteration of each"
+        for piece in pieces.values()
+        if piece.endless_loops
     ]
-    predicted = None if failed else _prediction(trainer, found, compiling)
-    plan = _plan(trainer, layout, compiling.topology, whole, predicted)
+    predicted = None if failed else _prediction(trainer, pieces, compiler)
+    plan = _plan(trainer, layout, compiler.topology, step, predicted)
     return replace(plan, warnings=[*plan.warnings, *failed[:1], *endless])
 
 
-def predict(
-    job: Job, layout: Layout, compiling: Compiling, cost: Any = "flops"
+def predict_step(
+    job: Job, layout: Layout, compiler: Compiler, cost: Any = "flops"
 ) -> tuple[Trainer, Prediction]:
-    """From the cycles of each stage and of the update; the whole step is not compiled.
+    """Predict the time of a step from the cycles of its pieces, without compiling the whole step.
 
     `cost` is what the partition balances; "cycles" is the time of each layer, compiled alone.
     """
-    trainer = _trainer(job, layout, compiling, cost)
-    return trainer, _prediction(trainer, compiling(_parts(trainer)), compiling)
+    trainer = _trainer(job, layout, compiler, cost)
+    return trainer, _prediction(trainer, compiler.compile(_timed_programs(trainer)), compiler)
 
 
-def _trainer(job: Job, layout: Layout, compiling: Compiling, cost: Any) -> Trainer:
-    check_mesh(layout, compiling.topology)
+def _trainer(job: Job, layout: Layout, compiler: Compiler, cost: Any) -> Trainer:
+    check_mesh(layout, compiler.topology)
     if isinstance(cost, str) and cost == "cycles":
-        cost = layer_seconds(job, layout, compiling)
-    return job.trainer(layout, cost)
+        cost = layer_seconds(job, layout, compiler)
+    return job.build_trainer(layout, cost)
 
 
-def _parts(trainer: Trainer) -> list[Program]:
+def _timed_programs(trainer: Trainer) -> list[Program]:
     return [*programs.of_stages(trainer.pipe), programs.update(trainer)]
 
 
-def _prediction(trainer: Trainer, found: dict[str, Compiled], compiling: Compiling) -> Prediction:
+def _prediction(trainer: Trainer, pieces: dict[str, Compiled], compiler: Compiler) -> Prediction:
     pipe = trainer.pipe
 
     def seconds(operation: Literal["forward", "backward"]) -> list[float]:
         branches = [Branch(operation, s) for s in pipe.stages.representatives]
-        return [compiling.seconds(found[str(branch)]) for branch in branches]
+        return [compiler.seconds(pieces[str(branch)]) for branch in branches]
 
     times = step_time.stage_times(seconds("forward"), seconds("backward"), pipe.stages.remat)
     step = step_time.step_time(
         pipe.stages,
         pipe.schedule,
         times,
-        compiling.topology,
+        compiler.topology,
         replicas=pipe.replicas,
-        update_s=compiling.seconds(found["update"]),
+        update_s=compiler.seconds(pieces["update"]),
     )
     return Prediction(times, step)
 
 
-def layer_seconds(job: Job, layout: Layout, compiling: Compiling) -> list[float]:
-    """The time of each layer's backward, recomputation included, for the partitioner."""
-    pipe = job.trainer(layout._replace(partition="auto")).pipe
-    found = compiling(programs.of_layers(pipe, kinds=("backward",)))
-    return [compiling.seconds(found[f"backward {i}"]) for i in programs.first_alike(pipe)]
+def layer_seconds(job: Job, layout: Layout, compiler: Compiler) -> list[float]:
+    """Return the time of each layer's backward, with recomputation, for the partitioner."""
+    pipe = job.build_trainer(layout._replace(partition="auto")).pipe
+    layers = compiler.compile(programs.of_layers(pipe, kinds=("backward",)))
+    return [compiler.seconds(layers[f"backward {i}"]) for i in programs.representatives(pipe)]
 
 
 def check_mesh(layout: Layout, topology: Topology) -> None:
-    """Raise ValueError unless the mesh divides the topology."""
-    need, have = layout.stages * layout.data, topology.devices
-    if have % need:
-        legal = ", ".join(str(n) for n in range(1, have + 1) if have % n == 0)
+    """Raise ValueError unless the devices of the mesh divide those of the topology."""
+    needed, available = layout.stages * layout.data, topology.devices
+    if available % needed:
+        legal = ", ".join(str(n) for n in range(1, available + 1) if available % n == 0)
         raise ValueError(
-            f"a mesh of {layout.stages} stages x {layout.data} data replicas has {need} devices, "
-            f"which do not divide the {have} of {topology}; make stages x data one of {legal}"
+            f"a mesh of {layout.stages} stages x {layout.data} data replicas has {needed} devices, "
+            f"which do not divide the {available} of {topology}; make stages x data one of {legal}"
         )
 
 
@@ -138,8 +138,10 @@ def _plan(
     predicted: Prediction | None = None,
 ) -> Plan:
     step = predicted.step if predicted else None
-    pipe, memory = trainer.pipe, gib(trainer.device_bytes())
-    analysed = sum(memory.values())
+    pipe, memory = trainer.pipe, to_gib(trainer.device_bytes())
+    analysed = needed = sum(memory.values())
+    if compiled and compiled.needed_bytes:
+        needed = compiled.needed_bytes / GIB
     permutes = _permutes(compiled)
     return Plan(
         topology=None if topology is None else str(topology),
@@ -147,9 +149,7 @@ def _plan(
         parameters=elements(pipe.shapes),
         batch_size=pipe.batch_size,
         fits=_fits(compiled),
-        hbm_needed_gib=compiled.needed_bytes / GIB
-        if compiled and compiled.needed_bytes
-        else analysed,
+        hbm_needed_gib=needed,
         hbm_usable_gib=topology.generation.hbm_gib if topology else None,
         hbm_analysed_gib=analysed,
         memory_gib=memory,
@@ -171,6 +171,7 @@ def _plan(
 
 
 def _fits(compiled: Compiled | None) -> bool | None:
+    """Return whether a program fits; None if it is not compiled, or failed for another reason."""
     if compiled is None or (compiled.error and compiled.short_by_bytes is None):
         return None
     return compiled.fits
@@ -180,7 +181,7 @@ def _compiled_gib(compiled: Compiled | None) -> dict[str, float] | None:
     if compiled is None or compiled.error:
         return None
     returned = compiled.output_bytes - compiled.alias_bytes
-    return gib(
+    return to_gib(
         {
             "arguments": compiled.argument_bytes,
             "temporaries": compiled.temporary_bytes,
@@ -191,27 +192,29 @@ def _compiled_gib(compiled: Compiled | None) -> dict[str, float] | None:
 
 
 def _count(compiled: Compiled | None, *, in_loop: bool) -> dict[str, int] | None:
+    """Count the collectives by kind."""
     if compiled is None or compiled.error:
         return None
     return dict(Counter(c.kind for c in compiled.collectives if c.in_loop == in_loop))
 
 
 def _permutes(compiled: Compiled | None) -> list[bool]:
-    found = compiled.collectives if compiled else ()
-    return [c.asynchronous for c in found if c.kind == "collective-permute"]
+    """Return for each permute whether it is asynchronous."""
+    collectives = compiled.collectives if compiled else ()
+    return [c.asynchronous for c in collectives if c.kind == "collective-permute"]
 
 
 def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
     stages, total = pipe.stages, sum(pipe.partition.costs) or 1.0
-    found = []
-    for s, cut in enumerate(stages.geometry.layer_ranges):
-        shapes = [pipe.shapes[i] for i in cut]
+    plans = []
+    for s, layers in enumerate(stages.geometry.layer_ranges):
+        shapes = [pipe.shapes[i] for i in layers]
         own = tree_bytes([shape.params for shape in shapes])
-        found.append(
+        plans.append(
             StagePlan(
-                layers=(cut[0], cut[-1]),
+                layers=(layers[0], layers[-1]),
                 first_layer=str(shapes[0].layer),
-                cost=pipe.partition.costs[s] / total,
+                cost_fraction=pipe.partition.costs[s] / total,
                 parameters=elements(shapes),
                 boundary_bytes=tree_bytes(stages.geometry.input(s)),
                 padding_bytes=stages.params[stages.geometry.at(s)[0]].device_bytes() - own,
@@ -219,17 +222,18 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
                 backward_s=times.backward[s] if times else None,
             )
         )
-    return found
+    return plans
 
 
 def _warnings(pipe: Pipeline, topology: Topology | None) -> list[str]:
     if topology is None:
         return []
-    used, found = pipe.stages.geometry.num_devices * pipe.replicas, []
+    num_devices, warnings = pipe.stages.geometry.num_devices, []
+    used = num_devices * pipe.replicas
     if used < topology.devices:
-        found.append(
+        warnings.append(
             f"the mesh uses {used} of the {topology.devices} devices of {topology}; "
-            f"mesh.data={topology.devices // pipe.stages.geometry.num_devices} would use all of them"
+            f"mesh.data={topology.devices // num_devices} would use all of them"
         )
-    other = libtpu.version_warning()
-    return [*found, other] if other else found
+    version_warning = libtpu.version_warning()
+    return [*warnings, version_warning] if version_warning else warnings

@@ -1,7 +1,7 @@
-"""What is compiled for a plan: the whole step, and its parts alone, whose cycles can be told apart.
+"""Export the programs that a plan compiles: the whole step, and its pieces, to count their cycles.
 
-A part runs on one device: the forward and the backward of each stage that differs, and of each
-layer that differs, and the optimizer's update.
+A piece runs on one device: the forward or the backward of a stage or of a layer (once for all
+that are alike), or the optimizer's update.
 """
 
 import functools
@@ -27,40 +27,39 @@ INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def whole_step(trainer: Trainer) -> Program:
-    """Forward, backward and update, with everything updated in place."""
+    """Export the whole step: forward, backward and update, all in place."""
     updated = trainer.abstract_arguments()[:3]
     donate = tuple(range(len(jax.tree.leaves(updated))))
     pipe = trainer.pipe
-    return Program(
-        "step", trainer.export(), donate, (pipe.stages.geometry.num_devices, pipe.replicas)
-    )
+    mesh_shape = (pipe.stages.geometry.num_devices, pipe.replicas)
+    return Program("step", trainer.export(), donate, mesh_shape)
 
 
 def of_stages(pipe: Pipeline) -> list[Program]:
-    """The forward and the backward of each kind of stage, named "forward 3" and "backward 3"."""
-    kinds = sorted(set(pipe.stages.representatives))
-    return [part(pipe, s) for part in (_forward, _backward) for s in kinds]
+    """Export the programs of each distinct stage, named "forward 3" and "backward 3"."""
+    distinct = sorted(set(pipe.stages.representatives))
+    return [export_piece(pipe, s) for export_piece in (_forward, _backward) for s in distinct]
 
 
 def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) -> list[Program]:
-    """The programs of each layer that differs, as a stage of its own.
+    """Export the programs of each distinct layer, as a stage of its own.
 
-    Named "forward 3" and "backward 3" by the first layer like it; see `first_alike`.
+    They are named "forward 3" and "backward 3" after the first such layer; see `representatives`.
     """
-    part = {"forward": _forward, "backward": _backward}
-    found = []
-    for i in sorted(set(first_alike(pipe))):
+    pieces = {"forward": _forward, "backward": _backward}
+    exported = []
+    for i in sorted(set(representatives(pipe))):
         alone = _alone(pipe, i)
-        found += [part[kind](pipe, i, alone) for kind in kinds]
-    return found
+        exported += [pieces[kind](pipe, i, alone) for kind in kinds]
+    return exported
 
 
-def first_alike(pipe: Pipeline) -> list[int]:
-    """For each layer the first one with the same programs."""
-    return _singly(pipe).representatives
+def representatives(pipe: Pipeline) -> list[int]:
+    """Return for each layer the index of the first one with the same programs."""
+    return _one_layer_each(pipe).representatives
 
 
-def _singly(pipe: Pipeline, only: int | None = None) -> Stages:
+def _one_layer_each(pipe: Pipeline, only: int | None = None) -> Stages:
     cuts = [range(i, i + 1) for i in range(len(pipe.shapes))]
     return Stages(pipe.shapes, cuts, remat=pipe.stages.remat, only=only)
 
@@ -70,21 +69,21 @@ def _alone(pipe: Pipeline, i: int) -> Stages:
 
     Its matrices are then slots, as in a stage of several such layers.
     """
-    return _singly(pipe, only=i)
+    return _one_layer_each(pipe, only=i)
 
 
 def update(trainer: Trainer) -> Program:
-    """The optimizer's update of what one device holds, from summed gradients."""
-    optimizer, average, params, grads = trainer.local_update_arguments()
+    """Export the optimizer's update of what one device holds, from summed gradients."""
+    opt_state, average, params, grads = trainer.local_update_arguments()
 
-    def run(optimizer: PyTree, average: PyTree, params: PyTree, grads: PyTree) -> tuple:
-        return trainer.apply_gradients(optimizer, average, params, grads, jnp.uint32(1), grads)
+    def run(opt_state: PyTree, average: PyTree, params: PyTree, grads: PyTree) -> tuple:
+        return trainer.apply_gradients(opt_state, average, params, grads, jnp.uint32(1), grads)
 
-    return _program("update", run, (optimizer, average, params, grads), donated=4)
+    return _program("update", run, (opt_state, average, params, grads), donated=4)
 
 
 def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
-    """A function that makes a stage from its arrays, and the shapes of these."""
+    """Return a function that builds a stage from its arrays, and the shapes of these arrays."""
     c, _ = stages.geometry.at(s)
     borrowed: dict = {}  # the tied parameters that it uses
     for shape in (stages.geometry.shapes[i] for i in stages.geometry.layer_ranges[s]):
@@ -104,37 +103,41 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
 def _forward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
-    run = lambda arrays, x: make(*arrays).forward(x)  # noqa: E731
+
+    def run(arrays: tuple, x: PyTree) -> Any:
+        return make(*arrays).forward(x)
+
     return _program(str(Branch("forward", s)), run, (specs, stages.geometry.input(s)))
 
 
 def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
-    """With the sums of gradients as they are carried from one micro-batch to the next."""
+    """Export a backward that adds to the sums of gradients, as between micro-batches."""
     stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
     sums = jax.eval_shape(wide, (specs[0], specs[2]))
-    one = pipe.micro_batch_shapes
+    micro_batch = pipe.micro_batch_shapes
     if s == stages.geometry.last:
-        start: Any = (one["labels"], one["weights"])
+        start: Any = (micro_batch["labels"], micro_batch["weights"])
     else:
         start = float_leaves(stages.geometry.input(s + 1))
 
     def run(sums: tuple, arrays: tuple, x: PyTree, start: PyTree) -> tuple:
+        def received_gradients(_: PyTree) -> tuple:
+            return start, None
+
+        begin = received_gradients
         if s == stages.geometry.last:
             begin = functools.partial(start_of_backward, pipe.loss, *start)
-        else:
-            begin = lambda _: (start, None)  # noqa: E731
         back, moments, result = make(*arrays).backward(x, begin, *sums)
         d_x = back.x if s > 0 else []
         return (back.params, back.shared), d_x, moments, result
 
-    return _program(
-        str(Branch("backward", s)), run, (sums, specs, stages.geometry.input(s), start), donated=1
-    )
+    arguments = (sums, specs, stages.geometry.input(s), start)
+    return _program(str(Branch("backward", s)), run, arguments, donated=1)
 
 
 def _program(name: str, function: Callable, specs: Sequence, donated: int = 0) -> Program:
-    """`function` of one micro-batch on one device, whose first arguments may be updated."""
+    """Export a function of one micro-batch on one device; it may overwrite the first arguments."""
     donate = tuple(range(len(jax.tree.leaves(specs[:donated]))))
     exported = export.export(jax.jit(as_replica(function)), platforms=["tpu"])(*specs)
     return Program(name, exported, donate)

@@ -1,4 +1,4 @@
-"""Looking for the best layout: all are analysed, the few best compiled."""
+"""Search for the best layout: analyse all legal ones, and compile the few best."""
 
 import math
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 
 from gpipe_jax.partition import solver
-from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost
+from gpipe_jax.partition.costs import LayerCost
 from gpipe_jax.pipeline import memory, remat
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.planner import predict, step_time
 from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan
-from gpipe_jax.planner.predict import Compiling
+from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING, make
 from gpipe_jax.tpu_compiler.topologies import Generation, Topology
 from gpipe_jax.utils import text
@@ -22,101 +22,106 @@ from gpipe_jax.utils.text import GIB
 from gpipe_jax.utils.trees import tree_bytes
 
 CHUNKS = (2, 4)  # of the interleaved schedule
-MOST_TRIED = 3  # times as many are compiled at most, if some do not fit after all
-SHARE_OF_PEAK = 0.5  # what compiled layers reach of it, about; only the ranking depends on it
+MAX_COMPILED = 3  # times `compile_best`: more are compiled if some turn out not to fit
+SHARE_OF_PEAK = 0.5  # roughly reached by compiled layers; only the ranking depends on it
 
 
 class Candidate(NamedTuple):
-    """A layout, as analysed."""
+    """Hold a layout and its analysis."""
 
     layout: Layout
-    boundaries: tuple[int, ...]  # the cut that was analysed
+    boundaries: tuple[int, ...]  # the first layer of each stage but the first
     needed_gib: float
     step_s: float
 
 
 class Ranking(NamedTuple):
-    """Compiled plans, the fastest that fits first; and how many layouts were looked at."""
+    """Hold compiled plans (the fastest that fits first), and counts of the analysed layouts."""
 
     plans: list[Plan]
-    looked_at: int
+    analysed: int
     too_large: int
 
     def __str__(self) -> str:
-        head = ("", "stages", "data", "micro-batches", "chunks", "schedule", "remat", "fits",
-                "GiB", "step", "examples/s")  # fmt: skip
-        rows = [head, *(self._row(n, p) for n, p in enumerate(self.plans, 1))]
-        looked = f"{self.looked_at} layouts analysed, {self.too_large} of them too large"
-        return f"{text.text_table(rows)}\n{looked}; {len(self.plans)} compiled, not run"
+        settings = ("stages", "data", "micro-batches", "chunks", "schedule", "remat")
+        header = ("", *settings, "fits", "GiB", "step", "examples/s")
+        rows = [header, *(self._row(n, plan) for n, plan in enumerate(self.plans, 1))]
+        counts = f"{self.analysed} layouts analysed, {self.too_large} of them too large"
+        return f"{text.text_table(rows)}\n{counts}; {len(self.plans)} compiled, not run"
 
     @staticmethod
     def _row(n: int, plan: Plan) -> tuple[str, ...]:
-        chosen = plan.layout
         names = ("stages", "data", "micro_batches", "chunks", "schedule", "remat")
         fits = {True: "yes", False: "no", None: "unknown"}[plan.fits]
-        figures = (f"{plan.hbm_needed_gib:.2f}", "unknown", "unknown")
+        step, throughput = "unknown", "unknown"
         if plan.step_time_s is not None:
-            figures = (figures[0], f"{plan.step_time_s:.4g} s", f"{plan.throughput:.4g}")
-        return (str(n), *(str(chosen[name]) for name in names), fits, *figures)
+            step, throughput = f"{plan.step_time_s:.4g} s", f"{plan.throughput:.4g}"
+        settings = (str(plan.layout[name]) for name in names)
+        return (str(n), *settings, fits, f"{plan.hbm_needed_gib:.2f}", step, throughput)
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         plans = [plan.to_dict() for plan in self.plans]
-        return {"plans": plans, "looked_at": self.looked_at, "too_large": self.too_large}
+        return {"plans": plans, "analysed": self.analysed, "too_large": self.too_large}
 
 
-def search(job: Job, compiling: Compiling, compile_best: int) -> Ranking:
-    """Compile the best of all candidates that should fit; ValueError if none does."""
+def search(job: Job, compiler: Compiler, compile_best: int) -> Ranking:
+    """Compile the best of all candidates that should fit; raise ValueError if none should."""
     if compile_best < 1:
         raise ValueError(f"`compile_best` must be at least 1, got {compile_best}")
-    limit = compiling.topology.generation.hbm_gib
-    found = list(candidates(job, compiling.topology))
-    fitting = sorted((c for c in found if c.needed_gib <= limit), key=lambda c: c.step_s)
+    limit = compiler.topology.generation.hbm_gib
+    analysed = list(candidates(job, compiler.topology))
+    fitting = sorted((c for c in analysed if c.needed_gib <= limit), key=lambda c: c.step_s)
     if not fitting:
-        raise ValueError(_nothing_fits(found, compiling.topology))
+        raise ValueError(_nothing_fits(analysed, compiler.topology))
     plans: list[Plan] = []
-    for candidate in fitting[: MOST_TRIED * compile_best]:
+    for candidate in fitting[: MAX_COMPILED * compile_best]:
         layout = candidate.layout._replace(partition=list(candidate.boundaries))
-        plans.append(predict.with_compiler(job, layout, compiling))
+        plans.append(predict.compile_plan(job, layout, compiler))
         if sum(plan.fits is True for plan in plans) == compile_best:
             break
     plans.sort(key=lambda p: (not p.fits, p.step_time_s or math.inf))
-    return Ranking(plans, len(found), len(found) - len(fitting))
+    return Ranking(plans, len(analysed), len(analysed) - len(fitting))
 
 
-def _nothing_fits(found: list[Candidate], topology: Topology) -> str:
-    if not found:
+def _nothing_fits(analysed: list[Candidate], topology: Topology) -> str:
+    """Explain why there is no layout, and what would help."""
+    if not analysed:
         return (
             f"the batch does not split over the {topology.devices} devices of {topology} in any "
-            f"way; make it a multiple of some of their divisors"
+            f"way; make its size a multiple of a divisor of that number"
         )
-    least = min(found, key=lambda c: c.needed_gib)
+    smallest = min(analysed, key=lambda c: c.needed_gib)
     limit = topology.generation.hbm_gib
     return (
-        f"no layout fits {topology}: the smallest, {least.layout}, needs {least.needed_gib:.2f} "
-        f"GiB on each device, {least.needed_gib - limit:.2f} more than its {limit:.2f}; more "
-        f"devices (more stages), a smaller batch, or bfloat16 activations would help"
+        f"no layout fits {topology}: the smallest, {smallest.layout}, needs "
+        f"{smallest.needed_gib:.2f} GiB on each device, {smallest.needed_gib - limit:.2f} more "
+        f"than its {limit:.2f}; use more devices (more stages), a smaller batch, or bfloat16 "
+        f"activations"
     )
 
 
 def candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
-    """Every legal layout on all devices; layer by layer only where a whole stage is too much."""
+    """Yield every legal layout on all devices.
+
+    Policies that recompute more are tried only if a layout is too large without them.
+    """
     count = jax.tree.leaves(job.example["inputs"])[0].shape[0]
     for size in _divisors(count):
-        if size & (size - 1):  # other than powers of two are padded to one
+        if size & (size - 1):  # TPUs pad other sizes to a power of two
             continue
-        alone = _alone(job, size)
+        alone = _on_one_device(job, size)
         for K in _divisors(topology.devices):
             D = topology.devices // K
             M, rest = divmod(count, D * size)
             if rest or not M or (topology.slices > 1 and K % topology.slices):
                 continue
             for kind, V in _schedules(K, len(alone.shapes)):
-                yield from _of_layout(job, alone, topology, Layout(K, D, M, kind, V))
+                yield from _with_policies(job, alone, topology, Layout(K, D, M, kind, V))
 
 
 def _schedules(K: int, layers: int) -> list[tuple[str, int]]:
-    """(schedule, chunks) for K stages; alone on a device all are the same."""
+    """Return (schedule, chunks) for K devices; on one device all schedules are the same."""
     if layers < K:
         return []
     if K == 1:
@@ -125,43 +130,49 @@ def _schedules(K: int, layers: int) -> list[tuple[str, int]]:
     return [*((kind, 1) for kind in TRAINING if kind not in CHUNKED_TRAINING), *chunked]
 
 
-def _alone(job: Job, size: int) -> Pipeline:
-    """The network on one device, with micro-batches of this size: shapes and costs."""
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), job.example)
-    return job._replace(example=one).trainer(Layout()).pipe
+def _on_one_device(job: Job, size: int) -> Pipeline:
+    """Return the network on one device, with micro-batches of this size: shapes and costs."""
+    example = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), job.example
+    )
+    return job._replace(example=example).build_trainer(Layout()).pipe
 
 
-def _of_layout(
+def _with_policies(
     job: Job, alone: Pipeline, topology: Topology, layout: Layout
 ) -> Iterator[Candidate]:
+    """Yield a layout with each recomputation policy until one fits."""
     limit = topology.generation.hbm_gib
     for policy in remat.POLICIES:
-        candidate = _analysed(job, alone, topology, layout._replace(remat=policy))
+        candidate = _analyse(job, alone, topology, layout._replace(remat=policy))
         yield candidate
         if candidate.needed_gib <= limit:
             return
 
 
-def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> Candidate:
+def _analyse(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> Candidate:
+    """Estimate the memory and the step time of a layout from the costs of single layers."""
     K, V, M = layout.stages, layout.chunks, layout.micro_batches
-    backward = [_layer_s(c, topology.generation) for c in alone.costs]
+    backward = [_layer_time_s(c, topology.generation) for c in alone.costs]
     cut = solver.partition(backward, K * V)
     stages = Stages(alone.shapes, cut.layer_ranges, chunks=V, remat=remat.by_name(layout.remat))
     schedule = make(layout.schedule, K, M, V)
-    slots = jax.eval_shape(job.tx.init, [storage.local_shapes() for storage in stages.params])
+    opt_state = jax.eval_shape(job.tx.init, [storage.local_shapes() for storage in stages.params])
+    average_bytes = stages.params.device_bytes() if job.ema is not None else 0
     held = memory.of_device(
         stages,
         alone.costs,
         schedule,
-        optimizer_bytes=tree_bytes(slots) + stages.params.device_bytes() * (job.ema is not None),
+        optimizer_bytes=tree_bytes(opt_state) + average_bytes,
         loss=alone.loss,
         micro_batch=alone.micro_batch_shapes,
     )
-    whole = [sum(backward[i] for i in part) for part in cut.layer_ranges]
-    third = [time / 3 for time in whole]  # a forward's part
-    again = stages.remat.forwards - 1  # `whole` has one recomputation already
-    whole = [time + again * forward for time, forward in zip(whole, third, strict=True)]
-    times = step_time.stage_times(third, whole, stages.remat)
+    # A backward with one recomputation takes three times as long as a forward.
+    once = [sum(backward[i] for i in layers) for layers in cut.layer_ranges]
+    forward_s = [time / 3 for time in once]
+    more = stages.remat.forwards - 1
+    backward_s = [time + more * forward for time, forward in zip(once, forward_s, strict=True)]
+    times = step_time.stage_times(forward_s, backward_s, stages.remat)
     generation = topology.generation
     update_s = 3 * memory.float32_bytes(stages) / generation.hbm_bytes_s
     step = step_time.step_time(
@@ -170,11 +181,12 @@ def _analysed(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> 
     return Candidate(layout, cut.boundaries, sum(held.values()) / GIB, step.total)
 
 
-def _layer_s(cost: LayerCost, generation: Generation) -> float:
-    """A layer's backward, recomputation included, from its operations and its bytes."""
-    operations = cost.compute_s * NOMINAL_RATES["tpu"][0]
-    moved = 3 * cost.parameter_bytes + 4 * cost.working_bytes
-    return operations / (SHARE_OF_PEAK * generation.peak_flops_s) + moved / generation.hbm_bytes_s
+def _layer_time_s(cost: LayerCost, generation: Generation) -> float:
+    """Estimate the time of a layer's backward, with one recomputation, from FLOPs and bytes."""
+    assert cost.flops is not None  # the costs of `_on_one_device` are counted
+    moved_bytes = 3 * cost.parameter_bytes + 4 * cost.working_bytes
+    compute_s = cost.flops / (SHARE_OF_PEAK * generation.peak_flops_s)
+    return compute_s + moved_bytes / generation.hbm_bytes_s
 
 
 def _divisors(n: int) -> list[int]:

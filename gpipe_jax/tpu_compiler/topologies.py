@@ -55,7 +55,7 @@ class Generation(NamedTuple):
 
     @property
     def cloud_units_per_chip(self) -> int:
-        """By how much the number in a Cloud name exceeds the number of chips."""
+        """Return the ratio of the number in a Cloud name to the number of chips."""
         return 2 if self.cloud_counts == "cores" else 1
 
 

@@ -66,9 +66,9 @@ def make(request, counter, small, tmp_path):
 def test_a_process_reads_its_rows_of_every_batch(make, rows):
     """Read and augment some rows as a process that reads all rows does."""
     dataset = make(8, 3)
-    whole, part = dataset.train(2), dataset.train(2, np.asarray(rows))
+    whole, selected = dataset.train(2), dataset.train(2, np.asarray(rows))
     for _ in range(3):
-        batch, some = next(whole), next(part)
+        batch, some = next(whole), next(selected)
         assert batch.keys() == some.keys()
         for name, array in batch.items():
             np.testing.assert_array_equal(some[name], array[rows])
@@ -120,7 +120,9 @@ def test_rows_of_other_processes_are_not_looked_up():
         looked_up.extend(index)
         return {"inputs": index, "labels": index}
 
-    change = lambda batch, draws: {**batch, "inputs": draws.random()}  # noqa: E731
+    def change(batch, draws):
+        return {**batch, "inputs": draws.random()}
+
     splits = (gather, 100), (gather, 10)
     batches = stream.dataset("counted", 10, 0, *splits, augment=change).train(0, np.array([2, 7]))
     assert all(len(a) == 2 for a in next(batches).values())

@@ -171,25 +171,28 @@ def test_array_record_errors(tmp_path: Path) -> None:
         DataError, match=r"record \d+ of .*_record is not an example \(KeyError: 'labels'\)"
     ):
         next(array_record(source, 2, 0, decode=lambda record: {"inputs": 1}).train(0))
-    (tmp_path / "odd").mkdir()
-    two = np.empty(2, object)
-    two[:] = [np.zeros(2), None]
-    odd = own_files.records(tmp_path / "odd", inputs=two, labels=np.zeros(2, int))
+    (tmp_path / "objects").mkdir()
+    objects = np.empty(2, object)
+    objects[:] = [np.zeros(2), None]
+    damaged = own_files.records(tmp_path / "objects", inputs=objects, labels=np.zeros(2, int))
     with pytest.raises(DataError, match=r"record \d of .* is not an example \(ValueError: Object"):
-        list(array_record(odd, 1, 0, test=odd).test())
+        list(array_record(damaged, 1, 0, test=damaged).test())
     sizes = iter(range(1, 1000))
-    lengths = lambda record: {"inputs": np.zeros(next(sizes)), "labels": 1}  # noqa: E731
+
+    def decode(_: bytes) -> dict:
+        return {"inputs": np.zeros(next(sizes)), "labels": 1}
+
     with pytest.raises(DataError, match="differ in their shapes"):
-        next(array_record(source, 2, 0, decode=lengths).train(0))
+        next(array_record(source, 2, 0, decode=decode).train(0))
 
 
 def test_anything_that_iterates() -> None:
-    made = [{"inputs": np.arange(4) + i, "labels": np.arange(4)} for i in range(9)]
-    data = iterable("mine", lambda step: iter(made[step:]), lambda: made[:1])
+    batches = [{"inputs": np.arange(4) + i, "labels": np.arange(4)} for i in range(9)]
+    data = iterable("mine", lambda step: iter(batches[step:]), lambda: batches[:1])
     assert [b["inputs"][0] for b in itertools.islice(data.train(3), 6)] == [3, 4, 5, 6, 7, 8]
     some = itertools.islice(data.train(7, np.array([2, 0])), 2)
     assert [b["inputs"].tolist() for b in some] == [[9, 7], [10, 8]]
-    assert list(data.test()) == made[:1]
+    assert list(data.test()) == batches[:1]
 
 
 EXAMPLE = {"inputs": np.zeros((4, 3)), "labels": np.zeros(4, int)}
@@ -241,7 +244,7 @@ train:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text(CONFIG)
     own_files.npz(tmp_path, inputs=OWN["inputs"] / 450, labels=OWN["labels"])
@@ -255,9 +258,9 @@ def train(capsys: pytest.CaptureFixture[str], *overrides: str, code: int = 0) ->
     return said.err if code else json.loads(said.out.splitlines()[-1])
 
 
-def test_runs_from_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = train(capsys)
-    own_files.records(here, inputs=OWN["inputs"] / 450, labels=OWN["labels"])
+    own_files.records(folder, inputs=OWN["inputs"] / 450, labels=OWN["labels"])
     section = "data={kind: array_record, train: 'own-*.array_record', batch_size: 30}"
     again = train(capsys, section, "train.workdir=other")
     assert again["test_loss"] == first["test_loss"]
@@ -277,14 +280,14 @@ def test_runs_from_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["data={kind: python}"], r"data.source: required; give the file and the function"),
     ],
 )
-def test_wrong_files_are_named(here: Path, capsys, overrides: list[str], message: str) -> None:
+def test_wrong_files_are_named(folder: Path, capsys, overrides: list[str], message: str) -> None:
     error = train(capsys, *overrides, code=2)
     assert re.search(message, error), error
 
 
-def test_a_wrong_label_later_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_label_later_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = np.where(np.arange(150) == 77, 10, OWN["labels"])
-    own_files.npz(here, inputs=OWN["inputs"], labels=labels)
+    own_files.npz(folder, inputs=OWN["inputs"], labels=labels)
     error = train(capsys, "data.batch_size=1", "train.steps=150", code=2)
     assert "x.yaml:4: labels of own.npz are from 10 to 10; the model accepts 0 to 9" in error
 
@@ -305,34 +308,33 @@ def test_a_wrong_label_later_on(here: Path, capsys: pytest.CaptureFixture[str]) 
         ("def make(", "raised SyntaxError: "),
     ],
 )
-def test_python_files_that_make_no_data(here: Path, capsys, code: str | None, message) -> None:
+def test_python_files_that_make_no_data(folder: Path, capsys, code: str | None, message) -> None:
     if code is not None:
-        (here / "my_data.py").write_text(code)
+        (folder / "my_data.py").write_text(code)
     error = train(capsys, "data={kind: python, source: 'my_data.py:make'}", code=2)
     assert message in error
 
 
-def test_a_file_with_the_name_of_a_module_does_not_replace_it(here: Path, capsys) -> None:
-    (here / "random.py").write_text("def make(**_): return 3")
+def test_a_file_with_the_name_of_a_module_does_not_replace_it(folder: Path, capsys) -> None:
+    (folder / "random.py").write_text("def make(**_): return 3")
     message = "random.py:make returned a int"
     assert message in train(capsys, "data={kind: python, source: 'random.py:make'}", code=2)
     assert sys.modules["random"] is random
 
 
-def test_functions_of_the_file_can_be_sent_to_other_processes(here: Path, monkeypatch) -> None:
+def test_functions_of_the_file_can_be_sent_to_other_processes(folder: Path, monkeypatch) -> None:
     """Pickle and unpickle as multiprocessing does."""
     code = "import pickle\ndef read(): return 7\ndef make(**_): return pickle.dumps(read)"
-    made = []
-    for path in (here / "my-own.data.py", here / "other" / "my-own.data.py"):
+    functions = []
+    for path in (folder / "my-own.data.py", folder / "other" / "my-own.data.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-        made.append(pickle.loads(python_source._call(str(path), "make")))
-    assert [read() for read in made] == [7, 7]
-    assert made[0] is not made[1]
-    monkeypatch.chdir(here / "other")
-    assert (
-        pickle.loads(python_source._call("my-own.data.py", "make")).__module__ == made[1].__module__
-    )
+        functions.append(pickle.loads(python_source._call(str(path), "make")))
+    assert [read() for read in functions] == [7, 7]
+    assert functions[0] is not functions[1]
+    monkeypatch.chdir(folder / "other")
+    again = pickle.loads(python_source._call("my-own.data.py", "make"))
+    assert again.__module__ == functions[1].__module__
 
 
 FINITE = """
@@ -420,30 +422,30 @@ def saved_steps(folder: Path) -> set[str]:
         ("[]", "the held-out data of mine has no examples; give some"),
     ],
 )
-def test_held_out_data_is_tried_before_training(here: Path, capsys, test: str, message) -> None:
-    assert re.search(message, train_own(here, capsys, test=test))
-    assert not (here / "runs").exists()
+def test_held_out_data_is_tried_before_training(folder: Path, capsys, test: str, message) -> None:
+    assert re.search(message, train_own(folder, capsys, test=test))
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("label", [-1, 2])
-def test_labels_of_ones_own_are_checked_at_the_start(here: Path, capsys, label: int) -> None:
-    error = train_own(here, capsys, first=f"batch(label={label})")
+def test_labels_of_ones_own_are_checked_at_the_start(folder: Path, capsys, label: int) -> None:
+    error = train_own(folder, capsys, first=f"batch(label={label})")
     assert f"labels of the first training batch of mine are from {label} to {label}; the" in error
 
 
-def test_a_later_batch_without_weight_is_bad_input(here: Path, capsys) -> None:
-    error = train_own(here, capsys, later="batch(weight=0)")
+def test_a_later_batch_without_weight_is_bad_input(folder: Path, capsys) -> None:
+    error = train_own(folder, capsys, later="batch(weight=0)")
     assert "the weights of a batch must sum to more than 0, got 0.0" in error
-    assert saved_steps(here) == {"2"}
+    assert saved_steps(folder) == {"2"}
 
 
-def test_a_later_label_that_is_no_class_is_said(here: Path, capsys) -> None:
-    error = train_own(here, capsys, later="batch(label=-1)", code=1)
+def test_a_later_label_that_is_no_class_is_said(folder: Path, capsys) -> None:
+    error = train_own(folder, capsys, later="batch(label=-1)", code=1)
     assert "the loss became nan at step 4" in error
     assert "a label that is none of the network's classes makes it NaN too" in error
 
 
-def test_a_bad_evaluation_loses_no_step(here: Path, capsys) -> None:
-    error = train_own(here, capsys, test="[batch(), batch(weight=0)]")
+def test_a_bad_evaluation_loses_no_step(folder: Path, capsys) -> None:
+    error = train_own(folder, capsys, test="[batch(), batch(weight=0)]")
     assert "the weights of a batch must sum to more than 0, got 0.0" in error
-    assert saved_steps(here) == {"4", "5"}
+    assert saved_steps(folder) == {"4", "5"}

@@ -57,14 +57,14 @@ FORMS += ["fortran archive", "jpeg"]
 def test_every_form_gives_the_same_images(tmp_path: Path, form: str) -> None:
     write(tmp_path, form)
     train, test = read_cifar10(tmp_path)
-    for part, files in ((train, FILES[:5]), (test, FILES[5:])):
+    for split, files in ((train, FILES[:5]), (test, FILES[5:])):
         expected = written.images_of(files)
-        assert part.pixels.dtype == np.uint8 and part.labels.dtype == np.int32
-        assert part.pixels.shape == expected.shape
+        assert split.pixels.dtype == np.uint8 and split.labels.dtype == np.int32
+        assert split.pixels.shape == expected.shape
         # JPEG rounds twice, and its colours are not ours; any other image is 85 away on average
-        error = np.abs(part.pixels.astype(int) - expected)
+        error = np.abs(split.pixels.astype(int) - expected)
         assert error.mean() < 2 and error.max() < 20 if form == "jpeg" else error.max() == 0
-        np.testing.assert_array_equal(part.labels, np.concatenate([labels for _, labels in files]))
+        np.testing.assert_array_equal(split.labels, np.concatenate([labels for _, labels in files]))
 
 
 def test_the_pickles_of_these_tests_are_those_of_numpy() -> None:

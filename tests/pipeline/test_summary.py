@@ -1,4 +1,4 @@
-"""What a pipeline says of itself."""
+"""Check the table and the facts of a pipeline."""
 
 import re
 
@@ -24,11 +24,11 @@ def pipe() -> gpipe.Pipeline:
 
 def test_a_row_for_each_stage(pipe):
     header, rule, first, second, *_ = str(pipe).splitlines()
-    assert re.split(r"  +", header) == list(summary.HEADER)
+    assert re.split(r"  +", header) == [*summary.STAGE_HEADER, "output"]
     assert set(rule) == {"-", " "}
     parameters = 4 * 8 + 8 + 2 * (8 * 8 + 8)
-    wanted = ["0", "0-2", str(pipe.layers[0]), "75.0%", str(parameters), "128 B"]
-    assert re.split(r"  +", first) == wanted
+    expected = ["0", "0-2", str(pipe.layers[0]), "75.0%", str(parameters), "128 B"]
+    assert re.split(r"  +", first) == expected
     assert re.split(r"  +", second) == ["1", "3", str(pipe.layers[3]), "25.0%", "27", "48 B"]
 
 
@@ -49,7 +49,7 @@ def test_facts_of_the_whole(pipe):
 
 
 def test_stages_of_several_chunks():
-    """Four stages on two devices, one of which shares the first one's parameters."""
+    """Check four stages on two devices; one shares the parameters of the first."""
     layers = gpipe.zoo.mlp((4, 4, 4, 4, 4))
     layers[0], layers[2] = (a.tie("w", "linear.kernel") for a in (layers[0], layers[2]))
     pipe = gpipe.Pipeline(
@@ -77,7 +77,7 @@ def test_stages_of_several_chunks():
 
 def test_html_says_the_same(pipe):
     html = pipe._repr_html_()
-    assert html.count("<tr>") == 3 and html.count("<th>") == len(summary.HEADER)
+    assert html.count("<tr>") == 3 and html.count("<th>") == len(summary.STAGE_HEADER) + 1
     for fact in pipe.summary().facts.values():
         assert fact in html
 

@@ -1,4 +1,4 @@
-"""Plans: their memory and time, what the compiler adds, and what is wrong with a request."""
+"""Check plans: memory, times, compiled figures, search, plan files, and bad requests."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
 from gpipe_jax.config import loader
 from gpipe_jax.errors import ConfigError
-from gpipe_jax.pipeline import memory
+from gpipe_jax.pipeline import memory, remat
 from gpipe_jax.planner import job, plan_file, predict, programs, search, step_time
 from gpipe_jax.planner.job import Layout
 from gpipe_jax.planner.plan import Plan
@@ -46,30 +46,33 @@ def small_job(batch: int = 16, **options: Any) -> job.Job:
 
 
 @pytest.mark.parametrize("name", ["digits", "text", "transformer_48", "amoebanet_digits"])
-def test_the_example_of_a_config_is_what_its_data_looks_like(name: str) -> None:
+def test_the_example_of_a_config_has_the_shapes_of_its_data(name: str) -> None:
     config = loader.load(CONFIGS / f"{name}.yaml")
     batch = next(from_config.dataset(config).train(0))
-    like = lambda a: (np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype))  # noqa: E731
-    wanted = {k: like(batch[k]) for k in ("inputs", "labels")}
-    assert {k: (a.shape, a.dtype) for k, a in from_config.example(config).items()} == wanted
+
+    def shape_of(a: np.ndarray) -> tuple:
+        return np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)
+
+    expected = {k: shape_of(batch[k]) for k in ("inputs", "labels")}
+    assert {k: (a.shape, a.dtype) for k, a in from_config.example(config).items()} == expected
 
 
 def test_memory_is_that_of_the_arrays() -> None:
-    """On one device: parameters, two slots of Adam and its count, and gradients in float32."""
-    trainer = small_job().trainer(Layout(micro_batches=4))
-    parts = trainer.device_bytes()
+    """Count on one device: parameters, two slots of Adam and its count, gradients in float32."""
+    trainer = small_job().build_trainer(Layout(micro_batches=4))
+    uses = trainer.device_bytes()
     own = 4 * sum(a.size for s in trainer.pipe.shapes for a in jax.tree.leaves(s.params))
-    assert (parts["parameters"], parts["gradients"], parts["stash"]) == (own, own, 0)
-    assert parts["optimizer"] == 2 * own + 4
-    assert parts["batch"] == 16 * (2 * 16 * 4 + 4)
-    assert sum(parts.values()) > 4 * own + parts["working_set"] > 4 * own
+    assert (uses["parameters"], uses["gradients"], uses["stash"]) == (own, own, 0)
+    assert uses["optimizer"] == 2 * own + 4
+    assert uses["batch"] == 16 * (2 * 16 * 4 + 4)
+    assert sum(uses.values()) > 4 * own + uses["working_set"] > 4 * own
 
 
 def test_the_stash_is_what_the_schedule_keeps() -> None:
     boundary = 2 * 16 * 32 * 4  # two sequences of 16 vectors of 32 floats
     for kind in ("gpipe", "1f1b"):
         layout = Layout(stages=2, micro_batches=8, schedule=kind)
-        stash = small_job().trainer(layout).device_bytes()["stash"]
+        stash = small_job().build_trainer(layout).device_bytes()["stash"]
         rows = lower(generators.make(kind, 2, 8))
         assert rows.x_slots == (8 if kind == "gpipe" else 2)
         assert stash == (rows.x_slots + rows.g_slots + 4) * boundary
@@ -77,22 +80,24 @@ def test_the_stash_is_what_the_schedule_keeps() -> None:
 
 def test_recomputing_layer_by_layer_needs_less() -> None:
     working = [
-        small_job().trainer(Layout(micro_batches=4, remat=remat)).device_bytes()["working_set"]
+        small_job()
+        .build_trainer(Layout(micro_batches=4, remat=remat))
+        .device_bytes()["working_set"]
         for remat in ("stage", "layer")
     ]
     assert working[1] < 0.5 * working[0]
 
 
-def test_a_plan_without_a_topology_asks_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_without_a_topology_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "compile_programs", None)
-    found = gpipe.plan(DIGITS)
-    assert found.topology is found.step_time_s is found.fits is found.collectives is None
-    assert found.hbm_needed_gib == found.hbm_analysed_gib == sum(found.memory_gib.values())
-    assert [s.layers[0] for s in found.stages[1:]] == found.layout["partition"]
-    assert sum(s.parameters for s in found.stages) == found.parameters == 193_242
-    assert found.bubble_fraction == pytest.approx(3 / 11)
-    assert "by analysis" in str(found) and "<table>" in found._repr_html_()
-    json.dumps(found.to_dict())
+    plan = gpipe.plan(DIGITS)
+    assert plan.topology is plan.step_time_s is plan.fits is plan.collectives is None
+    assert plan.hbm_needed_gib == plan.hbm_analysed_gib == sum(plan.memory_gib.values())
+    assert [s.layers[0] for s in plan.stages[1:]] == plan.layout["partition"]
+    assert sum(s.parameters for s in plan.stages) == plan.parameters == 193_242
+    assert plan.bubble_fraction == pytest.approx(3 / 11)
+    assert "by analysis" in str(plan) and "<table>" in plan._repr_html_()
+    json.dumps(plan.to_dict())
 
 
 def test_the_picture_of_a_plan_has_the_name_that_was_given(tmp_path: Path) -> None:
@@ -113,10 +118,10 @@ def test_a_plan_of_layers_is_the_plan_of_the_config() -> None:
 # ---- time ---------------------------------------------------------------------------------------
 
 
-def test_the_parts_of_a_step_are_those_of_its_schedule() -> None:
-    """Two stages of 1 + 3 and 0 + 4 s, two micro-batches, GPipe's schedule: by hand."""
-    pipe = small_job(4).trainer(Layout(stages=2, micro_batches=2, schedule="gpipe")).pipe
-    times = step_time.stage_times([1.0, 5.0], [3.0, 4.0], remat_layers=False)
+def test_the_step_time_of_a_schedule() -> None:
+    """Compare with figures by hand: stages of 1 + 3 and 0 + 4 s, two micro-batches, GPipe."""
+    pipe = small_job(4).build_trainer(Layout(stages=2, micro_batches=2, schedule="gpipe")).pipe
+    times = step_time.stage_times([1.0, 5.0], [3.0, 4.0], remat.STAGE)
     assert times == ([1.0, 0.0], [3.0, 4.0], [1.0, 0.0])
     step = step_time.step_time(pipe.stages, pipe.schedule, times, V3, replicas=4, update_s=0.5)
     # Ticks: F, F, (F), B 4, B 4, B 3.
@@ -130,21 +135,21 @@ def test_the_parts_of_a_step_are_those_of_its_schedule() -> None:
     assert step.total == pytest.approx(sum(step)) and step.update == 0.5
 
 
-def test_what_is_recomputed_layer_by_layer_is_computed_twice_again() -> None:
-    times = step_time.stage_times([1.0, 2.0], [4.0, 7.0], remat_layers=True)
+def test_layer_by_layer_recomputes_twice() -> None:
+    times = step_time.stage_times([1.0, 2.0], [4.0, 7.0], remat.LAYER)
     assert times.recompute == [2.0, 2.0]
 
 
 def test_between_slices_the_network_is_the_slowest_link() -> None:
-    pipe = small_job(4).trainer(Layout(stages=2, micro_batches=2)).pipe
-    times = step_time.stage_times([1.0, 1.0], [3.0, 3.0], remat_layers=False)
-    one, two = (
+    pipe = small_job(4).build_trainer(Layout(stages=2, micro_batches=2)).pipe
+    times = step_time.stage_times([1.0, 1.0], [3.0, 3.0], remat.STAGE)
+    single, double = (
         step_time.step_time(
             pipe.stages, pipe.schedule, times, replace(V3, slices=n), replicas=1, update_s=0.0
         )
         for n in (1, 2)
     )
-    assert two.transfer == pytest.approx(one.transfer * 100e9 / 6.25e9)
+    assert double.transfer == pytest.approx(single.transfer * 100e9 / 6.25e9)
 
 
 # ---- with the compiler --------------------------------------------------------------------------
@@ -185,14 +190,14 @@ def test_a_compiled_plan_says_what_it_is_made_of(compiled: Plan) -> None:
 
 @TPU
 def test_the_compiler_needs_what_the_analysis_says() -> None:
-    """No copies of parameters or gradients: each of the five arrays of their size is held once."""
+    """Find no copies of parameters or gradients: each of five such arrays is held once."""
     sizes = {"width": 1024, "heads": 8, "feed_forward": 4096, "vocabulary": 1024}
     work = small_job(8, layers=8, dtype="bfloat16", **sizes)
     layout = Layout(stages=2, micro_batches=8, remat="layer")
-    found = predict.with_compiler(work, layout, predict.Compiling(V3))
-    share = sum(found.memory_gib[name] for name in ("parameters", "optimizer", "gradients"))
-    assert share > 0.9 * found.hbm_analysed_gib
-    assert 0.9 < found.hbm_needed_gib / found.hbm_analysed_gib < 1.15
+    plan = predict.compile_plan(work, layout, predict.Compiler(V3))
+    share = sum(plan.memory_gib[name] for name in ("parameters", "optimizer", "gradients"))
+    assert share > 0.9 * plan.hbm_analysed_gib
+    assert 0.9 < plan.hbm_needed_gib / plan.hbm_analysed_gib < 1.15
 
 
 @TPU
@@ -205,20 +210,20 @@ def test_a_plan_is_drawn(compiled: Plan, tmp_path: Path) -> None:
 
 @TPU
 def test_cycles_of_layers_balance_the_stages() -> None:
-    """A wide feed-forward layer counts for more; equal blocks are compiled once."""
+    """Give a wide feed-forward layer a higher cost; compile equal blocks once."""
     work = small_job()
-    seconds = predict.layer_seconds(work, Layout(micro_batches=4), predict.Compiling(V3))
+    seconds = predict.layer_seconds(work, Layout(micro_batches=4), predict.Compiler(V3))
     assert len(seconds) == len(work.layers) and min(seconds) > 0
     assert len(set(seconds[2:-1])) == 1  # the first block has no gradient to send
     wide = predict.layer_seconds(
-        small_job(feed_forward=4096), Layout(micro_batches=4), predict.Compiling(V3)
+        small_job(feed_forward=4096), Layout(micro_batches=4), predict.Compiler(V3)
     )
     assert wide[2] > 1.5 * seconds[2]
 
 
 @TPU
-def test_what_does_not_fit_is_a_plan_too() -> None:
-    found = gpipe.plan(
+def test_the_plan_of_what_does_not_fit() -> None:
+    plan = gpipe.plan(
         gpipe.zoo.mlp((30_000, 30_000, 30_000, 10)),
         loss=gpipe.losses.softmax_cross_entropy,
         example={
@@ -228,24 +233,24 @@ def test_what_does_not_fit_is_a_plan_too() -> None:
         tx=optax.adam(1e-3),
         topology="v2:2x2",
     )
-    assert found.fits is False and found.hbm_needed_gib > found.hbm_usable_gib == 7.48
-    assert found.problem.startswith("does not fit by ") and "no, by" in str(found)
-    assert found.collectives is None and found.step_time_s is None
-    json.dumps(found.to_dict())
+    assert plan.fits is False and plan.hbm_needed_gib > plan.hbm_usable_gib == 7.48
+    assert plan.problem.startswith("does not fit by ") and "no, by" in str(plan)
+    assert plan.collectives is None and plan.step_time_s is None
+    json.dumps(plan.to_dict())
 
 
 def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(work: job.Job, layout: Layout, compiling: Any) -> Plan:
+    def fake(work: job.Job, layout: Layout, compiler: Any) -> Plan:
         seen.append(layout)
         plan = predict.analyse(work, layout)
         if len(seen) == 2:
             return replace(plan, fits=False)
         return replace(plan, fits=True, step_time_s=1.0 / len(seen), throughput=1.0)
 
-    monkeypatch.setattr(predict, "with_compiler", fake)
-    ranking = search.search(small_job(), predict.Compiling(V3), 3)
+    monkeypatch.setattr(predict, "compile_plan", fake)
+    ranking = search.search(small_job(), predict.Compiler(V3), 3)
     assert [p.fits for p in ranking.plans] == [True, True, True, False]  # until three fit
     assert ranking.plans[0].step_time_s < ranking.plans[1].step_time_s
     assert ranking.plans[-1].step_time_s is None and "unknown" in str(ranking)
@@ -257,37 +262,37 @@ def test_a_search_ranks_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_candidates_are_all_legal_layouts() -> None:
-    """By hand: eight devices, eight layers, 16 sequences in micro-batches of a power of two."""
-    found = {c.layout for c in search.candidates(small_job(), V3)}
-    wanted = set()
+    """List by hand: eight devices, eight layers, 16 sequences, micro-batches of powers of two."""
+    layouts = {c.layout for c in search.candidates(small_job(), V3)}
+    expected = set()
     for K in (1, 2, 4, 8):
         kinds = [("1f1b", 1)] if K == 1 else [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1)]
         kinds += [("interleaved", V) for V in (2, 4) if K > 1 and K * V <= 8]
         counts = [M for M in (1, 2, 4, 8, 16) if M <= 16 // (8 // K)]
-        wanted |= {Layout(K, 8 // K, M, *kind) for M in counts for kind in kinds}
-    assert found == wanted
-    for layout in list(found)[:5]:
-        small_job().trainer(layout)  # legal
+        expected |= {Layout(K, 8 // K, M, *kind) for M in counts for kind in kinds}
+    assert layouts == expected
+    for layout in list(layouts)[:5]:
+        small_job().build_trainer(layout)  # legal
 
 
 def test_layer_by_layer_is_tried_where_a_stage_is_too_large() -> None:
     small = replace(V3, generation=V3.generation._replace(hbm_gib=1e-3))
-    found = {c.layout.remat for c in search.candidates(small_job(), small)}
-    assert found == {"stage", "layer"}
+    policies = {c.layout.remat for c in search.candidates(small_job(), small)}
+    assert policies == {"stage", "layer"}
 
 
 @pytest.mark.parametrize("remat", ["stage", "layer"])
 def test_stages_with_tied_parameters_can_be_compiled_alone(remat: str) -> None:
-    pipe = small_job(tied=True).trainer(Layout(stages=2, micro_batches=4, remat=remat)).pipe
+    pipe = small_job(tied=True).build_trainer(Layout(stages=2, micro_batches=4, remat=remat)).pipe
     assert len(programs.of_stages(pipe)) == 4
-    alone = [part.name for part in programs.of_layers(pipe, kinds=("backward",))]
+    alone = [piece.name for piece in programs.of_layers(pipe, kinds=("backward",))]
     assert alone == ["backward 0", "backward 1", "backward 7"]  # embedding, block, head
 
 
 def test_the_gradients_of_a_scanned_run_exist_at_once() -> None:
-    """Of nine layers; of eight, which are unrolled, one layer's at a time."""
+    """Hold the gradients of nine layers at once; eight are unrolled, and hold one at a time."""
     short, long = (
-        small_job(layers=n).trainer(Layout(micro_batches=4)).device_bytes()["working_set"]
+        small_job(layers=n).build_trainer(Layout(micro_batches=4)).device_bytes()["working_set"]
         for n in (8, 9)
     )
     block = 4 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)  # the matrices of one
@@ -296,7 +301,10 @@ def test_the_gradients_of_a_scanned_run_exist_at_once() -> None:
 
 def test_a_slow_schedule_and_more_bubble_rank_lower() -> None:
     steps = {c.layout: c.step_s for c in search.candidates(small_job(), V3)}
-    at = lambda kind, V=1, M=8: steps[Layout(4, 2, M, kind, V)]  # noqa: E731
+
+    def at(kind: str, V: int = 1, M: int = 8) -> float:
+        return steps[Layout(4, 2, M, kind, V)]
+
     assert at("eager_1f1b") == pytest.approx(at("gpipe"), rel=0.05)  # but for transfers
     assert at("eager_1f1b") < at("1f1b")
     assert at("interleaved", 2) < at("eager_1f1b")
@@ -306,23 +314,23 @@ def test_a_slow_schedule_and_more_bubble_rank_lower() -> None:
 
 
 def test_a_plan_file_lays_a_run_out(tmp_path: Path) -> None:
-    found = gpipe.plan(loader.load(DIGITS, ["mesh.stages=3", "mesh.data=1"]))
-    plan_file.save(found, tmp_path / "plan.json")
+    plan = gpipe.plan(loader.load(DIGITS, ["mesh.stages=3", "mesh.data=1"]))
+    plan_file.save(plan, tmp_path / "plan.json")
     given = plan_file.overrides(tmp_path / "plan.json", str(DIGITS), ["train.seed=3"])
     config = loader.load(DIGITS, given)
     assert (config.mesh.stages, config.mesh.data, config.train.seed) == (3, 1, 3)
-    assert list(config.pipeline.partition) == found.layout["partition"]
+    assert list(config.pipeline.partition) == plan.layout["partition"]
 
 
 def test_a_plan_file_of_one_stage(tmp_path: Path) -> None:
-    found = gpipe.plan(loader.load(DIGITS, ["mesh.stages=1"]))
-    plan_file.save(found, tmp_path / "plan.json")
+    plan = gpipe.plan(loader.load(DIGITS, ["mesh.stages=1"]))
+    plan_file.save(plan, tmp_path / "plan.json")
     given = plan_file.overrides(tmp_path / "plan.json", str(DIGITS), [])
     assert loader.load(DIGITS, given).pipeline.partition == "auto"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"config": 3}'])
-def test_what_is_no_plan_file(tmp_path: Path, text: str) -> None:
+def test_bad_plan_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(ConfigError, match=r"cannot be read as a plan .*gpipe plan \.\.\. --out"):
         plan_file.overrides(tmp_path / "plan.json", str(DIGITS), [])
@@ -330,7 +338,7 @@ def test_what_is_no_plan_file(tmp_path: Path, text: str) -> None:
 
 def test_a_plan_of_another_config(tmp_path: Path) -> None:
     plan_file.save(gpipe.plan(DIGITS), tmp_path / "plan.json")
-    with pytest.raises(ConfigError, match=r"made for another config[^$]*data.batch_size: 64 there"):
+    with pytest.raises(ConfigError, match=r"made for another config[^$]*data.batch_size: 64 before"):
         plan_file.overrides(tmp_path / "plan.json", str(DIGITS), ["data.batch_size=32"])
 
 
@@ -358,9 +366,9 @@ def test_a_file_that_cannot_be_written_loses_no_plan(
     out, png = tmp_path / "plan.json", tmp_path / "plan.png"
     files = ["--out", str(out), "--png", str(png), "--json"]
     assert cli.main(["plan", str(DIGITS), *files]) == cli.BAD_INPUT
-    said = capsys.readouterr()
-    assert f"no picture {png}: pictures need matplotlib" in said.err
-    assert json.loads(said.out.splitlines()[-1]) == json.loads(out.read_text())
+    output = capsys.readouterr()
+    assert f"no picture {png}: pictures need matplotlib" in output.err
+    assert json.loads(output.out.splitlines()[-1]) == json.loads(out.read_text())
 
 
 @pytest.mark.slow
@@ -370,7 +378,7 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
     given = [str(DIGITS), "--plan", str(out), f"train.workdir={tmp_path / 'run'}", *few, "--json"]
     # The number of steps is no part of a plan, but the warm-up is the optimizer's.
     assert cli.main(["train", *given]) == cli.BAD_INPUT
-    assert "optimizer.warmup_steps: 20 there, 0 here" in capsys.readouterr().err
+    assert "optimizer.warmup_steps: 20 before, 0 now" in capsys.readouterr().err
     planned = ["mesh.data=1", "mesh.stages=2", few[1], "--out", str(out)]
     assert cli.main(["plan", str(DIGITS), *planned]) == 0
     assert cli.main(["train", *given]) == 0
@@ -381,25 +389,28 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v5litpod-16"], "did you mean 'v5litepod'"),
+        (
+            ["--topology", "v5litpod-16"],
+            "gpipe plan: --topology: unknown TPU generation 'v5litpod'; did you mean 'v5litepod'",
+        ),
         (["--topology", "v3:4x4x4"], "has 3 dimensions, but v3 pods have 2"),
         (["--topology", "v3:64x64"], "the largest is 'v3:32x32'"),
-        (["--topology", "v3:2x2", "--slices", "0"], "`slices` must be at least 1, got 0"),
+        (["--topology", "v3:2x2", "--slices", "0"], "--slices: `slices` must be at least 1, got 0"),
         (
             ["--topology", "v3:2x2", "mesh.stages=3", "mesh.data=1"],
             "make stages x data one of 1, 2",
         ),
-        (["--search"], "--search needs a --topology"),
-        (["--cost", "cycles"], "`cost` 'cycles' needs a `topology`"),
+        (["--search"], "gpipe plan: --search: needs a --topology"),
+        (["--cost", "cycles"], "--cost: cycles needs a --topology"),
         (["--out", "/nowhere/plan.json"], "there is no folder /nowhere; make it first"),
         (
             ["--topology", "v3:2x2", "--search", "--cost", "cycles"],
-            "--cost does not go with --search",
+            "--cost: does not go with --search",
         ),
-        (["--slices", "2"], "--slices 2 needs a --topology"),
+        (["--slices", "2"], "--slices: 2 slices of what? Give a --topology"),
         (
             ["--topology", "v3-8", "--search", "--compile-best", "0"],
-            "`compile_best` must be at least",
+            "--compile-best: must be at least 1, got 0",
         ),
     ],
 )
@@ -417,23 +428,23 @@ def test_without_the_tpu_compiler(
     assert "pip install 'gpipe-jax[tpu]'" in capsys.readouterr().err
 
 
-def test_what_fits_nowhere_says_what_would_help() -> None:
+def test_a_network_that_fits_no_layout() -> None:
     work = small_job(8, width=65_536, feed_forward=8, vocabulary=65_536, layers=1)
     work = work._replace(layers=work.layers[:1] + work.layers[-1:])
-    with pytest.raises(ValueError, match=r"no layout fits v2:2x2: .* more than its 7.48; more dev"):
-        search.search(work, predict.Compiling(topologies.parse("v2:2x2")), 1)
+    with pytest.raises(
+        ValueError, match=r"no layout fits v2:2x2: .* more .*its 7.48; use more dev"
+    ):
+        search.search(work, predict.Compiler(topologies.parse("v2:2x2")), 1)
 
 
-def test_a_batch_that_splits_in_no_way() -> None:
-    two = replace(V3, shape=(4, 4))
+def test_a_batch_that_does_not_split() -> None:
+    large = replace(V3, shape=(4, 4))
     with pytest.raises(ValueError, match="does not split over the 32 devices"):
-        search.search(small_job(1), predict.Compiling(two), 1)
+        search.search(small_job(1), predict.Compiler(large), 1)
 
 
 def test_layers_need_a_loss_and_a_config_says_all() -> None:
     with pytest.raises(TypeError, match="a plan of layers needs loss, example, tx too"):
         gpipe.plan(gpipe.zoo.mlp((4, 4)))
-    with pytest.raises(
-        TypeError, match=r"a config says everything itself; unexpected \['stages'\]"
-    ):
+    with pytest.raises(TypeError, match=r"a config has all options; unexpected \['stages'\]"):
         gpipe.plan(DIGITS, stages=3)
