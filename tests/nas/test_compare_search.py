@@ -78,7 +78,7 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
         (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),
     ],
 )
-def test_what_cannot_be_compared_is_not_begun(compare, monkeypatch, arguments, message) -> None:
+def test_incomparable_configs_are_rejected(compare, monkeypatch, arguments, message) -> None:
     jobs = training(monkeypatch, lambda evaluator, job: 1.0)
     code, _, err = compare(*arguments)
     assert code == 2 and message in err and not jobs
@@ -121,7 +121,7 @@ def test_to_compile_is_no_training_for_any_algorithm(compare, monkeypatch, tmp_p
         ),
     ],
 )
-def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, expected) -> None:
+def test_errors_are_reported_in_one_line(compare, monkeypatch, error, expected) -> None:
     def search(**options):
         raise error
 
@@ -130,7 +130,7 @@ def test_what_ends_a_run_is_said_in_a_line(compare, monkeypatch, error, expected
     assert (code, err) == expected
 
 
-def test_a_folder_goes_on_with_the_same_training_only(monkeypatch) -> None:
+def test_folder_resumes_with_the_same_training_only(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("compare_search")
 

@@ -61,7 +61,7 @@ def nas(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_search_export_and_search_on(nas, tmp_path) -> None:
+def test_search_export_and_resume(nas, tmp_path) -> None:
     code, lines, _ = nas("search", "mine.yaml", "--json")
     figures = json.loads(lines[-1])
     assert code == 0 and figures.keys() >= KEYS and figures["run"] == "runs/mine"
@@ -148,7 +148,7 @@ def test_an_evaluator_that_fails_is_no_bad_input(nas) -> None:
     assert code == 1 and "returned 'good' (str) as fitness of candidate 0" in err
 
 
-def test_out_of_time_before_the_first_result(nas, tmp_path) -> None:
+def test_time_limit_before_the_first_result(nas, tmp_path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef evaluate(g):\n    time.sleep(2)\n")
     arguments = ("run.time_limit_s=0.1", "evaluate.function=slow:evaluate")
     code, _, err = nas("search", "mine.yaml", *arguments)
@@ -164,9 +164,7 @@ def test_a_file_that_is_no_search(nas, tmp_path) -> None:
         assert code == 2 and "mine/search.sqlite is not a search's file, nor any SQLite" in err
 
 
-def test_the_config_is_there_while_the_search_goes_on_and_a_zero_is_a_fitness(
-    nas, tmp_path
-) -> None:
+def test_config_is_written_first_and_zero_is_a_fitness(nas, tmp_path) -> None:
     (tmp_path / "sized.py").write_text(
         "import os\ndef evaluate(g):\n    return 0.0 * os.path.getsize('runs/mine/config.yaml')\n"
     )
@@ -214,7 +212,7 @@ run: {cycles: 5}
         ("space={kind: nasbench201}", "evaluate 'training' has no cells of space 'nasbench201'"),
     ],
 )
-def test_bad_training_is_found_before_anything_is_trained(nas, tmp_path, override, problem) -> None:
+def test_bad_training_settings_are_rejected_first(nas, tmp_path, override, problem) -> None:
     (tmp_path / "training.yaml").write_text(TRAINING)
     code, _, err = nas("search", "training.yaml", override)
     assert code == 2 and problem in err

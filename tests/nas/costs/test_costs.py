@@ -67,7 +67,7 @@ def test_operations_grow_with_the_filters() -> None:
     assert 2 * small < large < 4.5 * small
 
 
-def test_operations_are_those_of_convolutions_and_matrix_products() -> None:
+def test_operations_count_convolutions_and_products() -> None:
     import jax
     from jax import lax
     from jax import numpy as jnp
@@ -122,7 +122,7 @@ def test_equal_networks_are_compiled_once(tpu) -> None:
     assert {topology for *_, topology in tpu} == {"v5e:1x1"}
 
 
-def test_what_is_compiled_is_inference_of_a_batch_on_one_device(monkeypatch) -> None:
+def test_compiled_program_is_inference_on_one_device(monkeypatch) -> None:
     def compile_programs(programs, topology):
         ((program,),) = [programs]
         seen.append((program.exported.in_avals[-1].shape, program.exported.platforms, topology))
@@ -135,7 +135,7 @@ def test_what_is_compiled_is_inference_of_a_batch_on_one_device(monkeypatch) -> 
     assert seen == [((7, 4, 4, 3), ("tpu",), topologies.parse("v3:2x2"))]
 
 
-def test_a_compiler_that_dies_costs_only_the_candidate(monkeypatch) -> None:
+def test_compiler_crash_costs_only_the_candidate(monkeypatch) -> None:
     def compile_programs(programs, topology):
         raise errors[0]
 
@@ -151,7 +151,7 @@ def test_a_compiler_that_dies_costs_only_the_candidate(monkeypatch) -> None:
         costs.latency_ms(other)
 
 
-def test_latency_as_a_limit_and_memory_as_a_second_objective(tpu, tmp_path) -> None:
+def test_latency_limit_and_memory_objective(tpu, tmp_path) -> None:
     costs = NetworkCosts(filters=4, topology="v5e:1x1")
     limits = [
         nas.Limit("memory_mib", costs.memory_mib),

@@ -47,7 +47,7 @@ def export(tmp_path, monkeypatch, capsys):
     return command
 
 
-def test_a_config_of_the_winner_on_the_data_of_the_search(export, tmp_path) -> None:
+def test_config_of_the_winner_has_the_search_data(export, tmp_path) -> None:
     result = run("runs", nas.TrainingEvaluator(data="digits"))
     sizes = ("--cells-per-stack", "2", "--filters", "16", "--stages", "4")
     code, lines, _ = export("searched", "--out", "best.yaml", *sizes, "--json")
@@ -116,7 +116,7 @@ NASTY = (
 )  # fmt: skip
 
 
-def test_what_is_written_is_read_as_it_was(tmp_path) -> None:
+def test_written_configs_load_unchanged(tmp_path) -> None:
     """Also texts that mean something else in YAML, or numbers that do not."""
     for written in NASTY:
         config = {
@@ -199,7 +199,7 @@ def test_a_report_has_what_was_trained_again(export, tmp_path, capsys, monkeypat
     assert "trained again</caption>" in (result.path / "report.html").read_text(encoding="utf-8")
 
 
-def test_failures_of_training_again_are_said_and_tried_anew(export, tmp_path, monkeypatch) -> None:
+def test_failed_finalists_are_reported_and_retried(export, tmp_path, monkeypatch) -> None:
     def evaluate(self, job: nas.Job) -> dict:
         assert self.timeout_s is None
         if not fixed:

@@ -70,7 +70,7 @@ def test_the_front_of_a_cost(cells) -> None:
     assert axes.get_xlabel() == "params_m" and len(line(axes, "a candidate")) == 120
 
 
-def test_a_bar_for_each_evaluation_in_its_worker_s_row(tmp_path) -> None:
+def test_each_evaluation_has_a_bar_in_its_workers_row(tmp_path) -> None:
     def evaluate(bits) -> float:
         return float("nan") if sum(bits) == 6 else float(sum(bits))
 
@@ -245,7 +245,7 @@ def test_the_lineage_has_all_ancestors_and_their_changes(cells, tmp_path) -> Non
     assert len(figure.axes) == 1 + pictures
 
 
-def test_of_a_long_lineage_the_first_and_the_last_are_drawn(cells, monkeypatch) -> None:
+def test_long_lineages_are_shortened(cells, monkeypatch) -> None:
     monkeypatch.setattr(lineage, "MAX_ANCESTORS", 3)
     number = next(cells.store.ranked()).id
     rows = cells.store.lineage(number)
@@ -259,7 +259,7 @@ def test_of_a_long_lineage_the_first_and_the_last_are_drawn(cells, monkeypatch) 
     assert left_out in html.lineage(cells.store, number)
 
 
-def test_a_space_of_another_is_shown_as_it_writes_itself(tmp_path) -> None:
+def test_users_spaces_are_shown_as_text(tmp_path) -> None:
     with drive(small(tmp_path, cycles=30)) as search:
         number = max(row.id for row in search.store.candidates("parent IS NOT NULL"))
         steps = lineage.steps(search.store, number)

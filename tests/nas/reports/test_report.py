@@ -89,7 +89,7 @@ def test_the_report_has_the_numbers_of_the_store(run) -> None:
     assert front[0]["fitness"] == best.fitness
 
 
-def test_costs_without_end_are_no_front_and_no_json(run) -> None:
+def test_infinite_costs_are_in_no_front_and_no_json(run) -> None:
     """Such as the latency of networks of which none fits."""
     with sqlite3.connect("runs/mine/search.sqlite") as connection:
         connection.execute("UPDATE candidates SET metrics = '{\"params_m\": Infinity}'")
@@ -149,7 +149,7 @@ def test_a_report_of_any_state(tmp_path, of) -> None:
         assert "4 under way when the last driver ended" in later
 
 
-def test_of_bad_runs_a_plain_message(run, tmp_path) -> None:
+def test_bad_runs_get_a_plain_message(run, tmp_path) -> None:
     code, lines, error = run("nine")
     assert (code, lines) == (2, [])
     assert "no run 'nine': no file runs/nine/search.sqlite; runs in runs: mine" in error
@@ -164,9 +164,7 @@ def test_of_bad_runs_a_plain_message(run, tmp_path) -> None:
         assert "no search can be read here" in error and problem in error
 
 
-def test_a_run_without_its_space_s_code_can_be_exported_and_one_without_a_result_not(
-    run, tmp_path, capsys
-) -> None:
+def test_export_needs_a_result_but_not_the_code_of_the_space(run, tmp_path, capsys) -> None:
     assert cli.main(["export", "mine", "--out", "best.json"]) == 0
     best = next(Reader("runs/mine").ranked())
     assert json.loads((tmp_path / "best.json").read_text()) == json.loads(best.architecture)
@@ -229,7 +227,7 @@ def slow(bits) -> float:
     return ones(bits)
 
 
-def test_elsewhere_watching_prints_plain_lines_and_waits(tmp_path, capsys) -> None:
+def test_watching_prints_lines_and_waits(tmp_path, capsys) -> None:
     result = nas.search(
         space=Bits(), evaluate=slow, population=8, sample=3, cycles=60, folder=tmp_path, wait=False,
         cache=False,

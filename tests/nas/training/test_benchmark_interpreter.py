@@ -61,7 +61,7 @@ def test_compilations_are_charged_to_the_candidates(script, capsys) -> None:
     ]
 
 
-def test_accuracies_that_are_all_alike_have_no_order(script, capsys) -> None:
+def test_equal_accuracies_have_no_rank_correlation(script, capsys) -> None:
     measures = {"seconds": 60, "train_s": 60, "fitness": 0.1, "compilations": 3}
     rows = [
         {"interpreter": measures, "static": measures | {"fitness": fitness}, "itself": measures}
@@ -78,7 +78,7 @@ def run(script, monkeypatch, *arguments: str) -> int:
     return script.main()
 
 
-def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> None:
+def test_candidates_are_from_the_space_of_the_config(script, monkeypatch) -> None:
     def train(evaluators, network, number, genotype):
         trained.append((number, genotype))
         measures = {"seconds": 1, "train_s": 1, "fitness": number, "compilations": 3}
@@ -96,7 +96,7 @@ def test_what_is_trained_is_of_the_space_of_the_config(script, monkeypatch) -> N
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_static_trains_again_from_values_that_differ_in_the_last_digit(
+def test_control_starts_from_values_changed_in_the_last_digit(
     script, monkeypatch, tmp_path
 ) -> None:
     def evaluate(job):
@@ -136,9 +136,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_known_before_anything_is_measured(
-    script, monkeypatch, capsys, arguments, message
-) -> None:
+def test_bad_input_is_rejected_first(script, monkeypatch, capsys, arguments, message) -> None:
     monkeypatch.chdir(SCRIPTS.parent)
     for module, name in ((script, "compare"), (script.trained_by_both, "trained_by_both")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("too late"))
@@ -148,7 +146,7 @@ def test_bad_input_is_known_before_anything_is_measured(
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, TooLargeError])
-def test_a_training_that_fails_is_said_in_a_line(script, monkeypatch, capsys, error) -> None:
+def test_failed_training_is_reported_in_one_line(script, monkeypatch, capsys, error) -> None:
     def train(*_):
         raise error("the loss is nan")
 
@@ -162,9 +160,7 @@ def test_a_training_that_fails_is_said_in_a_line(script, monkeypatch, capsys, er
     ("name", "value"),
     [("--steps", 0), ("--trained", 1), ("--trained", -1), ("--first", -1), ("--batch", 0)],
 )
-def test_counts_of_which_nothing_comes_are_refused(
-    script, monkeypatch, capsys, name, value
-) -> None:
+def test_useless_counts_are_rejected(script, monkeypatch, capsys, name, value) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(script, monkeypatch, name, str(value))
     assert f"{name} {value}: expected at least" in capsys.readouterr().err

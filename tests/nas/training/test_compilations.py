@@ -47,7 +47,7 @@ def test_a_search_compiles_each_program_once(tmp_path, compiled) -> None:
     assert first > 0 and not any(rest)
 
 
-def test_programs_are_kept_on_disk_also_if_something_was_compiled_before(tmp_path) -> None:
+def test_disk_cache_works_after_earlier_compilations(tmp_path) -> None:
     jax.jit(lambda x: x - 1)(3.0)
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}

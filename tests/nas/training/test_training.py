@@ -119,7 +119,7 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
     assert all(a > b for a, b in pairwise(rates[4:])) and abs(rates[10]) < 1e-7
 
 
-def test_what_is_not_used_never_changes_and_does_not_count() -> None:
+def test_padding_never_changes_and_does_not_count() -> None:
     evaluator = toy(weight_decay=0.1)
     network, recipe, data = evaluator.network(), evaluator._recipe(), evaluator._data().split()
     architecture = network.encode(job(1).architecture)
@@ -153,7 +153,7 @@ def test_validation_counts_each_image_once() -> None:
     np.testing.assert_allclose(accuracy, 200 / 601, rtol=1e-6)
 
 
-def test_the_fitness_is_the_mean_of_the_last_validations(monkeypatch) -> None:
+def test_fitness_is_the_mean_of_the_final_epochs(monkeypatch) -> None:
     accuracies = iter([0.1, 0.4, 0.6])
     monkeypatch.setattr("nas.training.loop.Training.accuracy", lambda self: next(accuracies))
     assert toy(epochs=5, final_epochs=3).evaluate(job())["fitness"] == pytest.approx(1.1 / 3)
@@ -288,7 +288,7 @@ def test_bad_settings(options, message) -> None:
         ({"data": "cifar10", "folder": "nowhere"}, "cannot find CIFAR-10: no folder nowhere"),
     ],
 )
-def test_data_that_do_not_fit_end_a_search_before_it_begins(tmp_path, options, message) -> None:
+def test_unfit_data_are_rejected_before_a_search(tmp_path, options, message) -> None:
     with pytest.raises((ValueError, OSError), match=message):
         search(tmp_path, toy(**options))
 
@@ -319,7 +319,7 @@ def test_a_loss_that_is_nan_stops_the_training() -> None:
     )
 
 
-def test_a_training_that_takes_too_long_stops_itself(monkeypatch) -> None:
+def test_training_stops_at_its_time_limit(monkeypatch) -> None:
     toy().evaluate(job())
     failure = outcome(toy(timeout_s=1e-9))
     assert failure.kind == "timeout"
@@ -364,7 +364,7 @@ def test_a_candidate_that_fails_never_stops_the_search(tmp_path) -> None:
 # --- another day ----------------------------------------------------------------------------------
 
 
-def test_a_search_goes_on_with_the_same_training_only(tmp_path) -> None:
+def test_search_resumes_with_the_same_training_only(tmp_path) -> None:
     def on(cycles: int, **options) -> nas.Result:
         return search(tmp_path, nas.Repeated(toy(**options), 1), cycles=cycles)
 
@@ -391,10 +391,10 @@ def test_a_search_goes_on_with_the_same_training_only(tmp_path) -> None:
 # --- early stopping -------------------------------------------------------------------------------
 
 
-def test_hopeless_candidates_are_stopped_and_a_resumed_search_stops_the_same(tmp_path) -> None:
+def test_hopeless_candidates_stop_also_after_a_resume(tmp_path) -> None:
     evaluator = toy(epochs=4, stop_epoch=1, stop_quantile=0.5)
     whole = search(tmp_path, evaluator, name="whole", workers=1)
-    history = whole.history[whole.history["answered_by"].isna()]  # others are as their twins
+    history = whole.history[whole.history["answered_by"].isna()]  # cached results repeat others
     stopped = history[history["stopped_at_epoch"] == 1]
     assert 3 <= len(stopped) <= 18
     for number, row in stopped.iterrows():

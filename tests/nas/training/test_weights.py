@@ -58,7 +58,7 @@ def test_a_damaged_file_and_another_networks(tmp_path) -> None:
         weights.load(path, other)
 
 
-def test_a_child_starts_from_its_parents_values_where_they_agree(tmp_path, monkeypatch) -> None:
+def test_child_inherits_where_it_agrees(tmp_path, monkeypatch) -> None:
     starts, run = [], Training.run
 
     def spy(self, rivals=()):
@@ -81,7 +81,7 @@ def test_a_child_starts_from_its_parents_values_where_they_agree(tmp_path, monke
     np.testing.assert_array_equal(warm[:, ~shared], fresh[:, ~shared])
 
 
-def test_a_warm_search_keeps_the_files_of_its_members_only(tmp_path) -> None:
+def test_warm_search_keeps_weights_of_members_only(tmp_path) -> None:
     def look(search: nas.Search) -> None:
         names = {path.name for path in (tmp_path / "search" / "weights").iterdir()}
         most.append(len(names))
@@ -117,7 +117,7 @@ class Elsewhere:
         raise NotImplementedError
 
 
-def test_workers_that_do_not_see_the_runs_folder_end_the_search(tmp_path) -> None:
+def test_search_ends_if_workers_cannot_see_its_folder(tmp_path) -> None:
     whole = search(tmp_path, name="whole", **WARM)
     problem = (
         r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search o"
@@ -132,7 +132,7 @@ def test_workers_that_do_not_see_the_runs_folder_end_the_search(tmp_path) -> Non
     assert len(files(result)) == len(files(whole))
 
 
-def test_orphans_go_when_a_search_is_resumed_and_other_files_stay(tmp_path) -> None:
+def test_resume_removes_orphaned_weights_only(tmp_path) -> None:
     whole = search(tmp_path, name="whole", **WARM)
     search(tmp_path, name="parts", **WARM, callback=lambda s: s.evolution.results >= 9)
     folder = tmp_path / "parts" / "weights"
@@ -165,7 +165,7 @@ toy.search({folder!r}, {evaluator}, name="killed", **{options!r})
         pytest.param(10, "toy.small()", marks=pytest.mark.slow),
     ],
 )
-def test_a_search_that_is_killed_goes_on_as_if_it_were_not(tmp_path, kills, evaluator) -> None:
+def test_killed_search_resumes_identically(tmp_path, kills, evaluator) -> None:
     """SIGKILL at random instants: the same proposals, results and files, bit by bit."""
     options = {**WARM, "cycles": 10 + 4 * kills}
     if evaluator == "toy.small()":

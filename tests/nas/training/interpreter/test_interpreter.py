@@ -107,7 +107,7 @@ def test_values_survive_both_translations(pair: Pair) -> None:
 
 
 @SLOW
-def test_initial_values_are_distributed_as_those_of_the_layers() -> None:
+def test_initial_values_are_distributed_like_the_layers() -> None:
     """Means, spreads and bounds, of every array that is large enough to tell."""
     shape = Shape(cells_per_stack=2, filters=32, image=8, channels=3, classes=10)
     interpreter, static = Interpreter(shape), Static(shape)
@@ -187,7 +187,7 @@ def test_a_changed_operation_starts_fresh(pair: Pair) -> None:
     jax.tree.map(np.testing.assert_array_equal, to_static(interpreter, child, values), expected)
 
 
-def test_a_projection_has_the_rows_of_the_states_that_both_concatenate(pair: Pair) -> None:
+def test_projections_inherit_rows_of_shared_states(pair: Pair) -> None:
     """Check both builders; the child concatenates as many states as its parent, but other ones."""
     interpreter, static, parent = pair.interpreter, pair.static, SPECIAL["two"]
     child = Genotype(cell(*parent.normal.pairs, concat=(1, 3)), SPECIAL["narrow"].reduction)
@@ -224,7 +224,7 @@ def test_genotypes_of_another_space_are_refused() -> None:
 
 @SLOW
 @pytest.mark.timeout(1800)
-def test_bfloat16_is_as_near_to_float32_by_the_interpreter_as_by_the_layers() -> None:
+def test_bfloat16_errors_equal_those_of_the_layers() -> None:
     """Compare the errors relative to the layers' step in float32, over four draws of values."""
     single, half = (
         replace(SMALL, cells_per_stack=1, dtype=dtype) for dtype in ("float32", "bfloat16")
