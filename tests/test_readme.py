@@ -29,7 +29,14 @@ def test_the_example_runs_and_prints_what_is_shown() -> None:
     assert done.returncode == 0, done.stderr
     assert "4 devices x 2 replicas" in done.stdout
     shown = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0]
-    assert done.stdout == shown
+    number = r"\d[\d,]*(?:\.\d+)?"
+    assert re.sub(number, "#", done.stdout).split() == re.sub(number, "#", shown).split()
+    # Costs are counted from XLA's programs, which differ a little between versions of JAX.
+    printed, expected = (
+        [float(text.replace(",", "")) for text in re.findall(number, output)]
+        for output in (done.stdout, shown)
+    )
+    assert printed == pytest.approx(expected, rel=0.02)
 
 
 def test_the_schedule_is_the_one_that_the_command_draws(capsys: pytest.CaptureFixture[str]) -> None:
