@@ -205,7 +205,8 @@ def test_nan_would_be_seen_if_an_idle_buffer_were_used(monkeypatch: pytest.Monke
     [
         pytest.param(1, 1, 4, "gpipe", marks=SLOW),
         pytest.param(2, 2, 2, "1f1b", marks=SLOW),
-        (4, 1, 4, "gpipe"),
+        # test_semantics has dropout with this schedule and number of devices.
+        pytest.param(4, 1, 4, "gpipe", marks=SLOW),
         (8, 2, 2, "1f1b"),
     ],
 )
