@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,32 @@ LATE = [
     (["model.genotype=bad.json"], r"`genotype` bad.json cannot be read \(genotype: not JSON"),
     (["mesh.stages=99"], r"override 'mesh.stages=99': mesh: a mesh of 99 stages"),
     (["data={kind: digits, batch_size: 1500}"], r"override 'data=.*': data: `batch_size` 1500 is"),
+    (["mesh.data=99", "data.batch_size=99"], r"override 'mesh.data=99': mesh: a mesh of 1 stages"),
+    (
+        ["pipeline.memory_limit_gib=1e-6"],
+        r"override 'pipeline.memory_limit_gib=1e-6': pipeline: layer 1 .* above memory_limit",
+    ),
+    (
+        ["optimizer.kind=sgd", "optimizer.warmup_steps=2000"],
+        r"override 'optimizer.warmup_steps=2000': optimizer: `warmup_steps` 2000 leaves nothing",
+    ),
+    (
+        ["train.writers=[wandb]"],
+        r"override 'train.writers=\[wandb\]': train: `writers`: wandb needs wandb",
+    ),
+    (
+        ["model={kind: transformer_lm}", "data={kind: text}", "data.source=missing.txt"],
+        r"override 'data.source=missing.txt': data: .* text file missing.txt",
+    ),
+    (
+        ["data={kind: arrays, train: a.npz}", "data.test=b.npz"],
+        r"override 'data=.*': data: `train` a.npz cannot be read",
+    ),
+    (["data={kind: python}", "data.source=no.py:f"], r"override 'data.source=no.py:f': data: `so"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "pattern"), LATE, ids=[o[0] for o, _ in LATE])
+@pytest.mark.parametrize(("overrides", "pattern"), LATE, ids=[o[-1] for o, _ in LATE])
 def test_late_errors_have_a_place(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,6 +236,7 @@ def test_late_errors_have_a_place(
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(AMOEBANET)
     Path("bad.json").write_text("{")
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli.main(["train", "x.yaml", *overrides]) == 2
     first, second, *rest = capsys.readouterr().err.splitlines()
     assert (first, rest) == ("gpipe: 1 problem in x.yaml:", [])

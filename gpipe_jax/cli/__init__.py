@@ -1,1 +1,1 @@
-"""Room."""
+"""Provide the command line `gpipe`: parsing, printing and exit codes."""

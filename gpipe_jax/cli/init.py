@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import shlex
 from importlib import resources
 from pathlib import Path
 
 from gpipe_jax.errors import OptionError
 from gpipe_jax.utils import console
 
-FILES = ("config.yaml", "my_data.py")
+FILES = ["config.yaml", "my_data.py"]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         raise OptionError("FOLDER", f"cannot write into {folder}: {error}") from error
     for path in paths:
         print(f"wrote {path}")
-    change_folder = "" if folder == Path() else f"cd {folder}; "
+    change_folder = "" if folder == Path() else f"cd {shlex.quote(str(folder))}; "
     print(f"start with: {change_folder}gpipe train config.yaml")
     if options.json:
         print(json.dumps({"files": [str(path) for path in paths]}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from gpipe_jax.config.base import Count, CountOrZero, Fraction, Problems, Section, Text
-from gpipe_jax.config.models import AnyModelConfig, Images, ModelConfig
+from gpipe_jax.config.models import AnyModelConfig, ImageShape, ModelConfig
 from gpipe_jax.data.files import Rules
 
 
@@ -27,7 +27,7 @@ class DataConfig(Section):
     if TYPE_CHECKING:  # a field of the subclasses, in an order of their own
         batch_size: int
 
-    def images(self) -> Images | None:
+    def images(self) -> ImageShape | None:
         """Return the size of the images; None for tokens, and for what only the files say."""
         return None
 
@@ -61,8 +61,8 @@ class DigitsConfig(DataConfig):
         default=1, lt=8, description="training images are moved by up to this many pixels each way"
     )
 
-    def images(self) -> Images:
-        return Images(size=8, channels=1, classes=10)
+    def images(self) -> ImageShape:
+        return ImageShape(size=8, channels=1, classes=10)
 
 
 class TextConfig(DataConfig):
@@ -117,8 +117,8 @@ class Cifar10Config(DataConfig):
         description="a square of this many pixels each way is cut out of training images",
     )
 
-    def images(self) -> Images:
-        return Images(size=32, channels=3, classes=10)
+    def images(self) -> ImageShape:
+        return ImageShape(size=32, channels=3, classes=10)
 
 
 class SyntheticImagesConfig(DataConfig):
@@ -129,8 +129,8 @@ class SyntheticImagesConfig(DataConfig):
     classes: Count = Field(default=1000, description="number of classes")
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
 
-    def images(self) -> Images:
-        return Images(self.image, channels=3, classes=self.classes)
+    def images(self) -> ImageShape:
+        return ImageShape(self.image, channels=3, classes=self.classes)
 
 
 class SyntheticTokensConfig(DataConfig):

@@ -16,7 +16,7 @@ from gpipe_jax.genotypes.genotype import Genotype, is_json
 from gpipe_jax.utils.text import nearest_multiples
 
 
-class Images(NamedTuple):
+class ImageShape(NamedTuple):
     """Describe the images of a data set."""
 
     size: int  # pixels each way
@@ -65,12 +65,12 @@ class ModelConfig(Section):
         """Return the arguments of `losses.classification`."""
         return self.model_dump(include=set(self._loss_fields))
 
-    def size_rules(self, images: Images) -> list[SizeRule]:
+    def size_rules(self, images: ImageShape) -> list[SizeRule]:
         """Return which settings must have which values for these images."""
         raise NotImplementedError
 
 
-def _what(images: Images) -> tuple[str, str]:
+def _what(images: ImageShape) -> tuple[str, str]:
     size, channels, classes = images
     return f"{size} x {size} x {channels} images", f"{classes} classes"
 
@@ -86,7 +86,7 @@ class _ImageModelConfig(ModelConfig):
     def num_labels(self) -> int:
         return self.classes
 
-    def size_rules(self, images: Images) -> list[SizeRule]:
+    def size_rules(self, images: ImageShape) -> list[SizeRule]:
         pixels, labels = _what(images)
         return [
             SizeRule("in_channels", "in_channels", self.in_channels, images.channels, pixels),
@@ -225,7 +225,7 @@ class AmoebaNetConfig(_ImageModelConfig):
             "auxiliary": self.auxiliary_weight > 0,
         }
 
-    def size_rules(self, images: Images) -> list[SizeRule]:
+    def size_rules(self, images: ImageShape) -> list[SizeRule]:
         pixels, _ = _what(images)
         image = SizeRule("image", "image", self.image, images.size, pixels)
         return [image, *super().size_rules(images)]
@@ -316,7 +316,7 @@ class MlpConfig(ModelConfig):
     def num_labels(self) -> int:
         return self.features[-1]
 
-    def size_rules(self, images: Images) -> list[SizeRule]:
+    def size_rules(self, images: ImageShape) -> list[SizeRule]:
         pixels, labels = _what(images)
         first, last = self.features[0], self.features[-1]
         size = images.size**2 * images.channels

@@ -1,1 +1,1 @@
-"""Room."""
+"""Run a training from a config: assemble, train, evaluate, log, resume."""

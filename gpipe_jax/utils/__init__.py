@@ -1,1 +1,1 @@
-"""Room."""
+"""Help all rooms: text, console, files, trees, pictures; knows no pipelines."""

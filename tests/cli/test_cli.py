@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import safetensors.numpy
 from paths import REPOSITORY
 from rich.console import Console
 
+from gpipe_jax.cli import init
 from gpipe_jax.cli import main as cli
 from gpipe_jax.utils import progress
 
@@ -329,7 +331,10 @@ def test_bad_usage(capsys, arguments):
     assert "usage: gpipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["export"], ["config"], ["schedule"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in ["init", "train", "eval", "export", "plan", "config", "schedule"])],
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as error:
         cli.main([*command, "--help"])
@@ -409,3 +414,72 @@ def test_config_json_and_schema(gpipe):
 
 def test_config_needs_a_file_or_the_schema(gpipe):
     refuses(gpipe("config", config=None), "give a CONFIG file, or --schema")
+
+
+# --- init, version and completion -----------------------------------------------------------------
+
+
+def test_init_writes_files_that_run(gpipe, tmp_path):
+    code, out, _ = gpipe("init", "first run", "--json", config=None)
+    folder = tmp_path / "first run"
+    assert code == 0 and sorted(path.name for path in folder.iterdir()) == init.FILES
+    assert json.loads(out[-1]) == {"files": [f"first run/{name}" for name in init.FILES]}
+    assert out[-2] == "start with: cd 'first run'; gpipe train config.yaml"
+
+
+def test_the_starter_runs_as_it_is(gpipe, tmp_path, monkeypatch):
+    assert gpipe("init", config=None)[0] == 0
+    code, out, err = gpipe("train", "train.steps=2", "--json", config="config.yaml")
+    assert (code, err) == (0, "")
+    figures = json.loads(out[-1])
+    assert (figures["steps"], figures["stages"]) == (2, 2) and "test_accuracy" in figures
+    assert (tmp_path / "runs" / "first" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.slow
+def test_the_starter_learns_the_digits_in_a_minute(gpipe):
+    assert gpipe("init", config=None)[0] == 0
+    _, out, _ = gpipe("train", "--json", config="config.yaml")
+    figures = json.loads(out[-1])
+    assert figures["test_accuracy"] > 0.88 and figures["wall_s"] < 60
+
+
+@pytest.mark.parametrize("name", init.FILES)
+def test_init_overwrites_nothing(gpipe, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    refuses(gpipe("init", config=None), f"gpipe init: FOLDER: {name} exists already; choose")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_init_into_a_file(gpipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refuses(gpipe("init", "file", config=None), "gpipe init: FOLDER: cannot write into file: ")
+
+
+def test_version(gpipe):
+    code, out, _ = gpipe("--version", config=None)
+    assert (code, out) == (0, [f"gpipe {metadata.version('gpipe-jax')}"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(gpipe, shell):
+    code, out, _ = gpipe("--print-completion", shell, config=None)
+    script = "\n".join(out)
+    assert code == 0
+    assert all(word in script for word in ("gpipe", "schedule", "micro-batches", "compile-best"))
+
+
+def test_completion_in_bash(gpipe, tmp_path):
+    """Bash completes commands and the names of files."""
+    _, out, _ = gpipe("--print-completion", "bash", config=None)
+    (tmp_path / "gpipe.sh").write_text("\n".join(out))
+    (tmp_path / "my.yaml").write_text("")
+    complete = (
+        "source gpipe.sh; COMP_WORDS=(gpipe {words}); COMP_CWORD={index}; _shtab_gpipe; "
+        'printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    for words, index, expected in (("sch", 1, "schedule"), ("train my", 2, "my.yaml")):
+        code = complete.format(words=words, index=index)
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        assert expected in done.stdout.split(), done
