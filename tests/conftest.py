@@ -1,4 +1,4 @@
-"""Tests run on 16 simulated CPU devices."""
+"""Run the tests on 16 simulated CPU devices."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_module_left(tmp_path_factory: pytest.TempPathFactory):
-    """What a test wrote and imported is forgotten: the next test's file may have its name."""
+    """Forget modules that a test wrote and imported: the next test may write one of that name."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:

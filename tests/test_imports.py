@@ -1,4 +1,4 @@
-"""Imports point down, light modules stay light, and importing a package is quick."""
+"""Check that imports point down, light modules load no JAX, and packages import quickly."""
 
 import ast
 import doctest
@@ -60,7 +60,7 @@ def test_the_graph_is_that_of_the_packages() -> None:
 
 
 def test_files_do_not_import_each_other_in_circles() -> None:
-    """Not even through imports within functions."""
+    """Count imports within functions too."""
     assert set(graphlib.TopologicalSorter(GRAPH).static_order()) == set(MODULES)
 
 
@@ -68,7 +68,7 @@ def test_files_do_not_import_each_other_in_circles() -> None:
     "room", [f"{package}.{room}" for package, rooms in NO_JAX.items() for room in rooms]
 )
 def test_light_rooms_import_no_jax(room: str) -> None:
-    """Nor does any module that they may import, except within the search's functions."""
+    """Follow the imports of gpipe_jax; functions of nas may import what needs JAX."""
     members = {name for name in MODULES if is_in(name, room)}
     assert members
     if is_in(room, "gpipe_jax"):
@@ -82,7 +82,7 @@ def test_light_rooms_import_no_jax(room: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_docstring_of_the_package_draws_its_layers(package: str) -> None:
-    """From the top; neighbours may share a line."""
+    """Compare the lines from the top; neighbours may share a line."""
     text = ast.get_docstring(tree_of(REPOSITORY / package / "__init__.py")) or ""
     # Indented lines: names, two spaces or more, and what they are for.
     lines = re.findall(r"^    (\w[\w, ]*?)  ", text, re.MULTILINE)

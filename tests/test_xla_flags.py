@@ -1,4 +1,4 @@
-"""The tests run with the XLA flags that the installed jaxlib knows, and only with those."""
+"""Check that the tests use only XLA flags that the installed jaxlib knows."""
 
 import os
 
