@@ -132,7 +132,7 @@ def statistics(stages: Stages, mesh: AnyMesh, state: State) -> list[PyTree]:
 
 
 def _split(storage: ChunkedStorage, mesh: AnyMesh, arrays: PyTree) -> list[PyTree]:
-    rows = host_arrays.held(mesh)
+    rows = host_arrays.local_rows(mesh)
     layers = layer_trees.split(mesh, rows, {"arrays": storage}, {"arrays": arrays})
     count = len(storage.geometry.shapes)
     if len(layers) < count:
