@@ -9,6 +9,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 # The tutorials call `gpipe` and `nas` of this environment, also if it is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TTY_COMPATIBLE"] = "0"  # Jupyter's kernels ask for colours; a page needs plain lines
 
 import gpipe_jax  # noqa: E402
 
