@@ -7,9 +7,7 @@ from pathlib import Path
 
 from nas.errors import NetworkFileSystemError
 
-MOUNTS = Path(
-    "/proc/self/mounts"
-)  # other systems have no such file: nothing is refused there
+MOUNTS = Path("/proc/self/mounts")  # other systems have no such file: nothing is refused there
 NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
 NETWORK |= {"nfs", "nfs3", "nfs4", "ocfs2", "smb3", "smbfs"}
 # A FUSE file system is served by a program, mostly from a network or a bucket; these are local.

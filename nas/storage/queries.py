@@ -54,9 +54,7 @@ class Progress:
     candidate: list[int] = field(default_factory=list)
     fitness: list[float] = field(default_factory=list)  # of that candidate
     best: list[float] = field(default_factory=list)  # of all candidates so far
-    evaluations: list[int] = field(
-        default_factory=list
-    )  # with a result, so far
+    evaluations: list[int] = field(default_factory=list)  # with a result, so far
 
 
 def progress(reader: Reader) -> Progress:
