@@ -92,6 +92,11 @@ def first_line(value: object) -> str:
     return plain((inspect.getdoc(value) or "").partition("\n")[0])
 
 
+def first_paragraph(value: object) -> str:
+    """Return the first paragraph of a docstring in one line."""
+    return plain(" ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()))
+
+
 # --- public names ---------------------------------------------------------------------------------
 
 
@@ -287,9 +292,9 @@ def _default(action: argparse.Action) -> str:
 def config_page() -> Iterator[str]:
     """Yield the page of the settings of `gpipe` and of `nas`."""
     yield from heading("Settings", "=")
-    for title, root in (("Of gpipe", Config), ("Of nas", SearchConfig)):
+    for title, root in (("gpipe", Config), ("nas", SearchConfig)):
         yield from heading(title, "-")
-        yield from (plain(inspect.getdoc(root) or ""), "")
+        yield from (first_paragraph(root), "")
         for section, field in root.model_fields.items():
             yield from heading(section, "~")
             description = field.description or ""
@@ -297,7 +302,7 @@ def config_page() -> Iterator[str]:
             for kind, model in section_models(section, root).items():
                 if kind:
                     yield from heading(f"{section}.kind: {kind}", "^")
-                yield from (plain(" ".join((inspect.getdoc(model) or "").split())), "")
+                yield from (first_paragraph(model), "")
                 yield from _fields(model)
 
 
