@@ -221,8 +221,8 @@ def array_record(
         rules.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A file is not array_record, or an argument does not fit the data.
+        ValueError: There is no such file, it is not array_record, or an argument does not fit the
+            data.
 
     Example::
 

@@ -38,7 +38,7 @@ class Compiled(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """True if it compiled, and its sizes add up to no more than a device has."""
+        """Return whether it compiled, and needs no more than a device has."""
         return self.error is None
 
     def to_dict(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_packed_images_that_are_none(tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_channel_by_channel() -> None:
-    """The constants themselves are tested on the real images, in test_data.py."""
+    """Check each channel; test_data.py checks the constants on the real images."""
     pixels = np.asarray([[[[0, 0, 0], [255, 255, 255]]]], np.uint8)
     black, white = normalised(pixels)[0, 0]
     np.testing.assert_allclose(white - black, [1 / 0.2470, 1 / 0.2435, 1 / 0.2616], rtol=1e-6)
