@@ -45,7 +45,7 @@ def in_loops(text: str) -> set[str]:
 
 
 def collectives(text: str) -> tuple[list[str], list[str]]:
-    """The instructions that communicate: (inside loops, outside)."""
+    """Return the instructions that communicate: (inside loops, outside)."""
     inside, loops = ([], []), in_loops(text)
     pattern = re.compile(rf" ({'|'.join(COLLECTIVES)})(-start)?\(")
     for name, lines in computations(text).items():
@@ -54,7 +54,7 @@ def collectives(text: str) -> tuple[list[str], list[str]]:
 
 
 def kinds(lines: list[str]) -> Counter:
-    """How many of each collective."""
+    """Count the collectives of each kind."""
     pattern = re.compile(rf" ({'|'.join(COLLECTIVES)})(-start)?\(")
     return Counter(match[1] for line in lines if (match := pattern.search(line)))
 

@@ -19,7 +19,7 @@ FEATURES = 8
 def windows(
     x: np.ndarray, size: tuple, stride: tuple, dilation: int = 1, fill: float = 0.0
 ) -> np.ndarray:
-    """What windows of padding "SAME" see: [B, H', W', h, w, C]."""
+    """Return what windows of padding "SAME" see: [B, H', W', h, w, C]."""
     places = []
     for n, k, s in zip(x.shape[1:3], size, stride, strict=True):
         out = -(-n // s)
@@ -126,7 +126,7 @@ def randomized(module: nnx.Module, seed: int = 0) -> dict:
 
 
 def apply(module: nnx.Module, x: Any, seed: int | None = None, **kwargs: Any) -> Any:
-    """The module's output, compiled; batch norms use the batch. With a seed it is given `rngs`."""
+    """Return the module's output, compiled; batch norms use the batch. A seed makes `rngs`."""
     graph, state = nnx.split(module)
 
     def call(state: Any, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every file in configs/: what it says of itself is true; and how sections become a run."""
+"""Check every file in configs/ against its own comments, and how sections become a run."""
 
 import inspect
 import re
@@ -23,7 +23,7 @@ FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if "\nmodel:" in path
 
 
 def head(name: str) -> list[str]:
-    """The lines of the comment that a file opens with."""
+    """Return the lines of the comment that a file opens with."""
     text = (FOLDER / name).read_text(encoding="utf-8").split("\nmodel:")[0]
     assert all(line.startswith("#") for line in text.splitlines())
     return [line.removeprefix("#").strip() for line in text.splitlines()]
@@ -33,7 +33,7 @@ def head(name: str) -> list[str]:
 
 
 def micro_batch(config: Config) -> dict:
-    """The shapes of one micro-batch."""
+    """Return the shapes of one micro-batch."""
     size = config.data.batch_size // (config.pipeline.micro_batches * config.mesh.data)
     images = config.data.images()
     if images is None:

@@ -1,4 +1,4 @@
-"""The plain program: shapes, keys, and a step that any number of micro-batches leaves alike.
+"""Test the plain program: shapes, keys, and a step that is equal for all micro-batches.
 
 And what pipelines are compared with: statistics, links, progress and keys of examples.
 """
@@ -264,7 +264,7 @@ def test_describe_writes_shapes_in_one_line() -> None:
 
 
 def test_linked_layers_are_what_they_mean() -> None:
-    """A written-out network with one skip and one shared matrix, and its gradients."""
+    """Write out a network with one skip and one shared matrix, and its gradients."""
     batch = make_batch(6)
     batch["labels"] = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)), jnp.float32)
     params, stats = sequential.init(linked_layers(), X, seed=1)
@@ -324,7 +324,7 @@ def test_layers_are_told_the_progress_of_training() -> None:
 
 @pytest.mark.parametrize(("M", "D"), [(3, 1), (1, 3), (2, 3), (12, 1)])
 def test_keys_of_examples_do_not_depend_on_the_micro_batches(M: int, D: int) -> None:
-    """Every example has a mask of its own place; those of micro-batches differ."""
+    """Give every example a mask of its own place; masks of micro-batches differ."""
     one = layer(lambda key, x: {}, lambda params, x, rngs: x * jax.random.normal(rngs, x.shape))
     batch = {"inputs": jnp.ones((12, 4)), "labels": jnp.zeros((12, 4)), "weights": jnp.ones(12)}
 

@@ -1,4 +1,4 @@
-"""The papers' networks through the pipeline: as the sequential program, with everything on.
+"""Check that pipelines of the papers' networks equal the sequential program.
 
 Batch norm, dropout, drop-path, skips over stages and tied weights, against the sequential program
 over the same micro-batches: loss, every gradient leaf, and the running statistics.

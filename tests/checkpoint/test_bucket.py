@@ -31,7 +31,7 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    """The path of a config whose working folder is in an empty bucket."""
+    """Return the path of a config whose working folder is in an empty bucket."""
     from orbax.checkpoint._src.path import gcs_utils
 
     for protocol in Bucket.protocol:

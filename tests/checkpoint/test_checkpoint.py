@@ -31,7 +31,7 @@ NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
 
 
 def make_state(seed: int = 0, size: int = 4) -> LayerTrees:
-    """With running statistics, a moving average, and None in place of a borrowed parameter."""
+    """Draw a state with statistics, a moving average, and None for a borrowed parameter."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     trees = [
@@ -69,7 +69,7 @@ def load(folder, step: int, like: LayerTrees, names=NAMES) -> LayerTrees:
 
 
 def newest_whole(folder) -> int | None:
-    """The step that a reader would take, which must then be as it was saved."""
+    """Return the step that a reader would take, and check that it is as it was saved."""
     for found in checkpoint_format.manifests(folder):
         if isinstance(found, checkpoint_format.Manifest):
             try:
@@ -116,7 +116,7 @@ def test_a_manifest_of_an_older_version_lacks_later_fields(tmp_path):
 
 
 def test_files_are_safetensors(tmp_path):
-    """As its own library reads and writes them."""
+    """Compare with what the library of the format reads and writes."""
     path = save(tmp_path, 5) / "5" / "state" / "2.safetensors"
     found = safetensors.numpy.load_file(path)
     wanted = {k: v for k, v in make_state(5).layers[2]["params"]["linear"].items() if k != "kernel"}
@@ -290,7 +290,7 @@ def test_the_words_for_damage(three, tmp_path, change, message):
 
 
 def test_one_that_was_never_finished_is_cleared_away(tmp_path):
-    """What SIGKILL leaves of a save is no checkpoint, and is gone after the next start."""
+    """Remove at the next start what SIGKILL leaves of a save; it is no checkpoint."""
     folder = save(tmp_path, 10)
     half = tmp_path / "20.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
@@ -302,7 +302,7 @@ def test_one_that_was_never_finished_is_cleared_away(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
+    """Mount a file system of 64 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: what is printed, written and returned."""
+"""Run the commands as a user does: check what they print, write and return."""
 
 import io
 import json
@@ -39,7 +39,7 @@ JSON_KEYS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a space in its name, with a config and a finished run of it in `run 1`."""
+    """Make a folder with a space in its name: a config, and a finished run of it in `run 1`."""
     folder = tmp_path_factory.mktemp("some where")
     (folder / "digits.yaml").write_text(CONFIG)
     command = ["train", str(folder / "digits.yaml"), "--json", f"train.workdir={folder / 'run 1'}"]
@@ -116,7 +116,7 @@ def test_eval_needs_no_package_of_a_writer(trained, gpipe, monkeypatch):
 
 @pytest.mark.parametrize("more", [[], ["--stages", "1"]])
 def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
-    """Which may have been moved, and on other stages."""
+    """Move the folder, and evaluate on another number of stages."""
     folder, lines = trained
     shutil.copytree(folder / "run 1", tmp_path / "moved")
     code, out, _ = gpipe("eval", "--json", *more, config=tmp_path / "moved")

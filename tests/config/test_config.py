@@ -1,4 +1,4 @@
-"""The models alone: defaults, ranges, and the rules between sections."""
+"""Test the models alone: defaults, ranges, and the rules between sections."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ def test_every_optimizer_has_one_base():
 
 
 def test_marks():
-    """What may change when a run resumes, and what a plan chooses."""
+    """List what may change when a run resumes, and what a plan chooses."""
     names = {mark: [name for name, m in marks().items() if m is mark] for mark in Mark}
     assert names == {
         Mark.LAYOUT: [

@@ -52,7 +52,7 @@ VALUES: list[Any] = [*NUMBERS, *TEXTS, *THINGS]
 
 
 def pick(tree: dict, rng: random.Random) -> tuple[dict, Any]:
-    """A mapping in the tree, and one of its keys."""
+    """Choose a mapping in the tree, and one of its keys."""
     mappings = [tree, *(value for value in tree.values() if isinstance(value, dict) and value)]
     chosen = rng.choice([m for m in mappings if m])
     return chosen, rng.choice(list(chosen))
@@ -201,7 +201,7 @@ IN_TEXT = [insert, insert, indent, dedent, twice, drop, cut, splice, alias]
 
 
 def mutated(case: int) -> bytes:
-    """The damaged file of a case: a function of its number."""
+    """Return the damaged file of a case: a function of its number."""
     rng = random.Random(f"config {case}")
     text = rng.choice(CONFIGS).read_text(encoding="utf-8")
     if rng.random() < 0.6:
@@ -268,7 +268,7 @@ class Trained:
 
 
 def check(cases: range, capsys: pytest.CaptureFixture[str]) -> list[int]:
-    """How many files were accepted, and how many refused; fails with every case that is neither."""
+    """Count accepted and refused files; fail with every case that is neither."""
     codes, wrong = [0, 0], []
     for case in cases:
         path = Path(f"case-{case}.yaml")

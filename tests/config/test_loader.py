@@ -1,4 +1,4 @@
-"""Every message of the loader, and that nothing but `ConfigError` ever leaves it."""
+"""Check every message of the loader, and that it raises nothing but `ConfigError`."""
 
 import random
 import re
@@ -406,7 +406,7 @@ class Owner(Section):
 
 
 class Journey(Configuration):
-    """A configuration of another kind, as the search's is, whose sections must say something."""
+    """Define a configuration of another kind, like that of the search, with required sections."""
 
     place: City | Village = Field(discriminator="kind")
     owner: Owner
@@ -422,7 +422,7 @@ def test_required_fields_of_another_kind_of_configuration():
 
 
 def test_places_of_what_is_found_later():
-    """The network and the pipeline find more errors: where is the field that they name?"""
+    """Locate the fields that errors of the network and the pipeline name."""
     Path("x.yaml").write_text("model:\n  kind: mlp\n  features: [64, 10]\n" + "mesh: {data: 2}\n")
     for section, field, place in [
         ("model", "features", "x.yaml:3"),
@@ -444,7 +444,7 @@ def test_places_of_what_is_found_later():
 
 
 class Trip(Configuration):
-    """A configuration with a renamed setting, and one whose sections disagree."""
+    """Define a configuration with a renamed setting, and one whose sections disagree."""
 
     renamed: ClassVar = {"owner.title": "owner.name"}
 

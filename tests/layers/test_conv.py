@@ -239,7 +239,7 @@ def test_inside_a_scan_a_depthwise_convolution_is_none_on_cpu() -> None:
 
 
 def test_other_platforms_use_their_own_forms() -> None:
-    """The very operations, with their windows, of plain JAX; and on CPU others."""
+    """Compare with the operations and windows of plain JAX; on CPU they are others."""
     x, w = jnp.ones((2, 9, 8, 4)), jnp.ones((3, 2, 4, 4))
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:

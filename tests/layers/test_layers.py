@@ -26,7 +26,7 @@ KEYS = [jax.random.key(seed) for seed in range(3)]
 
 
 def apply(one: Layer, params: Any, x: Any, key: jax.Array, *, train: bool = True) -> jax.Array:
-    """The output of a layer that has no statistics."""
+    """Return the output of a layer that has no statistics."""
     y, moments = one.apply(params, {}, x, Context(key, train))
     assert moments == {}
     return y
@@ -100,7 +100,7 @@ def noise_apply(params: dict, x: jax.Array, rngs: jax.Array) -> jax.Array:
 
 
 def told_apply(params: dict, x: jax.Array, rngs: Any, train: bool, progress: Any) -> dict:
-    """All that a pair of functions may be told."""
+    """Return every argument that a pair of functions may take."""
     return {"rngs": rngs, "train": train, "progress": progress}
 
 

@@ -39,12 +39,12 @@ DRAWS: dict[str, Draw] = {
 
 
 def of_example(i: int, layer_id: int = 0, step: jax.Array = STEP) -> jax.Array:
-    """The plain key that example i's randomness comes from."""
+    """Return the plain key that example i's randomness comes from."""
     return jax.random.fold_in(jax.random.fold_in(step, layer_id), i)
 
 
 def rows(draw: Draw, examples: int, layer_id: int = 0, step: jax.Array = STEP) -> np.ndarray:
-    """What the whole batch draws, in micro-batches of that many examples."""
+    """Return what the whole batch draws, in micro-batches of that many examples."""
     parts = [
         draw(random_keys.apply_key(step, layer_id, m, examples), examples)
         for m in range(N // examples)
@@ -114,7 +114,7 @@ def test_both_kinds_of_keys_are_known_by_name() -> None:
 
 
 def test_all_keys_differ() -> None:
-    """Of layers, of steps, and of every (step, layer, micro-batch)."""
+    """Compare keys of layers, of steps, and of every (step, layer, micro-batch)."""
     all_keys = [random_keys.layer_key(seed, i) for seed in (0, 1) for i in range(3)]
     steps = [random_keys.step_key(seed, s) for seed in (0, 1) for s in range(3)]
     all_keys += steps

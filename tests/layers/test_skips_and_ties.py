@@ -47,7 +47,7 @@ WEIGHTS = layer(weights, one)
 
 
 def run(one: Layer, boundary: Boundary, params: PyTree = None, shared: dict | None = None) -> Any:
-    """What passes on behind a layer."""
+    """Return what passes on behind a layer."""
     return skips_and_ties.call(one, params or {}, {}, boundary, shared or {}, CONTEXT)[0]
 
 
@@ -264,7 +264,7 @@ def test_ties_that_do_not_match_are_refused(layers: list[Layer], message: str) -
 
 
 def test_links_are_checked_where_equal_layers_are_traced_once() -> None:
-    """The cache of shapes must not hide an error of a later layer that is equal."""
+    """Check that the cache of shapes hides no error of a later, equal layer."""
     tied = WEIGHTS.tie("v", "w")
     shapes = infer_shapes([tied, tied, tied], X)
     assert [len(jax.tree.leaves(s.params)) for s in shapes] == [3, 2, 2]

@@ -142,7 +142,7 @@ def test_running_statistics_are_held_too() -> None:
 
 
 def test_working_bytes_are_what_the_backward_keeps_without_the_parameters() -> None:
-    """A linear layer keeps its input for the kernel's gradient; a gelu a few times its output."""
+    """Keep a linear layer's input for the kernel's gradient; for a gelu a few times its output."""
     dense, linear = measure(dense_shapes(8, 256, 4), [1, 2], "cpu")
     assert linear.working_bytes == 4 * B * 256
     assert 4 * B * (8 + 256) <= dense.working_bytes <= 4 * B * (8 + 8 * 256)
@@ -193,7 +193,7 @@ def test_all_processes_take_the_times_of_the_first(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_mesh_of_one_process_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others may make no pipeline."""
+    """Call no other process: it may make no pipeline."""
     monkeypatch.setattr(hosts, "broadcast_from_first", lambda _: pytest.fail("called"))
     mesh, x = make_mesh(stages=2, data=1), jnp.ones((4, 8))
     example = {"inputs": x, "labels": jnp.zeros((4,), jnp.int32)}

@@ -1,4 +1,4 @@
-"""The partitioner against enumeration of all cuts, and an independent exact method where many."""
+"""Compare the partitioner with all cuts, or with another exact method where there are many."""
 
 import itertools
 import math

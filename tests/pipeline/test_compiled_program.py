@@ -1,4 +1,4 @@
-"""What the compiled training step consists of, on CPU and for TPU pods that are not here.
+"""Inspect the compiled training step, on CPU and for TPU pods that are not here.
 
 The programs are compiled by the real TPU compiler (`jax[tpu]`), which needs no TPU. Nothing is run.
 """
@@ -62,12 +62,12 @@ def small_pipeline(
 
 @functools.cache
 def compiled(topology: str, name: str, kind: str, M: int) -> jax.stages.Compiled:
-    """The whole step of four stages."""
+    """Compile the whole step of four stages."""
     return small_pipeline(topology, name, kind, M).lower().compile()
 
 
 def local_arrays(pipe: gpipe.Pipeline) -> list[jax.ShapeDtypeStruct]:
-    """What a device holds of the parameters, as shapes."""
+    """Return the shapes of the parameters that a device holds."""
     return jax.tree.leaves([storage.local_shapes() for storage in pipe.stages.params])
 
 
@@ -91,7 +91,7 @@ def test_only_permutes_in_loops_and_one_gradient_reduction(name: str, topology: 
     "topology", [pytest.param("cpu", marks=SLOW), pytest.param("v5e:4x4", marks=TPU)]
 )
 def test_the_whole_training_step_communicates_no_more(topology: str) -> None:
-    """With clipping, Adam and weight decay: a scalar for the norm is all that is added."""
+    """Add clipping, Adam and weight decay: the norm's scalar is the only new communication."""
     pipe = small_pipeline(topology, "transformer")
     config = AdamConfig(clip_norm=1.0, weight_decay=0.1)
     trainer = gpipe.Trainer(pipe, gpipe.optimizers.build(config, steps=10))
@@ -110,7 +110,7 @@ def test_the_whole_training_step_communicates_no_more(topology: str) -> None:
 
 
 def test_the_reader_sees_a_collective_in_a_loop() -> None:
-    """The check above bites: a reduction at every step of a scan is found inside the loop."""
+    """Find a reduction at every step of a scan inside the loop, so the check above bites."""
     mesh = gpipe.make_mesh(stages=4, data=2)
     spec = jax.sharding.PartitionSpec("data")
 

@@ -1,4 +1,4 @@
-"""One stage on one micro-batch: its gradients, and how often it computes what."""
+"""Run one stage on one micro-batch: check its gradients, and how often it computes what."""
 
 import jax
 import jax.numpy as jnp

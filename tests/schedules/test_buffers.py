@@ -59,7 +59,7 @@ def replay(schedule: Schedule, rows: BufferTable) -> list[tuple[int, int, str]]:
 
 
 def wanted(schedule: Schedule) -> set[tuple[int, int, str]]:
-    """What `replay` must give, in the same symbols."""
+    """Return what `replay` must give, in the same symbols."""
     last, trains = schedule.num_devices * schedule.chunks - 1, schedule.kind in TRAINING
     found = set()
     for m in range(schedule.micro_batches):
@@ -123,7 +123,7 @@ def test_slots_are_as_few_as_promised(kind: str) -> None:
 
 
 def most_waiting(schedule: Schedule) -> tuple[int, int]:
-    """The most inputs, and the most gradients, that are on one device between arrival and use."""
+    """Return the most inputs, and the most gradients, on one device between arrival and use."""
     T, K = schedule.table.shape[:2]
     tick = {}
     for t, k in itertools.product(range(T), range(K)):
@@ -139,7 +139,7 @@ def most_waiting(schedule: Schedule) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("K", "M", "V"), [(2, 5, 2), (3, 3, 2), (3, 7, 3), (4, 9, 2), (1, 4, 3)])
 def test_interleaved_has_no_more_slots_than_values_that_wait(K: int, M: int, V: int) -> None:
-    """All chunks of a device share its slots."""
+    """Share the slots of a device among its chunks."""
     schedule = make("interleaved", K, M, V)
     rows = lower(schedule)
     assert (rows.x_slots, rows.g_slots) == most_waiting(schedule)

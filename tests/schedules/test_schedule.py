@@ -113,7 +113,7 @@ def test_every_pair_is_done_once_and_when_its_inputs_are_there(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_go_in_order_on_every_device(kind: str) -> None:
-    """The order of the losses' and gradients' sums does not depend on the schedule."""
+    """Sum losses and gradients in an order that does not depend on the schedule."""
     for K, M, V in grid_of(kind):
         tick = entries(make(kind, K, M, V).table)
         for (op, s, m), t in tick.items():
@@ -188,12 +188,12 @@ def test_the_peak_stash_of_interleaved_does_not_depend_on_the_micro_batches() ->
 
 
 def table_of(kind: str = "gpipe", K: int = 3, M: int = 4) -> np.ndarray:
-    """A sound table, to be broken, with two idle ticks at the end."""
+    """Return a valid table, to be broken, with two idle ticks at the end."""
     return np.concatenate([make(kind, K, M).table, np.zeros((2, K, 3), np.int32)])
 
 
 def where(table: np.ndarray, op: int, k: int, m: int) -> int:
-    """The tick of an operation."""
+    """Return the tick of an operation."""
     return entries(table)[op, k, m]
 
 
@@ -354,7 +354,9 @@ def test_a_pipelines_schedule_is_made_by_name_or_is_ones_own() -> None:
 
 
 def test_a_schedule_that_does_not_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown schedule 'forward' for training; known: gpipe, 1f1b"):
+    with pytest.raises(
+        ValueError, match="unknown schedule 'forward' for training; known: gpipe, 1f1b"
+    ):
         training_schedule("forward", 2, 2)
     with pytest.raises(ValueError, match="the schedule 'forward' has no backwards; give one"):
         training_schedule(make("forward", 2, 2), 2, 2)
@@ -431,7 +433,7 @@ def test_lockstep_never_helps_and_no_device_is_faster_than_its_own_work(kind: st
 
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_equal_chunks_take_a_vth_of_the_bubbles_time(lockstep: bool) -> None:
-    """A stage of a V-th of the layers takes a V-th of the time."""
+    """Give a stage with a V-th of the layers a V-th of the time."""
     for K, M, V in CHUNKED_GRID:
         if M >= K:
             times = [1 / V] * (K * V), [3 / V] * (K * V)

@@ -43,7 +43,7 @@ def without_times(records: list[dict]) -> list[dict]:
 
 
 def saved(workdir, step: int) -> dict[str, bytes]:
-    """The files of a checkpoint by name, without the manifest, which has the folder's name."""
+    """Return a checkpoint's files by name, without the manifest, which has the folder's name."""
     files = (workdir / "checkpoints" / str(step) / "state").glob("*.safetensors")
     return {path.name: path.read_bytes() for path in files}
 
@@ -58,7 +58,7 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One run from beginning to end: (assembly, summary, records shown)."""
+    """Run from beginning to end; return (assembly, summary, records shown)."""
     assembly, shown = assemble(tmp_path_factory.mktemp("a run") / "whole"), []
     return assembly, run.train(assembly, shown.append), shown
 
@@ -98,7 +98,7 @@ def test_the_two_newest_checkpoints_are_kept(whole):
 
 
 def test_the_saved_config_is_that_of_the_run(whole):
-    """It names its own folder, so that `gpipe train WORKDIR/config.yaml` continues the run."""
+    """Name the run's own folder, so that `gpipe train WORKDIR/config.yaml` continues the run."""
     assembly = whole[0]
     config = gpipe.load(assembly.workdir / "config.yaml")
     assert config.train.workdir == str(assembly.workdir)
@@ -115,7 +115,7 @@ def test_evaluate_repeats_the_last_evaluation(whole):
 
 
 def test_evaluate_on_other_stages(whole):
-    """The network is the same however it is cut."""
+    """Count the same network, however it is cut."""
     other = assemble(whole[0].workdir, "mesh.stages=1", "pipeline.micro_batches=1")
     found = run.evaluate(other).figures
     assert found["test_loss"] == pytest.approx(whole[1].figures["test_loss"], rel=1e-5)
@@ -180,7 +180,7 @@ def test_a_finished_run_without_its_metrics_knows_its_evaluation(whole):
 
 
 def train_to_completion(assembly, workdir) -> None:
-    """As often as it takes; the result is that of the run that was left alone."""
+    """Train to the last step; the result is that of the run without interruption."""
     run.train(assembly._replace(workdir=epath.Path(workdir)), lambda record: None)
     assert saved(workdir, STEPS) == saved(assembly.workdir, STEPS)
     there, here = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
@@ -224,7 +224,7 @@ def test_preempted_during_a_save(whole, tmp_path, monkeypatch):
 
 
 def test_preempted_during_an_evaluation(whole, tmp_path, monkeypatch):
-    """Which is left, and done again by the run that goes on."""
+    """Leave the evaluation; the resumed run does it again."""
     assembly, batches = whole[0]._replace(workdir=epath.Path(tmp_path)), whole[0].dataset.test
 
     def test():
@@ -320,7 +320,7 @@ OTHER = {
 
 @pytest.mark.parametrize("overrides", OTHER.values(), ids=OTHER)
 def test_a_run_goes_on_with_another_layout(whole, tmp_path, overrides):
-    """From step 8 of the run; the losses are those of the run that kept its layout."""
+    """Resume from step 8; the losses are those of the run that kept its layout."""
     shutil.copytree(whole[0].workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "11")
     shown: list[dict] = []
@@ -349,7 +349,7 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory):
-    """A convolution network of 4 stages, 40 steps, with a checkpoint of step 20."""
+    """Train a convolution network of 4 stages for 40 steps, with a checkpoint of step 20."""
     config = {
         **CONFIG,
         "model": {"kind": "convnet", "widths": [4, 8], "depths": [2, 2]},
@@ -531,7 +531,7 @@ def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
 
 
 def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
-    """The last update may ruin the parameters after the training loss was still good."""
+    """Check the last update too: it may ruin the parameters after a good training loss."""
     assembly = whole[0]._replace(workdir=epath.Path(tmp_path))
     monkeypatch.setattr(assembly.trainer, "evaluate", lambda *_: {"test_loss": float("nan")})
     with pytest.raises(DivergedError, match=r"held-out loss became nan at step 4 \(the last fin"):

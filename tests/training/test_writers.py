@@ -47,7 +47,7 @@ class FakeWandb(types.ModuleType):
 
 
 def events(folder: Path) -> list[Event]:
-    """The events of all files in a folder, oldest file first (TFRecord framing)."""
+    """Return the events of all files in a folder, oldest file first (TFRecord framing)."""
     found = []
     for path in sorted(folder.iterdir()):
         content, place = path.read_bytes(), 0
@@ -77,7 +77,7 @@ def told(records: list[dict]) -> dict[int, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FakeWandb, list[dict]]:
-    """A run of four steps, continued to the eighth: its folder, W&B, and its metrics file."""
+    """Run four steps, then four more; return the folder, W&B's calls and the metrics file."""
     workdir, wandb = tmp_path_factory.mktemp("writers") / "a run", FakeWandb()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", wandb)

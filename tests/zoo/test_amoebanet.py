@@ -63,7 +63,7 @@ def no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def millions(layers: list[gpipe.Layer], wanted: str) -> str:
-    """The number of parameters with as many decimals as `wanted`."""
+    """Return the number of parameters with as many decimals as `wanted`."""
 
     @functools.cache
     def count(one: gpipe.Layer) -> int:
@@ -74,7 +74,7 @@ def millions(layers: list[gpipe.Layer], wanted: str) -> str:
 
 
 def strict(genotype: Genotype) -> Genotype:
-    """The genotype whose cells give their unused states."""
+    """Return the genotype whose cells give their unused states."""
     normal, reduction = (Cell.from_pairs(c.pairs) for c in (genotype.normal, genotype.reduction))
     return Genotype(normal, reduction)
 
@@ -228,7 +228,7 @@ EVERYTHING: dict[str, Any] = {
 
 @pytest.fixture
 def quick_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forms of convolutions and pools that are not for CPU, and are fewer operations."""
+    """Use the forms of convolutions and pools for other platforms: they are fewer operations."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, **forms: forms["default"](*a))
 
 
@@ -245,7 +245,7 @@ def make_batch() -> dict:
 
 
 def one_of_each(letter: str) -> list[gpipe.Layer]:
-    """A network with one normal and one reduction cell, and every option."""
+    """Build a network with one normal and one reduction cell, and every option."""
     start = amoebanet(letter, **EVERYTHING)[:3]
     width = cells(start)[-1]["features"] * len(GENOTYPES[letter].reduction.concat)
     end = {"in_features": width, "classes": 4}
@@ -266,7 +266,7 @@ def random_values(one: gpipe.Layer, seed: int) -> tuple[Any, Any]:
 
 
 def assert_all_new(old: Any, new: Any) -> None:
-    """Every leaf is finite, and other than the old one."""
+    """Check that every leaf is finite, and other than the old one."""
     assert jax.tree.structure(new) == jax.tree.structure(old)
     for (path, a), b in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(old), strict=True):
         name = jax.tree_util.keystr(path)

@@ -1,4 +1,4 @@
-"""The layers of an AmoebaNet against their definitions in NumPy."""
+"""Compare the layers of an AmoebaNet with their definitions in NumPy."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ CELL = Cell(
 
 
 def definition(params: dict, x: np.ndarray, skip: np.ndarray, stride: int, first: bool) -> Any:
-    """The cell CELL."""
+    """Compute the cell CELL."""
     op, out = (params.get(name, {}) for name in ("operations", "outputs"))
     h0 = conv_norm_of(x, params["enter"])
     h1 = x if first else match_of(skip, params.get("match", {}), relu=True)
@@ -94,7 +94,7 @@ class Dropped(nnx.Module):
 
 
 def dropped(rate: float, progress: float, *, train: bool = True, **key: Any) -> np.ndarray:
-    """What drop path makes of ones [2000, 2, 2, 3]."""
+    """Apply drop path to ones [2000, 2, 2, 3]."""
     examples = key.get("examples") or 2000
     context = Context(apply_key(jax.random.key(0), 0, **{"micro_batch": 0, **key}), train, progress)
     one = layer(Dropped, rate=rate)
@@ -165,7 +165,7 @@ def test_the_stem_is_a_convolution_and_batch_norm(stride: int, padding: str) -> 
 
 
 def sliding(x: np.ndarray, size: int) -> np.ndarray:
-    """All windows inside the image: [B, H - size + 1, W - size + 1, h, w, C]."""
+    """Return all windows inside the image: [B, H - size + 1, W - size + 1, h, w, C]."""
     seen = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
     return np.moveaxis(seen, 3, -1)
 

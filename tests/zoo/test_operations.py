@@ -1,4 +1,4 @@
-"""What every operation computes, against its definition in NumPy."""
+"""Compare every operation with its definition in NumPy."""
 
 import jax
 import jax.numpy as jnp

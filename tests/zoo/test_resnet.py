@@ -16,7 +16,7 @@ EPSILON = 1e-5  # of batch norm
 
 
 def small() -> tuple[list[Layer], dict]:
-    """A small ResNet and a batch for it: with and without a 1x1 convolution in the skip."""
+    """Build a small ResNet and a batch: with and without a 1x1 convolution in the skip."""
     rng = np.random.default_rng(1)
     layers = zoo.resnet((2, 1), width=4, classes=5, in_channels=2, stem="small")
     inputs, labels = rng.normal(size=(4, 6, 6, 2)), rng.integers(0, 5, 4)

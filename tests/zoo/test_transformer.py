@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"width": 8, "heads": 2, "feed_forward": 12, "vocabulary
 
 
 def language_model(**kwargs: Any) -> tuple[list[Layer], dict]:
-    """A small language model and a batch for it."""
+    """Build a small language model and a batch for it."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 11, (4, 6))
     batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": np.ones(4)}
@@ -41,7 +41,7 @@ def language_model(**kwargs: Any) -> tuple[list[Layer], dict]:
 
 
 def translator(**kwargs: Any) -> tuple[list[Layer], dict]:
-    """A small encoder-decoder and a batch for it."""
+    """Build a small encoder-decoder and a batch for it."""
     rng = np.random.default_rng(1)
     source, target = rng.integers(0, 11, (4, 7)), rng.integers(0, 11, (4, 6))
     inputs = {"source": source, "target": target[:, :-1]}
@@ -239,7 +239,7 @@ def test_self_attention_without_head_width_divides_the_width() -> None:
 
 
 def scores_of(layers: list[Layer], inputs: Any) -> Any:
-    """The initial parameters, and (params, inputs) -> scores."""
+    """Return the initial parameters, and (params, inputs) -> scores."""
     params, stats = sequential.init(layers, inputs)
     forward = lambda p, x: sequential.forward(layers, p, stats, x, KEY, train=False)[0]  # noqa: E731
     return params, jax.jit(forward)
@@ -252,7 +252,7 @@ def test_scores_depend_on_the_whole_source_and_on_targets_so_far() -> None:
     before = np.asarray(scores(params, pair))
 
     def change(side: str, i: int) -> np.ndarray:
-        """How much each position's scores change, with another token at position i of a side."""
+        """Return each position's change of scores, with another token at position i of a side."""
         other = (pair[side][0, i] + 1) % 11
         after = scores(params, {**pair, side: pair[side].at[0, i].set(other)})
         return np.abs(after - before)[0].max(-1)
@@ -265,7 +265,7 @@ def test_scores_depend_on_the_whole_source_and_on_targets_so_far() -> None:
 
 
 def table_changes(layers: list[Layer], inputs: Any, *tokens: int) -> list[np.ndarray]:
-    """Which scores [B, T, V] change, with another vector for a token in the first layer's table."""
+    """Mark the scores [B, T, V] that change with a token's vector in the first layer's table."""
     params, scores = scores_of(layers, inputs)
     embedding = params[0].get("embedding", params[0])
     table, before = embedding["tokens"], np.asarray(scores(params, inputs))

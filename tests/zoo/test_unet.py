@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def small() -> tuple[list[Layer], dict]:
-    """A small U-Net and a batch for it: two levels, so the outer skip passes over the inner one."""
+    """Build a small U-Net of two levels and a batch: the outer skip passes over the inner one."""
     rng = np.random.default_rng(1)
     layers = zoo.unet(depth=2, convolutions=1, channels=4, in_channels=2, classes=3)
     inputs, labels = rng.normal(size=(4, 8, 4, 2)), rng.integers(0, 3, (4, 8, 4))
@@ -94,7 +94,7 @@ def test_up_repeats_pixels_and_puts_the_skip_behind() -> None:
 
 
 def test_scores_depend_on_the_skip_and_on_what_it_skips() -> None:
-    """The first convolution after the last way up reads deep features first, then the skip."""
+    """Read deep features first, then the skip, in the convolution after the last way up."""
     layers, batch = small()
     x = jnp.asarray(batch["inputs"])
     params, stats = sequential.init(layers, x)
@@ -104,7 +104,7 @@ def test_scores_depend_on_the_skip_and_on_what_it_skips() -> None:
 
     @jax.jit
     def gradient(kernel: jax.Array) -> jax.Array:
-        """Of the scores with respect to the input, |d sum / d x| at its largest."""
+        """Return the largest |d sum / d x| of the scores with respect to the input."""
         changed = [*params[:last], {**params[last], "conv": {"kernel": kernel}}, params[-1]]
 
         def total(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The zoo's networks: how many layers, what goes in and out, and errors."""
+"""Test the zoo's networks: the number of layers, what goes in and out, and errors."""
 
 from collections.abc import Callable
 
