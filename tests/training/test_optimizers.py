@@ -178,7 +178,7 @@ def test_an_unknown_kind_is_refused():
 
 
 def late(make, *args, **kwargs):
-    """A transformation under a warm-up so long that its first updates are tiny."""
+    """Return a transformation under a warm-up so long that its first updates are tiny."""
     return optax.chain(
         make(*args, **kwargs), optax.scale_by_schedule(optax.linear_schedule(0, 1, 10**6))
     )
@@ -199,9 +199,22 @@ def convolutions_decay() -> optax.GradientTransformation:
 
 
 def twice_if_of_rank(rank: int) -> optax.GradientTransformation:
-    """As a mask, by one's own code."""
-    double = lambda a: a * (2 if jnp.ndim(a) == rank else 1)  # noqa: E731
+    """Do what a mask does, in own code."""
+
+    def double(a):
+        return a * 2 if jnp.ndim(a) == rank else a
+
     return optax.stateless(lambda updates, _: jax.tree.map(double, updates))
+
+
+def centred_if_large() -> optax.GradientTransformation:
+    """Treat matrices as Adafactor does, from 128 on, but without a state that gives it away."""
+
+    def centre(a):
+        is_large = jnp.ndim(a) == 2 and min(a.shape) >= 128
+        return a - a.mean(axis=0) if is_large else a
+
+    return optax.stateless(lambda updates, _: jax.tree.map(centre, updates))
 
 
 ACCEPTED = {
@@ -232,6 +245,7 @@ REFUSED = {
     "a mask by rank": mask_by_rank,
     "a mask by a rank that is rare": convolutions_decay,
     **{f"by rank {rank}": functools.partial(twice_if_of_rank, rank) for rank in (0, 2, 3, 4, 5)},
+    "large matrices by column": centred_if_large,
     "factored above a size": lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=10**4),
     "all in one vector": lambda: optax.flatten(optax.adam(1e-3)),
     "weights by path": lambda: optax.multi_transform(
