@@ -1,1 +1,1 @@
-"""Lay devices and processes out as a mesh, move arrays between them and hosts, and end together."""
+"""Connect processes and devices: the mesh, arrays on hosts, preemption and failures."""

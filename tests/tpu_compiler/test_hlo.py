@@ -106,6 +106,22 @@ def test_a_bound_that_the_loop_carries() -> None:
     assert hlo.Module(carried).loops()[1].trips == 4
 
 
+def test_a_condition_inside_a_fusion() -> None:
+    """Map the parameters of the fusion to the operands of the instruction that calls it."""
+    fused = MODULE.replace(
+        "compare(%di, %limit), direction=LT", "fusion(%limit, %di), kind=kLoop, calls=%compared"
+    )
+    compared = """%compared (x: s32[], y: s32[]) -> pred[] {
+  %y = s32[] parameter(1)
+  %x = s32[] parameter(0)
+  ROOT %less = pred[] compare(%y, %x), direction=LE
+}
+
+"""
+    fused = fused.replace("%inner_condition (", f"{compared}%inner_condition (", 1)
+    assert hlo.Module(fused).loops()[1].trips == 4  # the counter is 1, 3, 5, 7
+
+
 def test_collectives_inside_and_outside_of_loops() -> None:
     inside, outside = (
         [c for c in hlo.Module(MODULE).collectives() if c.in_loop is where]
