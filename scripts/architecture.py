@@ -50,22 +50,21 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Room:
-    """A folder of a package or a module beside these folders."""
+    """Hold the place of a room: its package, name and layer."""
 
     package: str
     name: str
-    layer: int
-    """From 1, the bottom layer of the package."""
+    layer: int  # from 1, the bottom layer of the package
 
     @property
     def path(self) -> Path:
-        """The folder or the file."""
+        """Return the folder or the file."""
         folder = ROOT / self.package / self.name
         return folder if folder.is_dir() else folder.with_suffix(".py")
 
     @property
     def files(self) -> list[Path]:
-        """All its modules, those of its inner packages included."""
+        """Return all its modules, those of its inner packages included."""
         if self.path.is_file():
             return [self.path]
         return sorted(p for p in self.path.rglob("*.py") if (p.parent / "__init__.py").exists())
@@ -73,7 +72,7 @@ class Room:
 
 @dataclass(frozen=True)
 class UpwardImport:
-    """An import of a room that is not below the importing one."""
+    """Hold an import of a room that is not below the importing one."""
 
     file: Path
     module: str
