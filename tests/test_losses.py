@@ -150,7 +150,8 @@ def test_outputs_must_go_with_the_weight(weight: float, outputs: int, said: str)
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_arguments_of_classification(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"`label_smoothing` is {value}; use a number in \[0, 1\)"):
+    message = rf"`label_smoothing` is {value}; use a number in \[0, 1\)"
+    with pytest.raises(ValueError, match=message):
         classification(label_smoothing=value)
     if value != 1.0:
         with pytest.raises(ValueError, match=rf"`auxiliary_weight` is {value}; use 0 .* or more"):

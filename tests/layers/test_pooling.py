@@ -126,9 +126,8 @@ def test_the_gradient_of_equal_maxima_goes_to_the_first(
         np.testing.assert_array_equal(pull(jnp.float32(x), jnp.float32(dy))[0], dx)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_window_has_one_maximum_also_if_what_it_sees_is_computed_twice(dtype: str) -> None:
-    """A maximum of maxima, which are equal where they see the same, of sums of products."""
+def check_maxima_of_maxima(dtype: str) -> None:
+    """Compare gradients of a maximum of maxima, which are equal where they see the same."""
 
     def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
         x = x - x.mean((0, 1, 2))
@@ -150,6 +149,21 @@ def test_every_window_has_one_maximum_also_if_what_it_sees_is_computed_twice(dty
         )
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_window_has_one_maximum_also_if_its_input_is_computed_twice(dtype: str) -> None:
+    check_maxima_of_maxima(dtype)
+
+
+@pytest.mark.xfail(
+    reason="XLA:CPU of jaxlib 0.10.2 computes it again for each reader", strict=False
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_computed_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this passes on all supported versions, `computed_once` can go."""
+    monkeypatch.setattr(pooling, "computed_once", lambda a: a)
+    check_maxima_of_maxima(dtype)
 
 
 POOLS = pytest.mark.parametrize(

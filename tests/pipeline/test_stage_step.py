@@ -10,7 +10,8 @@ from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.remat import MAX_UNROLL, POLICIES, Remat
-from gpipe_jax.pipeline.stage_step import Call, StageStep
+from gpipe_jax.pipeline.stage_step import PASSES, Call, StageStep
+from gpipe_jax.utils import choices
 
 WIDTH = 4
 RNG = np.random.default_rng(0)
@@ -65,3 +66,9 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
     sums = storage.split_layers(0, back.params)
     for had, more, now in zip(before, wanted, sums, strict=True):
         np.testing.assert_allclose(now["w"], had["w"] + more["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_every_policy_has_a_name_for_the_configuration_and_its_passes() -> None:
+    assert tuple(POLICIES) == choices.REMAT
+    assert set(PASSES) == set(POLICIES)
+    assert all(POLICIES[name].name == name for name in POLICIES)
