@@ -33,7 +33,10 @@ def images_of(files: list[File]) -> np.ndarray:
 
 def python2_pickle(rows: np.ndarray, labels: np.ndarray, *, fortran: bool = False) -> bytes:
     """Pickle as Python 2 did: all text is bytes, and numpy has its old names."""
-    text = lambda a: b"U" + bytes([len(a)]) + a  # noqa: E731
+
+    def text(a: bytes) -> bytes:
+        return b"U" + bytes([len(a)]) + a
+
     dtype = (
         b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R"
         b"(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"

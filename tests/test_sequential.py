@@ -190,9 +190,11 @@ def test_parameters_depend_on_the_seed_and_the_layers_place_only() -> None:
 def test_every_layer_and_micro_batch_draws_its_own_numbers() -> None:
     layers, key = [layer(Noise)] * 2, jax.random.key(0)
     x = jnp.zeros((1, 1))
-    draw = lambda m: float(  # noqa: E731
-        sequential.forward(layers, [{}, {}], [{}, {}], x, key, m, train=True)[0][0, 0]
-    )
+
+    def draw(m: int) -> float:
+        y, _ = sequential.forward(layers, [{}, {}], [{}, {}], x, key, m, train=True)
+        return float(y[0, 0])
+
     contexts = [Context(random_keys.apply_key(key, i, 1), train=True) for i in (0, 1)]
     alone = [float(layer(Noise).apply({}, {}, x, context)[0][0, 0]) for context in contexts]
     assert draw(1) == pytest.approx(sum(alone)) and alone[0] != alone[1]

@@ -309,7 +309,10 @@ def test_parameters_depend_on_the_key() -> None:
 def test_dropout_is_a_function_of_the_key(module: type[nnx.Module]) -> None:
     one, x = layer(module), jnp.ones((8, 8))
     assert one.init(KEYS[0], x) == {}
-    draw = lambda i: np.asarray(apply(one, {}, x, KEYS[i]))  # noqa: E731
+
+    def draw(i: int) -> np.ndarray:
+        return np.asarray(apply(one, {}, x, KEYS[i]))
+
     np.testing.assert_array_equal(draw(1), draw(1))
     np.testing.assert_array_equal(draw(1), run(one, {}, x, KEYS[1]))
     assert not np.array_equal(draw(1), draw(2))

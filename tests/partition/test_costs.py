@@ -149,10 +149,8 @@ def test_working_bytes_are_what_the_backward_keeps_without_the_parameters() -> N
 
 
 def test_working_bytes_grow_with_the_micro_batch_and_parameters_do_not() -> None:
-    x = lambda b: jax.ShapeDtypeStruct((b, 8), jnp.float32)  # noqa: E731
-    small, large = (
-        measure(infer_shapes(zoo.mlp((8, 32, 4)), x(b)), [1, 1], "cpu")[0] for b in (16, 32)
-    )
+    inputs = [jax.ShapeDtypeStruct((B, 8), jnp.float32) for B in (16, 32)]
+    small, large = (measure(infer_shapes(zoo.mlp((8, 32, 4)), x), [1, 1], "cpu")[0] for x in inputs)
     assert large.working_bytes == 2 * small.working_bytes > 0
     assert large.parameter_bytes == small.parameter_bytes
 

@@ -23,9 +23,12 @@ PRODUCT = 2 * N**3  # operations of one product of matrices
 
 
 def times(count: int, unroll: int = 1) -> Callable:
-    """x w, so many times, in a loop."""
-    step = lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, None, count, unroll=unroll)[0]  # noqa: E731
-    return lambda x, w: step(x, w)
+    """Multiply x by w `count` times, in a loop."""
+
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, count, unroll=unroll)[0]
+
+    return program
 
 
 def nested(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -65,7 +68,9 @@ def test_every_round_counts(name: str) -> None:
 
 
 def test_without_loops_it_is_xlas_count() -> None:
-    program = lambda x, w: jax.nn.gelu(x @ w).sum(0)  # noqa: E731
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.nn.gelu(x @ w).sum(0)
+
     analysis: Any = jax.jit(program).lower(SQUARE, SQUARE).cost_analysis()
     assert count_flops(program, (SQUARE, SQUARE), "cpu") == analysis["flops"]
 
@@ -97,8 +102,10 @@ def in_a_kernel(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def in_a_shard_map(x: jax.Array, w: jax.Array) -> jax.Array:
     mesh = jax.make_mesh((1,), ("a",), (AxisType.Auto,))
-    step = lambda c, _: (jax.lax.psum(c, "a"), None)  # noqa: E731
-    loop = lambda x: jax.lax.scan(step, x, None, 3)[0]  # noqa: E731
+
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (jax.lax.psum(c, "a"), None), x, None, 3)[0]
+
     return jax.shard_map(loop, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(x) @ w
 
 

@@ -114,8 +114,10 @@ def test_the_reader_sees_a_collective_in_a_loop() -> None:
     mesh = gpipe.make_mesh(stages=4, data=2)
     spec = jax.sharding.PartitionSpec("data")
 
+    def add(c: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jax.lax.pcast(jax.lax.psum(c, "data"), "data", to="varying"), None
+
     def body(x: jax.Array) -> jax.Array:
-        add = lambda c, _: (jax.lax.pcast(jax.lax.psum(c, "data"), "data", to="varying"), None)  # noqa: E731
         return jax.lax.scan(add, x, None, length=5)[0]
 
     mapped = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))

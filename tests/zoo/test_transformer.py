@@ -197,7 +197,10 @@ def test_attention_is_its_definition(length: int, causal: bool) -> None:
 def test_cross_attention_asks_with_x_and_answers_from_the_memory() -> None:
     module = CrossAttention(8, 2, head_width=3, rngs=nnx.Rngs(0))
     x, memory = RNG.normal(size=(2, 4, 8)), RNG.normal(size=(2, 5, 8))
-    kernel = lambda linear: np.asarray(linear.kernel[...], float)  # noqa: E731
+
+    def kernel(linear: nnx.Linear) -> np.ndarray:
+        return np.asarray(linear.kernel[...], float)
+
     q = (x @ kernel(module.q)).reshape(2, 4, 2, 3)
     k, v = ((memory @ a).reshape(2, 5, 2, 3) for a in np.split(kernel(module.kv), 2, axis=1))
     wanted = attention_of(q, k, v, False).reshape(2, 4, 6) @ kernel(module.out)
@@ -212,8 +215,7 @@ def test_a_position_sees_all_of_the_source(block: type[Block], seen: str, beside
     one = layer(block, width=8, heads=2, feed_forward=6)
     a, b = (jnp.asarray(RNG.normal(size=(1, n, 8)), jnp.float32) for n in (5, 3))
     params = one.init(KEY, {seen: a, beside: b})
-    outputs = lambda a: run(one, params, {seen: a, beside: b})["x"]  # noqa: E731
-    jacobian = jax.jit(jax.jacobian(outputs))(a)
+    jacobian = jax.jit(jax.jacobian(lambda a: run(one, params, {seen: a, beside: b})["x"]))(a)
     sees = np.abs(jacobian[0, :, :, 0]).sum((1, 3))  # [output position, input position]
     assert sees.shape == (5 if seen == "x" else 3, 5) and (sees > 1e-4).all()
 
@@ -241,8 +243,9 @@ def test_self_attention_without_head_width_divides_the_width() -> None:
 def scores_of(layers: list[Layer], inputs: Any) -> Any:
     """Return the initial parameters, and (params, inputs) -> scores."""
     params, stats = sequential.init(layers, inputs)
-    forward = lambda p, x: sequential.forward(layers, p, stats, x, KEY, train=False)[0]  # noqa: E731
-    return params, jax.jit(forward)
+    return params, jax.jit(
+        lambda p, x: sequential.forward(layers, p, stats, x, KEY, train=False)[0]
+    )
 
 
 def test_scores_depend_on_the_whole_source_and_on_targets_so_far() -> None:
