@@ -226,7 +226,7 @@ def _check_fits(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -
             saved = manifest.files[name]["description"]
             lines = _differences(manifest.files[name]["arrays"], tree)
             if saved != now:
-                lines.append(f"is {saved} there, {now} here")
+                lines.append(f"was {saved}, is {now} now")
             problems += [f"{_title(name)}: {line}" for line in lines]
     if problems:
         raise ValueError(
@@ -243,7 +243,7 @@ def _differences(saved: dict[str, list], tree: Any) -> list[str]:
     lines = [f"missing {name}" for name in expected if name not in saved]
     lines += [f"unknown {name}" for name in saved if name not in expected]
     return lines + [
-        f"{name} is {_show(saved[name])} there, {_show(entry)} here"
+        f"{name} was {_show(saved[name])}, is {_show(entry)} now"
         for name, entry in expected.items()
         if name in saved and saved[name] != entry
     ]

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a command: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +16,20 @@ Show = Callable[[dict], None]
 def show(
     steps: int, every: int, console: Console | None = None, *, quiet: bool = False
 ) -> Iterator[Show]:
-    """A function that shows records of a run of `steps` steps; plain lines come `every` steps."""
+    """Yield a function that shows a record of a training run.
+
+    Args:
+        steps: Number of steps of the run.
+        every: Steps between plain lines; a bar shows every step.
+        console: Where to write. Default: standard output.
+        quiet: Show nothing, as in all processes but the first.
+    """
     if quiet:
         yield lambda record: None
         return
     console = console or Console()
     if not console.is_terminal:
-        yield lambda record: _line(record, steps, every)
+        yield lambda record: _print_line(record, steps, every)
         return
     columns = (
         BarColumn(),
@@ -43,8 +50,13 @@ def show(
 
 
 @contextlib.contextmanager
-def counting(total: int, noun: str) -> Iterator[Callable]:
-    """A function of a number done and a text; plain lines come at every tenth of the total."""
+def counting(total: int, noun: str) -> Iterator[Callable[[int, str], None]]:
+    """Yield a function of (number done, text) that shows the progress of a count.
+
+    Args:
+        total: The number at the end. Plain lines are printed at every tenth of it.
+        noun: What is counted, in the plural.
+    """
     console = Console()
     if not console.is_terminal:
         shown = 0
@@ -64,24 +76,28 @@ def counting(total: int, noun: str) -> Iterator[Callable]:
 
 
 def passing(console: Console | None = None) -> Callable[[str], None]:
-    """A function that shows what is going on, on a terminal each time in place of the last."""
+    """Return a function that shows the current activity; on a terminal it replaces the last one.
+
+    Args:
+        console: Where to write. Default: standard error.
+    """
     console = console or Console(stderr=True)
     end = "\r" if console.is_terminal else "\n"
     return lambda text: console.print(text.ljust(console.width - 1), end=end, highlight=False)
 
 
-def _line(record: dict, steps: int, every: int) -> None:
+def _print_line(record: dict, steps: int, every: int) -> None:
     step = record["step"]
     if "loss" not in record or step % every == 0 or step in (1, steps):
         print(f"step {step}/{steps}: {_values(record)}", flush=True)
 
 
 def _values(record: dict) -> str:
-    named = {k: v for k, v in record.items() if k != "step"}
-    return "  ".join(f"{name} {format_value(value)}" for name, value in named.items())
+    values = {name: value for name, value in record.items() if name != "step"}
+    return "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Names and values, one a line."""
+    """Write figures as a table of names and values, one per line."""
     width = max(len(name) for name in figures)
     return "\n".join(f"{name:<{width}}  {format_value(value)}" for name, value in figures.items())

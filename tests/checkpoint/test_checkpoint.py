@@ -33,7 +33,10 @@ NAMES = ["Dense(3)", "Norm()", "Head() [tied]"]
 def make_state(seed: int = 0, size: int = 4) -> LayerTrees:
     """Draw a state with statistics, a moving average, and None for a borrowed parameter."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     trees = [
         {"linear": {"kernel": draw(size, 2), "bias": np.arange(2, dtype=ml_dtypes.bfloat16)}},
         {},
@@ -148,8 +151,8 @@ def test_everything_that_does_not_fit_is_listed(tmp_path):
     wanted = (
         r"checkpoint .*1 does not fit this run: missing layer 3; unknown layer 2; "
         r"layer 0: missing params.linear.gain; layer 0: unknown params.linear.bias; "
-        r"layer 0: params.linear.kernel is float32\[4, 2\] there, float64\[4, 5\] here; "
-        r"layer 1: is Norm\(\) there, Scale\(\) here$"
+        r"layer 0: params.linear.kernel was float32\[4, 2\], is float64\[4, 5\] now; "
+        r"layer 1: was Norm\(\), is Scale\(\) now$"
     )
     with pytest.raises(ValueError, match=wanted):
         load(
@@ -159,8 +162,8 @@ def test_everything_that_does_not_fit_is_listed(tmp_path):
 
 def test_an_average_is_neither_dropped_nor_made_up(tmp_path):
     folder, state = save(tmp_path, 1), make_state(1)
-    add = lambda one: {**one, "average": one["params"]}  # noqa: E731
-    more = LayerTrees(state.common, {i: add(one) for i, one in state.layers.items()})
+    averaged = {i: {**trees, "average": trees["params"]} for i, trees in state.layers.items()}
+    more = LayerTrees(state.common, averaged)
     with pytest.raises(ValueError, match=r"layer 0: missing average.linear.kernel"):
         load(folder, 1, shapes(more))
     folder = save(tmp_path / "more", 1, state=more)

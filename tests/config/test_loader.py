@@ -154,8 +154,8 @@ def test_compare():
 
 def test_compare_sees_what_it_does_not_print():
     long = [1.0] * 100
-    there, here = (load_text(BASE, f"pipeline.cost={[*long, last]}") for last in (1, 2))
-    assert len(loader.compare(there, here)) == 1
+    before, now = (load_text(BASE, f"pipeline.cost={[*long, last]}") for last in (1, 2))
+    assert len(loader.compare(before, now)) == 1
 
 
 def test_settings_without_effect_are_legal_and_no_difference():

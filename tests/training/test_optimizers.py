@@ -23,7 +23,7 @@ PARAMS, *GRADIENTS = [fixed_numbers(seed) for seed in range(STEPS + 1)]
 
 
 def run(config: OptimizerConfig, steps: int = 100) -> dict:
-    """The parameters after three steps of the optimizer under test."""
+    """Return the parameters after three steps of the optimizer under test."""
     with jax.enable_x64(True):
         tx = optax.with_extra_args_support(optimizers.build(config, steps))
         params = jax.tree.map(jnp.asarray, PARAMS)
@@ -35,7 +35,7 @@ def run(config: OptimizerConfig, steps: int = 100) -> dict:
 
 
 def by_hand(step, rates, *, weight_decay=0.0, l2=0.0, clip_norm=np.inf) -> dict:
-    """The same by hand: `step(gradient, memory, rate)` changes the dict `memory` of its array."""
+    """Do the same by hand: `step(gradient, memory, rate)` changes `memory`, a dict per array."""
     params = {name: a.copy() for name, a in PARAMS.items()}
     memory: dict = {name: {"t": 0, "v": 0.0, "m": 0.0, "ms": 1.0} for name in params}
     for rate, grads in zip(rates, GRADIENTS, strict=True):
@@ -66,7 +66,7 @@ def adam(g, memory, rate, b1=0.7, b2=0.9, eps=1e-3):
 
 
 def rmsprop(g, memory, rate, decay=0.6, eps=0.2, mu=0.8):
-    """The update in the documentation of TensorFlow's optimizer, whose mean square starts at 1."""
+    """Update as TensorFlow's documentation says; its mean square starts at 1."""
     memory["ms"] = decay * memory["ms"] + (1 - decay) * g**2
     memory["m"] = mu * memory["m"] + rate * g / np.sqrt(memory["ms"] + eps)
     return memory["m"]
@@ -90,7 +90,7 @@ EXTRAS = {
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps_by_hand(kind, extra):
-    """With a rate that falls: whether it is taken in or outside the velocity makes a difference."""
+    """Use a falling rate: applied inside or outside the velocity, it makes a difference."""
     model, arguments, step = KINDS[kind]
     falling = {"schedule": "exponential", "decay_rate": 0.5, "decay_steps": 1}
     config = model(learning_rate=0.1, **falling, **arguments, **EXTRAS[extra])
@@ -288,7 +288,7 @@ def test_the_moving_average_by_hand(decay):
 
 
 def test_the_moving_average_keeps_its_type():
-    """The average of bfloat16 parameters is more exact than they are."""
+    """Check that the average of bfloat16 parameters is more exact than they are."""
     average, params = jnp.full(2, 1.003, jnp.float32), jnp.full(2, 3, jnp.bfloat16)
     moved = optimizers.moving_average(average, params, jnp.uint32(10**8), 0.99)
     assert moved.dtype == jnp.float32

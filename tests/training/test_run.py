@@ -147,8 +147,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path):
     assert len(saved(workdir, STEPS)) == 4 and saved(workdir, STEPS) == saved(
         assembly.workdir, STEPS
     )
-    there, here = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
-    assert here == there
+    expected, resumed = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
+    assert resumed == expected
     assert summary.figures["test_loss"] == reference.figures["test_loss"]
 
 
@@ -183,8 +183,8 @@ def train_to_completion(assembly, workdir) -> None:
     """Train to the last step; the result is that of the run without interruption."""
     run.train(assembly._replace(workdir=epath.Path(workdir)), lambda record: None)
     assert saved(workdir, STEPS) == saved(assembly.workdir, STEPS)
-    there, here = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
-    assert here == there
+    expected, resumed = (without_times(records_of(w)) for w in (assembly.workdir, workdir))
+    assert resumed == expected
 
 
 def signal_now(*_) -> None:
