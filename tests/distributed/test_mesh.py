@@ -1,6 +1,7 @@
 """Check the axes of a mesh, the order of its devices, and the errors for too few devices."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -94,3 +95,13 @@ def test_a_running_backend_is_restarted_with_a_warning() -> None:
     said, doubled = result.stdout.splitlines()
     assert "simulate_devices(3) restarts a backend that already ran with 1 cpu device" in said
     assert said.endswith(f" 3 {max(6, os.cpu_count() or 1)}") and doubled == "2.0"
+
+
+def test_only_the_mesh_names_specs_and_collectives() -> None:
+    """Check that all other modules take them from `mesh`, so that a new axis touches few files."""
+    names = re.compile(
+        r"PartitionSpec|NamedSharding|lax\.(psum|pmean|ppermute|all_gather|axis_index)"
+    )
+    files = (REPOSITORY / "gpipe_jax").rglob("*.py")
+    naming = {f.relative_to(REPOSITORY) for f in files if names.search(f.read_text())}
+    assert [str(path) for path in sorted(naming)] == ["gpipe_jax/distributed/mesh.py"]
