@@ -39,6 +39,7 @@ if os.environ.get("GPIPE_JAX_DOCS_INTERSPHINX"):
 
 exclude_patterns = ["_build", "_ext"]
 default_role = "literal"  # docstrings write `name` for code
+doctest_test_doctest_blocks = ""  # pytest runs the examples, with the names of their modules
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

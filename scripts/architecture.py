@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WIDTH = 88  # columns of a printed line: what a page of the documentation shows
+WIDTH = 84  # columns of a printed line: what a page of the documentation shows
 
 # The rooms of each package, from the bottom layer to the top one. A later package may import from
 # all of an earlier one.

@@ -125,9 +125,9 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def block_commands(text: str) -> list[list[str]]:
     """Return the words of every command in blocks and cells of shell lines."""
-    shell = r"```(?:sh|\{code-cell\} python\n%%bash)\n(.*?)```"
-    blocks = re.findall(shell, text, re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    cells = re.findall(r"^!(.*)$", text, re.MULTILINE)
+    lines = [*"".join(blocks).replace("\\\n", " ").splitlines(), *cells]
     commands = [part for line in lines for part in re.split(r" && ", line.partition(" #")[0])]
     return [shlex.split(part, comments=True) for part in commands if part.strip()]
 
@@ -230,9 +230,16 @@ def test_the_commands_of_the_pages_are_seen() -> None:
 
 def python_blocks(text: str) -> list[str]:
     """Return the Python blocks and cells of a page, without those that are for another program."""
-    blocks = re.findall(r"^```(?:python|\{code-cell\} python)\n(.*?)^```", text, re.DOTALL | re.M)
-    assert not re.search(r"^!", "".join(blocks), re.MULTILINE), "use %%bash, whose failures show"
-    return [block for block in blocks if not block.startswith("%%")]
+    fence = r"^```(?:python|\{code-cell\} python)\n(?::tags: .*\n)?(.*?)^```"
+    blocks = re.findall(fence, text, re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if not block.startswith(("%%", "!"))]
+
+
+def test_a_cell_with_a_failing_command_fails_the_build() -> None:
+    for page, text in TEXTS.items():
+        commands = re.findall(r"^!", text, re.MULTILINE)
+        checked = re.findall(r"^!.*\n```\n+[^\n]*\n:tags.*\n+assert _exit_code == 0", text, re.M)
+        assert len(commands) == len(checked), page
 
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if python_blocks(text)])
