@@ -6,7 +6,7 @@ anything else.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpipe_jax.cli import init, plan, show
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     text = "train a config's network; in the folder of an earlier run, resume it"
-    command = console.add_command(commands, "train", _command_of_run("train"), text)
+    command = console.add_command(commands, "train", _train, text)
     console.add_config(command)
     console.complete_files(
         command.add_argument(
@@ -56,7 +56,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     text = "evaluate the newest checkpoint of a run"
-    command = console.add_command(commands, "eval", _command_of_run("evaluate"), text)
+    command = console.add_command(commands, "eval", _evaluate, text)
     console.add_config(command, "a YAML file, or the folder of a run")
     command.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
     _add_process_options(command)
@@ -64,7 +64,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     text = "write a run's parameters as one plain file"
-    command = console.add_command(commands, "export", _command_of_run("export_run"), text)
+    command = console.add_command(commands, "export", _export, text)
     console.complete_files(command.add_argument("run", metavar="RUN", help="the folder of a run"))
     command.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
@@ -80,15 +80,25 @@ def _add_process_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
-def _command_of_run(name: str) -> Callable[[argparse.Namespace], int]:
-    """Return a function of `cli.run`; it imports that module, and JAX, only when it is called."""
+# `cli.run` imports JAX: not before one of its commands is called.
 
-    def command(options: argparse.Namespace) -> int:
-        from gpipe_jax.cli import run
 
-        return getattr(run, name)(options)
+def _train(options: argparse.Namespace) -> int:
+    from gpipe_jax.cli import run
 
-    return command
+    return run.train(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from gpipe_jax.cli import run
+
+    return run.evaluate(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from gpipe_jax.cli import run
+
+    return run.export_run(options)
 
 
 if __name__ == "__main__":
