@@ -8,8 +8,8 @@ workaround. The tests are in `tests/utils/test_xla_workarounds.py`, or in the fi
     recompute_from         all: the forward pass stores what it should not        recompute_from
     read_after             TPU: parameters are converted ahead of all loops       without_read_after
     run_branch             TPU: what passes through a `lax.switch` is copied      without_run_branch
-    flat_examples          TPU: all inputs get the padded layout of a slice       (compile and see)
-    ring                   GPU: permutes with several cycles give wrong results   (the issue below)
+    flat_examples          TPU: all inputs get the padded layout of a slice       without_flat_examples
+    ring                   GPU: permutes with several cycles give wrong results  (the issue below)
     computed_once          CPU: a value is computed again with other rounding     test_pooling
     backends_are_running   JAX has no public function for this                    private_functions
     detect_cluster         JAX has no public function for this                    private_functions
