@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
-from gpipe_jax.layers import random_keys, windows
+from gpipe_jax.layers import pooling, random_keys, windows
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.zoo.amoebanet import conv_norm
 from gpipe_jax.zoo.transformer.layers import Block
@@ -118,7 +118,9 @@ def canonical_ratio(repeats: int) -> float:
     A has depthwise convolutions; D has none.
     """
 
-    def own(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "SAME") -> jax.Array:
+    def plain_convolve(
+        x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "SAME"
+    ) -> jax.Array:
         h, w = kernel.shape[:2]
         strides = (stride, stride) if h == w else (stride if h > 1 else 1, stride if w > 1 else 1)
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -134,14 +136,21 @@ def canonical_ratio(repeats: int) -> float:
         compiled = pipe.lower().compile()
         return lambda: compiled(*arguments)
 
-    ours, chosen = step(), (windows.on_cpu, conv_norm.convolve)
-    windows.on_cpu = lambda form, default, shifts, *arrays: default(shifts, *arrays)
-    conv_norm.convolve = own
+    def plain_form(
+        form: Callable, default: Callable, shifts: windows.Windows, *arrays: jax.Array
+    ) -> Any:
+        del form
+        return default(shifts, *arrays)
+
+    ours, original = step(), (windows.on_cpu, conv_norm.convolve)
+    windows.on_cpu = pooling.on_cpu = plain_form
+    conv_norm.convolve = plain_convolve
     jax.clear_caches()
     try:
         plain = step()
     finally:
-        windows.on_cpu, conv_norm.convolve = chosen
+        windows.on_cpu, conv_norm.convolve = original
+        pooling.on_cpu = windows.on_cpu
         jax.clear_caches()
     times = time_alternately([ours, plain], repeats)
     return times[0] / times[1]
