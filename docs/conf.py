@@ -57,6 +57,7 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True  # runs are written into a folder that is deleted afterwards
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # errors end the build; what remains are warnings about threads
 
 html_theme = "sphinx_book_theme"
 html_title = f"gpipe-jax {release}"

@@ -109,9 +109,9 @@ class Pipeline:
             None means that training is at its end. Default None.
 
     Attributes:
-        replicas: D.
-        batch_size: N.
-        micro_batch_size: B.
+        replicas: D, the number of copies of the pipeline.
+        batch_size: N, the examples of a batch.
+        micro_batch_size: B, the examples of a micro-batch on one replica.
         shapes: the shapes of each layer.
         costs: the cost of each layer.
         stages: the stages, with the form of their arrays.
