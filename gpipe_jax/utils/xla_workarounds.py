@@ -4,15 +4,15 @@ All were seen with jax 0.10.2, jaxlib 0.10.2 and libtpu 0.0.42. A test named `te
 marked `xfail` and runs without the workaround: if it passes on all supported versions, delete the
 workaround. The tests are in `tests/utils/test_xla_workarounds.py`, or in the file named.
 
-    function               what goes wrong without it                             test
-    recompute_from         all: the forward pass stores what it should not        recompute_from
-    read_after             TPU: parameters are converted ahead of all loops       without_read_after
-    run_branch             TPU: what passes through a `lax.switch` is copied      without_run_branch
-    flat_examples          TPU: all inputs get the padded layout of a slice       without_flat_examples
-    ring                   GPU: permutes with several cycles give wrong results  (the issue below)
-    computed_once          CPU: a value is computed again with other rounding     test_pooling
-    backends_are_running   JAX has no public function for this                    private_functions
-    detect_cluster         JAX has no public function for this                    private_functions
+    function              what goes wrong without it                         test
+    recompute_from        all: the forward pass stores what it should not    recompute_from
+    read_after            TPU: parameters are converted ahead of all loops   without_read_after
+    run_branch            TPU: what passes through a `lax.switch` is copied  without_run_branch
+    flat_examples         TPU: all inputs get the padded layout of a slice   without_flat_examples
+    ring                  GPU: permutes with several cycles go wrong         (the issue below)
+    computed_once         CPU: a value is computed again, rounded otherwise  test_pooling
+    backends_are_running  JAX has no public function for this                private_functions
+    detect_cluster        JAX has no public function for this                private_functions
 
 These are structures, so they stay where they are:
 
