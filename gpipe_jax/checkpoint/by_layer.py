@@ -32,7 +32,7 @@ def split(stages: Stages, mesh: AnyMesh, current: TrainState) -> LayerTrees:
     """Copy everything: the layers that this process saves, and what no layer has."""
     trees, common = _named(current)
     host_arrays.start_copies(trees)
-    layers = layer_trees.split(mesh, host_arrays.owned(mesh), _storages(stages, trees), trees)
+    layers = layer_trees.split(mesh, host_arrays.owned_rows(mesh), _storages(stages, trees), trees)
     return LayerTrees({name: np.array(value) for name, value in common.items()}, layers)
 
 
