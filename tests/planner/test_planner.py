@@ -338,7 +338,9 @@ def test_bad_plan_files(tmp_path: Path, text: str) -> None:
 
 def test_a_plan_of_another_config(tmp_path: Path) -> None:
     plan_file.save(gpipe.plan(DIGITS), tmp_path / "plan.json")
-    with pytest.raises(ConfigError, match=r"made for another config[^$]*data.batch_size: 64 before"):
+    with pytest.raises(
+        ConfigError, match=r"made for another config[^$]*data.batch_size: 64 before"
+    ):
         plan_file.overrides(tmp_path / "plan.json", str(DIGITS), ["data.batch_size=32"])
 
 
