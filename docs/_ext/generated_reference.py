@@ -189,6 +189,8 @@ def _literals(app: Any, what: str, name: str, value: Any, options: Any, lines: l
 
     Docstrings are written for readers of the code, with one backtick. Code blocks stay as they are.
     """
+    if what == "module":
+        lines[:] = _with_drawings(lines)
     block: int | None = None  # the indentation of the line that began a code block
     for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -198,6 +200,15 @@ def _literals(app: Any, what: str, name: str, value: Any, options: Any, lines: l
             lines[number] = _with_literals(line)
         if block is None and line.rstrip().endswith("::"):
             block = indent
+
+
+def _with_drawings(lines: list[str]) -> list[str]:
+    """Make the paragraphs of a module's docstring that have indented lines code blocks."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    for place, paragraph in enumerate(paragraphs):
+        if re.search(r"^ ", paragraph, re.MULTILINE) and "::" not in paragraph:
+            paragraphs[place] = "::\n\n" + "\n".join(f"   {x}" for x in paragraph.split("\n"))
+    return "\n\n".join(paragraphs).split("\n")
 
 
 def _with_literals(line: str) -> str:
