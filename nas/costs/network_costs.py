@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.errors import ArgumentError
@@ -68,7 +68,8 @@ class NetworkCosts:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; runs of versions before 0.2 have other names of fields."""
-        vars(self).update(old_names.current_fields("NetworkCosts", state))
+        own = [each.name for each in fields(self)]
+        vars(self).update(old_names.current_fields("NetworkCosts", state, own))
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -2,7 +2,7 @@
 
     Job --> Evaluator.evaluate --> number or dict --> Outcome
 
-An evaluator is one of three things; `as_evaluator` makes the same of all:
+An evaluator is one of three things; `as_evaluator` turns each into an `Evaluator`:
 
     a function of an architecture       returns the fitness, or a dict with `fitness` and metrics
     an object with `evaluate(job)`      the same, but it gets the whole `Job`
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
@@ -73,8 +74,17 @@ class Outcome(NamedTuple):
 class Evaluator:
     """Measure the fitness of architectures: the base class of evaluators.
 
-    Only `evaluate` is required. Override the other members with a property, a class attribute or
-    a method. A class that does not inherit from this one may have the same members.
+    Only `evaluate` is required. The other members have defaults. Attributes may be set in the class,
+    in `__init__`, as a dataclass field, or by a property. A class that does not inherit from this
+    one may have the same members.
+
+    Attributes:
+        goes_by: What the fitness depends on, by name. A search resumes only with an evaluator whose
+            values are the same. Default: nothing.
+        compares: Name of the metric whose values jobs get in `Job.rivals`; default: None, for no
+            metric.
+        grace_s: Seconds that a job may take in addition to the search's `timeout_s`; default 0. For
+            evaluators that check `timeout_s` themselves and do not count compilation.
 
     Example::
 
@@ -85,31 +95,9 @@ class Evaluator:
                 return {"fitness": train(job.architecture, job.seed), "epochs": 20}
     """
 
-    @property
-    def kind(self) -> str:
-        """Name the evaluator in the store: its class."""
-        return type(self).__name__
-
-    @property
-    def goes_by(self) -> Mapping[str, Any]:
-        """Return what the fitness depends on, by name.
-
-        A search resumes only with an evaluator whose values are the same.
-        """
-        return {}
-
-    @property
-    def compares(self) -> str | None:
-        """Name the metric whose values jobs get in `Job.rivals`, or return None for no metric."""
-        return None
-
-    @property
-    def grace_s(self) -> float:
-        """Return the seconds that a job may take in addition to the search's `timeout_s`.
-
-        For evaluators that check `timeout_s` themselves and do not count compilation.
-        """
-        return 0.0
+    goes_by: Mapping[str, Any] = MappingProxyType({})
+    compares: str | None = None
+    grace_s: float = 0.0
 
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
@@ -151,19 +139,20 @@ def as_evaluator(evaluate: Any) -> Evaluator:
 
 
 def identity_of(evaluate: Any) -> dict[str, Any]:
-    """Return the evaluator's kind and what its fitness depends on, as JSON values.
+    """Return the evaluator's class and what its fitness depends on, as JSON values.
 
     Raises:
-        ValueError: Its `goes_by` is no dict with texts as names.
+        ValueError: Its `goes_by` is not a dict with texts as names.
     """
     evaluator = as_evaluator(evaluate)
-    own = evaluator.goes_by
+    declared = evaluator.wrapped if isinstance(evaluator, Adapter) else evaluator
+    kind, own = type(declared).__name__, evaluator.goes_by
     if not (isinstance(own, Mapping) and all(isinstance(name, str) for name in own)):
         raise ValueError(
-            f"`goes_by` of {evaluator.kind} is {own!r}: expected a dict with texts as "
+            f"`goes_by` of {kind} is {own!r}: expected a dict with texts as "
             "names, or a property that returns one"
         )
-    identity = {"kind": evaluator.kind, **own}
+    identity = {"kind": kind, **own}
     return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
 
 
@@ -178,24 +167,19 @@ class Adapter(Evaluator):
     wrapped: Any
 
     @property
-    def kind(self) -> str:
-        """Name the wrapped object's class."""
-        return type(self.wrapped).__name__
-
-    @property
     def goes_by(self) -> Mapping[str, Any]:
         """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "goes_by", super().goes_by)
+        return getattr(self.wrapped, "goes_by", Evaluator.goes_by)
 
     @property
     def compares(self) -> str | None:
         """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "compares", super().compares)
+        return getattr(self.wrapped, "compares", Evaluator.compares)
 
     @property
     def grace_s(self) -> float:
         """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "grace_s", super().grace_s)
+        return getattr(self.wrapped, "grace_s", Evaluator.grace_s)
 
     def in_search(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None

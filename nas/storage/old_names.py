@@ -4,7 +4,7 @@ A run has two kinds of such names. Its settings are JSON with the fields of eval
 Its setup is a pickle with the modules, classes and fields of space, evaluator and limits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 MODULES = {
@@ -43,6 +43,9 @@ FIELDS = {
 }
 """For each class its old fields and what they are called now."""
 
+_TRAINING = {"cells", "validation", "validations", "builder", "stop_epoch"}
+"""Old fields of `TrainingEvaluator`, by which the JSON of a subclass is known."""
+
 _COSTS = {"cells", "filters", "image", "channels", "classes", "dtype", "batch_size", "topology"}
 """Old fields of `NetworkCosts`, by which a limit's JSON is known to be one of its measures."""
 
@@ -54,15 +57,25 @@ def current_class(module: str, name: str) -> tuple[str, str]:
     return module, owner + dot + member
 
 
-def current_fields(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the old fields of an object of this class."""
-    names = FIELDS.get(kind, {})
+def current_fields(
+    kind: str, values: Mapping[str, Any], own: Collection[str] = ()
+) -> dict[str, Any]:
+    """Rename the old fields of an object of this class, or of a subclass.
+
+    A name stays if its new name is there too, or if it is one of a subclass's `own` fields.
+    """
+    names = {
+        old: new
+        for old, new in FIELDS.get(kind, {}).items()
+        if new not in values and old not in own
+    }
     return {names.get(name, name): value for name, value in values.items()}
 
 
 def current_evaluator(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the old fields in an evaluator's JSON, and in that of an evaluator within it."""
-    renamed = current_fields(identity.get("kind", ""), identity)
+    kind = "TrainingEvaluator" if identity.keys() >= _TRAINING else identity.get("kind", "")
+    renamed = current_fields(kind, identity)
     return {
         name: current_evaluator(value) if isinstance(value, Mapping) else value
         for name, value in renamed.items()

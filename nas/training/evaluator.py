@@ -120,7 +120,8 @@ class TrainingEvaluator(Evaluator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; runs of versions before 0.2 have other names of fields."""
-        vars(self).update(old_names.current_fields("TrainingEvaluator", state))
+        own = [each.name for each in fields(self)]
+        vars(self).update(old_names.current_fields("TrainingEvaluator", state, own))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))

@@ -1,5 +1,6 @@
 """Adapt functions and objects to evaluators, with defaults for what they do not declare."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -47,7 +48,8 @@ def test_optional_members_of_an_object_are_used() -> None:
     assert (evaluator.grace_s, evaluator.compares) == (2.5, "accuracy")
     assert identity_of(Full()) == identity_of(evaluator) == {"kind": "Full", "data": "PosixPath"}
     prepared = evaluator.in_search("space", Path("run"), "stored", 9.0)
-    assert isinstance(prepared, Adapter) and prepared.kind == "Bare" and prepared.grace_s == 0.0
+    assert isinstance(prepared, Adapter) and prepared.grace_s == 0.0
+    assert identity_of(prepared) == {"kind": "Bare"}
 
 
 def test_a_subclass_of_evaluator_is_used_as_it_is() -> None:
@@ -56,6 +58,32 @@ def test_a_subclass_of_evaluator_is_used_as_it_is() -> None:
     assert identity_of(declared) == {"kind": "Declared", "data": 3} and declared.grace_s == 0.0
     with pytest.raises(NotImplementedError, match=r"Evaluator has no method evaluate\(job\): def"):
         nas.Evaluator().evaluate(JOB)
+
+
+class SetInInit(Declared):
+    def __init__(self) -> None:
+        self.goes_by, self.compares, self.grace_s = {"data": 4}, "accuracy", 2.5
+
+
+@dataclass(frozen=True)
+class SetAsFields(nas.Evaluator):
+    grace_s: float
+    compares: str | None = "accuracy"
+    goes_by: dict = field(default_factory=lambda: {"data": 4})
+
+
+@pytest.mark.parametrize("make", [SetInInit, lambda: SetAsFields(2.5)])
+def test_members_may_be_set_in_init_or_be_dataclass_fields(make) -> None:
+    evaluator = make()
+    assert (evaluator.grace_s, evaluator.compares) == (2.5, "accuracy")
+    assert identity_of(evaluator) == {"kind": type(evaluator).__name__, "data": 4}
+
+
+def test_an_attribute_kind_of_a_subclass_does_not_name_it() -> None:
+    class Network(Declared):
+        kind = "resnet"
+
+    assert identity_of(Network()) == {"kind": "Network", "data": 3}
 
 
 def test_a_function_is_known_by_its_name() -> None:

@@ -97,7 +97,7 @@ def test_jobs_without_a_report_share_rows(tmp_path) -> None:
         fourth = search.ask()
         bars = queries.timeline(search.store).bars
     assert [bar.outcome for bar in bars] == ["ok", "ok", "running", "running"]
-    assert [bar.worker for bar in bars] == ["unknown 1", "unknown 2", "under way", "under way"]
+    assert [bar.worker for bar in bars] == ["unknown 1", "unknown 2", "running", "running"]
     assert third and fourth and bars[2].end == bars[3].end  # until now
 
 
@@ -138,14 +138,14 @@ def test_costs_are_known_by_name(tmp_path, name, is_cost) -> None:
         assert queries.cost_metrics(search.store) == [name] * is_cost
 
 
-def test_is_driven(tmp_path) -> None:
+def test_is_running(tmp_path) -> None:
     with small(tmp_path) as search:
         reader = Reader(tmp_path / "search")
-        assert queries.is_driven(reader)
+        assert queries.is_running(reader)
         search.ask()
-    assert not queries.is_driven(reader)
+    assert not queries.is_running(reader)
     (tmp_path / "search" / "search.lock").unlink()
-    assert not queries.is_driven(reader)
+    assert not queries.is_running(reader)
 
 
 def test_a_snapshot_does_not_move(tmp_path) -> None:

@@ -5,8 +5,9 @@ import io
 import json
 import pickle
 import sqlite3
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,12 +54,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def resume_as_before(folder: Path, cells_per_stack: int = 1) -> nas.Result:
+def resume_as_before(
+    folder: Path, make: type[nas.TrainingEvaluator] = nas.TrainingEvaluator, **fields: Any
+) -> nas.Result:
     costs = nas.NetworkCosts(cells_per_stack=1, filters=4)
-    training = nas.TrainingEvaluator(
-        data="digits", cells_per_stack=cells_per_stack, filters=4, epochs=3, final_epochs=2,
-        validation_images=200,
-    )  # fmt: skip
+    values = {"cells_per_stack": 1, "final_epochs": 2, "validation_images": 200, **fields}
+    training = make(data="digits", filters=4, epochs=3, **values)
     return nas.search(
         space=nas.NASNetSpace(), evaluate=nas.Repeated(training, 2), population=4, sample=2,
         cycles=10, seed=3, name="first", folder=folder,
@@ -108,6 +109,64 @@ def test_an_old_run_is_resumed_by_the_same_search(folder) -> None:
 def test_an_old_run_is_not_resumed_by_another_evaluator(folder) -> None:
     with pytest.raises(MismatchError, match=r"cells_per_stack is 1 in the run, 2 here"):
         resume_as_before(folder, cells_per_stack=2)
+
+
+@dataclass(frozen=True)
+class Tuned(nas.TrainingEvaluator):
+    """Add a field to the evaluator that trains."""
+
+    warmth: float = 0.5
+
+
+def store_another_class(folder: Path) -> None:
+    """Let the old run be one of `Tuned`: version 0.1 stored the class's name, and all fields."""
+    with sqlite3.connect(folder / "first" / "search.sqlite") as connection:
+        (text,) = connection.execute("SELECT settings FROM study").fetchone()
+        settings = json.loads(text)
+        settings["evaluate"]["evaluator"] |= {"kind": "Tuned", "warmth": 0.5}
+        connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("cells_per_stack", 1, 2), ("validation_images", 200, 100), ("final_epochs", 2, 1)],
+)
+def test_an_old_run_of_a_subclass_is_not_resumed_with_other_values(folder, name, old, new) -> None:
+    store_another_class(folder)
+    with pytest.raises(MismatchError, match=rf"{name} is {old} in the run, {new} here"):
+        resume_as_before(folder, Tuned, **{name: new})
+    assert resume_as_before(folder, Tuned).counts.results == 10
+
+
+def test_own_names_of_an_evaluator_are_not_renamed() -> None:
+    mine = {"kind": "Mine", "cells": 3, "validation": "by hand"}
+    assert old_names.current_evaluator(mine) == mine
+    both = {name: 1 for name in (*old_names._COSTS, "cells_per_stack")}
+    assert old_names.current_limit(both) == both
+
+
+@dataclass(frozen=True)
+class TrainingWithCells(nas.TrainingEvaluator):
+    """Have a field of an old name."""
+
+    cells: int = 7
+
+
+@dataclass(frozen=True)
+class CostsWithCells(nas.NetworkCosts):
+    """Have a field of an old name."""
+
+    cells: int = 7
+
+
+@pytest.mark.parametrize("make", [TrainingWithCells, CostsWithCells])
+def test_a_field_of_a_subclass_with_an_old_name_is_pickled(make) -> None:
+    value = make(cells_per_stack=2, cells=9)
+    copy = pickle.loads(pickle.dumps(value))
+    assert copy == value and (copy.cells_per_stack, copy.cells) == (2, 9)
+    old_state = {"cells": 9}
+    copy.__setstate__(old_state)
+    assert copy.cells == 9
 
 
 def test_a_setup_whose_classes_are_gone_is_refused_with_a_remedy(folder) -> None:
