@@ -20,8 +20,8 @@ imports only from rooms (folders) and modules below its own:
                       |
                       +--> result, reports, export
 
-Names are imported when they are first used. So `import nas` is quick. Only training, costs and
-`workers="devices"` load JAX.
+Names are imported when they are first used. So `import nas` is quick. Only training, costs,
+`workers="devices"` and an export to .yaml load JAX.
 """
 
 import pkgutil

@@ -1,4 +1,4 @@
-"""Name what the training of candidates can be set to, for it and for the config; no JAX."""
+"""List the legal values of training options, so that a config is checked without JAX."""
 
 from pathlib import Path
 from typing import Literal, get_args

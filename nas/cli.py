@@ -196,11 +196,14 @@ def _report(options: argparse.Namespace) -> int:
     print(summary)
     out = options.out or reader.path.parent / "report.html"
     try:
-        html.write(reader, out)
-    except OSError as error:
-        return _fail(f"--out {error}", BAD_INPUT)
+        page = html.page(reader)
     except ImportError as error:
         return _fail(error, BAD_INPUT)
+    try:
+        html.write(page, out)
+    except OSError as error:
+        option = "" if options.out is None else "--out "
+        return _fail(f"{option}{error}", BAD_INPUT)
     print(f"\npage: {out}")
     if options.json:
         print(json.dumps({**summary.to_dict(), "page": str(out)}, allow_nan=False))
@@ -229,7 +232,7 @@ def _export(options: argparse.Namespace) -> int:
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
     print(progress.table(figures))
     if options.json:
-        ranks = [
+        ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
             {"candidate": each.row.id, "fitness": each.row.fitness, "again": each.fitness}
             for each in ranking
         ]
@@ -246,7 +249,7 @@ def _show_finalist(finalist: Any) -> None:
 
 
 def _load(run: str) -> Any:
-    """Load the run in this folder, or of this name in runs/; raise ConfigError if it is none."""
+    """Load the run in this folder, or of this name in runs/; raise ConfigError if not a run."""
     try:
         return nas.load(run)
     except (ValueError, sqlite3.Error, StopIteration) as error:

@@ -8,8 +8,10 @@ RuntimeError
 ValueError
     MismatchError             the run holds another search
     StoreVersionError         the run's file is of a newer version
-    NotASearchError           the file is no run's store
+    NotASearchError           the file is not a run's store
     ExportOptionError         an option of an export cannot be used
+        OutputExistsError     the file to write exists already (a FileExistsError too)
+        OutputFolderError     the folder of that file does not exist (a FileNotFoundError too)
 OSError
     NetworkFileSystemError    the run's folder is on a network file system
     SearchExistsError         the file holds a search already (a FileExistsError)
@@ -53,7 +55,7 @@ class StoreVersionError(ValueError):
 
 
 class NotASearchError(ValueError):
-    """Report a file that is no run's store."""
+    """Report a file that is not a run's store."""
 
 
 class SearchInUseError(RuntimeError):
@@ -69,7 +71,7 @@ class NetworkFileSystemError(OSError):
 
 
 class ReturnError(TypeError):
-    """Report that an evaluator returned something that is no fitness.
+    """Report that an evaluator returned something that is not a fitness.
 
     It is a mistake in the evaluator, not a failed candidate, and therefore ends the search.
     """
@@ -98,3 +100,11 @@ class ExportOptionError(ValueError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.option, self.value, self.problem)
+
+
+class OutputExistsError(ExportOptionError, FileExistsError):
+    """Report that the output file of an export exists already."""
+
+
+class OutputFolderError(ExportOptionError, FileNotFoundError):
+    """Report that the folder of an export's output file does not exist."""

@@ -393,7 +393,7 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
         folder: Folder of runs.
 
     Returns:
-        The run, as far as it has come.
+        The run, which may be unfinished.
 
     Raises:
         FileNotFoundError: There is no such run; the message lists the others.

@@ -38,8 +38,8 @@ class Limit(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """Return what the limit is, as JSON values; a search resumes with the same limits only.
 
-        Of a measure that is a method of a dataclass, these include the fields. Of other measures
-        only the limit's name is known.
+        If the measure is a method of a dataclass, its fields are included. Of any other measure
+        only the limit's name identifies it.
         """
         owner: Any = getattr(self.measure, "__self__", None)
         fields = dataclasses.asdict(owner) if dataclasses.is_dataclass(type(owner)) else {}

@@ -40,8 +40,8 @@ def open_store(
 ) -> Store:
     """Open the store at `path` for writing: a new one, or that of the same search.
 
-    A search is the same if its space, settings and limits are. Its evaluator must be the same too,
-    as far as both say what their fitness depends on.
+    A search is the same if its space, settings and limits are equal. Its evaluator must agree too:
+    each value that both identities, the stored and the given one, contain must be equal.
 
     Args:
         path: The run's folder.
@@ -108,7 +108,7 @@ def _check_evaluator(store: Store, evaluator: Mapping[str, Any]) -> None:
     differences = _differences(stored, given, [name for name in given if name in stored])
     if differences:
         raise MismatchError(
-            f"{store.path} holds a search by another evaluator, with whose fitnesses this one's "
+            f"{store.path} holds a search with another evaluator, and the fitnesses of the two "
             f"cannot be compared: {differences}; use another name, or the same evaluator; or "
             f"resume with this one by nas.load({str(store.path.parent)!r}).resume(evaluate=...)"
         )

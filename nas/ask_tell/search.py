@@ -4,9 +4,9 @@
     while (job := search.ask()) is not None:
         search.tell(job, accuracy(job.architecture))
 
-Any number of jobs may run at once; they are told in any order, from any thread. Every change is
+Any number of jobs may run at once; `tell` takes them in any order, from any thread. Every change is
 written to the store before memory changes, so that a search of the same name resumes where the last
-driver stopped. The way of a candidate:
+driver stopped. A candidate passes through these methods:
 
     _advance --> _propose --> rejected by a limit
        |            |
@@ -108,9 +108,8 @@ class Search:
             evaluator,
             other_evaluator,
         )
-        self.weight_files = trained_values.WeightFiles(
-            self.store, self.settings.fitness_policy, compare
-        )
+        self.compare = compare
+        self.weight_files = trained_values.WeightFiles(self.store, self.settings.fitness_policy)
         self._lock = threading.RLock()
         self.duplicates = Duplicates(self.store, int(cache))
         self._queue: deque[Job] = deque()  # without a number of the evaluation
@@ -275,16 +274,27 @@ class Search:
         """Answer a candidate from the cache, let it wait for a duplicate, or queue its job."""
         candidate = self._pending[number]
         seed = job_seed(self.settings.seed, number)
-        rivals = self.weight_files.rivals(number)
+        rivals = self._rivals(number)
         answer = self.duplicates.look_up(candidate.digest, number)
         if answer == "evaluate":
-            start = {"inherit": candidate.inherit, "rivals": rivals}
-            self._queue.append(Job(0, number, candidate.architecture, seed, **start))
+            job = Job(
+                evaluation=0,
+                candidate=number,
+                architecture=candidate.architecture,
+                seed=seed,
+                inherit=candidate.inherit,
+                rivals=rivals,
+            )
+            self._queue.append(job)
         elif answer != "wait":
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 member = self._write_result(event, number, answer)
                 self.store.set_candidate(number, answered_by=answer.evaluated)
             self._add_member(member)
+
+    def _rivals(self, candidate: int) -> tuple[float, ...]:
+        """Return the metric to compare by, of the members at the candidate's proposal."""
+        return self.store.rivals(candidate, self.compare) if self.compare else ()
 
     def _start(self, job: Job) -> Job:
         """Give a queued job its number, write it, and return it."""
@@ -301,8 +311,9 @@ class Search:
     def _end_result(self, job: Job, outcome: Outcome) -> None:
         """Add a candidate with its fitness to the population."""
         digest = self._pending[job.candidate].digest
-        columns = {"evaluation": job.evaluation, "fitness": outcome.fitness}
-        with self.store.change("result", job.candidate, **columns) as event:
+        with self.store.change(
+            "result", job.candidate, evaluation=job.evaluation, fitness=outcome.fitness
+        ) as event:
             self.store.end_evaluation(job, outcome)
             member = self._write_result(event, job.candidate, outcome)
         self._add_member(member)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from gpipe_jax.utils import atomic_files
 from nas.ask_tell import pending
 from nas.ask_tell.pending import PendingCandidate, Tournament
 from nas.errors import LostWeightsError
@@ -16,19 +17,15 @@ from nas.evaluators.evaluator import Job, Outcome
 from nas.storage.reader import Reader
 
 FOLDER = "weights"
-_NAME = re.compile(r"\d+-(\d+)\.safetensors(\.\d+\.tmp)?")  # with .tmp: half written
+_NAME = re.compile(rf"\d+-(\d+)\.safetensors({atomic_files.DRAFT_SUFFIX})?")
 
 
 class WeightFiles:
-    """Provide what evaluations start from and compare with: weights and the rivals' metric."""
+    """Provide the weights that evaluations start from, and remove those no longer needed."""
 
-    def __init__(self, reader: Reader, fitness_policy: str, compare: str | None) -> None:
+    def __init__(self, reader: Reader, fitness_policy: str) -> None:
         self.reader, self.run = reader, reader.path.parent
-        self.warm, self.compare = fitness_policy == "retrain_warm", compare
-
-    def rivals(self, candidate: int) -> tuple[float, ...]:
-        """Return the metric to compare by, of the members at the candidate's proposal."""
-        return self.reader.rivals(candidate, self.compare) if self.compare else ()
+        self.warm = fitness_policy == "retrain_warm"
 
     def of_candidate(self, candidate: int | None) -> str | None:
         """Return the newest weights of a candidate, or None if there are none to inherit."""
@@ -45,7 +42,7 @@ class WeightFiles:
         weights = trained.trained_values
         if self.warm and weights is not None and is_removed(self.run, weights):
             raise LostWeightsError(
-                f"{trained.worker or 'a worker'} has written the trained values {weights}, but in "
+                f"{trained.worker or 'a worker'} has written the weights {weights}, but in "
                 f"{self.run} on this machine there is no such file: with retrain_warm workers "
                 "must write into the run's folder itself; resume with workers on this machine, "
                 "such as 'devices', or begin a search with another name and fitness_policy "
@@ -62,7 +59,7 @@ class WeightFiles:
         if self.warm:
             drawn = {member.candidate for each in tournaments.values() for member in each.sample}
             inherited = pending.weights_to_inherit(candidates.values(), tournaments.values())
-            remove_unneeded(self.run, self.reader.trained_values(drawn) | inherited, running)
+            remove_except(self.run, self.reader.trained_values(drawn) | inherited, running)
 
 
 def file_name(job: Job) -> str:
@@ -76,8 +73,8 @@ def is_removed(run: Path, weights: str) -> bool:
     return folder == FOLDER and _NAME.fullmatch(name) is not None and not (run / weights).exists()
 
 
-def remove_unneeded(run: Path, needed: Collection[str | None], running: Collection[int]) -> None:
-    """Remove the files that are not `needed`, except those of evaluations that are `running`."""
+def remove_except(run: Path, needed: Collection[str | None], running: Collection[int]) -> None:
+    """Remove the files that are not `needed`, except those of `running` evaluations."""
     if not (run / FOLDER).is_dir():
         return
     for path in (run / FOLDER).iterdir():

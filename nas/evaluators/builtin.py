@@ -55,7 +55,7 @@ class Repeated(Evaluator):
 
     Raises:
         ValueError: `repeats` is less than 1.
-        TypeError: `evaluator` is none.
+        TypeError: `evaluator` is not an evaluator.
 
     Example::
 

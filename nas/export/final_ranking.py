@@ -74,7 +74,7 @@ def for_longer(evaluator: TrainingEvaluator, epochs: int | None) -> TrainingEval
     """Return the evaluator of finalists, which trains every candidate to the end.
 
     Raises:
-        ValueError: The evaluator cannot train for so many epochs.
+        ValueError: The evaluator cannot train for this number of epochs.
     """
     epochs = EPOCHS_FACTOR * evaluator.epochs if epochs is None else epochs
     return replace(evaluator, epochs=epochs, stop_epoch=None, timeout_s=None)

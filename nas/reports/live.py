@@ -35,7 +35,7 @@ def line(reader: Reader, cycles: int | None = None) -> str:
         (counts.cache_hits, "from the cache"),
         (counts.rejected, "rejected"),
         (counts.failures, "failures"),
-        (counts.running, "under way"),
+        (counts.running, "running"),
     ):
         if number > 0:
             parts.append(f"{number} {text}")
@@ -43,7 +43,7 @@ def line(reader: Reader, cycles: int | None = None) -> str:
 
 
 def watch(path: Path, driver: DriverThread | None = None, every_s: float = EVERY_S) -> None:
-    """Show the line until no driver is at work.
+    """Show the line until no driver is running.
 
     In a notebook this returns at once, and a thread updates the line; elsewhere it waits.
 
@@ -71,7 +71,7 @@ def _follow(path: Path, driver: DriverThread | None, every_s: float, show: Show)
     cycles = driver.cycles if driver else None
     try:
         while True:
-            is_over = not queries.is_driven(reader)
+            is_over = not queries.is_running(reader)
             # Before the line: `_end` waits for the driver, which may still store a result.
             end = f"; {_end(driver)}" if is_over else ""
             show(line(reader, cycles) + end, reader.counts().results, is_over)
@@ -84,7 +84,7 @@ def _follow(path: Path, driver: DriverThread | None, every_s: float, show: Show)
 
 def _end(driver: DriverThread | None) -> str:
     error = driver.error if driver else None
-    return f"stopped by {type(error).__name__}: {error}" if error else "no driver is at work"
+    return f"stopped by {type(error).__name__}: {error}" if error else "not running"
 
 
 def in_notebook() -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gpipe_jax.utils.figures import new_figure, save_figure
 from nas.storage import queries
-from nas.storage.queries import UNDER_WAY
+from nas.storage.queries import RUNNING
 from nas.storage.reader import Reader
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def workers(axes: "Axes", reader: Reader) -> None:
     """Draw a row for each worker, and a bar for each evaluation; running ones share rows."""
     bars, drivers, left_out = queries.timeline(reader)
     names = sorted({bar.worker for bar in bars}, key=_natural)
-    under_way = sum(bar.worker == UNDER_WAY for bar in bars)
+    running = sum(bar.worker == RUNNING for bar in bars)
     for outcome, colour in OUTCOMES.items():
         for k, name in enumerate(names):
             spans = [
@@ -106,11 +106,11 @@ def workers(axes: "Axes", reader: Reader) -> None:
         if time > shown:
             axes.axvline(time, color="black", lw=0.8, ls=":")
     every = 1 + len(names) // 32
-    labels = [f"{under_way} {name}" if name == UNDER_WAY else name for name in names[::every]]
+    labels = [f"{running} {name}" if name == RUNNING else name for name in names[::every]]
     axes.set_yticks(range(0, len(names), every), labels, fontsize=7, parse_math=False)
     axes.set_ylim(len(names) * 1.15 - 0.2, -0.6)  # with room for the legend
     title = f"workers, the last {len(bars)} evaluations" if left_out else "workers"
-    _finish(axes, title, "seconds at work", "")
+    _finish(axes, title, "seconds running", "")
     if bars:
         axes.legend(fontsize=6, loc="lower right", ncols=8, handletextpad=0.1, columnspacing=0.8)
 

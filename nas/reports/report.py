@@ -30,8 +30,8 @@ class Report(NamedTuple):
     study: Study
     path: str
     counts: Counts
-    is_driven: bool  # a driver is at work
-    work_s: float  # time with a driver at work
+    is_running: bool  # a driver is running
+    work_s: float  # time with a driver running
     failures: list[Failure]
     best: list[CandidateRow]  # with different networks
     fronts: dict[str, list[CandidateRow]]  # by cost
@@ -44,25 +44,24 @@ class Report(NamedTuple):
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.study.created))
         return {
             "run": self.path,
-            "state": "a driver is at work" if self.is_driven else "no driver is at work",
+            "state": "running" if self.is_running else "not running",
             "space": self.study.space,
             "settings": ", ".join([aim, *(f"{k} {v}" for k, v in settings.items())]),
-            "started": f"{started}; {self.work_s:.1f} s at work",
+            "started": f"{started}; {self.work_s:.1f} s running",
             "candidates": f"{counts.proposed} proposed, {counts.results} with a fitness, "
             f"{counts.rejected} beyond a limit, {counts.failed} given up",
-            "evaluations": f"{counts.evaluations} done, {counts.failures} failed"
-            f"{self._under_way()}",
+            "evaluations": f"{counts.evaluations} done, {counts.failures} failed{self._running()}",
             "cache hits": f"{counts.cache_hits} ({_percent(counts.cache_hits, counts.results)} of "
             "the candidates with a fitness)",
         }
 
-    def _under_way(self) -> str:
+    def _running(self) -> str:
         running = self.counts.running
         if running == 0:
             return ""
-        if self.is_driven:
-            return f", {running} under way"
-        return f", {running} under way when the last driver ended"
+        if self.is_running:
+            return f", {running} running"
+        return f", {running} running when the last driver ended"
 
     def tables(self) -> list[SearchTable]:
         """Return the failures, the best candidates, those trained again, and the fronts."""
@@ -93,7 +92,7 @@ class Report(NamedTuple):
             "name": self.study.name,
             "space": self.study.space,
             "settings": self.study.settings,
-            "is_running": self.is_driven,
+            "is_running": self.is_running,
             "wall_s": self.work_s,
             **self.counts._asdict(),
             "failures_by_kind": {failure.kind: failure.count for failure in self.failures},
@@ -113,7 +112,7 @@ def report(reader: Reader) -> Report:
         study=reader.study(),
         path=str(reader.path.parent),
         counts=reader.counts(),
-        is_driven=queries.is_driven(reader),
+        is_running=queries.is_running(reader),
         work_s=queries.work_s(reader),
         failures=_failures(reader),
         best=queries.top(reader, BEST_ROWS),

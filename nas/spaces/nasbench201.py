@@ -78,7 +78,7 @@ class NASBench201Space:
         """Return the cell of the benchmark's text.
 
         Raises:
-            ValueError: It is no cell.
+            ValueError: It is not a cell.
         """
         names = re.findall(r"(\w+)~\d", text)
         if all(name in OPERATIONS for name in names) and len(names) == len(EDGES):
@@ -86,7 +86,7 @@ class NASBench201Space:
             if self.encode(edges) == text:
                 return edges
         raise ValueError(
-            f"architecture {text!r} is no cell of NAS-Bench-201: expected a text such as "
+            f"architecture {text!r} is not a cell of NAS-Bench-201: expected a text such as "
             f"{self.encode((3,) * len(EDGES))!r}"
         )
 

@@ -114,7 +114,7 @@ class NASNetSpace:
         """Read a genotype from JSON.
 
         Raises:
-            ValueError: It is no genotype; the message says what is wrong.
+            ValueError: It is not a genotype; the message says what is wrong.
         """
         return Genotype.from_json(text)
 

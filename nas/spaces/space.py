@@ -52,7 +52,7 @@ class Space(Protocol[A]):
         ...
 
     def canonical(self, architecture: A) -> str:
-        """Return a text that only architectures which are the same network share.
+        """Return a text that two architectures share only if they are the same network.
 
         The cache finds duplicates by it. If duplicates are unknown, return `encode`.
         """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nas.storage.reader import CandidateRow, Event, Reader
 
-UNDER_WAY = "under way"
+RUNNING = "running"
 RECENT = 4000  # evaluations in the timeline
 COST_NAMES = (
     r"(^|_)(params|parameters|flops|madds|macs|latency|memory|time|seconds|size|loss|error)(_|$)"
@@ -20,8 +20,8 @@ COST_NAMES = (
 )
 """Pattern of metrics of which less is better: `params_m`, `flops`, `latency_ms`, `time_s`."""
 NOT_COSTS = ("compile_s", "train_s", "train_loss")
-"""Metrics of `nas.TrainingEvaluator` that match but are no costs of a network. The first evaluation
-compiles, times depend on the load of the machine, and the loss belongs to the fitness."""
+"""Metrics of `nas.TrainingEvaluator` that match but are not costs of a network.
+The first evaluation compiles, times depend on the machine's load, the loss belongs to the fitness."""
 
 
 class Snapshot(Reader):
@@ -33,7 +33,7 @@ class Snapshot(Reader):
         self.counts()  # the first query of the transaction fixes the moment
 
 
-def is_driven(reader: Reader) -> bool:
+def is_running(reader: Reader) -> bool:
     """Return whether a driver, in any process of this machine, has the store open."""
     lock = reader.path.with_suffix(".lock")
     if not lock.exists():
@@ -60,7 +60,7 @@ class Progress:
 def progress(reader: Reader) -> Progress:
     """Return the course of a search.
 
-    With retraining `best` may get worse, as that of the result may.
+    With retraining `best` may get worse, because a new fitness replaces the old one.
     """
     better = max if reader.study().maximise else min
     course, newest, best = Progress(), {}, None
@@ -125,8 +125,8 @@ class Timeline(NamedTuple):
 def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     """Return the last evaluations by worker, without the time in which no driver was running.
 
-    Only a report names its worker. Evaluations that ended without one share as few rows as they
-    need. All that are running share one row.
+    Evaluations whose outcome names no worker, as after the end of a driver, share rows "unknown 1",
+    "unknown 2", ..., as few as hold them without overlap. All running evaluations share one row.
     """
     last = reader.next_numbers()[1] - 1
     rows = list(reader.evaluations("id > ?", last - recent))
@@ -136,7 +136,7 @@ def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     for row in rows:
         start = clock(row.started or row.submitted)
         end = clock(row.finished) if row.finished else clock.end_of_driver(row.submitted)
-        worker = UNDER_WAY if row.outcome == "running" else row.worker
+        worker = RUNNING if row.outcome == "running" else row.worker
         if worker is None:
             k = next((k for k, time in enumerate(free) if time <= start), len(free))
             free[k : k + 1] = [max(start, end)]  # replaces an entry, or appends one

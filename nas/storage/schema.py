@@ -98,7 +98,7 @@ def create(connection: sqlite3.Connection, study: Sequence[Any]) -> None:
 
 @contextmanager
 def refusing_other_files(path: object) -> Iterator[None]:
-    """Raise NotASearchError with the path if SQLite reports that a file is no database."""
+    """Raise NotASearchError with the path if SQLite reports that a file is not a database."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -126,7 +126,7 @@ def migrate(connection: sqlite3.Connection, path: object) -> None:
 def check_version(connection: sqlite3.Connection, path: object) -> None:
     """Raise StoreVersionError if a file is newer than this package; older ones can be read.
 
-    Raise NotASearchError if it is no run's store.
+    Raise NotASearchError if it is not a run's store.
     """
     with refusing_other_files(path):
         current = version(connection)

@@ -37,7 +37,7 @@ from nas.storage import local_disk, schema
 from nas.storage.reader import Reader, store_path
 
 CLOSE_MS = 1000  # ms that closing waits for readers
-LOCK_S = 0.2  # s to wait for the lock; `queries.is_driven` holds it for less
+LOCK_S = 0.2  # s to wait for the lock; `queries.is_running` holds it for less
 
 
 class Store(Reader):

@@ -69,7 +69,7 @@ class Source(NamedTuple):
     load: Callable[[str | None], tuple[np.ndarray, np.ndarray]]
     """Return all training images and their labels; the argument is a folder."""
     held_out: Callable[[int], int]
-    """Return how many of so many images to hold out, unless that is given."""
+    """Return the default number of images to hold out, given the number of all images."""
     augmentation: Augmentation = Augmentation()
 
 
@@ -90,7 +90,8 @@ class Data:
         """Load the images, or return them from a cache.
 
         Raises:
-            ValueError: There are not so many images, or they have another shape.
+            ValueError: `validation_images` or `examples` is less than 1 or more than there are, or
+                the images have another shape.
             OSError: The files cannot be read.
         """
         return _split(self)

@@ -118,6 +118,9 @@ class Training:
             )
 
     def _is_hopeless(self, accuracy: float, rivals: Sequence[float]) -> bool:
-        """Return whether the accuracy is below the rivals' quantile, if one rival can be too."""
+        """Return whether the accuracy is below the rivals' `stop_quantile`.
+
+        It never is while there are fewer than 1 / `stop_quantile` rivals.
+        """
         quantile = self._settings.stop_quantile
         return len(rivals) * quantile >= 1 and accuracy < float(np.quantile(rivals, quantile))

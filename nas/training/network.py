@@ -40,7 +40,7 @@ class Shape:
 
 
 class Variables(NamedTuple):
-    """Hold the trained values of a network."""
+    """Hold the weights of a network."""
 
     parameters: PyTree
     statistics: PyTree  # running statistics of batch norms
@@ -87,5 +87,5 @@ class Network(Protocol):
     def inherit(
         self, child: Architecture, parent: Architecture, fresh: Variables, trained: Variables
     ) -> Variables:
-        """Return the parent's trained values where slot and shape agree, else the fresh values."""
+        """Return the parent's weights where slot and shape agree, else the fresh values."""
         ...

@@ -66,7 +66,8 @@ def epoch(
 ) -> tuple[State, jax.Array]:
     """Train on every batch once, in a random order; return the new state and the mean loss.
 
-    Images that do not fill a batch are left out, other ones in each epoch.
+    If the last batch is not full, it is left out. Because the order is random, other images are
+    left out in each epoch.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(scalars.seed), 1), state.step)
     order_key, augmentation_key = jax.random.split(key)

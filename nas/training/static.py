@@ -85,7 +85,7 @@ class Static:
         fresh: Variables,
         trained: Variables,
     ) -> Variables:
-        """Return the parent's trained values where slot and shape agree, else the fresh values.
+        """Return the parent's weights where slot and shape agree, else the fresh values.
 
         An operation agrees as a whole. A projection of concatenated states inherits the rows of the
         states that both concatenate.

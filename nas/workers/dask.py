@@ -47,7 +47,7 @@ def dask_pool(workers: str) -> WorkerPool:
 def _count(workers: str) -> int:
     text = workers.removeprefix("processes").removeprefix(":") or str(os.cpu_count() or 1)
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"workers {workers!r}: expected such as 'processes' or 'processes:4'")
+        raise ValueError(f"workers {workers!r}: expected 'processes' or, for four, 'processes:4'")
     return int(text)
 
 

@@ -48,8 +48,8 @@ def of_executor(executor: Executor, slots: int | None = None) -> WorkerPool:
     slots = slots or getattr(executor, "_max_workers", None)  # of the standard library's
     if slots is None:
         raise ValueError(
-            f"workers {executor!r} does not say how many jobs it does at once: give "
-            "nas.workers.pools.of_executor(executor, slots=8)"
+            f"workers {executor!r} does not say how many jobs it runs at once: give an executor "
+            "with max_workers, such as concurrent.futures.ThreadPoolExecutor(max_workers=8)"
         )
 
     def expire(future: Any) -> None:

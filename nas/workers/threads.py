@@ -1,10 +1,10 @@
 """Provide threads as an executor that a job without end does not block.
 
-The threads are daemons: the end of the process stops them wherever they are. If that is within
-XLA, whose C++ lets no exception through, the process aborts, whatever its exit code was to be. So a
-process first asks its jobs to end (`finish`); trainings check for that after every epoch. Jobs that
-have not ended in time are stopped nevertheless. The command line, whose exit codes matter, skips
-the end of the interpreter instead (`leave`).
+The threads are daemons, so the end of the process stops them at any point. A thread that is stopped
+within XLA aborts the process, because its C++ lets no exception through; the exit code is lost. So
+a process first asks its jobs to end (`finish`); trainings check for that after every epoch. Jobs
+that have not ended in time are stopped nevertheless. The command line, whose exit codes matter,
+skips the end of the interpreter instead (`leave`).
 """
 
 import atexit
@@ -26,7 +26,7 @@ _of_thread = threading.local()  # `closed`: the event of the executor that this 
 
 
 class EndingError(BaseException):
-    """End a job for which nobody waits any more: it is no failure, and nobody is notified."""
+    """End a job for which nobody waits any more: this is not a failure, and is not reported."""
 
 
 def check_ending() -> None:

@@ -44,7 +44,7 @@ class Encoding(NamedTuple):
 
 
 def encode(genotype: Genotype, operations: Sequence[str], pairs: int) -> Encoding:
-    """Encode a genotype whose cells have so many `pairs` of these `operations`.
+    """Encode a genotype whose cells have `pairs` pairs of these `operations`.
 
     Raises:
         ValueError: A cell has another number of pairs, or another operation.

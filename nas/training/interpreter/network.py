@@ -210,7 +210,7 @@ class Interpreter:
     def inherit(
         self, child: Encoding, parent: Encoding, fresh: Variables, trained: Variables
     ) -> Variables:
-        """Return the parent's trained values where child and parent agree, else fresh values.
+        """Return the parent's weights where child and parent agree, else fresh values.
 
         They agree on an element that both use. In a slot the operations must have parameters of
         equal shapes too. A projection inherits the rows of the states that both concatenate.

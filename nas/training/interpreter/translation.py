@@ -1,7 +1,7 @@
 """Translate the values of a network between the interpreter's form and that of `Static`.
 
 Tests and benchmarks compare both builders this way, from the same values. Those of `Static` are the
-values of a pipeline's layers; `nas export` writes architectures only, no trained values.
+values of a pipeline's layers; `nas export` writes architectures only, no weights.
 """
 
 from collections.abc import Callable

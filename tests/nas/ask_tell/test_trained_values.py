@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 import nas
+from gpipe_jax.utils import atomic_files
 from nas.ask_tell import trained_values
 
 
@@ -26,6 +27,14 @@ class Numbers:
 
     encode = staticmethod(str)
     decode = staticmethod(int)
+
+
+def test_drafts_of_weights_are_recognized(tmp_path) -> None:
+    path = tmp_path / "3-17.safetensors"
+    with atomic_files.replacing(path) as draft:
+        draft.touch()
+        match = trained_values._NAME.fullmatch(draft.name)
+        assert draft.name != path.name and match is not None and match[1] == "17"
 
 
 def begin(folder: Path) -> nas.Search:
@@ -79,7 +88,7 @@ def test_only_names_of_the_pattern_are_removed(tmp_path) -> None:
     names = ["1-1.safetensors", "1-2.safetensors", "1-3.safetensors.7.tmp", "1-4.safetensors.7.tmp"]
     for name in (*names, "best.safetensors", "1-1.txt"):
         (folder / name).touch()
-    trained_values.remove_unneeded(tmp_path, {"weights/1-1.safetensors", None}, {4})
+    trained_values.remove_except(tmp_path, {"weights/1-1.safetensors", None}, {4})
     left = {path.name for path in folder.iterdir()}
     assert left == {names[0], names[3], "best.safetensors", "1-1.txt"}
 

@@ -120,7 +120,7 @@ def test_runs_of_any_state_have_a_picture(tmp_path, state) -> None:
         figure = plots.overview(search.store, tmp_path / "it.png")
     rows = [text.get_text() for text in panel(figure, "workers").get_yticklabels()]
     failed = [f"unknown {k}" for k in range(1, 5)]
-    one, going = ["3 under way", "unknown 1"], ["4 under way"]
+    one, going = ["3 running", "unknown 1"], ["4 running"]
     assert rows == {"empty": [], "one": one, "going": going, "failures": failed}[state]
 
 

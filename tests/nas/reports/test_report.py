@@ -80,7 +80,7 @@ def test_the_report_has_the_numbers_of_the_store(run) -> None:
     assert len({entry["architecture"] for entry in figures["best"]}) == len(figures["best"])
     assert figures["settings"]["population"] == 8 and not figures["is_running"]
     text = "\n".join(lines)
-    assert "no driver is at work" in text and "maximise, population 8, sample 3" in text
+    assert "not running" in text and "maximise, population 8, sample 3" in text
     assert f"60 proposed, 60 with a fitness, {counts.rejected} beyond" in text
     assert re.search(rf"cache hits +{counts.cache_hits} \(\d+% of", text)
     assert re.search(rf"^#{best.id} +{best.fitness:g} ", text, re.MULTILINE)
@@ -137,16 +137,16 @@ def test_a_report_of_any_state(tmp_path, of) -> None:
         summary = report.report(snapshot)
         Checked(html.page(snapshot))
     text = str(summary)
-    assert "a driver is at work" in text and summary.is_driven
+    assert "running" in text and "not running" not in text and summary.is_running
     assert summary.to_dict()["best_fitness"] == (3.0 if of == "running" else None)
     assert ("best candidates" in text) is (of == "running")
     if of == "failures":
         assert summary.to_dict()["failures_by_kind"] == {"nan": 5}
         assert "0 done, 5 failed" in text and "the fitness is nan" in text
     if of == "running":
-        assert "1 done, 0 failed, 4 under way" in text
+        assert "1 done, 0 failed, 4 running" in text
         later = str(report.report(Reader(tmp_path / "search")))
-        assert "4 under way when the last driver ended" in later
+        assert "4 running when the last driver ended" in later
 
 
 def test_bad_runs_get_a_plain_message(run, tmp_path) -> None:
@@ -179,8 +179,20 @@ def test_a_page_replaces_no_other_file(run, tmp_path) -> None:
     code, _, error = run("mine", "--out", "mine.html")
     assert code == 2 and "--out mine.html: already exists and is not a report of a search" in error
     assert (tmp_path / "mine.html").read_text() == "my own"
+    (tmp_path / "runs" / "mine" / "report.html").write_text("my own")
+    code, _, error = run("mine")
+    assert code == 2 and "--out" not in error and "report.html: already exists and is not" in error
     code, _, error = run("mine", "--out", "no/page.html")
     assert code == 2 and "--out no/page.html: the folder no does not exist; create it" in error
+
+
+def test_an_error_while_the_page_is_built_is_not_blamed_on_the_option(run, monkeypatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError("the disk is broken")
+
+    monkeypatch.setattr("nas.reports.html.page", fail)
+    code, _, error = run("mine", "--out", "new.html")
+    assert code == 2 and "the disk is broken" in error and "--out" not in error
 
 
 # --- in a notebook --------------------------------------------------------------------------------
@@ -215,7 +227,7 @@ def test_the_line_of_a_search(tmp_path) -> None:
         first, second, _ = search.ask(), search.ask(), search.ask()
         search.tell(first, 2.0)
         search.tell(second, float("nan"))
-        text = "1/60 results, best 2 (#0), 1 evaluations, 1 failures, 1 under way"
+        text = "1/60 results, best 2 (#0), 1 evaluations, 1 failures, 1 running"
         assert live.line(search.store, 60) == text
         assert live.line(search.store) == text.replace("/60", "")
 
@@ -235,7 +247,7 @@ def test_watching_prints_lines_and_waits(tmp_path, capsys) -> None:
     result.watch(every_s=0.01)
     assert not result.is_running
     lines = capsys.readouterr().out.splitlines()
-    assert 2 < len(lines) <= 12 and lines[-1].endswith("no driver is at work")
+    assert 2 < len(lines) <= 12 and lines[-1].endswith("not running")
     done = [int(line.split("/60 results")[0]) for line in lines]
     assert done == sorted(done) and done[-1] == 60
     nas.load("search", folder=tmp_path).watch()  # of a search that is over, or of another process

@@ -160,7 +160,7 @@ def test_equivalent_cells_share_a_canonical_form() -> None:
     "text", ["", "|none~0|", "|none~0|+|none~0|none~1|+|none~0|none~1|what~2|"]
 )
 def test_other_texts_are_no_cells(text) -> None:
-    with pytest.raises(ValueError, match="is no cell of NAS-Bench-201: expected a text such as"):
+    with pytest.raises(ValueError, match="is not a cell of NAS-Bench-201: expected a text such as"):
         nas.NASBench201Space().decode(text)
 
 

@@ -373,7 +373,8 @@ def test_search_resumes_with_the_same_training_only(tmp_path) -> None:
         "evaluate.evaluator.epochs is 2 in the run, 3 here; evaluate.evaluator.momentum is 0.9"
     )
     with pytest.raises(
-        MismatchError, match=f"by another evaluator, .*: {differences} in the run, 0.5 here; use an"
+        MismatchError,
+        match=f"with another evaluator, .*: {differences} in the run, 0.5 here; use an",
     ):
         on(9, epochs=3, momentum=0.5)
     with pytest.raises(MismatchError, match=r"evaluate.kind is 'Repeated' in the run, 'ToyEv"):

@@ -119,9 +119,7 @@ class Elsewhere:
 
 def test_search_ends_if_workers_cannot_see_its_folder(tmp_path) -> None:
     whole = search(tmp_path, name="whole", **WARM)
-    problem = (
-        r"^thread 0 has written the trained values weights/0-1.safetensors, but in .*/search o"
-    )
+    problem = r"^thread 0 has written the weights weights/0-1.safetensors, but in .*/search o"
     remedy = ".*: with retrain_warm .* resume with workers on this machine, such as 'devices', or"
     with pytest.raises(LostWeightsError, match=problem + remedy):
         search(tmp_path, Elsewhere(tmp_path / "disk"), **WARM)

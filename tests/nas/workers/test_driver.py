@@ -60,7 +60,10 @@ def test_any_executor(tmp_path) -> None:
     class Unsized(pools.DaemonThreads):
         pass
 
-    with pytest.raises(ValueError, match=r"does not say how many jobs it does at once: give nas"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not say how many jobs it runs at once: give an executor with max_workers",
+    ):
         pools.make_pool(Unsized())
     check(run(tmp_path / "unsized", workers=pools.of_executor(Unsized(), slots=2)))
 
@@ -492,7 +495,7 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
     [
         (0, "workers 0: expected at least 1"),
         ("threads", "workers 'threads': expected a number of threads, 'devices'"),
-        ("processes:none", "workers 'processes:none': expected such as 'processes' or"),
+        ("processes:none", "workers 'processes:none': expected 'processes' or"),
     ],
 )
 def test_bad_workers(tmp_path, given, message) -> None:
