@@ -9,6 +9,9 @@ from typing import TypeVar
 
 from etils import epath
 
+DRAFT_SUFFIX = r"\.\d+\.tmp"
+"""Pattern of what a draft's name adds to the name of its file; see `replacing`."""
+
 AnyPath = TypeVar("AnyPath", epath.Path, Path)
 
 

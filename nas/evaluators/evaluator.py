@@ -74,9 +74,9 @@ class Outcome(NamedTuple):
 class Evaluator:
     """Measure the fitness of architectures: the base class of evaluators.
 
-    Only `evaluate` is required. The other members have defaults. Attributes may be set in the class,
-    in `__init__`, as a dataclass field, or by a property. A class that does not inherit from this
-    one may have the same members.
+    Only `evaluate` is required. The other members have defaults. An attribute may be set in the
+    class or in `__init__`, or be a dataclass field or a property. A class that does not inherit
+    from this one may have the same members.
 
     Attributes:
         goes_by: What the fitness depends on, by name. A search resumes only with an evaluator whose

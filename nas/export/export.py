@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpipe_jax.genotypes.genotype import Genotype
-from nas.errors import ExportOptionError
+from nas.errors import ExportOptionError, OutputExistsError, OutputFolderError
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
 from nas.result import Result
@@ -55,7 +55,9 @@ def export(
         The ranking, the best candidate first.
 
     Raises:
-        ExportOptionError: An option cannot be used.
+        OutputExistsError: The output file exists already; also a FileExistsError.
+        OutputFolderError: Its folder does not exist; also a FileNotFoundError.
+        ExportOptionError: Another option cannot be used.
         ValueError: The search has no result yet, or it cannot be exported as a config.
         OSError: The data of the search cannot be read, or the file cannot be written.
     """
@@ -91,10 +93,10 @@ def as_json(architecture: str) -> Any:
 def _check(options: ExportOptions) -> None:
     out = options.out
     if out.exists():
-        raise ExportOptionError("out", out, "already exists; choose another name")
+        raise OutputExistsError("out", out, "already exists; choose another name")
     folder = out.absolute().parent
     if not folder.is_dir():
-        raise ExportOptionError("out", out, f"the folder {out.parent} does not exist; create it")
+        raise OutputFolderError("out", out, f"the folder {out.parent} does not exist; create it")
     for name in ("top", "epochs", "cells_per_stack", "filters", "stages"):
         value = getattr(options, name)
         if value is not None and value < 1:

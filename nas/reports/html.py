@@ -29,8 +29,8 @@ figure { margin: 1em; max-width: 30em; } figcaption { font-size: 0.85em; }
 """
 
 
-def write(reader: Reader, path: Path) -> None:
-    """Write the page of a run.
+def write(text: str, path: Path) -> None:
+    """Write the text of a `page` to a file.
 
     Raises:
         FileExistsError: Another file of this name exists; an earlier page is replaced.
@@ -42,7 +42,7 @@ def write(reader: Reader, path: Path) -> None:
         raise FileExistsError(
             f"{path}: already exists and is not a report of a search; choose another name"
         )
-    path.write_text(page(reader), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def _is_page(path: Path) -> bool:

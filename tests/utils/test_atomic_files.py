@@ -1,6 +1,7 @@
 """Test that a file is written whole or not at all."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def test_the_old_file_stays_until_the_block_ends(tmp_path: Path) -> None:
     with atomic_files.replacing(path) as draft:
         draft.write_text("new")
         assert path.read_text() == "old" and draft.parent == tmp_path
+        assert re.fullmatch(re.escape(path.name) + atomic_files.DRAFT_SUFFIX, draft.name)
     assert path.read_text() == "new"
 
 

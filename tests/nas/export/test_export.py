@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +16,10 @@ from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.training import from_config
 from nas import cli
+from nas.errors import ExportOptionError
+from nas.export import export as exporting
 from nas.export import scaled_config
+from nas.export.export import ExportOptions
 from nas.storage import finals_file
 from nas.workers.pickled_setup import Setup
 
@@ -140,7 +144,7 @@ def test_written_configs_load_unchanged(tmp_path) -> None:
             assert loader.load(path) == loader.load(config)
 
 
-def test_the_best_are_trained_again_and_ranked_anew(export, monkeypatch) -> None:
+def test_the_best_are_trained_again_and_ranked(export, monkeypatch) -> None:
     def evaluate(self, job: nas.Job) -> dict:
         trained.append((job.candidate, self.epochs, self.stop_epoch))
         if len(trained) == 2 and not interrupted:
@@ -252,6 +256,19 @@ BAD = [
         "--stages 9: a network with cells_per_stack 1 has 8 layers",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("out", "kind"), [("there.json", FileExistsError), ("no/best.json", FileNotFoundError)]
+)
+def test_problems_of_the_output_file_are_os_errors(tmp_path, out, kind) -> None:
+    result = run(tmp_path, lambda genotype: 1.0)
+    (tmp_path / "there.json").touch()
+    with pytest.raises(kind, match="`out` .*: (already exists|the folder)") as caught:
+        exporting.export(result, ExportOptions(tmp_path / out))
+    assert isinstance(caught.value, ExportOptionError)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value) and copy.option == "out"
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
