@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gpipe_jax.utils.counts import check_count
 from nas.errors import FailuresError
 
 MAX_REJECTED = 10_000
@@ -136,5 +137,4 @@ class Retries:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"retries.{name} {value!r}: expected a whole number, 0 or more")
+            check_count(f"retries.{name}", value, minimum=0)

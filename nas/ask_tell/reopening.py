@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils.counts import check_count
 from nas.errors import MismatchError, SearchExistsError
 from nas.evolution.evolution import Settings
 from nas.spaces.space import Space
@@ -12,8 +13,7 @@ from nas.storage.writer import Store
 
 def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
     """Raise ValueError for illegal arguments of `nas.Search`; `Settings` has checked its own."""
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
-        raise ValueError(f"cycles {cycles!r}: expected a whole number of at least 1")
+    check_count("cycles", cycles)
     if cycles < settings.population and settings.algorithm != "random":
         raise ValueError(
             f"cycles {cycles!r} is less than population {settings.population}: evolution begins "
@@ -24,8 +24,7 @@ def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_fail
             f"cache {cache!r}: expected True, False, or how many times an architecture is "
             "evaluated before the mean answers"
         )
-    if not isinstance(max_failures, int) or max_failures < 1:
-        raise ValueError(f"max_failures {max_failures!r}: expected a whole number of at least 1")
+    check_count("max_failures", max_failures)
 
 
 def open_store(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.choices import DTYPES
 from nas.storage import old_names
 
@@ -73,9 +74,8 @@ class NetworkCosts:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ArgumentError(
-                "dtype", f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}"
-            )
+            suggestion = did_you_mean_or_list(self.dtype, DTYPES)
+            raise ArgumentError("dtype", f"dtype: unknown {self.dtype!r}{suggestion}")
         if self.topology is None:
             return
         from gpipe_jax.tpu_compiler import libtpu, topologies

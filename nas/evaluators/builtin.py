@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils.counts import check_count
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
 from nas.evaluators.outcomes import as_outcome, mean_metrics
 
@@ -54,7 +55,7 @@ class Repeated(Evaluator):
         repeats: Number of evaluations, at least 1.
 
     Raises:
-        ValueError: `repeats` is less than 1.
+        ValueError: `repeats` is no whole number of at least 1.
         TypeError: `evaluator` is not an evaluator.
 
     Example::
@@ -66,8 +67,7 @@ class Repeated(Evaluator):
     repeats: int = 3
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"repeats {self.repeats}: expected at least 1")
+        check_count("repeats", self.repeats)
         as_evaluator(self.evaluator)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.spaces.nasbench201 import Edges
 
 DATASETS = ("cifar10", "cifar100", "imagenet16_120")
@@ -40,7 +41,8 @@ class NASBench201Table:
 
     def __init__(self, dataset: str = "cifar10", folder: str | Path | None = None) -> None:
         if dataset not in DATASETS:
-            raise ValueError(f"dataset: unknown {dataset!r}; known: {', '.join(DATASETS)}")
+            suggestion = did_you_mean_or_list(dataset, DATASETS)
+            raise ValueError(f"dataset: unknown {dataset!r}{suggestion}")
         self.dataset = dataset
         self.path = find_table(folder)
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
+from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.spaces.space import Space
 
 Algorithm = Literal["aging", "non_aging", "elitist", "random"]
@@ -64,9 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("population", "sample"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
+            check_count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed {self.seed!r}: expected a whole number")
         for name in ("maximise", "replacement"):
@@ -78,10 +78,9 @@ class Settings:
                 "drawn without replacement; make it smaller, or give replacement=True"
             )
         for name, legal in (("algorithm", Algorithm), ("fitness_policy", FitnessPolicy)):
-            if getattr(self, name) not in get_args(legal):
-                raise ValueError(
-                    f"{name}: unknown {getattr(self, name)!r}; known: {', '.join(get_args(legal))}"
-                )
+            value, known = getattr(self, name), get_args(legal)
+            if value not in known:
+                raise ValueError(f"{name}: unknown {value!r}{did_you_mean_or_list(value, known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return names and values, for the store."""

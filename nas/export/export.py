@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.utils.counts import count_problem
 from nas.errors import ExportOptionError, OutputExistsError, OutputFolderError
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
@@ -99,8 +100,9 @@ def _check(options: ExportOptions) -> None:
         raise OutputFolderError("out", out, f"the folder {out.parent} does not exist; create it")
     for name in ("top", "epochs", "cells_per_stack", "filters", "stages"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ExportOptionError(name, value, "expected a whole number of at least 1")
+        problem = None if value is None and name == "epochs" else count_problem(value)
+        if problem is not None:
+            raise ExportOptionError(name, value, problem)
     if options.epochs is not None and options.top == 1:
         raise ExportOptionError(
             "epochs",

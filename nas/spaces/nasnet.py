@@ -12,6 +12,7 @@ from gpipe_jax.genotypes.genotype import (
     Element,
     Genotype,
 )
+from gpipe_jax.utils.counts import check_count
 from gpipe_jax.utils.graph_drawing import Picture
 
 CELLS = ("normal", "reduction")
@@ -30,7 +31,7 @@ class NASNetSpace:
         operations: Names of the operations that an element of a pair may be.
 
     Raises:
-        ValueError: `pairs` is less than 1, or an operation is unknown.
+        ValueError: `pairs` is no whole number of at least 1, or an operation is unknown.
 
     Example:
         >>> from random import Random
@@ -44,10 +45,7 @@ class NASNetSpace:
     operations: tuple[str, ...] = PAPER_OPERATIONS
 
     def __post_init__(self) -> None:
-        if self.pairs < 1:
-            raise ArgumentError(
-                "pairs", f"`pairs` {self.pairs}: a cell has at least one pair; give 1 or more"
-            )
+        check_count("pairs", self.pairs)
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown or not self.operations:
             raise ArgumentError(

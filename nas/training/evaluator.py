@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
+from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES, RUNG, check_data
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job
@@ -131,7 +133,8 @@ class TrainingEvaluator(Evaluator):
         for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:
-                raise ArgumentError(name, f"{name}: unknown {value!r}; known: {', '.join(known)}")
+                suggestion = did_you_mean_or_list(value, known)
+                raise ArgumentError(name, f"{name}: unknown {value!r}{suggestion}")
         if self.stop_epoch is not None and self.stop_epoch >= self.epochs:
             remedy = f"1 to {self.epochs - 1}" if self.epochs > 1 else "more epochs"
             raise ArgumentError(
@@ -297,21 +300,16 @@ class TrainingEvaluator(Evaluator):
 
 def _check_counts(evaluator: TrainingEvaluator) -> None:
     for name in ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs", "pairs"):
-        _check_count(name, getattr(evaluator, name))
+        check_count(name, getattr(evaluator, name))
     for name in ("examples", "validation_images", "stop_epoch"):
         if getattr(evaluator, name) is not None:
-            _check_count(name, getattr(evaluator, name))
+            check_count(name, getattr(evaluator, name))
     if evaluator.final_epochs > evaluator.epochs:
         raise ArgumentError(
             "final_epochs",
             f"final_epochs {evaluator.final_epochs} is more than epochs {evaluator.epochs}; use "
             f"at most {evaluator.epochs}",
         )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(name, f"{name} {value!r}: expected a whole number of at least 1")
 
 
 def _check_numbers(evaluator: TrainingEvaluator) -> None:

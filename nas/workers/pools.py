@@ -4,6 +4,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from gpipe_jax.utils.counts import check_count
 from nas.workers import dask
 from nas.workers.threads import DaemonThreads
 from nas.workers.worker_pool import WorkerPool
@@ -18,8 +19,7 @@ def make_pool(workers: Any) -> WorkerPool:
     if isinstance(workers, WorkerPool):
         return workers
     if isinstance(workers, int) and not isinstance(workers, bool):
-        if workers < 1:
-            raise ValueError(f"workers {workers}: expected at least 1")
+        check_count("workers", workers)
         return of_executor(DaemonThreads(), workers)
     if isinstance(workers, Executor):
         return of_executor(workers)

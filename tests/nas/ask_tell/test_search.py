@@ -419,5 +419,5 @@ def test_bad_arguments(tmp_path, options, message) -> None:
 
 
 def test_bad_retries() -> None:
-    with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number, 0 or more"):
+    with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number of at least 0"):
         nas.Retries(nan=-1)

@@ -8,6 +8,7 @@ import pytest
 
 import nas
 from nas.evaluators.evaluator import Adapter, as_evaluator, identity_of
+from nas.export import export
 
 JOB = nas.Job(1, 0, (1, 0, 1), 7)
 
@@ -102,6 +103,43 @@ def test_repeats_pass_on_what_the_inner_evaluator_declares() -> None:
     assert prepared.evaluate(JOB) == {"fitness": 7.5, "fitness_std": 0.5}
     with pytest.raises(TypeError, match="evaluate 3: expected a function"):
         nas.Repeated(3)
+
+
+@pytest.mark.parametrize("repeats", [0, 2.5, True])
+def test_repeats_are_a_whole_number(repeats) -> None:
+    with pytest.raises(ValueError, match=f"repeats {repeats}: expected a whole number of at leas"):
+        nas.Repeated(sum, repeats=repeats)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nas.Settings(algorithm="agin"), "algorithm: unknown 'agin'; did you mean 'aging'"),
+        (lambda: nas.Settings(algorithm="x"), "algorithm: unknown 'x'; known: aging, non_aging"),
+        (lambda: nas.NASBench201Table("cifar-10"), "dataset: .* did you mean 'cifar10'"),
+        (lambda: nas.TrainingEvaluator(builder="statc"), "builder: .* did you mean 'static'"),
+        (lambda: nas.TrainingEvaluator(dtype="float16"), "dtype: .* did you mean 'bfloat16'"),
+        (lambda: nas.NetworkCosts(dtype="float16"), "dtype: .* did you mean 'bfloat16'"),
+    ],
+)
+def test_unknown_values_get_a_suggestion(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nas.NASNetSpace(pairs=2.5),
+        lambda: nas.Search(space="nasnet", max_failures=True),
+        lambda: nas.search(space="nasnet", evaluate=sum, workers=0),
+        lambda: export.export(None, export.ExportOptions(Path("new.json"), top=2.5)),
+    ],
+)
+def test_counts_are_whole_numbers(make, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+        make()
 
 
 @pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])

@@ -188,7 +188,7 @@ def test_random_search_never_has_a_parent() -> None:
         ({"sample": True}, "sample True: expected a whole number"),
         ({"seed": 0.5}, "seed 0.5: expected a whole number"),
         ({"sample": 7, "replacement": False}, "sample 7 is more than population 6, which cannot"),
-        ({"algorithm": "ageing"}, "algorithm: unknown 'ageing'; known: aging, non_aging"),
+        ({"algorithm": "ageing"}, "algorithm: unknown 'ageing'; did you mean 'aging'"),
         ({"fitness_policy": "warm"}, "fitness_policy: unknown 'warm'; known: stored, retrain_"),
     ],
 )

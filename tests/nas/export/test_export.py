@@ -264,7 +264,7 @@ BAD = [
 def test_problems_of_the_output_file_are_os_errors(tmp_path, out, kind) -> None:
     result = run(tmp_path, lambda genotype: 1.0)
     (tmp_path / "there.json").touch()
-    with pytest.raises(kind, match="`out` .*: (already exists|the folder)") as caught:
+    with pytest.raises(kind, match=r"`out` .*: (already exists|the folder)") as caught:
         exporting.export(result, ExportOptions(tmp_path / out))
     assert isinstance(caught.value, ExportOptionError)
     copy = pickle.loads(pickle.dumps(caught.value))

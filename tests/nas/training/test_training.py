@@ -261,9 +261,9 @@ def test_augmentation_moves_and_mirrors() -> None:
         ({"momentum": 1}, "momentum 1: expected 0 or more, less than 1"),
         ({"timeout_s": 0}, "timeout_s 0: expected seconds, more than 0, or None"),
         ({"builder": "dynamic"}, "builder: unknown 'dynamic'; known: interpreter, static"),
-        ({"dtype": "float17"}, "dtype: unknown 'float17'; known: float32, bfloat16"),
+        ({"dtype": "float17"}, "dtype: unknown 'float17'; did you mean 'float32'"),
         ({"dtype": "int32"}, "dtype: unknown 'int32'; known: float32, bfloat16"),
-        ({"dtype": "float64"}, "dtype: unknown 'float64'; known: float32, bfloat16"),
+        ({"dtype": "float64"}, "dtype: unknown 'float64'; did you mean 'float32'"),
         ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; use 1 to 2"),
     ],
 )

@@ -396,7 +396,7 @@ def test_a_repeated_evaluator_averages(tmp_path) -> None:
     for candidate in result.population:
         assert candidate.fitness == ones(candidate.architecture) + 0.5
         assert candidate.metrics == {"one": 1.0, "fitness_std": 0.5}
-    with pytest.raises(ValueError, match="repeats 0: expected at least 1"):
+    with pytest.raises(ValueError, match="repeats 0: expected a whole number of at least 1"):
         nas.Repeated(Noisy(), 0)
 
 
@@ -493,7 +493,7 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (0, "workers 0: expected at least 1"),
+        (0, "workers 0: expected a whole number of at least 1"),
         ("threads", "workers 'threads': expected a number of threads, 'devices'"),
         ("processes:none", "workers 'processes:none': expected 'processes' or"),
     ],
