@@ -49,15 +49,14 @@ class _Place(NamedTuple):
     enters: float  # from the middle of the target
 
 
-# In the order of `nas.spaces.nasbench201.EDGES`.
-PLACES = (
-    _Place(0, 1, 0, 0),
-    _Place(-1, 2, -44, -44),
-    _Place(0, 3, 0, 0),
-    _Place(2, 3, 44, 58),
-    _Place(1, 4, 44, 44),
-    _Place(0, 5, 0, 0),
-)
+PLACES = {  # by (source, target)
+    (0, 1): _Place(0, 1, 0, 0),
+    (0, 2): _Place(-1, 2, -44, -44),
+    (1, 2): _Place(0, 3, 0, 0),
+    (0, 3): _Place(2, 3, 44, 58),
+    (1, 3): _Place(1, 4, 44, 44),
+    (2, 3): _Place(0, 5, 0, 0),
+}
 
 
 def picture(
@@ -65,11 +64,11 @@ def picture(
 ) -> Picture:
     """Lay out one cell; edges that differ from those `before` are marked."""
     boxes = [Box(0.0, _top(2 * node), NODE_WIDTH, text) for node, text in enumerate(NODES)]
-    boxes = [box._replace(border=EDGE_COLOURS[node]) for node, box in enumerate(boxes[:3])] + boxes[
-        3:
-    ]
+    for node in range(3):  # all but the output have edges of their colour
+        boxes[node] = boxes[node]._replace(border=EDGE_COLOURS[node])
     wires: list[Edge] = []
-    for k, ((source, target, name), place) in enumerate(zip(edges, PLACES, strict=True)):
+    for k, (source, target, name) in enumerate(edges):
+        place = PLACES[source, target]
         is_none = name == "none"
         colour = PALE if is_none else EDGE_COLOURS[source]
         x, top = place.column * COLUMN, _top(place.row)

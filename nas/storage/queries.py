@@ -21,7 +21,8 @@ COST_NAMES = (
 """Pattern of metrics of which less is better: `params_m`, `flops`, `latency_ms`, `time_s`."""
 NOT_COSTS = ("compile_s", "train_s", "train_loss")
 """Metrics of `nas.TrainingEvaluator` that match but are not costs of a network.
-The first evaluation compiles, times depend on the machine's load, the loss belongs to the fitness."""
+The first evaluation compiles, times depend on the load of the machine, and the loss belongs to the
+fitness."""
 
 
 class Snapshot(Reader):

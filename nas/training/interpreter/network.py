@@ -235,11 +235,9 @@ def _select(values: Variables, *path: str | int) -> Variables:
 
 def _cell_tables(position: CellPosition, encoding: Encoding) -> tuple[PyTree, PyTree]:
     tables = {"body": position.body.tables(position.own(encoding))}
-    enter_concat = structure.source_concat(encoding, position.enter_source)
-    tables["enter"] = position.enter.tables(enter_concat)
-    if position.match is not None:
-        match_concat = structure.source_concat(encoding, position.match_source)
-        tables["match"] = position.match.tables(match_concat)
+    for name, projection, source in position.projections():
+        concat = structure.source_concat(encoding, source, stem=encodings.all_states(STEM_STATES))
+        tables[name] = projection.tables(concat)
     parameters = {name: of_parameters for name, (of_parameters, _) in tables.items()}
     statistics = {name: of_statistics for name, (_, of_statistics) in tables.items()}
     return parameters, statistics

@@ -15,7 +15,7 @@ arrays with a leading axis over its cells. The match of its first cell is apart,
 it reads a buffer of another shape than the matches of the others.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,41 @@ from gpipe_jax.genotypes.genotype import INPUTS
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.cell import STEM_STATES, CellBody, CellKind
-from nas.training.interpreter.encoding import CellEncoding, Concat, Encoding, all_states
 from nas.training.interpreter.inputs import InputProjection
+
+OutputKind = Literal["stem", "normal", "reduction"]
+C = TypeVar("C", covariant=True)
+
+
+class CellPair(Protocol[C]):
+    """Hold one value for normal and one for reduction cells, as `Genotype` and `Encoding` do."""
+
+    @property
+    def normal(self) -> C:
+        """Return the value for normal cells."""
+        ...
+
+    @property
+    def reduction(self) -> C:
+        """Return the value for reduction cells."""
+        ...
+
+
+class HasConcat(Protocol[C]):
+    """Say which states are concatenated, as a genotype's cell and its encoding do."""
+
+    @property
+    def concat(self) -> C:
+        """Return the states of the output."""
+        ...
+
+
+class Projection(NamedTuple):
+    """Describe a layer of a cell that reads another output."""
+
+    name: Literal["enter", "match"]
+    layer: InputProjection
+    source: OutputKind  # which kind of output it reads
 
 
 class CellPosition(NamedTuple):
@@ -35,18 +68,25 @@ class CellPosition(NamedTuple):
     body: CellBody
     enter: InputProjection  # makes state 0 from the output of the cell before
     match: InputProjection | None  # makes state 1 from the one before that; none in the first cell
-    enter_source: str  # which kind of output is read: "stem", "normal" or "reduction"
-    match_source: str
+    enter_source: OutputKind
+    match_source: OutputKind
 
-    def own(self, encoding: Encoding) -> CellEncoding:
-        """Return the encoding of this cell."""
-        return encoding.reduction if self.kind == "reduction" else encoding.normal
+    def own(self, cells: CellPair[C]) -> C:
+        """Return the value for this cell."""
+        return cells.reduction if self.kind == "reduction" else cells.normal
+
+    def projections(self) -> list[Projection]:
+        """Return the projections that the cell has."""
+        projections = [Projection("enter", self.enter, self.enter_source)]
+        if self.match is not None:
+            projections.append(Projection("match", self.match, self.match_source))
+        return projections
 
 
 class _Output(NamedTuple):
     """Describe the output of a cell, or of the stem."""
 
-    source: str  # "stem", "normal" or "reduction"
+    source: OutputKind
     features: int  # of each state
     states: int
 
@@ -77,17 +117,17 @@ def cell_positions(
             )
         body = CellBody(kind, operations, pairs, features, norm)
         positions.append(CellPosition(kind, body, enter, match, last.source, before_last.source))
-        source = "reduction" if kind == "reduction" else "normal"
+        source: OutputKind = "reduction" if kind == "reduction" else "normal"
         last, before_last = _Output(source, features, INPUTS + pairs), last
         previous_kind = kind
     return positions
 
 
-def source_concat(encoding: Encoding, source: str) -> Concat:
-    """Return which states are concatenated in an output of this kind."""
+def source_concat(cells: CellPair[HasConcat[C]], source: OutputKind, stem: C) -> C:
+    """Return which states an output of this kind concatenates; `stem` is the stem's answer."""
     if source == "stem":
-        return all_states(STEM_STATES)
-    return encoding.reduction.concat if source == "reduction" else encoding.normal.concat
+        return stem
+    return cells.reduction.concat if source == "reduction" else cells.normal.concat
 
 
 # --- the tree of parameters, or of statistics -----------------------------------------------------

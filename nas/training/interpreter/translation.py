@@ -5,7 +5,7 @@ values of a pipeline's layers; `nas export` writes architectures only, no weight
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +13,34 @@ import jax.numpy as jnp
 from gpipe_jax.genotypes.genotype import INPUTS, Genotype
 from nas.training.interpreter import parameter_table, structure
 from nas.training.interpreter.cell import STEM_STATES
-from nas.training.interpreter.inputs import InputProjection
 from nas.training.interpreter.network import Interpreter
 from nas.training.interpreter.operation_union import flatten, unflatten
-from nas.training.interpreter.structure import CellPosition
+from nas.training.interpreter.structure import CellPosition, OutputKind
 from nas.training.network import PyTree, Variables
 from nas.training.static import Static
 
 PROJECTION_KERNELS = ("kernel", "even", "odd")
 
 
+class CellShapes(NamedTuple):
+    """Hold the shapes of the layers that a cell chooses from, of parameters or of statistics."""
+
+    operations: tuple[PyTree, ...]  # of each layer of the union
+    output: PyTree  # of the layer that changes an input for the cell's output
+
+
 def to_static(interpreter: Interpreter, genotype: Genotype, values: PyTree) -> Variables:
     """Return the values of the same network as `Static` has them.
 
-    `values` is a pair of trees for parameters and statistics; gradients and the like will do.
+    `values` is a pair of trees of the form of parameters and statistics; gradients have it too.
     """
     static = Static(interpreter.shape)
     layers = static.layers(static.encode(genotype))
-    parameter_shapes, statistics_shapes = zip(
-        *(layer.shapes(None) for layer in layers), strict=True
-    )
-    parameters, statistics = values
-    return Variables(
-        _network_to_static(interpreter, genotype, parameters, parameter_shapes, 0),
-        _network_to_static(interpreter, genotype, statistics, statistics_shapes, 1),
-    )
+    # Each has two elements: of parameters, and of statistics.
+    layer_shapes = zip(*(layer.shapes(None) for layer in layers), strict=True)
+    cell_shapes = zip(*map(_cell_shapes, interpreter.positions), strict=True)
+    trees = zip(values, layer_shapes, cell_shapes, strict=True)
+    return Variables(*(_network_to_static(interpreter, genotype, *each) for each in trees))
 
 
 def from_static(interpreter: Interpreter, genotype: Genotype, values: Variables) -> Variables:
@@ -56,21 +59,21 @@ def _network_to_static(
     interpreter: Interpreter,
     genotype: Genotype,
     tree: PyTree,
-    shapes: tuple[PyTree, ...],
-    which: int,
+    layer_shapes: tuple[PyTree, ...],
+    cell_shapes: tuple[CellShapes, ...],
 ) -> tuple[PyTree, ...]:
-    """Return the trees of the layers; `which` is 0 for parameters and 1 for statistics."""
+    """Return the trees of the layers of `Static`, of parameters or of statistics."""
     positions = interpreter.positions
     cells = structure.split_cells(positions, tree)
     layers = [
         tree["stem"],
         *(
-            _cell_to_static(position, genotype, cell, which)
-            for position, cell in zip(positions, cells, strict=True)
+            _cell_to_static(position, genotype, cell, shapes)
+            for position, cell, shapes in zip(positions, cells, cell_shapes, strict=True)
         ),
         _map_kernels(tree["classifier"], genotype.normal.concat, _pick_rows),
     ]
-    return tuple(_select_shapes(*each) for each in zip(shapes, layers, strict=True))
+    return tuple(_select_shapes(*each) for each in zip(layer_shapes, layers, strict=True))
 
 
 def _network_from_static(
@@ -103,49 +106,40 @@ def _select_shapes(shapes: PyTree, tree: PyTree) -> PyTree:
 # --- cells ----------------------------------------------------------------------------------------
 
 
-def _concat(genotype: Genotype, source: str) -> tuple[int, ...]:
-    """Return the states that are concatenated in an output of this kind."""
-    if source == "stem":
-        return tuple(range(STEM_STATES))
-    return (genotype.reduction if source == "reduction" else genotype.normal).concat
+def _cell_shapes(position: CellPosition) -> tuple[CellShapes, CellShapes]:
+    """Return the shapes of parameters and of statistics."""
+    parameters, statistics = zip(*position.body.union.shapes, strict=True)
+    output_parameters, output_statistics = position.body.output_union.shapes[1]
+    return CellShapes(parameters, output_parameters), CellShapes(statistics, output_statistics)
 
 
-def _projections(
-    position: CellPosition,
-) -> list[tuple[str, InputProjection, str]]:
-    """Return (name, projection, source) of those that the cell has."""
-    projections = [("enter", position.enter, position.enter_source)]
-    if position.match is not None:
-        projections.append(("match", position.match, position.match_source))
-    return projections
+def _source_concat(genotype: Genotype, source: OutputKind) -> tuple[int, ...]:
+    return structure.source_concat(genotype, source, stem=tuple(range(STEM_STATES)))
 
 
 def _union_indices(position: CellPosition, genotype: Genotype) -> list[int]:
     """Return the index, in the cell's union, of the layer that each slot has."""
     groups, operations = position.body.groups, position.body.operations
     group_of = {state: g for g, group in enumerate(groups) for state in group.states}
-    slots = [slot for pair in _own(position, genotype).pairs for slot in pair]
+    slots = [slot for pair in position.own(genotype).pairs for slot in pair]
     return [group_of[state] * len(operations) + operations.index(name) for name, state in slots]
 
 
-def _own(position: CellPosition, genotype: Genotype) -> Any:
-    return genotype.reduction if position.kind == "reduction" else genotype.normal
-
-
-def _cell_to_static(position: CellPosition, genotype: Genotype, cell: PyTree, which: int) -> PyTree:
-    layer = {
-        name: _map_kernels(cell[name], _concat(genotype, source), _pick_rows)
-        for name, _, source in _projections(position)
+def _cell_to_static(
+    position: CellPosition, genotype: Genotype, cell: PyTree, shapes: CellShapes
+) -> PyTree:
+    layer: dict[str, PyTree] = {
+        name: _map_kernels(cell[name], _source_concat(genotype, source), _pick_rows)
+        for name, _, source in position.projections()
     }
     body, vectors = position.body, cell["body"]
     layer["operations"] = {
-        j: unflatten(body.union.shapes[i][which], vectors["slots"][j]).get("chosen", {})
+        j: unflatten(shapes.operations[i], vectors["slots"][j]).get("chosen", {})
         for j, i in enumerate(_union_indices(position, genotype))
     }
-    change_shapes = body.output_union.shapes[1][which]
     layer["outputs"] = {
-        k: unflatten(change_shapes, vectors["outputs"][body.changed_inputs.index(state)])
-        for k, state in enumerate(_own(position, genotype).concat)
+        k: unflatten(shapes.output, vectors["outputs"][body.changed_inputs.index(state)])
+        for k, state in enumerate(position.own(genotype).concat)
         if state in body.changed_inputs
     }
     return layer
@@ -155,16 +149,16 @@ def _cell_from_static(
     position: CellPosition, genotype: Genotype, blank: PyTree, layer: PyTree
 ) -> PyTree:
     cell = {**blank, "body": dict(blank["body"])}
-    for name, projection, source in _projections(position):
+    for name, projection, source in position.projections():
         if layer.get(name):
             put_rows = _row_putter(projection.states)
-            cell[name] = _map_kernels(layer[name], _concat(genotype, source), put_rows)
+            cell[name] = _map_kernels(layer[name], _source_concat(genotype, source), put_rows)
     vectors = cell["body"]
     operations = layer.get("operations", {})
     for j in range(2 * position.body.pairs):
         vectors["slots"] = _fill(vectors["slots"], j, operations.get(j, {}))
     for k, tree in layer.get("outputs", {}).items():
-        state = _own(position, genotype).concat[k]
+        state = position.own(genotype).concat[k]
         row = position.body.changed_inputs.index(state)
         vectors["outputs"] = _fill(vectors["outputs"], row, tree)
     return cell
@@ -195,7 +189,7 @@ def _pick_rows(concat: tuple[int, ...], kernel: jax.Array) -> jax.Array:
 
 
 def _row_putter(states: int) -> RowChange:
-    """Return the inverse of `_pick_rows` for a buffer of so many states."""
+    """Return the inverse of `_pick_rows` for a buffer of this number of states."""
 
     def put_rows(concat: tuple[int, ...], kernel: jax.Array) -> jax.Array:
         rows = kernel.reshape(len(concat), -1, kernel.shape[-1])
