@@ -1,25 +1,20 @@
-"""List the legal values of training options, so that a config is checked without JAX."""
+"""List the legal values of options, for configurations and the classes that take them; no JAX."""
 
-from pathlib import Path
 from typing import Literal, get_args
-
-from gpipe_jax.errors import ArgumentError
-from gpipe_jax.utils import text
 
 Builder = Literal["interpreter", "static"]
 Dtype = Literal["float32", "bfloat16"]
-BUILDERS: tuple[str, ...] = get_args(Builder)
-DTYPES: tuple[str, ...] = get_args(Dtype)
-DATASETS = ("digits", "cifar10")
-RUNG = "rung_accuracy"
-"""Metric that decides whether a candidate is hopeless: validation accuracy after `stop_epoch`."""
+TrainingDataset = Literal["digits", "cifar10"]
+TableDataset = Literal["cifar10", "cifar100", "imagenet16_120"]
+CompiledCost = Literal["latency_ms", "memory_mib"]
 
+BUILDERS: tuple[Builder, ...] = get_args(Builder)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DATASETS: tuple[TrainingDataset, ...] = get_args(TrainingDataset)
+"""Data sets that candidates are trained on, besides files."""
 
-def check_data(name: str) -> None:
-    """Raise ValueError if a data set is neither known nor a file."""
-    if name in DATASETS or Path(name).exists():
-        return
-    hint = text.did_you_mean_or_list(name, DATASETS)
-    raise ArgumentError(
-        "data", f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
-    )
+TABLE_DATASETS: tuple[TableDataset, ...] = get_args(TableDataset)
+"""Data sets of the table of NAS-Bench-201."""
+
+COMPILED_COSTS: tuple[CompiledCost, ...] = get_args(CompiledCost)
+"""Costs of a network that the TPU compiler has to estimate."""

@@ -21,7 +21,8 @@ from gpipe_jax.config.base import (
     cross_check,
 )
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
-from nas.choices import Builder, Dtype
+from gpipe_jax.utils.choices import FOLDER_VARIABLE
+from nas.choices import COMPILED_COSTS, DATASETS, Builder, Dtype, TableDataset
 from nas.evolution.evolution import Algorithm, FitnessPolicy, Settings
 
 
@@ -47,9 +48,9 @@ class TableConfig(Section):
     kind: Literal["table"] = "table"
     folder: Text | None = Field(
         default=None,
-        description="folder of nb201.npz; default: the environment variable GPIPE_JAX_DATA",
+        description=f"folder of nb201.npz; default: the environment variable {FOLDER_VARIABLE}",
     )
-    dataset: Literal["cifar10", "cifar100", "imagenet16_120"] = Field(
+    dataset: TableDataset = Field(
         default="cifar10", description="data set that the cells were trained on"
     )
     fitness: Literal["valid12", "test200"] = Field(
@@ -73,11 +74,13 @@ class TrainingConfig(Section):
 
     kind: Literal["training"] = "training"
     data: Text = Field(
-        default="digits", description="digits, cifar10, or a .npz file with inputs and labels"
+        default="digits",
+        description=f"{', '.join(DATASETS)}, or a .npz file with inputs and labels",
     )
     folder: Text | None = Field(
         default=None,
-        description="folder of cifar10's files; default: the environment variable GPIPE_JAX_DATA",
+        description=f"folder of cifar10's files; default: the environment variable "
+        f"{FOLDER_VARIABLE}",
     )
     cells_per_stack: Count = Field(
         default=1, description="N: normal cells in each of the three stacks"
@@ -214,7 +217,7 @@ def _evaluator_fits_space(
 def _limits_fit_evaluator(
     limits: LimitsConfig, evaluate: TableConfig | FunctionConfig | TrainingConfig
 ) -> Problems:
-    compiled = [name for name in ("latency_ms", "memory_mib") if getattr(limits, name) is not None]
+    compiled = [name for name in COMPILED_COSTS if getattr(limits, name) is not None]
     if evaluate.kind == "function" and limits != LimitsConfig():
         message = (
             "limits need evaluate.kind table or training, because the size of a function's "

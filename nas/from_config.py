@@ -9,6 +9,7 @@ from typing import Any
 
 from gpipe_jax.errors import ArgumentError, section
 from nas.ask_tell.limits import Limit
+from nas.choices import COMPILED_COSTS
 from nas.config import (
     FunctionConfig,
     LimitsConfig,
@@ -18,7 +19,7 @@ from nas.config import (
     TableConfig,
     TrainingConfig,
 )
-from nas.costs.network_costs import COMPILED, NetworkCosts
+from nas.costs.network_costs import NetworkCosts
 from nas.evaluators.builtin import TabularEvaluator
 from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.spaces.nasbench201 import NASBench201Space
@@ -88,7 +89,7 @@ def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:
     bounds = {name: getattr(limits, name) for name in ("params_m", "flops_m")}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
     if limits.topology:
-        bounds |= {name: getattr(limits, name) or math.inf for name in COMPILED}
+        bounds |= {name: getattr(limits, name) or math.inf for name in COMPILED_COSTS}
     if not bounds:
         return ()
     if isinstance(evaluate, TabularEvaluator):

@@ -22,8 +22,9 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import nas
+from nas.choices import TABLE_DATASETS
 from nas.evaluators.evaluator import Job, Outcome
-from nas.evaluators.nasbench201_table import DATASETS, NASBench201Table
+from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.evolution.evolution import Evolution
 from nas.evolution.simulation import FinishedJob, StorelessLoop, simulate
 from nas.spaces.nasbench201 import NASBench201Space
@@ -115,7 +116,7 @@ def curves(path: Path) -> dict[tuple, tuple[float, float]]:
 def random_search(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
     """Compare random search with the closed form."""
     reference, counts = curves(lookups["cifar10"].path), [10, 20, 50, 100, 150, 200, 300, 500]
-    accuracies: dict[str, list[list[float]]] = {dataset: [] for dataset in DATASETS}
+    accuracies: dict[str, list[list[float]]] = {dataset: [] for dataset in TABLE_DATASETS}
     for seed in range(runs):
         search_loop = loop(seed, 500, 1, 1, algorithm="random")
         cells = [search_loop.evolution.propose(k).architecture for k in range(500)]
@@ -125,7 +126,7 @@ def random_search(lookups: dict[str, Lookup], runs: int) -> Iterator[Row]:
                 for k, cell in enumerate(cells)
             ]
             accuracies[dataset].append(best(lookup, done, counts))
-    for dataset in DATASETS:
+    for dataset in TABLE_DATASETS:
         for n, values in zip(counts, zip(*accuracies[dataset], strict=True), strict=True):
             yield against(
                 f"random search, {dataset}, {n}", list(values), reference[dataset, 0, 0, n][0]
@@ -294,7 +295,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        lookups = {dataset: Lookup(dataset, options.folder) for dataset in DATASETS}
+        lookups = {dataset: Lookup(dataset, options.folder) for dataset in TABLE_DATASETS}
     except (OSError, ValueError) as error:
         parser.error(str(error))
     runs, cifar10 = options.runs, lookups["cifar10"]

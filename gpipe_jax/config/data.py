@@ -11,6 +11,7 @@ from pydantic import Field
 from gpipe_jax.config.base import Count, CountOrZero, Fraction, Problems, Section, Text
 from gpipe_jax.config.models import AnyModelConfig, ImageShape, ModelConfig
 from gpipe_jax.data.files import Rules
+from gpipe_jax.utils.choices import FOLDER_VARIABLE
 
 
 class DataConfig(Section):
@@ -103,7 +104,7 @@ class Cifar10Config(DataConfig):
     folder: Text | None = Field(
         default=None,
         description="folder of the downloaded files; default: the environment variable "
-        "GPIPE_JAX_DATA",
+        f"{FOLDER_VARIABLE}",
     )
     batch_size: Count = Field(default=128, description="examples in a step, over all replicas")
     validation: CountOrZero = Field(

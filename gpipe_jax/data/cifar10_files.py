@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpipe_jax.utils.choices import FOLDER_VARIABLE
+
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 
 _MEAN = np.array([0.4914, 0.4822, 0.4465])  # per channel of the training images, from 0 to 1
 _DEVIATION = np.array([0.2470, 0.2435, 0.2616])

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from gpipe_jax.tpu_compiler.results import Compiled
     from nas.training.static import Static
 
-COMPILED = ("latency_ms", "memory_mib")
-"""Costs that the TPU compiler has to estimate."""
-
 
 @dataclass(frozen=True)
 class NetworkCosts:

@@ -19,6 +19,17 @@ from typing import Any, NamedTuple
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
 TRAINED_VALUES = "trained_values"
+_OLD_NAMES = {
+    "identity": "goes_by",
+    "rivals_metric": "compares",
+    "compile_grace_s": "grace_s",
+    "prepare": "in_search",
+}
+"""Optional members in versions before 0.2, which had no base class, by their present names."""
+"""Name in an evaluator's dict of the location of trained weights."""
+
+RUNG = "rung_accuracy"
+"""Metric that decides whether a candidate is hopeless: validation accuracy after `stop_epoch`."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +90,27 @@ class Evaluator:
     from this one may have the same members.
 
     Attributes:
-        goes_by: What the fitness depends on, by name. A search resumes only with an evaluator whose
+        identity: What the fitness depends on, by name. A search resumes only with an evaluator whose
             values are the same. Default: nothing.
-        compares: Name of the metric whose values jobs get in `Job.rivals`; default: None, for no
+        rivals_metric: Name of the metric whose values jobs get in `Job.rivals`; default: None, for no
             metric.
-        grace_s: Seconds that a job may take in addition to the search's `timeout_s`; default 0. For
+        compile_grace_s: Seconds that a job may take in addition to the search's `timeout_s`; default 0. For
             evaluators that check `timeout_s` themselves and do not count compilation.
 
     Example::
 
         class Accuracy(nas.Evaluator):
-            goes_by = {"data": "digits, version 2"}
+            identity = {"data": "digits, version 2"}
 
             def evaluate(self, job):
                 return {"fitness": train(job.architecture, job.seed), "epochs": 20}
     """
 
-    goes_by: Mapping[str, Any] = MappingProxyType({})
-    compares: str | None = None
-    grace_s: float = 0.0
+    identity: Mapping[str, Any] = MappingProxyType({})
+    rivals_metric: str | None = None
+    compile_grace_s: float = 0.0
 
-    def in_search(
+    def prepare(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "Evaluator":
         """Return the evaluator that this search uses, before its first job.
@@ -142,14 +153,14 @@ def identity_of(evaluate: Any) -> dict[str, Any]:
     """Return the evaluator's class and what its fitness depends on, as JSON values.
 
     Raises:
-        ValueError: Its `goes_by` is not a dict with texts as names.
+        ValueError: Its `identity` is not a dict with texts as names.
     """
     evaluator = as_evaluator(evaluate)
     declared = evaluator.wrapped if isinstance(evaluator, Adapter) else evaluator
-    kind, own = type(declared).__name__, evaluator.goes_by
+    kind, own = type(declared).__name__, evaluator.identity
     if not (isinstance(own, Mapping) and all(isinstance(name, str) for name in own)):
         raise ValueError(
-            f"`goes_by` of {kind} is {own!r}: expected a dict with texts as "
+            f"`identity` of {kind} is {own!r}: expected a dict with texts as "
             "names, or a property that returns one"
         )
     identity = {"kind": kind, **own}
@@ -166,26 +177,31 @@ class Adapter(Evaluator):
 
     wrapped: Any
 
-    @property
-    def goes_by(self) -> Mapping[str, Any]:
-        """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "goes_by", Evaluator.goes_by)
+    def _member(self, name: str, default: Any) -> Any:
+        """Return the wrapped object's member of this name, or of its old name, or the default."""
+        old = getattr(self.wrapped, _OLD_NAMES[name], default)
+        return getattr(self.wrapped, name, old)
 
     @property
-    def compares(self) -> str | None:
+    def identity(self) -> Mapping[str, Any]:
         """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "compares", Evaluator.compares)
+        return self._member("identity", Evaluator.identity)
 
     @property
-    def grace_s(self) -> float:
+    def rivals_metric(self) -> str | None:
         """Return the wrapped object's, or the default."""
-        return getattr(self.wrapped, "grace_s", Evaluator.grace_s)
+        return self._member("rivals_metric", Evaluator.rivals_metric)
 
-    def in_search(
+    @property
+    def compile_grace_s(self) -> float:
+        """Return the wrapped object's, or the default."""
+        return self._member("compile_grace_s", Evaluator.compile_grace_s)
+
+    def prepare(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> Evaluator:
         """Call the wrapped object's method, if it has one."""
-        prepare = getattr(self.wrapped, "in_search", None)
+        prepare = self._member("prepare", None)
         if prepare is None:
             return self
         return as_evaluator(prepare(space, folder, fitness_policy, timeout_s))
@@ -202,7 +218,7 @@ class Function(Evaluator):
     function: Callable[[Any], Any]
 
     @property
-    def goes_by(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """Return the function's name and module, if they are the same in another process."""
         name = getattr(self.function, "__name__", "")
         module = getattr(self.function, "__module__", "")

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils.choices import FOLDER_VARIABLE
 from gpipe_jax.utils.text import did_you_mean_or_list
+from nas.choices import TABLE_DATASETS
 from nas.spaces.nasbench201 import Edges
-
-DATASETS = ("cifar10", "cifar100", "imagenet16_120")
-FOLDER_VARIABLE = "GPIPE_JAX_DATA"
 
 
 class NASBench201Table:
@@ -40,8 +39,8 @@ class NASBench201Table:
     """
 
     def __init__(self, dataset: str = "cifar10", folder: str | Path | None = None) -> None:
-        if dataset not in DATASETS:
-            suggestion = did_you_mean_or_list(dataset, DATASETS)
+        if dataset not in TABLE_DATASETS:
+            suggestion = did_you_mean_or_list(dataset, TABLE_DATASETS)
             raise ValueError(f"dataset: unknown {dataset!r}{suggestion}")
         self.dataset = dataset
         self.path = find_table(folder)
@@ -62,7 +61,7 @@ class NASBench201Table:
         return _load(self.path, self.dataset)[1]
 
 
-@functools.lru_cache(maxsize=len(DATASETS))
+@functools.lru_cache(maxsize=len(TABLE_DATASETS))
 def _load(path: Path, dataset: str) -> tuple[dict[Edges, int], dict[str, Any]]:
     """Return the row of every cell, and the columns."""
     import numpy as np

@@ -12,8 +12,8 @@ from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from gpipe_jax.utils.counts import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
-from nas.choices import BUILDERS, DATASETS, DTYPES, RUNG, check_data
-from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job
+from nas.choices import BUILDERS, DATASETS, DTYPES
+from nas.evaluators.evaluator import RUNG, TRAINED_VALUES, Evaluator, Job
 from nas.storage import old_names
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class TrainingEvaluator(Evaluator):
     stop_epoch: int | None = None
     stop_quantile: float = 0.25
     timeout_s: float | None = None
-    grace_s: ClassVar[float] = 1800.0
+    compile_grace_s: ClassVar[float] = 1800.0
     """Seconds for compilation, which a search with a `timeout_s` allows in addition."""
     compilation_cache: str | None = None
     operations: tuple[str, ...] = PAPER_OPERATIONS
@@ -127,7 +127,7 @@ class TrainingEvaluator(Evaluator):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))
-        check_data(self.data)
+        _check_data(self.data)
         _check_counts(self)
         _check_numbers(self)
         for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
@@ -146,12 +146,12 @@ class TrainingEvaluator(Evaluator):
     # --- in the search's process ------------------------------------------------------------------
 
     @property
-    def compares(self) -> str | None:
+    def rivals_metric(self) -> str | None:
         """Return the metric whose values of the population's members a job gets."""
         return RUNG if self.stop_epoch is not None else None
 
     @property
-    def goes_by(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return what the fitness depends on; a search resumes only with the same values."""
         identity = {
             each.name: getattr(self, each.name)
@@ -164,7 +164,7 @@ class TrainingEvaluator(Evaluator):
             identity["data"] = f"a file of SHA-256 {self._data().digest}"
         return identity
 
-    def in_search(
+    def prepare(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "TrainingEvaluator":
         """Return the evaluator with the space, the folder and the time limit of a search.
@@ -296,6 +296,15 @@ class TrainingEvaluator(Evaluator):
             self.stop_quantile,
             self.timeout_s,
         )
+
+
+def _check_data(name: str) -> None:
+    if name in DATASETS or Path(name).exists():
+        return
+    hint = did_you_mean_or_list(name, DATASETS)
+    raise ArgumentError(
+        "data", f"data: unknown data set {name!r}{hint} or give a .npz file with inputs and labels"
+    )
 
 
 def _check_counts(evaluator: TrainingEvaluator) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.choices import RUNG
+from nas.evaluators.evaluator import RUNG
 from nas.training.network import Architecture, Variables
 from nas.training.programs import Programs
 from nas.training.recipe import Scalars

@@ -16,8 +16,9 @@ from toy import SLOTS, SMALL_SPACE, job, search, small, toy, trace
 
 import nas
 from gpipe_jax import data
+from nas.choices import DATASETS
 from nas.errors import MismatchError
-from nas.training import programs
+from nas.training import datasets, programs
 from nas.training.datasets import Augmentation, Data, Split
 from nas.training.loop import Training
 from nas.training.network import Variables
@@ -61,7 +62,7 @@ def test_training_in_bfloat16_learns_too() -> None:
 def test_the_interpreter_learns_in_bfloat16(tmp_path) -> None:
     options = {"filters": 4, "examples": 256, "epochs": 12, "validation_images": 200}
     evaluator = small(dtype="bfloat16", learning_rate=0.1, **options)
-    prepared = evaluator.in_search(SMALL_SPACE, tmp_path, "stored", None)
+    prepared = evaluator.prepare(SMALL_SPACE, tmp_path, "stored", None)
     result = prepared.evaluate(nas.Job(0, 0, SMALL_SPACE.random(Random(0)), seed=0))
     assert result["fitness"] > 0.3 and result["train_loss"] < 1.8
 
@@ -219,8 +220,8 @@ def test_a_folder_of_images_is_known_by_its_arrays(tmp_path) -> None:
     for value in (0.0, 1.0):
         np.save(tmp_path / "inputs.npy", np.full((40, 4, 4, 1), value, np.float32))
         np.save(tmp_path / "labels.npy", np.arange(40) % 2)
-        identities.add(evaluator.goes_by["data"])
-    assert len(identities) == 2 and evaluator.goes_by["data"] in identities
+        identities.add(evaluator.identity["data"])
+    assert len(identities) == 2 and evaluator.identity["data"] in identities
 
 
 def test_scores_that_are_not_finite_are_no_accuracy(monkeypatch) -> None:
@@ -261,9 +262,9 @@ def test_augmentation_moves_and_mirrors() -> None:
         ({"momentum": 1}, "momentum 1: expected 0 or more, less than 1"),
         ({"timeout_s": 0}, "timeout_s 0: expected seconds, more than 0, or None"),
         ({"builder": "dynamic"}, "builder: unknown 'dynamic'; known: interpreter, static"),
-        ({"dtype": "float17"}, "dtype: unknown 'float17'; did you mean 'float32'"),
+        ({"dtype": "float17"}, "dtype: unknown 'float17'; did you mean 'bfloat16'"),
         ({"dtype": "int32"}, "dtype: unknown 'int32'; known: float32, bfloat16"),
-        ({"dtype": "float64"}, "dtype: unknown 'float64'; did you mean 'float32'"),
+        ({"dtype": "float64"}, "dtype: unknown 'float64'; did you mean 'bfloat16'"),
         ({"stop_epoch": 3}, "stop_epoch 3 is not before the end, epochs 3; use 1 to 2"),
     ],
 )
@@ -331,7 +332,7 @@ def test_training_stops_at_its_time_limit(monkeypatch) -> None:
     [(None, None, None), (9.0, None, 9.0), (None, 5.0, 5.0), (9.0, 5.0, 5.0), (5.0, 9.0, 5.0)],
 )
 def test_the_shorter_of_two_limits_counts(tmp_path, own, of_the_search, limit) -> None:
-    evaluator = toy(timeout_s=own).in_search(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
+    evaluator = toy(timeout_s=own).prepare(nas.NASNetSpace(), tmp_path, "stored", of_the_search)
     assert evaluator.timeout_s == limit
 
 
@@ -416,3 +417,7 @@ def test_hopeless_candidates_stop_also_after_a_resume(tmp_path) -> None:
 def test_by_default_nothing_is_stopped(tmp_path) -> None:
     result = search(tmp_path, cycles=10)
     assert not {"stopped_at_epoch", "rung_accuracy"} & set(result.history)
+
+
+def test_every_data_set_has_a_source() -> None:
+    assert tuple(datasets._SOURCES) == DATASETS
