@@ -326,7 +326,7 @@ def search(
             - retries: Retries for each kind of failure; default `nas.Retries()`.
             - max_failures: Number of failures in a row that end the search; default 10.
             - compare: Metric of the population that jobs get as `Job.rivals`; default: the
-              evaluator's `compares`.
+              evaluator's `rivals_metric`.
             - population, sample, seed, maximise, replacement, algorithm, fitness_policy: Fields of
               `nas.Settings`.
 
@@ -356,8 +356,8 @@ def search(
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
     setup = Setup(space, evaluate, tuple(limits), stored_options)
     policy = options.get("fitness_policy", "stored")
-    evaluator = evaluator.in_search(space, Path(folder) / name, policy, timeout_s)
-    options.setdefault("compare", evaluator.compares)
+    evaluator = evaluator.prepare(space, Path(folder) / name, policy, timeout_s)
+    options.setdefault("compare", evaluator.rivals_metric)
     loop = Search(
         space=space,
         name=name,

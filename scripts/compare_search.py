@@ -52,18 +52,18 @@ class Remembered:
     results: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def grace_s(self) -> float:
+    def compile_grace_s(self) -> float:
         """Delegate to the wrapped evaluator: the first algorithm compiles for all."""
-        return self.evaluator.grace_s
+        return self.evaluator.compile_grace_s
 
     @property
-    def goes_by(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Delegate to the wrapped evaluator: a search resumes only with the same training."""
         return evaluators.identity_of(self.evaluator)
 
-    def in_search(self, *search: Any) -> "Remembered":
+    def prepare(self, *search: Any) -> "Remembered":
         """Delegate to the wrapped evaluator."""
-        return replace(self, evaluator=self.evaluator.in_search(*search))
+        return replace(self, evaluator=self.evaluator.prepare(*search))
 
     def evaluate(self, job: Job) -> dict[str, Any]:
         """Return the result of this architecture and seed, trained now if it is new."""

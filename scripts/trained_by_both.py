@@ -69,9 +69,7 @@ def trained_by_both(search: dict[str, Any], numbers: range) -> Rows:
         numbers: Seeds of the architectures.
     """
     with tempfile.TemporaryDirectory() as folder, restored_cache():
-        evaluator = search["evaluate"].in_search(
-            search["space"], Path(folder), "retrain_warm", None
-        )
+        evaluator = search["evaluate"].prepare(search["space"], Path(folder), "retrain_warm", None)
         # An empty cache, so that nothing compiled earlier is used.
         evaluator = replace(evaluator, compilation_cache=str(Path(folder) / "compiled"))
         evaluators = {builder: replace(evaluator, builder=builder) for builder in BUILDERS}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
 from nas.evaluators.outcomes import as_outcome, mean_metrics
 
@@ -31,7 +31,7 @@ class TabularEvaluator(Evaluator):
     fitness: str = "valid12"
 
     @property
-    def goes_by(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """Return the metric's name, and the table's data set if it has one."""
         dataset = getattr(self.table, "dataset", None)
         own = {"fitness": self.fitness}
@@ -55,7 +55,7 @@ class Repeated(Evaluator):
         repeats: Number of evaluations, at least 1.
 
     Raises:
-        ValueError: `repeats` is no whole number of at least 1.
+        ValueError: `repeats` is not a whole number of at least 1.
         TypeError: `evaluator` is not an evaluator.
 
     Example::
@@ -75,25 +75,25 @@ class Repeated(Evaluator):
         return as_evaluator(self.evaluator)
 
     @property
-    def compares(self) -> str | None:
+    def rivals_metric(self) -> str | None:
         """Return the inner evaluator's."""
-        return self._inner.compares
+        return self._inner.rivals_metric
 
     @property
-    def grace_s(self) -> float:
+    def compile_grace_s(self) -> float:
         """Return the inner evaluator's."""
-        return self._inner.grace_s
+        return self._inner.compile_grace_s
 
     @property
-    def goes_by(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """Return the number of repeats and the inner evaluator's identity."""
         return {"repeats": self.repeats, "evaluator": identity_of(self._inner)}
 
-    def in_search(
+    def prepare(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "Repeated":
         """Prepare the inner evaluator."""
-        inner = self._inner.in_search(space, folder, fitness_policy, timeout_s)
+        inner = self._inner.prepare(space, folder, fitness_policy, timeout_s)
         return replace(self, evaluator=inner)
 
     def evaluate(self, job: Job) -> Mapping[str, float | str]:

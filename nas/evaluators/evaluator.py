@@ -90,12 +90,13 @@ class Evaluator:
     from this one may have the same members.
 
     Attributes:
-        identity: What the fitness depends on, by name. A search resumes only with an evaluator whose
-            values are the same. Default: nothing.
-        rivals_metric: Name of the metric whose values jobs get in `Job.rivals`; default: None, for no
-            metric.
-        compile_grace_s: Seconds that a job may take in addition to the search's `timeout_s`; default 0. For
-            evaluators that check `timeout_s` themselves and do not count compilation.
+        identity: What the fitness depends on, by name. A search resumes only with an evaluator
+            whose values are the same. Default: nothing.
+        rivals_metric: Name of the metric whose values jobs get in `Job.rivals`; default: None, for
+            no metric.
+        compile_grace_s: Seconds that a job may take in addition to the search's `timeout_s`;
+            default 0. For evaluators that check `timeout_s` themselves and do not count
+            compilation.
 
     Example::
 

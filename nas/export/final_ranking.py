@@ -59,7 +59,7 @@ def rank(
         ValueError, OSError: There is no training with these epochs, or on these data.
     """
     longer = for_longer(evaluator, epochs)
-    prepared = longer.in_search(space, reader.path.parent, "stored", None)
+    prepared = longer.prepare(space, reader.path.parent, "stored", None)
     finalists = []
     for row in queries.top(reader, count):
         finalist = _finalist(longer, prepared, reader, space, row)

@@ -58,7 +58,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.stopping = threading.Event()
         self._end = math.inf  # on the clock time.monotonic
-        self._grace_s = self.evaluator.grace_s
+        self._grace_s = self.evaluator.compile_grace_s
         self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
         self._called_back = self.search.evolution.results  # results at the last callback
         self._task = task.make_task(self.evaluator, self.pool.pickles)

@@ -19,19 +19,26 @@ class Bare:
 
 
 class Full(Bare):
-    grace_s, compares = 2.5, "accuracy"
+    compile_grace_s, rivals_metric = 2.5, "accuracy"
 
     @property
-    def goes_by(self) -> dict:
+    def identity(self) -> dict:
         return {"data": Path("mine")}
 
-    def in_search(self, space, folder, fitness_policy, timeout_s) -> Bare:
+    def prepare(self, space, folder, fitness_policy, timeout_s) -> Bare:
         assert (space, folder, fitness_policy, timeout_s) == ("space", Path("run"), "stored", 9.0)
         return Bare()
 
 
+class OldNames(Bare):
+    grace_s, compares, goes_by = 2.5, "accuracy", MappingProxyType({"data": 5})
+
+    def in_search(self, space, folder, fitness_policy, timeout_s) -> Bare:
+        return Full().prepare(space, folder, fitness_policy, timeout_s)
+
+
 class Declared(nas.Evaluator):
-    goes_by = MappingProxyType({"data": 3})
+    identity = MappingProxyType({"data": 3})
 
     def evaluate(self, job: nas.Job) -> float:
         return 2.0
@@ -39,44 +46,58 @@ class Declared(nas.Evaluator):
 
 def test_an_object_with_evaluate_alone_gets_the_defaults() -> None:
     evaluator = as_evaluator(Bare())
-    assert (evaluator.grace_s, evaluator.compares, evaluator.goes_by) == (0.0, None, {})
-    assert evaluator.in_search("space", Path("run"), "stored", None) is evaluator
+    assert (evaluator.compile_grace_s, evaluator.rivals_metric, evaluator.identity) == (
+        0.0,
+        None,
+        {},
+    )
+    assert evaluator.prepare("space", Path("run"), "stored", None) is evaluator
     assert evaluator.evaluate(JOB) == 7.0 and identity_of(Bare()) == {"kind": "Bare"}
 
 
 def test_optional_members_of_an_object_are_used() -> None:
     evaluator = as_evaluator(Full())
-    assert (evaluator.grace_s, evaluator.compares) == (2.5, "accuracy")
+    assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (2.5, "accuracy")
     assert identity_of(Full()) == identity_of(evaluator) == {"kind": "Full", "data": "PosixPath"}
-    prepared = evaluator.in_search("space", Path("run"), "stored", 9.0)
-    assert isinstance(prepared, Adapter) and prepared.grace_s == 0.0
+    prepared = evaluator.prepare("space", Path("run"), "stored", 9.0)
+    assert isinstance(prepared, Adapter) and prepared.compile_grace_s == 0.0
+    assert identity_of(prepared) == {"kind": "Bare"}
+
+
+def test_an_object_may_have_the_old_names_of_members() -> None:
+    evaluator = as_evaluator(OldNames())
+    assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (2.5, "accuracy")
+    assert identity_of(OldNames()) == {"kind": "OldNames", "data": 5}
+    prepared = evaluator.prepare("space", Path("run"), "stored", 9.0)
     assert identity_of(prepared) == {"kind": "Bare"}
 
 
 def test_a_subclass_of_evaluator_is_used_as_it_is() -> None:
     declared = Declared()
     assert as_evaluator(declared) is declared
-    assert identity_of(declared) == {"kind": "Declared", "data": 3} and declared.grace_s == 0.0
+    assert (
+        identity_of(declared) == {"kind": "Declared", "data": 3} and declared.compile_grace_s == 0.0
+    )
     with pytest.raises(NotImplementedError, match=r"Evaluator has no method evaluate\(job\): def"):
         nas.Evaluator().evaluate(JOB)
 
 
 class SetInInit(Declared):
     def __init__(self) -> None:
-        self.goes_by, self.compares, self.grace_s = {"data": 4}, "accuracy", 2.5
+        self.identity, self.rivals_metric, self.compile_grace_s = {"data": 4}, "accuracy", 2.5
 
 
 @dataclass(frozen=True)
 class SetAsFields(nas.Evaluator):
-    grace_s: float
-    compares: str | None = "accuracy"
-    goes_by: dict = field(default_factory=lambda: {"data": 4})
+    compile_grace_s: float
+    rivals_metric: str | None = "accuracy"
+    identity: dict = field(default_factory=lambda: {"data": 4})
 
 
 @pytest.mark.parametrize("make", [SetInInit, lambda: SetAsFields(2.5)])
 def test_members_may_be_set_in_init_or_be_dataclass_fields(make) -> None:
     evaluator = make()
-    assert (evaluator.grace_s, evaluator.compares) == (2.5, "accuracy")
+    assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (2.5, "accuracy")
     assert identity_of(evaluator) == {"kind": type(evaluator).__name__, "data": 4}
 
 
@@ -95,11 +116,11 @@ def test_a_function_is_known_by_its_name() -> None:
 
 def test_repeats_pass_on_what_the_inner_evaluator_declares() -> None:
     repeated = nas.Repeated(Full(), 2)
-    assert (repeated.grace_s, repeated.compares) == (2.5, "accuracy")
+    assert (repeated.compile_grace_s, repeated.rivals_metric) == (2.5, "accuracy")
     inner = {"kind": "Full", "data": "PosixPath"}
     assert identity_of(repeated) == {"kind": "Repeated", "repeats": 2, "evaluator": inner}
-    prepared = repeated.in_search("space", Path("run"), "stored", 9.0)
-    assert isinstance(prepared, nas.Repeated) and prepared.goes_by["evaluator"] == {"kind": "Bare"}
+    prepared = repeated.prepare("space", Path("run"), "stored", 9.0)
+    assert isinstance(prepared, nas.Repeated) and prepared.identity["evaluator"] == {"kind": "Bare"}
     assert prepared.evaluate(JOB) == {"fitness": 7.5, "fitness_std": 0.5}
     with pytest.raises(TypeError, match="evaluate 3: expected a function"):
         nas.Repeated(3)
@@ -107,7 +128,7 @@ def test_repeats_pass_on_what_the_inner_evaluator_declares() -> None:
 
 @pytest.mark.parametrize("repeats", [0, 2.5, True])
 def test_repeats_are_a_whole_number(repeats) -> None:
-    with pytest.raises(ValueError, match=f"repeats {repeats}: expected a whole number of at leas"):
+    with pytest.raises(ValueError, match=f"`repeats` must be a whole number of at least 1, got {repeats}"):
         nas.Repeated(sum, repeats=repeats)
 
 
@@ -143,9 +164,9 @@ def test_counts_are_whole_numbers(make, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
-def test_goes_by_must_be_a_dict(own) -> None:
+def test_an_identity_must_be_a_dict(own) -> None:
     class Own(Bare):
-        goes_by = own
+        identity = own
 
-    with pytest.raises(ValueError, match=r"`goes_by` of Own is .*: expected a dict with texts as"):
+    with pytest.raises(ValueError, match=r"`identity` of Own is .*: expected a dict with texts as"):
         identity_of(Own())

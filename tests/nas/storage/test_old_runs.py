@@ -183,7 +183,7 @@ def test_a_setup_with_a_table_is_unpickled() -> None:
     setup = pickled_setup._Unpickler(io.BytesIO(pickled)).load()
     assert isinstance(setup, pickled_setup.Setup)
     assert isinstance(setup.space, nas.NASBench201Space)
-    assert setup.evaluate.goes_by == {"fitness": "test200", "dataset": "cifar10"}
+    assert setup.evaluate.identity == {"fitness": "test200", "dataset": "cifar10"}
     assert isinstance(setup.evaluate.table, nas.NASBench201Table)
     assert setup.limits[0].measure.name == "params_m"
     assert setup.options["space"] == next(iter(GENOTYPES.values()))

@@ -110,8 +110,8 @@ class Elsewhere:
     def __init__(self, disk: Path) -> None:
         self.disk = disk
 
-    def in_search(self, space, folder, *rest):
-        return toy.toy().in_search(space, self.disk / folder.name, *rest)
+    def prepare(self, space, folder, *rest):
+        return toy.toy().prepare(space, self.disk / folder.name, *rest)
 
     def evaluate(self, job: nas.Job) -> None:
         raise NotImplementedError

@@ -250,7 +250,7 @@ def test_a_hung_thread_is_given_up_and_its_late_report_logged(tmp_path) -> None:
 class Compiles:
     """Take longer for the first job."""
 
-    grace_s = 20.0
+    compile_grace_s = 20.0
 
     def __init__(self, first_s: float) -> None:
         self.left_s = first_s
@@ -264,11 +264,11 @@ class Compiles:
 def test_compilation_does_not_count_as_time_of_a_job(tmp_path) -> None:
     result = run(tmp_path, nas.Repeated(Compiles(0.8), 1), timeout_s=0.2)
     check(result)
-    assert result.counts.failures == 0 and nas.TrainingEvaluator.grace_s == 1800
+    assert result.counts.failures == 0 and nas.TrainingEvaluator.compile_grace_s == 1800
 
 
 def test_compilation_has_a_limit(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(Compiles, "grace_s", 0.1)
+    monkeypatch.setattr(Compiles, "compile_grace_s", 0.1)
     result = run(tmp_path, Compiles(1.0), timeout_s=0.2)
     assert result.reader.failures_by_kind() == {"timeout": 1}
     (error,) = result.evaluations["error"].dropna()
@@ -396,7 +396,7 @@ def test_a_repeated_evaluator_averages(tmp_path) -> None:
     for candidate in result.population:
         assert candidate.fitness == ones(candidate.architecture) + 0.5
         assert candidate.metrics == {"one": 1.0, "fitness_std": 0.5}
-    with pytest.raises(ValueError, match="repeats 0: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="`repeats` must be a whole number of at least 1, got 0"):
         nas.Repeated(Noisy(), 0)
 
 
@@ -493,7 +493,7 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (0, "workers 0: expected a whole number of at least 1"),
+        (0, "`workers` must be a whole number of at least 1, got 0"),
         ("threads", "workers 'threads': expected a number of threads, 'devices'"),
         ("processes:none", "workers 'processes:none': expected 'processes' or"),
     ],
