@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from nas.errors import FailuresError
 
 MAX_REJECTED = 10_000

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from nas.errors import MismatchError, SearchExistsError
 from nas.evolution.evolution import Settings
 from nas.spaces.space import Space

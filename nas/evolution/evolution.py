@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.spaces.space import Space
 
@@ -68,7 +68,7 @@ class Settings:
         for name in ("population", "sample"):
             check_count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed {self.seed!r}: expected a whole number")
+            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}")
         for name in ("maximise", "replacement"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected True or False")

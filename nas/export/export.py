@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpipe_jax.genotypes.genotype import Genotype
-from gpipe_jax.utils.counts import count_problem
+from gpipe_jax.utils.checks import count_problem
 from nas.errors import ExportOptionError, OutputExistsError, OutputFolderError
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist

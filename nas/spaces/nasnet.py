@@ -12,7 +12,7 @@ from gpipe_jax.genotypes.genotype import (
     Element,
     Genotype,
 )
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.graph_drawing import Picture
 
 CELLS = ("normal", "reduction")
@@ -31,7 +31,7 @@ class NASNetSpace:
         operations: Names of the operations that an element of a pair may be.
 
     Raises:
-        ValueError: `pairs` is no whole number of at least 1, or an operation is unknown.
+        ValueError: `pairs` is not a whole number of at least 1, or an operation is unknown.
 
     Example:
         >>> from random import Random

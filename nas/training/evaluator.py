@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES

@@ -4,7 +4,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from gpipe_jax.utils.counts import check_count
+from gpipe_jax.utils.checks import check_count
 from nas.workers import dask
 from nas.workers.threads import DaemonThreads
 from nas.workers.worker_pool import WorkerPool

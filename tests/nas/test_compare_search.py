@@ -75,7 +75,7 @@ def test_what_fails_when_trained_again_is_null(compare, monkeypatch) -> None:
         (("evolution.algorithm=random",), "evolution.algorithm random: this compares aging, non_"),
         (("run.target=0.9",), "run.target 0.9: budgets must be equal, but this ends some runs"),
         (("run.time_limit_s=0.001",), "run.time_limit_s 0.001: budgets must be equal, but this"),
-        (("--epochs", "0"), "epochs 0: expected a whole number of at least 1"),
+        (("--epochs", "0"), "`epochs` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_incomparable_configs_are_rejected(compare, monkeypatch, arguments, message) -> None:

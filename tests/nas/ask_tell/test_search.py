@@ -403,12 +403,12 @@ def test_a_return_that_is_one_number(tmp_path, value) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cycles": "many"}, "cycles 'many': expected a whole number of at least 1"),
+        ({"cycles": "many"}, "`cycles` must be a whole number of at least 1, got 'many'"),
         ({"maximise": "no"}, "maximise 'no': expected True or False"),
         ({"cycles": 7}, "cycles 7 is less than population 8: evolution begins when"),
         ({"cache": -1}, "cache -1: expected True, False, or how many times"),
-        ({"max_failures": 0}, "max_failures 0: expected a whole number of at least 1"),
-        ({"population": 0}, "population 0: expected a whole number of at least 1"),
+        ({"max_failures": 0}, "`max_failures` must be a whole number of at least 1, got 0"),
+        ({"population": 0}, "`population` must be a whole number of at least 1, got 0"),
         ({"space": "nasbench"}, "unknown space 'nasbench'; did you mean 'nasbench201'"),
     ],
 )
@@ -419,5 +419,5 @@ def test_bad_arguments(tmp_path, options, message) -> None:
 
 
 def test_bad_retries() -> None:
-    with pytest.raises(ValueError, match=r"retries\.nan -1: expected a whole number of at least 0"):
+    with pytest.raises(ValueError, match=r"`retries\.nan` must be .* of at least 0, got -1"):
         nas.Retries(nan=-1)

@@ -184,9 +184,9 @@ def test_random_search_never_has_a_parent() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"population": 0}, "population 0: expected a whole number of at least 1"),
-        ({"sample": True}, "sample True: expected a whole number"),
-        ({"seed": 0.5}, "seed 0.5: expected a whole number"),
+        ({"population": 0}, "`population` must be a whole number of at least 1, got 0"),
+        ({"sample": True}, "`sample` must be a whole number of at least 1, got True"),
+        ({"seed": 0.5}, "`seed` must be a whole number, got 0.5"),
         ({"sample": 7, "replacement": False}, "sample 7 is more than population 6, which cannot"),
         ({"algorithm": "ageing"}, "algorithm: unknown 'ageing'; did you mean 'aging'"),
         ({"fitness_policy": "warm"}, "fitness_policy: unknown 'warm'; known: stored, retrain_"),

@@ -243,13 +243,13 @@ BAD = [
         ("-o", "b.yaml", "--top", "2"),
         "--top 2: only a search by real training can train its candid",
     ),
-    (("-o", "b.yaml", "--top", "0"), "--top 0: expected a whole number of at least 1"),
-    (("-o", "b.yaml", "--epochs", "0"), "--epochs 0: expected a whole number of at least 1"),
+    (("-o", "b.yaml", "--top", "0"), "--top 0: must be a whole number of at least 1"),
+    (("-o", "b.yaml", "--epochs", "0"), "--epochs 0: must be a whole number of at least 1"),
     (
         ("-o", "b.yaml", "--epochs", "9"),
         "--epochs 9: candidates are trained again only if `top` is at",
     ),
-    (("-o", "b.yaml", "--cells-per-stack", "0"), "--cells-per-stack 0: expected a whole number"),
+    (("-o", "b.yaml", "--cells-per-stack", "0"), "--cells-per-stack 0: must be a whole number"),
     (("-o", "b.yaml", "--filters", "1"), "`filters` is 1, but the narrowest cell needs 2"),
     (
         ("-o", "b.yaml", "--cells-per-stack", "1", "--stages", "9"),

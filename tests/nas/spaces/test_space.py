@@ -122,7 +122,7 @@ def test_published_genotypes_can_be_stored(name) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="pairs 0: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="`pairs` must be a whole number of at least 1, got 0"):
         nas.NASNetSpace(pairs=0)
     with pytest.raises(ValueError, match=r"`operations`: expected some of .*, got \['sep_9x9'\]"):
         nas.NASNetSpace(operations=("sep_9x9",))

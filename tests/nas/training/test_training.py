@@ -255,7 +255,7 @@ def test_augmentation_moves_and_mirrors() -> None:
     [
         ({"data": "digit"}, "data: unknown data set 'digit'; did you mean 'digits'?"),
         ({"data": "x"}, "unknown data set 'x'; known: digits, cifar10 or give a .npz file"),
-        ({"epochs": 0}, "epochs 0: expected a whole number of at least 1"),
+        ({"epochs": 0}, "`epochs` must be a whole number of at least 1, got 0"),
         ({"final_epochs": 4}, "final_epochs 4 is more than epochs 3"),
         ({"learning_rate": math.nan}, "learning_rate nan: expected more than 0"),
         ({"warmup_epochs": 3}, "warmup_epochs 3: expected 0 or more, less than epochs 3"),
