@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gpipe_jax.layers.layer import Layer, layer
     from gpipe_jax.layers.shape_inference import count_parameters
     from gpipe_jax.pipeline.pipeline import Pipeline
-    from gpipe_jax.pipeline.state import State
+    from gpipe_jax.pipeline.state import State, TrainState
     from gpipe_jax.planner.planner import plan
     from gpipe_jax.training import optimizers
     from gpipe_jax.training.trainer import Trainer
@@ -43,6 +43,7 @@ _HOME = {
     "Layer": "layers.layer:Layer",
     "Pipeline": "pipeline.pipeline:Pipeline",
     "State": "pipeline.state:State",
+    "TrainState": "pipeline.state:TrainState",
     "Trainer": "training.trainer:Trainer",
     "count_parameters": "layers.shape_inference:count_parameters",
     "data": "data:",
@@ -60,12 +61,16 @@ _HOME = {
     "zoo": "zoo:",
 }
 
+# Public names of version 0.1, and their names now.
+_RENAMED = {"optimizer": "optimizers", "schedule": "schedules"}
+
 __all__ = [
     "Config",
     "ConfigError",
     "Layer",
     "Pipeline",
     "State",
+    "TrainState",
     "Trainer",
     "count_parameters",
     "data",
@@ -91,7 +96,10 @@ def __getattr__(name: str) -> object:
         import importlib.metadata  # takes longer than the rest of this module
 
         return importlib.metadata.version("gpipe-jax")
-    raise AttributeError(f"module 'gpipe_jax' has no attribute {name!r}")
+    message = f"module 'gpipe_jax' has no attribute {name!r}"
+    if name in _RENAMED:
+        message += f"; it is named {_RENAMED[name]!r} since version 0.2"
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

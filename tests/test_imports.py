@@ -196,6 +196,12 @@ def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
         getattr(importlib.import_module(package), "pipelines")  # noqa: B009
 
 
+@pytest.mark.parametrize("name", ["optimizer", "schedule"])
+def test_an_old_public_name_is_an_error_with_the_new_name(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; it is named '{name}s' since"):
+        getattr(importlib.import_module("gpipe_jax"), name)
+
+
 WITH_EXAMPLES = [name for name, path in MODULES.items() if ">>>" in path.read_text()]
 
 

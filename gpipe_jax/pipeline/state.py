@@ -54,12 +54,28 @@ class State(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Hold everything that training changes."""
+    """Hold everything that training changes.
+
+    `Trainer.init` makes one. `Trainer.step` and `Trainer.fit` take one and return the next. They
+    update its arrays in place, so do not use the old one again.
+
+    Attributes:
+        state: The parameters, the running statistics and the seed.
+        opt_state: The state of the optax transformation.
+        step: The number of updates done so far.
+        average: The moving average of the parameters, at least float32. None without one.
+            Default: None.
+
+    Example::
+
+        current = trainer.init(seed=0)
+        current, metrics = trainer.step(current, batch)
+    """
 
     state: State
-    opt_state: PyTree  # of the optax transformation
-    step: int  # updates done so far
-    average: PyTree = None  # moving average of the parameters, in float32; None without one
+    opt_state: PyTree
+    step: int
+    average: PyTree = None
 
 
 # --- on the devices -------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ def gpipe(num_devices: int, micro_batches: int) -> Schedule:
 
     Example:
         >>> print(gpipe(2, 3))
-        tick      0  1  2  3  4  5  6  7
-        stage 0  F0 F1 F2  .  . B0 B1 B2
-        stage 1   . F0 F1 F2 B0 B1 B2  .
+        tick       0  1  2  3  4  5  6  7
+        device 0  F0 F1 F2  .  . B0 B1 B2
+        device 1   . F0 F1 F2 B0 B1 B2  .
     """
     K, M = _checked(num_devices, micro_batches)
     ops = [(k + m, k, FORWARD, m) for k in range(K) for m in range(M)]
@@ -61,9 +61,9 @@ def one_f_one_b(num_devices: int, micro_batches: int) -> Schedule:
 
     Example:
         >>> print(one_f_one_b(2, 3))
-        tick      0  1  2  3  4  5  6  7
-        stage 0  F0 F1  . B0 F2 B1  . B2
-        stage 1   . F0 B0 F1 B1 F2 B2  .
+        tick       0  1  2  3  4  5  6  7
+        device 0  F0 F1  . B0 F2 B1  . B2
+        device 1   . F0 B0 F1 B1 F2 B2  .
     """
     K, M = _checked(num_devices, micro_batches)
     forward, backward = [0] * K, [0] * K  # how many each device has done
@@ -84,10 +84,10 @@ def _next_operation(k: int, K: int, M: int, forward: list[int], backward: list[i
 
     K = 3, M = 4. At tick 5 the devices have done forward = [3, 2, 2] and backward = [0, 1, 1]:
 
-        tick      0  1  2  3  4  5
-        stage 0  F0 F1 F2  .  . B0      m = 0: forward done, and stage 1 has done its backward
-        stage 1   . F0 F1  . B0 F2      m = 1: stage 2 has not; 2 - 1 < K - 1, so forward 2
-        stage 2   .  . F0 B0 F1 B1      m = 1: the last stage needs its own forward only
+        tick       0  1  2  3  4  5
+        device 0  F0 F1 F2  .  . B0      m = 0: forward done, and stage 1 has done its backward
+        device 1   . F0 F1  . B0 F2      m = 1: stage 2 has not; 2 - 1 < K - 1, so forward 2
+        device 2   .  . F0 B0 F1 B1      m = 1: the last stage needs its own forward only
 
     At ticks 3 and 4 device 0 is idle: K micro-batches wait for their backward on it.
     """
@@ -120,9 +120,9 @@ def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
 
     Example:
         >>> print(eager_1f1b(2, 3))
-        tick      0  1  2  3  4  5  6  7
-        stage 0  F0 F1  . F2 B0  . B1 B2
-        stage 1   . F0 B0 F1 B1 F2 B2  .
+        tick       0  1  2  3  4  5  6  7
+        device 0  F0 F1  . F2 B0  . B1 B2
+        device 1   . F0 B0 F1 B1 F2 B2  .
     """
     K, M = _checked(num_devices, micro_batches)
     ops = [(2 * (m + k), k, FORWARD, m) for k in range(K) for m in range(M)]
@@ -197,9 +197,9 @@ def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Sched
 
     Example:
         >>> print(forward_only(2, 3))
-        tick      0  1  2  3
-        stage 0  F0 F1 F2  .
-        stage 1   . F0 F1 F2
+        tick       0  1  2  3
+        device 0  F0 F1 F2  .
+        device 1   . F0 F1 F2
     """
     K, M = _checked(num_devices, micro_batches)
     turns = _ring_order(K, M, range(_at_least_one(chunks)))

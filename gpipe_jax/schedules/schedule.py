@@ -105,7 +105,7 @@ def validate(table: np.ndarray) -> None:
     gradient of its output one tick after the next stage's backward. Raises ValueError.
     """
     if table.ndim != 3 or table.shape[2] != 3:
-        raise ValueError(f"a schedule table has shape [ticks, stages, 3], got {table.shape}")
+        raise ValueError(f"a schedule table has shape [ticks, devices, 3], got {table.shape}")
     unknown = np.setdiff1d(table[..., 0], (IDLE, FORWARD, BACKWARD))
     if unknown.size:
         raise ValueError(f"operations are 0 idle, 1 forward, 2 backward; got {unknown[0]}")
@@ -144,15 +144,15 @@ def render(schedule: Schedule) -> str:
     Example:
         >>> from gpipe_jax.schedules import gpipe
         >>> print(render(gpipe(1, 2)))
-        tick      0  1  2  3
-        stage 0  F0 F1 B0 B1
+        tick       0  1  2  3
+        device 0  F0 F1 B0 B1
     """
     several = schedule.chunks > 1
     width = len(str(schedule.micro_batches - 1)) + (4 if several else 2)
-    lines = ["tick    " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
+    lines = ["tick     " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
     for k in range(schedule.num_devices):
         cells = [_cell(op, m, c if several else None) for op, m, c in schedule.table[:, k].tolist()]
-        lines.append(f"stage {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append(f"device {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

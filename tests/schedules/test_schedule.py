@@ -17,44 +17,44 @@ CHUNKED_GRID = list(itertools.product(range(1, 6), range(1, 13), range(1, 4)))  
 PICTURES: dict[tuple, str] = {
     # All forwards, then all backwards; M = 4 inputs wait on every stage.
     ("gpipe", 3, 4): """
-tick      0  1  2  3  4  5  6  7  8  9 10 11
-stage 0  F0 F1 F2 F3  .  .  .  . B0 B1 B2 B3
-stage 1   . F0 F1 F2 F3  .  . B0 B1 B2 B3  .
-stage 2   .  . F0 F1 F2 F3 B0 B1 B2 B3  .  .
+tick       0  1  2  3  4  5  6  7  8  9 10 11
+device 0  F0 F1 F2 F3  .  .  .  . B0 B1 B2 B3
+device 1   . F0 F1 F2 F3  .  . B0 B1 B2 B3  .
+device 2   .  . F0 F1 F2 F3 B0 B1 B2 B3  .  .
 """,
     # The classic picture: K - k forwards, then one backward and one forward in turn.
     ("1f1b", 4, 8): """
-tick      0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19 20 21
-stage 0  F0 F1 F2 F3  .  .  . B0 F4 B1 F5 B2 F6 B3 F7 B4  . B5  . B6  . B7
-stage 1   . F0 F1 F2  .  . B0 F3 B1 F4 B2 F5 B3 F6 B4 F7 B5  . B6  . B7  .
-stage 2   .  . F0 F1  . B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 F7 B6  . B7  .  .
-stage 3   .  .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7  .  .  .
+tick       0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19 20 21
+device 0  F0 F1 F2 F3  .  .  . B0 F4 B1 F5 B2 F6 B3 F7 B4  . B5  . B6  . B7
+device 1   . F0 F1 F2  .  . B0 F3 B1 F4 B2 F5 B3 F6 B4 F7 B5  . B6  . B7  .
+device 2   .  . F0 F1  . B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 F7 B6  . B7  .  .
+device 3   .  .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7  .  .  .
 """,
     # No column has both an F and a B, so no device in a forward waits for one in a backward.
     ("eager_1f1b", 3, 6): """
-tick      0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
-stage 0  F0 F1 F2  . F3  . F4 B0 F5 B1  . B2  . B3 B4 B5
-stage 1   . F0 F1  . F2 B0 F3 B1 F4 B2 F5 B3  . B4 B5  .
-stage 2   .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5  .  .
+tick       0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+device 0  F0 F1 F2  . F3  . F4 B0 F5 B1  . B2  . B3 B4 B5
+device 1   . F0 F1  . F2 B0 F3 B1 F4 B2 F5 B3  . B4 B5  .
+device 2   .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5  .  .
 """,
     # Two micro-batches go through both chunks before the next two; F1.0 is the first chunk's.
     ("interleaved", 2, 4, 2): """
-tick        0    1    2    3    4    5    6    7    8    9   10   11   12   13   14   15   16   17
-stage 0  F0.0 F1.0 F0.1 F1.1    . F2.0 B0.1 F3.0 B1.1 F2.1 B0.0 F3.1 B1.0    . B2.1 B3.1 B2.0 B3.0
-stage 1     . F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 F2.0 B0.0 F3.0 B1.0 F2.1 B2.1 F3.1 B3.1 B2.0 B3.0    .
+tick         0    1    2    3    4    5    6    7    8    9   10   11   12   13   14   15   16   17
+device 0  F0.0 F1.0 F0.1 F1.1    . F2.0 B0.1 F3.0 B1.1 F2.1 B0.0 F3.1 B1.0    . B2.1 B3.1 B2.0 B3.0
+device 1     . F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 F2.0 B0.0 F3.0 B1.0 F2.1 B2.1 F3.1 B3.1 B2.0 B3.0    .
 """,
     ("forward", 3, 4): """
-tick      0  1  2  3  4  5
-stage 0  F0 F1 F2 F3  .  .
-stage 1   . F0 F1 F2 F3  .
-stage 2   .  . F0 F1 F2 F3
+tick       0  1  2  3  4  5
+device 0  F0 F1 F2 F3  .  .
+device 1   . F0 F1 F2 F3  .
+device 2   .  . F0 F1 F2 F3
 """,
     # Fewer micro-batches than devices: the ring's first waits for the first of them to come round.
     ("forward", 3, 2, 2): """
-tick        0    1    2    3    4    5    6
-stage 0  F0.0 F1.0    . F0.1 F1.1    .    .
-stage 1     . F0.0 F1.0    . F0.1 F1.1    .
-stage 2     .    . F0.0 F1.0    . F0.1 F1.1
+tick         0    1    2    3    4    5    6
+device 0  F0.0 F1.0    . F0.1 F1.1    .    .
+device 1     . F0.0 F1.0    . F0.1 F1.1    .
+device 2     .    . F0.0 F1.0    . F0.1 F1.1
 """,
 }
 
@@ -264,7 +264,7 @@ def test_a_backward_before_its_gradient_arrives_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 2, 2), (4, 2, 3, 1)])
 def test_a_table_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"shape \[ticks, stages, 3\], got \(4, 2"):
+    with pytest.raises(ValueError, match=r"shape \[ticks, devices, 3\], got \(4, 2"):
         validate(np.zeros(shape, np.int32))
 
 
@@ -375,9 +375,9 @@ def test_a_schedule_for_another_pipeline_is_refused(K: int, M: int) -> None:
 def test_simulated_times_by_hand() -> None:
     """1f1b(2, 2) is
 
-        tick      0  1  2  3  4  5
-        stage 0  F0 F1  . B0  . B1      forward 1, backward 3
-        stage 1   . F0 B0 F1 B1  .      forward 2, backward 4
+        tick       0  1  2  3  4  5
+        device 0  F0 F1  . B0  . B1      forward 1, backward 3
+        device 1   . F0 B0 F1 B1  .      forward 2, backward 4
 
     In lockstep its ticks last 1 2 4 3 4 3. Otherwise stage 1 is busy from 1 on for 2 + 4 + 2 + 4,
     until 13, and stage 0 does the last backward from then to 16. 20 of the 2 x time are work.
@@ -445,9 +445,9 @@ def test_equal_chunks_take_a_vth_of_the_bubbles_time(lockstep: bool) -> None:
 def test_simulated_times_of_chunks_by_hand() -> None:
     """forward(2, 2) of two chunks: stages 0 and 2 on device 0, stages 1 and 3 on device 1.
 
-        tick        0    1    2    3    4
-        stage 0  F0.0 F1.0 F0.1 F1.1    .      stage 0 takes 1, stage 2 takes 5
-        stage 1     . F0.0 F1.0 F0.1 F1.1      stage 1 takes 2, stage 3 takes 3
+        tick         0    1    2    3    4
+        device 0  F0.0 F1.0 F0.1 F1.1    .      stage 0 takes 1, stage 2 takes 5
+        device 1     . F0.0 F1.0 F0.1 F1.1      stage 1 takes 2, stage 3 takes 3
 
     In lockstep its ticks last 1 2 5 5 3. Otherwise device 0 has F0.1 from 3 to 8, F1.1 to 13, and
     device 1 ends with F1.1 from 13 to 16. 22 of the 2 x 16 are work.
