@@ -20,8 +20,8 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Arr
     """Compute the cross entropy of integer labels, and the accuracy.
 
     Args:
-        logits: scores [B, ..., C], in any floating-point type.
-        labels: integers [B, ...] in 0..C-1. Another label has the loss NaN, which does not count
+        logits: Scores [B, ..., C], in any floating-point type.
+        labels: Integers [B, ...] in 0..C-1. Another label has the loss NaN, which does not count
             for an example of weight 0.
 
     Returns:
@@ -52,9 +52,9 @@ def classification(*, label_smoothing: float = 0.0, auxiliary_weight: float = 0.
 
     Args:
         label_smoothing: e in [0, 1). The target is e / C for each class, and 1 - e more for the
-            label. Default 0.
-        auxiliary_weight: the weight of an auxiliary head's loss, which is smoothed too. If it is
-            not 0, the network returns a pair (logits, auxiliary logits). Default 0.
+            label. Default: 0.
+        auxiliary_weight: The weight of an auxiliary head's loss, which is smoothed too. If it is
+            not 0, the network returns a pair (logits, auxiliary logits). Default: 0.
 
     Returns:
         A function (outputs, labels) -> (losses [B, ...], metrics). The metrics are "accuracy", and
@@ -111,8 +111,8 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the squared error of each output.
 
     Args:
-        outputs: floating-point numbers [B, ...].
-        labels: numbers of the same shape.
+        outputs: Floating-point numbers [B, ...].
+        labels: Numbers of the same shape.
 
     Returns:
         The squared differences [B, ...].
@@ -138,10 +138,10 @@ def weighted_sums(
     """Sum the losses and metrics of one micro-batch over its examples.
 
     Args:
-        loss: a function (outputs, labels) -> losses [B, ...] or (losses, {name: metric [B, ...]}).
-        outputs: the network's outputs for the micro-batch.
-        labels: the labels of the micro-batch.
-        weights: the weight of each example, [B]. An example of weight 0 does not count, even if its
+        loss: A function (outputs, labels) -> losses [B, ...] or (losses, {name: metric [B, ...]}).
+        outputs: The network's outputs for the micro-batch.
+        labels: The labels of the micro-batch.
+        weights: The weight of each example, [B]. An example of weight 0 does not count, even if its
             loss is NaN.
 
     Returns:

@@ -22,8 +22,8 @@ def schedule(schedule: Schedule, path: Path | None = None) -> "Figure":
     With several chunks on a device, boxes of later chunks are paler.
 
     Args:
-        schedule: the schedule to draw.
-        path: the image file to write, of any type that matplotlib knows. Default: none.
+        schedule: The schedule to draw.
+        path: The image file to write, of any type that matplotlib knows. Default: none.
 
     Returns:
         The matplotlib figure.
@@ -66,9 +66,9 @@ def curves(records: Sequence[dict], path: Path) -> None:
     """Draw loss and accuracy over the steps, in training and on held-out data.
 
     Args:
-        records: the records of a run, as in its `metrics.jsonl`: dicts with "step" and any of
+        records: The records of a run, as in its `metrics.jsonl`: dicts with "step" and any of
             "loss", "accuracy", "test_loss" and "test_accuracy".
-        path: the image file to write.
+        path: The image file to write.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -28,9 +28,9 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
     They equal those of any pipeline with the same seed. Layer i uses the key `layer_key(seed, i)`.
 
     Args:
-        layers: the network.
-        x: inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the examples.
-        seed: the seed of the parameters. Default 0.
+        layers: The network.
+        x: Inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the examples.
+        seed: The seed of the parameters. Default: 0.
 
     Returns:
         Lists with one tree for each layer: parameters, and running statistics. A tied parameter is
@@ -70,14 +70,14 @@ def forward(
     """Compute the network's output for one micro-batch.
 
     Args:
-        layers: the network.
-        params: the parameters of each layer, as `init` makes them.
-        stats: the running statistics of each layer.
-        x: the inputs of the micro-batch.
-        key: the random key of the step (`layers.random_keys.step_key`).
-        micro_batch: the number of the micro-batch, for its random keys. Default 0.
-        train: whether this is training.
-        progress: the fraction of the training run that is done. Default 1.
+        layers: The network.
+        params: The parameters of each layer, as `init` makes them.
+        stats: The running statistics of each layer.
+        x: The inputs of the micro-batch.
+        key: The random key of the step (`layers.random_keys.step_key`).
+        micro_batch: The number of the micro-batch, for its random keys. Default: 0.
+        train: Whether this is training.
+        progress: The fraction of the training run that is done. Default: 1.
         examples: B if each example has random keys of its own. Default: keys of the micro-batch.
 
     Returns:
@@ -113,12 +113,12 @@ def value_and_grad(
     over the batch.
 
     Args:
-        layers: the network.
-        loss: a function (outputs, labels) -> losses, see `losses`.
-        micro_batches: M. Default 1.
-        replicas: D, over which batch norm can average. Default 1.
-        remat: whether the backward pass recomputes each micro-batch. Default False.
-        keys_per: what has random keys of its own, "micro_batch" or "example". Default
+        layers: The network.
+        loss: A function (outputs, labels) -> losses, see `losses`.
+        micro_batches: M. Default: 1.
+        replicas: D, over which batch norm can average. Default: 1.
+        remat: Whether the backward pass recomputes each micro-batch. Default: False.
+        keys_per: What has random keys of its own, "micro_batch" or "example". Default:
             "micro_batch".
 
     Returns:

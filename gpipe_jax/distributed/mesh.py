@@ -99,7 +99,7 @@ def simulate_devices(n: int) -> None:
     deadlocks in a collective when some tens of steps are queued.
 
     Args:
-        n: the number of devices, at least 1.
+        n: The number of devices, at least 1.
 
     Raises:
         ValueError: `n` is less than 1.
@@ -135,8 +135,8 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
 
     Args:
         stages: K, the number of devices along the stage axis, at least 1.
-        data: D, the number of data-parallel replicas, at least 1. Default 1.
-        devices: the devices to choose from; the first `stages` x `data` are used. They may be
+        data: D, the number of data-parallel replicas, at least 1. Default: 1.
+        devices: The devices to choose from; the first `stages` x `data` are used. They may be
             compile-only devices. Default: the devices of all processes.
 
     Returns:

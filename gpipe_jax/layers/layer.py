@@ -36,9 +36,9 @@ class Layer:
     and `apply`.
 
     Args:
-        stashes: names of the tensors that the layer stashes; set by `stash`.
-        pops: names of the tensors that the layer pops; set by `pop`.
-        ties: pairs (path, name) of the layer's tied parameters; set by `tie`.
+        stashes: Names of the tensors that the layer stashes; set by `stash`.
+        pops: Names of the tensors that the layer pops; set by `pop`.
+        ties: Pairs (path, name) of the layer's tied parameters; set by `tie`.
 
     Example::
 
@@ -54,8 +54,8 @@ class Layer:
         """Make fresh parameters.
 
         Args:
-            key: a random key of this layer.
-            x: an input, or a tree of zeros like it.
+            key: A random key of this layer.
+            x: An input, or a tree of zeros like it.
 
         Returns:
             A tree of floating-point arrays.
@@ -74,7 +74,7 @@ class Layer:
         """Return the shapes of parameters and running statistics; nothing is computed.
 
         Args:
-            x: an input, as arrays or `jax.ShapeDtypeStruct`s.
+            x: An input, as arrays or `jax.ShapeDtypeStruct`s.
 
         Returns:
             Parameters and statistics, as trees of `jax.ShapeDtypeStruct`.
@@ -88,10 +88,10 @@ class Layer:
         """Compute the output for one micro-batch.
 
         Args:
-            params: the parameters, as `init` makes them.
-            stats: the running statistics, as `init_statistics` makes them.
-            x: the input; with `pop`, a tuple (x, *popped).
-            context: the random key, whether this is training, and the progress of the run.
+            params: The parameters, as `init` makes them.
+            stats: The running statistics, as `init_statistics` makes them.
+            x: The input; with `pop`, a tuple (x, *popped).
+            context: The random key, whether this is training, and the progress of the run.
 
         Returns:
             The output (with `stash`, a tuple (y, *stashed)), and the moments of this micro-batch in
@@ -104,8 +104,8 @@ class Layer:
         """Compute the running statistics after a step.
 
         Args:
-            stats: the running statistics before the step.
-            moments: the average moments of the step's micro-batches, in the form of `stats`.
+            stats: The running statistics before the step.
+            moments: The average moments of the step's micro-batches, in the form of `stats`.
 
         Returns:
             The new running statistics.
@@ -119,7 +119,7 @@ class Layer:
         The stashed tensors may cross any number of stages. No stage between computes with them.
 
         Args:
-            *names: a name for each stashed tensor. A later layer must pop each name once.
+            *names: A name for each stashed tensor. A later layer must pop each name once.
 
         Returns:
             This layer, whose output is a tuple (y, *stashed): the next layer takes y.
@@ -134,7 +134,7 @@ class Layer:
         """Take tensors that earlier layers stashed, beside the input.
 
         Args:
-            *names: names that earlier layers stashed.
+            *names: Names that earlier layers stashed.
 
         Returns:
             This layer, whose input is a tuple (x, *popped).
@@ -151,8 +151,8 @@ class Layer:
         The first of these layers makes the parameter, and its gradient is the sum over all of them.
 
         Args:
-            name: the name of the shared parameter.
-            path: the parameter's path in this layer, as "linear.kernel".
+            name: The name of the shared parameter.
+            path: The parameter's path in this layer, as "linear.kernel".
 
         Returns:
             This layer, with that parameter tied.
@@ -168,7 +168,7 @@ class Layer:
         """Return `description` with the names of what is stashed, popped and tied.
 
         Args:
-            description: the layer without its links, as "Dense(features=4)".
+            description: The layer without its links, as "Dense(features=4)".
         """
         ties = [f"{path} as {name}" for path, name in self.ties]
         links = {"stash": self.stashes, "pop": self.pops, "tie": ties}
@@ -183,12 +183,12 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
     `layer(init, apply)` describes a layer of Linen or plain JAX by two functions.
 
     Args:
-        target: an `nnx.Module` class; or `init`, a function (key, x) -> parameters. A module is
+        target: An `nnx.Module` class; or `init`, a function (key, x) -> parameters. A module is
             built with `rngs=` if it takes that. It is called as `module(x)`, with `rngs=` if it
             takes that, and with `progress=` (of the training run, 0 to 1) if it takes that.
-        apply: a function (params, x) -> output, with `init`. If it takes `rngs`, it gets the random
+        apply: A function (params, x) -> output, with `init`. If it takes `rngs`, it gets the random
             key in training and None in evaluation. It gets `train` and `progress` if it takes them.
-        **kwargs: arguments of the module class; they must be hashable. Lists become tuples.
+        **kwargs: Arguments of the module class; they must be hashable. Lists become tuples.
 
     Returns:
         The description of the layer. Nothing is built.

@@ -85,8 +85,8 @@ def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
     """Count the parameters of a network; a tied parameter counts once. Nothing is built.
 
     Args:
-        layers: the network.
-        example: inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the
+        layers: The network.
+        example: Inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the
             examples; or a batch {"inputs": ..., "labels": ...}.
 
     Returns:

@@ -114,9 +114,9 @@ def fast_on_cpu(plain: Callable, gradients: Callable, forward: Callable | None =
     """Return the operation `plain(windows, *arrays)` with faster forms in programs for CPU.
 
     Args:
-        plain: the operation, as on the other platforms.
-        gradients: a function (windows, dy, *arrays) -> one gradient for each array.
-        forward: another form of the operation. Default: `plain`.
+        plain: The operation, as on the other platforms.
+        gradients: A function (windows, dy, *arrays) -> one gradient for each array.
+        forward: Another form of the operation. Default: `plain`.
     """
 
     def value(windows: Windows, *arrays: jax.Array) -> jax.Array:

@@ -22,12 +22,12 @@ def cut(
 
     Args:
         boundaries: "auto", or the first layer of each stage but the first.
-        costs: the cost of each layer.
-        shapes: the shapes of each layer, for its name.
-        stages: the number of stages.
-        transfer: what a cut after each layer adds, in the unit of the costs.
-        kept_bytes: what a stage stores for the backward pass of each layer (see `pipeline.remat`).
-        memory_limit: bytes that a device may hold, or None.
+        costs: The cost of each layer.
+        shapes: The shapes of each layer, for its name.
+        stages: The number of stages.
+        transfer: What a cut after each layer adds, in the unit of the costs.
+        kept_bytes: What a stage stores for the backward pass of each layer (see `pipeline.remat`).
+        memory_limit: Bytes that a device may hold, or None.
     """
     if isinstance(boundaries, str) and boundaries != "auto":
         raise ArgumentError(

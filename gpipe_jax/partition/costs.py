@@ -50,11 +50,11 @@ def measure(
     """Return the cost of each layer; equal layers are measured once.
 
     Args:
-        shapes: the layers.
+        shapes: The layers.
         kind: "flops" (see `count_flops`), "time" (the median of five runs on this machine), or the
             costs themselves, one number for each layer in any unit.
-        platform: the platform to count operations for.
-        shared: whether several processes cut the same network. All of them then use the times of
+        platform: The platform to count operations for.
+        shared: Whether several processes cut the same network. All of them then use the times of
             the first process, so all must call this function.
     """
     flops: Sequence[float | None] = [None] * len(shapes)

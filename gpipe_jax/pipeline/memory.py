@@ -32,12 +32,12 @@ def of_device(
     """Return the bytes that each device holds, by part.
 
     Args:
-        stages: the stages of the network.
-        costs: the cost of each layer.
-        schedule: who does what when.
-        loss: the loss of one micro-batch.
-        micro_batch: the shapes of a micro-batch on one replica, labels and weights included.
-        optimizer_bytes: what the optimizer's state takes on one device.
+        stages: The stages of the network.
+        costs: The cost of each layer.
+        schedule: Who does what when.
+        loss: The loss of one micro-batch.
+        micro_batch: The shapes of a micro-batch on one replica, labels and weights included.
+        optimizer_bytes: What the optimizer's state takes on one device.
     """
     buffers = lower(schedule)
     boundary = tree_bytes(stages.boundary_format.shapes)

@@ -60,12 +60,12 @@ def split(
     A shorter batch is padded to the example's N with copies of its first example, of weight zero.
 
     Args:
-        batch: the batch, in numpy.
-        example: the shapes of a full batch.
+        batch: The batch, in numpy.
+        example: The shapes of a full batch.
         micro_batches: M.
-        own_examples: the number of examples of this process, if the batch is only its part of the
+        own_examples: The number of examples of this process, if the batch is only its part of the
             full batch; None if the batch is the full one.
-        may_pad: whether padding is allowed; not in training where batch norm would count it.
+        may_pad: Whether padding is allowed; not in training where batch norm would count it.
 
     Raises:
         DataError: the batch does not look like the example, or may not be padded.

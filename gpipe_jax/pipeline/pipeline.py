@@ -81,40 +81,40 @@ class Pipeline:
     abstract one.
 
     Args:
-        layers: sequence of L layers from `gpipe_jax.layer`. Each takes one tree of arrays and
+        layers: Sequence of L layers from `gpipe_jax.layer`. Each takes one tree of arrays and
             returns one.
-        loss: function (outputs, labels) -> losses [B] of the examples, or (losses, metrics); see
+        loss: Function (outputs, labels) -> losses [B] of the examples, or (losses, metrics); see
             `gpipe_jax.losses`.
         mesh: K x D devices, from `gpipe_jax.make_mesh`.
-        example: a batch, or its shapes: {"inputs": tree, "labels": tree, "weights": [N], optional}.
+        example: A batch, or its shapes: {"inputs": tree, "labels": tree, "weights": [N], optional}.
             The first axis of every array is the N examples. N must be a multiple of D M. Later
             batches may be shorter: they are padded with examples of weight zero.
-        micro_batches: M, the number of micro-batches of a batch. Default 1.
+        micro_batches: M, the number of micro-batches of a batch. Default: 1.
         schedule: "gpipe", "1f1b", "eager_1f1b", "interleaved", or a `Schedule` of your own; see
-            `gpipe_jax.schedules`. Default "1f1b".
+            `gpipe_jax.schedules`. Default: "1f1b".
         partition: "auto", which minimizes the cost of the slowest stage, or the first layer of each
-            stage but the first, as K V - 1 increasing indices. Default "auto".
-        cost: what "auto" balances: "flops" (counted), "time" (measured on this machine), or L
-            numbers in any unit. Default "flops".
-        memory_limit: the most bytes that a device may hold: parameters, gradients and two optimizer
+            stage but the first, as K V - 1 increasing indices. Default: "auto".
+        cost: What "auto" balances: "flops" (counted), "time" (measured on this machine), or L
+            numbers in any unit. Default: "flops".
+        memory_limit: The most bytes that a device may hold: parameters, gradients and two optimizer
             slots (padding included), stashed inputs, and the working set of a stage. None sets no
-            limit. Default None.
+            limit. Default: None.
         remat: "stage" recomputes each stage once, from its input. "layer" recomputes each layer of
-            it once more, for less memory and about a third more time. Default "stage".
+            it once more, for less memory and about a third more time. Default: "stage".
         chunks: V, the number of stages on each device. More than one needs the schedule
-            "interleaved". Default 1.
-        keys_per: granularity of dropout keys, "micro_batch" or "example". With "example" the result
-            does not depend on M and D. Default "micro_batch".
-        steps: length of the training run in steps, for layers that change during it (drop-path).
-            None means that training is at its end. Default None.
+            "interleaved". Default: 1.
+        keys_per: Granularity of dropout keys, "micro_batch" or "example". With "example" the result
+            does not depend on M and D. Default: "micro_batch".
+        steps: Length of the training run in steps, for layers that change during it (drop-path).
+            None means that training is at its end. Default: None.
 
     Attributes:
         replicas: D, the number of copies of the pipeline.
         batch_size: N, the examples of a batch.
         micro_batch_size: B, the examples of a micro-batch on one replica.
-        shapes: the shapes of each layer.
-        costs: the cost of each layer.
-        stages: the stages, with the form of their arrays.
+        shapes: The shapes of each layer.
+        costs: The cost of each layer.
+        stages: The stages, with the form of their arrays.
 
     Raises:
         ValueError: an argument is invalid, layers do not fit each other or the loss, or a device
@@ -218,7 +218,7 @@ class Pipeline:
         """Initialize the parameters, each on its own device.
 
         Args:
-            seed: seed of the parameters and of all randomness in training. Default 0.
+            seed: Seed of the parameters and of all randomness in training. Default: 0.
 
         Returns:
             The state. It is the same for every K, V, D and schedule.
@@ -232,7 +232,7 @@ class Pipeline:
         others.
 
         Args:
-            tree: a `State`, or anything in the form of its `params`.
+            tree: A `State`, or anything in the form of its `params`.
 
         Raises:
             ValueError: a stage is on no device of this process.
@@ -257,7 +257,7 @@ class Pipeline:
 
         Args:
             params: L trees of arrays, in layer order.
-            seed: seed of all randomness in training. Default 0.
+            seed: Seed of all randomness in training. Default: 0.
             statistics: L trees of running statistics. Default: initial ones.
 
         Raises:
@@ -273,9 +273,9 @@ class Pipeline:
         A batch of fewer than N examples is padded with copies of its first one, of weight zero.
 
         Args:
-            batch: the batch, in numpy. For training on several processes, if this process has
+            batch: The batch, in numpy. For training on several processes, if this process has
                 devices of some replicas only, it is the examples `rows` of the full batch.
-            train: whether the batch is for training. Default False.
+            train: Whether the batch is for training. Default: False.
 
         Returns:
             Arrays [M, D*B, ...], with weights that sum to one.
@@ -306,9 +306,9 @@ class Pipeline:
         """Compute the loss and the gradients of a batch.
 
         Args:
-            state: parameters, running statistics and seed.
-            batch: a batch like `example`; see `split`.
-            step: number of the step from 0; with the seed it determines dropout. Default 0.
+            state: Parameters, running statistics and seed.
+            batch: A batch like `example`; see `split`.
+            step: Number of the step from 0; with the seed it determines dropout. Default: 0.
 
         Returns:
             A tuple ((loss, metrics), gradients, state). Loss and metrics are weighted means over
@@ -323,8 +323,8 @@ class Pipeline:
         """Return (loss, metrics) of a batch in evaluation mode, weighted means over its examples.
 
         Args:
-            state: parameters and running statistics.
-            batch: a batch like `example`, or shorter.
+            state: Parameters and running statistics.
+            batch: A batch like `example`, or shorter.
         """
         return self._jitted["losses"](state, self.split(batch))
 
@@ -332,8 +332,8 @@ class Pipeline:
         """Return the network's outputs in evaluation mode.
 
         Args:
-            state: parameters and running statistics.
-            inputs: a tree of arrays like `example["inputs"]`, of any number of examples.
+            state: Parameters and running statistics.
+            inputs: A tree of arrays like `example["inputs"]`, of any number of examples.
         """
         count = batches.count_examples(inputs)
         outputs = []
@@ -354,10 +354,10 @@ class Pipeline:
         """Compute what `value_and_grad` returns, within a traced function.
 
         Args:
-            state: parameters, running statistics and seed.
-            micro_batched: what `split` returns for training.
-            step: number of the step from 0.
-            idle_fill: what buffers hold before anything arrives, for tests. Default 0.
+            state: Parameters, running statistics and seed.
+            micro_batched: What `split` returns for training.
+            step: Number of the step from 0.
+            idle_fill: What buffers hold before anything arrives, for tests. Default: 0.
 
         Returns:
             A tuple ((loss, metrics), gradients, stats).
@@ -371,8 +371,8 @@ class Pipeline:
         """Compute what `evaluate` returns, within a traced function.
 
         Args:
-            state: parameters and running statistics.
-            micro_batched: what `split` returns.
+            state: Parameters and running statistics.
+            micro_batched: What `split` returns.
         """
         run = self._program(self._forward_schedule, self.loss)
         return LossAndMetrics(*run(self._variables(state), micro_batched))
@@ -421,7 +421,7 @@ class Pipeline:
         """Estimate what every device holds during a step, in bytes by part; see `memory`.
 
         Args:
-            optimizer_bytes: bytes of the optimizer's state on a device. Default: two float32 slots
+            optimizer_bytes: Bytes of the optimizer's state on a device. Default: two float32 slots
                 for each parameter.
         """
         if optimizer_bytes is None:

@@ -76,11 +76,11 @@ class StageStep:
         """Recompute the stage from its input, and go back through it.
 
         Args:
-            x: the input of the stage.
-            output_gradient: a function of the recomputed output. It returns the gradients of the
+            x: The input of the stage.
+            output_gradient: A function of the recomputed output. It returns the gradients of the
                 output's floating-point leaves, and any result.
-            params: the sums to add the gradients of the parameters to.
-            shared: the sums for the tied parameters.
+            params: The sums to add the gradients of the parameters to.
+            shared: The sums for the tied parameters.
 
         Returns:
             The gradients at x, the moments of batch norms, and the result of `output_gradient`.

@@ -38,9 +38,9 @@ class State(NamedTuple):
     layer by layer.
 
     Attributes:
-        params: the parameters in rectangular form; axis 0 is divided between the devices.
-        stats: the running statistics of batch norms, likewise.
-        seed: the seed of all randomness in training, uint32 [].
+        params: The parameters in rectangular form; axis 0 is divided between the devices.
+        stats: The running statistics of batch norms, likewise.
+        seed: The seed of all randomness in training, uint32 [].
 
     Example::
 

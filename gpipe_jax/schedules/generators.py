@@ -141,7 +141,7 @@ def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedu
     Args:
         num_devices: K, at least 1.
         micro_batches: M, at least 1.
-        chunks: V, the number of stages on each device, at least 1. Default 2.
+        chunks: V, the number of stages on each device, at least 1. Default: 2.
 
     Returns:
         A schedule for K V stages; chunk c of device k is stage c K + k.
@@ -187,7 +187,7 @@ def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Sched
     Args:
         num_devices: K, at least 1.
         micro_batches: M, at least 1.
-        chunks: V, the number of stages on each device, at least 1. Default 1.
+        chunks: V, the number of stages on each device, at least 1. Default: 1.
 
     Returns:
         A schedule without backwards.
@@ -228,7 +228,7 @@ def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Sc
         kind: "gpipe", "1f1b", "eager_1f1b", "interleaved" or "forward".
         num_devices: K, at least 1.
         micro_batches: M, at least 1.
-        chunks: V, the number of stages on each device. Default 1; only "interleaved" and "forward"
+        chunks: V, the number of stages on each device. Default: 1; only "interleaved" and "forward"
             take more.
 
     Returns:
@@ -259,10 +259,10 @@ def training_schedule(
     """Return a schedule that trains a pipeline of this size.
 
     Args:
-        schedule: the name of a training schedule, or a table of your own to check.
+        schedule: The name of a training schedule, or a table of your own to check.
         num_devices: K, the devices in the pipeline.
         micro_batches: M, the micro-batches of a step.
-        chunks: V, the number of stages on each device. Default 1; a table says it itself.
+        chunks: V, the number of stages on each device. Default: 1; a table says it itself.
 
     Returns:
         The schedule of that name, or `schedule` itself.

@@ -25,8 +25,8 @@ class Schedule:
     """Hold a checked schedule table under a name.
 
     Args:
-        kind: the name, for messages and drawings.
-        table: integers [T, K, 3]. `table[t, k]` is (operation, micro-batch, chunk) of device k at
+        kind: The name, for messages and drawings.
+        table: Integers [T, K, 3]. `table[t, k]` is (operation, micro-batch, chunk) of device k at
             tick t; the operations are `IDLE`, `FORWARD` and `BACKWARD`.
 
     Raises:
@@ -135,7 +135,7 @@ def render(schedule: Schedule) -> str:
     """Draw a schedule as text: a row for each device, a column for each tick.
 
     Args:
-        schedule: the schedule to draw.
+        schedule: The schedule to draw.
 
     Returns:
         The drawing. F3 is the forward of micro-batch 3, B3 its backward, and a dot is idle. With

@@ -25,12 +25,12 @@ def simulate(
     """Compute how long a schedule takes, from the times of its stages.
 
     Args:
-        schedule: the schedule, of K V stages.
-        forward: the time of each stage's forward, [K V], in any unit.
-        backward: the time of each stage's backward, [K V], in the same unit.
-        lockstep: if True, a tick lasts as long as its slowest operation, as in one SPMD program
+        schedule: The schedule, of K V stages.
+        forward: The time of each stage's forward, [K V], in any unit.
+        backward: The time of each stage's backward, [K V], in the same unit.
+        lockstep: If True, a tick lasts as long as its slowest operation, as in one SPMD program
             whose devices exchange boundaries at each tick. If False, an operation starts as soon as
-            its device is free and its input has arrived. Default True.
+            its device is free and its input has arrived. Default: True.
 
     Returns:
         The total time, and the share of it in which devices wait.

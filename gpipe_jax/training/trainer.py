@@ -37,11 +37,11 @@ class Trainer:
     """Train a pipeline with an optimizer.
 
     Args:
-        pipe: the pipeline.
-        tx: an optax transformation that acts on each element alone, and global norms. Adafactor,
+        pipe: The pipeline.
+        tx: An optax transformation that acts on each element alone, and global norms. Adafactor,
             LAMB and masks do not, so their result would depend on the number of stages.
-        ema: decay of a moving average of the parameters, in (0, 1); `evaluated` returns the average
-            then. None keeps no average. Default None.
+        ema: Decay of a moving average of the parameters, in (0, 1); `evaluated` returns the average
+            then. None keeps no average. Default: None.
 
     Raises:
         ValueError: `tx` does not act elementwise, or a device needs more than the pipeline's
@@ -76,7 +76,7 @@ class Trainer:
         """Initialize the parameters and the optimizer.
 
         Args:
-            seed: seed of the parameters and of all randomness in training. Default 0.
+            seed: Seed of the parameters and of all randomness in training. Default: 0.
         """
         return self.start(self.pipe.init(seed))
 
@@ -86,8 +86,8 @@ class Trainer:
         The first step donates the arrays of `state`, so do not use them after it.
 
         Args:
-            state: parameters, running statistics and seed.
-            step: number of updates done so far. Default 0.
+            state: Parameters, running statistics and seed.
+            step: Number of updates done so far. Default: 0.
         """
         places = self._shardings()
         begin = jax.jit(self._begin, out_shardings=(places.opt_state, places.average))
@@ -140,8 +140,8 @@ class Trainer:
         """Do one update.
 
         Args:
-            current: the training state. It is donated, so do not use it again.
-            batch: a batch like the pipeline's example; see `Pipeline.split`.
+            current: The training state. It is donated, so do not use it again.
+            batch: A batch like the pipeline's example; see `Pipeline.split`.
 
         Returns:
             The new training state, and the loss and the metrics by name. They are arrays that may
@@ -187,12 +187,12 @@ class Trainer:
         """Return optimizer state, average and parameters after an update, traced.
 
         Args:
-            opt_state: the optimizer's state.
-            average: the moving average of the parameters, or None.
-            params: the parameters.
-            grads: the gradients, in the form of the parameters.
-            step: number of updates done so far.
-            decaying: which parameters decay, in the form of the parameters.
+            opt_state: The optimizer's state.
+            average: The moving average of the parameters, or None.
+            params: The parameters.
+            grads: The gradients, in the form of the parameters.
+            step: Number of updates done so far.
+            decaying: Which parameters decay, in the form of the parameters.
         """
         updates, opt_state = self.tx.update(grads, opt_state, params, decaying=decaying)
         params = optax.apply_updates(params, updates)
@@ -219,14 +219,14 @@ class Trainer:
         """Train until `steps` updates are done, earlier ones included.
 
         Args:
-            current: the training state. It is donated, so do not use it again.
-            batches: iterator over batches like the pipeline's example.
-            steps: number of updates at the end.
-            record: function that gets each step's record, in order: "step" (from 1), "loss", the
+            current: The training state. It is donated, so do not use it again.
+            batches: Iterator over batches like the pipeline's example.
+            steps: Number of updates at the end.
+            record: Function that gets each step's record, in order: "step" (from 1), "loss", the
                 metrics of the loss function and "step_time_s". This is the time since the last step
                 finished, or the time to start the step if that is longer (devices faster than the
                 host).
-            stopped: function (updates done) -> whether to stop before the next step. Default: never
+            stopped: Function (updates done) -> whether to stop before the next step. Default: never
                 stop.
 
         Returns:
@@ -266,8 +266,8 @@ class Trainer:
         """Compute loss and metrics over all of `batches`.
 
         Args:
-            state: the state to evaluate; see `evaluated`.
-            batches: iterator over batches like the pipeline's example, or shorter.
+            state: The state to evaluate; see `evaluated`.
+            batches: Iterator over batches like the pipeline's example, or shorter.
 
         Returns:
             Weighted means over the examples, as "test_loss" and so on.
@@ -344,8 +344,8 @@ class Trainer:
         """Invert `to_layers`; read the layers of this process's devices only.
 
         Args:
-            saved: the layers, from a checkpoint or `to_layers`.
-            step: number of updates done so far.
+            saved: The layers, from a checkpoint or `to_layers`.
+            step: Number of updates done so far.
         """
         local = self.local_shapes._replace(step=step)
         return by_layer.join(self.pipe.stages, self.pipe.mesh, saved, local)

@@ -65,9 +65,9 @@ def read_after(params: PyTree, x: PyTree, index: Any) -> tuple[PyTree, PyTree]:
     never happens.
 
     Args:
-        params: any tree of arrays.
-        x: the tree of arrays to wait for.
-        index: an integer that is never negative, and that XLA does not know.
+        params: Any tree of arrays.
+        x: The tree of arrays to wait for.
+        index: An integer that is never negative, and that XLA does not know.
     """
     params, x = lax.optimization_barrier((params, x))
     never, total = index < 0, jnp.float32(0)

@@ -81,10 +81,10 @@ def convnet(
     of blocks after the first has half the resolution of the one before.
 
     Args:
-        widths: features of each group of blocks. Default (16, 32, 64).
-        depths: blocks of each group, as many numbers as `widths`. Default (2, 3, 2).
-        in_channels: channels of the images. Default 1.
-        classes: number of classes. Default 10.
+        widths: Features of each group of blocks. Default: (16, 32, 64).
+        depths: Blocks of each group, as many numbers as `widths`. Default: (2, 3, 2).
+        in_channels: Channels of the images. Default: 1.
+        classes: Number of classes. Default: 10.
 
     Returns:
         Layers from images [B, H, W, in_channels] to scores [B, classes].
@@ -112,7 +112,7 @@ def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
     """Build a multilayer perceptron: linear maps with gelus between them.
 
     Args:
-        features: the width of the flattened input, of each hidden layer, and of the output. Default
+        features: The width of the flattened input, of each hidden layer, and of the output. Default:
             (64, 128, 128, 10).
 
     Returns:

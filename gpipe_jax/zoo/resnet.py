@@ -102,12 +102,12 @@ def resnet(
     convolution of a bottleneck, as in torchgpipe's benchmark (He et al.: in the first 1x1 one).
 
     Args:
-        depths: bottlenecks of each group. Default (3, 4, 23, 3); ResNet-50 is (3, 4, 6, 3).
-        width: inner features of the first group. Default 64.
-        classes: number of classes. Default 1000.
-        in_channels: channels of the images. Default 3.
+        depths: Bottlenecks of each group. Default: (3, 4, 23, 3); ResNet-50 is (3, 4, 6, 3).
+        width: Inner features of the first group. Default: 64.
+        classes: Number of classes. Default: 1000.
+        in_channels: Channels of the images. Default: 3.
         stem: "imagenet" divides the resolution by four; "small", a 3x3 convolution, keeps it.
-            Default "imagenet".
+            Default: "imagenet".
 
     Returns:
         Layers from images [B, H, W, in_channels] to scores [B, classes].

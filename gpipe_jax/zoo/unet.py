@@ -76,11 +76,11 @@ def unet(
     agree except for those of batch norm, about one in 5000.
 
     Args:
-        depth: how often the resolution is halved. Default 5.
-        convolutions: convolutions on each level, each way. Default 5.
-        channels: C, features of the first level; even. Default 64.
-        in_channels: channels of the images. Default 3.
-        classes: number of classes. Default 1.
+        depth: How often the resolution is halved. Default: 5.
+        convolutions: Convolutions on each level, each way. Default: 5.
+        channels: C, features of the first level; even. Default: 64.
+        in_channels: Channels of the images. Default: 3.
+        classes: Number of classes. Default: 1.
 
     Returns:
         Layers from images [B, H, W, in_channels] to scores [B, H, W, classes]. H and W must be

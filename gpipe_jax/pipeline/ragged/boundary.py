@@ -21,12 +21,12 @@ class BoundaryFormat:
     """Describe the arrays that pass between stages.
 
     Args:
-        boundaries: the trees of shapes that pass between the stages, in order.
+        boundaries: The trees of shapes that pass between the stages, in order.
 
     Attributes:
-        packed: whether boundaries differ, so that their leaves are laid end to end.
-        shapes: the shapes of an encoded boundary.
-        gradient_shapes: the shapes of an encoded gradient: only floating-point arrays have one.
+        packed: Whether boundaries differ, so that their leaves are laid end to end.
+        shapes: The shapes of an encoded boundary.
+        gradient_shapes: The shapes of an encoded gradient: only floating-point arrays have one.
     """
 
     def __init__(self, boundaries: Sequence[PyTree]) -> None:

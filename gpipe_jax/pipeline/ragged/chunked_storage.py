@@ -23,9 +23,9 @@ class ChunkedStorage(Sequence[Storage]):
     The trees are the layers' parameters, or their running statistics.
 
     Args:
-        geometry: which layers belong to which chunk and device.
-        trees: a tree of shapes for each layer of the network.
-        only: the one stage to store, as if it had every device to itself; None stores all stages.
+        geometry: Which layers belong to which chunk and device.
+        trees: A tree of shapes for each layer of the network.
+        only: The one stage to store, as if it had every device to itself; None stores all stages.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class ChunkedStorage(Sequence[Storage]):
         """Return one device's arrays for stage s, traced.
 
         Args:
-            s: the stage.
-            ids: global ids of the device's layers, [V, longest stage].
-            make: function (shape, layer id) -> tree; called once for each run that is a scan.
+            s: The stage.
+            ids: Global ids of the device's layers, [V, longest stage].
+            make: Function (shape, layer id) -> tree; called once for each run that is a scan.
         """
         c, k = self.geometry.at(s)
         trees = []

@@ -35,10 +35,10 @@ class Geometry:
     """Describe which layers, chunk and device belong to each stage.
 
     Args:
-        shapes: the shapes of each layer of the network.
-        layer_ranges: the layers of each stage; there are `chunks` times as many as devices.
+        shapes: The shapes of each layer of the network.
+        layer_ranges: The layers of each stage; there are `chunks` times as many as devices.
         chunks: V, the number of stages on each device.
-        longest_unrolled: the longest run of equal layers that is no `lax.scan`.
+        longest_unrolled: The longest run of equal layers that is no `lax.scan`.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ def choose_places(
     device holds grows by at most `SLOT_SLACK` in all.
 
     Args:
-        stages: the runs of each stage, as `Storage` takes them.
+        stages: The runs of each stage, as `Storage` takes them.
 
     Returns:
         The slots, the packs, and the groups of each stage.

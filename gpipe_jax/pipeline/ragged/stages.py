@@ -26,14 +26,14 @@ class Stages:
     """Hold the geometry, the storage and the ties of a network's stages.
 
     Args:
-        shapes: the shapes of each layer of the network.
-        layer_ranges: the layers of each stage; there are `chunks` times as many as devices.
+        shapes: The shapes of each layer of the network.
+        layer_ranges: The layers of each stage; there are `chunks` times as many as devices.
         chunks: V, the number of stages on each device.
-        remat: what the backward pass of a stage recomputes.
-        only: the one stage to store, as if it had every device to itself; None stores all stages.
+        remat: What the backward pass of a stage recomputes.
+        only: The one stage to store, as if it had every device to itself; None stores all stages.
 
     Attributes:
-        representatives: for each stage the first stage that runs the same code.
+        representatives: For each stage the first stage that runs the same code.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Storage:
     """Describe the arrays {"slots": [...], "packs": [...]} that hold the trees of K stages.
 
     Args:
-        stages: the runs of each stage, as (number of layers, whether they are scanned, tree of one
+        stages: The runs of each stage, as (number of layers, whether they are scanned, tree of one
             layer's shapes).
     """
 

@@ -68,13 +68,13 @@ def amoebanet(
     Source: Real et al., https://arxiv.org/abs/1802.01548, and its code in tensorflow/tpu.
 
     Args:
-        genotype: the cells: "A", "B", "C" or "D" for the published ones, or a `Genotype`. Default
+        genotype: The cells: "A", "B", "C" or "D" for the published ones, or a `Genotype`. Default:
             "D".
-        layers: number of normal cells, a multiple of 3. Default 18.
-        filters: F, features of each state of the first stack. Default 256.
-        image: height and width of the images, in pixels. Default 224.
-        classes: number of classes. Default 1000.
-        stem: a 3x3 convolution and the reduction cells after it. Default "imagenet".
+        layers: Number of normal cells, a multiple of 3. Default: 18.
+        filters: F, features of each state of the first stack. Default: 256.
+        image: Height and width of the images, in pixels. Default: 224.
+        classes: Number of classes. Default: 1000.
+        stem: A 3x3 convolution and the reduction cells after it. Default: "imagenet".
 
             "imagenet":   32 features, stride 2; then reductions of F/4 and F/2 (AmoebaNet's code)
             "torchgpipe": F/4 features, stride 2; then reductions of F/2 and F (its benchmarks)

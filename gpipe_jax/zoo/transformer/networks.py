@@ -43,19 +43,19 @@ def transformer_lm(
     layers=L, positions="sinusoidal")`.
 
     Args:
-        vocabulary: number of tokens. Default 256.
-        length: positions of a text. Default 128.
-        width: D, features of a position; a multiple of `heads`. Default 128.
-        heads: attention heads. Default 4.
-        feed_forward: inner features of the feed-forward half of a block. Default 512.
-        layers: number of blocks. Default 4.
-        dropout: probability to drop a feature after attention and feed-forward. Default 0.
-        dtype: type to compute in; parameters are float32. Default "float32".
+        vocabulary: Number of tokens. Default: 256.
+        length: Positions of a text. Default: 128.
+        width: D, features of a position; a multiple of `heads`. Default: 128.
+        heads: Attention heads. Default: 4.
+        feed_forward: Inner features of the feed-forward half of a block. Default: 512.
+        layers: Number of blocks. Default: 4.
+        dropout: Probability to drop a feature after attention and feed-forward. Default: 0.
+        dtype: Type to compute in; parameters are float32. Default: "float32".
         positions: "learned" positions are parameters; "sinusoidal" ones are not, and need an even
-            width. Default "learned".
-        tied: whether the head uses the embedding's table. Default False.
-        halves: whether each block is two layers, attention and feed-forward, so that stages can be
-            more even. Default False.
+            width. Default: "learned".
+        tied: Whether the head uses the embedding's table. Default: False.
+        halves: Whether each block is two layers, attention and feed-forward, so that stages can be
+            more even. Default: False.
 
     Returns:
         Layers from tokens int [B, length] to scores [B, length, vocabulary].
@@ -116,16 +116,16 @@ def encoder_decoder(
     embeddings, but 474M with three tables as here.
 
     Args:
-        vocabulary: number of tokens, of source and target. Default 256.
-        width: D, features of a position; even. Default 128.
-        heads: attention heads. Default 4.
-        head_width: features of a head. Default: `width` / `heads`, which must be whole.
-        feed_forward: inner features of the feed-forward half of a block. Default 512.
-        layers: number of encoder blocks, and of decoder blocks. Default 2.
-        dropout: probability to drop a feature after attention and feed-forward. Default 0.
-        dtype: type to compute in; parameters are float32. Default "float32".
-        tied: whether both embeddings and the head share one table (Vaswani et al., section 3.4).
-            Default False.
+        vocabulary: Number of tokens, of source and target. Default: 256.
+        width: D, features of a position; even. Default: 128.
+        heads: Attention heads. Default: 4.
+        head_width: Features of a head. Default: `width` / `heads`, which must be whole.
+        feed_forward: Inner features of the feed-forward half of a block. Default: 512.
+        layers: Number of encoder blocks, and of decoder blocks. Default: 2.
+        dropout: Probability to drop a feature after attention and feed-forward. Default: 0.
+        dtype: Type to compute in; parameters are float32. Default: "float32".
+        tied: Whether both embeddings and the head share one table (Vaswani et al., section 3.4).
+            Default: False.
 
     Returns:
         Layers from {"source": int [B, S], "target": int [B, T]} to scores [B, T, vocabulary]. Each
