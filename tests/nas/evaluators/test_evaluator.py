@@ -128,7 +128,7 @@ def test_repeats_pass_on_what_the_inner_evaluator_declares() -> None:
 
 @pytest.mark.parametrize("repeats", [0, 2.5, True])
 def test_repeats_are_a_whole_number(repeats) -> None:
-    with pytest.raises(ValueError, match=f"`repeats` must be a whole number of at least 1, got {repeats}"):
+    with pytest.raises(ValueError, match=f"`repeats` must be .* of at least 1, got {repeats}"):
         nas.Repeated(sum, repeats=repeats)
 
 
@@ -159,7 +159,7 @@ def test_unknown_values_get_a_suggestion(make, message) -> None:
 )
 def test_counts_are_whole_numbers(make, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         make()
 
 
