@@ -18,8 +18,7 @@ RuntimeError
     CompilerNotInstalledError the TPU compiler is not installed
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 
 class ArgumentError(ValueError):
@@ -47,6 +46,7 @@ class ConfigError(ValueError):
     Attributes:
         problems: One line for each problem, such as "x.yaml:7: unknown key 'data.batchsize'; did
             you mean 'data.batch_size'?".
+        where: The file or the command that has the problems.
     """
 
     def __init__(self, problems: Sequence[str], where: str) -> None:
@@ -68,6 +68,7 @@ class SectionError(ValueError):
     Attributes:
         section: The section of the configuration, such as "model".
         field: The field of the section, or None if the problem is not one of a single field.
+        problem: What is wrong, without the section.
     """
 
     def __init__(self, section: str, field: str | None, problem: str) -> None:
@@ -78,40 +79,13 @@ class SectionError(ValueError):
         return type(self), (self.section, self.field, self.problem)
 
 
-# What is raised for sizes, shapes, files, devices and packages that do not fit.
-_REALIZATION_ERRORS = (ValueError, OSError, ImportError)
-
-
-@contextlib.contextmanager
-def section(
-    name: str,
-    also: tuple[type[Exception], ...] = (),
-    *,
-    file_field: str | None = None,
-    **fields: str,
-) -> Iterator[None]:
-    """Turn errors of the block into a `SectionError` of the section `name`.
-
-    Args:
-        name: The section whose values the block uses.
-        also: Further types of errors to turn, besides ValueError, OSError and ImportError.
-        file_field: The field that an OSError is about, such as the path of the data.
-        **fields: The config's name of an argument, where it is another:
-            `memory_limit="memory_limit_gib"`.
-    """
-    try:
-        yield
-    except SectionError:
-        raise
-    except (*_REALIZATION_ERRORS, *also) as error:
-        field = file_field if isinstance(error, OSError) else None
-        if isinstance(error, ArgumentError):
-            field = fields.get(error.argument, error.argument)
-        raise SectionError(name, field, str(error)) from error
-
-
 class OptionError(ValueError):
-    """Report that an option of a command cannot be used; the message begins with the option."""
+    """Report that an option of a command cannot be used; the message begins with the option.
+
+    Attributes:
+        option: The option as it is written, such as "--out".
+        problem: What is wrong, without the option.
+    """
 
     def __init__(self, option: str, problem: str) -> None:
         super().__init__(f"{option}: {problem}")

@@ -29,7 +29,7 @@ def schedule(schedule: Schedule, path: Path | None = None) -> "Figure":
         The matplotlib figure.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
 
     Example::
 
@@ -71,7 +71,7 @@ def curves(records: Sequence[dict], path: Path) -> None:
         path: The image file to write.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
 
     Example::
 

@@ -37,7 +37,7 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
         in its first layer, and None in the others.
 
     Raises:
-        ValueError: a layer does not fit its input.
+        ValueError: A layer does not fit its input.
 
     Example:
         >>> import gpipe_jax as gpipe

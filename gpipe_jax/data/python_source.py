@@ -12,13 +12,16 @@ from gpipe_jax.errors import ArgumentError
 
 
 def python(source: str, batch_size: int, seed: int) -> Dataset:
-    """Call a function of the user's own Python file, and return its data set.
+    """Make a data set with a function of the user's own Python file.
 
     Args:
         source: The file and the function, as "my_data.py:make". The function is called as
             `make(batch_size=..., seed=...)` and returns a `gpipe_jax.data.Dataset`.
         batch_size: Examples of a batch (N of the pipeline).
         seed: The seed of the run.
+
+    Returns:
+        The data set that the function returned.
 
     Raises:
         FileNotFoundError: There is no such file, or `source` names no function.

@@ -113,7 +113,7 @@ class Genotype:
     Args:
         normal: The cell that keeps the image size.
         reduction: The cell that halves it: its operations that read an input have stride 2.
-        name: A name for people; equality and canonical forms ignore it.
+        name: A name for people; equality and canonical forms ignore it. Default: "".
 
     Raises:
         ValueError: An argument has another type.
@@ -150,10 +150,13 @@ class Genotype:
 
     @classmethod
     def from_json(cls, text: str) -> "Genotype":
-        """Return the genotype that `to_json` wrote.
+        """Read the genotype that `to_json` wrote.
 
         Args:
             text: One JSON object with the keys `normal` and `reduction`, and optionally `name`.
+
+        Returns:
+            The genotype.
 
         Raises:
             ValueError: The text is not a genotype; the message says what is wrong and where.
@@ -176,19 +179,36 @@ class Genotype:
         """Draw both cells as graphs in a matplotlib figure.
 
         Args:
-            path: Where to write the figure too; None writes nothing.
+            path: The image file to write. None writes nothing. Default: None.
+
+        Returns:
+            The matplotlib figure.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: Matplotlib is not installed.
         """
         return cell_drawing.figure(self._graphs(), self.name, path)
 
     def pictures(self, before: "Genotype | None" = None) -> "list[Picture]":
-        """Lay out both cells; mark where they differ from those of the genotype `before`."""
+        """Lay out both cells; mark where they differ from those of the genotype `before`.
+
+        Args:
+            before: The genotype to compare with. None marks nothing. Default: None.
+
+        Returns:
+            The pictures of the normal and of the reduction cell.
+        """
         return cell_drawing.pictures(self._graphs(), self.name, before and before._graphs())
 
     def differences(self, before: "Genotype") -> list[str]:
-        """List what differs from `before`, a line each: `normal h4: sep_3x3(h1) → sep_3x3(h0)`."""
+        """List what differs from the genotype `before`.
+
+        Args:
+            before: The genotype to compare with.
+
+        Returns:
+            A line for each difference, as `normal h4: sep_3x3(h1) → sep_3x3(h0)`.
+        """
         return cell_drawing.differences(self._graphs(), before._graphs())
 
     def _graphs(self) -> dict[str, Graph]:

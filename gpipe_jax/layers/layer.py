@@ -165,10 +165,13 @@ class Layer:
         return replace(self, ties=(*self.ties, (path, name)))
 
     def linked(self, description: str) -> str:
-        """Return `description` with the names of what is stashed, popped and tied.
+        """Add the names of what is stashed, popped and tied to a description.
 
         Args:
             description: The layer without its links, as "Dense(features=4)".
+
+        Returns:
+            The description with these names, as "Dense(features=4) [stash x]".
         """
         ties = [f"{path} as {name}" for path, name in self.ties]
         links = {"stash": self.stashes, "pop": self.pops, "tie": ties}
@@ -194,7 +197,7 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
         The description of the layer. Nothing is built.
 
     Raises:
-        TypeError: the arguments are of the wrong kind, or not hashable.
+        TypeError: The arguments are of the wrong kind, or not hashable.
 
     Modules that hold their own `nnx.Rngs` (`nnx.Dropout`) get them reseeded for each micro-batch.
     An `nnx.BatchNorm` normalises with the statistics of the micro-batch, whatever the weights of
@@ -355,13 +358,6 @@ def _template(description: ModuleLayer) -> Template:
     flat = tuple((path, type(variable)) for path, variable in nnx.to_flat_state(rng_state))
     pure_params, pure_stats = (nnx.to_pure_dict(state) for state in (params, stats))
     return Template(pure_params, pure_stats, train, evaluate, flat, norms)
-
-
-def check_counts(**counts: int) -> None:
-    """Raise ValueError unless each of a network's numbers is a whole number of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1")
 
 
 @functools.lru_cache(maxsize=4096)

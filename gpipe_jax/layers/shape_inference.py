@@ -93,7 +93,7 @@ def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
         The number of parameters.
 
     Raises:
-        ValueError: a layer does not fit its input.
+        ValueError: A layer does not fit its input.
 
     Example:
         >>> import numpy as np

@@ -68,7 +68,7 @@ def split(
         may_pad: Whether padding is allowed; not in training where batch norm would count it.
 
     Raises:
-        DataError: the batch does not look like the example, or may not be padded.
+        DataError: The batch does not look like the example, or may not be padded.
     """
     keys, batch = sorted(batch), _with_weights(batch)
     count, full = count_examples(batch["inputs"]), example["weights"].shape[0]

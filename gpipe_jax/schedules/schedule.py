@@ -30,7 +30,7 @@ class Schedule:
             tick t; the operations are `IDLE`, `FORWARD` and `BACKWARD`.
 
     Raises:
-        ValueError: a micro-batch is missing, repeated or not yet available somewhere.
+        ValueError: A micro-batch is missing, repeated or not yet available somewhere.
 
     Example:
         >>> Schedule("mine", np.array([[[1, 0, 0]], [[2, 0, 0]]])).ticks

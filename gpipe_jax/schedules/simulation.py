@@ -36,7 +36,7 @@ def simulate(
         The total time, and the share of it in which devices wait.
 
     Raises:
-        ValueError: the number of times is not the number of stages.
+        ValueError: The number of times is not the number of stages.
 
     Example:
         >>> from gpipe_jax.schedules import gpipe

@@ -123,10 +123,17 @@ def decaying(params: PyTree) -> PyTree:
 
 
 def decays(shape: tuple[int, ...]) -> bool:
-    """Return whether weight decay applies to parameters of this shape: not to vectors and scalars.
+    """Check whether weight decay applies to parameters of a shape: not to vectors and scalars.
 
-    >>> decays((3, 4)), decays((3,))
-    (True, False)
+    Args:
+        shape: The shape of the parameters in their layer.
+
+    Returns:
+        True if there are at least two axes.
+
+    Example:
+        >>> decays((3, 4)), decays((3,))
+        (True, False)
     """
     return len(shape) > 1
 

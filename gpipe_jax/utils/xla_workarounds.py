@@ -159,7 +159,7 @@ def detect_cluster(timeout_s: int) -> tuple[str | None, int | None, int | None]:
     All are None if there is no cluster. The public function fails in that case.
 
     Raises:
-        RuntimeError: this version of JAX has no such private function.
+        RuntimeError: This version of JAX has no such private function.
     """
     try:
         from jax._src.clusters import ClusterEnv

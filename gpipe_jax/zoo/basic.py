@@ -112,8 +112,8 @@ def mlp(features: Sequence[int] = (64, 128, 128, 10)) -> list[Layer]:
     """Build a multilayer perceptron: linear maps with gelus between them.
 
     Args:
-        features: The width of the flattened input, of each hidden layer, and of the output. Default:
-            (64, 128, 128, 10).
+        features: The width of the flattened input, of each hidden layer, and of the output.
+            Default: (64, 128, 128, 10).
 
     Returns:
         One layer fewer than there are widths, from inputs [B, ...] to outputs [B, features[-1]].
