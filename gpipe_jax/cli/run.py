@@ -10,6 +10,7 @@ from etils import epath
 
 from gpipe_jax.checkpoint import export
 from gpipe_jax.config import loader
+from gpipe_jax.config.base import section
 from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import cluster, processes
 from gpipe_jax.distributed.cluster import Cluster
@@ -20,7 +21,6 @@ from gpipe_jax.errors import (
     DivergedError,
     MissingProcessError,
     StoppedError,
-    section,
 )
 from gpipe_jax.training import run
 from gpipe_jax.utils import console, progress
@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace, action: Action) -> int:
     joined = _cluster(options, config)
     try:
         count = joined.num_processes if joined else 1
-        # From the start, not from the first step: an earlier signal is no failure either.
+        # From the start, not from the first step: an earlier signal is not a failure either.
         with processes.connected(joined), handle_signals(count) as stop:
             return _run_in_process(options, config, action, stop, count)
     except ConfigError as error:

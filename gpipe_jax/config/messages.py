@@ -73,12 +73,12 @@ def _rule(error: Any) -> str:
 
 
 def not_a_section(name: str, given: Any) -> str:
-    """Word the problem of a section that is no mapping."""
+    """Word the problem of a section that is not a mapping."""
     return f"{name}: expected a mapping (lines of 'key: value'), got {show(given)}"
 
 
 def not_a_name(path: KeyPath) -> str:
-    """Word the problem of a key that is no text."""
+    """Word the problem of a key that is not a text."""
     return f"{dotted(path)}: expected a name as key, got {show(path[-1])}; correct it"
 
 

@@ -4,7 +4,7 @@ The slowest stage sets the speed of the pipeline. Rules of thumb miss the best c
 times, or leave a stage empty. So this is exact: dynamic programming over all cuts, in O(K L^2).
 
 Letters: L layers, K stages. Segment matrices are [L, L]: entry [i, e] is for the stage made of
-layers i..e, both included; i > e is no stage and holds infinity.
+layers i..e, both included; i > e is not a stage and holds infinity.
 """
 
 import itertools
@@ -120,7 +120,7 @@ def explicit(
         )
     for boundary in boundaries:
         if not isinstance(boundary, (int, np.integer)):
-            raise ValueError(f"boundary {boundary!r} is no index of a layer: give integers")
+            raise ValueError(f"boundary {boundary!r} is not an index of a layer: give integers")
     for before, after in itertools.pairwise((0, *boundaries)):
         if not 0 < after < len(costs):
             raise ValueError(

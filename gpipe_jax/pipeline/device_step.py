@@ -220,7 +220,7 @@ def _start_from(gradients: list, _: Boundary) -> tuple[list, None]:
 
 
 def _no_gradient(_: jax.Array) -> None:
-    """Stand in for the gradient of a leaf that is no float."""
+    """Stand in for the gradient of a leaf that is not a float."""
 
 
 def _split_skips(boundary: Boundary, passing: set[str]) -> tuple[Boundary, dict]:

@@ -288,7 +288,7 @@ def _figures(assembly: Assembly, final: dict, records: list[dict], steps: int) -
 
 
 def _overheads(trainer: Trainer) -> dict[str, Any]:
-    """Return the seconds that were no training, and the most memory that a device has used."""
+    """Return the seconds that were not training, and the most memory that a device has used."""
     used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     peak = [u / GIB for u in used if u is not None]
     return {

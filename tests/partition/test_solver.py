@@ -218,7 +218,7 @@ def test_no_cut_fits():
         ([0, 2], r"boundary 0 is out of range: of 4 layers.* 1 to 3"),
         ([1, 4], r"boundary 4 is out of range"),
         ([2, 2], r"must increase, got 2 then 2: a stage would be empty"),
-        ([1.5, 2], r"boundary 1.5 is no index of a layer: give integers"),
+        ([1.5, 2], r"boundary 1.5 is not an index of a layer: give integers"),
         ([3, 1], r"must increase, got 3 then 1"),
         ([1, 2], r"stage 2 alone needs 4.00 GiB, above memory_limit 3.00 GiB"),
     ],
