@@ -41,7 +41,7 @@ class One(nnx.Module):
 
 
 class Tracker(nnx.Module):
-    """A statistic that is no batch norm's."""
+    """Hold a statistic that is no batch norm's."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.norm = nnx.BatchNorm(F, rngs=rngs)
@@ -52,7 +52,7 @@ class Tracker(nnx.Module):
 
 
 def one_step(one: Layer, stats: PyTree, micro_batches: np.ndarray) -> PyTree:
-    """The running statistics after a step on micro-batches [M, B, F]."""
+    """Return the running statistics after a step on micro-batches [M, B, F]."""
     params = one.init(KEY, micro_batches[0])
     apply = jax.jit(lambda x: one.apply(params, stats, x, Context(KEY, train=True))[1])
     moments = [apply(jnp.asarray(x, jnp.float32)) for x in micro_batches]
@@ -90,7 +90,7 @@ def test_statistics_are_those_of_the_whole_mini_batch(M: int) -> None:
 
 
 def test_every_norm_has_its_own_statistics_and_momentum() -> None:
-    """The second sees what the first makes of each micro-batch."""
+    """Feed the second norm with the output of the first, for each micro-batch."""
     x = np.random.default_rng(0).normal(1.0, 2.0, (3, 8, F))
     stats = one_step(layer(Two), layer(Two).init_statistics(), x)
     normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
@@ -155,7 +155,7 @@ def test_a_large_mean_does_not_spoil_the_variance() -> None:
 
 
 def test_a_large_mean_is_forgotten_within_a_run() -> None:
-    """From fresh statistics, with the usual momentum."""
+    """Begin with fresh statistics and the usual momentum."""
     x = np.random.default_rng(0).normal(1e4, 1.0, (2, 64, F))
     one = layer(One, momentum=0.9)
     params, stats = one.init(KEY, x), one.init_statistics()
@@ -252,7 +252,7 @@ def test_a_frozen_norm_stays_as_it_is_after_many_micro_batches():
 
 
 class Deep(nnx.Module):
-    """A hundred batch norms, one after the other."""
+    """Apply a hundred batch norms, one after the other."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.norms = nnx.List([nnx.BatchNorm(F, rngs=rngs) for _ in range(100)])

@@ -207,7 +207,7 @@ def test_pools_of_no_images_are_empty() -> None:
 
 
 def test_an_average_keeps_nothing_for_its_gradient_and_a_maximum_its_input() -> None:
-    """What is kept takes memory for every layer between forward and backward."""
+    """Count what is kept: it takes memory for every layer between forward and backward."""
     kept = {
         function: sum(
             a.size for a in jax.tree.leaves(jax.vjp(lambda x, f=function: f(x, 3, 1), X)[1])
@@ -250,7 +250,7 @@ def test_on_cpu_there_is_no_window_reduction(ours: Callable, plain: Callable) ->
 
 
 def test_other_platforms_use_their_own_forms() -> None:
-    """The very operations, with their windows, of plain JAX; and none of them on CPU."""
+    """Compare with the operations and windows of plain JAX; CPU uses none of them."""
 
     def ours(x: jax.Array) -> jax.Array:
         return pooling.avg_pool(pooling.max_pool(x, 3, 2), 3, 2, "VALID")

@@ -62,7 +62,7 @@ def test_recompute_from() -> None:
 
 
 def test_read_after_changes_nothing() -> None:
-    """The value is replaced in a case that never comes, whatever its type."""
+    """Replace the value only in a case that never comes, whatever its type."""
     x = {"x": jnp.ones((2, 4)), "ids": jnp.arange(3)}
     params = [jnp.full((4, 4), jnp.inf), jnp.zeros((0, 3)), jnp.ones(3, jnp.bfloat16)]
     read, after = jax.jit(read_after)(params, x, jnp.int32(0))
@@ -170,7 +170,7 @@ def test_without_flat_examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ring() -> None:
-    """A permute has a cycle only where a schedule needs it: openxla/xla issue 45222."""
+    """Close the ring only where a schedule needs it: openxla/xla issue 45222."""
     assert ring(1, closed=False) == []
     assert ring(3, closed=False) == [(0, 1), (1, 2)]
     assert ring(3, closed=True) == [(0, 1), (1, 2), (2, 0)]
@@ -204,7 +204,7 @@ def test_private_functions_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_workaround_is_listed() -> None:
-    """The table at the top of the module names each public function."""
+    """Name each public function in the table at the top of the module."""
     text = xla_workarounds.__doc__ or ""
     functions = [
         name
