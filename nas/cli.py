@@ -17,7 +17,8 @@ import nas
 from gpipe_jax.config import loader
 from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.console import BAD_INPUT
+from gpipe_jax.utils.messages import BAD_INPUT, fail
+from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
 from nas.export import scaled_config
@@ -48,7 +49,7 @@ def program() -> NoReturn:
 
 
 def _fail(error: object, code: int) -> int:
-    return console.fail(error, code, "nas")
+    return fail(error, code, "nas")
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
         "wall_s": wall_s,
         "run": str(result.path),
     }
-    print(progress.table({**best.metrics, **figures}))
+    print(figures_table({**best.metrics, **figures}))
     print(best.row.architecture)
     if as_json:
         print(
@@ -230,7 +231,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)], options.run) from error
     best = ranking[0].row
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
-    print(progress.table(figures))
+    print(figures_table(figures))
     if options.json:
         ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
             {"candidate": each.row.id, "fitness": each.row.fitness, "again": each.fitness}

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpipe_jax.errors import ArgumentError, section
+from gpipe_jax.config.base import section
+from gpipe_jax.errors import ArgumentError
 from nas.ask_tell.limits import Limit
 from nas.choices import COMPILED_COSTS
 from nas.config import (

@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("training",),
         ("planner",),
         ("cli",),
-        ("__main__",),
+        ("__main__", "train"),
     ),
     "nas": (
         ("spaces", "errors", "choices"),

@@ -44,7 +44,7 @@ from gpipe_jax.config import loader
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.tpu_compiler import compiler, libtpu, topologies
 from gpipe_jax.tpu_compiler.results import Program
-from gpipe_jax.utils import console
+from gpipe_jax.utils import console, messages
 from nas.choices import BUILDERS
 from nas.config import SearchConfig
 from nas.spaces.nasnet import NASNetSpace
@@ -191,11 +191,11 @@ def main() -> int:
     try:
         search = checked(options)
     except (ValueError, OSError, ImportError, errors.CompilerNotInstalledError) as error:
-        return console.fail(error, 2, "benchmark_interpreter.py")
+        return messages.fail(error, 2, "benchmark_interpreter.py")
     try:
         figures = measured(search, options)
     except (ArithmeticError, RuntimeError, MemoryError) as error:  # diverged, or out of memory
-        return console.fail(error, 1, "benchmark_interpreter.py")
+        return messages.fail(error, 1, "benchmark_interpreter.py")
     if options.json:
         print(json.dumps(figures))
     return 0

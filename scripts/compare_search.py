@@ -26,7 +26,7 @@ from typing import Any
 
 import nas
 from gpipe_jax.config import loader
-from gpipe_jax.utils import console, figures
+from gpipe_jax.utils import figures, messages
 from nas import from_config
 from nas.config import SearchConfig
 from nas.evaluators import evaluator as evaluators
@@ -228,11 +228,11 @@ def main() -> int:
     try:
         return _run(options)
     except (ValueError, OSError, ImportError, sqlite3.Error) as error:
-        return console.fail(error, 2, "compare_search.py")
+        return messages.fail(error, 2, "compare_search.py")
     except (RuntimeError, TypeError) as error:
-        return console.fail(error, 1, "compare_search.py")
+        return messages.fail(error, 1, "compare_search.py")
     except KeyboardInterrupt:
-        return console.fail(
+        return messages.fail(
             "interrupted; run the same command again to resume", 130, "compare_search.py"
         )
 

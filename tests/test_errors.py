@@ -39,35 +39,6 @@ def test_a_config_error_counts_its_problems():
 
 
 @pytest.mark.parametrize(
-    ("error", "field"),
-    [
-        (errors.ArgumentError("image", "`image` is 8"), "image"),
-        (errors.ArgumentError("memory_limit", "too low"), "memory_limit_gib"),
-        (ValueError("it does not fit"), None),
-        (FileNotFoundError("it is missing"), "train"),
-        (ImportError("no module"), None),
-        (TypeError("no function"), None),
-    ],
-)
-def test_a_section_names_the_field_of_an_argument(error, field):
-    with (
-        pytest.raises(errors.SectionError) as caught,
-        errors.section("data", (TypeError,), file_field="train", memory_limit="memory_limit_gib"),
-    ):
-        raise error
-    assert (caught.value.section, caught.value.field) == ("data", field)
-    assert str(caught.value) == f"data: {error}" and caught.value.__cause__ is error
-
-
-def test_a_section_lets_other_errors_pass():
-    inner = errors.SectionError("model", None, "wrong")
-    for error in (KeyError("x"), inner):
-        with pytest.raises(type(error)) as caught, errors.section("data"):
-            raise error
-        assert caught.value is error
-
-
-@pytest.mark.parametrize(
     ("error", "message"),
     [
         (ValueError("unknown"), "--topology: unknown"),
@@ -82,3 +53,16 @@ def test_an_option_is_named(error, message):
     ):
         raise error
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), errors.ConfigError(["a"], "x.yaml")])
+def test_errors_that_are_no_mistake_of_an_option_pass(error):
+    """Let the network fail once; a ConfigError names its own place."""
+    with pytest.raises(type(error)) as caught, console.option("--process"):
+        raise error
+    assert caught.value is error
+
+
+def test_errors_are_the_only_contents():
+    names = {name for name, value in vars(errors).items() if callable(value)}
+    assert names == {error.__name__ for error in ALL}

@@ -19,7 +19,8 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Rooms and modules that run without JAX: reading a config or drawing a schedule loads none.
 NO_JAX = {
     "gpipe_jax": (
-        *("utils.text", "utils.console", "utils.atomic_files", "errors", "schedules"),
+        *("utils.text", "utils.console", "utils.messages", "utils.atomic_files", "utils.checks"),
+        *("errors", "schedules"),
         *("genotypes", "config", "data", "partition.solver"),
     ),
     # All but training, costs and `workers="devices"`.
@@ -157,6 +158,11 @@ from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), dir(gpipe_jax) == sorted(gpipe_jax.__all__))
 """
     assert in_a_fresh_process(code) == "False True\n"
+
+
+def test_the_pipeline_loads_no_library_of_command_lines() -> None:
+    code = "import gpipe_jax, sys; gpipe_jax.Pipeline; print('shtab' in sys.modules)"
+    assert in_a_fresh_process(code) == "False\n"
 
 
 def test_public_names_of_nas_load_no_jax() -> None:

@@ -14,7 +14,12 @@ from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.format import COMMON, Manifest
 from gpipe_jax.config.loader import no_package
-from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError
+from gpipe_jax.errors import (
+    ArgumentError,
+    CheckpointFormatError,
+    ConfigError,
+    DamagedCheckpointError,
+)
 from gpipe_jax.utils import atomic_files
 
 SUFFIXES = (".safetensors", ".npz")
@@ -33,10 +38,11 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
         Figures: step, arrays, numbers (elements in all), damaged_steps, out.
 
     Raises:
-        ConfigError: There is no intact checkpoint, or the file cannot be written.
+        ArgumentError: The suffix is unknown, or the file cannot be written.
+        ConfigError: There is no intact checkpoint.
     """
     if out.suffix not in SUFFIXES:
-        raise ConfigError([f"--out {out} must end in {' or '.join(SUFFIXES)}"], "gpipe export")
+        raise ArgumentError("out", f"{out} must end in {' or '.join(SUFFIXES)}")
     damaged: list[int] = []
     try:
         for manifest in checkpoint_format.manifests(run / "checkpoints"):
@@ -49,7 +55,7 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError([no_package(error)], str(run)) from error
     except (OSError, TypeError) as error:
-        raise ConfigError([f"--out {out} cannot be written: {error}"], "gpipe export") from error
+        raise ArgumentError("out", f"{out} cannot be written: {error}") from error
     reason = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
     raise ConfigError([f"there is {reason}; give the folder of a run"], str(run))
 

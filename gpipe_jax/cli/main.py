@@ -5,14 +5,13 @@ anything else.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpipe_jax.cli import init, plan, show
 from gpipe_jax.errors import ConfigError, OptionError
 from gpipe_jax.utils import console
-from gpipe_jax.utils.console import BAD_INPUT, fail
+from gpipe_jax.utils.messages import BAD_INPUT, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +98,3 @@ def _export(options: argparse.Namespace) -> int:
     from gpipe_jax.cli import run
 
     return run.export_run(options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

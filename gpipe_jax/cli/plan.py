@@ -9,7 +9,8 @@ from pathlib import Path
 from gpipe_jax.config import loader
 from gpipe_jax.errors import CompilerNotInstalledError, ConfigError, OptionError
 from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.console import BAD_INPUT, fail
+from gpipe_jax.utils.checks import check_count
+from gpipe_jax.utils.messages import BAD_INPUT, fail
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -113,8 +114,9 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.search and options.cost:
         problem = "does not go with --search, which compiles layouts balanced by operations"
         raise OptionError("--cost", problem)
-    if options.compile_best < 1:
-        raise OptionError("--compile-best", f"must be at least 1, got {options.compile_best}")
+    if options.search:
+        with console.option("--compile-best"):
+            check_count("compile_best", options.compile_best)
     for name, path in (("--out", options.out), ("--png", options.png)):
         if path and not path.absolute().parent.is_dir():
             folder = path.absolute().parent

@@ -22,11 +22,13 @@ from gpipe_jax.errors import (
     MissingProcessError,
     StoppedError,
 )
-from gpipe_jax.training import run
+from gpipe_jax.training import from_config, run
+from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.console import BAD_INPUT, fail
+from gpipe_jax.utils.messages import BAD_INPUT, fail, say
+from gpipe_jax.utils.text import figures_table
 
-Action = Callable[[run.Assembly, StopRequest], run.RunSummary]
+Action = Callable[[Assembly, StopRequest], run.RunSummary]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -38,10 +40,10 @@ def train(options: argparse.Namespace) -> int:
         options.overrides = plan_file.overrides(options.plan, options.config, options.overrides)
         predicted_s = plan_file.step_time_s(options.plan)
 
-    def action(assembly: run.Assembly, stop: StopRequest) -> run.RunSummary:
+    def action(assembly: Assembly, stop: StopRequest) -> run.RunSummary:
         config = assembly.config.train
         for line in loader.without_effect(assembly.config) if processes.is_first() else ():
-            console.say(line)
+            say(line)
         quiet = not processes.is_first()
         with progress.show(config.steps, config.log_every, quiet=quiet) as show:
             summary = run.train(assembly, show, stop)
@@ -73,8 +75,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export_run(options: argparse.Namespace) -> int:
     """Write a run's parameters as one plain file."""
-    figures = export.export(epath.Path(options.run), Path(options.out))
-    print(progress.table(figures))
+    with console.option("--out"):
+        figures = export.export(epath.Path(options.run), Path(options.out))
+    print(figures_table(figures))
     if options.json:
         print(json.dumps(figures))
     return 0
@@ -82,7 +85,10 @@ def export_run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, action: Action) -> int:
     config = loader.load(options.config, options.overrides)
-    joined = _cluster(options, config)
+    try:
+        joined = _cluster(options, config)
+    except OSError as error:  # of the network, while the cluster is detected
+        return fail(error, 1)
     try:
         count = joined.num_processes if joined else 1
         # From the start, not from the first step: an earlier signal is not a failure either.
@@ -106,7 +112,12 @@ def _cluster(options: argparse.Namespace, config: Config) -> Cluster | None:
     # Simulated devices are for one machine, even if that is part of a cluster.
     if config.mesh.simulate is not None and not cluster.is_requested(*given):
         return None
-    with console.option("--process"):
+    with console.option(
+        "--process",
+        coordinator="--coordinator",
+        num_processes="--processes",
+        process_index="--process",
+    ):
         return cluster.find(*given)
 
 
@@ -116,7 +127,7 @@ def _run_in_process(
     """Run the command in one of `count` processes; an error in all of them is raised in each."""
     workdir = config.train.workdir or run.default_workdir(options.config)
     with loader.locating(options.config, options.overrides):
-        assembly = run.assemble(config, workdir, count)
+        assembly = from_config.assemble(config, workdir, count)
     if not processes.same_in_all(
         json.dumps([config.model_dump(mode="json"), assembly.data_identity])
     ):
@@ -136,7 +147,7 @@ def _run_in_process(
         with loader.locating(options.config, options.overrides), section("data"):
             raise error
     if processes.is_first():
-        print(progress.table(summary.figures))
+        print(figures_table(summary.figures))
         print(summary.note)
         if options.json:
             print(json.dumps(summary.figures))

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 from gpipe_jax.config import loader
-from gpipe_jax.errors import ConfigError, OptionError
+from gpipe_jax.errors import OptionError
 from gpipe_jax.schedules import generators, simulation
 from gpipe_jax.schedules.schedule import Schedule
-from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.console import BAD_INPUT, fail
+from gpipe_jax.utils import console
+from gpipe_jax.utils.messages import BAD_INPUT, fail, say
+from gpipe_jax.utils.text import figures_table
 
 # --- gpipe config ---------------------------------------------------------------------------------
 
@@ -33,7 +34,7 @@ def config(options: argparse.Namespace) -> int:
         return fail("give a CONFIG file, or --schema", BAD_INPUT)
     resolved = loader.load(options.config, options.overrides)
     for line in loader.without_effect(resolved):
-        console.say(line)
+        say(line)
     if options.diff:
         changed = loader.non_defaults(resolved)
         if options.json:
@@ -67,10 +68,10 @@ def add_schedule_parser(commands: argparse._SubParsersAction) -> None:
 
 def schedule(options: argparse.Namespace) -> int:
     """Draw a schedule, with its figures."""
-    try:
+    with console.option(
+        "--kind", num_devices="--stages", micro_batches="--micro-batches", chunks="--chunks"
+    ):
         drawn = generators.make(options.kind, options.stages, options.micro_batches, options.chunks)
-    except ValueError as error:
-        raise ConfigError([str(error)], "gpipe schedule") from error
     figures = {
         "kind": drawn.kind,
         "stages": drawn.num_devices,
@@ -82,7 +83,7 @@ def schedule(options: argparse.Namespace) -> int:
         **_times(drawn),
     }
     print(drawn)
-    print(progress.table(figures))
+    print(figures_table(figures))
     print(_TIMES)
     if options.png:
         from gpipe_jax import plots

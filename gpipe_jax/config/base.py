@@ -1,13 +1,16 @@
-"""Define what all sections of a configuration share: types of fields, marks, base classes."""
+"""Define what all sections of a configuration share: types, marks, base classes, errors."""
 
+import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic import ValidationError as PydanticError
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
+
+from gpipe_jax.errors import ArgumentError, SectionError
 
 LARGEST = 2**31 - 1  # JAX holds shapes and steps in 32 bits
 
@@ -105,3 +108,41 @@ def cross_check(name: str, message: str) -> InitErrorDetails:
     """Return a problem between sections as an error of pydantic, located at a dotted name."""
     error = PydanticCustomError("cross_check", "{error}", {"error": message})
     return InitErrorDetails(type=error, loc=tuple(name.split(".")), input=None)
+
+
+# What is raised for sizes, shapes, files, devices and packages that do not fit.
+_REALIZATION_ERRORS = (ValueError, OSError, ImportError)
+
+
+@contextlib.contextmanager
+def section(
+    name: str,
+    also: tuple[type[Exception], ...] = (),
+    *,
+    file_field: str | None = None,
+    **fields: str,
+) -> Iterator[None]:
+    """Turn errors of the block into a `SectionError` of the section `name`.
+
+    Args:
+        name: The section whose values the block uses.
+        also: Further types of errors to turn, besides ValueError, OSError and ImportError.
+        file_field: The field that an OSError is about, such as the path of the data.
+        **fields: The config's name of an argument, where it is another:
+            `memory_limit="memory_limit_gib"`.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        SectionError: The block raised one of these errors.
+    """
+    try:
+        yield
+    except SectionError:
+        raise
+    except (*_REALIZATION_ERRORS, *also) as error:
+        field = file_field if isinstance(error, OSError) else None
+        if isinstance(error, ArgumentError):
+            field = fields.get(error.argument, error.argument)
+        raise SectionError(name, field, str(error)) from error

@@ -257,14 +257,16 @@ def _section(draft: Draft, name: str) -> Section | None:
     try:
         return models[kind].model_validate(value)
     except pydantic.ValidationError as error:
-        _report_fields(draft, models[kind], kind, _by_path((name,), error))
+        problems = _by_path((name,), error)
+        for path, message in _messages(draft, models[kind], kind, problems).items():
+            _report(draft, path, message)
         return None
 
 
 def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
-    """Report the fields of a section of unknown kind that every kind with such a field refuses."""
+    """Report the fields that every kind with such a field refuses, and for the same reason."""
     refused = {}
-    for model in set(section_models(name, draft.root).values()):
+    for model in dict.fromkeys(section_models(name, draft.root).values()):
         try:
             model.model_validate({k: v for k, v in value.items() if k in model.model_fields})
         except pydantic.ValidationError as error:
@@ -273,20 +275,25 @@ def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
             refused[model] = {}
     for field in value.keys() - {"kind"}:
         path = (name, field)
-        owners = {model: paths for model, paths in refused.items() if field in model.model_fields}
+        owners = [
+            _messages(draft, model, "", {p: e for p, e in problems.items() if p[:2] == path})
+            for model, problems in refused.items()
+            if field in model.model_fields
+        ]
         if not isinstance(field, str):
             _report(draft, path, messages.not_a_name(path))
         elif not owners:
             _report(draft, path, messages.unknown_key(path, draft.root))
-        elif all(any(p[:2] == path for p in paths) for paths in owners.values()):
-            model, paths = next(iter(owners.items()))
-            inside = {p: errors for p, errors in paths.items() if p[:2] == path}
-            _report_fields(draft, model, "", inside)
+        elif all(found == owners[0] for found in owners):
+            for place, message in owners[0].items():
+                _report(draft, place, message)
 
 
-def _report_fields(
+def _messages(
     draft: Draft, model: type[Section], kind: str, problems: Mapping[KeyPath, list[Any]]
-) -> None:
+) -> dict[KeyPath, str]:
+    """Word the problems of a section of this kind, by the path of the value."""
+    worded = {}
     for path, errors in problems.items():
         if errors[0]["type"] == "extra_forbidden":
             kind_place = draft.find((path[0], "kind"))
@@ -295,7 +302,8 @@ def _report_fields(
         else:
             field = model.model_fields.get(path[1])
             message = messages.describe(path, errors, field.description if field else None)
-        _report(draft, path, message)
+        worded[path] = message
+    return worded
 
 
 def _by_path(root: KeyPath, error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:

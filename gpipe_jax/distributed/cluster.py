@@ -3,6 +3,8 @@
 import os
 from typing import Any, NamedTuple
 
+from gpipe_jax.errors import ArgumentError
+
 TIMEOUT_S = 300
 
 
@@ -24,7 +26,8 @@ def find(
 ) -> Cluster | None:
     """Return the requested cluster, or the one that JAX detects (TPU pods, Slurm, MPI).
 
-    Returns None for a single process. Raises ValueError if the request is incomplete.
+    Returns None for a single process. Raises ArgumentError if the request is
+    incomplete, and OSError if the network fails during the detection.
     """
     requested = _requested(coordinator, num_processes, process_index)
     if any(value is not None for value in requested):
@@ -57,24 +60,34 @@ _VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 def _check(coordinator: Any, num_processes: Any, process_index: Any) -> Cluster:
-    if coordinator is None or num_processes is None or process_index is None:
-        raise ValueError(
-            "several processes need --coordinator HOST:PORT (of the first), --processes N and "
-            "--process I, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; give "
-            "all three"
-        )
-    try:
-        cluster = Cluster(coordinator, int(num_processes), int(process_index))
-    except ValueError as error:
-        raise ValueError(
-            f"JAX_NUM_PROCESSES {num_processes} and JAX_PROCESS_ID {process_index} must be whole "
-            f"numbers"
-        ) from error
-    if not 0 <= cluster.process_index < cluster.num_processes:
-        raise ValueError(
-            f"--process {process_index} of --processes {num_processes}: processes count from 0 to "
-            f"{cluster.num_processes - 1}"
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_index": process_index,
+    }
+    for argument, value in given.items():
+        if value is None:
+            raise ArgumentError(
+                argument,
+                "several processes need the address of the first (HOST:PORT), their number and "
+                "the index of this one, as options or in JAX_COORDINATOR_ADDRESS, "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID; give all three",
+            )
+    count = _whole_number("num_processes", "JAX_NUM_PROCESSES", num_processes)
+    index = _whole_number("process_index", "JAX_PROCESS_ID", process_index)
+    if count < 1:
+        raise ArgumentError("num_processes", f"there must be at least 1 process, got {count}")
+    if not 0 <= index < count:
+        raise ArgumentError(
+            "process_index", f"{index} of {count} processes: they count from 0 to {count - 1}"
         )
     if not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"--coordinator {coordinator} has no port; write it as HOST:PORT")
-    return cluster
+        raise ArgumentError("coordinator", f"{coordinator} has no port; write it as HOST:PORT")
+    return Cluster(coordinator, count, index)
+
+
+def _whole_number(argument: str, variable: str, value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError as error:  # only variables of the environment are text
+        raise ArgumentError(argument, f"{variable} must be a whole number, got {value}") from error

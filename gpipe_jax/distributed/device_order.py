@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jax.experimental import mesh_utils
 
+from gpipe_jax.errors import ArgumentError
+
 
 def arrange(devices: Sequence[Any], num_devices: int, replicas: int) -> np.ndarray:
     """Return the devices [K, D]; there must be `num_devices * replicas` of them.
@@ -29,9 +31,10 @@ def arrange(devices: Sequence[Any], num_devices: int, replicas: int) -> np.ndarr
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_devices % slices and replicas % slices:
-        raise ValueError(
+        raise ArgumentError(
+            "stages",
             f"{num_devices} stages x {replicas} replicas do not split over {slices} slices: make "
-            f"`stages` (or else `data`) a multiple of {slices}"
+            f"`stages` (or else `data`) a multiple of {slices}",
         )
     along_stages = num_devices % slices == 0
     K, D = num_devices, replicas // slices

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-from gpipe_jax.utils.console import say
+from gpipe_jax.utils.messages import say
 
 PREEMPTED = 75  # exit code: the run is saved; run the same command again
 INTERRUPTED = 130

@@ -25,7 +25,7 @@ import numpy as np
 
 from gpipe_jax.distributed.cluster import TIMEOUT_S, Cluster
 from gpipe_jax.errors import MissingProcessError
-from gpipe_jax.utils.console import say
+from gpipe_jax.utils.messages import say
 
 GRACE_S = 5  # the time that others get to exit by themselves
 SHUTDOWN_S = 45  # the wait at the end for others, which have finished or died
@@ -128,7 +128,7 @@ def _server(cluster: Cluster) -> socket.socket:
         return socket.create_server(("", port), backlog=cluster.num_processes, **options)
     except OSError as error:
         raise MissingProcessError(
-            f"port {port} of --coordinator {cluster.coordinator} cannot be opened on this host "
+            f"port {port} of the coordinator {cluster.coordinator} cannot be opened on this host "
             f"({error.strerror}); use another port, the same on every host"
         ) from error
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import optax
 
+from gpipe_jax.config.base import section
 from gpipe_jax.config.run import Config, layout
 from gpipe_jax.distributed.mesh import abstract_mesh
-from gpipe_jax.errors import section
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.training import from_config as build
@@ -46,7 +46,8 @@ class Job(NamedTuple):
 
     def build_trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
         """Return the training of this job in a layout, on an abstract mesh (no devices)."""
-        mesh = abstract_mesh(stages=layout.stages, data=layout.data)
+        options = layout._asdict()
+        mesh = abstract_mesh(stages=options.pop("stages"), data=options.pop("data"))
         pipe = Pipeline(
             self.layers,
             loss=self.loss,
@@ -56,18 +57,14 @@ class Job(NamedTuple):
             keys_per=self.keys_per,
             memory_limit=self.memory_limit,
             cost=cost,
-            micro_batches=layout.micro_batches,
-            schedule=layout.schedule,
-            chunks=layout.chunks,
-            remat=layout.remat,
-            partition=layout.partition,
+            **options,  # the others have the same names
         )
         return Trainer(pipe, self.tx, ema=self.ema)
 
 
 def from_config(config: Config) -> tuple[Job, Layout]:
     """Return the job and the layout of a config; read no data. Raises `SectionError`."""
-    with section("data"):
+    with section("data", file_field=config.data.file_field):
         example = build.example(config)
     with section("model"):
         layers, loss = build.network(config.model), build.loss(config.model)

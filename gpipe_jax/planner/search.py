@@ -18,6 +18,7 @@ from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING, make
 from gpipe_jax.tpu_compiler.topologies import Generation, Topology
 from gpipe_jax.utils import text
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import GIB
 from gpipe_jax.utils.trees import tree_bytes
 
@@ -62,13 +63,12 @@ class Ranking(NamedTuple):
     def to_dict(self) -> dict:
         """Return a dictionary for JSON."""
         plans = [plan.to_dict() for plan in self.plans]
-        return {"plans": plans, "analysed": self.analysed, "too_large": self.too_large}
+        return {"plans": plans, "looked_at": self.analysed, "too_large": self.too_large}
 
 
 def search(job: Job, compiler: Compiler, compile_best: int) -> Ranking:
     """Compile the best of all candidates that should fit; raise ValueError if none should."""
-    if compile_best < 1:
-        raise ValueError(f"`compile_best` must be at least 1, got {compile_best}")
+    check_count("compile_best", compile_best)
     limit = compiler.topology.generation.hbm_gib
     analysed = list(candidates(job, compiler.topology))
     fitting = sorted((c for c in analysed if c.needed_gib <= limit), key=lambda c: c.step_s)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
+from gpipe_jax.utils.checks import check_count, check_counts
 
 
 def gpipe(num_devices: int, micro_batches: int) -> Schedule:
@@ -27,7 +28,7 @@ def gpipe(num_devices: int, micro_batches: int) -> Schedule:
         A schedule of 2 (M + K - 1) ticks, in which each device stashes M inputs.
 
     Raises:
-        ValueError: an argument is less than 1.
+        ValueError: An argument is less than 1.
 
     Example:
         >>> print(gpipe(2, 3))
@@ -57,7 +58,7 @@ def one_f_one_b(num_devices: int, micro_batches: int) -> Schedule:
         A schedule in which device k stashes at most K - k inputs.
 
     Raises:
-        ValueError: an argument is less than 1.
+        ValueError: An argument is less than 1.
 
     Example:
         >>> print(one_f_one_b(2, 3))
@@ -116,7 +117,7 @@ def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
         A schedule in which device k stashes at most 2 (K - k) - 1 inputs.
 
     Raises:
-        ValueError: an argument is less than 1.
+        ValueError: An argument is less than 1.
 
     Example:
         >>> print(eager_1f1b(2, 3))
@@ -147,14 +148,15 @@ def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedu
         A schedule for K V stages; chunk c of device k is stage c K + k.
 
     Raises:
-        ValueError: an argument is less than 1.
+        ValueError: An argument is less than 1.
 
     Example:
         >>> interleaved(4, 8, chunks=2).bubble_fraction < eager_1f1b(4, 8).bubble_fraction
         True
     """
     K, M = _checked(num_devices, micro_batches)
-    forwards = _ring_order(K, M, range(_at_least_one(chunks)))
+    check_count("chunks", chunks)
+    forwards = _ring_order(K, M, range(chunks))
     backwards = _ring_order(K, M, range(chunks)[::-1])
     # The last stage runs the forward of a micro-batch before its backward.
     late = max(forwards[chunks - 1, m] - backwards[chunks - 1, m] for m in range(M)) + K - 1
@@ -193,7 +195,7 @@ def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Sched
         A schedule without backwards.
 
     Raises:
-        ValueError: an argument is less than 1.
+        ValueError: An argument is less than 1.
 
     Example:
         >>> print(forward_only(2, 3))
@@ -202,7 +204,8 @@ def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Sched
         device 1   . F0 F1 F2
     """
     K, M = _checked(num_devices, micro_batches)
-    turns = _ring_order(K, M, range(_at_least_one(chunks)))
+    check_count("chunks", chunks)
+    turns = _ring_order(K, M, range(chunks))
     ops = [(turn + k, k, FORWARD, m, c) for (c, m), turn in turns.items() for k in range(K)]
     return Schedule("forward", _table(K, ops))
 
@@ -235,20 +238,22 @@ def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Sc
         The schedule.
 
     Raises:
-        ValueError: the name is unknown, a number is less than 1, or the schedule takes one chunk.
+        ValueError: The name is unknown, a number is less than 1, or the schedule takes one chunk.
 
     Example:
         >>> make("1f1b", 4, 8).peak_stash
         [4, 3, 2, 1]
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(KINDS)}")
+        known = ", ".join(KINDS)
+        raise ArgumentError("kind", f"unknown schedule {kind!r}; known: {known}")
     if kind in CHUNKED:
         return KINDS[kind](num_devices, micro_batches, chunks)
     if chunks != 1:
-        raise ValueError(
+        raise ArgumentError(
+            "chunks",
             f"the schedule {kind!r} has one chunk on each device, got `chunks` {chunks}; "
-            f"use {' or '.join(map(repr, CHUNKED_TRAINING))}"
+            f"use {' or '.join(map(repr, CHUNKED_TRAINING))}",
         )
     return KINDS[kind](num_devices, micro_batches)
 
@@ -268,7 +273,7 @@ def training_schedule(
         The schedule of that name, or `schedule` itself.
 
     Raises:
-        ValueError: the name is unknown, or the table has no backwards or another size.
+        ValueError: The name is unknown, or the table has no backwards or another size.
 
     Example:
         >>> training_schedule("gpipe", 2, 4).ticks
@@ -277,35 +282,33 @@ def training_schedule(
     if isinstance(schedule, str):
         if schedule not in TRAINING:
             known = ", ".join(TRAINING)
-            raise ValueError(f"unknown schedule {schedule!r} for training; known: {known}")
+            raise ArgumentError(
+                "schedule", f"unknown schedule {schedule!r} for training; known: {known}"
+            )
         return make(schedule, num_devices, micro_batches, chunks)
     if not (schedule.table[..., 0] == BACKWARD).any():
-        raise ValueError(f"the schedule {schedule.kind!r} has no backwards; give one that trains")
+        raise ArgumentError(
+            "schedule", f"the schedule {schedule.kind!r} has no backwards; give one that trains"
+        )
     sizes = (schedule.num_devices, schedule.micro_batches)
     if sizes != (num_devices, micro_batches):
-        raise ValueError(
+        raise ArgumentError(
+            "schedule",
             f"the schedule is for {sizes[0]} devices and {sizes[1]} micro-batches, but the "
-            f"pipeline has {num_devices} and {micro_batches}; make a table of that size"
+            f"pipeline has {num_devices} and {micro_batches}; make a table of that size",
         )
     if chunks not in (1, schedule.chunks):
-        raise ValueError(
+        raise ArgumentError(
+            "chunks",
             f"the schedule has {schedule.chunks} chunks on each device, got `chunks` {chunks}; "
-            f"leave `chunks` out for a table of your own"
+            f"leave `chunks` out for a table of your own",
         )
     return schedule
 
 
 def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:
-    for name, value in (("stages", num_devices), ("micro_batches", micro_batches)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    check_counts(num_devices=num_devices, micro_batches=micro_batches)
     return num_devices, micro_batches
-
-
-def _at_least_one(chunks: int) -> int:
-    if chunks < 1:
-        raise ArgumentError("chunks", f"`chunks` must be at least 1, got {chunks}")
-    return chunks
 
 
 def _table(K: int, ops: Sequence[tuple[int, ...]]) -> np.ndarray:

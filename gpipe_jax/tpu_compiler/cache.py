@@ -64,4 +64,5 @@ def save(key: str, result: Compiled) -> None:
     root = folder()
     with suppress(OSError, RuntimeError):
         root.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_text(root / f"{key}.json", json.dumps(result.to_dict()))
+        text = json.dumps(result.to_dict())
+        atomic_files.write_text(root / f"{key}.json", text, shared=True)

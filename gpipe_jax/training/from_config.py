@@ -9,12 +9,13 @@ import numpy as np
 from etils import epath
 
 from gpipe_jax import data, losses, zoo
+from gpipe_jax.config.base import section
 from gpipe_jax.config.data import example_rules
 from gpipe_jax.config.models import ModelConfig
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import stream
 from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
-from gpipe_jax.errors import ArgumentError, DataError, section
+from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
@@ -125,7 +126,7 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
             **options,
         )
     if config.data.in_files:
-        with section("data"):
+        with section("data", file_field=config.data.file_field):
             _check_data(batches, first, pipe, example_rules(config.model))
     with section("optimizer"):
         tx = optimizers.build(config.optimizer, config.train.steps)

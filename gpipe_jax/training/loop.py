@@ -14,7 +14,7 @@ from gpipe_jax.training import metrics, resume
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
 from gpipe_jax.training.writers import Writer
-from gpipe_jax.utils.console import say
+from gpipe_jax.utils.messages import say
 
 
 class TrainingLoop:

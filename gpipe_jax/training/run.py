@@ -26,14 +26,12 @@ from gpipe_jax.distributed.preemption import StopRequest, handle_signals
 from gpipe_jax.errors import ConfigError, RunInUseError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.training import loop, metrics, resume, writers
-from gpipe_jax.training.from_config import Assembly, assemble
+from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.loop import TrainingLoop
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import atomic_files
-from gpipe_jax.utils.console import say
+from gpipe_jax.utils.messages import say
 from gpipe_jax.utils.text import GIB
-
-__all__ = ["Assembly", "RunSummary", "assemble", "default_workdir", "evaluate", "train"]
 
 MAY_CHANGE = (Mark.LAYOUT, Mark.OPERATION)  # settings that may change when a run resumes
 

@@ -9,28 +9,32 @@ from typing import TypeVar
 
 from etils import epath
 
-DRAFT_SUFFIX = r"\.\d+\.tmp"
+DRAFT_SUFFIX = r"(\.\d+)?\.tmp"
 """Pattern of what a draft's name adds to the name of its file; see `replacing`."""
 
 AnyPath = TypeVar("AnyPath", epath.Path, Path)
 
 
 @contextlib.contextmanager
-def replacing(path: AnyPath, *, durable: bool = False) -> Iterator[AnyPath]:
+def replacing(path: AnyPath, *, durable: bool = False, shared: bool = False) -> Iterator[AnyPath]:
     """Yield the path of a draft; when the block ends without an error, it becomes the file `path`.
 
-    An error removes the draft. On remote storage (gs://) the draft is `path` itself: objects there
+    An error removes the draft. A killed process leaves it, and the next one that writes the file
+    replaces it. On remote storage (gs://) the draft is `path` itself: objects there
     appear only when they are complete.
 
     Args:
         path: The file to write or to replace. Its folder must exist.
         durable: Flush the file and its new name to the disk, so that a power cut keeps them.
+        shared: Give each draft a name of its own, because several threads or processes may write
+            this file at the same time.
     """
     if not is_local(path):
         yield path
         return
-    # Several threads and processes may write the same file; on one machine their ids are unique.
-    draft = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
+    # On one machine the ids of threads are unique, also between processes.
+    writer = f".{threading.get_native_id()}" if shared else ""
+    draft = path.with_name(f"{path.name}{writer}.tmp")
     try:
         yield draft
         if durable:
@@ -44,9 +48,9 @@ def replacing(path: AnyPath, *, durable: bool = False) -> Iterator[AnyPath]:
         sync_folder(path.parent)
 
 
-def write_text(path: AnyPath, text: str, *, durable: bool = False) -> None:
+def write_text(path: AnyPath, text: str, *, durable: bool = False, shared: bool = False) -> None:
     """Write a text file at once, as UTF-8; see `replacing`."""
-    with replacing(path, durable=durable) as draft:
+    with replacing(path, durable=durable, shared=shared) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

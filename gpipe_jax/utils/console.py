@@ -1,49 +1,15 @@
-"""Build the command lines of `gpipe` and `nas`: shared options, messages and exit codes.
+"""Build the command lines of `gpipe` and `nas`: their parsers and shared options.
 
 No JAX here, so that a mistake in an option is reported at once.
 """
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import shtab
 
-from gpipe_jax.errors import ArgumentError, OptionError
-
-BAD_INPUT = 2  # exit code: do not retry
-
-
-# --- messages -------------------------------------------------------------------------------------
-
-
-def say(text: object, program: str = "gpipe") -> None:
-    """Write one line to standard error."""
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
-
-
-def fail(error: object, code: int, program: str = "gpipe") -> int:
-    """Write what is wrong to standard error; return the exit code."""
-    say(error, program)
-    return code
-
-
-@contextlib.contextmanager
-def option(name: str, **others: str) -> Iterator[None]:
-    """Turn a ValueError or an OSError of the block into an `OptionError` of the option `name`.
-
-    Args:
-        name: The option that the block uses, such as "--topology".
-        **others: The options of further arguments, by the name in an `ArgumentError`:
-            `slices="--slices"`.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        argument = error.argument if isinstance(error, ArgumentError) else ""
-        raise OptionError(others.get(argument, name), str(error)) from error
-
+from gpipe_jax.errors import ArgumentError, ConfigError, OptionError
 
 # --- parsers --------------------------------------------------------------------------------------
 
@@ -112,3 +78,27 @@ def add_config(
 def complete_files(action: argparse.Action) -> None:
     """Let shells complete the names of files for an argument."""
     action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def option(name: str, **others: str) -> Iterator[None]:
+    """Turn a ValueError of the block into an `OptionError` of the option `name`.
+
+    A ConfigError passes: it names its own place. So do other errors, such as those of the network:
+    the same command may succeed when it is tried again.
+
+    Args:
+        name: The option that the block uses, such as "--topology".
+        **others: The options of further arguments, by the name in an `ArgumentError`:
+            `slices="--slices"`.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        argument = error.argument if isinstance(error, ArgumentError) else ""
+        raise OptionError(others.get(argument, name), str(error)) from error

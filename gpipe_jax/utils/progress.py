@@ -1,8 +1,7 @@
 """Show the progress of a command: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -95,9 +94,3 @@ def _print_line(record: dict, steps: int, every: int) -> None:
 def _values(record: dict) -> str:
     values = {name: value for name, value in record.items() if name != "step"}
     return "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
-
-
-def table(figures: Mapping[str, Any]) -> str:
-    """Write figures as a table of names and values, one per line."""
-    width = max(len(name) for name in figures)
-    return "\n".join(f"{name:<{width}}  {format_value(value)}" for name, value in figures.items())

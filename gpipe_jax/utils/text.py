@@ -64,12 +64,21 @@ def format_value(value: Any) -> str:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def text_table(rows: Sequence[Sequence[str]], *, align_right: bool = False) -> str:
+def figures_table(figures: Mapping[str, Any]) -> str:
+    """Write figures as a table of names and values, one per line."""
+    rows = [(name, format_value(value)) for name, value in figures.items()]
+    return text_table(rows, head=False)
+
+
+def text_table(
+    rows: Sequence[Sequence[str]], *, align_right: bool = False, head: bool = True
+) -> str:
     """Lay out rows in columns of equal width, with a line under the head (the first row)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = str.rjust if align_right else str.ljust
     lines = ["  ".join(map(align, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    if head:
+        lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 

@@ -168,7 +168,7 @@ def detect_cluster(timeout_s: int) -> tuple[str | None, int | None, int | None]:
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"jax {jax.__version__} does not detect clusters in the way that gpipe_jax expects; "
-            f"give --coordinator, --processes and --process"
+            f"give the coordinator, the number of processes and the index of this one yourself"
         ) from error
     coordinator, count, index, _ = detect(None, None, None, None, None, timeout_s)
     return coordinator, count, index

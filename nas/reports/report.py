@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from gpipe_jax.utils import progress
+from gpipe_jax.utils.text import figures_table
 from nas.reports.tables import SearchTable, as_text, finite
 from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
@@ -81,7 +81,7 @@ class Report(NamedTuple):
         return tables
 
     def __str__(self) -> str:
-        facts = f"search {self.study.name}\n{progress.table(self.facts())}"
+        facts = f"search {self.study.name}\n{figures_table(self.facts())}"
         return "\n\n".join([facts, *map(as_text, self.tables())])
 
     def to_dict(self) -> dict[str, Any]:

@@ -153,9 +153,9 @@ def test_export_writes_plain_files(trained, gpipe, tmp_path):
 @pytest.mark.parametrize(
     ("run", "out", "text"),
     [
-        ("run 1", "a.pt", "--out a.pt must end in .safetensors or .npz"),
-        ("run 1", "missing/a.npz", "--out missing/a.npz cannot be written"),
-        ("run 1", "/etc/passwd/a.npz", "--out /etc/passwd/a.npz cannot be written"),
+        ("run 1", "a.pt", "--out: a.pt must end in .safetensors or .npz"),
+        ("run 1", "missing/a.npz", "--out: missing/a.npz cannot be written"),
+        ("run 1", "/etc/passwd/a.npz", "--out: /etc/passwd/a.npz cannot be written"),
         (".", "a.npz", "there is no checkpoint to export; give the folder of a run"),
     ],
 )
@@ -218,7 +218,7 @@ def test_interrupted_by_the_user(gpipe, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gpipe_jax.training.run.assemble", interrupt)
+    monkeypatch.setattr("gpipe_jax.training.from_config.assemble", interrupt)
     code, _, err = gpipe("train")
     assert code == 130 and "interrupted" in err
 
@@ -234,6 +234,15 @@ def test_text_reports_bits_per_byte(gpipe, tmp_path):
     figures = json.loads(out[-1])
     assert code == 0 and figures["workdir"] == "runs/text"
     assert figures["bits_per_byte"] == pytest.approx(figures["test_loss"] / 0.6931471805599453)
+
+
+def test_the_old_module_names_the_new_command(tmp_path):
+    """End with the code that no supervisor retries."""
+    command = [sys.executable, "-m", "gpipe_jax.train", "x.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpipe: use python -m gpipe_jax train x.yaml\n"
 
 
 def test_module_is_the_same_command(trained, tmp_path):
@@ -362,8 +371,12 @@ def test_schedule_draws(gpipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--stages", 0, "--micro-batches", 2], "`stages` must be at least 1, got 0"),
-        (["--stages", 2, "--micro-batches", -1], "`micro_batches` must be at least 1, got -1"),
+        (
+            ["--stages", 0, "--micro-batches", 2],
+            "--stages: `num_devices` must be a whole number of at least 1, got 0",
+        ),
+        (["--stages", 2, "--micro-batches", -1], "--micro-batches: `micro_batches` must be a wh"),
+        (["--stages", 2, "--micro-batches", 2, "--chunks", 2], "--chunks: the schedule '1f1b' has"),
     ],
 )
 def test_schedules_that_cannot_be(gpipe, arguments, text):
@@ -393,6 +406,28 @@ def test_config_diff(gpipe):
     assert not any(line.startswith("train.seed") for line in out)
     _, (line,), _ = gpipe("config", "--diff", "--json")
     assert json.loads(line)["mesh.stages"] == {"default": 1, "value": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--coordinator", "foo"], "--coordinator: foo has no port; write it as HOST:PORT"),
+        (["--processes", 1], "--process: 1 of 1 processes: they count from 0 to 0"),
+    ],
+)
+def test_the_option_of_a_process_that_is_wrong_is_named(gpipe, options, text):
+    rest = ["--coordinator", "foo:1", "--processes", 2, "--process", 1]
+    refuses(gpipe("train", *rest, *options), f"gpipe train: {text}")
+
+
+def test_a_failed_detection_of_the_cluster_may_be_retried(gpipe, monkeypatch):
+    def fail(_timeout_s):
+        raise ConnectionError("the metadata server does not answer")
+
+    monkeypatch.setattr("gpipe_jax.utils.xla_workarounds.detect_cluster", fail)
+    code, out, err = gpipe("train")
+    assert (code, out) == (1, [])
+    assert err == "gpipe: the metadata server does not answer\n"
 
 
 @pytest.mark.parametrize("command", ["config", "train"])

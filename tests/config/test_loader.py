@@ -421,6 +421,32 @@ def test_required_fields_of_another_kind_of_configuration():
     )
 
 
+class Few(Section):
+    kind: Literal["few"] = "few"
+    count: int = Field(default=1, lt=5)
+    size: int = Field(default=1, lt=5)
+
+
+class Many(Section):
+    kind: Literal["many"] = "many"
+    count: int = Field(default=1, lt=50)
+    size: int = Field(default=1, lt=5)
+
+
+class Crowd(Configuration):
+    """Define a configuration whose kinds refuse a value of `count` for different reasons."""
+
+    people: Few | Many = Field(discriminator="kind")
+
+
+def test_fields_of_an_unknown_kind_are_reported_if_all_kinds_say_the_same():
+    with pytest.raises(ConfigError) as caught:
+        loader.load_as(Crowd, {"people": {"kind": "manny", "count": 60, "size": 60}})
+    kind, *rest = caught.value.problems
+    assert kind.startswith("people.kind: expected 'few' or 'many', got 'manny'")
+    assert rest == ["people.size: expected less than 5, got 60"]
+
+
 def test_places_of_what_is_found_later():
     """Locate the fields that errors of the network and the pipeline name."""
     Path("x.yaml").write_text("model:\n  kind: mlp\n  features: [64, 10]\n" + "mesh: {data: 2}\n")

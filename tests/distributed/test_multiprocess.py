@@ -17,7 +17,7 @@ from paths import REPOSITORY
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed.cluster import Cluster
 from gpipe_jax.distributed.processes import wait_for_all
-from gpipe_jax.errors import MissingProcessError
+from gpipe_jax.errors import ArgumentError, MissingProcessError
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 12, 10]}
@@ -279,7 +279,9 @@ def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         (problem,) = connect_all(Cluster(f"127.0.0.1:{port}", 2, 0), timeout_s=1)
-    assert f"port {port} of --coordinator 127.0.0.1:{port} cannot be opened on this host" in problem
+    assert (
+        f"port {port} of the coordinator 127.0.0.1:{port} cannot be opened on this host" in problem
+    )
 
 
 def test_the_first_is_missing():
@@ -318,14 +320,18 @@ def test_a_slurm_job_is_found(nothing_set):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "argument", "message"),
     [
-        (("a:1", None, 0), "several processes need --coordinator HOST:PORT .* give all three"),
-        (("a:1", 2, 2), "--process 2 of --processes 2: processes count from 0 to 1"),
-        (("a", 2, 1), "--coordinator a has no port; write it as HOST:PORT"),
-        (("a:1", "two", 1), "JAX_NUM_PROCESSES two and JAX_PROCESS_ID 1 must be whole numbers"),
+        (("a:1", None, 0), "num_processes", "JAX_COORDINATOR_ADDRESS, .* give all three"),
+        ((None, 2, 0), "coordinator", "JAX_COORDINATOR_ADDRESS, .* give all three"),
+        (("a:1", 2, 2), "process_index", "2 of 2 processes: they count from 0 to 1"),
+        (("a:1", 0, 0), "num_processes", "there must be at least 1 process, got 0"),
+        (("a", 2, 1), "coordinator", "a has no port; write it as HOST:PORT"),
+        (("a:1", "two", 1), "num_processes", "JAX_NUM_PROCESSES must be a whole number, got two"),
+        (("a:1", 2, "b"), "process_index", "JAX_PROCESS_ID must be a whole number, got b"),
     ],
 )
-def test_bad_requests(nothing_set, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_requests(nothing_set, options, argument, message):
+    with pytest.raises(ArgumentError, match=message) as caught:
         cluster.find(*options)
+    assert caught.value.argument == argument

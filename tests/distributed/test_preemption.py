@@ -18,11 +18,11 @@ train: {steps: 1000000, save_every: 5}
 SLOW = {
     "start": """
 import time
-from gpipe_jax.training import run
+from gpipe_jax.training import from_config
 def slow(*args):
     print("starting", flush=True)
     time.sleep(60)
-run.assemble = slow
+from_config.assemble = slow
 """,
     "compile": """
 import time

@@ -397,7 +397,7 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
         ),
         (["--topology", "v3:4x4x4"], "has 3 dimensions, but v3 pods have 2"),
         (["--topology", "v3:64x64"], "the largest is 'v3:32x32'"),
-        (["--topology", "v3:2x2", "--slices", "0"], "--slices: `slices` must be at least 1, got 0"),
+        (["--topology", "v3:2x2", "--slices", "0"], "--slices: `slices` must be a whole number"),
         (
             ["--topology", "v3:2x2", "mesh.stages=3", "mesh.data=1"],
             "make stages x data one of 1, 2",
@@ -412,13 +412,36 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
         (["--slices", "2"], "--slices: 2 slices of what? Give a --topology"),
         (
             ["--topology", "v3-8", "--search", "--compile-best", "0"],
-            "--compile-best: must be at least 1, got 0",
+            "--compile-best: `compile_best` must be a whole number of at least 1, got 0",
         ),
     ],
 )
 def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["plan", str(DIGITS), *arguments]) == cli.BAD_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_data_file_is_reported_at_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`gpipe plan` names the same line as `gpipe train`."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "model: {kind: mlp}\ndata:\n  kind: python\n  batch_size: 4\n  source: gone.py:make\n"
+    )
+    lines = []
+    for command in ("plan", "train"):
+        assert cli.main([command, str(path), f"train.workdir={tmp_path / 'run'}"]) == cli.BAD_INPUT
+        lines.append(capsys.readouterr().err.splitlines()[1])
+    assert lines[0] == lines[1] and lines[0].startswith(f"{path}:5: data: `source` gone.py:make")
+
+
+def test_options_of_the_search_are_ignored_without_it() -> None:
+    assert cli.main(["plan", str(DIGITS), "--compile-best", "0"]) == 0
+
+
+def test_json_of_a_search() -> None:
+    assert search.Ranking([], 3, 1).to_dict() == {"plans": [], "looked_at": 3, "too_large": 1}
 
 
 def test_without_the_tpu_compiler(

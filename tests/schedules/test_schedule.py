@@ -295,9 +295,9 @@ def test_a_schedule_is_validated_when_it_is_made() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("K", "M", "name"), [(0, 1, "stages"), (1, 0, "micro_batches")])
+@pytest.mark.parametrize(("K", "M", "name"), [(0, 1, "num_devices"), (1, 0, "micro_batches")])
 def test_numbers_below_one_are_refused(kind: str, K: int, M: int, name: str) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got 0"):
         make(kind, K, M)
 
 
@@ -320,7 +320,9 @@ def test_chunks_of_a_schedule_that_has_none_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", generators.CHUNKED)
 @pytest.mark.parametrize("chunks", [0, -1])
 def test_chunks_below_one_are_refused(kind: str, chunks: int) -> None:
-    with pytest.raises(ValueError, match=f"`chunks` must be at least 1, got {chunks}"):
+    with pytest.raises(
+        ValueError, match=f"`chunks` must be a whole number of at least 1, got {chunks}"
+    ):
         make(kind, 2, 2, chunks)
 
 

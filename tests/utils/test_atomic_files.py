@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,25 @@ def test_the_old_file_stays_until_the_block_ends(tmp_path: Path) -> None:
         assert path.read_text() == "old" and draft.parent == tmp_path
         assert re.fullmatch(re.escape(path.name) + atomic_files.DRAFT_SUFFIX, draft.name)
     assert path.read_text() == "new"
+
+
+def test_only_a_file_of_several_writers_has_drafts_of_several_names(tmp_path: Path) -> None:
+    """Replace the draft that a killed process leaves; do not add another."""
+    path, names = tmp_path / "a.txt", {True: set(), False: set()}
+
+    def write(shared: bool) -> None:
+        with atomic_files.replacing(path, shared=shared) as draft:
+            draft.write_text("text")
+            names[shared].add(draft.name)
+
+    for shared in (False, True):
+        write(shared)
+        thread = threading.Thread(target=write, args=[shared])
+        thread.start()
+        thread.join()
+    assert names[False] == {"a.txt.tmp"} and len(names[True]) == 2
+    for name in names[False] | names[True]:
+        assert re.fullmatch(re.escape(path.name) + atomic_files.DRAFT_SUFFIX, name)
 
 
 def test_a_durable_file_is_flushed_before_it_gets_its_name(

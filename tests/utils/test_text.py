@@ -42,3 +42,7 @@ def test_a_table_is_aligned():
     rows = [("name", "n"), ("a", "100")]
     assert text.text_table(rows) == "name  n\n----  ---\na     100"
     assert text.text_table(rows, align_right=True) == "name    n\n----  ---\n   a  100"
+
+
+def test_figures_are_a_table_without_a_head():
+    assert text.figures_table({"a": 100, "loss": 0.123456}) == "a     100\nloss  0.1235"
