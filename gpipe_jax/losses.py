@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from gpipe_jax.utils.checks import check_fraction
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -62,14 +63,13 @@ def classification(*, label_smoothing: float = 0.0, auxiliary_weight: float = 0.
         give equal functions.
 
     Raises:
-        ValueError: an argument is out of range; or, in a call, the number of outputs is wrong.
+        ValueError: An argument is out of range; or, in a call, the number of outputs is wrong.
 
     Example:
         >>> classification(label_smoothing=0.1) == classification(label_smoothing=0.1)
         True
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"`label_smoothing` is {label_smoothing}; use a number in [0, 1)")
+    check_fraction("label_smoothing", label_smoothing)
     if not auxiliary_weight >= 0:
         raise ValueError(f"`auxiliary_weight` is {auxiliary_weight}; use 0 (no such head) or more")
     return _Classification(label_smoothing, auxiliary_weight)
@@ -118,7 +118,7 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
         The squared differences [B, ...].
 
     Raises:
-        ValueError: the shapes differ; they are not broadcast.
+        ValueError: The shapes differ; they are not broadcast.
 
     Example:
         >>> squared_error(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])).tolist()
@@ -148,7 +148,7 @@ def weighted_sums(
         The weighted sum of the losses, and of each metric; scalars, in float32 at least.
 
     Raises:
-        ValueError: the loss returns no array [B, ...], or a metric has a reserved name.
+        ValueError: The loss returns no array [B, ...], or a metric has a reserved name.
 
     Example:
         >>> outputs, labels = jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])

@@ -44,7 +44,7 @@ def test_cross_entropy_is_computed_in_at_least_float32() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_label_that_is_no_class_makes_nan(smoothing: float) -> None:
-    """It may not be taken for another class, in a type that does not hold the classes either."""
+    """Take it for no other class, not even in a type that cannot hold the classes."""
     logits = jnp.zeros((6, 200))
     labels = jnp.asarray([1, -1, -128, 127, -100, 0], jnp.int8)
     losses, _ = classification(label_smoothing=smoothing)(logits, labels)
@@ -73,7 +73,7 @@ def scores(classes: int, seed: int = 0, examples: int = 40) -> tuple[np.ndarray,
 
 
 def smoothed_in_numpy(logits: np.ndarray, labels: np.ndarray, e: float) -> np.ndarray:
-    """The cross entropy of (1 - e) onehot + e / classes, class by class."""
+    """Compute the cross entropy of (1 - e) onehot + e / classes, class by class."""
     classes = logits.shape[-1]
     wanted = (1 - e) * np.eye(classes)[labels] + e / classes
     every = [entropy_in_numpy(logits, np.full_like(labels, c)) for c in range(classes)]
@@ -150,7 +150,7 @@ def test_outputs_must_go_with_the_weight(weight: float, outputs: int, said: str)
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_arguments_of_classification(value: float) -> None:
-    message = rf"`label_smoothing` is {value}; use a number in \[0, 1\)"
+    message = f"`label_smoothing` must be at least 0 and less than 1, got {value}"
     with pytest.raises(ValueError, match=message):
         classification(label_smoothing=value)
     if value != 1.0:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_fraction, dataset
+from gpipe_jax.data.stream import Batch, Dataset, check_arguments, dataset
 from gpipe_jax.errors import ArgumentError, DataError
+from gpipe_jax.utils.checks import check_fraction
 
 KEYS = ("inputs", "labels")
 Decode = Callable[[bytes], Batch]
@@ -115,10 +116,11 @@ def arrays(
         train: The file or folder of the training examples.
         batch_size: Examples of a batch (N of the pipeline).
         seed: Determines the order of the training examples.
-        test: The file or folder of the held-out examples; None holds out `test_fraction`.
+        test: The file or folder of the held-out examples. Default: None, which holds out
+            `test_fraction` of the training examples.
         test_fraction: The fraction of the training examples to hold out; it does not depend on
-            the seed.
-        rules: What the network accepts; by default anything.
+            the seed. Default: 0.1.
+        rules: What the network accepts. Default: anything.
 
     Returns:
         The data set. Its iterators raise DataError if an example breaks the rules.
@@ -209,12 +211,13 @@ def array_record(
         train: The files of the training examples: a path, a glob, or a list of these.
         batch_size: Examples of a batch (N of the pipeline).
         seed: Determines the order of the training examples.
-        test: The files of the held-out examples; None holds out `test_fraction`.
+        test: The files of the held-out examples. Default: None, which holds out
+            `test_fraction` of the training examples.
         test_fraction: The fraction of the training examples to hold out; it does not depend on
-            the seed.
-        rules: What the network accepts; by default anything.
+            the seed. Default: 0.1.
+        rules: What the network accepts. Default: anything.
         decode: Makes one example (`inputs` and `labels`) from the bytes of a record; all examples
-            have the same shapes. By default a record is a .npz file.
+            have the same shapes. Default: a record is a .npz file.
 
     Returns:
         The data set. Its iterators raise DataError if a record is not an example, or breaks the
@@ -301,7 +304,7 @@ def _dataset(
 
 def _hold_out(name: str, whole: Split, test_fraction: float) -> dict[str, Split]:
     """Split the examples in two; which ones are held out does not depend on the seed."""
-    check_fraction(name, test_fraction)
+    check_fraction("test_fraction", test_fraction, zero=False)
     held_out = round(whole.count * test_fraction)
     if not 0 < held_out < whole.count:
         raise ArgumentError(

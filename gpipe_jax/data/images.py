@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from gpipe_jax.data.cifar10_files import Images, normalised, read_cifar10
-from gpipe_jax.data.stream import Batch, Dataset, Draws, check_arguments, check_fraction, dataset
+from gpipe_jax.data.stream import Batch, Dataset, Draws, check_arguments, dataset
+from gpipe_jax.utils.checks import check_fraction
 
 
 def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
@@ -19,8 +20,8 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
         batch_size: Images of a batch (N of the pipeline).
         seed: Determines the split (in which the classes stay in proportion), the order of the
             training images and their shifts.
-        test_fraction: The fraction of the images to hold out.
-        shift: Move each training image by up to this many pixels each way.
+        test_fraction: The fraction of the images to hold out. Default: 0.2.
+        shift: Move each training image by up to this many pixels each way. Default: 0.
 
     Returns:
         The data set; inputs: float32 [B, 8, 8, 1] from -1 to 1, of mean -0.4; labels: int32 [B],
@@ -43,7 +44,7 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
             "the digits come with scikit-learn: run pip install 'gpipe-jax[examples]'"
         ) from error
     check_arguments("digits", batch_size, seed)
-    check_fraction("digits", test_fraction)
+    check_fraction("test_fraction", test_fraction, zero=False)
     images, targets = load_digits(return_X_y=True)
     inputs = (np.asarray(images) / 8 - 1).reshape(-1, 8, 8, 1).astype(np.float32)
     labels = np.asarray(targets, np.int32)
@@ -83,12 +84,12 @@ def cifar10(
     Args:
         batch_size: Images of a batch (N of the pipeline).
         seed: Determines the order of the training images and their changes.
-        folder: Where the published files are; by default the folder of the environment variable
-            GPIPE_JAX_DATA. See `cifar10_files.read_cifar10`.
+        folder: The folder of the published files; see `cifar10_files.read_cifar10`. Default: the
+            folder of the environment variable GPIPE_JAX_DATA.
         validation: Hold out this many of the training images in place of the test images; which
-            ones does not depend on the seed. 0 uses the test images.
-        cutout: Side of the square to cut out, in pixels; 0 cuts nothing.
-        augment: Change training images as above; False leaves them as they are.
+            ones does not depend on the seed. 0 uses the test images. Default: 0.
+        cutout: Side of the square to cut out, in pixels; 0 cuts nothing. Default: 0.
+        augment: Whether to change training images as above. Default: True.
 
     Returns:
         The data set; inputs: float32 [B, 32, 32, 3], each channel of mean 0 and deviation 1 over

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from gpipe_jax.errors import ArgumentError, DataError
+from gpipe_jax.utils.checks import check_count
 
 Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
 
@@ -86,7 +87,10 @@ def dataset(
             below `count`, as a batch with `inputs` and `labels`.
         test_split: The same for the held-out examples.
         augment: `augment(batch, draws)` changes a training batch at random; `draws` has its random
-            numbers. None leaves batches as they are.
+            numbers. None leaves batches as they are. Default: None.
+
+    Returns:
+        The data set.
 
     Raises:
         ValueError: `batch_size` exceeds the number of training examples.
@@ -236,19 +240,6 @@ def _checked(name: str, batches: Iterable[Batch], same: bool) -> Iterator[Batch]
 
 def check_arguments(name: str, batch_size: int, seed: int) -> None:
     """Raise ValueError for a batch size or a seed that is out of range."""
-    check_counts(name, batch_size=batch_size)
+    check_count("batch_size", batch_size)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed of {name} is {seed}: use 0 to {2**32 - 1}")
-
-
-def check_counts(name: str, **counts: int) -> None:
-    """Raise ValueError for an argument below one."""
-    for argument, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{argument} of {name} is {count}: use 1 or more")
-
-
-def check_fraction(name: str, test_fraction: float) -> None:
-    """Raise ValueError for a fraction of nothing, or of everything."""
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction of {name} is {test_fraction}: use a number in (0, 1)")

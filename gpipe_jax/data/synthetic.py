@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_counts, dataset
+from gpipe_jax.data.stream import Batch, Dataset, check_arguments, dataset
+from gpipe_jax.utils.checks import check_counts
 
 
 def synthetic_images(batch_size: int, seed: int, *, image: int, classes: int) -> Dataset:
@@ -29,7 +30,7 @@ def synthetic_images(batch_size: int, seed: int, *, image: int, classes: int) ->
 
         dataset = gpipe.data.synthetic_images(256, seed=0, image=224, classes=1000)
     """
-    check_counts("synthetic_images", image=image, classes=classes)
+    check_counts(image=image, classes=classes)
 
     def example(rng: np.random.Generator) -> Batch:
         pixels = rng.random((image, image, 3), np.float32)
@@ -60,7 +61,7 @@ def synthetic_tokens(batch_size: int, length: int, vocabulary: int, seed: int) -
 
         dataset = gpipe.data.synthetic_tokens(32, length=512, vocabulary=50_000, seed=0)
     """
-    check_counts("synthetic_tokens", length=length, vocabulary=vocabulary)
+    check_counts(length=length, vocabulary=vocabulary)
 
     def example(rng: np.random.Generator) -> Batch:
         tokens = rng.integers(vocabulary, size=length + 1, dtype=np.int32)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from gpipe_jax.data.files import expand
-from gpipe_jax.data.stream import Batch, Dataset, check_arguments, check_fraction, dataset
+from gpipe_jax.data.stream import Batch, Dataset, check_arguments, dataset
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils.checks import check_fraction
 
 
 def text(
@@ -33,7 +34,7 @@ def text(
         batch_size: Examples of a batch (N of the pipeline).
         length: The bytes T of an example.
         seed: Determines the training examples.
-        test_fraction: The fraction of the bytes to hold out.
+        test_fraction: The fraction of the bytes to hold out. Default: 0.1.
 
     Returns:
         The data set; inputs: int32 [B, T] of bytes; labels: int32 [B, T], the byte after each.
@@ -47,7 +48,7 @@ def text(
         dataset = gpipe.data.text("books/*.txt", batch_size=32, length=256, seed=0)
     """
     check_arguments(f"text {source}", batch_size, seed)
-    check_fraction(f"text {source}", test_fraction)
+    check_fraction("test_fraction", test_fraction, zero=False)
     data = _read(source)
     held_out = round(len(data) * test_fraction)
     split = len(data) - held_out

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.device_order import arrange
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils.checks import check_count, check_counts
 from gpipe_jax.utils.xla_workarounds import backends_are_running
 
 MeshLike = Mesh | AbstractMesh
@@ -109,8 +110,7 @@ def simulate_devices(n: int) -> None:
         gpipe.simulate_devices(8)
         mesh = gpipe.make_mesh(stages=4, data=2)
     """
-    if n < 1:
-        raise ArgumentError("n", f"`n` must be at least 1 device, got {n}")
+    check_count("n", n)
     os.environ["PJRT_NPROC"] = str(max(2 * n, os.cpu_count() or 1))
     if backends_are_running():
         if jax.default_backend() == "cpu" and jax.device_count() >= n:
@@ -143,7 +143,7 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
         The mesh, of shape (stages, data), to pass to `Pipeline`.
 
     Raises:
-        ValueError: there are too few devices, the devices cannot be arranged over the slices, or a
+        ValueError: There are too few devices, the devices cannot be arranged over the slices, or a
             process would have none of the chosen devices.
 
     Example::
@@ -151,9 +151,7 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
         gpipe.simulate_devices(8)
         mesh = gpipe.make_mesh(stages=4, data=2)
     """
-    for name, value in (("stages", stages), ("data", data)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    check_counts(stages=stages, data=data)
     available = list(jax.devices() if devices is None else devices)
     need = stages * data
     if need > len(available):

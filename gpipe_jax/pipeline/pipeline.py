@@ -43,6 +43,7 @@ from gpipe_jax.pipeline.summary import Summary, summarize
 from gpipe_jax.schedules.generators import forward_only, training_schedule
 from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import choices
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
 
 
@@ -117,7 +118,7 @@ class Pipeline:
         stages: The stages, with the form of their arrays.
 
     Raises:
-        ValueError: an argument is invalid, layers do not fit each other or the loss, or a device
+        ValueError: An argument is invalid, layers do not fit each other or the loss, or a device
             needs more than `memory_limit`.
 
     Example::
@@ -155,10 +156,8 @@ class Pipeline:
         if keys_per not in choices.KEYS_PER:
             known = " or ".join(map(repr, choices.KEYS_PER))
             raise ArgumentError("keys_per", f"`keys_per` must be {known}, got {keys_per!r}")
-        if steps is not None and steps < 1:
-            raise ArgumentError(
-                "steps", f"`steps` of the training run must be at least 1, got {steps}"
-            )
+        if steps is not None:
+            check_count("steps", steps)
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
         if not self.layers:
@@ -235,7 +234,7 @@ class Pipeline:
             tree: A `State`, or anything in the form of its `params`.
 
         Raises:
-            ValueError: a stage is on no device of this process.
+            ValueError: A stage is on no device of this process.
         """
         return states.to_layers(self.stages, self.mesh, tree)
 
@@ -261,7 +260,7 @@ class Pipeline:
             statistics: L trees of running statistics. Default: initial ones.
 
         Raises:
-            ValueError: a tree does not have the shapes and types of its layer.
+            ValueError: A tree does not have the shapes and types of its layer.
         """
         return states.from_layers(self.stages, self.mesh, params, statistics, seed)
 
@@ -281,7 +280,7 @@ class Pipeline:
             Arrays [M, D*B, ...], with weights that sum to one.
 
         Raises:
-            DataError: the batch does not look like the example, or is shorter in training where
+            DataError: The batch does not look like the example, or is shorter in training where
                 batch norm would count the padding.
         """
         own = None

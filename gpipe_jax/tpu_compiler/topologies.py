@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean
 
 
@@ -237,8 +237,7 @@ def parse(text: str, slices: int = 1) -> Topology:
 
     Raises ValueError if there is no such slice; the message names the nearest ones.
     """
-    if slices < 1:
-        raise ArgumentError("slices", f"`slices` must be at least 1, got {slices}")
+    check_count("slices", slices)
     match = re.fullmatch(r"\s*(\w+)([:-])([\dx]*)\s*", text)
     generation = _generation(match[1] if match else text)
     if match is None or not re.fullmatch(r"\d+(x\d+)*", match[3]):

@@ -27,6 +27,12 @@ def check_count(argument: str, value: Any, minimum: int = 1) -> None:
         raise ArgumentError(argument, f"`{argument}` {problem}, got {value!r}")
 
 
+def check_counts(**counts: Any) -> None:
+    """Raise ArgumentError unless each argument is a whole number of at least 1."""
+    for argument, value in counts.items():
+        check_count(argument, value)
+
+
 def check_fraction(argument: str, value: float, *, zero: bool = True) -> None:
     """Raise ArgumentError unless the argument is below 1, and positive or (with `zero`) 0."""
     if not (0 <= value < 1 if zero else 0 < value < 1):

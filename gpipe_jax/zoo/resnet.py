@@ -8,8 +8,9 @@ from flax import nnx
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.conv import Conv
-from gpipe_jax.layers.layer import Layer, check_counts, layer
+from gpipe_jax.layers.layer import Layer, layer
 from gpipe_jax.layers.pooling import max_pool
+from gpipe_jax.utils.checks import check_count, check_counts
 from gpipe_jax.zoo.basic import ConvHead
 
 
@@ -113,7 +114,7 @@ def resnet(
         Layers from images [B, H, W, in_channels] to scores [B, classes].
 
     Raises:
-        ValueError: a number is less than 1, `depths` is empty, or the stem is unknown.
+        ValueError: A number is less than 1, `depths` is empty, or the stem is unknown.
 
     Example:
         >>> len(resnet((1, 1), stem="small"))
@@ -127,7 +128,7 @@ def resnet(
             "depths", "`depths` is empty; give the bottlenecks of at least one group"
         )
     for depth in depths:
-        check_counts(depths=depth)
+        check_count("depths", depth)
     first = {"in_features": in_channels, "features": width}
     if stem == "imagenet":
         layers = [layer(ConvNormRelu, size=7, stride=2, **first), layer(MaxPool)]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpipe_jax.layers.conv import Conv
-from gpipe_jax.layers.layer import Layer, check_counts, layer
+from gpipe_jax.layers.layer import Layer, layer
 from gpipe_jax.layers.pooling import max_pool
+from gpipe_jax.utils.checks import check_counts
 from gpipe_jax.zoo.resnet import ConvNormRelu
 
 
@@ -87,7 +88,7 @@ def unet(
         multiples of 2^depth.
 
     Raises:
-        ValueError: a number is less than 1, or `channels` is odd.
+        ValueError: A number is less than 1, or `channels` is odd.
 
     Example:
         >>> len(unet(depth=1, convolutions=1, channels=4))

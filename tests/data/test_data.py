@@ -379,10 +379,13 @@ def test_synthetic_examples_held_out_are_others_and_two_batches():
 @pytest.mark.parametrize(
     ("make_one", "message"),
     [
-        (lambda: synthetic_images(8, 0, image=0, classes=3), "image of synthetic_images is 0"),
-        (lambda: synthetic_images(8, 0, image=3, classes=0), "classes of synthetic_images is 0"),
-        (lambda: synthetic_tokens(8, 0, 3, 0), "length of synthetic_tokens is 0: use 1 or more"),
-        (lambda: synthetic_tokens(8, 3, 0, 0), "vocabulary of synthetic_tokens is 0"),
+        (lambda: synthetic_images(8, 0, image=0, classes=3), "`image` must be a whole number"),
+        (lambda: synthetic_images(8, 0, image=3, classes=0), "`classes` must be a whole number"),
+        (
+            lambda: synthetic_tokens(8, 0, 3, 0),
+            "`length` must be a whole number",
+        ),
+        (lambda: synthetic_tokens(8, 3, 0, 0), "`vocabulary` must be a whole number"),
     ],
 )
 def test_synthetic_argument_errors(make_one, message):
@@ -396,9 +399,9 @@ def test_synthetic_argument_errors(make_one, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size of .* is 0: use 1 or more"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed of .* is -1: use 0 to 4294967295"),
-        ({"test_fraction": 1.0}, r"test_fraction of .* is 1.0: use a number in \(0, 1\)"),
+        ({"test_fraction": 1.0}, "`test_fraction` must be more than 0 and less than 1, got 1.0"),
     ],
 )
 def test_argument_errors(change, message):

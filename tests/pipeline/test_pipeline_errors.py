@@ -93,7 +93,7 @@ def test_chunks_with_a_schedule_that_has_none(schedule):
 
 
 def test_chunks_below_one():
-    with pytest.raises(ValueError, match="`chunks` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`chunks` must be a whole number of at least 1, got 0"):
         build(schedule="interleaved", chunks=0)
 
 
@@ -417,5 +417,5 @@ def test_an_optimizer_that_needs_more_than_the_limit():
 
 
 def test_a_training_run_of_no_steps():
-    with pytest.raises(ValueError, match="`steps` of the training run must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`steps` must be a whole number of at least 1, got 0"):
         build_deep(steps=0)

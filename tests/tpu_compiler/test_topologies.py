@@ -93,7 +93,7 @@ def test_slices() -> None:
     assert (topology.devices, topology.chips, str(topology)) == (32, 32, "2 x v5e:4x4")
     assert topology.options()["num_slices"] == 2
     assert "num_slices" not in parse("v5e:4x4").options()
-    with pytest.raises(ValueError, match="`slices` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`slices` must be a whole number of at least 1, got 0"):
         parse("v5e:4x4", slices=0)
 
 

@@ -22,6 +22,12 @@ def test_other_values_are_refused(value) -> None:
     assert caught.value.argument == "rows"
 
 
+def test_the_first_illegal_count_is_named() -> None:
+    checks.check_counts(rows=1, columns=2)
+    with pytest.raises(ArgumentError, match=r"`columns` must be .*, got 0"):
+        checks.check_counts(rows=1, columns=0, tables=0)
+
+
 def test_the_minimum_is_legal() -> None:
     checks.check_count("rows", 1)
     checks.check_count("rows", np.int64(1))

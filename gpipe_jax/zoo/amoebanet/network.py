@@ -16,7 +16,8 @@ from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Cell, Genotype
-from gpipe_jax.layers.layer import Layer, check_counts, layer
+from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.utils.checks import check_counts, check_fraction
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.layers import POOL, AmoebaCell, AuxiliaryHead, Classifier, Stem
 
@@ -96,14 +97,24 @@ def amoebanet(
         `auxiliary` to a pair (scores, auxiliary scores).
 
     Raises:
-        ValueError: an argument is out of range, or the images are too small for the reductions.
+        ValueError: An argument is out of range, or the images are too small for the reductions.
 
     Example:
         >>> len(amoebanet("D", layers=3, filters=8, classes=10, image=32))
         9
     """
-    _check_counts(layers, classes=classes, in_channels=in_channels, image=image, filters=filters)
-    _check_fractions(drop_path=drop_path, dropout=dropout, batch_norm_momentum=batch_norm_momentum)
+    check_counts(
+        layers=layers, classes=classes, in_channels=in_channels, image=image, filters=filters
+    )
+    if layers % 3:
+        raise ArgumentError(
+            "layers",
+            f"`layers` is {layers}, but the normal cells are in three equal stacks; "
+            f"give a multiple of 3, as {-(-layers // 3) * 3}",
+        )
+    check_fraction("drop_path", drop_path)
+    check_fraction("dropout", dropout)
+    check_fraction("batch_norm_momentum", batch_norm_momentum)
     first = _stem(stem, filters)
     placed = _place_cells(_genotype(genotype), first, layers // 3, filters)
     head = len(placed) - layers // 3 - 1  # the cells of the stem and of the first two stacks
@@ -188,22 +199,6 @@ def _stem(name: str, filters: int) -> StemShape:
 
 
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def _check_counts(layers: int, **counts: int) -> None:
-    check_counts(layers=layers, **counts)
-    if layers % 3:
-        raise ArgumentError(
-            "layers",
-            f"`layers` is {layers}, but the normal cells are in three equal stacks; "
-            f"give a multiple of 3, as {-(-layers // 3) * 3}",
-        )
-
-
-def _check_fractions(**fractions: float) -> None:
-    for name, value in fractions.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"`{name}` is {value}, but it is a fraction; use 0 or more, below 1")
 
 
 def _checked_sizes(

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.layers.layer import Layer, check_counts, layer
+from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.utils.checks import check_counts
 from gpipe_jax.zoo.transformer.layers import (
     AttentionHalf,
     Block,
@@ -61,7 +62,7 @@ def transformer_lm(
         Layers from tokens int [B, length] to scores [B, length, vocabulary].
 
     Raises:
-        ValueError: a number is less than 1, or the width does not fit the heads or positions.
+        ValueError: A number is less than 1, or the width does not fit the heads or positions.
 
     Example:
         >>> len(transformer_lm(layers=6))
@@ -132,7 +133,7 @@ def encoder_decoder(
         block is one layer.
 
     Raises:
-        ValueError: the width is odd, or not a multiple of `heads`.
+        ValueError: The width is odd, or not a multiple of `heads`.
 
     Example:
         >>> len(encoder_decoder(layers=2))
