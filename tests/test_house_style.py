@@ -2,12 +2,11 @@
 
 from house_style import bad_openers, definitions_of_pytree, named_lambdas, sources
 
-PROGRAMS = sources("gpipe_jax", "nas", "scripts")
-PYTHON = [*PROGRAMS, *sources("tests")]
+PYTHON = sources("gpipe_jax", "nas", "scripts", "tests")
 
 
 def test_docstrings_begin_with_a_verb() -> None:
-    assert not [problem for path in PROGRAMS for problem in bad_openers(path)]
+    assert not [problem for path in PYTHON for problem in bad_openers(path)]
 
 
 def test_no_lambda_has_a_name() -> None:
