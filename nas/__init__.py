@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nas.result import Candidate, Result, load, search
     from nas.spaces.nasbench201 import NASBench201Space
     from nas.spaces.nasnet import NASNetSpace
-    from nas.spaces.space import Space
+    from nas.spaces.space import DrawableSpace, Space
     from nas.training.evaluator import TrainingEvaluator
 
     __version__: str
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 # Each public name and its home, "module:name"; "module:" is the module itself.
 _HOME = {
     "Candidate": "result:Candidate",
+    "DrawableSpace": "spaces.space:DrawableSpace",
     "Evaluator": "evaluators.evaluator:Evaluator",
     "FailuresError": "errors:FailuresError",
     "Job": "evaluators.evaluator:Job",
@@ -75,6 +76,7 @@ _HOME = {
 
 __all__ = [
     "Candidate",
+    "DrawableSpace",
     "Evaluator",
     "FailuresError",
     "Job",

@@ -57,12 +57,12 @@ class Candidate:
         """
         from nas.reports import lineage
 
-        return lineage.figure(self.result.reader, self.number, path)
+        return lineage.figure(self.result.reader, self.number, path, self.result.space)
 
     def _repr_html_(self) -> str:
         from nas.reports import html
 
-        return html.candidate(self.result.reader, self.row)
+        return html.candidate(self.result.reader, self.row, self.result.space)
 
 
 class Result:
@@ -107,7 +107,7 @@ class Result:
     def _repr_html_(self) -> str:
         from nas.reports import html
 
-        return html.result(self.reader)
+        return html.result(self.reader, self._space)  # without unpickling, which runs code
 
     # --- candidates -------------------------------------------------------------------------------
 

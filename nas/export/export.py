@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.utils.checks import count_problem
 from nas.errors import ExportOptionError, OutputExistsError, OutputFolderError
+from nas.evaluators.builtin import Repeated
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
 from nas.result import Result
@@ -147,7 +148,7 @@ def _evaluator(result: Result) -> Any:
             f"{result.path}: the evaluator of the search cannot be unpickled ({error.__cause__}); "
             "run this where its modules can be imported, or export to a .json file, without `top`"
         ) from error
-    while not isinstance(evaluator, TrainingEvaluator) and hasattr(evaluator, "evaluator"):
+    while isinstance(evaluator, Repeated):
         evaluator = evaluator.evaluator
     return evaluator
 

@@ -15,6 +15,7 @@ from nas.reports import lineage as lineages
 from nas.reports import plots, tables
 from nas.reports.report import Report, report
 from nas.spaces import pictures
+from nas.spaces.space import Space
 from nas.storage.reader import CandidateRow, Reader
 
 MARK = "<!-- nas report -->"  # identifies a page that may be replaced
@@ -50,8 +51,11 @@ def _is_page(path: Path) -> bool:
         return MARK.encode() in file.read(200)
 
 
-def page(reader: Reader) -> str:
-    """Return a page with the numbers, the plots, and the best candidate with its ancestors."""
+def page(reader: Reader, space: Space[Any] | None = None) -> str:
+    """Return a page with the numbers, the plots, and the best candidate with its ancestors.
+
+    Here and below, `space` is the search space, if it is known.
+    """
     summary = report(reader)
     name = html.escape(summary.study.name)
     sections = [_facts(summary), *map(tables.as_html, summary.tables())]
@@ -60,8 +64,8 @@ def page(reader: Reader) -> str:
         sections.append(f'<h2>Plots</h2><img alt="plots" src="data:image/png;base64,{image}">')
     if summary.best:
         best = summary.best[0]
-        sections.append(f"<h2>The best candidate, #{best.id}</h2>{_cells(reader, best)}")
-        sections.append(f"<h2>Its ancestors</h2>{lineage(reader, best.id)}")
+        sections.append(f"<h2>The best candidate, #{best.id}</h2>{_cells(reader, best, space)}")
+        sections.append(f"<h2>Its ancestors</h2>{lineage(reader, best.id, space)}")
     return (
         f'<!DOCTYPE html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{name}</title><style>{STYLE}</style></head>"
@@ -69,18 +73,18 @@ def page(reader: Reader) -> str:
     )
 
 
-def result(reader: Reader) -> str:
+def result(reader: Reader, space: Space[Any] | None = None) -> str:
     """Return a run for a notebook: numbers, the best candidates, and a drawing of the best."""
     summary = report(reader)
     short = summary._replace(best=summary.best[:5], fronts={})
     sections = [f"<b>search {html.escape(summary.study.name)}</b>", _facts(short)]
     sections += map(tables.as_html, short.tables())
     if summary.best:
-        sections.append(_cells(reader, summary.best[0]))
+        sections.append(_cells(reader, summary.best[0], space))
     return "".join(sections)
 
 
-def candidate(reader: Reader, row: CandidateRow) -> str:
+def candidate(reader: Reader, row: CandidateRow, space: Space[Any] | None = None) -> str:
     """Return a candidate for a notebook: numbers, and a drawing with its changes marked."""
     facts: dict[str, Any] = {"fitness": row.fitness, **row.metrics, "state": row.state}
     facts["parent"] = "none, it is random" if row.parent is None else f"#{row.parent}"
@@ -88,16 +92,16 @@ def candidate(reader: Reader, row: CandidateRow) -> str:
         facts["mutation"] = row.mutation
     if row.answered_by is not None:
         facts["evaluated as"] = f"#{row.answered_by}, the same network"
-    space, parent = reader.study().space, None
+    name, parent = reader.study().space, None
     if row.parent is not None:
-        parent = pictures.read(space, reader.candidate(row.parent).architecture)
-    drawing = pictures.html(pictures.read(space, row.architecture), parent)
+        parent = pictures.read(name, reader.candidate(row.parent).architecture, space)
+    drawing = pictures.html(pictures.read(name, row.architecture, space), parent)
     return f"<b>candidate {row.id}</b>{tables.facts_as_html(facts)}{drawing}"
 
 
-def lineage(reader: Reader, number: int) -> str:
+def lineage(reader: Reader, number: int, space: Space[Any] | None = None) -> str:
     """Return a candidate's ancestors, the random one first, each with its differences."""
-    steps = lineages.steps(reader, number)
+    steps = lineages.steps(reader, number, space)
     shown, note = lineages.shortened(steps)
     figures = "".join(map(_ancestor, shown))
     return f'<p>{len(steps)} generations{note}.</p><div class="row">{figures}</div>'
@@ -117,5 +121,5 @@ def _facts(summary: Report) -> str:
     return tables.facts_as_html(summary.facts())
 
 
-def _cells(reader: Reader, row: CandidateRow) -> str:
-    return pictures.html(pictures.read(reader.study().space, row.architecture))
+def _cells(reader: Reader, row: CandidateRow, space: Space[Any] | None) -> str:
+    return pictures.html(pictures.read(reader.study().space, row.architecture, space))

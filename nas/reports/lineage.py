@@ -1,17 +1,18 @@
 """Draw a candidate's ancestors, and what each of them changed.
 
-Built-in spaces have pictures. Architectures of other spaces are shown as texts.
+Architectures are drawn if their space has pictures; see `nas.spaces.pictures`.
 """
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpipe_jax.utils import graph_drawing
 from gpipe_jax.utils.figures import new_figure, save_figure
 from gpipe_jax.utils.graph_drawing import Picture
 from nas.reports import plots
 from nas.spaces.pictures import StoredArchitecture, differences, pictures, read
+from nas.spaces.space import Space
 from nas.storage.reader import CandidateRow, Reader
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ class Step(NamedTuple):
     pictures: list[Picture]  # all cells of the first ancestor, then the cells that changed
 
 
-def steps(reader: Reader, number: int) -> list[Step]:
+def steps(reader: Reader, number: int, space: Space[Any] | None = None) -> list[Step]:
     """Return the lineage of a candidate, the random ancestor first."""
-    space, lineage = reader.study().space, []
+    name, lineage = reader.study().space, []
     parent: StoredArchitecture | None = None
     for row in reader.lineage(number):
-        architecture = read(space, row.architecture)
+        architecture = read(name, row.architecture, space)
         if parent is None:
             lineage.append(_first_step(row, architecture))
         else:
@@ -51,8 +52,9 @@ def _first_step(row: CandidateRow, architecture: StoredArchitecture) -> Step:
 def _next_step(
     row: CandidateRow, architecture: StoredArchitecture, parent: StoredArchitecture
 ) -> Step:
-    pairs = zip(pictures(architecture, parent), pictures(parent), strict=True)
-    changed = [marked for marked, before in pairs if marked != before]
+    changed, old = pictures(architecture, parent), pictures(parent)
+    if len(changed) == len(old):  # a space may have architectures of several sizes
+        changed = [marked for marked, before in zip(changed, old, strict=True) if marked != before]
     return Step(row, differences(architecture, parent) or ["no change"], changed)
 
 
@@ -105,15 +107,21 @@ class Panel(NamedTuple):
         return LINE_HEIGHT * len(self.texts) + self.picture_size[1]
 
 
-def figure(reader: Reader, number: int, path: str | Path | None = None) -> "Figure":
+def figure(
+    reader: Reader,
+    number: int,
+    path: str | Path | None = None,
+    space: Space[Any] | None = None,
+) -> "Figure":
     """Draw the ancestors of a candidate, the random one first, and their differences.
 
     Args:
         reader: The store of the run.
         number: Number of the candidate.
         path: File to write the figure to, or None.
+        space: The search space, if it is known.
     """
-    ancestors = steps(reader, number)
+    ancestors = steps(reader, number, space)
     shown, note = shortened(ancestors)
     panels = [panel for step in shown for panel in _panels(step)]
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]

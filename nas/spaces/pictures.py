@@ -1,7 +1,8 @@
 """Draw architectures of the store, and describe the differences between two.
 
-Only built-in spaces have pictures (`nas.spaces.space.DrawableSpace`). Other architectures are shown
-as the text that their space wrote.
+Spaces that are a `nas.DrawableSpace` have pictures. Architectures of other spaces are shown as the
+text that their space wrote. A space that is not given is found by its name, if it is a built-in
+one.
 """
 
 import html as escaping
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gpipe_jax.utils import graph_drawing
 from gpipe_jax.utils.graph_drawing import Picture
-from nas.spaces.space import DrawableSpace, built_in
+from nas.spaces.space import DrawableSpace, Space, built_in
 
 
 class StoredArchitecture(NamedTuple):
@@ -20,9 +21,9 @@ class StoredArchitecture(NamedTuple):
     value: Any = None
 
 
-def read(space: str, text: str) -> StoredArchitecture:
-    """Read a text that the space of this name has encoded."""
-    reading = built_in(space)
+def read(name: str, text: str, space: Space[Any] | None = None) -> StoredArchitecture:
+    """Read a text that the space of this name has encoded; `space` is the space, if it is known."""
+    reading = space if isinstance(space, DrawableSpace) else built_in(name)
     if not isinstance(reading, DrawableSpace):
         return StoredArchitecture(text)
     try:

@@ -73,17 +73,34 @@ class Space(Protocol[A]):
 
 @runtime_checkable
 class DrawableSpace(Space[A], Protocol[A]):
-    """Extend a space with optional members, which reports use for the spaces in `SPACES`.
+    """Extend a space with optional members, by which results and pages show architectures.
 
-    Without them reports show an architecture as text.
+    Without them an architecture is shown as text. The command `nas report` draws built-in spaces
+    only, because it does not run the code of others.
     """
 
     def pictures(self, architecture: A, before: A | None = None) -> list[Picture]:
-        """Draw the architecture's cells, with marks where they differ from those `before`."""
+        """Draw the architecture's cells, with marks where they differ from those `before`.
+
+        Args:
+            architecture: The architecture to draw.
+            before: Its parent; default: none, so that nothing is marked.
+
+        Returns:
+            A picture for each cell: `gpipe_jax.utils.graph_drawing.Picture`.
+        """
         ...
 
     def differences(self, architecture: A, before: A) -> list[str]:
-        """Describe each difference from the architecture `before` in a line."""
+        """Describe each difference from another architecture in a line.
+
+        Args:
+            architecture: The architecture to describe.
+            before: Its parent.
+
+        Returns:
+            The lines; none if the architectures are equal.
+        """
         ...
 
 
@@ -100,7 +117,7 @@ def _nasbench201() -> Space[Any]:
 
 
 SPACES: dict[str, Callable[[], Space[Any]]] = {"nasnet": _nasnet, "nasbench201": _nasbench201}
-"""Constructors of the built-in spaces, by the first word of the space's name."""
+"""Constructors of the built-in spaces, by the text before the first comma of a space's name."""
 
 
 def built_in(name: str) -> Space[Any] | None:

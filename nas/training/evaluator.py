@@ -14,6 +14,7 @@ from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES
 from nas.evaluators.evaluator import RUNG, TRAINED_VALUES, Evaluator, Job
+from nas.spaces.nasnet import GenotypeSpace
 from nas.storage import old_names
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class TrainingEvaluator(Evaluator):
             ValueError: It does not train the architectures of this space, or its data do not fit.
             OSError: The data cannot be read.
         """
-        if not hasattr(space, "pairs") or not hasattr(space, "operations"):
+        if not isinstance(space, GenotypeSpace):
             raise ValueError(
                 f"space {space.name!r}: TrainingEvaluator trains cells of nas.NASNetSpace; use "
                 "that space, or an evaluator of your own"

@@ -236,6 +236,21 @@ def test_what_the_search_trained_on_is_not_guessed(export, tmp_path, monkeypatch
     assert export("searched", "-o", "best.json")[0] == 0
 
 
+def test_only_declared_wrappers_are_removed(tmp_path) -> None:
+    training = nas.TrainingEvaluator(data="digits", filters=4)
+    result = run(tmp_path, nas.Repeated(nas.Repeated(training, 2), 2), name="repeated")
+    assert exporting._evaluator(result) == training
+    result = run(tmp_path, HasEvaluator(training), name="another")
+    assert isinstance(exporting._evaluator(result), HasEvaluator)
+
+
+class HasEvaluator(nas.Evaluator):
+    """Have an attribute of that name, which `nas export` must not take for its own."""
+
+    def __init__(self, evaluator) -> None:
+        self.evaluator = evaluator
+
+
 BAD = [
     (("-o", "there.yaml"), "--out there.yaml: already exists; choose another name"),
     (("-o", "no/best.yaml"), "--out no/best.yaml: the folder no does not exist; create it"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from searches import Bits, drive, ones, small
 
 import nas
+from gpipe_jax.utils.graph_drawing import Box, Picture
 from nas import cli
 from nas.reports import html, live, report
 from nas.storage.queries import Snapshot
@@ -216,6 +217,38 @@ def test_html_of_a_result_and_of_a_candidate(tmp_path) -> None:
     assert child.plot_lineage().axes[0].get_title().endswith(f"{len(child.lineage)} generations")
     random = result.candidate(0)._repr_html_()
     assert "none, it is random" in random and "#ffe066" not in random
+
+
+class DrawnBits(Bits):
+    """Have a picture for each bit that is one, so that their number changes."""
+
+    def pictures(self, bits, before=None):
+        color = "#ffffff" if before is None else "#ffe066"
+        return [
+            Picture(f"bit {i}", 40.0, 60.0, [Box(20.0, 40.0, 20.0, "1", color)], [])
+            for i, bit in enumerate(bits)
+            if bit
+        ]
+
+    def differences(self, bits, before):
+        return [f"{sum(bits) - sum(before)} more"]
+
+
+def test_a_space_of_a_user_is_drawn_if_it_is_known(tmp_path) -> None:
+    result = nas.search(
+        space=DrawnBits(), evaluate=ones, population=6, sample=3, cycles=40, folder=tmp_path
+    )
+    best = result.best
+    assert Checked(result._repr_html_()).seen.count("svg") == best.fitness > 0
+    assert Checked(best._repr_html_()).seen.count("svg") == best.fitness
+    texts = [text.get_text() for text in best.plot_lineage().texts]
+    assert any(text.startswith("bit ") for text in texts)
+    page = html.page(result.reader, result.space)
+    assert "svg" in Checked(page).seen and "1 more" in page
+    assert "svg" not in Checked(html.page(result.reader)).seen
+    loaded = nas.load("search", tmp_path)
+    assert "svg" not in Checked(loaded._repr_html_()).seen  # no code of the run is run
+    assert Checked(loaded.best._repr_html_()).seen.count("svg") == best.fitness
 
 
 # --- while it runs --------------------------------------------------------------------------------

@@ -307,6 +307,26 @@ def test_another_space(tmp_path) -> None:
         nas.search(space="nasbench201", evaluate=toy(), folder=tmp_path)
 
 
+def test_spaces_of_genotypes_are_declared(tmp_path) -> None:
+    """Accept a space of another class that has all members; two of them are not enough."""
+
+    class OnlyNamed:
+        name, pairs, operations = "mine", 2, ("identity",)
+
+    class Own:
+        name = "own"
+
+        def __init__(self) -> None:
+            self.pairs, self.operations = SMALL_SPACE.pairs, SMALL_SPACE.operations
+            self.random, self.mutate = SMALL_SPACE.random, SMALL_SPACE.mutate
+            self.encode, self.decode = SMALL_SPACE.encode, SMALL_SPACE.decode
+            self.canonical = SMALL_SPACE.canonical
+
+    with pytest.raises(ValueError, match="space 'mine': TrainingEvaluator trains cells of"):
+        toy().prepare(OnlyNamed(), tmp_path, "stored", None)
+    assert toy().prepare(Own(), tmp_path, "stored", None).pairs == 2
+
+
 def outcome(evaluator, **options):
     return task.run_job(evaluator, job(**options))
 
