@@ -131,7 +131,7 @@ def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     """
     last = reader.next_numbers()[1] - 1
     rows = list(reader.evaluations("id > ?", last - recent))
-    clock = _DrivenClock(reader.events())
+    clock = _RunningClock(reader.events())
     bars: list[Bar] = []
     free: list[float] = []  # for each row without a worker, the time from which it is free
     for row in rows:
@@ -146,7 +146,7 @@ def timeline(reader: Reader, recent: int = RECENT) -> Timeline:
     return Timeline(bars, clock.starts, last - len(rows))
 
 
-class _DrivenClock:
+class _RunningClock:
     """Convert seconds since 1970 to seconds for which drivers have been running."""
 
     def __init__(self, events: Iterable[Event]) -> None:
@@ -172,7 +172,7 @@ class _DrivenClock:
 
 def work_s(reader: Reader) -> float:
     """Return the seconds for which drivers have been running."""
-    return _DrivenClock(reader.events()).end
+    return _RunningClock(reader.events()).end
 
 
 def top(reader: Reader, count: int) -> list[CandidateRow]:

@@ -1,4 +1,4 @@
-"""Candidates are trained as the recipe says, and what goes wrong is said in words."""
+"""Candidates are trained as the recipe says, and errors say what is wrong."""
 
 import functools
 import math
