@@ -20,13 +20,14 @@ from pathlib import Path
 from etils import epath
 
 from gpipe_jax.config import loader
-from gpipe_jax.training import run
+from gpipe_jax.training import from_config, run
+from gpipe_jax.training.from_config import Assembly
 
 WARM_UP = 10
 
 
 def step_times_s(
-    assembly: run.Assembly, steps: int, save_every: int, folder: Path
+    assembly: Assembly, steps: int, save_every: int, folder: Path
 ) -> tuple[float, float]:
     """Return the mean time of a step of one run, and its processor time."""
     settings = {"steps": steps, "save_every": save_every, "eval_every": 10**6}
@@ -59,7 +60,7 @@ def main() -> int:
     for name, least in (("steps", WARM_UP + 1), ("rounds", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
-    assembly = run.assemble(loader.load(options.config), "unused")
+    assembly = from_config.assemble(loader.load(options.config), "unused")
     times: dict[str, list[tuple[float, float]]] = {"saving": [], "not saving": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds + 1):  # the first round compiles

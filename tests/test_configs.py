@@ -167,7 +167,7 @@ CHUNKS = {
 
 
 def test_a_run_of_chunks(tmp_path: Path) -> None:
-    parts = run.assemble(load(CHUNKS), tmp_path)
+    parts = from_config.assemble(load(CHUNKS), tmp_path)
     pipe = parts.trainer.pipe
     assert (pipe.schedule.kind, pipe.schedule.chunks) == ("interleaved", 2)
     assert (pipe.keys_per, pipe.steps) == ("example", 2)

@@ -64,5 +64,6 @@ def test_errors_that_are_no_mistake_of_an_option_pass(error):
 
 
 def test_errors_are_the_only_contents():
-    names = {name for name, value in vars(errors).items() if callable(value)}
-    assert names == {error.__name__ for error in ALL}
+    module = errors.__name__
+    own = {v.__name__ for v in vars(errors).values() if getattr(v, "__module__", "") == module}
+    assert own == {error.__name__ for error in ALL}

@@ -45,7 +45,9 @@ def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:
         problem = f"cannot be read as a plan ({reason}); write one with gpipe plan ... --out FILE"
         raise ConfigError([problem], str(path)) from error
     config = loader.load(source, given)
-    # A setting with a mark changes neither memory nor time of a planned step.
+    # A plan is for the settings without a mark. Of those with a mark, LAYOUT is chosen by the plan
+    # (or by the user, whose overrides win), OPERATION is about how a run is done (writers, profile,
+    # folder), and LENGTH changes neither time nor memory of a step.
     free = {name for name, mark in marks().items() if mark}
     differences = loader.compare(planned, config)
     different = {name: pair for name, pair in differences.items() if name not in free}

@@ -17,7 +17,7 @@ from gpipe_jax import errors
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.distributed.preemption import handle_signals
 from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
-from gpipe_jax.training import run, trainer
+from gpipe_jax.training import from_config, run, trainer
 
 STEPS = 11
 CONFIG = {
@@ -30,8 +30,8 @@ CONFIG = {
 }
 
 
-def assemble(workdir, *overrides: str) -> run.Assembly:
-    return run.assemble(gpipe.load(CONFIG, overrides), workdir)
+def assemble(workdir, *overrides: str) -> from_config.Assembly:
+    return from_config.assemble(gpipe.load(CONFIG, overrides), workdir)
 
 
 def records_of(workdir) -> list[dict]:
@@ -360,7 +360,7 @@ def forty(tmp_path_factory):
         "train": {"steps": 40, "eval_every": 20},
     }
     workdir, shown = tmp_path_factory.mktemp("forty"), []
-    run.train(run.assemble(gpipe.load(config), workdir), shown.append)
+    run.train(from_config.assemble(gpipe.load(config), workdir), shown.append)
     return config, workdir, [r["loss"] for r in shown if r["step"] > 20 and "loss" in r]
 
 
@@ -371,7 +371,7 @@ def test_the_next_twenty_losses_with_another_layout(forty, tmp_path, overrides):
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
     shown: list[dict] = []
-    run.train(run.assemble(gpipe.load(config, overrides), tmp_path / "run"), shown.append)
+    run.train(from_config.assemble(gpipe.load(config, overrides), tmp_path / "run"), shown.append)
     found = [r["loss"] for r in shown if "loss" in r]
     assert len(found) == 20 and found == pytest.approx(wanted, rel=1e-5)
 
@@ -404,7 +404,7 @@ def test_another_cut_of_the_batch_that_changes_results_is_said(override, stats, 
 # --- folders that cannot be used -----------------------------------------------------------------
 
 
-def other_config(whole, *overrides: str) -> run.Assembly:
+def other_config(whole, *overrides: str) -> from_config.Assembly:
     assembly = whole[0]
     return assembly._replace(config=gpipe.load(CONFIG, overrides))
 

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
-from gpipe_jax.training import metrics, run, writers
+from gpipe_jax.training import from_config, metrics, run, writers
 from gpipe_jax.training.profiling import Profile
 
 CONFIG = {
@@ -81,7 +81,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FakeWandb, list
     workdir, wandb = tmp_path_factory.mktemp("writers") / "a run", FakeWandb()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", wandb)
-        parts = run.assemble(gpipe.load(CONFIG), workdir)
+        parts = from_config.assemble(gpipe.load(CONFIG), workdir)
 
         def stop(record: dict) -> None:
             if record["step"] == 6:
