@@ -284,7 +284,7 @@ def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
             _report(draft, path, messages.not_a_name(path))
         elif not owners:
             _report(draft, path, messages.unknown_key(path, draft.root))
-        elif all(found == owners[0] for found in owners):
+        elif all(worded == owners[0] for worded in owners):
             for place, message in owners[0].items():
                 _report(draft, place, message)
 
