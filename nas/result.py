@@ -53,7 +53,13 @@ class Candidate:
         """Draw the ancestors, each with its differences from its parent.
 
         Args:
-            path: File to write the figure to; default: none.
+            path: File to write the figure to. Default: none.
+
+        Returns:
+            The figure of Matplotlib.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
         """
         from nas.reports import lineage
 
@@ -70,6 +76,11 @@ class Result:
 
     `nas.search` and `nas.load` return results. With a driver in the background use `wait`, `watch`
     and `stop`.
+
+    Args:
+        path: The run's folder, or its file.
+        space: The search space. Default: a built-in one, or the one that was pickled with the run.
+        running: The driver, if this process has started one. Default: none.
 
     Attributes:
         path: The run's folder.
@@ -135,19 +146,47 @@ class Result:
         raise LookupError(f"{self.path} has no result yet: wait for the first evaluation")
 
     def top(self, count: int) -> list[Candidate]:
-        """Return the best `count` candidates, the best first; of duplicates only the first."""
+        """Return the best candidates, the best first; of duplicates only the first.
+
+        Args:
+            count: Number of candidates, at most.
+
+        Returns:
+            The candidates; fewer if not so many have a fitness.
+
+        Raises:
+            ValueError: The space cannot be unpickled here.
+        """
         return [self._candidate(row) for row in queries.top(self.reader, count)]
 
     def candidate(self, number: int) -> Candidate:
-        """Return the candidate of this number, as in `history`.
+        """Return the candidate of this number.
+
+        Args:
+            number: Number of the candidate, as in `history`.
+
+        Returns:
+            The candidate, also if it has no fitness.
 
         Raises:
+            ValueError: The space cannot be unpickled here.
             KeyError: There is none.
         """
         return self._candidate(self.reader.candidate(number))
 
     def lineage(self, number: int) -> list[Candidate]:
-        """Return a candidate's ancestors, the random one first, and itself last."""
+        """Return a candidate's ancestors, the random one first, and itself last.
+
+        Args:
+            number: Number of the candidate.
+
+        Returns:
+            The ancestors and the candidate.
+
+        Raises:
+            ValueError: The space cannot be unpickled here.
+            KeyError: There is none of this number.
+        """
         return [self._candidate(row) for row in self.reader.lineage(number)]
 
     @property
@@ -196,7 +235,13 @@ class Result:
         The search may be running.
 
         Args:
-            path: File to write the figure to; default: none.
+            path: File to write the figure to. Default: none.
+
+        Returns:
+            The figure of Matplotlib.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
         """
         from nas.reports import plots
 
@@ -336,6 +381,7 @@ def search(
     Raises:
         nas.FailuresError: Too many evaluations have failed, or too many candidates were rejected,
             in a row.
+        nas.errors.LostWeightsError: With `retrain_warm`, a worker's trained weights are missing.
         nas.errors.ReturnError: The evaluator returned no fitness.
         nas.errors.MismatchError: The folder holds another search.
         nas.errors.SearchInUseError: Another driver has the run open.

@@ -22,13 +22,16 @@ class Limit(NamedTuple):
     Args:
         name: Name of the metric.
         measure: Function of an architecture: parameters, operations, latency.
-        at_most: Largest value that is allowed; default: no bound.
+        at_most: Largest value that is allowed. Default: no bound.
 
-    Example::
-
-        costs = nas.NetworkCosts(filters=24)
-        limits = [nas.Limit("params_m", costs.params_m, 3.2), nas.Limit("flops_m", costs.flops_m)]
-        nas.search(space=nas.NASNetSpace(), evaluate=evaluate, limits=limits)
+    Example:
+        >>> limit = Limit("ones", sum, at_most=3)  # one of the argument `limits` of `nas.search`
+        >>> limit.measure((1, 0, 1))
+        2
+        >>> import nas
+        >>> costs = nas.NetworkCosts(filters=24)
+        >>> Limit("params_m", costs.params_m, 3.2).identity["filters"]
+        24
     """
 
     name: str
@@ -115,18 +118,18 @@ class Retries:
     likely not its fault.
 
     Args:
-        exception: Retries after an exception of the evaluator.
-        timeout: Retries after more than `timeout_s` seconds.
-        nan: Retries after a fitness that is not finite.
-        out_of_memory: Retries after lack of memory, of the host or of an accelerator.
-        worker_death: Retries after the death of the worker.
+        exception: Retries after an exception of the evaluator. Default: 1.
+        timeout: Retries after more than `timeout_s` seconds. Default: 0.
+        nan: Retries after a fitness that is not finite. Default: 0.
+        out_of_memory: Retries after lack of memory, of the host or of an accelerator. Default: 0.
+        worker_death: Retries after the death of the worker. Default: 3.
 
     Raises:
         ValueError: A number is negative or no integer.
 
-    Example::
-
-        nas.search(space=space, evaluate=evaluate, retries=nas.Retries(exception=0))
+    Example:
+        >>> Retries(exception=0)  # the argument `retries` of `nas.search`
+        Retries(exception=0, timeout=0, nan=0, out_of_memory=0, worker_death=3)
     """
 
     exception: int = 1

@@ -26,10 +26,14 @@ def replay(reader: Reader, space: Space[Any]) -> Evolution:
     Raises:
         ReplayError: A proposal, a tournament or the population differs.
 
-    Example::
-
-        result = nas.load("first")
-        nas.replay(result.reader, result.space)
+    Example:
+        >>> import tempfile, nas
+        >>> space = nas.NASBench201Space()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     options = {"population": 2, "sample": 2, "cycles": 4, "folder": folder}
+        ...     result = nas.search(space=space, evaluate=sum, **options)
+        ...     nas.replay(result.reader, result.space).results
+        4
     """
     with closing(Snapshot(reader.path)) as snapshot:
         return _Replay(snapshot, space).run()

@@ -41,20 +41,20 @@ class Search:
 
     Args:
         space: The search space, or the name of a built-in one: nasnet, nasbench201.
-        name: Name of the run; its folder is FOLDER/NAME.
-        folder: Folder of runs, on a local disk.
-        cycles: Number of candidates with a fitness at which the search is over.
-        target: Fitness that ends the search earlier; default: none.
+        name: Name of the run; its folder is FOLDER/NAME. Default: "search".
+        folder: Folder of runs, on a local disk. Default: "runs".
+        cycles: Number of candidates with a fitness at which the search is over. Default: 1000.
+        target: Fitness that ends the search earlier. Default: none.
         cache: Whether duplicates are evaluated only once, or the number of evaluations after which
-            their mean answers.
-        limits: Architectures beyond these are rejected before training.
-        retries: Number of retries for each kind of failure; default: `nas.Retries()`.
-        max_failures: Number of failures in a row that end the search.
-        compare: Metric of the population's members that jobs get as `Job.rivals`; default: none.
-        setup: Space, evaluator and limits, pickled, for `Result.resume`; default: none.
+            their mean answers. Default: True.
+        limits: Architectures beyond these are rejected before training. Default: none.
+        retries: Number of retries for each kind of failure. Default: `nas.Retries()`.
+        max_failures: Number of failures in a row that end the search. Default: 10.
+        compare: Metric of the population's members that jobs get as `Job.rivals`. Default: none.
+        setup: Space, evaluator and limits, pickled, for `Result.resume`. Default: none.
         evaluator: What the fitness depends on (`nas.evaluators.evaluator.identity_of`); a store
             with other values is refused. Default: unknown, which fits every store.
-        other_evaluator: Whether the store may have another evaluator.
+        other_evaluator: Whether the store may have another evaluator. Default: False.
         **settings: Fields of `nas.Settings`: population, sample, seed, maximise, replacement,
             algorithm, fitness_policy.
 
@@ -69,11 +69,15 @@ class Search:
         nas.errors.SearchInUseError: Another driver has the store open.
         nas.errors.NetworkFileSystemError: The folder is on a network file system.
 
-    Example::
-
-        with nas.Search(space=nas.NASNetSpace(), name="first", cycles=200) as search:
-            while (job := search.ask()) is not None:
-                search.tell(job, {"fitness": accuracy(job.architecture), "epochs": 20})
+    Example:
+        >>> import tempfile, nas
+        >>> options = {"population": 2, "sample": 2, "cycles": 4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with nas.Search(space="nasbench201", folder=folder, **options) as search:
+        ...         while (job := search.ask()) is not None:
+        ...             search.tell(job, {"fitness": sum(job.architecture), "epochs": 20})
+        ...         search.is_over
+        True
     """
 
     def __init__(

@@ -29,15 +29,15 @@ class NetworkCosts:
     a limit is measured wait for it.
 
     Args:
-        cells_per_stack: Normal cells in each of the three stacks (N).
-        filters: Filters of the first stack (F).
-        image: Pixels of an image each way.
-        channels: Channels of an image.
-        classes: Classes.
-        dtype: "float32" or "bfloat16", for the computation.
-        batch_size: Images in a batch at inference, for `latency_ms` and `memory_mib`.
+        cells_per_stack: Normal cells in each of the three stacks (N). Default: 1.
+        filters: Filters of the first stack (F). Default: 8.
+        image: Pixels of an image each way. Default: 8.
+        channels: Channels of an image. Default: 1.
+        classes: Number of classes. Default: 10.
+        dtype: "float32" or "bfloat16", for the computation. Default: "float32".
+        batch_size: Images in a batch at inference, for `latency_ms` and `memory_mib`. Default: 1.
         topology: TPU slice such as "v5e:1x1" or "v5litepod-4", of which one device is used.
-            `latency_ms` and `memory_mib` need it.
+            `latency_ms` and `memory_mib` need it. Default: none.
 
     Raises:
         ValueError: `dtype` or `topology` is unknown.
@@ -81,20 +81,40 @@ class NetworkCosts:
         libtpu.check_installed()
 
     def params_m(self, genotype: Genotype) -> float:
-        """Return millions of parameters; takes about a second for a new network."""
+        """Count the parameters; this takes about a second for a new network.
+
+        Args:
+            genotype: The genotype of the network's cells.
+
+        Returns:
+            Millions of parameters.
+        """
         return _parameters(self, genotype.canonical()) / 1e6
 
     def flops_m(self, genotype: Genotype) -> float:
-        """Return millions of floating-point operations for one image; takes seconds.
+        """Count the floating-point operations for one image; this takes seconds.
 
         Those of convolutions and matrix products count. A multiplication and an addition are two.
+
+        Args:
+            genotype: The genotype of the network's cells.
+
+        Returns:
+            Millions of operations.
         """
         return _operations(self, genotype.canonical()) / 1e6
 
     def latency_ms(self, genotype: Genotype) -> float:
-        """Return milliseconds for a batch at inference: the compiler's cycles over the clock.
+        """Estimate the time of a batch at inference: the compiler's cycles over the clock.
 
-        Infinite if the network does not fit into the device's memory.
+        Args:
+            genotype: The genotype of the network's cells.
+
+        Returns:
+            Milliseconds; infinite if the network does not fit into the device's memory.
+
+        Raises:
+            ValueError: `topology` is None.
         """
         from gpipe_jax.tpu_compiler import topologies
 
@@ -105,7 +125,17 @@ class NetworkCosts:
         return 1e3 * compiled.cycles / clock_hz
 
     def memory_mib(self, genotype: Genotype) -> float:
-        """Return MiB that the program needs at inference; infinite if the compiler gives none."""
+        """Estimate the memory of the program at inference.
+
+        Args:
+            genotype: The genotype of the network's cells.
+
+        Returns:
+            MiB; infinite if the compiler gives no number.
+
+        Raises:
+            ValueError: `topology` is None.
+        """
         compiled = self._compiled(genotype)
         return compiled.needed_bytes / 2**20 if compiled.needed_bytes else math.inf
 

@@ -19,12 +19,13 @@ class TabularEvaluator(Evaluator):
         table: A function of an architecture that returns all metrics: `nas.NASBench201Table`, a
             function of yours, or the `__getitem__` of a dict. If it has an attribute `dataset`, a
             search resumes only with the same one.
-        fitness: Name of the metric that is the fitness.
+        fitness: Name of the metric that is the fitness. Default: "valid12".
 
-    Example::
-
-        evaluator = nas.TabularEvaluator(nas.NASBench201Table("cifar10"), fitness="valid12")
-        nas.search(space=nas.NASBench201Space(), evaluate=evaluator)
+    Example:
+        >>> table = {(0, 1): {"accuracy": 0.5}, (1, 1): {"accuracy": 0.75}}
+        >>> evaluator = TabularEvaluator(table.__getitem__, fitness="accuracy")
+        >>> evaluator.evaluate(Job(evaluation=1, candidate=0, architecture=(1, 1), seed=0))
+        {'accuracy': 0.75, 'fitness': 0.75}
     """
 
     table: Callable[[Any], Mapping[str, float]]
@@ -52,15 +53,16 @@ class Repeated(Evaluator):
 
     Args:
         evaluator: Any evaluator, as for `nas.search`.
-        repeats: Number of evaluations, at least 1.
+        repeats: Number of evaluations, at least 1. Default: 3.
 
     Raises:
         ValueError: `repeats` is not a whole number of at least 1.
         TypeError: `evaluator` is not an evaluator.
 
-    Example::
-
-        nas.search(space=space, evaluate=nas.Repeated(my_evaluator, repeats=3))
+    Example:
+        >>> evaluator = Repeated(sum, repeats=2)
+        >>> evaluator.evaluate(Job(evaluation=1, candidate=0, architecture=(1, 1), seed=0))
+        {'fitness': 2.0, 'fitness_std': 0.0}
     """
 
     evaluator: Any

@@ -128,7 +128,16 @@ class Evaluator:
         return self
 
     def evaluate(self, job: Job) -> float | Mapping[str, Any]:
-        """Return the fitness, or a dict with `fitness`, other metrics and `trained_values`."""
+        """Measure the fitness of a job's architecture.
+
+        An error that this raises is a failure, which the search may retry.
+
+        Args:
+            job: The architecture, the seed, and the weights to start from.
+
+        Returns:
+            The fitness, or a dict with `fitness`, other metrics and `trained_values`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no method evaluate(job): define it")
 
 

@@ -31,22 +31,26 @@ class Settings:
     `nas.search` and `nas.Search` take these fields as keyword arguments.
 
     Args:
-        population: P, the number of members, at least 1.
+        population: P, the number of members, at least 1. Default: 100.
         sample: S, the number of members in a tournament; the best of them is the parent.
-        seed: Seed of all randomness.
-        maximise: Whether a larger fitness is better.
+            Default: 25.
+        seed: Seed of all randomness. Default: 0.
+        maximise: Whether a larger fitness is better. Default: True.
         replacement: Whether a member can be in a sample twice. The paper draws with replacement.
+            Default: True.
         algorithm: Which member a result removes.
             "aging", the paper's, removes the member trained least recently.
             "non_aging", the paper's comparison, removes the worst of the sample of which the
             result's parent was the best.
             "elitist" removes the worst of all (Ying et al. 2019, arXiv:1902.09635).
             "random" proposes random architectures only.
+            Default: "aging".
         fitness_policy: By which fitness the members of a sample are compared.
             "stored" uses the fitness that they have.
             "retrain_scratch" trains them again, from scratch.
             "retrain_warm" trains them again, from their trained weights.
             A member that was trained again is the youngest.
+            Default: "stored".
 
     Raises:
         ValueError: A value is not legal.
@@ -87,7 +91,15 @@ class Settings:
         return asdict(self)
 
     def better(self, a: float, b: float) -> bool:
-        """Return whether fitness `a` is better than fitness `b`."""
+        """Return whether a fitness is better than another.
+
+        Args:
+            a: The fitness that may be better.
+            b: The other one.
+
+        Returns:
+            Whether `a` is larger than `b`, or smaller if the search minimises.
+        """
         return a > b if self.maximise else a < b
 
 

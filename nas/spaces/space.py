@@ -29,10 +29,18 @@ class Space(Protocol[A]):
 
     Architectures are compared by `==` and never changed in place.
 
-    Example::
-
-        nas.testing.check_space(Bits())  # the class in this module's docstring
-        nas.search(space=Bits(), evaluate=sum)
+    Example:
+        >>> import nas
+        >>> class Bits:
+        ...     name = "20 bits"
+        ...     def random(self, rng): return tuple(rng.randrange(2) for _ in range(20))
+        ...     def mutate(self, bits, rng):
+        ...         i = rng.randrange(20)
+        ...         return (*bits[:i], 1 - bits[i], *bits[i + 1 :]), f"flip: bit {i}"
+        ...     def encode(self, bits): return "".join(map(str, bits))
+        ...     def decode(self, text): return tuple(map(int, text))
+        ...     canonical = encode
+        >>> nas.testing.check_space(Bits())
     """
 
     @property
@@ -41,13 +49,26 @@ class Space(Protocol[A]):
         ...
 
     def random(self, rng: Random) -> A:
-        """Draw an architecture uniformly; `rng` is the only source of randomness."""
+        """Draw an architecture uniformly.
+
+        Args:
+            rng: The only source of randomness.
+
+        Returns:
+            The architecture.
+        """
         ...
 
     def mutate(self, architecture: A, rng: Random) -> tuple[A, str]:
-        """Return a child and a description of the mutation.
+        """Change an architecture at random.
 
-        The description has the kind before a colon: `op: normal pair 2, ...`.
+        Args:
+            architecture: The parent, which stays as it is.
+            rng: The only source of randomness.
+
+        Returns:
+            The child, and a description of the mutation: its kind, a colon and the rest, such as
+            `op: normal pair 2, ...`.
         """
         ...
 
@@ -55,15 +76,34 @@ class Space(Protocol[A]):
         """Return a text that two architectures share only if they are the same network.
 
         The cache finds duplicates by it. If duplicates are unknown, return `encode`.
+
+        Args:
+            architecture: The architecture.
+
+        Returns:
+            The text.
         """
         ...
 
     def encode(self, architecture: A) -> str:
-        """Return the architecture as one line of text, for the store."""
+        """Write an architecture as text, for the store.
+
+        Args:
+            architecture: The architecture.
+
+        Returns:
+            One line of text, from which `decode` makes an equal architecture.
+        """
         ...
 
     def decode(self, text: str) -> A:
         """Return the architecture that `encode` wrote.
+
+        Args:
+            text: What `encode` wrote.
+
+        Returns:
+            The architecture.
 
         Raises:
             ValueError: `encode` writes no such text.
@@ -84,7 +124,7 @@ class DrawableSpace(Space[A], Protocol[A]):
 
         Args:
             architecture: The architecture to draw.
-            before: Its parent; default: none, so that nothing is marked.
+            before: Its parent. Default: none, so that nothing is marked.
 
         Returns:
             A picture for each cell: `gpipe_jax.utils.graph_drawing.Picture`.

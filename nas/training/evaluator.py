@@ -52,39 +52,42 @@ class TrainingEvaluator(Evaluator):
     Args:
         data: "digits", "cifar10", or the path of a .npz file with `inputs` [N, pixels, pixels,
             channels] and `labels` [N]. The test images of `gpipe train` with seed 0 are not used.
+            Default: "digits".
         folder: Folder with the files of CIFAR-10. Default: the environment variable
             GPIPE_JAX_DATA.
-        cells_per_stack: Normal cells in each of the three stacks (N).
-        filters: Filters of the first stack (F).
-        epochs: Epochs of training.
+        cells_per_stack: Normal cells in each of the three stacks (N). Default: 1.
+        filters: Filters of the first stack (F). Default: 8.
+        epochs: Epochs of training. Default: 20.
         batch_size: Images in a step; those that do not fill a batch are left out of an epoch.
-        learning_rate: Peak learning rate.
-        warmup_epochs: Epochs of linear warm-up, less than `epochs`.
-        momentum: Decay of the velocity, in [0, 1).
-        weight_decay: L2 regularization of all parameters that the architecture uses.
-        label_smoothing: Label smoothing, in [0, 1).
+            Default: 64.
+        learning_rate: Peak learning rate. Default: 0.05.
+        warmup_epochs: Epochs of linear warm-up, less than `epochs`. Default: 1.
+        momentum: Decay of the velocity, in [0, 1). Default: 0.9.
+        weight_decay: L2 regularization of all parameters that the architecture uses. Default: 5e-4.
+        label_smoothing: Label smoothing, in [0, 1). Default: 0.
         examples: Training images. Default: all that are not held out.
         validation_images: Training images held out for validation. Default: a quarter of the
             digits, a tenth of other data.
         final_epochs: The fitness is the mean validation accuracy after each of the last
-            `final_epochs` epochs.
+            `final_epochs` epochs. Default: 3.
         builder: "interpreter" (one program per device for all architectures) or "static" (one
-            program per architecture).
+            program per architecture). Default: "interpreter".
         dtype: "float32" or "bfloat16", for the computation. Parameters and scores are float32.
+            Default: "float32".
         stop_epoch: Epoch after which hopeless candidates are stopped. Their fitness is the
-            validation accuracy then, and the metric `stopped_at_epoch` is stored. Default: none is.
+            validation accuracy then, and the metric `stopped_at_epoch` is stored. Default: none.
         stop_quantile: A candidate is hopeless if its accuracy is below this quantile of the
             accuracies that the members of the population had after `stop_epoch`. The members are
-            those at the time of the proposal. In (0, 1).
+            those at the time of the proposal. In (0, 1). Default: 0.25.
         timeout_s: Seconds of training, without compilation, checked after each epoch; more is a
-            failure. The shorter one counts if the search has a `timeout_s` too.
+            failure. The shorter one counts if the search has a `timeout_s` too. Default: no limit.
         compilation_cache: Folder in which JAX stores compiled programs between runs. Default: JAX's
             own setting (such as JAX_COMPILATION_CACHE_DIR), or else gpipe-jax/jax in the user's
             folder of caches.
-        operations: Operations of the space. A search fills them in.
-        pairs: Pairs in a cell of the space. A search fills them in.
+        operations: Operations of the space. A search fills them in. Default: the paper's eight.
+        pairs: Pairs in a cell of the space. A search fills them in. Default: 5.
         run: Folder of the run, in which trained weights are stored. A search fills it in if
-            `fitness_policy` is "retrain_warm".
+            `fitness_policy` is "retrain_warm". Default: none.
 
     Raises:
         ValueError: An argument is not legal.
