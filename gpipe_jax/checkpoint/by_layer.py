@@ -17,7 +17,7 @@ from gpipe_jax.distributed.host_arrays import AnyMesh
 from gpipe_jax.pipeline import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.state import State, TrainState
+from gpipe_jax.pipeline.state import State, TrainArrays
 from gpipe_jax.utils.trees import PyTree, by_name, from_names, has_structure_of, wide
 
 
@@ -28,29 +28,28 @@ class LayerTrees(NamedTuple):
     layers: Mapping[int, dict[str, PyTree]]  # by global id of the layer, then by name
 
 
-def split(stages: Stages, mesh: AnyMesh, current: TrainState) -> LayerTrees:
+def split(stages: Stages, mesh: AnyMesh, arrays: TrainArrays) -> LayerTrees:
     """Copy everything: the layers that this process saves, and what no layer has."""
-    trees, common = _named(current)
+    trees, common = _named(arrays)
     host_arrays.start_copies(trees)
     layers = layer_trees.split(mesh, host_arrays.owned_rows(mesh), _storages(stages, trees), trees)
     return LayerTrees({name: np.array(value) for name, value in common.items()}, layers)
 
 
-def join(stages: Stages, mesh: AnyMesh, saved: LayerTrees, local: TrainState) -> TrainState:
+def join(stages: Stages, mesh: AnyMesh, saved: LayerTrees, local: TrainArrays) -> TrainArrays:
     """Invert `split`: place a saved state on the devices of this process.
 
-    It reads only the layers of these devices. `local` has the shapes of one device's arrays, and
-    the number of steps done.
+    It reads only the layers of these devices. `local` has the shapes of one device's arrays.
     """
     trees, common = _named(local)
     placed = layer_trees.join(mesh, _storages(stages, trees), saved.layers, trees)
     placed |= {name: host_arrays.replicate(mesh, saved.common[name]) for name in common}
     optimizer = from_names(_optimizer(local), placed, has_structure_of(local.state.params))
     state = State(placed["params"], placed["statistics"], placed["seed"])
-    return TrainState(state, optimizer["optimizer"], local.step, optimizer["average"])
+    return TrainArrays(state, optimizer["optimizer"], optimizer["average"])
 
 
-def shapes(stages: Stages, local: TrainState) -> LayerTrees:
+def shapes(stages: Stages, local: TrainArrays) -> LayerTrees:
     """Return the shapes of what the `split` of all processes copies together."""
     trees, common = _named(local)
     layers = {}
@@ -61,19 +60,19 @@ def shapes(stages: Stages, local: TrainState) -> LayerTrees:
     return LayerTrees(common, layers)
 
 
-def _named(current: TrainState) -> tuple[dict[str, PyTree], dict[str, Any]]:
+def _named(arrays: TrainArrays) -> tuple[dict[str, PyTree], dict[str, Any]]:
     """Return by name the trees that are divided between devices, and the rest."""
-    state, is_like_params = current.state, has_structure_of(current.state.params)
-    named = by_name(_optimizer(current), is_like_params)
+    state, is_like_params = arrays.state, has_structure_of(arrays.state.params)
+    named = by_name(_optimizer(arrays), is_like_params)
     trees = {name: tree for name, tree in named.items() if is_like_params(tree)}
     common = {name: value for name, value in named.items() if name not in trees}
     trees |= {"params": state.params, "statistics": state.stats}
     return trees, {**common, "seed": state.seed}
 
 
-def _optimizer(current: TrainState) -> dict[str, PyTree]:
+def _optimizer(arrays: TrainArrays) -> dict[str, PyTree]:
     """Return what the update adds to the state, under the names that checkpoints have for it."""
-    return {"optimizer": current.opt_state, "average": current.average}
+    return {"optimizer": arrays.opt_state, "average": arrays.average}
 
 
 def _storages(stages: Stages, names: Mapping[str, Any]) -> dict[str, ChunkedStorage]:

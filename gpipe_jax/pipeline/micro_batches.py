@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.distributed.mesh import MeshLike, batch_sharding
 from gpipe_jax.errors import DataError
 from gpipe_jax.utils.text import batch_problem
 from gpipe_jax.utils.trees import PyTree
@@ -45,6 +46,16 @@ def shapes_of(example: dict, replicas: int, micro_batches: int) -> dict:
 def resize(example: PyTree, examples: int) -> PyTree:
     """Return the shapes of a batch like `example` with another number of examples."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((examples, *a.shape[1:]), a.dtype), example)
+
+
+def abstract(example: dict, micro_batches: int, mesh: MeshLike) -> dict:
+    """Return the shapes and shardings of what `split` makes of a full batch."""
+
+    def divide(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (micro_batches, a.shape[0] // micro_batches, *a.shape[1:])
+        return jax.ShapeDtypeStruct(shape, a.dtype, sharding=batch_sharding(mesh))
+
+    return jax.tree.map(divide, example)
 
 
 def split(

@@ -9,7 +9,7 @@ M micro-batches, B examples of a micro-batch on one replica.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ import numpy as np
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.mesh import (
     MeshLike,
-    batch_sharding,
     check_axes,
     is_shared,
     num_devices,
@@ -38,6 +37,12 @@ from gpipe_jax.pipeline import remat as remats
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.executor import Variables
 from gpipe_jax.pipeline.ragged.stages import Stages
+from gpipe_jax.pipeline.results import (
+    GradientArguments,
+    LossAndMetrics,
+    StepGradients,
+    ValueAndGrad,
+)
 from gpipe_jax.pipeline.state import State
 from gpipe_jax.pipeline.summary import Summary, summarize
 from gpipe_jax.schedules.generators import forward_only, training_schedule
@@ -45,29 +50,6 @@ from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import choices
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
-
-
-class LossAndMetrics(NamedTuple):
-    """Hold weighted means over the examples of a batch, equal on every host."""
-
-    loss: jax.Array
-    metrics: dict[str, jax.Array]  # what the loss function returns beside the loss
-
-
-class StepGradients(NamedTuple):
-    """Hold the result of the traced `Pipeline.gradients`."""
-
-    value: LossAndMetrics
-    gradients: PyTree  # in the form of `State.params`, at least float32
-    stats: PyTree  # running statistics after the step
-
-
-class ValueAndGrad(NamedTuple):
-    """Hold the result of `Pipeline.value_and_grad`."""
-
-    value: LossAndMetrics
-    gradients: PyTree  # in the form of `State.params`, at least float32
-    state: State  # with the running statistics after the step
 
 
 class Pipeline:
@@ -123,9 +105,10 @@ class Pipeline:
 
     Example::
 
+        batch = next(gpipe.data.digits(batch_size=64, seed=0).train(0))
         mesh = gpipe.make_mesh(stages=4, data=2)
         pipe = gpipe.Pipeline(
-            gpipe.zoo.mlp((64, 128, 128, 128, 10)),
+            gpipe.zoo.mlp((64, 32, 32, 32, 10)),
             loss=gpipe.losses.softmax_cross_entropy,
             mesh=mesh,
             example=batch,
@@ -233,6 +216,9 @@ class Pipeline:
         Args:
             tree: A `State`, or anything in the form of its `params`.
 
+        Returns:
+            A list of L trees.
+
         Raises:
             ValueError: A stage is on no device of this process.
         """
@@ -241,7 +227,15 @@ class Pipeline:
     def statistics(self, state: State) -> list[PyTree]:
         """Copy the running statistics of batch norms into L trees of numpy arrays.
 
-        The trees are in layer order, and the same for any K.
+        Args:
+            state: The state of training.
+
+        Returns:
+            A list of L trees in layer order. They are the same for any K. The tree of a layer
+            without batch norm is empty.
+
+        Raises:
+            ValueError: A stage is on no device of this process.
         """
         return states.statistics(self.stages, self.mesh, state)
 
@@ -258,6 +252,9 @@ class Pipeline:
             params: L trees of arrays, in layer order.
             seed: Seed of all randomness in training. Default: 0.
             statistics: L trees of running statistics. Default: initial ones.
+
+        Returns:
+            The state, on the devices of the mesh.
 
         Raises:
             ValueError: A tree does not have the shapes and types of its layer.
@@ -319,20 +316,26 @@ class Pipeline:
         return ValueAndGrad(result.value, result.gradients, state._replace(stats=result.stats))
 
     def evaluate(self, state: State, batch: dict) -> LossAndMetrics:
-        """Return (loss, metrics) of a batch in evaluation mode, weighted means over its examples.
+        """Compute the loss of a batch in evaluation mode.
 
         Args:
             state: Parameters and running statistics.
             batch: A batch like `example`, or shorter.
+
+        Returns:
+            A tuple (loss, metrics): weighted means over the examples.
         """
         return self._jitted["losses"](state, self.split(batch))
 
     def apply(self, state: State, inputs: PyTree) -> PyTree:
-        """Return the network's outputs in evaluation mode.
+        """Apply the network in evaluation mode.
 
         Args:
             state: Parameters and running statistics.
             inputs: A tree of arrays like `example["inputs"]`, of any number of examples.
+
+        Returns:
+            The outputs, whose first axis is the examples.
         """
         count = batches.count_examples(inputs)
         outputs = []
@@ -372,6 +375,9 @@ class Pipeline:
         Args:
             state: Parameters and running statistics.
             micro_batched: What `split` returns.
+
+        Returns:
+            A tuple (loss, metrics): weighted means over the examples.
         """
         run = self._program(self._forward_schedule, self.loss)
         return LossAndMetrics(*run(self._variables(state), micro_batched))
@@ -401,27 +407,30 @@ class Pipeline:
     # --- from shapes alone -----------------------------------------------------------------------
 
     def lower(self) -> jax.stages.Lowered:
-        """Lower `gradients` for the devices of the mesh, from shapes, to compile or to inspect."""
+        """Lower `gradients` for the devices of the mesh, from shapes, to compile or to inspect.
+
+        Returns:
+            The lowered function, as of `jax.jit(...).lower`.
+        """
         return self._jitted["gradients"].lower(*self.abstract_arguments())
 
-    def abstract_arguments(self) -> tuple[State, dict, jax.ShapeDtypeStruct]:
+    def abstract_arguments(self) -> GradientArguments:
         """Return the shapes and shardings of the arguments of `gradients`."""
-        M, sharding = self.micro_batches, batch_sharding(self.mesh)
-
-        def micro_batched(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (M, a.shape[0] // M, *a.shape[1:])
-            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
-
         state = states.abstract(self.stages, self.mesh)
+        micro_batched = batches.abstract(self.example, self.micro_batches, self.mesh)
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated_sharding(self.mesh))
-        return state, jax.tree.map(micro_batched, self.example), step
+        return GradientArguments(state, micro_batched, step)
 
     def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
-        """Estimate what every device holds during a step, in bytes by part; see `memory`.
+        """Estimate what every device holds during a step; see `pipeline.memory`.
 
         Args:
             optimizer_bytes: Bytes of the optimizer's state on a device. Default: two float32 slots
                 for each parameter.
+
+        Returns:
+            The bytes by part: "parameters", "optimizer", "gradients", "stash", "working_set" and
+            "batch".
         """
         if optimizer_bytes is None:
             optimizer_bytes = 2 * memory.float32_bytes(self.stages)
@@ -435,7 +444,11 @@ class Pipeline:
         )
 
     def summary(self) -> Summary:
-        """Return the table of the stages and the facts of the pipeline; `print` shows the same."""
+        """Summarize the stages and the facts of the pipeline; `print` shows the same.
+
+        Returns:
+            A table of the stages, and facts as a dict.
+        """
         return summarize(
             self.stages,
             self.partition,

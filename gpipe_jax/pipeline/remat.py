@@ -28,11 +28,7 @@ class Remat(ABC):
 
     name: ClassVar[str]
     forwards: ClassVar[int]  # how often one backward pass computes the forward of each layer
-
-    @property
-    @abstractmethod
-    def longest_unrolled(self) -> int:
-        """Return the length of the longest run of equal layers that is no `lax.scan`."""
+    longest_unrolled: ClassVar[int]  # a longer run of equal layers becomes a `lax.scan`
 
     @abstractmethod
     def layer_bytes(self, cost: LayerCost, input_bytes: int) -> int:
@@ -52,11 +48,7 @@ class Remat(ABC):
 class _Stage(Remat):
     """Recompute a stage once, and store what each of its layers needs to go back."""
 
-    name, forwards = "stage", 1
-
-    @property
-    def longest_unrolled(self) -> int:
-        return MAX_UNROLL
+    name, forwards, longest_unrolled = "stage", 1, MAX_UNROLL
 
     def layer_bytes(self, cost: LayerCost, input_bytes: int) -> int:
         del input_bytes
@@ -77,11 +69,7 @@ class _Layer(Remat):
     There is little to store, so every run of equal layers is a scan.
     """
 
-    name, forwards = "layer", 2
-
-    @property
-    def longest_unrolled(self) -> int:
-        return 1
+    name, forwards, longest_unrolled = "layer", 2, 1
 
     def layer_bytes(self, cost: LayerCost, input_bytes: int) -> int:
         del cost

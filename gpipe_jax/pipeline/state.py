@@ -77,6 +77,23 @@ class TrainState(NamedTuple):
     step: int
     average: PyTree = None
 
+    @property
+    def arrays(self) -> "TrainArrays":
+        """Return everything but the number of the step."""
+        return TrainArrays(self.state, self.opt_state, self.average)
+
+
+class TrainArrays(NamedTuple):
+    """Hold the arrays of a `TrainState`, or their shapes, or their shardings."""
+
+    state: State
+    opt_state: PyTree
+    average: PyTree  # None without a moving average
+
+    def at_step(self, step: int) -> TrainState:
+        """Return the training state of these arrays after `step` updates."""
+        return TrainState(self.state, self.opt_state, step, self.average)
+
 
 # --- on the devices -------------------------------------------------------------------------------
 

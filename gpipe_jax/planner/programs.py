@@ -1,7 +1,7 @@
 """Export the programs that a plan compiles: the whole step, and its pieces, to count their cycles.
 
 A piece runs on one device: the forward or the backward of a stage or of a layer (once for all
-that are alike), or the optimizer's update.
+with the same code), or the optimizer's update.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.tpu_compiler.results import Program
-from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.training.trainer import Trainer, Updated
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide
 
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
@@ -28,8 +28,7 @@ INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 def whole_step(trainer: Trainer) -> Program:
     """Export the whole step: forward, backward and update, all in place."""
-    updated = trainer.abstract_arguments()[:3]
-    donate = tuple(range(len(jax.tree.leaves(updated))))
+    donate = tuple(range(len(jax.tree.leaves(trainer.abstract_arguments().arrays))))
     pipe = trainer.pipe
     mesh_shape = (pipe.stages.geometry.num_devices, pipe.replicas)
     return Program("step", trainer.export(), donate, mesh_shape)
@@ -49,7 +48,7 @@ def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) ->
     pieces = {"forward": _forward, "backward": _backward}
     exported = []
     for i in sorted(set(representatives(pipe))):
-        alone = _alone(pipe, i)
+        alone = _one_layer_each(pipe, only=i)
         exported += [pieces[kind](pipe, i, alone) for kind in kinds]
     return exported
 
@@ -60,26 +59,22 @@ def representatives(pipe: Pipeline) -> list[int]:
 
 
 def _one_layer_each(pipe: Pipeline, only: int | None = None) -> Stages:
+    """Make each layer a stage; with `only`, store that layer alone, as if it had its own device.
+
+    Its matrices are then slots, as in a stage of several such layers.
+    """
     cuts = [range(i, i + 1) for i in range(len(pipe.shapes))]
     return Stages(pipe.shapes, cuts, remat=pipe.stages.remat, only=only)
 
 
-def _alone(pipe: Pipeline, i: int) -> Stages:
-    """Make each layer a stage, and store layer i alone, as if it had a device to itself.
-
-    Its matrices are then slots, as in a stage of several such layers.
-    """
-    return _one_layer_each(pipe, only=i)
-
-
 def update(trainer: Trainer) -> Program:
     """Export the optimizer's update of what one device holds, from summed gradients."""
-    opt_state, average, params, grads = trainer.local_update_arguments()
+    before, grads = trainer.local_update_arguments()
 
-    def run(opt_state: PyTree, average: PyTree, params: PyTree, grads: PyTree) -> tuple:
-        return trainer.apply_gradients(opt_state, average, params, grads, jnp.uint32(1), grads)
+    def run(before: Updated, grads: PyTree) -> Updated:
+        return trainer.apply_gradients(before, grads, jnp.uint32(1), decaying=grads)
 
-    return _program("update", run, (opt_state, average, params, grads), donated=4)
+    return _program("update", run, (before, grads), donated=2)
 
 
 def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory, spmd
 from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.pipeline import Pipeline
-from gpipe_jax.pipeline.state import State, TrainState
+from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
 from gpipe_jax.training.elementwise import check_elementwise
 from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
 from gpipe_jax.training.profiling import Timings
@@ -33,6 +33,22 @@ Record = Callable[[dict], None]
 IN_FLIGHT = 8
 
 
+class Updated(NamedTuple):
+    """Hold what the optimizer's update replaces, or its shapes."""
+
+    opt_state: PyTree
+    average: PyTree  # moving average of the parameters; None without one
+    params: PyTree
+
+
+class StepArguments(NamedTuple):
+    """Hold the arguments of the compiled step, or their shapes and shardings."""
+
+    arrays: TrainArrays  # updated in place
+    micro_batched: dict  # see `Pipeline.split`
+    step: Any  # updates done before, uint32 []
+
+
 class Trainer:
     """Train a pipeline with an optimizer.
 
@@ -43,16 +59,32 @@ class Trainer:
         ema: Decay of a moving average of the parameters, in (0, 1); `evaluated` returns the average
             then. None keeps no average. Default: None.
 
+    Attributes:
+        pipe: The pipeline.
+        tx: The optax transformation.
+        ema: The decay of the moving average, or None.
+        timings: Seconds spent on data and on compilation.
+        local_shapes: The shapes of the arrays that one device holds.
+
     Raises:
         ValueError: `tx` does not act elementwise, or a device needs more than the pipeline's
             `memory_limit`.
 
     Example::
 
+        mesh = gpipe.make_mesh(stages=2)
+        data = gpipe.data.digits(batch_size=64, seed=0)
+        pipe = gpipe.Pipeline(
+            gpipe.zoo.convnet((4, 4), (1, 1)),
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=mesh,
+            example=next(data.train(0)),
+            micro_batches=2,
+        )
         trainer = gpipe.Trainer(pipe, optax.adam(1e-3), ema=0.999)
         current = trainer.init(seed=0)
-        current = trainer.fit(current, batches, steps=100, record=print)
-        print(trainer.evaluate(trainer.evaluated(current), held_out_batches))
+        current = trainer.fit(current, data.train(0), steps=3, record=print)
+        print(trainer.evaluate(trainer.evaluated(current), data.test()))
     """
 
     def __init__(
@@ -66,9 +98,8 @@ class Trainer:
         self._last_loss = math.nan  # of the newest finished step, for the message of a divergence
         # Everything is updated in place and stays where it is. A result with another sharding (on
         # a mesh of one device) would compile the second step again.
-        places = self._shardings()
-        outputs = (places.state, places.opt_state, places.average, None)
-        self._step = jax.jit(self._update, donate_argnums=(0, 1, 2), out_shardings=outputs)
+        outputs = (self._shardings(), None)
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=outputs)
 
     # --- the training state ----------------------------------------------------------------------
 
@@ -77,6 +108,9 @@ class Trainer:
 
         Args:
             seed: Seed of the parameters and of all randomness in training. Default: 0.
+
+        Returns:
+            The training state before the first step.
         """
         return self.start(self.pipe.init(seed))
 
@@ -88,6 +122,9 @@ class Trainer:
         Args:
             state: Parameters, running statistics and seed.
             step: Number of updates done so far. Default: 0.
+
+        Returns:
+            The training state after `step` updates.
         """
         places = self._shardings()
         begin = jax.jit(self._begin, out_shardings=(places.opt_state, places.average))
@@ -100,14 +137,13 @@ class Trainer:
         return self.tx.init(params), None if self.ema is None else params
 
     @functools.cached_property
-    def local_shapes(self) -> TrainState:
-        """Return the shapes of the arrays that one device holds; `step` is 0."""
+    def local_shapes(self) -> TrainArrays:
+        """Return the shapes of the arrays that one device holds."""
         state = states.local_shapes(self.pipe.stages)
-        opt_state, average = jax.eval_shape(self._begin, state.params)
-        return TrainState(state, opt_state, 0, average)
+        return TrainArrays(state, *jax.eval_shape(self._begin, state.params))
 
-    def _shardings(self) -> TrainState:
-        """Return how the arrays lie on the devices; `step` is not an array.
+    def _shardings(self) -> TrainArrays:
+        """Return how the arrays lie on the devices.
 
         What has the form of the parameters lies as they do. Every device has a copy of the rest.
         """
@@ -122,12 +158,18 @@ class Trainer:
             return jax.tree.map(lambda a: sharded if a is sharded else replicated, placed)
 
         state = states.shardings(self.pipe.stages, mesh)
-        return TrainState(state, place(local.opt_state), 0, place(local.average))
+        return TrainArrays(state, place(local.opt_state), place(local.average))
 
     def evaluated(self, current: TrainState) -> State:
         """Return the state to evaluate: with the moving average of the parameters, if there is one.
 
         Running statistics of batch norms are moving averages already, so they stay as they are.
+
+        Args:
+            current: The training state. It stays usable.
+
+        Returns:
+            The state for `evaluate`. Without `ema` it is `current.state`.
         """
         if self.ema is None:
             return current.state
@@ -149,56 +191,42 @@ class Trainer:
         """
         micro_batched = self.pipe.split(batch, train=True)
         with self._compiling("step"):
-            state, opt_state, average, metrics = self._step(
-                current.state,
-                current.opt_state,
-                current.average,
-                micro_batched,
-                np.uint32(current.step),
-            )
-        return TrainState(state, opt_state, current.step + 1, average), metrics
+            arrays, metrics = self._step(current.arrays, micro_batched, np.uint32(current.step))
+        return arrays.at_step(current.step + 1), metrics
 
     def _update(
-        self,
-        state: State,
-        opt_state: PyTree,
-        average: PyTree,
-        micro_batched: dict,
-        step: jax.Array,
-    ) -> tuple[State, PyTree, PyTree, dict[str, jax.Array]]:
+        self, arrays: TrainArrays, micro_batched: dict, step: jax.Array
+    ) -> tuple[TrainArrays, dict[str, jax.Array]]:
         """Compute the whole training step, traced."""
+        state, opt_state, average = arrays
         (loss, metrics), grads, stats = self.pipe.gradients(state, micro_batched, step)
         decaying = spmd.mask_parameters(self.pipe.stages, self.pipe.mesh, decays)
-        opt_state, average, params = self.apply_gradients(
-            opt_state, average, state.params, grads, step, decaying
-        )
-        state = state._replace(params=params, stats=stats)
-        return state, opt_state, average, {"loss": loss, **metrics}
+        before = Updated(opt_state, average, state.params)
+        after = self.apply_gradients(before, grads, step, decaying)
+        state = state._replace(params=after.params, stats=stats)
+        return TrainArrays(state, after.opt_state, after.average), {"loss": loss, **metrics}
 
     def apply_gradients(
-        self,
-        opt_state: PyTree,
-        average: PyTree,
-        params: PyTree,
-        grads: PyTree,
-        step: jax.Array,
-        decaying: PyTree,
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """Return optimizer state, average and parameters after an update, traced.
+        self, before: Updated, grads: PyTree, step: jax.Array, decaying: PyTree
+    ) -> Updated:
+        """Apply an update of the optimizer, within a traced function.
 
         Args:
-            opt_state: The optimizer's state.
-            average: The moving average of the parameters, or None.
-            params: The parameters.
+            before: The optimizer's state, the moving average and the parameters.
             grads: The gradients, in the form of the parameters.
             step: Number of updates done so far.
             decaying: Which parameters decay, in the form of the parameters.
+
+        Returns:
+            The same after the update.
         """
-        updates, opt_state = self.tx.update(grads, opt_state, params, decaying=decaying)
-        params = optax.apply_updates(params, updates)
+        updates, opt_state = self.tx.update(
+            grads, before.opt_state, before.params, decaying=decaying
+        )
+        params, average = optax.apply_updates(before.params, updates), before.average
         if self.ema is not None:
             average = moving_average(average, params, step, self.ema)
-        return opt_state, average, params
+        return Updated(opt_state, average, params)
 
     def _compiling(self, program: str) -> contextlib.AbstractContextManager:
         """Count the first call of a program as compilation."""
@@ -233,7 +261,7 @@ class Trainer:
             The training state after the last step.
 
         Raises:
-            DivergedError: a loss is not finite.
+            DivergedError: A loss is not finite.
             ValueError: `batches` is exhausted too early.
         """
         in_flight: deque[tuple[int, dict, float]] = deque()
@@ -273,7 +301,7 @@ class Trainer:
             Weighted means over the examples, as "test_loss" and so on.
 
         Raises:
-            DataError: there are no examples.
+            DataError: There are no examples.
         """
         sums: dict[str, float] = {}
         total = 0.0
@@ -290,7 +318,17 @@ class Trainer:
         return {f"test_{name}": value / total for name, value in sums.items()}
 
     def check_finite(self, name: str, step: int, value: float) -> None:
-        """Raise DivergedError, with the last finite loss and a remedy, if `value` is not finite."""
+        """Check that a number is finite.
+
+        Args:
+            name: The name of the number, for the message.
+            step: The number of updates done, for the message.
+            value: The number.
+
+        Raises:
+            DivergedError: `value` is infinite or NaN. The message has the last finite loss and a
+                remedy.
+        """
         if math.isfinite(value):
             return
         last = f"the last finite loss was {self._last_loss:.6g}"
@@ -305,40 +343,59 @@ class Trainer:
     # --- from shapes alone -----------------------------------------------------------------------
 
     def device_bytes(self) -> dict[str, int]:
-        """Estimate what every device holds during a step, in bytes by part; see `memory`."""
+        """Estimate what every device holds during a step; see `pipeline.memory`.
+
+        Returns:
+            The bytes by part: "parameters", "optimizer", "gradients", "stash", "working_set" and
+            "batch".
+        """
         local = self.local_shapes
         return self.pipe.device_bytes(tree_bytes((local.opt_state, local.average)))
 
-    def local_update_arguments(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        """Return the shapes on one device of optimizer state, average, parameters and gradients."""
-        local = self.local_shapes
-        params = local.state.params
-        return local.opt_state, local.average, params, jax.eval_shape(wide, params)
+    def local_update_arguments(self) -> tuple[Updated, PyTree]:
+        """Return the shapes on one device of what an update replaces, and of the gradients."""
+        state, opt_state, average = self.local_shapes
+        return Updated(opt_state, average, state.params), jax.eval_shape(wide, state.params)
 
-    def abstract_arguments(self) -> tuple[State, PyTree, PyTree, dict, Any]:
-        """Return shapes and shardings of the step's arguments; the first three are updated."""
+    def abstract_arguments(self) -> StepArguments:
+        """Return the shapes and shardings of the step's arguments."""
         state, micro_batched, step = self.pipe.abstract_arguments()
-        places = self._shardings()
-        opt_state, average = jax.tree.map(
+        arrays = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(self._begin, state.params),
-            (places.opt_state, places.average),
+            TrainArrays(state, *jax.eval_shape(self._begin, state.params)),
+            self._shardings(),
         )
-        return state, opt_state, average, micro_batched, step
+        return StepArguments(arrays, micro_batched, step)
 
     def lower(self) -> jax.stages.Lowered:
-        """Lower the whole training step from shapes, to compile or to inspect it."""
+        """Lower the whole training step from shapes, to compile or to inspect it.
+
+        Returns:
+            The lowered step, as of `jax.jit(...).lower`.
+        """
         return self._step.lower(*self.abstract_arguments())
 
     def export(self) -> export.Exported:
-        """Export the whole training step for TPU; this needs no TPU."""
+        """Export the whole training step for TPU; this needs no TPU.
+
+        Returns:
+            The exported step, as of `jax.export.export`.
+        """
         return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 
     # --- layer by layer, for checkpoints ---------------------------------------------------------
 
     def to_layers(self, current: TrainState) -> LayerTrees:
-        """Copy everything that training changes, of the layers that this process saves."""
-        return by_layer.split(self.pipe.stages, self.pipe.mesh, current)
+        """Copy everything that training changes, of the layers that this process saves.
+
+        Args:
+            current: The training state. It stays usable.
+
+        Returns:
+            Trees of numpy arrays: one dict for each layer, and what no layer has. They are the same
+            for any number of stages.
+        """
+        return by_layer.split(self.pipe.stages, self.pipe.mesh, current.arrays)
 
     def from_layers(self, saved: LayerTrees, step: int) -> TrainState:
         """Invert `to_layers`; read the layers of this process's devices only.
@@ -346,9 +403,12 @@ class Trainer:
         Args:
             saved: The layers, from a checkpoint or `to_layers`.
             step: Number of updates done so far.
+
+        Returns:
+            The training state, on the devices.
         """
-        local = self.local_shapes._replace(step=step)
-        return by_layer.join(self.pipe.stages, self.pipe.mesh, saved, local)
+        arrays = by_layer.join(self.pipe.stages, self.pipe.mesh, saved, self.local_shapes)
+        return arrays.at_step(step)
 
     def layer_shapes(self) -> LayerTrees:
         """Return the shapes of what the `to_layers` of all processes copy together."""

@@ -3,8 +3,8 @@
 Letters: K devices, V chunks, k device, c chunk, s = c K + k stage.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +17,11 @@ from gpipe_jax.pipeline.ragged.storage import Storage, from_block, to_block
 from gpipe_jax.utils.trees import PyTree
 
 
-class ChunkedStorage(Sequence[Storage]):
+class ChunkedStorage:
     """Describe the arrays [chunk 0, chunk 1, ...] that hold a tree of each layer.
 
-    The trees are the layers' parameters, or their running statistics.
+    The trees are the layers' parameters, or their running statistics. Item c and the iterator give
+    the `Storage` of each chunk.
 
     Args:
         geometry: Which layers belong to which chunk and device.
@@ -42,15 +43,11 @@ class ChunkedStorage(Sequence[Storage]):
         K = geometry.num_devices
         self._chunks = [Storage(runs[c * K : (c + 1) * K]) for c in range(geometry.chunks)]
 
-    @overload
-    def __getitem__(self, c: int) -> Storage: ...
-    @overload
-    def __getitem__(self, c: slice) -> list[Storage]: ...
-    def __getitem__(self, c: int | slice) -> Storage | list[Storage]:
+    def __getitem__(self, c: int) -> Storage:
         return self._chunks[c]
 
-    def __len__(self) -> int:
-        return len(self._chunks)
+    def __iter__(self) -> Iterator[Storage]:
+        return iter(self._chunks)
 
     def groups(self, s: int) -> tuple[Group, ...]:
         """Return where the leaves of stage s are, run by run."""
