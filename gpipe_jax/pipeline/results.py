@@ -1,0 +1,39 @@
+"""Define what the steps of a `Pipeline` return."""
+
+from typing import NamedTuple
+
+import jax
+
+from gpipe_jax.pipeline.state import State
+from gpipe_jax.utils.trees import PyTree
+
+
+class LossAndMetrics(NamedTuple):
+    """Hold weighted means over the examples of a batch, equal on every host."""
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]  # what the loss function returns beside the loss
+
+
+class StepGradients(NamedTuple):
+    """Hold the result of the traced `Pipeline.gradients`."""
+
+    value: LossAndMetrics
+    gradients: PyTree  # in the form of `State.params`, at least float32
+    stats: PyTree  # running statistics after the step
+
+
+class ValueAndGrad(NamedTuple):
+    """Hold the result of `Pipeline.value_and_grad`."""
+
+    value: LossAndMetrics
+    gradients: PyTree  # in the form of `State.params`, at least float32
+    state: State  # with the running statistics after the step
+
+
+class GradientArguments(NamedTuple):
+    """Hold the shapes and shardings of the arguments of `Pipeline.gradients`."""
+
+    state: State
+    micro_batched: dict
+    step: jax.ShapeDtypeStruct
