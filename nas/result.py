@@ -278,7 +278,7 @@ class Result:
         the error that ended the search, as `wait` does.
 
         Args:
-            every_s: Seconds between updates.
+            every_s: Seconds between updates. Default: 0.5.
         """
         from nas.reports import live
 
@@ -352,16 +352,18 @@ def search(
             and other metrics; an object with a method `evaluate(job)`; or a `nas.Evaluator`.
         workers: Who evaluates. A number of threads; "devices", a thread for each local
             accelerator; "processes" or "processes:4"; the address of a dask scheduler; a dask
-            client; or an executor.
-        wait: Whether to return after the search. Otherwise it runs in the background.
-        timeout_s: Seconds for one evaluation, after which it fails; default: no limit.
-        time_limit_s: Seconds for the whole call; default: no limit. The search can be resumed.
+            client; or an executor. Default: 1.
+        wait: Whether to return after the search. Otherwise it runs in the background. Default:
+            True.
+        timeout_s: Seconds for one evaluation, after which it fails. Default: no limit.
+        time_limit_s: Seconds for the whole call. The search can be resumed. Default: no limit.
         callback: Called with the `nas.Search` after each report; True ends the search.
-        limits: Architectures beyond these are rejected before they are evaluated.
-        name: Name of the run.
-        folder: Folder of runs, on a local disk.
+            Default: none.
+        limits: Architectures beyond these are rejected before they are evaluated. Default: none.
+        name: Name of the run. Default: "search".
+        folder: Folder of runs, on a local disk. Default: "runs".
         other_evaluator: Whether a run by another evaluator may be resumed, although its fitness
-            may not be comparable.
+            may not be comparable. Default: False.
         **options: Other arguments of `nas.Search`:
 
             - cycles: Number of candidates with a fitness at which the search is over; default 1000.
@@ -436,7 +438,7 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
 
     Args:
         name: Name of the run in `folder`, or the path of its own folder.
-        folder: Folder of runs.
+        folder: Folder of runs. Default: "runs".
 
     Returns:
         The run, which may be unfinished.

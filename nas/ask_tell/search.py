@@ -134,7 +134,8 @@ class Search:
         The cache may answer many candidates before one is to be evaluated.
 
         Args:
-            until: Called between candidates; if it returns True, `ask` returns None.
+            until: Called between candidates; if it returns True, `ask` returns None. Default: a
+                function that returns False.
 
         Returns:
             The job, or None if there is none now: the search is over, or it waits for reports of

@@ -44,14 +44,14 @@ class Job:
         architecture: The candidate's architecture, a value of the search space.
         seed: Seed for all randomness of the evaluator. It is the same in every attempt, so that
             results repeat.
-        attempt: Number of the attempt, from 1.
+        attempt: Number of the attempt, from 1. Default: 1.
         tournament: For a member that is trained again, the candidate whose parent it may become;
-            otherwise None.
+            otherwise None. Default: None.
         inherit: Location of trained weights to start from, or None. It is what an evaluation
             returned as `trained_values`. With `retrain_warm` a member that is trained again starts
-            from its own weights, and a child from its parent's.
+            from its own weights, and a child from its parent's. Default: None.
         rivals: Values of the metric that the search compares by, of the population's members at
-            the time of the proposal. Empty if the search compares by none.
+            the time of the proposal. Empty if the search compares by none. Default: ().
     """
 
     evaluation: int

@@ -24,7 +24,7 @@ class NASBench201Table:
         flops_m     millions of operations
 
     Args:
-        dataset: cifar10, cifar100 or imagenet16_120.
+        dataset: cifar10, cifar100 or imagenet16_120. Default: cifar10.
         folder: Folder that holds nb201.npz or nasbench201/nb201.npz; default: the environment
             variable GPIPE_JAX_DATA.
 

@@ -44,8 +44,9 @@ class NASNetSpace:
     pairs and eight operations, which make (6!)^2 8^10 = 5.6e14 cells.
 
     Args:
-        pairs: Number of pairwise combinations in a cell, at least 1.
-        operations: Names of the operations that an element of a pair may be.
+        pairs: Number of pairwise combinations in a cell, at least 1. Default: 5.
+        operations: Names of the operations that an element of a pair may be. Default: the paper's
+            eight.
 
     Raises:
         ValueError: `pairs` is not a whole number of at least 1, or an operation is unknown.
