@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_fraction
 from gpipe_jax.utils.trees import PyTree
 
@@ -71,7 +72,10 @@ def classification(*, label_smoothing: float = 0.0, auxiliary_weight: float = 0.
     """
     check_fraction("label_smoothing", label_smoothing)
     if not auxiliary_weight >= 0:
-        raise ValueError(f"`auxiliary_weight` is {auxiliary_weight}; use 0 (no such head) or more")
+        raise ArgumentError(
+            "auxiliary_weight",
+            f"`auxiliary_weight` is {auxiliary_weight}; use 0 (no such head) or more",
+        )
     return _Classification(label_smoothing, auxiliary_weight)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.conv import Conv
 from gpipe_jax.layers.layer import Layer, layer
 from gpipe_jax.layers.pooling import max_pool
@@ -96,7 +97,9 @@ def unet(
     """
     check_counts(depth=depth, convolutions=convolutions, channels=channels, classes=classes)
     if channels % 2:
-        raise ValueError(f"`channels` is {channels}, but the last level has half of them: use even")
+        raise ArgumentError(
+            "channels", f"`channels` is {channels}, but the last level has half of them: use even"
+        )
     level = [channels * 2**i for i in range(depth)]
     layers, before = [], in_channels
     for i, width in enumerate(level):

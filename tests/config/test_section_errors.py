@@ -8,8 +8,10 @@ from gpipe_jax.config.base import section
 from gpipe_jax.distributed.device_order import arrange
 from gpipe_jax.distributed.mesh import make_mesh
 from gpipe_jax.errors import ConfigError
+from gpipe_jax.losses import classification
 from gpipe_jax.schedules import generators
 from gpipe_jax.utils.checks import check_counts
+from gpipe_jax.zoo import unet
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,8 @@ mesh:
         ("schedule", lambda: generators.training_schedule(generators.forward_only(1, 1), 1, 1)),
         ("chunks", lambda: generators.training_schedule(generators.gpipe(1, 1), 1, 1, 2)),
         ("width", lambda: check_counts(width=0)),
+        ("channels", lambda: unet(depth=1, convolutions=1, channels=3)),
+        ("auxiliary_weight", lambda: classification(auxiliary_weight=-1.0)),
     ],
 )
 def test_errors_name_the_argument(argument, call):
