@@ -39,8 +39,8 @@ class Dataset:
         train: `train(step, rows=None)` yields the batches from `step` on, without end. `rows` are
             the positions [<= B] of each batch to read; None reads all.
         test: `test()` yields each held-out example once, in order; the last batch may be smaller.
-        train_examples: The number of training examples, if it is known.
-        test_examples: The number of held-out examples, if it is known.
+        train_examples: The number of training examples. Default: None, not known.
+        test_examples: The number of held-out examples. Default: None, not known.
 
     Example::
 

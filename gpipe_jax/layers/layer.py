@@ -36,9 +36,9 @@ class Layer:
     and `apply`.
 
     Args:
-        stashes: Names of the tensors that the layer stashes; set by `stash`.
-        pops: Names of the tensors that the layer pops; set by `pop`.
-        ties: Pairs (path, name) of the layer's tied parameters; set by `tie`.
+        stashes: Names of the tensors that the layer stashes; set by `stash`. Default: none.
+        pops: Names of the tensors that the layer pops; set by `pop`. Default: none.
+        ties: Pairs (path, name) of the layer's tied parameters; set by `tie`. Default: none.
 
     Example::
 
@@ -191,6 +191,7 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
             takes that, and with `progress=` (of the training run, 0 to 1) if it takes that.
         apply: A function (params, x) -> output, with `init`. If it takes `rngs`, it gets the random
             key in training and None in evaluation. It gets `train` and `progress` if it takes them.
+            Default: None, for an `nnx.Module`.
         **kwargs: Arguments of the module class; they must be hashable. Lists become tuples.
 
     Returns:
@@ -213,10 +214,13 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
             raise TypeError(f"layer(init, apply) takes no keywords, got {sorted(kwargs)}")
         return FunctionLayer(target, apply)
     if not (isinstance(target, type) and issubclass(target, nnx.Module)):
-        raise TypeError(
+        message = (
             f"layer() takes a flax.nnx.Module class and its arguments, or two functions "
             f"(init, apply); got {target!r}"
         )
+        if inspect.isroutine(target):
+            message += "; if it returns a list of layers, call it and give the list to Pipeline"
+        raise TypeError(message)
     frozen = {name: _freeze(value) for name, value in kwargs.items()}
     description = ModuleLayer(target, tuple(sorted(frozen.items())), _types(list(frozen.values())))
     try:

@@ -36,12 +36,16 @@ def plan(
     Args:
         network: A config, the path of its file, or a list of layers.
         topology: The TPU slice to compile for, as "v3:4x4" or a Cloud name as "v3-32". None does
-            not compile: there are no times then.
-        slices: The number of such slices, connected by the data-centre network.
+            not compile: there are no times then. Default: None.
+        slices: The number of such slices, connected by the data-centre network. Default:
+            1.
         cost: What the partition balances: "flops", "cycles" (each layer's time as compiled for the
-            topology), or one number for each layer. None is the config's own; for layers "flops".
-        timeout_s: The longest that the compilation of one program may take, in seconds.
-        show: Called every few seconds with a line of text about the compilation.
+            topology), or one number for each layer. Default: the config's own; for layers
+            "flops".
+        timeout_s: The longest that the compilation of one program may take, in seconds. Default:
+            no limit.
+        show: Called every few seconds with a line of text about the compilation. Default:
+            nothing is shown.
         **options: Only for layers. Required: `loss`, `example` (a batch or its shapes) and `tx` (an
             optax optimizer). Optional, of the layout: `stages` (default 1), `data` (1),
             `micro_batches` (1), `schedule` ("1f1b"), `chunks` (1), `remat` ("stage"), `partition`
@@ -53,7 +57,7 @@ def plan(
     Raises:
         ValueError: The topology or an option is invalid, or the mesh does not fit it.
         TypeError: `options` are missing for layers, or given for a config.
-        CompilerNotInstalledError: libtpu is not installed.
+        CompilerNotInstalledError: The package libtpu is not installed.
         TimeoutError: A compilation took longer than `timeout_s`.
 
     Example::
