@@ -10,7 +10,7 @@ from pydantic import Field
 
 from gpipe_jax.config.base import Count, CountOrZero, Fraction, Problems, Section, Text
 from gpipe_jax.config.models import AnyModelConfig, ImageShape, ModelConfig
-from gpipe_jax.data.files import Rules
+from gpipe_jax.data.rules import Rules
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
 
 

@@ -1,8 +1,9 @@
 """Make seeded, restartable streams of batches, from data on this machine; numpy only."""
 
-from gpipe_jax.data.files import Rules, array_record, arrays
+from gpipe_jax.data.files import array_record, arrays
 from gpipe_jax.data.images import cifar10, digits
 from gpipe_jax.data.python_source import python
+from gpipe_jax.data.rules import Rules
 from gpipe_jax.data.stream import Batch, Dataset, dataset, iterable
 from gpipe_jax.data.synthetic import synthetic_images, synthetic_tokens
 from gpipe_jax.data.text_files import text

@@ -16,7 +16,8 @@ from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan
 from gpipe_jax.planner.predict import Compiler
 from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING, make
-from gpipe_jax.tpu_compiler.topologies import Generation, Topology
+from gpipe_jax.tpu_compiler.generations import Generation
+from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.utils import text
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import GIB

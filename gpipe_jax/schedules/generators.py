@@ -6,13 +6,14 @@ takes several chunks). The configuration, the planner and the command line read 
 Letters: K devices, V chunks, M micro-batches, t tick, k device, s stage, m micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
 from gpipe_jax.utils.checks import check_count, check_counts
+from gpipe_jax.utils.text import did_you_mean_or_list
 
 
 def gpipe(num_devices: int, micro_batches: int) -> Schedule:
@@ -244,9 +245,7 @@ def make(kind: str, num_devices: int, micro_batches: int, chunks: int = 1) -> Sc
         >>> make("1f1b", 4, 8).peak_stash
         [4, 3, 2, 1]
     """
-    if kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise ArgumentError("kind", f"unknown schedule {kind!r}; known: {known}")
+    _check_name("kind", kind, KINDS)
     if kind in CHUNKED:
         return KINDS[kind](num_devices, micro_batches, chunks)
     if chunks != 1:
@@ -280,11 +279,7 @@ def training_schedule(
         10
     """
     if isinstance(schedule, str):
-        if schedule not in TRAINING:
-            known = ", ".join(TRAINING)
-            raise ArgumentError(
-                "schedule", f"unknown schedule {schedule!r} for training; known: {known}"
-            )
+        _check_name("schedule", schedule, TRAINING)
         return make(schedule, num_devices, micro_batches, chunks)
     if not (schedule.table[..., 0] == BACKWARD).any():
         raise ArgumentError(
@@ -304,6 +299,12 @@ def training_schedule(
             f"leave `chunks` out for a table of your own",
         )
     return schedule
+
+
+def _check_name(argument: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        known = did_you_mean_or_list(name, names)
+        raise ArgumentError(argument, f"unknown schedule {name!r}{known}")
 
 
 def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ def count_problem(value: Any, minimum: int = 1) -> str | None:
     ('must be a whole number of at least 1', 'must be a whole number of at least 0')
     >>> count_problem(3)
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum:
         return None
     return f"must be a whole number of at least {minimum}"
 

@@ -194,6 +194,14 @@ def test_what_is_no_module_is_refused(target: Any) -> None:
         layer(target)
 
 
+def test_a_function_that_returns_layers_goes_to_the_pipeline() -> None:
+    with pytest.raises(TypeError, match=r"got <function mlp .*call it and give the list to Pipel"):
+        layer(zoo.mlp)
+    with pytest.raises(TypeError) as refusal:
+        layer(5)
+    assert "Pipeline" not in str(refusal.value)
+
+
 def test_a_module_already_built_is_refused() -> None:
     with pytest.raises(TypeError, match=r"takes a flax.nnx.Module class .* got Scale"):
         layer(Scale(((1,),)))

@@ -148,7 +148,7 @@ def test_links_that_do_not_match():
 
 
 def test_an_unknown_schedule():
-    with pytest.raises(ValueError, match="unknown schedule 'zb' for training; known: gpipe, 1f1b"):
+    with pytest.raises(ValueError, match="unknown schedule 'zb'; known: gpipe, 1f1b"):
         build(schedule="zb")
 
 

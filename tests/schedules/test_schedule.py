@@ -305,6 +305,9 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     known = "gpipe, 1f1b, eager_1f1b, interleaved, forward"
     with pytest.raises(ValueError, match=f"unknown schedule '2f2b'; known: {known}"):
         make("2f2b", 2, 2)
+    for resolve in (make, training_schedule):
+        with pytest.raises(ValueError, match="'interleave'; did you mean 'interleaved'"):
+            resolve("interleave", 2, 2)
 
 
 @pytest.mark.parametrize("kind", ["gpipe", "1f1b", "eager_1f1b"])
@@ -356,9 +359,7 @@ def test_a_pipelines_schedule_is_made_by_name_or_is_ones_own() -> None:
 
 
 def test_a_schedule_that_does_not_train_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="unknown schedule 'forward' for training; known: gpipe, 1f1b"
-    ):
+    with pytest.raises(ValueError, match="unknown schedule 'forward'; known: gpipe, 1f1b"):
         training_schedule("forward", 2, 2)
     with pytest.raises(ValueError, match="the schedule 'forward' has no backwards; give one"):
         training_schedule(make("forward", 2, 2), 2, 2)

@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from gpipe_jax.tpu_compiler import cache as cache_files
 from gpipe_jax.tpu_compiler import compiler, libtpu
 from gpipe_jax.tpu_compiler.compiler import compile_programs
+from gpipe_jax.tpu_compiler.generations import GENERATIONS
 from gpipe_jax.tpu_compiler.hlo import Collective
 from gpipe_jax.tpu_compiler.results import Compiled, Program, failed
-from gpipe_jax.tpu_compiler.topologies import GENERATIONS, parse
+from gpipe_jax.tpu_compiler.topologies import parse
 
 TPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from gpipe_jax.tpu_compiler.topologies import GENERATIONS, Topology, parse, squarest
+from gpipe_jax.tpu_compiler.generations import GENERATIONS
+from gpipe_jax.tpu_compiler.topologies import Topology, parse, squarest
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import nas
 from gpipe_jax import errors as gpipe_jax_errors
 from gpipe_jax.tpu_compiler import cache, compiler, libtpu, topologies
+from gpipe_jax.tpu_compiler.generations import GENERATIONS
 from gpipe_jax.tpu_compiler.results import Compiled, too_large
 from gpipe_jax.utils.text import GIB
 from nas import from_config
@@ -230,7 +231,7 @@ def test_by_the_real_compiler(tmp_path, monkeypatch) -> None:
         0.001 < measured[0][0] < measured[1][0] < 100
         and 0.1 < measured[0][1] < measured[1][1] < 2000
     )
-    usable = topologies.GENERATIONS["v5e"].hbm_gib
+    usable = GENERATIONS["v5e"].hbm_gib
     huge = NetworkCosts(filters=2048, image=64, topology="v5e:1x1", batch_size=2048)
     assert huge.latency_ms(genotype) == math.inf and huge.memory_mib(genotype) > usable * 1024
     _compile.cache_clear()

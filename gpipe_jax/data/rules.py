@@ -1,0 +1,75 @@
+"""Check that the inputs and labels of a data set are ones that a network accepts."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gpipe_jax.data.stream import Batch
+from gpipe_jax.errors import DataError
+
+KEYS = ("inputs", "labels")
+
+
+class Rules(NamedTuple):
+    """Describe the inputs and labels that a network accepts.
+
+    Args:
+        tokens: The inputs are whole numbers (tokens), not floats or pixels.
+        classes: One more than the largest label, and than the largest token; None if not known.
+    """
+
+    tokens: bool = False
+    classes: int | None = None
+
+    def apply(self, source: str, batch: Batch) -> Batch:
+        """Check a batch and return it in the types of training.
+
+        Args:
+            source: Where the batch comes from, for messages.
+            batch: `inputs` and `labels`, as they are stored.
+
+        Returns:
+            The inputs in float32 (pixels from -1 to 1), or in int32 for tokens; labels in int32.
+
+        Raises:
+            DataError: The batch breaks a rule.
+        """
+        self.check(source, batch)
+        inputs, labels = (batch[key] for key in KEYS)
+        return {"inputs": self._inputs(source, inputs), "labels": labels.astype(np.int32)}
+
+    def check(self, source: str, batch: Batch) -> None:
+        """Check that labels and tokens are whole numbers in the range of the network.
+
+        Args:
+            source: Where the batch comes from, for messages.
+            batch: `inputs`, `labels`, and optionally `weights`: examples of weight 0 are ignored.
+
+        Raises:
+            DataError: They are not.
+        """
+        used = np.asarray(batch["weights"]) > 0 if "weights" in batch else slice(None)
+        inputs, labels = (np.asarray(batch[key])[used] for key in KEYS)
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"labels of {source} have type {labels.dtype}; they must be integers")
+        named = {"labels": labels, "inputs": inputs} if self.tokens else {"labels": labels}
+        for key, a in named.items():
+            self._check_range(f"{key} of {source}", a)
+
+    def _inputs(self, source: str, a: np.ndarray) -> np.ndarray:
+        if np.issubdtype(a.dtype, np.integer if self.tokens else np.floating):
+            return a.astype(np.int32 if self.tokens else np.float32)
+        if a.dtype == np.uint8 and not self.tokens:
+            return (a / 127.5 - 1).astype(np.float32)
+        rule = "tokens are integers" if self.tokens else "use floats, or pixels in uint8"
+        raise DataError(f"inputs of {source} have type {a.dtype}; {rule}")
+
+    def _check_range(self, name: str, a: np.ndarray) -> None:
+        largest = 2**31 if self.classes is None else self.classes
+        if a.size and not 0 <= a.min() <= a.max() < largest:
+            raise DataError(
+                f"{name} are from {a.min()} to {a.max()}; the model accepts 0 to {largest - 1}"
+            )
+
+
+ANY = Rules()
