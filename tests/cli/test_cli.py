@@ -359,8 +359,8 @@ def test_schedule_draws(gpipe, tmp_path):
     code, out, _ = gpipe("schedule", *arguments, "--json", config=None)
     assert code == 0
     assert [line.split() for line in out[1:3]] == [
-        ["stage", "0", "F0", "F1", "F2", ".", ".", "B0", "B1", "B2"],
-        ["stage", "1", ".", "F0", "F1", "F2", "B0", "B1", "B2", "."],
+        ["device", "0", "F0", "F1", "F2", ".", ".", "B0", "B1", "B2"],
+        ["device", "1", ".", "F0", "F1", "F2", "B0", "B1", "B2", "."],
     ]
     figures = json.loads(out[-1])
     assert figures["bubble_fraction"] == 0.25 and figures["peak_stash"] == [3, 3]
