@@ -70,6 +70,7 @@ class Repeated(Evaluator):
 
     def __post_init__(self) -> None:
         check_count("repeats", self.repeats)
+        object.__setattr__(self, "repeats", int(self.repeats))  # of NumPy: no JSON
         as_evaluator(self.evaluator)
 
     @property

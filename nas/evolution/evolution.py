@@ -71,6 +71,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("population", "sample"):
             check_count(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))  # of NumPy: no JSON
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"`seed` must be a whole number, got {self.seed!r}")
         for name in ("maximise", "replacement"):

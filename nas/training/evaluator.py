@@ -33,6 +33,9 @@ _NOT_IN_IDENTITY = ("folder", "timeout_s", "compilation_cache", "operations", "p
 `builder` is not among them: the builders draw different initial values.
 """
 
+_COUNTS = ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs", "pairs")
+_OPTIONAL_COUNTS = ("examples", "validation_images", "stop_epoch")
+
 
 @dataclass(frozen=True)
 class TrainingEvaluator(Evaluator):
@@ -133,6 +136,10 @@ class TrainingEvaluator(Evaluator):
         object.__setattr__(self, "operations", tuple(self.operations))
         _check_data(self.data)
         _check_counts(self)
+        for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, int(value))  # of NumPy: no JSON
         _check_numbers(self)
         for name, known in (("builder", BUILDERS), ("dtype", DTYPES)):
             value = getattr(self, name)
@@ -312,9 +319,9 @@ def _check_data(name: str) -> None:
 
 
 def _check_counts(evaluator: TrainingEvaluator) -> None:
-    for name in ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs", "pairs"):
+    for name in _COUNTS:
         check_count(name, getattr(evaluator, name))
-    for name in ("examples", "validation_images", "stop_epoch"):
+    for name in _OPTIONAL_COUNTS:
         if getattr(evaluator, name) is not None:
             check_count(name, getattr(evaluator, name))
     if evaluator.final_epochs > evaluator.epochs:

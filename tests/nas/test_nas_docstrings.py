@@ -29,7 +29,7 @@ def documented() -> Iterator[tuple[str, Callable[..., Any]]]:
                     yield f"{name}.{member}", method
 
 
-@pytest.mark.parametrize(("name", "value"), documented())
+@pytest.mark.parametrize(("name", "value"), list(documented()))
 def test_arguments_and_defaults_are_documented(name: str, value: Callable[..., Any]) -> None:
     text = inspect.cleandoc(value.__doc__ or "")
     for parameter in inspect.signature(value).parameters.values():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 import nas
@@ -161,6 +162,15 @@ def test_counts_are_whole_numbers(make, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         make()
+
+
+def test_integers_of_numpy_are_stored_as_numbers(tmp_path) -> None:
+    three = np.int64(3)
+    evaluator = nas.Repeated(nas.TrainingEvaluator(epochs=three, stop_epoch=np.int64(1)), three)
+    plain = nas.Repeated(nas.TrainingEvaluator(epochs=3, stop_epoch=1), 3)
+    assert identity_of(evaluator) == identity_of(plain)
+    options = {"population": three, "sample": np.int64(2), "cycles": three, "folder": tmp_path}
+    assert nas.search(space="nasbench201", evaluate=sum, **options).counts.results == 3
 
 
 @pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
