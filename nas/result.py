@@ -287,7 +287,11 @@ class Result:
             self.wait()
 
     def stop(self) -> "Result":
-        """End the search; jobs that are running are repeated when the search is resumed."""
+        """End the search; jobs that are running are repeated when the search is resumed.
+
+        Returns:
+            The result itself, with what is finished.
+        """
         if self._running is not None:
             self._running.stop()
         return self.wait()

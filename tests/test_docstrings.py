@@ -20,7 +20,7 @@ from gpipe_jax.zoo.unet import Down, Up
 
 DESCRIBED = {
     f"{package.__name__}.{name}": value
-    for package in (gpipe_jax,)
+    for package in (gpipe_jax, nas)
     for name, value in public_objects(package).items()
 }
 EXAMPLES = {

@@ -14,8 +14,9 @@ class Rules(NamedTuple):
     """Describe the inputs and labels that a network accepts.
 
     Args:
-        tokens: The inputs are whole numbers (tokens), not floats or pixels.
-        classes: One more than the largest label, and than the largest token; None if not known.
+        tokens: Whether the inputs are whole numbers (tokens), not floats or pixels. Default: False.
+        classes: One more than the largest label, and than the largest token. Default: None, not
+            known.
     """
 
     tokens: bool = False

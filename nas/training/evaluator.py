@@ -204,6 +204,9 @@ class TrainingEvaluator(Evaluator):
     def load_data(self) -> "Split":
         """Load the images.
 
+        Returns:
+            The images and labels of training and validation.
+
         Raises:
             ValueError: There are too few images, or they are too small.
             OSError: The files cannot be read.
