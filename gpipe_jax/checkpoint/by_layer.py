@@ -14,7 +14,7 @@ import numpy as np
 
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.host_arrays import AnyMesh
-from gpipe_jax.pipeline import layer_trees
+from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.state import State, TrainArrays

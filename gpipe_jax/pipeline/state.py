@@ -23,7 +23,8 @@ from gpipe_jax.distributed.mesh import (
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import layer_key
 from gpipe_jax.layers.shape_inference import LayerShape
-from gpipe_jax.pipeline import layer_trees, spmd
+from gpipe_jax.pipeline import spmd
+from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import of_all_devices
