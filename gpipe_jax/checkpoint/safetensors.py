@@ -81,7 +81,7 @@ def write(
 
 
 def write_all(file: IO[bytes] | ChecksummedFile, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name, all of which are in memory."""
+    """Write arrays by name; all are in memory."""
     write(file, {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.values())
 
 

@@ -1,4 +1,4 @@
-"""Write checkpoints while training goes on; Orbax's types stay in this file.
+"""Write checkpoints in the background of training; only this file uses Orbax's types.
 
 Orbax contributes the background thread, the barriers between processes and the removal of old
 checkpoints. It also writes into a temporary folder, which gets its name when it is complete. The

@@ -71,7 +71,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_process_options(command: argparse.ArgumentParser) -> None:
-    """Add what JAX finds itself on TPU pods, and with Slurm and MPI."""
+    """Add the options of the cluster, which JAX detects on TPU pods and under Slurm and MPI."""
     command.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address of the first of several processes"
     )

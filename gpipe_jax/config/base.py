@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1  # JAX holds shapes and steps in 32 bits
 
 
 def _not_a_bool(error_type: Any) -> BeforeValidator:
-    # Python counts True as 1, and YAML reads an unquoted `yes` as True: never what was meant.
+    # Python counts True as 1, and YAML reads an unquoted `yes` as True. Neither is a number.
     def validate(value: Any) -> Any:
         if isinstance(value, bool):
             raise PydanticKnownError(error_type)
@@ -28,7 +28,7 @@ def _not_a_bool(error_type: Any) -> BeforeValidator:
 # A field bounds a count further with `lt`: pydantic would let the `le` here win over another one.
 Count = Annotated[int, Field(ge=1, le=LARGEST), _not_a_bool("int_type")]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST), _not_a_bool("int_type")]
-# A count of layers and the like, each of which is an object in memory.
+# A count of objects in memory, such as layers.
 Depth = Annotated[int, Field(ge=1, le=100_000), _not_a_bool("int_type")]
 Positive = Annotated[float, Field(gt=0), _not_a_bool("float_type")]
 PositiveOrZero = Annotated[float, Field(ge=0), _not_a_bool("float_type")]

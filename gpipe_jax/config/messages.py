@@ -63,7 +63,7 @@ _RULES = {
 
 
 def _rule(error: Any) -> str:
-    """Return what pydantic expected, in words that follow `expected`."""
+    """Return the rule of pydantic as text that follows "expected"."""
     words = {name: str(value).removesuffix(".0") for name, value in error.get("ctx", {}).items()}
     rule = _RULES.get(error["type"])
     return rule.format_map(words) if rule else error["msg"]

@@ -70,8 +70,8 @@ class PipelineConfig(Section):
     )
     cost: Annotated[Literal["flops", "time"] | tuple[PositiveOrZero, ...], Mark.OPERATION] = Field(
         default="flops",
-        description="what auto balances, and what a cut is said to cost: flops, measured time, or "
-        "a cost for each layer",
+        description="the cost of a layer, which auto balances and reports show: flops, measured "
+        "time, or a number for each layer",
     )
     memory_limit_gib: Annotated[Positive | None, Mark.OPERATION] = Field(
         default=None,

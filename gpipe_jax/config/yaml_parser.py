@@ -25,7 +25,7 @@ _TAGS = {
 
 
 class YamlError(Exception):
-    """Report text that cannot be used at all, because of what is at `line`."""
+    """Report text that cannot be parsed, because of a mistake at `line`."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)

@@ -189,7 +189,7 @@ def iterable(
         batches: `batches(step)` yields the training batches from that step on, without end, and the
             same ones in every call. A batch is a dictionary with `inputs` and `labels`, whose first
             axis is the example; all have the same shapes.
-        test: `test()` yields each held-out example once, in batches that are no larger.
+        test: `test()` yields each held-out example once, in batches of at most that size.
 
     Returns:
         The data set. Its iterators raise DataError if a batch is something else, or the training

@@ -45,12 +45,12 @@ def params_sharding(mesh: MeshLike) -> NamedSharding:
 
 
 def batch_sharding(mesh: MeshLike) -> NamedSharding:
-    """Return how micro-batches [M, D*B, ...] lie on the devices."""
+    """Return the sharding of micro-batches [M, D*B, ...]."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def replicated_sharding(mesh: MeshLike) -> NamedSharding:
-    """Return how an array lies that every device has a copy of."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, REPLICATED_SPEC)
 
 

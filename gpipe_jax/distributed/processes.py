@@ -226,7 +226,8 @@ class FailureWatcher:
             return
         reason = message.decode().strip()
         if not reason:
-            reason = f"host {peer.index + 1} of {self.cluster.num_processes} ({peer.name}) is gone"
+            host = f"host {peer.index + 1} of {self.cluster.num_processes} ({peer.name})"
+            reason = f"{host} has disconnected"
         for other in self.peers:
             with contextlib.suppress(OSError):
                 other.socket.sendall(f"{reason}\n".encode())

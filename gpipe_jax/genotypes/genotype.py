@@ -216,7 +216,7 @@ class Genotype:
 
 
 def is_json(text: str) -> bool:
-    """Return whether a text is JSON as of `Genotype.to_json`, and not a name or a path."""
+    """Return whether a text is JSON, as `Genotype.to_json` writes it, and not a name or a path."""
     return text.lstrip().startswith("{")
 
 

@@ -97,7 +97,7 @@ def _pad(x: jax.Array, pads: list[tuple[int, int, int]], fill: float) -> jax.Arr
 
 
 def total(terms: Iterable[jax.Array]) -> jax.Array:
-    """Add arrays of equal shape in one expression, of which XLA makes one loop."""
+    """Add arrays of equal shape in one expression, which XLA compiles to one loop."""
     return functools.reduce(jnp.add, terms)
 
 

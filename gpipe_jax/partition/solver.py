@@ -136,7 +136,7 @@ def explicit(
 
 
 class _Layers(NamedTuple):
-    """Hold the checked input, each [L]; what is not given is 0, or infinity for the limit."""
+    """Hold the checked input, each [L]; missing values are 0, and the missing limit is infinity."""
 
     costs: np.ndarray
     transfer: np.ndarray

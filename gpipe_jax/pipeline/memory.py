@@ -51,7 +51,7 @@ def of_device(
         "parameters": stages.params.device_bytes() + statistics + stages.ties.bytes(),
         "optimizer": optimizer_bytes,
         "gradients": float32_bytes(stages) + statistics + stages.ties.bytes(4),
-        # What has arrived and what is sent exists beside the slots.
+        # The received and the sent array exist beside the slots.
         "stash": (buffers.x_slots + 2) * boundary + (buffers.g_slots + 2) * gradient,
         "working_set": max(working),
         "batch": schedule.micro_batches * tree_bytes(micro_batch),

@@ -410,7 +410,7 @@ class Pipeline:
         """Lower `gradients` for the devices of the mesh, from shapes, to compile or to inspect.
 
         Returns:
-            The lowered function, as of `jax.jit(...).lower`.
+            The lowered function, like the result of `jax.jit(...).lower`.
         """
         return self._jitted["gradients"].lower(*self.abstract_arguments())
 

@@ -62,7 +62,7 @@ def summarize(
         "parameters": f"{elements(geometry.shapes):,}, {_parameters(stages)}",
         "boundaries": "packed to the largest"
         if stages.boundary_format.packed
-        else "all alike, as they are",
+        else "all equal, not packed",
     }
     return Summary(rows, facts)
 

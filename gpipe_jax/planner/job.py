@@ -1,4 +1,4 @@
-"""Describe what is trained (a job) and how it lies on devices (a layout)."""
+"""Describe a training (a job) and its placement on devices (a layout)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Hold what is trained, independently of the layout."""
+    """Hold the network and its training, independently of the layout."""
 
     layers: Sequence[Layer]
     loss: Callable

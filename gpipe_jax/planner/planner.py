@@ -36,7 +36,7 @@ def plan(
     Args:
         network: A config, the path of its file, or a list of layers.
         topology: The TPU slice to compile for, as "v3:4x4" or a Cloud name as "v3-32". None does
-            not compile: there are no times then. Default: None.
+            not compile, and predicts no times. Default: None.
         slices: The number of such slices, connected by the data-centre network. Default:
             1.
         cost: What the partition balances: "flops", "cycles" (each layer's time as compiled for the

@@ -9,7 +9,7 @@ takes 1 s, a backward 3 s on device 0 and 4 s on device 1:
     device 1    .     F0 (0 s) F1 (0 s)  B0        B1         .
     seconds     1     1        0         4         4          3      = 13 s
 
-    step  =  these 13 s   =   compute      a device's work, each thing once      mean of devices
+    step  =  these 13 s   =   compute      a device's work, without recompute    mean of devices
                             + recompute    forwards that are computed again      mean of devices
                             + imbalance    the busiest device over the mean
                             + bubble       waiting of the busiest device

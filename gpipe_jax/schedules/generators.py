@@ -133,7 +133,7 @@ def eager_1f1b(num_devices: int, micro_batches: int) -> Schedule:
 
 
 def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedule:
-    """Return `eager_1f1b` with V chunks on each device, for a V-th of the bubble.
+    """Return `eager_1f1b` with V chunks on each device, which divides the bubble by V.
 
     A group of K micro-batches goes through all chunks before the next group starts. If K does not
     divide M, groups are larger. Forwards of all devices share ticks, and so do backwards.
@@ -266,7 +266,8 @@ def training_schedule(
         schedule: The name of a training schedule, or a table of your own to check.
         num_devices: K, the devices in the pipeline.
         micro_batches: M, the micro-batches of a step.
-        chunks: V, the number of stages on each device. Default: 1; a table says it itself.
+        chunks: V, the number of stages on each device. Default: 1. A table of your own has its own
+            number.
 
     Returns:
         The schedule of that name, or `schedule` itself.

@@ -10,7 +10,7 @@ from gpipe_jax.utils.text import format_bytes
 
 
 class Program(NamedTuple):
-    """Hold a program to compile, as of `jax.export.export(jitted, platforms=["tpu"])(*specs)`."""
+    """Hold a program to compile: `jax.export.export(jitted, platforms=["tpu"])(*specs)`."""
 
     name: str
     exported: jax.export.Exported

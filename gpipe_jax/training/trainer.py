@@ -371,7 +371,7 @@ class Trainer:
         """Lower the whole training step from shapes, to compile or to inspect it.
 
         Returns:
-            The lowered step, as of `jax.jit(...).lower`.
+            The lowered step, like the result of `jax.jit(...).lower`.
         """
         return self._step.lower(*self.abstract_arguments())
 
@@ -379,7 +379,7 @@ class Trainer:
         """Export the whole training step for TPU; this needs no TPU.
 
         Returns:
-            The exported step, as of `jax.export.export`.
+            The exported step, like the result of `jax.export.export`.
         """
         return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 

@@ -20,7 +20,7 @@ class Writer(Protocol):
         """Write a record: "step", and a number for each other name."""
 
     def close(self) -> None:
-        """Write what is buffered, and close."""
+        """Write the buffered lines, and close."""
 
 
 class TensorBoard:
@@ -42,7 +42,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Write what is buffered, and close."""
+        """Write the buffered lines, and close."""
         self._writer.close()
 
 
@@ -67,7 +67,7 @@ class Wandb:
         self._run.log(values, step=record["step"])
 
     def close(self) -> None:
-        """Write what is buffered, and close."""
+        """Write the buffered lines, and close."""
         self._run.finish()
 
 

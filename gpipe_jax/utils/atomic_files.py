@@ -1,4 +1,4 @@
-"""Write files whole or not at all, so that a process that is killed leaves no half of one."""
+"""Write files whole or not at all, even if the process is killed meanwhile."""
 
 import contextlib
 import os

@@ -28,7 +28,7 @@ def new_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a program, with `--version` and `--print-completion`."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    text = 'print the completion script of a shell and exit: eval "$(%(prog)s ... bash)"'
+    text = 'print a completion script and exit; use: eval "$(%(prog)s --print-completion bash)"'
     shtab.add_argument_to(parser, "--print-completion", text)
     return parser
 

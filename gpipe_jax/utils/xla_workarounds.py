@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def recompute_from(stored: T) -> T:
-    """Return `stored`, such that what is computed from it is computed here again.
+    """Return `stored`, and make XLA recompute the values that follow from it.
 
     Without the barrier XLA finds that it has computed the same values in the forward pass. It then
     stores those values instead of `stored`.

@@ -187,7 +187,10 @@ def test_preempted_then_one_is_killed(start, tmp_path):
     second.process.kill()
     start_s = time.monotonic()
     assert codes([first], 60) == [1] and time.monotonic() - start_s < 60
-    assert f"host 2 of 2 ({socket.gethostname()}) is gone; host 1 of 2 exits too" in first.output
+    assert (
+        f"host 2 of 2 ({socket.gethostname()}) has disconnected; host 1 of 2 exits too"
+        in first.output
+    )
     assert "Traceback" not in first.output
 
 
@@ -198,7 +201,9 @@ def test_the_first_of_three_is_killed(start):
     first.process.kill()
     assert codes(others, 60) == [1, 1]
     for i, other in enumerate(others):
-        assert f"host 1 of 3 (127.0.0.1) is gone; host {i + 2} of 3 exits too" in other.output
+        assert (
+            f"host 1 of 3 (127.0.0.1) has disconnected; host {i + 2} of 3 exits too" in other.output
+        )
 
 
 @pytest.mark.slow

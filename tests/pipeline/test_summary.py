@@ -44,7 +44,7 @@ def test_facts_of_the_whole(pipe):
     own = [pipe.stages.geometry.parameter_bytes(k) for k in range(2)]
     device = pipe.stages.params.device_bytes()
     assert padding and float(padding[1]) == pytest.approx(100 - 50 * sum(own) / device, abs=0.06)
-    assert facts["boundaries"] == "all alike, as they are"
+    assert facts["boundaries"] == "all equal, not packed"
     assert str(pipe).endswith("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
 
 

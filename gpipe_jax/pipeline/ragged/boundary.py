@@ -1,7 +1,7 @@
 """Encode the boundaries between stages in arrays whose shapes are the same for every boundary.
 
-Boundaries that are all alike keep their shapes. Otherwise the leaves of each dtype are laid end to
-end, and padded with zeros to the largest boundary:
+If all boundaries have the same shapes, they keep them. Otherwise the leaves of each dtype are laid
+end to end, and padded with zeros to the largest boundary:
 
     boundary 0   x [2, 3], skip [4]    ->  | x x x x x x | s s s s | 0 0 |
     boundary 1   x [2, 6]              ->  | x x x x x x x x x x x x     |

@@ -38,7 +38,7 @@ class Geometry:
         shapes: The shapes of each layer of the network.
         layer_ranges: The layers of each stage; there are `chunks` times as many as devices.
         chunks: V, the number of stages on each device.
-        longest_unrolled: The longest run of equal layers that is no `lax.scan`.
+        longest_unrolled: The longest run of equal layers that is not a `lax.scan`.
     """
 
     def __init__(
