@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Protocol, runtime_checkable
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import (
@@ -15,25 +14,9 @@ from gpipe_jax.genotypes.genotype import (
 )
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.graph_drawing import Picture
-from nas.spaces.space import Space
 
 CELLS = ("normal", "reduction")
 IDENTITY = 0.05  # probability of no mutation; the other two kinds share the rest equally
-
-
-@runtime_checkable
-class GenotypeSpace(Space[Genotype], Protocol):
-    """Describe a space of genotypes, which `nas.TrainingEvaluator` can train."""
-
-    @property
-    def pairs(self) -> int:
-        """Return the number of pairwise combinations in a cell."""
-        ...
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        """Return the operations that an element of a pair may be."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.utils.graph_drawing import Picture
 from gpipe_jax.utils.text import did_you_mean_or_list
 
@@ -141,6 +142,21 @@ class DrawableSpace(Space[A], Protocol[A]):
         Returns:
             The lines; none if the architectures are equal.
         """
+        ...
+
+
+@runtime_checkable
+class GenotypeSpace(Space[Genotype], Protocol):
+    """Describe a space of genotypes, which `nas.TrainingEvaluator` can train."""
+
+    @property
+    def pairs(self) -> int:
+        """Return the number of pairwise combinations in a cell."""
+        ...
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Return the operations that an element of a pair may be."""
         ...
 
 

@@ -14,7 +14,7 @@ from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES
 from nas.evaluators.evaluator import RUNG, TRAINED_VALUES, Evaluator, Job
-from nas.spaces.nasnet import GenotypeSpace
+from nas.spaces.space import GenotypeSpace
 from nas.storage import old_names
 
 if TYPE_CHECKING:
