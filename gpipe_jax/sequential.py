@@ -118,7 +118,7 @@ def value_and_grad(
         micro_batches: M. Default: 1.
         replicas: D, over which batch norm can average. Default: 1.
         remat: Whether the backward pass recomputes each micro-batch. Default: False.
-        keys_per: What has random keys of its own, "micro_batch" or "example". Default:
+        keys_per: The unit that gets its own random keys, "micro_batch" or "example". Default:
             "micro_batch".
 
     Returns:

@@ -25,11 +25,11 @@ class DataConfig(Section):
     file_field: ClassVar[str | None] = None  # the field with the path of the data
 
     kind: str
-    if TYPE_CHECKING:  # a field of the subclasses, in an order of their own
+    if TYPE_CHECKING:  # each subclass declares it, in its own order of fields
         batch_size: int
 
     def images(self) -> ImageShape | None:
-        """Return the size of the images; None for tokens, and for what only the files say."""
+        """Return the size of the images; None for tokens, and if only the files say it."""
         return None
 
     def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:

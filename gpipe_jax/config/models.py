@@ -78,7 +78,7 @@ def _what(images: ImageShape) -> tuple[str, str]:
 class _ImageModelConfig(ModelConfig):
     """Define what the sections of networks of images have."""
 
-    if TYPE_CHECKING:  # fields of the subclasses, in an order of their own
+    if TYPE_CHECKING:  # each subclass declares them, in its own order of fields
         classes: int
         in_channels: int
 
@@ -266,7 +266,8 @@ class TransformerConfig(ModelConfig):
         description="how a token's position is encoded: learned has parameters, sinusoidal none",
     )
     tied: bool = Field(
-        default=False, description="the head uses the embedding's table and has none of its own"
+        default=False,
+        description="whether the head uses the embedding's table, instead of a second one",
     )
     halves: bool = Field(
         default=False,

@@ -83,8 +83,8 @@ class PipelineConfig(Section):
     )
     keys_per: KeysPerName = Field(
         default="micro_batch",
-        description="what has random numbers of its own; with example, dropout does not depend on "
-        "micro_batches and mesh.data",
+        description="the unit that gets its own random numbers; with example, dropout does not "
+        "depend on micro_batches and mesh.data",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Check that the inputs and labels of a data set are ones that a network accepts."""
+"""Check that a network accepts the inputs and labels of a data set."""
 
 from typing import NamedTuple
 

@@ -159,7 +159,7 @@ def _read_ahead(steps: Any) -> Iterator[Batch]:
 class Draws:
     """Draw random numbers for the rows of a batch that are read, as if for the whole batch.
 
-    So an example changes in the same way in whichever process reads it.
+    So an example changes in the same way in each process that may read it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Build the device mesh, name its axes, and say how arrays lie on it.
+"""Build the device mesh, name its axes, and define the shardings of arrays.
 
     axis    size   along it                                    summed over it
     stage   K      the chunks of a network, one device each    tied parameters
@@ -33,14 +33,14 @@ T = TypeVar("T")
 STAGE, DATA = "stage", "data"  # the axes of a mesh, in this order
 _AXIS_TYPES = (AxisType.Auto,) * 2
 
-# How arrays lie on a mesh.
+# The shardings of arrays on a mesh.
 PARAMS_SPEC = P(STAGE)  # parameters, and all in their form: axis 0 is divided between K devices
 BATCH_SPEC = P(None, DATA)  # micro-batches [M, D*B, ...]: axis 1 is divided between D replicas
 REPLICATED_SPEC = P()  # one copy on every device
 
 
 def params_sharding(mesh: MeshLike) -> NamedSharding:
-    """Return how parameters, and all arrays in their form, lie on the devices."""
+    """Return the sharding of parameters, and of all arrays in their form."""
     return NamedSharding(mesh, PARAMS_SPEC)
 
 

@@ -108,7 +108,7 @@ def wait_for_all(cluster: Cluster, timeout_s: float) -> list[Peer]:
                 say(f"{cluster.label}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
                 last_message = time.monotonic()
             server.settimeout(1)
-            # No connection yet, or one that is not of this run.
+            # There is no connection yet, or it belongs to another run.
             with contextlib.suppress(OSError, ValueError):
                 peer = _accept(server.accept()[0])
                 if 0 < peer.index < cluster.num_processes:

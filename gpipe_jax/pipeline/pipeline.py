@@ -55,7 +55,7 @@ from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
 class Pipeline:
     """Train a network in K V stages on a mesh of K devices along the stage axis, and D replicas.
 
-    The network is divided into stages of balanced cost. Each stage lies on the devices of one row
+    The network is divided into stages of balanced cost. Each stage is on the devices of one row
     of the mesh. A batch is divided into micro-batches, which pass through the stages one after
     the other (GPipe, arXiv:1811.06965, section 2.2). The backward pass recomputes each stage from
     its input (section 2.3).
@@ -164,7 +164,7 @@ class Pipeline:
             self.costs,
             self.shapes,
             stages=num_devices(mesh) * self.schedule.chunks,
-            # Costs that the caller gave are in a unit of their own: nothing to add to them.
+            # Costs from the caller have an unknown unit: no time can be added to them.
             transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
             kept_bytes=[
                 self.remat.layer_bytes(c, tree_bytes(shape.boundary))

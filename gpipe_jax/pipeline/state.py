@@ -132,7 +132,7 @@ def local_shapes(stages: Stages) -> State:
 
 
 def shardings(stages: Stages, mesh: MeshLike) -> State:
-    """Return how the arrays of a state lie on the devices."""
+    """Return the shardings of the arrays of a state."""
     sharded = jax.tree.map(lambda _: params_sharding(mesh), local_shapes(stages))
     return sharded._replace(seed=replicated_sharding(mesh))
 

@@ -223,7 +223,7 @@ def _same_data(manifest: Manifest, assembly: Assembly) -> None:
     }
     if changed:
         rule = (
-            "the data set is not the one that this run began with; restore that one, or use "
+            "this run began with another data set; restore that data set, or use "
             "another folder (train.workdir=...)"
         )
         raise ConfigError([rule, *loader.describe_differences(changed)], str(assembly.workdir))

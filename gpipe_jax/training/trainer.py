@@ -143,9 +143,10 @@ class Trainer:
         return TrainArrays(state, *jax.eval_shape(self._begin, state.params))
 
     def _shardings(self) -> TrainArrays:
-        """Return how the arrays lie on the devices.
+        """Return the shardings of the arrays.
 
-        What has the form of the parameters lies as they do. Every device has a copy of the rest.
+        Arrays in the form of the parameters have their sharding. Every device has a copy of the
+        rest.
         """
         mesh, local = self.pipe.mesh, self.local_shapes
         sharded, replicated = params_sharding(mesh), replicated_sharding(mesh)

@@ -445,7 +445,7 @@ def test_a_setting_that_does_nothing_makes_no_other_run(whole):
 def test_other_data_under_the_same_config(whole, work):
     """Such as a text file that has grown."""
     data = {**whole[0].data_identity, "train_examples": 1438, "first_labels_crc32": 1}
-    with pytest.raises(ConfigError, match="not the one that this run began with; restore") as error:
+    with pytest.raises(ConfigError, match="this run began with another data set; restore") as error:
         work(whole[0]._replace(data_identity=data))
     assert error.value.problems[1] == "train_examples: 1437 before, 1438 now"
     assert error.value.problems[2].startswith("first_labels_crc32: ")
