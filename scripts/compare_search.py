@@ -41,7 +41,7 @@ Measured = dict[str, list[float]]  # by algorithm, for each seed
 
 
 @dataclass(frozen=True)
-class Remembered:
+class Remembered(nas.Evaluator):
     """Train only once what the runs of one seed have in common, such as their first candidates.
 
     All randomness comes from the job's seed, so the result would be the same again. `check` refuses

@@ -19,13 +19,6 @@ from typing import Any, NamedTuple
 
 FAILURES = ("exception", "timeout", "nan", "out_of_memory", "worker_death")
 TRAINED_VALUES = "trained_values"
-_OLD_NAMES = {
-    "identity": "goes_by",
-    "rivals_metric": "compares",
-    "compile_grace_s": "grace_s",
-    "prepare": "in_search",
-}
-"""Optional members in versions before 0.2, which had no base class, by their present names."""
 """Name in an evaluator's dict of the location of trained weights."""
 
 RUNG = "rung_accuracy"
@@ -86,8 +79,8 @@ class Evaluator:
     """Measure the fitness of architectures: the base class of evaluators.
 
     Only `evaluate` is required. The other members have defaults. An attribute may be set in the
-    class or in `__init__`, or be a dataclass field or a property. A class that does not inherit
-    from this one may have the same members.
+    class or in `__init__`, or be a dataclass field or a property. Inherit from this class to
+    declare them: in other classes these names have no meaning here.
 
     Attributes:
         identity: What the fitness depends on, by name. A search resumes only with an evaluator
@@ -179,39 +172,35 @@ def identity_of(evaluate: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Adapter(Evaluator):
-    """Adapt an object with a method `evaluate`.
+    """Adapt an object with a method `evaluate` that does not inherit from `Evaluator`.
 
-    This is the only place that looks for optional members: what the object has overrides the
-    defaults of `Evaluator`.
+    This is the only place that looks for optional members. It looks for the names of versions
+    before 0.2, which had no base class. The present names are common words, such as `prepare`, so
+    they count only where a class inherits from `Evaluator`.
     """
 
     wrapped: Any
 
-    def _member(self, name: str, default: Any) -> Any:
-        """Return the wrapped object's member of this name, or of its old name, or the default."""
-        old = getattr(self.wrapped, _OLD_NAMES[name], default)
-        return getattr(self.wrapped, name, old)
-
     @property
     def identity(self) -> Mapping[str, Any]:
         """Return the wrapped object's, or the default."""
-        return self._member("identity", Evaluator.identity)
+        return getattr(self.wrapped, "goes_by", Evaluator.identity)
 
     @property
     def rivals_metric(self) -> str | None:
         """Return the wrapped object's, or the default."""
-        return self._member("rivals_metric", Evaluator.rivals_metric)
+        return getattr(self.wrapped, "compares", Evaluator.rivals_metric)
 
     @property
     def compile_grace_s(self) -> float:
         """Return the wrapped object's, or the default."""
-        return self._member("compile_grace_s", Evaluator.compile_grace_s)
+        return getattr(self.wrapped, "grace_s", Evaluator.compile_grace_s)
 
     def prepare(
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> Evaluator:
         """Call the wrapped object's method, if it has one."""
-        prepare = self._member("prepare", None)
+        prepare = getattr(self.wrapped, "in_search", None)
         if prepare is None:
             return self
         return as_evaluator(prepare(space, folder, fitness_policy, timeout_s))

@@ -19,7 +19,7 @@ class Bare:
         return float(job.seed)
 
 
-class Full(Bare):
+class Full(Bare, nas.Evaluator):
     compile_grace_s, rivals_metric = 2.5, "accuracy"
 
     @property
@@ -56,12 +56,11 @@ def test_an_object_with_evaluate_alone_gets_the_defaults() -> None:
     assert evaluator.evaluate(JOB) == 7.0 and identity_of(Bare()) == {"kind": "Bare"}
 
 
-def test_optional_members_of_an_object_are_used() -> None:
+def test_optional_members_of_a_subclass_are_used() -> None:
     evaluator = as_evaluator(Full())
     assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (2.5, "accuracy")
     assert identity_of(Full()) == identity_of(evaluator) == {"kind": "Full", "data": "PosixPath"}
     prepared = evaluator.prepare("space", Path("run"), "stored", 9.0)
-    assert isinstance(prepared, Adapter) and prepared.compile_grace_s == 0.0
     assert identity_of(prepared) == {"kind": "Bare"}
 
 
@@ -70,7 +69,21 @@ def test_an_object_may_have_the_old_names_of_members() -> None:
     assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (2.5, "accuracy")
     assert identity_of(OldNames()) == {"kind": "OldNames", "data": 5}
     prepared = evaluator.prepare("space", Path("run"), "stored", 9.0)
+    assert isinstance(prepared, Adapter) and prepared.compile_grace_s == 0.0
     assert identity_of(prepared) == {"kind": "Bare"}
+
+
+def test_common_names_of_other_objects_mean_nothing() -> None:
+    class Trainer(Bare):
+        identity, rivals_metric, compile_grace_s = "mine", 3, "soon"
+
+        def prepare(self) -> None:
+            raise NotImplementedError
+
+    evaluator = as_evaluator(Trainer())
+    assert (evaluator.compile_grace_s, evaluator.rivals_metric) == (0.0, None)
+    assert identity_of(Trainer()) == {"kind": "Trainer"}
+    assert evaluator.prepare("space", Path("run"), "stored", None) is evaluator
 
 
 def test_a_subclass_of_evaluator_is_used_as_it_is() -> None:
@@ -175,7 +188,7 @@ def test_integers_of_numpy_are_stored_as_numbers(tmp_path) -> None:
 
 @pytest.mark.parametrize("own", [lambda: {}, {(1, 2): 3}])
 def test_an_identity_must_be_a_dict(own) -> None:
-    class Own(Bare):
+    class Own(Bare, nas.Evaluator):
         identity = own
 
     with pytest.raises(ValueError, match=r"`identity` of Own is .*: expected a dict with texts as"):

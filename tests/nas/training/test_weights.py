@@ -104,7 +104,7 @@ def test_other_policies_keep_none(tmp_path, policy) -> None:
     assert result.counts.evaluations > 14 or policy == "stored"
 
 
-class Elsewhere:
+class Elsewhere(nas.Evaluator):
     """Trains on another host, on whose disk the run's folder is another."""
 
     def __init__(self, disk: Path) -> None:

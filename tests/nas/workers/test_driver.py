@@ -247,7 +247,7 @@ def test_a_hung_thread_is_given_up_and_its_late_report_logged(tmp_path) -> None:
     assert [event.kind for event in result.reader.events()].count("late") == 1
 
 
-class Compiles:
+class Compiles(nas.Evaluator):
     """Take longer for the first job."""
 
     compile_grace_s = 20.0
