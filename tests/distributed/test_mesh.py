@@ -51,13 +51,9 @@ def test_too_few_chosen_devices_are_counted_as_such() -> None:
 
 @pytest.mark.parametrize("value", [0, -2])
 def test_values_below_one_are_refused(value: int) -> None:
-    with pytest.raises(
-        ValueError, match="`stages` must be a whole number of at least 1"
-    ):
+    with pytest.raises(ValueError, match="`stages` must be a whole number of at least 1"):
         make_mesh(stages=value)
-    with pytest.raises(
-        ValueError, match="`data` must be a whole number of at least 1"
-    ):
+    with pytest.raises(ValueError, match="`data` must be a whole number of at least 1"):
         make_mesh(stages=2, data=value)
     with pytest.raises(ValueError, match="`n` must be a whole number of at least 1"):
         simulate_devices(value)
