@@ -408,7 +408,9 @@ def search(
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
     setup = Setup(space, evaluate, tuple(limits), stored_options)
     policy = options.get("fitness_policy", "stored")
-    evaluator = as_evaluator(evaluator.prepare(space, Path(folder) / name, policy, timeout_s))
+    evaluator = evaluators.as_evaluator(
+        evaluator.prepare(space, Path(folder) / name, policy, timeout_s)
+    )
     options.setdefault("compare", evaluator.rivals_metric)
     loop = Search(
         space=space,

@@ -166,7 +166,7 @@ class Plan:
             The matplotlib figure.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: Matplotlib is not installed.
         """
         panels: list[tuple[str, dict[str, float]]] = [("GiB on each device", self.memory_gib)]
         if self.time_s is not None:

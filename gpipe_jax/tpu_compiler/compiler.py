@@ -62,7 +62,7 @@ def compile_programs(
 
     Raises:
         ValueError: A program does not match the topology.
-        CompilerNotInstalledError: libtpu is not installed.
+        CompilerNotInstalledError: The package libtpu is not installed.
         TimeoutError: A program took longer than `timeout_s`.
         RuntimeError: The compiler's process died.
     """
