@@ -289,7 +289,7 @@ def test_a_wrong_label_later_on(folder: Path, capsys: pytest.CaptureFixture[str]
     labels = np.where(np.arange(150) == 77, 10, OWN["labels"])
     own_files.npz(folder, inputs=OWN["inputs"], labels=labels)
     error = train(capsys, "data.batch_size=1", "train.steps=150", code=2)
-    assert "x.yaml:4: labels of own.npz are from 10 to 10; the model accepts 0 to 9" in error
+    assert "x.yaml:4: data: labels of own.npz are from 10 to 10; the model accepts 0 to 9" in error
 
 
 @pytest.mark.parametrize(
