@@ -1,14 +1,11 @@
-"""Run `gpipe train`, `eval` and `export`: from the options to an exit code."""
+"""Run an action of a training run in one process or several: from options to an exit code."""
 
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
-from etils import epath
 
-from gpipe_jax.checkpoint import export
 from gpipe_jax.config import loader
 from gpipe_jax.config.base import section
 from gpipe_jax.config.run import Config
@@ -24,66 +21,15 @@ from gpipe_jax.errors import (
 )
 from gpipe_jax.training import from_config, run
 from gpipe_jax.training.from_config import Assembly
-from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.messages import BAD_INPUT, fail, say
+from gpipe_jax.utils import console
+from gpipe_jax.utils.messages import BAD_INPUT, fail
 from gpipe_jax.utils.text import figures_table
 
 Action = Callable[[Assembly, StopRequest], run.RunSummary]
 
 
-def train(options: argparse.Namespace) -> int:
-    """Train a config's network; resume the run in its folder, if there is one."""
-    predicted_s = None
-    if options.plan:
-        from gpipe_jax.planner import plan_file
-
-        options.overrides = plan_file.overrides(options.plan, options.config, options.overrides)
-        predicted_s = plan_file.step_time_s(options.plan)
-
-    def action(assembly: Assembly, stop: StopRequest) -> run.RunSummary:
-        config = assembly.config.train
-        for line in loader.without_effect(assembly.config) if processes.is_first() else ():
-            say(line)
-        quiet = not processes.is_first()
-        with progress.show(config.steps, config.log_every, quiet=quiet) as show:
-            summary = run.train(assembly, show, stop)
-        return summary._replace(figures={**summary.figures, "predicted_step_time_s": predicted_s})
-
-    return _run(options, action)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate the newest intact checkpoint of a config's run, or of a run's folder."""
-    folder = epath.Path(options.config)
-    try:
-        is_run = folder.is_dir()
-    except ImportError as error:
-        raise ConfigError([loader.no_package(error)], options.config) from error
-    if is_run:
-        if not (folder / "config.yaml").exists():
-            problem = "there is no config.yaml here; give the folder of a run, or a YAML file"
-            raise ConfigError([problem], options.config)
-        options.config = str(folder / "config.yaml")
-        options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
-    if options.stages is not None:
-        stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
-        options.overrides = [*stages, *options.overrides]
-    # The packages of writers are not needed here.
-    options.overrides = [*options.overrides, "train.writers=[]"]
-    return _run(options, run.evaluate)
-
-
-def export_run(options: argparse.Namespace) -> int:
-    """Write a run's parameters as one plain file."""
-    with console.option("--out"):
-        figures = export.export(epath.Path(options.run), Path(options.out))
-    print(figures_table(figures))
-    if options.json:
-        print(json.dumps(figures))
-    return 0
-
-
-def _run(options: argparse.Namespace, action: Action) -> int:
+def run_action(options: argparse.Namespace, action: Action) -> int:
+    """Run an action of a config in one process, or as one of several; return the exit code."""
     config = loader.load(options.config, options.overrides)
     try:
         joined = _cluster(options, config)

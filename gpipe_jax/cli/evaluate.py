@@ -1,0 +1,45 @@
+"""Run `gpipe eval`: evaluate the newest intact checkpoint of a run."""
+
+import argparse
+import json
+
+from etils import epath
+
+from gpipe_jax.cli.train import add_process_options
+from gpipe_jax.config import loader
+from gpipe_jax.errors import ConfigError
+from gpipe_jax.utils import console
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    text = "evaluate the newest checkpoint of a run"
+    command = console.add_command(commands, "eval", run, text)
+    console.add_config(command, "a YAML file, or the folder of a run")
+    command.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
+    add_process_options(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate the newest intact checkpoint of a config's run, or of a run's folder."""
+    # These import JAX, which the other commands do not need.
+    from gpipe_jax.cli.run import run_action
+    from gpipe_jax.training.run import evaluate
+
+    folder = epath.Path(options.config)
+    try:
+        is_run = folder.is_dir()
+    except ImportError as error:
+        raise ConfigError([loader.no_package(error)], options.config) from error
+    if is_run:
+        if not (folder / "config.yaml").exists():
+            problem = "there is no config.yaml here; give the folder of a run, or a YAML file"
+            raise ConfigError([problem], options.config)
+        options.config = str(folder / "config.yaml")
+        options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
+    if options.stages is not None:
+        stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
+        options.overrides = [*stages, *options.overrides]
+    # The packages of writers are not needed here.
+    options.overrides = [*options.overrides, "train.writers=[]"]
+    return run_action(options, evaluate)

@@ -1,0 +1,33 @@
+"""Run `gpipe export`: write the parameters of a run as one plain file."""
+
+import argparse
+import json
+from pathlib import Path
+
+from etils import epath
+
+from gpipe_jax.utils import console
+from gpipe_jax.utils.text import figures_table
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    text = "write a run's parameters as one plain file"
+    command = console.add_command(commands, "export", run, text)
+    console.complete_files(command.add_argument("run", metavar="RUN", help="the folder of a run"))
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write a run's parameters as one plain file."""
+    # This imports JAX, which the other commands do not need.
+    from gpipe_jax.checkpoint.export import export
+
+    with console.option("--out"):
+        figures = export(epath.Path(options.run), Path(options.out))
+    print(figures_table(figures))
+    if options.json:
+        print(json.dumps(figures))
+    return 0
