@@ -20,6 +20,22 @@ RuntimeError
 
 from collections.abc import Sequence
 
+__all__ = [
+    "ArgumentError",
+    "CheckpointFormatError",
+    "CompilerNotInstalledError",
+    "ConfigError",
+    "DamagedCheckpointError",
+    "DataError",
+    "DivergedError",
+    "MissingProcessError",
+    "OptionError",
+    "RunInUseError",
+    "SaveError",
+    "SectionError",
+    "StoppedError",
+]
+
 
 class ArgumentError(ValueError):
     """Report an illegal value of an argument; the message names it, the rule and the remedy.

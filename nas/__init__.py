@@ -1,7 +1,7 @@
 """Search for cell architectures by regularized evolution: asynchronous, durable, replayable.
 
 The public names are those of `__all__`; everything else may change between versions. A file
-imports only from rooms (folders) and modules below its own:
+imports only from the folders and modules below its own:
 
     cli                              the commands of `nas`
     from_config, export              arguments from a file; the winner as a file
@@ -74,6 +74,9 @@ _HOME = {
     "testing": "testing:",
 }
 
+# Public names of version 0.1, and their names now.
+_RENAMED = {"nasbench201": "NASBench201Space and NASBench201Table"}
+
 __all__ = [
     "Candidate",
     "DrawableSpace",
@@ -109,7 +112,10 @@ def __getattr__(name: str) -> object:
         import importlib.metadata  # takes longer than the rest of this module
 
         return importlib.metadata.version("gpipe-jax")
-    raise AttributeError(f"module 'nas' has no attribute {name!r}")
+    message = f"module 'nas' has no attribute {name!r}"
+    if name in _RENAMED:
+        message += f"; see {_RENAMED[name]}, the names since version 0.2"
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

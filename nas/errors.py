@@ -23,6 +23,24 @@ AssertionError
     ReplayError               log and tables of a run disagree
 """
 
+__all__ = [
+    "ExportOptionError",
+    "FailuresError",
+    "LostWeightsError",
+    "MismatchError",
+    "NetworkFileSystemError",
+    "NotASearchError",
+    "OutputExistsError",
+    "OutputFolderError",
+    "ReplayError",
+    "ReturnError",
+    "SearchExistsError",
+    "SearchInUseError",
+    "StoreVersionError",
+    "TooLargeError",
+    "WorkersError",
+]
+
 
 class ReplayError(AssertionError):
     """Report that a run's log and its tables do not agree.

@@ -101,6 +101,13 @@ def test_a_folder_is_small_and_not_deep(folder: str) -> None:
     assert len(path.relative_to(REPOSITORY).parts) <= 3  # the package, a room, a folder in it
 
 
+def test_each_folder_of_tests_is_that_of_a_folder() -> None:
+    tests = REPOSITORY / "tests"
+    for folder in {path.parent.relative_to(tests) for path in tests.glob("*/**/test_*.py")}:
+        package = folder if folder.parts[0] == "nas" else "gpipe_jax" / folder
+        assert package.as_posix() in FOLDERS, folder
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_states_its_contract_and_nothing_else(folder: str) -> None:
     path = REPOSITORY / folder
@@ -207,6 +214,19 @@ def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
 def test_an_old_public_name_is_an_error_with_the_new_name(name: str) -> None:
     with pytest.raises(AttributeError, match=f"no attribute '{name}'; it is named '{name}s' since"):
         getattr(importlib.import_module("gpipe_jax"), name)
+
+
+def test_an_old_public_name_of_nas_is_an_error_with_the_new_names() -> None:
+    with pytest.raises(AttributeError, match="'nasbench201'; see NASBench201Space and NASBench20"):
+        getattr(importlib.import_module("nas"), "nasbench201")  # noqa: B009
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_error_is_public(package: str) -> None:
+    module = importlib.import_module(f"{package}.errors")
+    tree = tree_of(MODULES[f"{package}.errors"])
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert module.__all__ == sorted(classes)
 
 
 WITH_EXAMPLES = [name for name, path in MODULES.items() if ">>>" in path.read_text()]

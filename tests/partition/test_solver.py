@@ -91,7 +91,7 @@ def test_partition_equals_enumeration(layers, objective):
     assert fits > 0
 
 
-PEERS = {  # pipeline_peers.md 5.12: where other libraries' rules are up to 1.8 times the optimum
+PEERS = {  # greedy and uniform rules of other libraries: up to 1.8 times the optimum
     "uniform": (lambda rng: rng.uniform(1, 10, 32), 8),
     "lognormal": (lambda rng: rng.lognormal(size=32), 8),
     "decreasing": (lambda rng: np.sort(rng.uniform(1, 10, 16))[::-1], 4),
