@@ -1,7 +1,7 @@
 """Train any list of Flax layers as a pipeline with micro-batches.
 
 The public names are those of `__all__`; everything else may change between versions. A file
-imports only from rooms (folders) below its own:
+imports only from the folders below its own:
 
     cli                                   the commands of `gpipe`
     planner                               memory and time on a TPU slice, predicted; best layouts

@@ -163,7 +163,8 @@ def lines() -> Iterator[str]:
     for package, layers in LAYERS.items():
         members = [room for room in rooms() if room.package == package]
         modules = sum(len(room.files) for room in members)
-        yield f"{package}: {len(members)} rooms in {len(layers)} layers, {modules} modules"
+        listed = f"{len(members)} folders or files in {len(layers)} layers"
+        yield f"{package}: {listed}, {modules} modules"
         for room in reversed(members):
             yield _line(str(room.layer), room.name, room.files, contract(room.path))
             for folder in sorted({file.parent for file in room.files} - {room.path}):

@@ -67,7 +67,7 @@ def test_faults_are_found(
     ]
     assert architecture.unlisted() == ["house/new"]
     printed = "\n".join(architecture.lines())
-    assert "house: 4 rooms in 3 layers, 7 modules" in printed
+    assert "house: 4 folders or files in 3 layers, 7 modules" in printed
     assert "  1  low              3  Hold what is low." in printed
 
 

@@ -47,7 +47,7 @@ PARSERS = {"gpipe": cli.parser(), "nas": nas_cli._parser()}
 # Pages that name a TPU to rent: its devices are those of the config.
 LAUNCHING = ("docs/guides/cloud_tpu.md", "docs/guides/gke.md", "docs/guides/skypilot.md")
 OTHER_COMMANDS = {
-    *("docker", "gcloud", "kubectl", "pip", "python3", "sky"),
+    *("docker", "gcloud", "kubectl", "mpirun", "pip", "python3", "sky", "srun"),
     *("pyright", "pytest", "ruff", "sphinx-build"),
 }
 
@@ -111,6 +111,37 @@ def test_extras_and_links(path: Path) -> None:
 def test_every_file_it_names_exists(page: str) -> None:
     for name in re.findall(r"`((?:\w+/)+|(?:\w+/)+\w+\.(?:py|yaml|sh|ipynb|md))`", TEXTS[page]):
         assert (ROOT / name).exists() or (ROOT / "gpipe_jax" / name).exists(), name
+
+
+def test_the_table_of_changes_names_what_exists() -> None:
+    """Check each name of "Where to change what": the file that is named beside it defines it."""
+    _, _, section = TEXTS["docs/contributing.md"].partition("\n## Where to change what\n")
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if "`" in line]
+    assert len(rows) > 8
+    checked = 0
+    for row in rows:
+        files = [ROOT / name for name in re.findall(r"`((?:gpipe_jax|nas)/[\w/.]*)`", row)]
+        sources = [
+            path for file in files for path in (file.glob("*.py") if file.is_dir() else [file])
+        ]
+        words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+        names = re.findall(r"`(?:\w+\.)?(\w+)`", row)
+        assert set(names) <= words, row
+        for name, file in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", row):
+            source = (ROOT / file).read_text()
+            assert re.search(rf"^(class |def )?{name}\b", source, re.M), row
+            checked += 1
+    assert checked > 8
+
+
+def test_the_tree_is_current() -> None:
+    """Compare the tree in contributing.md with what the script prints."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "architecture.py"], capture_output=True, text=True
+    )
+    assert f"```text\n{done.stdout}```" in TEXTS["docs/contributing.md"], (
+        "paste the output of `python scripts/architecture.py` into docs/contributing.md"
+    )
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

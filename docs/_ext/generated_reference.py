@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: public names, command lines, settings, architecture.
+"""Write the reference pages from the code: public names, command lines, settings.
 
 Sphinx calls `setup`. The pages go to docs/reference/generated/, which git ignores; so there is no
 second list of names, options or settings that could become stale.
@@ -7,7 +7,6 @@ second list of names, options or settings that could become stale.
 import argparse
 import inspect
 import re
-import runpy
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,7 +43,6 @@ def write_all() -> None:
         **api_pages(nas),
         "cli.rst": "\n".join(cli_page()),
         "config.rst": "\n".join(config_page()),
-        "architecture.txt": architecture(),
     }
     OUT.mkdir(parents=True, exist_ok=True)
     for path in OUT.iterdir():
@@ -369,9 +367,3 @@ def _bounds(field: dict[str, Any]) -> str:
     if field.get("maximum", 2**31 - 1) != 2**31 - 1:
         texts.append(f"<= {field['maximum']:,}")
     return ", ".join(texts)
-
-
-def architecture() -> str:
-    """Return what scripts/architecture.py prints."""
-    script = runpy.run_path(str(ROOT / "scripts" / "architecture.py"))
-    return "\n".join(script["lines"]()) + "\n"

@@ -1,1 +1,1 @@
-"""Help all rooms: text, console, files, trees, pictures; knows no pipelines."""
+"""Provide text, console, file, tree and drawing helpers."""

@@ -1,4 +1,4 @@
-"""Format text for people: suggestions, tables, sizes, times; and word a rule that rooms share."""
+"""Format text for people: suggestions, tables, sizes, times; word rules that packages share."""
 
 import difflib
 import html
@@ -11,11 +11,28 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 def nearest_name(given: Any, names: Collection[str]) -> str | None:
-    """Return the name that is most like the given text, or None if no name is close."""
+    """Return the name that is most like the given text, or None if no name is close.
+
+    The order of the words does not count if no name is close in its own.
+
+    >>> nearest_name("1f1b_eager", ["1f1b", "eager_1f1b"])
+    'eager_1f1b'
+    """
     if not isinstance(given, str):
         return None
-    # Cut, because the comparison takes quadratic time.
-    return next(iter(difflib.get_close_matches(given[:80], list(names), n=1)), None)
+    given = given[:80]  # because the comparison takes quadratic time
+    sorted_words = {_sort_words(name): name for name in names}
+    if _sort_words(given) in sorted_words:
+        return sorted_words[_sort_words(given)]
+    near = difflib.get_close_matches(given, list(names), n=1)
+    if near:
+        return near[0]
+    near = difflib.get_close_matches(_sort_words(given), list(sorted_words), n=1)
+    return sorted_words[near[0]] if near else None
+
+
+def _sort_words(name: str) -> str:
+    return "_".join(sorted(name.split("_")))
 
 
 def did_you_mean(given: Any, names: Collection[str]) -> str:
@@ -27,6 +44,18 @@ def did_you_mean(given: Any, names: Collection[str]) -> str:
 def did_you_mean_or_list(given: Any, names: Collection[str]) -> str:
     """Return the end of a message: a question if a legal name is close, or else all names."""
     return did_you_mean(given, names) or f"; known: {', '.join(names)}"
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def install_advice(extra: str) -> str:
+    """Word how to install the optional packages of an extra, from a clone too.
+
+    >>> install_advice("examples")
+    "run pip install 'gpipe-jax[examples]' (in a clone: pip install -e '.[examples]')"
+    """
+    return f"run pip install 'gpipe-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 # --- sizes, times and numbers ---------------------------------------------------------------------
