@@ -47,7 +47,7 @@ PARSERS = {"gpipe": cli.parser(), "nas": nas_cli._parser()}
 # Pages that name a TPU to rent: its devices are those of the config.
 LAUNCHING = ("docs/guides/cloud_tpu.md", "docs/guides/gke.md", "docs/guides/skypilot.md")
 OTHER_COMMANDS = {
-    *("docker", "gcloud", "kubectl", "mpirun", "pip", "python3", "sky", "srun"),
+    *("docker", "eval", "gcloud", "kubectl", "mpirun", "pip", "python3", "sky", "srun"),
     *("pyright", "pytest", "ruff", "sphinx-build"),
 }
 
@@ -256,6 +256,17 @@ def test_the_commands_of_the_pages_are_seen() -> None:
         test_commands_in_sentences("", ["nas", "export", "--no-such"])
 
 
+def test_the_index_lists_every_command_with_its_help() -> None:
+    page = TEXTS["docs/reference/commands.md"]
+    rows = set(re.findall(r"^\| `(\w+ \w+)` \| (.*) \|$", page, re.MULTILINE))
+    expected = set()
+    for program, parser in PARSERS.items():
+        (action,) = (a for a in parser._actions if isinstance(a.choices, dict))
+        helps = typing.cast(Any, action)._choices_actions
+        expected |= {(f"{program} {choice.dest}", choice.help.replace("`", "")) for choice in helps}
+    assert rows == expected
+
+
 # --- Python ---------------------------------------------------------------------------------------
 
 
@@ -321,7 +332,8 @@ def test_yaml_blocks_are_valid_settings(page: str) -> None:
     """Check every block of settings: its keys are fields of its sections."""
     for block in re.findall(r"```yaml\n(.*?)```", TEXTS[page], re.DOTALL):
         for name, values in yaml.safe_load(block).items():
-            models = section_models(name)
+            root: Any = Config if name in Config.model_fields else SearchConfig
+            models = section_models(name, root)
             fields = models[values.get("kind", "")].model_fields if models else {}
             assert set(values) <= set(fields), name
 

@@ -225,13 +225,8 @@ def _backslash(match: re.Match[str]) -> str:
 
 
 SHELLS = """\
-``python -m gpipe_jax`` is ``gpipe``. For completion in bash, run
-
-.. code-block:: sh
-
-   eval "$(gpipe --print-completion bash)" && eval "$(nas --print-completion bash)"
-
-:doc:`../errors_and_exit_codes` lists the exit codes.
+``python -m gpipe_jax`` is ``gpipe``. :doc:`../commands` is a short index and sets up completion in
+a shell. :doc:`../errors_and_exit_codes` lists the exit codes.
 """
 
 
