@@ -1,4 +1,4 @@
-"""Run `gpipe init`: write a first config and data file, to run and to change."""
+"""Run `gpipe init`: write a first config, data file and network, to run and to change."""
 
 import argparse
 import json
@@ -9,12 +9,12 @@ from pathlib import Path
 from gpipe_jax.errors import OptionError
 from gpipe_jax.utils import console
 
-FILES = ["config.yaml", "my_data.py"]
+FILES = ["config.yaml", "my_data.py", "my_model.py"]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    text = "write a commented config and a data file to start from"
+    text = "write a commented config, a data file and a network to start from"
     command = console.add_command(commands, "init", run, text)
     command.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one"
@@ -34,11 +34,14 @@ def run(options: argparse.Namespace) -> int:
         for path in paths:
             _write_new(path)
     except OSError as error:
-        raise OptionError("FOLDER", f"cannot write into {folder}: {error}") from error
+        raise OptionError(
+            "FOLDER", f"cannot write into {folder}: {error.strerror or error}"
+        ) from error
     for path in paths:
         print(f"wrote {path}")
     change_folder = "" if folder == Path() else f"cd {shlex.quote(str(folder))}; "
     print(f"start with: {change_folder}gpipe train config.yaml")
+    print(f"a network of your own: {change_folder}python my_model.py")
     if options.json:
         print(json.dumps({"files": [str(path) for path in paths]}))
     return 0
