@@ -121,7 +121,7 @@ def measure(trainer: Trainer, size: tuple[int, ...], compiler: Compiler) -> Meas
     count = elements(pipe.shapes)
     step = Compiled("step", 0.0)
     try:
-        step = compiler.compile([programs.whole_step(trainer)])["step"]
+        step = compiler.compile({programs.STEP: programs.whole_step(trainer)})[programs.STEP]
     except (TimeoutError, RuntimeError) as error:
         problem = str(error).splitlines()[0]
     unknown = problem or (step.error and step.short_by_bytes is None)

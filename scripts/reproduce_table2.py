@@ -110,8 +110,11 @@ class Predictor:
         compiled = self.compiler.compile(programs.of_layers(pipe))
         representatives = programs.representatives(pipe)
         forward, backward = (
-            [self.compiler.seconds(compiled[f"{name} {i}"]) for i in representatives]
-            for name in ("forward", "backward")
+            [
+                self.compiler.seconds(compiled[programs.LayerBranch(operation, i)])
+                for i in representatives
+            ]
+            for operation in programs.BOTH
         )
         return LayerTimes(forward, backward)
 
@@ -119,7 +122,7 @@ class Predictor:
         """Return the optimizer's seconds per byte of parameters: it is elementwise."""
         job = MODELS[self.model](max(STAGES))
         trainer = job.build_trainer(Layout(max(STAGES)), _any_cost(job))
-        update = self.compiler.compile([programs.update(trainer)])["update"]
+        update = self.compiler.compile({programs.UPDATE: programs.update(trainer)})[programs.UPDATE]
         return self.compiler.seconds(update) / trainer.pipe.stages.params.device_bytes()
 
     def by_layers(self, layout: Layout, batch: int) -> Cell:

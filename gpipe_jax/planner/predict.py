@@ -1,9 +1,9 @@
 """Make the plan of one layout, by analysis or with the compiler."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.pipeline.device_step import Branch
@@ -11,6 +11,7 @@ from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.planner import programs, step_time
 from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan, StagePlan, to_gib
+from gpipe_jax.planner.programs import STEP, UPDATE, LayerBranch
 from gpipe_jax.planner.step_time import StageTimes, StepTime
 from gpipe_jax.tpu_compiler import libtpu
 from gpipe_jax.tpu_compiler.compiler import compile_programs
@@ -20,6 +21,9 @@ from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils.text import GIB
 from gpipe_jax.utils.trees import tree_bytes
 
+Key = TypeVar("Key", bound=Hashable)
+Piece = Branch | str  # a branch of a stage, STEP or UPDATE
+
 
 class Compiler(NamedTuple):
     """Compile programs for one topology."""
@@ -28,10 +32,12 @@ class Compiler(NamedTuple):
     timeout_s: float | None = None
     show: Callable[[str], None] | None = None
 
-    def compile(self, targets: Sequence[Program]) -> dict[str, Compiled]:
-        """Compile programs and return the results by name."""
-        results = compile_programs(targets, self.topology, timeout_s=self.timeout_s, show=self.show)
-        return {compiled.name: compiled for compiled in results}
+    def compile(self, targets: Mapping[Key, Program]) -> dict[Key, Compiled]:
+        """Compile programs and return the result of each."""
+        results = compile_programs(
+            [*targets.values()], self.topology, timeout_s=self.timeout_s, show=self.show
+        )
+        return dict(zip(targets, results, strict=True))
 
     def seconds(self, compiled: Compiled) -> float:
         """Return the compiler's estimate of the time that a program takes."""
@@ -55,8 +61,8 @@ class Prediction(NamedTuple):
 def compile_plan(job: Job, layout: Layout, compiler: Compiler, cost: Any = "flops") -> Plan:
     """Compile the whole step, and predict its time from its pieces if each of them fits."""
     trainer = _trainer(job, layout, compiler, cost)
-    pieces = compiler.compile([programs.whole_step(trainer), *_timed_programs(trainer)])
-    step = pieces.pop("step")
+    pieces = compiler.compile({STEP: programs.whole_step(trainer), **_timed_programs(trainer)})
+    step = pieces.pop(STEP)
     failed = [
         f"no time, as {piece.name} alone {piece.error}" for piece in pieces.values() if piece.error
     ]
@@ -89,16 +95,16 @@ def _trainer(job: Job, layout: Layout, compiler: Compiler, cost: Any) -> Trainer
     return job.build_trainer(layout, cost)
 
 
-def _timed_programs(trainer: Trainer) -> list[Program]:
-    return [*programs.of_stages(trainer.pipe), programs.update(trainer)]
+def _timed_programs(trainer: Trainer) -> dict[Piece, Program]:
+    return {**programs.of_stages(trainer.pipe), UPDATE: programs.update(trainer)}
 
 
-def _prediction(trainer: Trainer, pieces: dict[str, Compiled], compiler: Compiler) -> Prediction:
+def _prediction(trainer: Trainer, pieces: dict[Piece, Compiled], compiler: Compiler) -> Prediction:
     pipe = trainer.pipe
 
-    def seconds(operation: Literal["forward", "backward"]) -> list[float]:
+    def seconds(operation: programs.Operation) -> list[float]:
         branches = [Branch(operation, s) for s in pipe.stages.representatives]
-        return [compiler.seconds(pieces[str(branch)]) for branch in branches]
+        return [compiler.seconds(pieces[branch]) for branch in branches]
 
     times = step_time.stage_times(seconds("forward"), seconds("backward"), pipe.stages.remat)
     step = step_time.step_time(
@@ -107,7 +113,7 @@ def _prediction(trainer: Trainer, pieces: dict[str, Compiled], compiler: Compile
         times,
         compiler.topology,
         replicas=pipe.replicas,
-        update_s=compiler.seconds(pieces["update"]),
+        update_s=compiler.seconds(pieces[UPDATE]),
     )
     return Prediction(times, step)
 
@@ -115,8 +121,9 @@ def _prediction(trainer: Trainer, pieces: dict[str, Compiled], compiler: Compile
 def layer_seconds(job: Job, layout: Layout, compiler: Compiler) -> list[float]:
     """Return the time of each layer's backward, with recomputation, for the partitioner."""
     pipe = job.build_trainer(layout._replace(partition="auto")).pipe
-    layers = compiler.compile(programs.of_layers(pipe, kinds=("backward",)))
-    return [compiler.seconds(layers[f"backward {i}"]) for i in programs.representatives(pipe)]
+    layers = compiler.compile(programs.of_layers(pipe, operations=("backward",)))
+    branches = [LayerBranch("backward", i) for i in programs.representatives(pipe)]
+    return [compiler.seconds(layers[branch]) for branch in branches]
 
 
 def check_mesh(layout: Layout, topology: Topology) -> None:

@@ -6,7 +6,7 @@ with the same code), or the optimizer's update.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from gpipe_jax.training.trainer import Trainer, Updated
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide
 
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+STEP, UPDATE = "step", "update"  # programs beside those of the stages
+Operation = Literal["forward", "backward"]
+BOTH: tuple[Operation, ...] = ("forward", "backward")
 
 
 def whole_step(trainer: Trainer) -> Program:
@@ -31,25 +34,33 @@ def whole_step(trainer: Trainer) -> Program:
     donate = tuple(range(len(jax.tree.leaves(trainer.abstract_arguments().arrays))))
     pipe = trainer.pipe
     mesh_shape = (pipe.stages.geometry.num_devices, pipe.replicas)
-    return Program("step", trainer.export(), donate, mesh_shape)
+    return Program(STEP, trainer.export(), donate, mesh_shape)
 
 
-def of_stages(pipe: Pipeline) -> list[Program]:
-    """Export the programs of each distinct stage, named "forward 3" and "backward 3"."""
+class LayerBranch(NamedTuple):
+    """Name the program of one layer alone; equal layers share one."""
+
+    operation: Operation
+    layer: int  # the first layer that runs this code
+
+
+def of_stages(pipe: Pipeline) -> dict[Branch, Program]:
+    """Export the programs of each distinct stage."""
     distinct = sorted(set(pipe.stages.representatives))
-    return [export_piece(pipe, s) for export_piece in (_forward, _backward) for s in distinct]
+    return {
+        Branch(operation, s): _EXPORTERS[operation](pipe, s, pipe.stages)
+        for operation in BOTH
+        for s in distinct
+    }
 
 
-def of_layers(pipe: Pipeline, kinds: Sequence[str] = ("forward", "backward")) -> list[Program]:
-    """Export the programs of each distinct layer, as a stage of its own.
-
-    They are named "forward 3" and "backward 3" after the first such layer; see `representatives`.
-    """
-    pieces = {"forward": _forward, "backward": _backward}
-    exported = []
+def of_layers(pipe: Pipeline, operations: Sequence[Operation] = BOTH) -> dict[LayerBranch, Program]:
+    """Export the programs of each distinct layer, as a stage of its own; see `representatives`."""
+    exported = {}
     for i in sorted(set(representatives(pipe))):
         alone = _one_layer_each(pipe, only=i)
-        exported += [pieces[kind](pipe, i, alone) for kind in kinds]
+        for operation in operations:
+            exported[LayerBranch(operation, i)] = _EXPORTERS[operation](pipe, i, alone)
     return exported
 
 
@@ -74,7 +85,7 @@ def update(trainer: Trainer) -> Program:
     def run(before: Updated, grads: PyTree) -> Updated:
         return trainer.apply_gradients(before, grads, jnp.uint32(1), decaying=grads)
 
-    return _program("update", run, (before, grads), donated=2)
+    return _program(UPDATE, run, (before, grads), donated=2)
 
 
 def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
@@ -95,8 +106,7 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     return make, (params, stats, borrowed, INDEX)
 
 
-def _forward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
-    stages = stages or pipe.stages
+def _forward(pipe: Pipeline, s: int, stages: Stages) -> Program:
     make, specs = _stage(stages, s, pipe)
 
     def run(arrays: tuple, x: PyTree) -> Any:
@@ -105,9 +115,8 @@ def _forward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
     return _program(str(Branch("forward", s)), run, (specs, stages.geometry.input(s)))
 
 
-def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
+def _backward(pipe: Pipeline, s: int, stages: Stages) -> Program:
     """Export a backward that adds to the sums of gradients, as between micro-batches."""
-    stages = stages or pipe.stages
     make, specs = _stage(stages, s, pipe)
     sums = jax.eval_shape(wide, (specs[0], specs[2]))
     micro_batch = pipe.micro_batch_shapes
@@ -129,6 +138,12 @@ def _backward(pipe: Pipeline, s: int, stages: Stages | None = None) -> Program:
 
     arguments = (sums, specs, stages.geometry.input(s), start)
     return _program(str(Branch("backward", s)), run, arguments, donated=1)
+
+
+_EXPORTERS: dict[Operation, Callable[[Pipeline, int, Stages], Program]] = {
+    "forward": _forward,
+    "backward": _backward,
+}
 
 
 def _program(name: str, function: Callable, specs: Sequence, donated: int = 0) -> Program:

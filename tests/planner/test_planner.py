@@ -285,8 +285,9 @@ def test_layer_by_layer_is_tried_where_a_stage_is_too_large() -> None:
 def test_stages_with_tied_parameters_can_be_compiled_alone(remat: str) -> None:
     pipe = small_job(tied=True).build_trainer(Layout(stages=2, micro_batches=4, remat=remat)).pipe
     assert len(programs.of_stages(pipe)) == 4
-    alone = [piece.name for piece in programs.of_layers(pipe, kinds=("backward",))]
-    assert alone == ["backward 0", "backward 1", "backward 7"]  # embedding, block, head
+    alone = programs.of_layers(pipe, operations=("backward",))
+    assert [*alone] == [("backward", i) for i in (0, 1, 7)]  # embedding, block, head
+    assert [piece.name for piece in alone.values()] == ["backward 0", "backward 1", "backward 7"]
 
 
 def test_the_gradients_of_a_scanned_run_exist_at_once() -> None:
@@ -409,7 +410,7 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
             ["--topology", "v3:2x2", "--search", "--cost", "cycles"],
             "--cost: does not go with --search",
         ),
-        (["--slices", "2"], "--slices: 2 slices of what? Give a --topology"),
+        (["--slices", "2"], "--slices: needs a --topology"),
         (
             ["--topology", "v3-8", "--search", "--compile-best", "0"],
             "--compile-best: `compile_best` must be a whole number of at least 1, got 0",
