@@ -80,7 +80,7 @@ class Evaluator:
 
     Only `evaluate` is required. The other members have defaults. An attribute may be set in the
     class or in `__init__`, or be a dataclass field or a property. Inherit from this class to
-    declare them: in other classes these names have no meaning here.
+    declare them: in other objects these attributes are refused, and `prepare` is ignored.
 
     Attributes:
         identity: What the fitness depends on, by name. A search resumes only with an evaluator
@@ -138,11 +138,12 @@ def as_evaluator(evaluate: Any) -> Evaluator:
     """Return an `Evaluator` for a function, an object with `evaluate`, or an `Evaluator`.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: It is none of these, or it declares members without being an `Evaluator`.
     """
     if isinstance(evaluate, Evaluator):
         return evaluate
     if hasattr(evaluate, "evaluate"):
+        _check_declares_nothing(evaluate)
         return Adapter(evaluate)
     if callable(evaluate):
         return Function(evaluate)
@@ -150,6 +151,19 @@ def as_evaluator(evaluate: Any) -> Evaluator:
         f"evaluate {evaluate!r}: expected a function of an architecture, or an object with a "
         "method evaluate(job)"
     )
+
+
+def _check_declares_nothing(evaluate: Any) -> None:
+    """Refuse an object that declares a member which would count only in an `Evaluator`.
+
+    Without its identity, two different evaluators would count as equal when a search resumes.
+    """
+    for name in ("identity", "rivals_metric", "compile_grace_s"):
+        if hasattr(evaluate, name):
+            raise TypeError(
+                f"{type(evaluate).__name__} has a member `{name}`, which counts only in a subclass "
+                f"of nas.Evaluator: inherit from nas.Evaluator to declare `{name}`, or rename it"
+            )
 
 
 def identity_of(evaluate: Any) -> dict[str, Any]:
@@ -175,8 +189,8 @@ class Adapter(Evaluator):
     """Adapt an object with a method `evaluate` that does not inherit from `Evaluator`.
 
     This is the only place that looks for optional members. It looks for the names of versions
-    before 0.2, which had no base class. The present names are common words, such as `prepare`, so
-    they count only where a class inherits from `Evaluator`.
+    before 0.2, which had no base class. The present names count only where a class inherits from
+    `Evaluator`: `prepare`, a common word, is ignored elsewhere, and the others are refused.
     """
 
     wrapped: Any

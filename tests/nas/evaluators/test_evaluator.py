@@ -73,10 +73,17 @@ def test_an_object_may_have_the_old_names_of_members() -> None:
     assert identity_of(prepared) == {"kind": "Bare"}
 
 
+@pytest.mark.parametrize("name", ["identity", "rivals_metric", "compile_grace_s"])
+def test_members_declared_without_the_base_class_are_refused(name: str) -> None:
+    evaluator = Bare()
+    setattr(evaluator, name, {})
+    message = f"Bare has a member `{name}`, .* inherit from nas.Evaluator to declare `{name}`, or"
+    with pytest.raises(TypeError, match=message):
+        as_evaluator(evaluator)
+
+
 def test_common_names_of_other_objects_mean_nothing() -> None:
     class Trainer(Bare):
-        identity, rivals_metric, compile_grace_s = "mine", 3, "soon"
-
         def prepare(self) -> None:
             raise NotImplementedError
 
