@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpipe_jax.utils.text import install_advice
 from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search
 from nas.evaluators import evaluator as evaluators
@@ -459,8 +460,10 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
     path = Path(name) if (Path(name) / FILE).exists() else Path(folder) / name
     if not (path / FILE).exists():
         runs = sorted(file.parent.name for file in Path(folder).glob(f"*/{FILE}"))
-        known = f"runs in {folder}: {', '.join(runs)}" if runs else f"there are none in {folder}"
-        raise FileNotFoundError(f"no run {str(name)!r}: no file {path / FILE}; {known}")
+        known = f"has: {', '.join(runs)}" if runs else "has no searches"
+        raise FileNotFoundError(
+            f"no run {str(name)!r}: {path / FILE} does not exist; the folder {folder} {known}"
+        )
     return Result(path)
 
 
@@ -470,7 +473,7 @@ def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":
         import pandas
     except ImportError as error:
         raise ImportError(
-            "a DataFrame needs pandas: pip install 'gpipe-jax[search]'; or read `result.reader`"
+            f"a DataFrame needs pandas: {install_advice('search')}, or read `result.reader`"
         ) from error
     names = [name for name in dict.fromkeys(columns) if name != "metrics"]
     return pandas.DataFrame(rows, columns=names).set_index("id")  # type: ignore[arg-type]

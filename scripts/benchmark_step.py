@@ -32,6 +32,7 @@ import gpipe_jax as gpipe
 from gpipe_jax import sequential
 from gpipe_jax.layers import pooling, random_keys, windows
 from gpipe_jax.layers.layer import Context
+from gpipe_jax.utils.text import install_advice
 from gpipe_jax.zoo.amoebanet import conv_norm
 from gpipe_jax.zoo.transformer.layers import Block
 
@@ -341,7 +342,7 @@ def main() -> None:
             name = f"temporary memory, 1f1b / differentiated scan, {blocks} blocks a stage"
             add(f"{name}, remat {remat}", ratio, 0.70)
     else:
-        print("skipped the memory row: it needs pip install 'gpipe-jax[tpu]'")
+        print(f"skipped the memory row: it needs the TPU compiler; {install_advice('tpu')}")
     if options.json:
         print(json.dumps({row.name: row.value for row in rows}))
     sys.exit(any(row.value > row.limit for row in rows))

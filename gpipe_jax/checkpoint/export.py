@@ -13,7 +13,7 @@ from etils import epath
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.format import COMMON, Manifest
-from gpipe_jax.config.loader import no_package
+from gpipe_jax.config.loader import no_package, no_run
 from gpipe_jax.errors import (
     ArgumentError,
     CheckpointFormatError,
@@ -56,6 +56,8 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
         raise ConfigError([no_package(error)], str(run)) from error
     except (OSError, TypeError) as error:
         raise ArgumentError("out", f"{out} cannot be written: {error}") from error
+    if not run.exists():
+        raise ConfigError([no_run(run)], str(run))
     reason = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
     raise ConfigError([f"there is {reason}; give the folder of a run"], str(run))
 

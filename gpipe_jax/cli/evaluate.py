@@ -29,12 +29,15 @@ def run(options: argparse.Namespace) -> int:
     folder = epath.Path(options.config)
     try:
         is_run = folder.is_dir()
+        exists = is_run or folder.exists()
     except ImportError as error:
         raise ConfigError([loader.no_package(error)], options.config) from error
+    if not exists and folder.suffix not in (".yaml", ".yml"):
+        raise ConfigError([loader.no_run(options.config)], options.config)
     if is_run:
         if not (folder / "config.yaml").exists():
-            problem = "there is no config.yaml here; give the folder of a run, or a YAML file"
-            raise ConfigError([problem], options.config)
+            problem = "the folder has no config.yaml; give the folder of a run, or a YAML file"
+            raise ConfigError([f"{folder}: {problem}"], options.config)
         options.config = str(folder / "config.yaml")
         options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
     if options.stages is not None:

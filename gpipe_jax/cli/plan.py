@@ -110,7 +110,7 @@ def _check_options(options: argparse.Namespace) -> None:
     elif options.cost:
         raise OptionError("--cost", "cycles needs a --topology to compile for, such as v3:4x4")
     elif options.slices != 1:
-        raise OptionError("--slices", f"{options.slices} slices of what? Give a --topology")
+        raise OptionError("--slices", "needs a --topology")
     if options.search and options.cost:
         problem = "does not go with --search, which compiles layouts balanced by operations"
         raise OptionError("--cost", problem)

@@ -25,7 +25,7 @@ from gpipe_jax.config.messages import KeyPath, show
 from gpipe_jax.config.run import Config, section_models, unused
 from gpipe_jax.config.yaml_parser import Draft, Location, YamlError, override, parse
 from gpipe_jax.errors import ConfigError, SectionError
-from gpipe_jax.utils.text import did_you_mean
+from gpipe_jax.utils.text import did_you_mean, install_advice
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Section
 C = TypeVar("C", bound=Configuration)
@@ -58,6 +58,10 @@ def load(source: Source, overrides: Iterable[str] = ()) -> Config:
 def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
     """Load another kind of configuration: a subclass of `Configuration`; see `load`."""
     draft = _draft(source, overrides, root)
+    if other := messages.other_command(draft.values.keys(), root):
+        draft.problems = []  # the rest follows from this one
+        _report(draft, (), other)
+        raise _error(draft)
     sections = {name: _section(draft, name) for name in root.model_fields}
     for name in draft.values.keys() - root.model_fields.keys():
         word = messages.unknown_key((name,), root) if isinstance(name, str) else None
@@ -202,7 +206,12 @@ def _read(path: epath.Path, root: type[Configuration]) -> Draft:
 
 def no_package(error: ImportError) -> str:
     """Word the problem that an address needs a package which is missing."""
-    return f"{error}; for gs:// run pip install 'gpipe-jax[tpu]', or 'etils[epath-gcs]'"
+    return f"{error}; for gs:// {install_advice('tpu')}, or pip install 'etils[epath-gcs]'"
+
+
+def no_run(path: str | os.PathLike[str]) -> str:
+    """Word the problem that there is nothing where a run should be."""
+    return f"{path}: no such file or folder; give the folder of a run"
 
 
 def _text(path: epath.Path) -> str:
@@ -301,7 +310,7 @@ def _messages(
             message = messages.unknown_key(path, draft.root, kind, kind_is_overridden=overridden)
         else:
             field = model.model_fields.get(path[1])
-            message = messages.describe(path, errors, field.description if field else None)
+            message = messages.describe(path, errors, field)
         worded[path] = message
     return worded
 

@@ -3,10 +3,11 @@
 A message fits on one line, whatever was given: values and paths are escaped and cut.
 """
 
-import re
 import reprlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, KeysView, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from gpipe_jax.config.base import Configuration
 from gpipe_jax.config.run import Config, section_models
@@ -18,13 +19,13 @@ KeyPath = tuple[Any, ...]  # from the root of the configuration to a value
 # --- one field ------------------------------------------------------------------------------------
 
 
-def describe(path: KeyPath, errors: Sequence[Any], description: str | None) -> str:
+def describe(path: KeyPath, errors: Sequence[Any], field: FieldInfo | None) -> str:
     """Word pydantic's errors of one value; several are branches of a union that all failed.
 
     Args:
         path: Where the value is.
         errors: The errors, as `pydantic.ValidationError.errors` gives them.
-        description: The description of the field, for one that is missing.
+        field: The field, for its description and its legal words.
     """
     kind, given, name = errors[0]["type"], errors[0]["input"], dotted(path)
     if kind in ("value_error", "cross_check"):
@@ -32,12 +33,20 @@ def describe(path: KeyPath, errors: Sequence[Any], description: str | None) -> s
     if kind == "invalid_key":
         return not_a_name(path)
     if kind == "missing":
-        return f"{name}: required; give {description}"
+        return f"{name}: required; give {field.description if field else None}"
     rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
-    hint = text.did_you_mean(given, re.findall(r"'(.*?)'", rules))
+    hint = text.did_you_mean(given, _words(field.annotation) if field else [])
     if kind == "string_type" and isinstance(given, int | float):
         hint = "; put it in quotes"
     return f"{name}: expected {rules}, got {show(given)}{hint}"
+
+
+def _words(annotation: Any) -> list[str]:
+    """Return the words that a type allows, in it or in the items of a list."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [word for word in arguments if isinstance(word, str)]
+    return [word for argument in arguments for word in _words(argument)]
 
 
 _RULES = {
@@ -70,6 +79,21 @@ def _rule(error: Any) -> str:
 
 
 # --- sections and keys ----------------------------------------------------------------------------
+
+
+SECTIONS = {
+    "gpipe train": ("model", "data", "mesh", "pipeline", "optimizer", "train", "profile"),
+    "nas search": ("space", "evaluate", "evolution", "limits", "run"),
+}
+
+
+def other_command(sections: KeysView[Any], root: type[Configuration]) -> str | None:
+    """Word the problem of a whole file that is for another command; return None if it is not."""
+    own = len(sections & root.model_fields.keys())
+    for command, names in SECTIONS.items():
+        if len(sections & set(names)) > own:
+            return f"this is a config of `{command}`; give it to that command, or give another file"
+    return None
 
 
 def not_a_section(name: str, given: Any) -> str:

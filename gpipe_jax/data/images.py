@@ -11,6 +11,7 @@ import numpy as np
 from gpipe_jax.data.cifar10_files import Images, normalised, read_cifar10
 from gpipe_jax.data.stream import Batch, Dataset, Draws, check_arguments, dataset
 from gpipe_jax.utils.checks import check_fraction
+from gpipe_jax.utils.text import install_advice
 
 
 def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int = 0) -> Dataset:
@@ -41,7 +42,7 @@ def digits(batch_size: int, seed: int, *, test_fraction: float = 0.2, shift: int
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
-            "the digits come with scikit-learn: run pip install 'gpipe-jax[examples]'"
+            f"the digits come with scikit-learn: {install_advice('examples')}"
         ) from error
     check_arguments("digits", batch_size, seed)
     check_fraction("test_fraction", test_fraction, zero=False)

@@ -155,12 +155,13 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
     available = list(jax.devices() if devices is None else devices)
     need = stages * data
     if need > len(available):
+        is_or_are = "is" if len(available) == 1 else "are"
         raise ArgumentError(
             "data" if data > stages else "stages",
-            f"a mesh of {stages} stages x {data} data replicas needs {need} devices, but there are "
-            f"{len(available)} ({available[0].platform}); lower `stages` or `data`, or simulate "
-            f"them on CPU with gpipe_jax.simulate_devices({need}) before anything else "
-            f"(in a config file: mesh.simulate={need})",
+            f"a mesh of {stages} stages x {data} data replicas needs {need} devices, but only "
+            f"{len(available)} {is_or_are} available ({available[0].platform}); lower `stages` or "
+            f"`data`, or simulate them on CPU with gpipe_jax.simulate_devices({need}) before "
+            f"anything else (in a config file: mesh.simulate={need})",
         )
     chosen = available[:need]
     if devices is None:

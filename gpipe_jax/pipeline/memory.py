@@ -75,17 +75,17 @@ def _working_set(stages: Stages, costs: Sequence[LayerCost], s: int) -> int:
     return stages.remat.stage_bytes(own, inputs, scanned)
 
 
-def check(parts: dict[str, int], limit: float) -> None:
-    """Raise ValueError if the parts together need more than `limit` bytes."""
-    need = sum(parts.values())
+def check(bytes_of: dict[str, int], limit: float) -> None:
+    """Raise ValueError if they need, together, more than `limit` bytes."""
+    need = sum(bytes_of.values())
     if need > limit:
         raise ArgumentError(
             "memory_limit",
-            f"a device needs {format_bytes(need)} ({describe(parts)}), but `memory_limit` is "
+            f"a device needs {format_bytes(need)} ({describe(bytes_of)}), but `memory_limit` is "
             f"{format_bytes(limit)}; use more stages or micro-batches, or raise it",
         )
 
 
-def describe(parts: dict[str, int]) -> str:
-    """List the parts and their sizes in one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in parts.items())
+def describe(bytes_of: dict[str, int]) -> str:
+    """List what memory is used for, with sizes, in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in bytes_of.items())

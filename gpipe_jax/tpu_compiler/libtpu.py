@@ -5,8 +5,9 @@ import re
 from contextlib import suppress
 
 from gpipe_jax.errors import CompilerNotInstalledError
+from gpipe_jax.utils.text import install_advice
 
-INSTALL = "pip install 'gpipe-jax[tpu]'"
+INSTALL = install_advice("tpu")
 
 
 def versions() -> dict[str, str | None]:

@@ -33,6 +33,11 @@ Record = Callable[[dict], None]
 IN_FLIGHT = 8
 
 
+def never(step: int) -> bool:
+    """Return False: do not stop before this step."""
+    return False
+
+
 class Updated(NamedTuple):
     """Hold what the optimizer's update replaces, or its shapes."""
 
@@ -243,7 +248,7 @@ class Trainer:
         batches: Iterator[dict],
         steps: int,
         record: Record,
-        stopped: Callable[[int], bool] = lambda step: False,
+        stopped: Callable[[int], bool] = never,
     ) -> TrainState:
         """Train until `steps` updates are done, earlier ones included.
 

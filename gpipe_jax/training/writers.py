@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils.text import install_advice
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
@@ -82,8 +83,7 @@ def check(names: Sequence[str]) -> None:
         except ImportError as error:
             raise ArgumentError(
                 "writers",
-                f"`writers`: {name} needs {PACKAGES[name]} ({error}): run "
-                f"pip install 'gpipe-jax[{name}]'",
+                f"`writers`: {name} needs {PACKAGES[name]} ({error}): {install_advice(name)}",
             ) from error
 
 

@@ -6,10 +6,12 @@ No JAX here, so that a mistake in an option is reported at once.
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import shtab
 
 from gpipe_jax.errors import ArgumentError, ConfigError, OptionError
+from gpipe_jax.utils.text import did_you_mean
 
 # --- parsers --------------------------------------------------------------------------------------
 
@@ -24,9 +26,20 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggest a legal choice in place of one that is unknown, also for commands."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            suggestion = did_you_mean(value, [str(choice) for choice in action.choices or ()])
+            raise argparse.ArgumentError(action, f"{error.message}{suggestion}") from None
+
+
 def new_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a program, with `--version` and `--print-completion`."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = _Parser(prog=program, description=description)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     text = 'print a completion script and exit; use: eval "$(%(prog)s --print-completion bash)"'
     shtab.add_argument_to(parser, "--print-completion", text)

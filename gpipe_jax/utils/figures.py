@@ -4,6 +4,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils.text import install_advice
+
 
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of this size in inches, which notebooks show as a cell's value.
@@ -13,9 +15,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
-        ) from error
+        raise ImportError(f"pictures need matplotlib: {install_advice('examples')}") from error
 
     class NotebookFigure(Figure):
         def _repr_png_(self) -> bytes:

@@ -13,6 +13,7 @@ workaround. The tests are in `tests/utils/test_xla_workarounds.py`, or in the fi
     computed_once         CPU: a value is computed again, rounded otherwise  test_pooling
     backends_are_running  JAX has no public function for this                private_functions
     detect_cluster        JAX has no public function for this                private_functions
+    jax_setting           JAX: type stubs do not list the settings           pyright
 
 These are structures, so they stay where they are:
 
@@ -138,7 +139,7 @@ def computed_once(a: jax.Array) -> jax.Array:
     return lax.while_loop(is_left, change, (rounds, a))[1]
 
 
-# --- private functions of JAX ---------------------------------------------------------------------
+# --- private functions of JAX, and its types ------------------------------------------------------
 
 
 def backends_are_running() -> bool:
@@ -151,6 +152,11 @@ def backends_are_running() -> bool:
     except ImportError:
         return True
     return backends_are_initialized()
+
+
+def jax_setting(name: str) -> Any:
+    """Return a setting of `jax.config`, which has attributes that its type stubs do not list."""
+    return getattr(jax.config, name)
 
 
 def detect_cluster(timeout_s: int) -> tuple[str | None, int | None, int | None]:

@@ -27,10 +27,10 @@ def line(reader: Reader, cycles: int | None = None) -> str:
     """Return the line: the number of results (of `cycles`, if given), the best, and counts."""
     counts, best = reader.counts(), next(reader.ranked(), None)
     total = "" if cycles is None else f"/{cycles}"
-    parts = [f"{counts.results}{total} results"]
+    phrases = [f"{counts.results}{total} results"]
     if best is not None:
-        parts.append(f"best {best.fitness:.6g} (#{best.id})")
-    parts.append(f"{counts.evaluations} evaluations")
+        phrases.append(f"best {best.fitness:.6g} (#{best.id})")
+    phrases.append(f"{counts.evaluations} evaluations")
     for number, text in (
         (counts.cache_hits, "from the cache"),
         (counts.rejected, "rejected"),
@@ -38,8 +38,8 @@ def line(reader: Reader, cycles: int | None = None) -> str:
         (counts.running, "running"),
     ):
         if number > 0:
-            parts.append(f"{number} {text}")
-    return ", ".join(parts)
+            phrases.append(f"{number} {text}")
+    return ", ".join(phrases)
 
 
 def watch(path: Path, driver: DriverThread | None = None, every_s: float = EVERY_S) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from gpipe_jax.utils.xla_workarounds import jax_setting
+
 _lock = threading.Lock()
 _replaced: dict[str, str | None] = {}
 """The folder that this module set last, to the setting that it replaced."""
@@ -19,7 +21,7 @@ def use(folder: str | None = None) -> None:
         folder: The folder. Default: JAX's own setting, or else `default_folder()`.
     """
     with _lock:
-        current = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # not in its stubs
+        current = jax_setting("jax_compilation_cache_dir")
         users_own = _replaced.get(current, current)
         new = folder or users_own or str(default_folder())
         if new != current:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from gpipe_jax.utils.text import format_bytes
+from gpipe_jax.utils.xla_workarounds import jax_setting
 from nas.errors import TooLargeError
 from nas.training.datasets import Data, Split
 from nas.training.network import Architecture, Network, PyTree, Variables
@@ -213,7 +214,7 @@ def _without_device(key: _Key) -> _Key:
 
 def this_device() -> Device:
     """Return the device that this thread computes on."""
-    chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009  # unknown to its stubs
+    chosen = jax_setting("jax_default_device")
     if isinstance(chosen, str):  # a platform
         return jax.local_devices(backend=chosen)[0]
     return chosen or jax.local_devices()[0]

@@ -8,6 +8,7 @@ from when a worker reports that it has begun.
 import os
 from typing import Any
 
+from gpipe_jax.utils.text import install_advice
 from nas.errors import WorkersError
 from nas.workers.worker_pool import WorkerPool
 
@@ -22,9 +23,7 @@ def dask_pool(workers: str) -> WorkerPool:
         import dask.config
         from distributed import Client, LocalCluster
     except ImportError as error:
-        raise WorkersError(
-            f"workers {workers!r} need dask: pip install 'gpipe-jax[search]'"
-        ) from error
+        raise WorkersError(f"workers {workers!r} need dask: {install_advice('search')}") from error
     if "://" in workers:
         try:
             return pool_of_client(Client(workers, timeout=ANSWER_S), owned=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from gpipe_jax.cli import init
 from gpipe_jax.cli import main as cli
 from gpipe_jax.utils import progress
+from gpipe_jax.utils.text import install_advice
 
 CONFIG = """\
 model:
@@ -127,7 +128,10 @@ def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
 
 
 def test_eval_of_a_folder_that_is_no_run(gpipe, tmp_path):
-    refuses(gpipe("eval", config=tmp_path), "no config.yaml here; give the folder of a run")
+    refuses(
+        gpipe("eval", config=tmp_path),
+        f"{tmp_path}: the folder has no config.yaml; give the folder of a run",
+    )
 
 
 def test_export_writes_plain_files(trained, gpipe, tmp_path):
@@ -206,7 +210,7 @@ def test_training_without_matplotlib(gpipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, _ = gpipe("train", "train.steps=1", "--json", "mesh.stages=1")
     assert code == 0 and json.loads(out[-1])["steps"] == 1
-    assert out[-2] == "no curves: pictures need matplotlib: run pip install 'gpipe-jax[examples]'"
+    assert out[-2] == f"no curves: pictures need matplotlib: {install_advice('examples')}"
 
 
 def test_digits_without_scikit_learn(gpipe, monkeypatch):
@@ -317,6 +321,31 @@ def test_bad_input(gpipe, tmp_path, command, name):
 @pytest.mark.parametrize("command", ["train", "eval", "config"])
 def test_no_such_config(gpipe, command):
     refuses(gpipe(command, config="nothing.yaml"), "nothing.yaml: no such file")
+
+
+def test_no_such_run(gpipe):
+    problem = "nope: no such file or folder; give the folder of a run"
+    refuses(gpipe("eval", config="nope"), problem)
+    refuses(gpipe("export", "--out", "a.npz", config="nope"), problem)
+
+
+def test_a_config_of_another_command(gpipe):
+    search = REPOSITORY / "configs" / "search_digits.yaml"
+    code, _, err = gpipe("train", config=search)
+    assert code == 2 and err.count("\n") == 2
+    assert f"{search}:1: this is a config of `nas search`; give it to that command" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (("trian",), "'train'"),
+        (("schedule", "--stages", 2, "--micro-batches", 4, "--kind", "1f1b_eager"), "'eager_1f1b'"),
+    ],
+)
+def test_an_unknown_choice_gets_a_suggestion(gpipe, arguments, near):
+    code, _, err = gpipe(*arguments, config=None)
+    assert code == 2 and err.endswith(f"; did you mean {near}?\n")
 
 
 @pytest.mark.parametrize("source", ["missing.txt", ".", "empty.txt"])
@@ -459,7 +488,8 @@ def test_init_writes_files_that_run(gpipe, tmp_path):
     folder = tmp_path / "first run"
     assert code == 0 and sorted(path.name for path in folder.iterdir()) == init.FILES
     assert json.loads(out[-1]) == {"files": [f"first run/{name}" for name in init.FILES]}
-    assert out[-2] == "start with: cd 'first run'; gpipe train config.yaml"
+    assert out[-3] == "start with: cd 'first run'; gpipe train config.yaml"
+    assert out[-2] == "a network of your own: cd 'first run'; python my_model.py"
 
 
 def test_the_starter_runs_as_it_is(gpipe, tmp_path, monkeypatch):
@@ -469,6 +499,18 @@ def test_the_starter_runs_as_it_is(gpipe, tmp_path, monkeypatch):
     figures = json.loads(out[-1])
     assert (figures["steps"], figures["stages"]) == (2, 2) and "test_accuracy" in figures
     assert (tmp_path / "runs" / "first" / "checkpoints" / "2").is_dir()
+
+
+def test_the_network_of_the_starter_runs_as_it_is(gpipe, tmp_path):
+    assert gpipe("init", config=None)[0] == 0
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "my_model.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loss = float(done.stdout.rsplit("loss ", 1)[1])
+    assert abs(loss - np.log(10)) < 0.5
 
 
 @pytest.mark.slow
@@ -489,7 +531,10 @@ def test_init_overwrites_nothing(gpipe, tmp_path, name):
 
 def test_init_into_a_file(gpipe, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refuses(gpipe("init", "file", config=None), "gpipe init: FOLDER: cannot write into file: ")
+    refuses(
+        gpipe("init", "file", config=None),
+        "gpipe init: FOLDER: cannot write into file: File exists",
+    )
 
 
 def test_version(gpipe):

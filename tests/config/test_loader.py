@@ -9,12 +9,13 @@ import pytest
 import yaml
 from pydantic import Field
 
-from gpipe_jax.config import loader
+from gpipe_jax.config import loader, messages
 from gpipe_jax.config.base import Configuration, Section
-from gpipe_jax.config.loader import load
+from gpipe_jax.config.loader import load, load_as
 from gpipe_jax.config.optimizers import AdamConfig, SgdConfig
 from gpipe_jax.config.run import Config, MeshConfig
 from gpipe_jax.errors import ConfigError, SectionError
+from nas.config import SearchConfig
 
 BASE = """\
 model:
@@ -515,6 +516,23 @@ def test_an_invalid_section_hides_only_its_own_rules():
         "override 'model.classes=3': model.classes: classes 3 does not fit data 'digits' "
         "(10 classes); make it 10",
     ]
+
+
+def test_the_sections_of_the_commands_are_those_of_their_configs():
+    names = {command: set(names) for command, names in messages.SECTIONS.items()}
+    assert names == {
+        "gpipe train": set(Config.model_fields),
+        "nas search": set(SearchConfig.model_fields),
+    }
+
+
+def test_a_config_of_another_command_is_one_problem():
+    assert problems("space: {kind: nasnet}\nevaluate: {kind: x}\nqqq: 3\n", "train.step=3") == [
+        "x.yaml:1: this is a config of `nas search`; give it to that command, or give another file"
+    ]
+    with pytest.raises(ConfigError, match=r"1 problem .*\n.*a config of `gpipe train`; give it to"):
+        load_as(SearchConfig, {"model": {"kind": "mlp"}, "data": {"kind": "digits"}})
+    assert "unknown key 'space'" in problems(BASE + "space: {kind: nasnet}\n")[0]
 
 
 def test_files_that_cannot_be_read():

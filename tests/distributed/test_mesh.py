@@ -39,13 +39,16 @@ def test_a_mesh_larger_than_the_machine_says_how_to_simulate_it() -> None:
         make_mesh(stages=have, data=3)
     message = str(caught.value)
     assert f"{have} stages x 3 data replicas needs {3 * have} devices" in message
-    assert f"there are {have} ({jax.default_backend()})" in message
+    assert (
+        f"but only {have} {'is' if have == 1 else 'are'} available ({jax.default_backend()})"
+        in message
+    )
     assert f"gpipe_jax.simulate_devices({3 * have})" in message
     assert f"mesh.simulate={3 * have}" in message
 
 
 def test_too_few_chosen_devices_are_counted_as_such() -> None:
-    with pytest.raises(ValueError, match=r"needs 4 devices, but there are 3 \("):
+    with pytest.raises(ValueError, match=r"needs 4 devices, but only 3 are available \("):
         make_mesh(stages=4, devices=jax.devices()[:3])
 
 

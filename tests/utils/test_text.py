@@ -35,6 +35,9 @@ def test_values(value, expected):
 def test_suggestions():
     assert text.did_you_mean("mesch", ["mesh", "model"]) == "; did you mean 'mesh'?"
     assert text.did_you_mean("qqq", ["mesh", "model"]) == text.did_you_mean(3, ["mesh"]) == ""
+    for given in ("1f1b_eager", "1fb_eager"):
+        near = text.did_you_mean(given, ["1f1b", "eager_1f1b", "gpipe"])
+        assert near == "; did you mean 'eager_1f1b'?", given
     assert text.did_you_mean_or_list("qqq", ["mesh", "model"]) == "; known: mesh, model"
 
 

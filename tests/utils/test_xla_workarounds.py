@@ -213,6 +213,6 @@ def test_every_workaround_is_listed() -> None:
         and value.__module__ == xla_workarounds.__name__
         and not name.startswith("_")
     ]
-    assert len(functions) == 8
+    assert len(functions) == 9
     for name in functions:
         assert f"\n    {name} " in text
