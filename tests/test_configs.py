@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from paths import CONFIGS as FOLDER
-from paths import REPOSITORY
 
 from gpipe_jax import data, losses, zoo
 from gpipe_jax.cli import main as cli
@@ -243,9 +241,3 @@ def test_late_errors_have_a_place(
     first, second, *rest = capsys.readouterr().err.splitlines()
     assert (first, rest) == ("gpipe: 1 problem in x.yaml:", [])
     assert re.search(pattern, second), second
-
-
-def test_the_wheel_ships_the_configs() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"] == {"configs": "gpipe_jax/configs"}

@@ -47,7 +47,7 @@ def test_the_notebook_of_a_search(tmp_path):
     executed = run("search", tmp_path)
     assert "<svg" in value(executed, "space.random", "text/html")
     live = shown(executed, "result.watch()")[0].data["text/html"]
-    assert "200/200 results" in live and "no driver is at work" in live
+    assert "200/200 results" in live and "not running" in live
     assert "200 with a fitness" in value(executed, "result.wait()", "text/html")
     assert "mutation" in value(executed, "result.best\n", "text/html")
     for source in ("result.plot()", "plot_lineage()"):
