@@ -153,7 +153,9 @@ def test_a_report_of_any_state(tmp_path, of) -> None:
 def test_bad_runs_get_a_plain_message(run, tmp_path) -> None:
     code, lines, error = run("nine")
     assert (code, lines) == (2, [])
-    assert "no run 'nine': runs/nine/search.sqlite does not exist; the folder runs has: mine" in error
+    assert (
+        "no run 'nine': runs/nine/search.sqlite does not exist; the folder runs has: mine" in error
+    )
     for name, content, problem in (
         ("text", b"a diary of many words" * 50, "nor any SQLite database"),
         ("empty", b"", "search.sqlite holds no search: give the name of another run"),
