@@ -485,7 +485,10 @@ def test_what_cannot_be_resumed(tmp_path) -> None:
     result = run(tmp_path)
     with pytest.raises(ValueError, match="population: a search cannot be resumed with other ones"):
         result.resume(population=9)
-    with pytest.raises(FileNotFoundError, match=r"no run 'serach': .*search.sqlite does not exist; the folder .* has: search"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no run 'serach': .*search.sqlite does not exist; the folder .* has: search",
+    ):
         nas.load("serach", tmp_path)
     assert nas.load(tmp_path / "search").counts.results == 60
 
