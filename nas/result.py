@@ -16,7 +16,7 @@ from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
 from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, store_path
-from nas.workers import pools
+from nas.workers import main_guard, pools
 from nas.workers.driver import Callback, Driver, DriverThread, check_seconds
 from nas.workers.pickled_setup import Setup, load_setup
 
@@ -404,6 +404,7 @@ def search(
         )
         result.best.architecture
     """
+    main_guard.check_not_importing()
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}

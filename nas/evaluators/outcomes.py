@@ -62,24 +62,38 @@ def _number(name: str, value: Any, job: Job) -> float:
 
 
 def _shortened(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # any object's own `repr` may raise anything
+        text = f"a {type(value).__name__} without a text"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def failed_outcome(error: BaseException) -> Outcome:
     """Return the outcome of a job that raised this error."""
-    last_line = "".join(traceback.format_exception_only(error)).strip()
-    return Outcome(_kind(error), error=last_line[:MAX_ERROR])
+    text = describe(error)
+    return Outcome(_kind(error, text), error=text)
 
 
-def _kind(error: BaseException) -> str:
-    if _is_out_of_memory(error):
+def describe(error: BaseException) -> str:
+    """Return the type and the text of any error, for a store: short, and legal in UTF-8.
+
+    >>> describe(ValueError("no"))
+    'ValueError: no'
+    """
+    # An error's own `str` may raise; this says so instead of raising.
+    text = "".join(traceback.format_exception_only(error)).strip()[:MAX_ERROR]
+    return text.encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
+
+
+def _kind(error: BaseException, text: str) -> str:
+    if _is_out_of_memory(error, text):
         return "out_of_memory"
     if isinstance(error, FloatingPointError):  # jax_debug_nans raises it too
         return "nan"
     return "timeout" if isinstance(error, TimeoutError) else "exception"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException, text: str) -> bool:
     """Check for lack of memory of the host, or of an accelerator, which JAX names this way."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text

@@ -5,11 +5,16 @@ whether it is retried. A job that takes too long is ended together with its work
 from when a worker reports that it has begun.
 """
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from gpipe_jax.utils.text import install_advice
 from nas.errors import WorkersError
+from nas.evaluators.outcomes import describe
+from nas.workers import main_guard
 from nas.workers.worker_pool import WorkerPool
 
 ANSWER_S = 10.0  # s in which a scheduler must answer
@@ -20,8 +25,7 @@ RESTART_S = 5.0  # s in which a hung worker may end by itself
 def dask_pool(workers: str) -> WorkerPool:
     """Return a pool for `processes`, `processes:4`, or the address of a scheduler."""
     try:
-        import dask.config
-        from distributed import Client, LocalCluster
+        from distributed import Client
     except ImportError as error:
         raise WorkersError(f"workers {workers!r} need dask: {install_advice('search')}") from error
     if "://" in workers:
@@ -32,15 +36,40 @@ def dask_pool(workers: str) -> WorkerPool:
                 f"workers {workers!r}: no dask scheduler answers there within {ANSWER_S:g} s "
                 f"({error}); start one with `dask scheduler`, or correct the address"
             ) from error
-    count = _count(workers)
-    # The search counts the deaths of workers and retries their jobs; the scheduler must not.
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
-        local = LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            dashboard_address=None,  # type: ignore[arg-type]  # documented: no dashboard
-        )
+    local = _local_cluster(workers, _count(workers))
     return pool_of_client(Client(local), local=local, owned=True)
+
+
+def _local_cluster(workers: str, count: int) -> Any:
+    import dask.config
+    from distributed import LocalCluster
+
+    # The search counts the deaths of workers and retries their jobs; the scheduler must not.
+    settings = dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    try:
+        with settings, main_guard.quiet_workers(), _silent("distributed.nanny"):
+            return LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                dashboard_address=None,  # type: ignore[arg-type]  # documented: no dashboard
+            )
+    except (RuntimeError, OSError) as error:  # TimeoutError is an OSError
+        cause = describe(error.__cause__ or error)
+        raise WorkersError(
+            f"workers {workers!r} cannot be started ({cause}); {main_guard.ADVICE}"
+        ) from None  # dask's own traceback has pages
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Print nothing from this logger: the error that is raised instead says it."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _count(workers: str) -> int:

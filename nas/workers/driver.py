@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from nas.ask_tell.search import Search
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
-from nas.workers import task
+from nas.workers import main_guard, task
 from nas.workers.worker_pool import WorkerPool
 
 Callback = Callable[[Search], object]
@@ -70,16 +70,20 @@ class Driver:
         """Run the search to its end, and close the store and the pool in any case."""
         self._end = time.monotonic() + (self.time_limit_s or math.inf)
         try:
-            while not self._must_end():
-                self._fill()
-                if not self._running or self.search.is_over:
-                    break
-                self._collect()
+            with main_guard.quiet_workers():
+                self._work()
         finally:
             for running in self._running.values():
                 running.future.cancel()
             self.search.close()
             self.pool.close()
+
+    def _work(self) -> None:
+        while not self._must_end():
+            self._fill()
+            if not self._running or self.search.is_over:
+                return
+            self._collect()
 
     def _must_end(self) -> bool:
         """Return whether the driver is stopped or out of time.
@@ -107,14 +111,15 @@ class Driver:
                 self._submit(job)
 
     def _submit(self, job: Job) -> None:
+        argument = task.pickled_job(job) if self.pool.pickles else job
         try:
-            future = self.pool.submit(self._task, job)
+            future = self.pool.submit(self._task, argument)
         except WorkersError:
             raise
         except RuntimeError as error:  # BrokenProcessPool, or an executor that is shut down
             raise WorkersError(
                 f"the workers take no more jobs ({error}): use workers='processes', whose "
-                "workers are restarted, and resume the run"
+                f"workers are restarted, and resume the run; {main_guard.ADVICE}"
             ) from error
         deadline = time.monotonic() + BEGIN_S + self._job_s
         self._running[job.evaluation] = RunningJob(job, future, deadline)

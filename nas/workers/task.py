@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from nas.errors import ReturnError
+from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
-from nas.evaluators.outcomes import MAX_ERROR, as_outcome, failed_outcome
+from nas.evaluators.outcomes import as_outcome, describe, failed_outcome
 from nas.workers.dask import BEGUN
 
 RESULT_S = 20.0  # s in which the result of a finished job must arrive
@@ -37,8 +37,8 @@ def run_job(evaluator: Evaluator, job: Job) -> Outcome:
     return outcome._replace(worker=_worker_name(), started=started, finished=time.time())
 
 
-def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
-    """Return the function to submit with each job.
+def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Any], Outcome]:
+    """Return the function to submit with each job, or with each `pickled_job` if jobs are pickled.
 
     A worker in another process keeps one evaluator, with everything that it has compiled.
 
@@ -51,14 +51,31 @@ def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Job], Outcome]:
         return functools.partial(_run_pickled, dumps(evaluator))
     except Exception as error:  # any object's own pickling may raise anything
         raise ValueError(
-            f"evaluate cannot be sent to workers in other processes ({error}): make it a function "
-            "of a module that keeps no lock, file or connection, or use threads, workers=4"
+            f"evaluate cannot be sent to workers in other processes ({describe(error)}): make it a "
+            "function of a module that keeps no lock, file or connection, or use threads, workers=4"
         ) from error
 
 
-def _run_pickled(pickled: bytes, job: Job) -> Outcome:
+def pickled_job(job: Job) -> bytes:
+    """Return a job as workers in other processes take it.
+
+    Raises:
+        WorkersError: Its architecture cannot be pickled. This is no failure of the candidate: no
+            attempt would succeed.
+    """
     try:
-        evaluator = _unpickled(pickled)
+        return dumps(job)
+    except Exception as error:  # any object's own pickling may raise anything
+        raise WorkersError(
+            f"the architecture of candidate {job.candidate} cannot be sent to workers in other "
+            f"processes ({describe(error)}): make architectures of plain values, such as tuples, "
+            "numbers and texts, or use threads, workers=4"
+        ) from error
+
+
+def _run_pickled(pickled: bytes, pickled_job: bytes) -> Outcome:
+    try:
+        evaluator, job = _unpickled(pickled), pickle.loads(pickled_job)
     except Exception as error:  # such as a module that this machine does not have
         return failed_outcome(error)._replace(worker=_worker_name())
     return run_job(evaluator, job)
@@ -125,4 +142,4 @@ def outcome_of(future: Any) -> Outcome:
         return Outcome("worker_death", error=error)
     except (Exception, CancelledError) as error:
         # `run_job` catches the evaluator's errors: the worker is lost, or the connection to it.
-        return Outcome("worker_death", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
+        return Outcome("worker_death", error=describe(error))

@@ -186,7 +186,7 @@ def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
 
 def test_an_evaluator_that_cannot_be_imported_is_no_dead_worker() -> None:
     pickled = b"cno_such_module\nevaluate\n."
-    outcome = workers._run_pickled(pickled, nas.Job(1, 0, (), 0))
+    outcome = workers._run_pickled(pickled, workers.pickled_job(nas.Job(1, 0, (), 0)))
     assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
 
 
