@@ -65,4 +65,4 @@ def save(key: str, result: Compiled) -> None:
     with suppress(OSError, RuntimeError):
         root.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result.to_dict())
-        atomic_files.write_text(root / f"{key}.json", text, shared=True)
+        atomic_files.write_text(root / f"{key}.json", text)

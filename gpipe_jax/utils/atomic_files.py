@@ -2,39 +2,39 @@
 
 import contextlib
 import os
-import threading
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from etils import epath
 
-DRAFT_SUFFIX = r"(\.\d+)?\.tmp"
-"""Pattern of what a draft's name adds to the name of its file; see `replacing`."""
+DRAFT_SUFFIX = r"(\.[0-9a-f]+)?\.tmp"
+"""Pattern of what a draft's name adds to the name of its file, also in earlier versions."""
 
 AnyPath = TypeVar("AnyPath", epath.Path, Path)
 
 
 @contextlib.contextmanager
-def replacing(path: AnyPath, *, durable: bool = False, shared: bool = False) -> Iterator[AnyPath]:
+def replacing(path: AnyPath, *, durable: bool = False) -> Iterator[AnyPath]:
     """Yield the path of a draft; when the block ends without an error, it becomes the file `path`.
 
-    An error removes the draft. A killed process leaves it, and the next one that writes the file
-    replaces it. On remote storage (gs://) the draft is `path` itself: objects there
-    appear only when they are complete.
+    The draft is a new file with a name of its own: no file of another is touched, and several
+    processes may write one file. An error removes the draft. A killed process leaves it; see
+    `remove_drafts`. On remote storage (gs://) the draft is `path` itself: objects there appear
+    only when they are complete.
 
     Args:
-        path: The file to write or to replace. Its folder must exist.
+        path: The file to write or to replace. Its folder must exist. A link is replaced, not
+            followed.
         durable: Flush the file and its new name to the disk, so that a power cut keeps them.
-        shared: Give each draft a name of its own, because several threads or processes may write
-            this file at the same time.
     """
     if not is_local(path):
         yield path
         return
-    # On one machine the ids of threads are unique, also between processes.
-    writer = f".{threading.get_native_id()}" if shared else ""
-    draft = path.with_name(f"{path.name}{writer}.tmp")
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield draft
         if durable:
@@ -48,10 +48,20 @@ def replacing(path: AnyPath, *, durable: bool = False, shared: bool = False) -> 
         sync_folder(path.parent)
 
 
-def write_text(path: AnyPath, text: str, *, durable: bool = False, shared: bool = False) -> None:
+def write_text(path: AnyPath, text: str, *, durable: bool = False) -> None:
     """Write a text file at once, as UTF-8; see `replacing`."""
-    with replacing(path, durable=durable, shared=shared) as draft:
+    with replacing(path, durable=durable) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def remove_drafts(path: epath.Path | Path) -> None:
+    """Remove the drafts of a file that killed processes have left; nobody may be writing it."""
+    if not is_local(path):
+        return
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.tmp")
+    for name in os.listdir(path.parent):
+        if pattern.fullmatch(name):
+            path.with_name(name).unlink(missing_ok=True)
 
 
 def is_local(path: epath.Path | Path) -> bool:

@@ -51,4 +51,4 @@ def _current_key(key: str) -> str:
 
 def write_entries(path: Path, entries: dict[str, Any]) -> None:
     """Write the file, which replaces the old one at once."""
-    atomic_files.write_text(path, json.dumps(entries, indent=1) + "\n", shared=True)
+    atomic_files.write_text(path, json.dumps(entries, indent=1) + "\n")

@@ -23,7 +23,7 @@ def save(path: Path, genotype: Genotype, values: Variables) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(values))
     arrays = {jax.tree_util.keystr(key): np.asarray(a) for key, a in leaves}
     shapes = {name: (a.dtype, a.shape) for name, a in arrays.items()}
-    with atomic_files.replacing(path, shared=True) as draft, draft.open("wb") as file:
+    with atomic_files.replacing(path) as draft, draft.open("wb") as file:
         checksummed = safetensors.ChecksummedFile(file)
         metadata = {"genotype": genotype.to_json()}
         safetensors.write(checksummed, shapes, arrays.values(), metadata)

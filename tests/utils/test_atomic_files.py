@@ -2,7 +2,6 @@
 
 import os
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -41,23 +40,39 @@ def test_the_old_file_stays_until_the_block_ends(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_only_a_file_of_several_writers_has_drafts_of_several_names(tmp_path: Path) -> None:
-    """Replace the draft that a killed process leaves; do not add another."""
-    path, names = tmp_path / "a.txt", {True: set(), False: set()}
+@pytest.mark.parametrize("name", ["a.txt.tmp", "a.txt.1.tmp", "a.txt.draft"])
+def test_files_of_others_are_neither_replaced_nor_removed(tmp_path: Path, name: str) -> None:
+    other, path = tmp_path / name, tmp_path / "a.txt"
+    other.write_text("mine")
+    with pytest.raises(ValueError), atomic_files.replacing(path):
+        raise ValueError
+    atomic_files.write_text(path, "text")
+    atomic_files.remove_drafts(path)
+    assert other.read_text() == "mine" and sorted(os.listdir(tmp_path)) == sorted(["a.txt", name])
 
-    def write(shared: bool) -> None:
-        with atomic_files.replacing(path, shared=shared) as draft:
-            draft.write_text("text")
-            names[shared].add(draft.name)
 
-    for shared in (False, True):
-        write(shared)
-        thread = threading.Thread(target=write, args=[shared])
-        thread.start()
-        thread.join()
-    assert names[False] == {"a.txt.tmp"} and len(names[True]) == 2
-    for name in names[False] | names[True]:
-        assert re.fullmatch(re.escape(path.name) + atomic_files.DRAFT_SUFFIX, name)
+def test_each_draft_is_a_new_file_that_a_killed_process_leaves_until_it_is_removed(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "a.txt", tmp_path / "b.a.txt"
+    with atomic_files.replacing(path) as one, atomic_files.replacing(path) as two:
+        assert one != two and one.exists() and two.exists()
+        one.write_text("1")
+        two.write_text("2")
+    left = [each.with_name(f"{each.name}.{'0' * 16}.tmp") for each in (path, other)]
+    for draft in left:  # of processes that were killed
+        draft.write_text("half")
+    assert path.read_text() == "1" and path.stat().st_mode == left[0].stat().st_mode
+    atomic_files.remove_drafts(path)
+    assert [draft.exists() for draft in left] == [False, True]
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    path, target = tmp_path / "a.txt", tmp_path / "precious"
+    target.write_text("precious")
+    path.symlink_to(target)
+    atomic_files.write_text(path, "text")
+    assert path.read_text() == "text" and target.read_text() == "precious"
 
 
 def test_a_durable_file_is_flushed_before_it_gets_its_name(
