@@ -3,6 +3,7 @@
 from random import Random
 from typing import Any
 
+from nas.spaces import copies
 from nas.spaces import space as spaces
 
 
@@ -32,6 +33,9 @@ def check_space(space: Any, *, architectures: int = 50, mutations: int = 20) -> 
     for seed in range(architectures):
         architecture, again = space.random(Random(seed)), space.random(Random(seed))
         assert architecture == again, f"random: seed {seed} gave {architecture!r}, then {again!r}"
+        kept = copies.own(architecture)
+        space.random(Random(seed + 1))
+        assert architecture == kept, f"random: changed its last result {kept!r} in place"
         texts.add(_check_architecture(space, architecture))
         rng = Random(seed)
         for _ in range(mutations):
@@ -41,11 +45,14 @@ def check_space(space: Any, *, architectures: int = 50, mutations: int = 20) -> 
 
 def _check_architecture(space: Any, architecture: Any) -> str:
     """Check text and canonical form; return the text."""
+    kept = copies.own(architecture)
     text = space.encode(architecture)
+    assert architecture == kept, f"encode: changed its argument {kept!r} in place"
     assert isinstance(text, str) and "\n" not in text, f"encode: expected one line, got {text!r}"
     decoded = space.decode(text)
     assert decoded == architecture, f"decode: {text!r} became {decoded!r}, was {architecture!r}"
     canonical = space.canonical(architecture)
+    assert architecture == kept, f"canonical: changed its argument {kept!r} in place"
     assert isinstance(canonical, str), f"canonical: expected a text, got {canonical!r}"
     assert canonical == space.canonical(decoded), (
         f"canonical: {architecture!r} has {canonical!r}, then {space.canonical(decoded)!r}"

@@ -4,8 +4,10 @@ import json
 from contextlib import closing
 from typing import Any
 
-from nas.errors import ReplayError
+from nas.ask_tell.duplicates import digest_of
+from nas.errors import MismatchError, ReplayError
 from nas.evolution.evolution import Evolution, Member, Proposal, Settings
+from nas.spaces import copies
 from nas.spaces.space import Space
 from nas.storage.queries import Snapshot
 from nas.storage.reader import CandidateRow, Event, Reader
@@ -24,7 +26,8 @@ def replay(reader: Reader, space: Space[Any]) -> Evolution:
         The evolution with the population after the last event.
 
     Raises:
-        ReplayError: A proposal, a tournament or the population differs.
+        ReplayError: A proposal, its canonical form, a tournament or the population differs.
+        nas.errors.MismatchError: The run is of a space with another name.
 
     Example:
         >>> import tempfile, nas
@@ -43,9 +46,15 @@ class _Replay:
     """Rebuild the evolution event by event."""
 
     def __init__(self, reader: Reader, space: Space[Any]) -> None:
-        settings = dict(reader.study().settings)
+        study = reader.study()
+        if study.space != space.name:
+            raise MismatchError(
+                f"{reader.path} holds a search of the space {study.space!r}, but the given one is "
+                f"{space.name!r}: give the space of the run"
+            )
+        settings = dict(study.settings)
         settings.pop("cache")
-        self.reader = reader
+        self.reader, self.space = reader, space
         self.evolution = Evolution(space, Settings(**settings))
         self._samples: dict[int, list[Member]] = {}  # by tournament without a child
         self._pending: dict[int, Proposal] = {}  # by candidate
@@ -74,9 +83,11 @@ class _Replay:
             proposal = self.evolution.propose(row.id)
         else:
             proposal = self.evolution.child(row.id, sample)
-        text = self.evolution.space.encode(proposal.architecture)
+        text = self.space.encode(copies.own(proposal.architecture))
         stored = (row.architecture, row.parent, row.mutation)
         _compare(f"candidate {row.id}", stored, (text, proposal.parent, proposal.mutation))
+        digest = digest_of(self.space.canonical(copies.own(proposal.architecture)))
+        _compare(f"digest of candidate {row.id}'s canonical form", row.canonical, digest)
         if event.kind == "propose":
             self._pending[row.id] = proposal
 
@@ -89,7 +100,7 @@ class _Replay:
 
     def _retrain(self, event: Event) -> None:
         row = self._row(event)
-        architecture = self.evolution.space.decode(row.architecture)
+        architecture = self.space.decode(row.architecture)
         fitness = event.fitness or 0.0
         self.evolution.refresh(row.id, fitness, event.seq)
         evaluation = next(self.reader.evaluations("id = ?", event.evaluation))

@@ -9,6 +9,7 @@ from typing import Any
 from gpipe_jax.utils.checks import check_count
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
 from nas.evaluators.outcomes import as_outcome, mean_metrics
+from nas.spaces import copies
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ class Repeated(Evaluator):
     def evaluate(self, job: Job) -> Mapping[str, float | str]:
         """Return means over the repeats, and the trained weights of the last one."""
         inner = self._inner
-        jobs = [replace(job, seed=job.seed + i) for i in range(self.repeats)]
+        jobs = [
+            replace(job, seed=job.seed + i, architecture=copies.own(job.architecture))
+            for i in range(self.repeats)
+        ]
         outcomes = [as_outcome(inner.evaluate(each), each) for each in jobs]
         values = [math.nan if each.fitness is None else each.fitness for each in outcomes]
         mean = sum(values) / len(values)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
+from nas.spaces import copies
 from nas.spaces.space import Space
 
 Algorithm = Literal["aging", "non_aging", "elitist", "random"]
@@ -150,12 +151,12 @@ class Evolution:
         """Mutate the best of the sample, the first of equals; draw at random if it is empty."""
         rng = self._random(candidate, "child")
         if not sample:
-            return Proposal(candidate, self.space.random(rng))
+            return Proposal(candidate, copies.own(self.space.random(rng)))
         parent = max(sample, key=self._merit)
-        architecture, mutation = self.space.mutate(parent.architecture, rng)
+        child, mutation = self.space.mutate(copies.own(parent.architecture), rng)
         non_aging = self.settings.algorithm == "non_aging"
         candidates = tuple(member.candidate for member in sample) if non_aging else ()
-        return Proposal(candidate, architecture, parent.candidate, mutation, candidates)
+        return Proposal(candidate, copies.own(child), parent.candidate, mutation, candidates)
 
     def add(self, member: Member, sample: Sequence[int] = ()) -> Member | None:
         """Add the result of a candidate and return the member that it removes, if any.

@@ -6,11 +6,13 @@ many seeds.
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from nas.evaluators import evaluator
 from nas.evaluators.evaluator import Job, Outcome
-from nas.evolution.evolution import Evolution, Member
+from nas.evolution.evolution import Evolution, Member, Proposal
+from nas.spaces import copies
 
 
 class OpenLoop(Protocol):
@@ -32,7 +34,7 @@ class StorelessLoop:
         self.evolution, self.cycles = evolution, cycles
         self._asked, self._reported = 0, 0
         self._to_repeat: list[Job] = []
-        self._samples: dict[int, tuple[int, ...]] = {}  # by pending candidate
+        self._proposals: dict[int, Proposal] = {}  # by pending candidate
 
     def ask(self) -> Job | None:
         """Return the next job, or None after `cycles` candidates."""
@@ -42,18 +44,20 @@ class StorelessLoop:
             return None
         number, self._asked = self._asked, self._asked + 1
         proposal = self.evolution.propose(number)
-        self._samples[number] = proposal.sample
+        self._proposals[number] = proposal
         seed = evaluator.job_seed(self.evolution.settings.seed, number)
-        return Job(number, number, proposal.architecture, seed)
+        return Job(number, number, copies.own(proposal.architecture), seed)
 
     def report(self, job: Job, outcome: Outcome) -> None:
         """Add a result to the population, or repeat the job."""
         if outcome.fitness is None:
-            self._to_repeat.append(job)
+            kept = self._proposals[job.candidate].architecture
+            self._to_repeat.append(replace(job, architecture=copies.own(kept)))
             return
         self._reported += 1
-        member = Member(job.candidate, job.architecture, outcome.fitness, self._reported)
-        self.evolution.add(member, self._samples.pop(job.candidate))
+        proposal = self._proposals.pop(job.candidate)
+        member = Member(job.candidate, proposal.architecture, outcome.fitness, self._reported)
+        self.evolution.add(member, proposal.sample)
 
 
 class FinishedJob(NamedTuple):

@@ -11,7 +11,7 @@ from paths import HELPERS
 from searches import Bits, drive, ones, population, small, trace
 
 import nas
-from nas.errors import ReplayError
+from nas.errors import MismatchError, ReplayError
 from nas.storage.reader import Reader
 from nas.storage.writer import Store
 
@@ -137,6 +137,7 @@ def test_killed_by_sigkill_repeatedly(tmp_path, workers, cache) -> None:
     [
         ("UPDATE candidates SET architecture = '111111111111' WHERE id = 20", "candidate 20: "),
         ("UPDATE candidates SET parent = 1 WHERE id = 30", "candidate 30: "),
+        ("UPDATE candidates SET canonical = 'x' WHERE id = 30", "digest of candidate 30's canonic"),
         ("UPDATE candidates SET removed = NULL WHERE id = 3", "population: "),
         ("UPDATE candidates SET removed = 9 WHERE id = 59", "population: "),
         ("UPDATE events SET fitness = 0 WHERE kind = 'result'", r"candidate \d+: "),
@@ -148,3 +149,24 @@ def test_a_wrong_log_is_detected(tmp_path, statement, message) -> None:
         search.store._connection.execute(statement)
         with pytest.raises(ReplayError, match=f"{message}.* in the store, .* by the log"):
             nas.replay(search.store, Bits())
+
+
+def test_another_space_is_refused(tmp_path) -> None:
+    """Compare names, and then the canonical forms, which no proposal shows."""
+
+    class Renamed(Bits):
+        """Propose the same under another name."""
+
+        name = "rotated bits"
+
+    class Plain(Bits):
+        """Propose the same, without duplicates."""
+
+        canonical = Bits.encode
+
+    with small(tmp_path) as search:
+        drive(search)
+        with pytest.raises(MismatchError, match="the space 'bits', but the given one is 'rotated"):
+            nas.replay(search.store, Renamed())
+        with pytest.raises(ReplayError, match=r"canonical form: \w+ in the store, \w+ by the log"):
+            nas.replay(search.store, Plain())
