@@ -12,7 +12,8 @@ imports only from the folders and modules below its own:
     storage, config                  one SQLite file for each run; settings
     evolution                        what is proposed, and which member leaves
     evaluators, testing              what gives the fitness; a check of a search space
-    spaces, errors, choices          what is searched; every exception; names of options
+    spaces                           what is searched
+    errors, choices, keywords        every exception; names of options and of arguments
 
     space --> evolution --> ask_tell --> workers --> evaluators (training)
                                |  ^                      |

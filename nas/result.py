@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.utils.text import install_advice
 from nas.ask_tell.limits import Limit
-from nas.ask_tell.search import Search
+from nas import keywords
+from nas.ask_tell.search import Search, argument_names
 from nas.evaluators import evaluator as evaluators
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
@@ -406,6 +407,7 @@ def search(
     """
     main_guard.check_not_importing()
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
+    keywords.check_names("nas.search", options, _search_arguments())
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
     setup = Setup(space, evaluate, tuple(limits), stored_options)
@@ -439,6 +441,12 @@ def search(
         return result.wait()
     running.start()
     return result
+
+
+def _search_arguments() -> list[str]:
+    """Return the names of all arguments of `search` that users give."""
+    names = [*keywords.names_of(search), *argument_names()]
+    return [name for name in names if name not in ("setup", "evaluator")]
 
 
 def load(name: str | Path, folder: str | Path = "runs") -> Result:

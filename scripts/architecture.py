@@ -34,7 +34,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__main__", "train"),
     ),
     "nas": (
-        ("spaces", "errors", "choices"),
+        ("keywords", "errors", "choices"),
+        ("spaces",),
         ("evaluators", "testing"),
         ("evolution",),
         ("storage", "config"),

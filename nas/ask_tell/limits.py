@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from gpipe_jax.utils.checks import check_count
 from nas.errors import FailuresError
+from nas.keywords import suggesting
 
 MAX_REJECTED = 10_000
 """Abort after this many consecutive rejections: the limits are probably too strict."""
 
 
+@suggesting()
 class Limit(NamedTuple):
     """Reject architectures for which a measure is too large, before they are trained.
 
@@ -110,6 +112,7 @@ class FailureCounter:
             )
 
 
+@suggesting()
 @dataclass(frozen=True)
 class Retries:
     """Set how often an evaluation is repeated after each kind of failure.

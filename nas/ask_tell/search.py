@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nas import keywords
 from nas.ask_tell import pending, reopening, trained_values
 from nas.ask_tell.duplicates import CachedResult, Duplicates, digest_of
 from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Retries
@@ -98,6 +99,7 @@ class Search:
         other_evaluator: bool = False,
         **settings: Any,
     ) -> None:
+        keywords.check_names("nas.Search", settings, argument_names())
         self.space, self.settings = spaces.as_space(space), Settings(**settings)
         reopening.check_arguments(self.settings, cycles, cache, max_failures)
         self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
@@ -417,3 +419,8 @@ class Search:
             for job in self._queue
         )
         self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)
+
+
+def argument_names() -> list[str]:
+    """Return the names of the arguments of `Search`, with those of `nas.Settings`."""
+    return [*keywords.names_of(Search), *keywords.names_of(Settings)]

@@ -10,6 +10,7 @@ from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.choices import DTYPES
+from nas.keywords import suggesting
 from nas.storage import old_names
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from nas.training.static import Static
 
 
+@suggesting(renamed=old_names.FIELDS["NetworkCosts"])
 @dataclass(frozen=True)
 class NetworkCosts:
     """Measure the costs of networks of one size, as functions of a genotype.
@@ -145,7 +147,9 @@ class NetworkCosts:
                 "`topology` is None, but latency_ms and memory_mib are costs on a TPU; give a "
                 "slice such as topology='v5e:1x1'"
             )
-        compiled = _compile(self, genotype.canonical())
+        from gpipe_jax.layers.numeric_settings import numeric_settings
+
+        compiled = _compile(self, genotype.canonical(), numeric_settings())
         if compiled.error is not None and compiled.short_by_bytes is None:
             warnings.warn(
                 "the TPU compiler failed for a network, which counts as too slow and too large: "
@@ -185,7 +189,8 @@ def _operations(costs: NetworkCosts, genotype: Genotype) -> int:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _compile(costs: NetworkCosts, genotype: Genotype) -> "Compiled":
+def _compile(costs: NetworkCosts, genotype: Genotype, settings: tuple) -> "Compiled":
+    del settings  # a part of the key: a program has the precision of its own
     from nas.costs import inference
 
     network = costs._network()

@@ -9,9 +9,11 @@ from typing import Any
 from gpipe_jax.utils.checks import check_count
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
 from nas.evaluators.outcomes import as_outcome, mean_metrics
+from nas.keywords import suggesting
 from nas.spaces import copies
 
 
+@suggesting()
 @dataclass(frozen=True)
 class TabularEvaluator(Evaluator):
     """Look up the metrics of an architecture in a table; one of them is the fitness.
@@ -45,6 +47,7 @@ class TabularEvaluator(Evaluator):
         return {**metrics, "fitness": metrics[self.fitness]}
 
 
+@suggesting()
 @dataclass(frozen=True)
 class Repeated(Evaluator):
     """Average several evaluations with different seeds, for an evaluator with noise.

@@ -10,9 +10,11 @@ from gpipe_jax.utils.choices import FOLDER_VARIABLE
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.choices import TABLE_DATASETS
 from nas.spaces.nasbench201 import Edges
+from nas.keywords import suggesting
 
 
 class NASBench201Table:
+@suggesting()
     """Look up the metrics of a cell on one data set; the file is read at the first look-up.
 
     Calling the table with an architecture returns a dict of numbers::

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
+from nas.keywords import suggesting
 from nas.spaces import copies
 from nas.spaces.space import Space
 
@@ -25,6 +26,7 @@ Algorithm = Literal["aging", "non_aging", "elitist", "random"]
 FitnessPolicy = Literal["stored", "retrain_scratch", "retrain_warm"]
 
 
+@suggesting()
 @dataclass(frozen=True)
 class Settings:
     """Hold everything that decides what a search proposes.

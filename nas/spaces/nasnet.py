@@ -14,11 +14,13 @@ from gpipe_jax.genotypes.genotype import (
 )
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.graph_drawing import Picture
+from nas.keywords import suggesting
 
 CELLS = ("normal", "reduction")
 IDENTITY = 0.05  # probability of no mutation; the other two kinds share the rest equally
 
 
+@suggesting()
 @dataclass(frozen=True)
 class NASNetSpace:
     """Search two cells of pairwise combinations; an architecture is a `Genotype`.

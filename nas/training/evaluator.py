@@ -14,6 +14,7 @@ from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
 from nas.choices import BUILDERS, DATASETS, DTYPES
 from nas.evaluators.evaluator import RUNG, TRAINED_VALUES, Evaluator, Job
+from nas.keywords import suggesting
 from nas.spaces.space import GenotypeSpace
 from nas.storage import old_names
 
@@ -37,6 +38,7 @@ _COUNTS = ("cells_per_stack", "filters", "epochs", "batch_size", "final_epochs",
 _OPTIONAL_COUNTS = ("examples", "validation_images", "stop_epoch")
 
 
+@suggesting(renamed=old_names.FIELDS["TrainingEvaluator"])
 @dataclass(frozen=True)
 class TrainingEvaluator(Evaluator):
     """Train a small network of a candidate's cells; its validation accuracy is the fitness.
