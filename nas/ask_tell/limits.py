@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import math
+import numbers
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils.checks import check_count
 from nas.errors import FailuresError
+from nas.evaluators.evaluator import Outcome
+from nas.evaluators.outcomes import failed_outcome
 from nas.keywords import suggesting
 
 MAX_REJECTED = 10_000
@@ -19,7 +23,9 @@ MAX_REJECTED = 10_000
 class Limit(NamedTuple):
     """Reject architectures for which a measure is too large, before they are trained.
 
-    The measure is recorded as a metric. A limit without `at_most` records only.
+    The measure is recorded as a metric. A limit without `at_most` records only. Unless the search
+    has `cache=False`, equal networks are measured once. A measure that raises is a failure of the
+    candidate, and so is NaN where there is a bound.
 
     Args:
         name: Name of the metric.
@@ -54,48 +60,89 @@ class Limit(NamedTuple):
         return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
 
 
+class Measures(NamedTuple):
+    """Hold what the limits say of an architecture."""
+
+    metrics: dict[str, float]
+    exceeded: str | None = None  # describes the first limit that is exceeded
+    failure: Outcome | None = None  # of the first measure that fails
+
+
 class LimitCheck:
     """Measure architectures and count consecutive rejections."""
 
     def __init__(self, limits: Sequence[Limit]) -> None:
         self.limits, self._in_a_row = tuple(limits), 0
+        for limit in self.limits:
+            _check_limit(limit)
+        self._last_reason = ""
 
-    def measure(self, architecture: Any) -> tuple[dict[str, float], str | None]:
-        """Return the measures, and a description of the first limit that is exceeded."""
-        measures: dict[str, float] = {}
+    def measure(self, architecture: Any) -> Measures:
+        """Measure up to the first limit that is exceeded or fails; this may take minutes."""
+        metrics: dict[str, float] = {}
         for name, measure, at_most in self.limits:
-            measures[name] = float(measure(architecture))
-            if not measures[name] <= at_most:  # NaN is rejected too
-                return measures, f"{name} {measures[name]:g} is more than {at_most:g}"
-        self._in_a_row = 0
-        return measures, None
+            started = time.time()
+            try:
+                metrics[name] = value = float(measure(architecture))
+                if math.isnan(value) and at_most < math.inf:
+                    raise FloatingPointError(f"nan cannot be compared with at_most {at_most:g}")
+            except (Exception, SystemExit) as error:  # the user's own code may raise anything
+                failed = failed_outcome(error)
+                text = f"limit {name!r}: {failed.error}"
+                times = {"started": started, "finished": time.time()}
+                failed = failed._replace(error=text, worker="limits", **times)
+                return Measures(metrics, failure=failed)
+            if value > at_most:
+                return Measures(metrics, f"{name} {value:g} is more than {at_most:g}")
+        return Measures(metrics)
+
+    def is_measured(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether the metrics have those of all limits."""
+        return all(limit.name in metrics for limit in self.limits)
 
     def measured_in(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return those of the metrics that the limits have measured."""
         return {limit.name: metrics[limit.name] for limit in self.limits if limit.name in metrics}
 
-    def count_rejection(self, exceeded: str) -> None:
-        """Count one more rejection.
+    def accept(self) -> None:
+        """Start to count at zero, after a candidate that is evaluated or answered."""
+        self._in_a_row = 0
 
-        Raises:
-            FailuresError: There are too many in a row.
-        """
-        self._in_a_row += 1
+    def count_rejection(self, reason: str) -> None:
+        """Count one more candidate that is not evaluated."""
+        self._in_a_row, self._last_reason = self._in_a_row + 1, reason
+
+    def check_rejections(self) -> None:
+        """Raise FailuresError if there were too many rejections in a row."""
         if self._in_a_row >= MAX_REJECTED:
             raise FailuresError(
-                f"limits have rejected {MAX_REJECTED} candidates in a row, the last as {exceeded}: "
-                "raise that limit"
+                f"the search has rejected {MAX_REJECTED} candidates in a row, the last as "
+                f"{self._last_reason}: raise that limit, or let the space have other networks"
             )
 
 
-class FailureCounter:
-    """Count consecutive failures of evaluations, up to `at_most`."""
+def _check_limit(limit: Limit) -> None:
+    name, measure, at_most = limit
+    if not (isinstance(name, str) and name):
+        raise TypeError(f"limit {name!r}: expected a text as the name of its metric")
+    if not callable(measure):
+        raise TypeError(
+            f"limit {name!r}: measure {measure!r} cannot be called; give a function of an "
+            "architecture"
+        )
+    is_number = isinstance(at_most, numbers.Real) and not isinstance(at_most, bool)
+    if not is_number or math.isnan(at_most):
+        raise ValueError(f"limit {name!r}: at_most {at_most!r} must be a number, and not NaN")
 
-    def __init__(self, at_most: int) -> None:
-        self.at_most, self._in_a_row = at_most, 0
+
+class FailureCounter:
+    """Count consecutive failures of evaluations, or of proposals, up to `at_most`."""
+
+    def __init__(self, at_most: int, what: str = "evaluations") -> None:
+        self.at_most, self._what, self._in_a_row = at_most, what, 0
 
     def reset(self) -> None:
-        """Start again at zero, after an evaluation that has not failed."""
+        """Start again at zero, after one that has not failed."""
         self._in_a_row = 0
 
     def count(self, last: str) -> None:
@@ -107,7 +154,7 @@ class FailureCounter:
         self._in_a_row += 1
         if self._in_a_row >= self.at_most:
             raise FailuresError(
-                f"{self._in_a_row} evaluations have failed in a row (max_failures), the last, "
+                f"{self._in_a_row} {self._what} have failed in a row (max_failures), the last, "
                 f"of {last}"
             )
 

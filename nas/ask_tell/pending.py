@@ -79,6 +79,8 @@ def restore_tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tourname
         tournament = Tournament(sample, {m.candidate for m in sample}, inherit)
         for row in reader.evaluations("tournament = ? AND outcome = 'ok'", tournament_of):
             tournament.record(row.candidate, row.fitness)
+        for candidate in reader.kept_members(tournament_of):
+            tournament.record(candidate, None)
         tournaments[tournament_of] = tournament
     return tournaments
 

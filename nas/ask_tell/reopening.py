@@ -1,5 +1,7 @@
 """Create a search's store, or reopen an existing one if it holds the same search."""
 
+import math
+import numbers
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,14 @@ from nas.spaces.space import Space
 from nas.storage.writer import Store
 
 
-def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_failures: int) -> None:
+def check_arguments(
+    settings: Settings,
+    cycles: int,
+    cache: bool | int,
+    max_failures: int,
+    target: float | None = None,
+    lease_s: float | None = None,
+) -> None:
     """Raise ValueError for illegal arguments of `nas.Search`; `Settings` has checked its own."""
     check_count("cycles", cycles)
     if cycles < settings.population and settings.algorithm != "random":
@@ -25,6 +34,19 @@ def check_arguments(settings: Settings, cycles: int, cache: bool | int, max_fail
             "evaluated before the mean answers"
         )
     check_count("max_failures", max_failures)
+    if target is not None and not (_is_number(target) and not math.isnan(target)):
+        raise ValueError(
+            f"target {target!r}: expected a number that a fitness can be compared with, or None "
+            "for no target"
+        )
+    if lease_s is not None and not (_is_number(lease_s) and lease_s > 0):
+        raise ValueError(
+            f"lease_s {lease_s!r}: expected seconds, more than 0, or None for no limit"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def open_store(
@@ -73,6 +95,8 @@ def open_store(
     if setup is not None:
         store.set_setup(setup)
     if evaluator is not None:
+        if store.study().evaluator not in (None, evaluator):
+            store.forget_failures()
         store.set_evaluator(evaluator)
     return store
 

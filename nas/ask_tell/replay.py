@@ -61,7 +61,9 @@ class _Replay:
 
     def run(self) -> Evolution:
         for event in self.reader.events():
-            if event.kind in ("propose", "reject"):
+            if event.kind == "reject" and event.candidate in self._pending:
+                del self._pending[event.candidate]
+            elif event.kind in ("propose", "reject"):  # old runs reject instead of proposing
                 self._propose(event)
             elif event.kind == "tournament":
                 self._draw_sample(event)
@@ -71,6 +73,8 @@ class _Replay:
                 self._add(event)
             elif event.kind == "fail":
                 del self._pending[event.candidate or 0]
+            elif event.kind == "skip":
+                self._samples.pop(event.candidate or 0, None)
         stored = [(row.id, row.fitness) for row in self.reader.population()]
         replayed = [(member.candidate, member.fitness) for member in self.evolution.members]
         _compare("population", stored, replayed)

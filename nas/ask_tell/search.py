@@ -8,33 +8,42 @@ Any number of jobs may run at once; `tell` takes them in any order, from any thr
 written to the store before memory changes, so that a search of the same name resumes where the last
 driver stopped. A candidate passes through these methods:
 
-    _advance --> _propose --> rejected by a limit
-       |            |
-       |            +--> _schedule --> answered by the cache ------------> _add_member
-       |                     |   ^                                            ^
-       |                     |   +-- a duplicate that waited                  |
-       |                     +--> _queue --> ask --> job --> tell, report ----+
-       |                            ^                           |
-       +--> tournament: retrainings +---- retry after a failure +
+    _advance --> _propose --> _schedule --> answered by the cache -------------> _add_member
+       |            |           ^    |                                             ^
+       |            v           |    +--> _queue --> ask --> job --> tell, report -+
+       |   the space raises:    |           ^         |                |        |
+       |   skipped              |           |         v                |        |
+       |                        |           |   beyond a limit:        |        |
+       |                        |           |   rejected               |        |
+       |                        |           +------ retry after a failure       |
+       |                        +-------- a duplicate that waited --------------+
+       +--> tournament: retrainings, before the proposal
 """
 
 import json
+import math
 import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nas import keywords
-from nas.ask_tell import pending, reopening, trained_values
-from nas.ask_tell.duplicates import CachedResult, Duplicates, digest_of
-from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Retries
+from nas.ask_tell import leases, pending, reopening, trained_values
+from nas.ask_tell.duplicates import CachedResult, Duplicates, KnownFate, digest_of
+from nas.ask_tell.leases import LEASE_S, Leases
+from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Measures, Retries
 from nas.ask_tell.pending import PendingCandidate, Tournament
+from nas.errors import FailuresError
 from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome, job_seed
-from nas.evolution.evolution import Member, Proposal, Settings
+from nas.evolution.evolution import Member, Settings
+from nas.spaces import copies
 from nas.spaces import space as spaces
+from nas.storage.run_folder import run_folder
 
 
 class Search:
@@ -51,6 +60,8 @@ class Search:
         limits: Architectures beyond these are rejected before training. Default: none.
         retries: Number of retries for each kind of failure. Default: `nas.Retries()`.
         max_failures: Number of failures in a row that end the search. Default: 10.
+        lease_s: Seconds after which a job that was not told may be asked again, if there is nothing
+            else to do; None for no limit. Whoever tells first counts. Default: 3600.
         compare: Metric of the population's members that jobs get as `Job.rivals`. Default: none.
         setup: Space, evaluator and limits, pickled, for `Result.resume`. Default: none.
         evaluator: What the fitness depends on (`nas.evaluators.evaluator.identity_of`); a store
@@ -93,6 +104,7 @@ class Search:
         limits: Sequence[Limit] = (),
         retries: Retries | None = None,
         max_failures: int = 10,
+        lease_s: float | None = LEASE_S,
         compare: str | None = None,
         setup: bytes | None = None,
         evaluator: Mapping[str, Any] | None = None,
@@ -101,11 +113,13 @@ class Search:
     ) -> None:
         keywords.check_names("nas.Search", settings, argument_names())
         self.space, self.settings = spaces.as_space(space), Settings(**settings)
-        reopening.check_arguments(self.settings, cycles, cache, max_failures)
+        reopening.check_arguments(self.settings, cycles, cache, max_failures, target, lease_s)
         self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
+        self.proposal_counter = FailureCounter(max_failures, "proposals")
+        self.leases = Leases(lease_s)
         self.store = reopening.open_store(
-            Path(folder) / name,
+            run_folder(folder, name),
             name,
             self.space,
             {**self.settings.to_dict(), "cache": int(cache)},
@@ -116,10 +130,11 @@ class Search:
         )
         self.compare = compare
         self.weight_files = trained_values.WeightFiles(self.store, self.settings.fitness_policy)
+        self._run = leases.identity(self.store.study())
+        self._is_closed = False
         self._lock = threading.RLock()
         self.duplicates = Duplicates(self.store, int(cache))
         self._queue: deque[Job] = deque()  # without a number of the evaluation
-        self._running: dict[int, Job] = {}  # by evaluation
         self._pending: dict[int, PendingCandidate] = {}  # by candidate
         self._unscheduled: deque[int] = deque()  # candidates that are pending
         self._tournaments: dict[int, Tournament] = {}  # by the candidate to be proposed
@@ -133,7 +148,8 @@ class Search:
     def ask(self, until: Callable[[], bool] = lambda: False) -> Job | None:
         """Return the next job.
 
-        The cache may answer many candidates before one is to be evaluated.
+        The cache may answer many candidates before one is to be evaluated. Limits are measured
+        here, and other threads may ask and tell meanwhile.
 
         Args:
             until: Called between candidates; if it returns True, `ask` returns None. Default: a
@@ -141,20 +157,24 @@ class Search:
 
         Returns:
             The job, or None if there is none now: the search is over, or it waits for reports of
-            running jobs.
+            running jobs. A job that was never told is returned again after `lease_s` seconds.
 
         Raises:
-            nas.FailuresError: The limits have rejected 10,000 candidates in a row.
+            nas.FailuresError: Too many candidates were rejected, or have failed, in a row.
         """
         with self._lock:
             self._schedule_all()
-            while not self.is_over and not until():
+            while not (self._is_closed or self.is_over or until()):
+                self.limit_check.check_rejections()
                 if self._queue:
-                    return self._start(self._queue.popleft())
-                proposed = self.evolution.results + len(self._pending) + len(self._tournaments)
-                if proposed >= self.cycles:
-                    return None
-                self._advance()
+                    job = self._queue.popleft()
+                    if self._keeps_limits(job):
+                        return self._start(job)
+                elif self._may_advance():
+                    self._advance()
+                else:
+                    expired = self.leases.take_expired()
+                    return expired and self._start(replace(expired, attempt=expired.attempt + 1))
         return None
 
     def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
@@ -169,6 +189,7 @@ class Search:
 
         Raises:
             nas.errors.ReturnError: It is neither.
+            nas.errors.MismatchError: The job is of another search.
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
@@ -182,13 +203,17 @@ class Search:
             outcome: Its outcome, of kind `ok` or one of `nas.evaluators.evaluator.FAILURES`.
 
         Raises:
+            nas.errors.MismatchError: The job is of another search.
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
+        leases.check_run(job, self._run)
         with self._lock:
-            if job.evaluation not in self._running:
+            if job.evaluation not in self.leases.running:
                 with self.store.change("late", job.candidate, evaluation=job.evaluation):
                     return
+            job = self.leases.running[job.evaluation]  # the caller may have changed its own
+            outcome = self._without_unbeatable(outcome)
             self.weight_files.check_written(outcome)
             if outcome.kind != "ok":
                 self._end_failure(job, outcome)
@@ -196,7 +221,23 @@ class Search:
                 self._end_result(job, outcome)
             else:
                 self._end_retraining(job, outcome)
-            self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)
+            self._remove_weights()
+
+    def fail(self, job: Job, error: BaseException | str) -> None:
+        """Take the failure of a job, by an error or its text; the search may repeat the job.
+
+        Args:
+            job: What `ask` returned.
+            error: What went wrong. Its type decides the kind of failure; a text is an exception.
+
+        Raises:
+            nas.errors.MismatchError: The job is of another search.
+            nas.FailuresError: This failure is one too many.
+        """
+        is_text = isinstance(error, str)
+        self.report(
+            job, Outcome("exception", error=error) if is_text else outcomes.failed_outcome(error)
+        )
 
     @property
     def is_over(self) -> bool:
@@ -210,6 +251,7 @@ class Search:
     def close(self) -> None:
         """Close the store, so that another driver can open it."""
         with self._lock:
+            self._is_closed = True
             self.store.close()
 
     def __enter__(self) -> "Search":
@@ -223,10 +265,10 @@ class Search:
     def _advance(self) -> None:
         """Propose the next candidate, or begin the tournament that comes before it."""
         number = self._next
-        if self.settings.fitness_policy == "stored" or self.evolution.is_random:
-            self._propose(self.evolution.propose(number))
+        sample = [] if self.evolution.is_random else self.evolution.tournament(number)
+        if self.settings.fitness_policy == "stored" or not sample:
+            self._propose(number, sample)
             return
-        sample = self.evolution.tournament(number)
         inherit = {m.candidate: self.weight_files.of_candidate(m.candidate) for m in sample}
         tournament = Tournament(sample, set(inherit), inherit)
         with self.store.change("tournament", number, detail=tournament.event_detail):
@@ -245,30 +287,48 @@ class Search:
             start = tournament.inherit[candidate]
             self._queue.append(Job(0, candidate, member.architecture, seed, 1, number, start))
 
-    def _propose(self, proposal: Proposal) -> None:
-        """Write a proposal; schedule its candidate if it keeps the limits."""
-        number, architecture, parent, _, sample = proposal
-        metrics, exceeded = self.limit_check.measure(architecture)
-        digest = digest_of(self.space.canonical(architecture))
-        detail = exceeded or (json.dumps(sample) if sample else None)
-        inherit = self.weight_files.of_candidate(parent)
-        kind = "reject" if exceeded else "propose"
-        with self.store.change(kind, number, detail=detail) as event:
+    def _propose(self, number: int, sample: Sequence[Member]) -> None:
+        """Write the proposal that follows from a sample, and schedule its candidate."""
+        method = "mutate" if sample else "random"
+        try:
+            proposal = self.evolution.child(number, sample)
+            architecture, drawn = proposal.architecture, proposal.sample
+            method = "encode"
+            text = self.space.encode(copies.own(architecture))
+            method = "canonical"
+            digest = digest_of(self.space.canonical(copies.own(architecture)))
+        except Exception as error:  # the user's own code may raise anything
+            self._skip(number, f"{method} of the space raised {outcomes.describe(error)}")
+            return
+        inherit = self.weight_files.of_candidate(proposal.parent)
+        detail = json.dumps(drawn) if drawn else None
+        with self.store.change("propose", number, detail=detail) as event:
             self.store.add_candidate(
                 proposal,
                 event,
-                architecture=self.space.encode(architecture),
+                architecture=text,
                 canonical=digest,
-                state="rejected" if exceeded else "open",
-                metrics=metrics,
+                state="open",
+                metrics=None,
                 inherit=inherit,
             )
         self._next = max(self._next, number + 1)
-        if exceeded:
-            self.limit_check.count_rejection(exceeded)
-            return
-        self._pending[number] = PendingCandidate(architecture, digest, inherit, metrics, sample)
+        self.proposal_counter.reset()
+        self._pending[number] = PendingCandidate(architecture, digest, inherit, {}, drawn)
         self._schedule_all([number])
+
+    def _skip(self, number: int, reason: str) -> None:
+        """Give up a proposal that the space cannot make; the next one draws anew."""
+        with self.store.change("skip", number, detail=reason):
+            pass
+        self._next = max(self._next, number + 1)
+        warnings.warn(f"proposal {number} is skipped: {reason}", RuntimeWarning, stacklevel=2)
+        self.proposal_counter.count(f"number {number}: {reason}")
+
+    def _may_advance(self) -> bool:
+        """Return whether there may be more proposals without more results."""
+        proposed = self.evolution.results + len(self._pending) + len(self._tournaments)
+        return proposed < self.cycles
 
     def _schedule_all(self, more: Iterable[int] = ()) -> None:
         """Schedule these candidates, after those that an error in writing has left unscheduled."""
@@ -293,38 +353,105 @@ class Search:
                 rivals=rivals,
             )
             self._queue.append(job)
-        elif answer != "wait":
+        elif isinstance(answer, CachedResult):
             with self.store.change("answer", number, fitness=answer.fitness) as event:
                 member = self._write_result(event, number, answer)
                 self.store.set_candidate(number, answered_by=answer.evaluated)
             self._add_member(member)
+            self.limit_check.accept()
+        elif isinstance(answer, KnownFate):
+            kind = "reject" if answer.state == "rejected" else "fail"
+            with self.store.change(kind, number, detail=answer.reason):
+                self.store.set_candidate(
+                    number,
+                    state=answer.state,
+                    metrics=self.limit_check.measured_in(answer.metrics),
+                    answered_by=answer.candidate,
+                )
+            del self._pending[number]
+            self.limit_check.count_rejection(answer.reason)
 
     def _rivals(self, candidate: int) -> tuple[float, ...]:
         """Return the metric to compare by, of the members at the candidate's proposal."""
         return self.store.rivals(candidate, self.compare) if self.compare else ()
 
+    def _keeps_limits(self, job: Job) -> bool:
+        """Measure the architecture of a queued job; write it if it is rejected, or cannot be."""
+        candidate = self._pending.get(job.candidate)
+        if job.tournament is not None or candidate is None or not self.limit_check.limits:
+            return True
+        known = {**self.duplicates.metrics(candidate.digest), **candidate.metrics}
+        measures = Measures(self.limit_check.measured_in(known))
+        if not self.limit_check.is_measured(known):
+            try:
+                with self._unlocked():
+                    measures = self.limit_check.measure(copies.own(candidate.architecture))
+            except BaseException:
+                self._queue.appendleft(job)
+                raise
+            if self._is_closed:
+                return False
+        self._pending[job.candidate] = candidate._replace(metrics=measures.metrics)
+        if measures.failure is not None:
+            self._end_failure(self._start(job), measures.failure)
+        elif measures.exceeded is not None:
+            self._reject(job.candidate, measures.exceeded)
+        return measures.failure is None and measures.exceeded is None
+
+    def _reject(self, number: int, exceeded: str) -> None:
+        """Give up a candidate that is beyond a limit."""
+        candidate = self._pending[number]
+        with self.store.change("reject", number, detail=exceeded):
+            self.store.set_candidate(number, state="rejected", metrics=candidate.metrics)
+        del self._pending[number]
+        self.limit_check.count_rejection(exceeded)
+        self._schedule_all(self.duplicates.finish(candidate.digest))
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let other threads ask and tell meanwhile."""
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
     def _start(self, job: Job) -> Job:
         """Give a queued job its number, write it, and return it."""
         inherit = self.weight_files.if_exists(job.inherit)
-        job = replace(job, evaluation=self._next_evaluation, inherit=inherit)
+        job = replace(job, evaluation=self._next_evaluation, inherit=inherit, run=self._run)
         with self.store.change("start", job.candidate, evaluation=job.evaluation):
             self.store.add_evaluation(job)
+            if job.tournament is None and self.limit_check.limits:
+                metrics = self._pending[job.candidate].metrics
+                self.store.set_candidate(job.candidate, metrics=metrics)
         self._next_evaluation += 1
-        self._running[job.evaluation] = job
-        return job
+        self.leases.start(job)
+        self.limit_check.accept()
+        return replace(job, architecture=copies.own(job.architecture))
 
     # --- outcomes ---------------------------------------------------------------------------------
 
+    def _without_unbeatable(self, outcome: Outcome) -> Outcome:
+        """Return a failure for an infinite fitness that is better than all; the worst is legal."""
+        fitness = outcome.fitness
+        if fitness is None or not math.isinf(fitness) or not self.settings.better(fitness, 0.0):
+            return outcome
+        aim = "maximises" if self.settings.maximise else "minimises"
+        text = f"the fitness is {fitness}, which nothing beats, as the search {aim}"
+        return outcome._replace(kind="nan", fitness=None, error=text)
+
     def _end_result(self, job: Job, outcome: Outcome) -> None:
         """Add a candidate with its fitness to the population."""
-        digest = self._pending[job.candidate].digest
+        digest, others = self._pending[job.candidate].digest, self.leases.others(job)
         with self.store.change(
             "result", job.candidate, evaluation=job.evaluation, fitness=outcome.fitness
         ) as event:
             self.store.end_evaluation(job, outcome)
+            self.store.lose_evaluations(others)
             member = self._write_result(event, job.candidate, outcome)
         self._add_member(member)
-        del self._running[job.evaluation]
+        self.leases.end(job.evaluation, *others)
         self.failure_counter.reset()
         self._schedule_all(self.duplicates.finish(digest))
 
@@ -355,9 +482,11 @@ class Search:
         """Give a member that was trained again its new fitness."""
         number, fitness = job.candidate, outcome.fitness or 0.0
         measured = self.limit_check.measured_in(self.store.candidate(number).metrics)
+        others = self.leases.others(job)
         change = self.store.change("retrain", number, evaluation=job.evaluation, fitness=fitness)
         with change as event:
             self.store.end_evaluation(job, outcome)
+            self.store.lose_evaluations(others)
             self.store.set_candidate(
                 number,
                 fitness=fitness,
@@ -366,7 +495,7 @@ class Search:
                 trained_values=outcome.trained_values,
             )
         self.evolution.refresh(number, fitness, event)
-        del self._running[job.evaluation]
+        self.leases.end(job.evaluation, *others)
         self.failure_counter.reset()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._record_in_tournament(job, fitness)
@@ -378,28 +507,47 @@ class Search:
         tournament.record(job.candidate, fitness)
         if not tournament.untrained:
             del self._tournaments[job.tournament]
-            self._propose(self.evolution.child(job.tournament, tournament.sample))
+            self._propose(job.tournament, tournament.sample)
 
     def _end_failure(self, job: Job, outcome: Outcome) -> None:
-        """Retry a failed job, or give it up after as many retries as its kind of failure has."""
+        """Retry a failed job, or give it up after as many retries as its kind of failure has.
+
+        If the job is out a second time, after its lease, that evaluation decides instead.
+        """
+        is_out = bool(self.leases.others(job))
         failures_before = self.store.attempts(job.candidate, job.tournament, outcome.kind)
         retry = failures_before < getattr(self.retries, outcome.kind)
-        event = "failure" if retry or job.tournament is not None else "fail"
+        given_up = "fail" if job.tournament is None else "keep"
+        event = "failure" if retry or is_out else given_up
         with self.store.change(
             event, job.candidate, evaluation=job.evaluation, detail=outcome.kind
         ):
             self.store.end_evaluation(job, outcome)
             if event == "fail":
                 self.store.set_candidate(job.candidate, state="failed")
-        del self._running[job.evaluation]
-        if retry:
-            self._queue.appendleft(replace(job, attempt=job.attempt + 1))
-        elif job.tournament is not None:
+        self.leases.end(job.evaluation)
+        if event == "keep":
             self._record_in_tournament(job, None)
-        else:
+        elif event == "fail":
             failed = self._pending.pop(job.candidate)
             self._schedule_all(self.duplicates.finish(failed.digest))
-        self.failure_counter.count(f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}")
+        elif not is_out:
+            self._queue.appendleft(replace(job, attempt=job.attempt + 1))
+        if outcome.kind != "worker_death" or event != "failure":
+            # A cluster that is gone takes all jobs with it: those that are repeated do not count.
+            description = f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
+            self._count_failure(description)
+
+    def _count_failure(self, description: str) -> None:
+        """Count a failure; if it ends the search, its cause is outside the networks."""
+        try:
+            self.failure_counter.count(description)
+        except FailuresError:
+            self.duplicates.forget_failures(self.store.forget_failures())
+            raise
+
+    def _remove_weights(self) -> None:
+        self.weight_files.remove_unneeded(self._pending, self._tournaments, self.leases.running)
 
     # --- resuming ---------------------------------------------------------------------------------
 
@@ -413,12 +561,12 @@ class Search:
             if tournament.untrained:
                 self._queue_retrainings(number, tournament)
             else:
-                self._propose(self.evolution.child(number, tournament.sample))
+                self._propose(number, tournament.sample)
         self._queue = deque(
             replace(job, attempt=1 + self.store.attempts(job.candidate, job.tournament))
             for job in self._queue
         )
-        self.weight_files.remove_unneeded(self._pending, self._tournaments, self._running)
+        self._remove_weights()
 
 
 def argument_names() -> list[str]:

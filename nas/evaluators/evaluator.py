@@ -45,6 +45,8 @@ class Job:
             from its own weights, and a child from its parent's. Default: None.
         rivals: Values of the metric that the search compares by, of the population's members at
             the time of the proposal. Empty if the search compares by none. Default: ().
+        run: What names the search that handed the job out; no other one takes its fitness. Empty:
+            any takes it. Default: "".
     """
 
     evaluation: int
@@ -55,6 +57,7 @@ class Job:
     tournament: int | None = None
     inherit: str | None = None
     rivals: tuple[float, ...] = ()
+    run: str = ""
 
 
 def job_seed(search_seed: int, candidate: int, tournament: int | None = None) -> int:

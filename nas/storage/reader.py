@@ -88,8 +88,8 @@ class Counts(NamedTuple):
     results: int  # candidates with a fitness
     evaluations: int  # successful ones, with retrainings
     cache_hits: int  # candidates with a fitness that is of a duplicate
-    rejected: int  # candidates beyond a limit
-    failed: int  # candidates given up
+    rejected: int  # candidates beyond a limit, or equal to one that was
+    failed: int  # candidates given up, or equal to one that was
     failures: int  # failed evaluations of any kind; see `failures_by_kind`
     running: int  # evaluations
 
@@ -133,7 +133,8 @@ class Reader:
         """Count candidates and evaluations."""
         states = dict(self._rows("SELECT state, COUNT(*) FROM candidates GROUP BY state"))
         outcomes = dict(self._rows("SELECT outcome, COUNT(*) FROM evaluations GROUP BY outcome"))
-        hits = self._fetch_one("SELECT COUNT(*) FROM candidates WHERE answered_by IS NOT NULL")[0]
+        query = "SELECT COUNT(*) FROM candidates WHERE answered_by IS NOT NULL AND state = 'done'"
+        hits = self._fetch_one(query)[0]
         ended = {kind: n for kind, n in outcomes.items() if kind not in ("running", "lost")}
         return Counts(
             proposed=sum(states.values()),
@@ -221,7 +222,7 @@ class Reader:
     def next_numbers(self) -> tuple[int, int]:
         """Return the numbers of the next candidate and of the next evaluation."""
         candidates = "SELECT MAX(id) FROM candidates"
-        tournaments = "SELECT MAX(candidate) FROM events WHERE kind = 'tournament'"
+        tournaments = "SELECT MAX(candidate) FROM events WHERE kind IN ('tournament', 'skip')"
         evaluations = "SELECT MAX(id) FROM evaluations"
         last = [self._fetch_one(query)[0] for query in (candidates, tournaments, evaluations)]
         numbers = [-1 if number is None else number for number in last]
@@ -229,9 +230,23 @@ class Reader:
 
     def open_tournaments(self) -> Iterator[tuple[int, list[list[Any]]]]:
         """Yield tournaments without a child: the child's number, and the event's members."""
-        where = "kind = 'tournament' AND candidate NOT IN (SELECT id FROM candidates)"
+        skipped = "SELECT candidate FROM events WHERE kind = 'skip'"
+        ended = f"SELECT id FROM candidates UNION {skipped}"
+        where = f"kind = 'tournament' AND candidate NOT IN ({ended})"
         query = f"SELECT candidate, detail FROM events WHERE {where} ORDER BY seq"
         return ((number, json.loads(detail)) for number, detail in list(self._rows(query)))
+
+    def kept_members(self, tournament: int) -> list[int]:
+        """Return the members of a tournament whose retraining was given up."""
+        query = (
+            "SELECT evaluations.candidate FROM evaluations JOIN events "
+            "ON events.evaluation = evaluations.id AND events.kind = 'keep' WHERE tournament = ?"
+        )
+        return [candidate for (candidate,) in self._rows(query, tournament)]
+
+    def last_event(self, kind: str) -> int:
+        """Return the `seq` of the last event of a kind; 0 if there is none."""
+        return self._fetch_one("SELECT COALESCE(MAX(seq), 0) FROM events WHERE kind = ?", kind)[0]
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
         with closing(self._connection.execute(query, values)) as cursor:

@@ -39,7 +39,7 @@ CREATE TABLE candidates (
     proposed INTEGER NOT NULL,    -- event
     fitness REAL,                 -- the newest
     metrics TEXT,                 -- JSON
-    answered_by INTEGER REFERENCES candidates,  -- the duplicate whose result it has
+    answered_by INTEGER REFERENCES candidates,  -- the duplicate whose result or fate it has
     last_trained INTEGER,         -- event
     removed INTEGER,              -- event; NULL while it is a member, or never was
     trained_values TEXT,          -- location of its trained weights

@@ -6,7 +6,9 @@ time, and the next one resumes from what is written. Kinds of events:
     driver      a driver opened the file; evaluations that were running are lost
     propose     a candidate, from the population after the events before; with `non_aging`,
                 `detail` is the sample, of which the worst is removed later
-    reject      a candidate beyond a limit, which `detail` describes
+    reject      a candidate is beyond a limit, which `detail` describes, or equal to one that was
+                (in older runs this event is the proposal too)
+    skip        the space cannot make this proposal, for the reason in `detail`
     tournament  members are to be trained again before this candidate is proposed; `detail` lists
                 [candidate, fitness, last_trained, weights to start from] (files of version 1
                 without the last)
@@ -15,7 +17,9 @@ time, and the next one resumes from what is written. Kinds of events:
     answer      a candidate has the fitness of a duplicate: it joins the population
     retrain     an evaluation gave a candidate a new fitness; a member is the youngest then
     failure     an evaluation failed; `detail` is the kind
-    fail        a candidate is given up after a failure
+    fail        a candidate is given up after a failure, or as equal to one that was
+    keep        a member keeps its fitness: training it again was given up after a failure
+    forget      failures before this event say nothing about networks: duplicates are evaluated
     late        a report of an evaluation that has ended before; it changes nothing
 """
 
@@ -24,7 +28,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -175,6 +179,16 @@ class Store(Reader):
             metrics=outcome.metrics,
             error=outcome.error,
         )
+
+    def forget_failures(self) -> int:
+        """Write that the failures so far say nothing about networks; return the event."""
+        with self.change("forget") as event:
+            return event
+
+    def lose_evaluations(self, evaluations: Iterable[int]) -> None:
+        """Write that nobody waits for these evaluations any more."""
+        for evaluation in evaluations:
+            self._update("evaluations", evaluation, outcome="lost")
 
     def set_candidate(self, candidate: int, **columns: Any) -> None:
         """Change columns of a candidate."""

@@ -166,22 +166,22 @@ def test_a_duplicate_of_a_running_candidate_waits(tmp_path) -> None:
         nas.replay(search.store, Bits())
 
 
-def test_a_duplicate_takes_over_when_the_first_fails(tmp_path) -> None:
+def test_a_duplicate_waits_for_a_retry(tmp_path) -> None:
     class AllEqual(Bits):
         def canonical(self, bits):
             return "all the same"
 
-    with small(tmp_path, space=AllEqual(), cache=True, retries=nas.Retries(exception=0)) as search:
+    with small(tmp_path, space=AllEqual(), cache=True, retries=nas.Retries(exception=1)) as search:
         first = search.ask()
         assert search.ask() is None  # all others wait
         assert search.store.counts().proposed == 60
-        search.report(first, Outcome("exception", error="no"))
+        search.fail(first, "no")
         second = search.ask()
-        assert second.candidate == 1
+        assert (second.candidate, second.attempt) == (0, 2)
         search.tell(second, 5.0)
         drive(search)
         counts = search.store.counts()
-        assert (counts.evaluations, counts.cache_hits, counts.failed) == (1, 59, 1)
+        assert (counts.evaluations, counts.cache_hits, counts.failed) == (1, 59, 0)
 
 
 def test_the_mean_answers_after_n_evaluations(tmp_path) -> None:
