@@ -10,6 +10,7 @@ ValueError
     CheckpointFormatError     a checkpoint is of another format
 OSError
     SaveError                 a checkpoint could not be written
+    UnreadableCheckpointError a checkpoint cannot be read now, which may pass
     RunInUseError             another run works in the folder
 RuntimeError
     DivergedError             the loss became infinite or NaN
@@ -34,7 +35,11 @@ __all__ = [
     "SaveError",
     "SectionError",
     "StoppedError",
+    "UnreadableCheckpointError",
 ]
+
+
+MOST_SHOWN = 50  # problems in a message; more only scroll away
 
 
 class ArgumentError(ValueError):
@@ -63,13 +68,18 @@ class ConfigError(ValueError):
         problems: One line for each problem, such as "x.yaml:7: unknown key 'data.batchsize'; did
             you mean 'data.batch_size'?".
         where: The file or the command that has the problems.
+
+    The message has the first 50 problems at most.
     """
 
     def __init__(self, problems: Sequence[str], where: str) -> None:
         self.problems = tuple(problems)
         self.where = where
         noun = "problem" if len(problems) == 1 else "problems"
-        super().__init__("\n".join([f"{len(problems)} {noun} in {where}:", *problems]))
+        head = f"{len(problems)} {noun} in {where}:"
+        if len(problems) > MOST_SHOWN:
+            head = f"{len(problems)} problems in {where}, the first {MOST_SHOWN}:"
+        super().__init__("\n".join([head, *problems[:MOST_SHOWN]]))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.problems, self.where)
@@ -151,6 +161,14 @@ class DamagedCheckpointError(ValueError):
     """Report a checkpoint that is incomplete, or was damaged after it was written.
 
     A run then resumes from the newest intact one, and renames the damaged one.
+    """
+
+
+class UnreadableCheckpointError(OSError):
+    """Report a checkpoint that cannot be read now: the disk, the network or permissions fail.
+
+    A run then resumes from the newest one that it can read, and leaves this one where it is. Repair
+    the cause, and run the same command again.
     """
 
 

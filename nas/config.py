@@ -13,6 +13,7 @@ from gpipe_jax.config.base import (
     Count,
     CountOrZero,
     Fraction,
+    LocalPath,
     Positive,
     PositiveOrZero,
     Problems,
@@ -46,7 +47,7 @@ class TableConfig(Section):
     """Look accuracies up in the table of NAS-Bench-201."""
 
     kind: Literal["table"] = "table"
-    folder: Text | None = Field(
+    folder: LocalPath | None = Field(
         default=None,
         description=f"folder of nb201.npz; default: the environment variable {FOLDER_VARIABLE}",
     )
@@ -65,7 +66,8 @@ class FunctionConfig(Section):
     kind: Literal["function"] = "function"
     function: Text = Field(
         default="evaluate:evaluate",
-        description="module:name of a function that takes an architecture and returns its fitness",
+        description="module:name of a function that takes an architecture and returns its fitness; "
+        "the module is imported, also from the current folder",
     )
 
 
@@ -73,11 +75,11 @@ class TrainingConfig(Section):
     """Train small networks of the cells: `nas.TrainingEvaluator`."""
 
     kind: Literal["training"] = "training"
-    data: Text = Field(
+    data: LocalPath = Field(
         default="digits",
         description=f"{', '.join(DATASETS)}, or a .npz file with inputs and labels",
     )
-    folder: Text | None = Field(
+    folder: LocalPath | None = Field(
         default=None,
         description=f"folder of cifar10's files; default: the environment variable "
         f"{FOLDER_VARIABLE}",
@@ -123,7 +125,7 @@ class TrainingConfig(Section):
         gt=0,
         description="a candidate below this quantile of the population's accuracies is hopeless",
     )
-    compilation_cache: Text | None = Field(
+    compilation_cache: LocalPath | None = Field(
         default=None,
         description="folder of compiled programs; default: JAX's setting, or the user's caches",
     )
@@ -193,7 +195,7 @@ class RunConfig(Section):
     max_failures: Count = Field(
         default=10, description="consecutive failures that end the search, with the last error"
     )
-    workdir: Text | None = Field(
+    workdir: LocalPath | None = Field(
         default=None, description="folder of the run; default: runs/<name of the config file>"
     )
 

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import install_advice
-from nas.ask_tell.limits import Limit
 from nas import keywords
+from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search, argument_names
+from nas.errors import LostRunError
 from nas.evaluators import evaluator as evaluators
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
 from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, store_path
+from nas.storage.run_folder import run_folder
 from nas.workers import main_guard, pools
 from nas.workers.driver import Callback, Driver, DriverThread, check_seconds
 from nas.workers.pickled_setup import Setup, load_setup
@@ -253,6 +256,29 @@ class Result:
         architecture = self.space.decode(row.architecture)
         return Candidate(row.id, architecture, row.fitness, row.metrics, row, self)
 
+    def copy_to(self, folder: str | Path) -> "Result":
+        """Copy the run, also while a driver is writing to it.
+
+        Use this rather than a copy of `search.sqlite` alone: after a driver was killed, its last
+        results are in a file beside it. Trained weights are copied as they are at this moment, so
+        stop a search with `retrain_warm` first.
+
+        Args:
+            folder: The folder of the copy, which must not exist.
+
+        Returns:
+            The copy.
+
+        Raises:
+            FileExistsError: The folder exists.
+
+        Example::
+
+            nas.load("first").copy_to("/backup/first")
+        """
+        self.reader.copy_run_to(paths.local("folder", folder))
+        return Result(paths.local("folder", folder), self._space)
+
     # --- the driver -------------------------------------------------------------------------------
 
     @property
@@ -268,9 +294,17 @@ class Result:
 
         Returns:
             This result.
+
+        Raises:
+            nas.errors.LostRunError: The run's folder was removed. This result reads the copy then.
         """
         if self._running is not None:
-            self._running.wait(timeout_s)
+            try:
+                self._running.wait(timeout_s)
+            except LostRunError as error:
+                if error.copy is not None:
+                    self.path, self.reader = error.copy, Reader(error.copy)
+                raise
         return self
 
     def watch(self, every_s: float = 0.5) -> None:
@@ -406,15 +440,15 @@ def search(
         result.best.architecture
     """
     main_guard.check_not_importing()
-    check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     keywords.check_names("nas.search", options, _search_arguments())
+    check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
+    folder = paths.local("folder", folder)
+    run = run_folder(folder, name)
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
     setup = Setup(space, evaluate, tuple(limits), stored_options)
     policy = options.get("fitness_policy", "stored")
-    evaluator = evaluators.as_evaluator(
-        evaluator.prepare(space, Path(folder) / name, policy, timeout_s)
-    )
+    evaluator = evaluators.as_evaluator(evaluator.prepare(space, run, policy, timeout_s))
     options.setdefault("compare", evaluator.rivals_metric)
     loop = Search(
         space=space,
@@ -435,7 +469,7 @@ def search(
         if pool is not None:
             pool.close()
         raise
-    result = Result(Path(folder) / name, space, running)
+    result = Result(run, space, running)
     if wait:
         running.run()
         return result.wait()
@@ -466,9 +500,11 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
 
         nas.load("first").best
     """
-    path = Path(name) if (Path(name) / FILE).exists() else Path(folder) / name
+    own, folder = paths.local("name", name), paths.local("folder", folder)
+    is_below = own.parts and not own.is_absolute() and ".." not in own.parts
+    path = folder / own if is_below and not (own / FILE).exists() else own
     if not (path / FILE).exists():
-        runs = sorted(file.parent.name for file in Path(folder).glob(f"*/{FILE}"))
+        runs = sorted(file.parent.name for file in folder.glob(f"*/{FILE}"))
         known = f"has: {', '.join(runs)}" if runs else "has no searches"
         raise FileNotFoundError(
             f"no run {str(name)!r}: {path / FILE} does not exist; the folder {folder} {known}"

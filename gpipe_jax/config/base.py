@@ -3,14 +3,16 @@
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic import ValidationError as PydanticError
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from gpipe_jax.errors import ArgumentError, SectionError
+from gpipe_jax.utils import paths
 
 LARGEST = 2**31 - 1  # JAX holds shapes and steps in 32 bits
 
@@ -34,6 +36,21 @@ Positive = Annotated[float, Field(gt=0), _not_a_bool("float_type")]
 PositiveOrZero = Annotated[float, Field(ge=0), _not_a_bool("float_type")]
 Fraction = Annotated[float, Field(ge=0, lt=1), _not_a_bool("float_type")]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _path(*, bucket: bool) -> AfterValidator:
+    # `~` and variables stay as written: they are replaced where the path is used.
+    def validate(path: str) -> str:
+        problem = paths.address_problem(path, bucket=bucket)
+        if problem is not None:
+            raise ValueError(f"got {path!r}, but {problem}")
+        return path
+
+    return AfterValidator(validate)
+
+
+LocalPath = Annotated[Text, _path(bucket=False)]  # see `utils.paths`
+AnyPath = Annotated[Text, _path(bucket=True)]  # or a gs:// address
 
 
 class Mark(enum.Enum):
@@ -68,6 +85,20 @@ class Section(BaseModel):
         metadata = cls.model_fields[field].metadata
         return next((entry for entry in metadata if isinstance(entry, Mark)), None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_numpy(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers and arrays of NumPy as Python's, also inside a list."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
 
 Problems = list[tuple[str, str]]  # (dotted name, message) of each
 
@@ -86,12 +117,21 @@ class Configuration(Section):
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def cross_check(cls, sections: Mapping[str, Section]) -> Problems:
-        """Return every rule that is broken, among those whose sections are all there."""
+    def cross_check(cls, sections: Mapping[str, Any], partial: Collection[str] = ()) -> Problems:
+        """Return every rule that is broken, among those whose sections are all there.
+
+        Args:
+            sections: The sections by name.
+            partial: The sections that lack the attributes which are invalid. A rule that reads one
+                of these is left out.
+        """
         problems: Problems = []
         for rule in cls.rules:
             names = inspect.signature(rule).parameters
-            if sections.keys() >= names.keys():
+            if not sections.keys() >= names.keys():
+                continue
+            lacking = (AttributeError,) if names.keys() & set(partial) else ()
+            with contextlib.suppress(*lacking):
                 problems += rule(*(sections[name] for name in names))
         return problems
 

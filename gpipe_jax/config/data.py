@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from gpipe_jax.config.base import Count, CountOrZero, Fraction, Problems, Section, Text
+from gpipe_jax.config.base import Count, CountOrZero, Fraction, LocalPath, Problems, Section
 from gpipe_jax.config.models import AnyModelConfig, ImageShape, ModelConfig
 from gpipe_jax.data.rules import Rules
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
@@ -74,7 +74,7 @@ class TextConfig(DataConfig):
     file_field: ClassVar[str | None] = "source"
 
     kind: Literal["text"] = "text"
-    source: Text = Field(
+    source: LocalPath = Field(
         default="topics",
         description="topics (Python's help texts), stdlib (the standard library's sources), "
         "the path of a file, or a glob",
@@ -101,7 +101,7 @@ class Cifar10Config(DataConfig):
     file_field: ClassVar[str | None] = "folder"
 
     kind: Literal["cifar10"] = "cifar10"
-    folder: Text | None = Field(
+    folder: LocalPath | None = Field(
         default=None,
         description="folder of the downloaded files; default: the environment variable "
         f"{FOLDER_VARIABLE}",
@@ -163,11 +163,11 @@ class ArraysConfig(DataConfig):
     file_field: ClassVar[str | None] = "train"
 
     kind: Literal["arrays"] = "arrays"
-    train: Text = Field(
+    train: LocalPath = Field(
         description="a .npz file with arrays inputs and labels, or a folder with inputs.npy and "
         "labels.npy, which are memory-mapped"
     )
-    test: Text | None = Field(
+    test: LocalPath | None = Field(
         default=None, description="the same for evaluation; default: test_fraction of train"
     )
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
@@ -186,7 +186,7 @@ class ArrayRecordConfig(ArraysConfig):
     """Read array_record files whose records are .npz files of one example each."""
 
     kind: Literal["array_record"] = "array_record"  # type: ignore[assignment]
-    train: Text = Field(description="the path of an array_record file, or a glob")
+    train: LocalPath = Field(description="the path of an array_record file, or a glob")
 
 
 class PythonConfig(DataConfig):
@@ -196,9 +196,9 @@ class PythonConfig(DataConfig):
     file_field: ClassVar[str | None] = "source"
 
     kind: Literal["python"] = "python"
-    source: Text = Field(
-        description="the file and the function, as my_data.py:make; it is called with batch_size "
-        "and seed, and returns a gpipe_jax.data.Dataset"
+    source: LocalPath = Field(
+        description="the file and the function, as my_data.py:make; the file is run, and the "
+        "function is called with batch_size and seed and returns a gpipe_jax.data.Dataset"
     )
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
 

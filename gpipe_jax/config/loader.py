@@ -4,16 +4,18 @@
 
     file, overrides --yaml_parser--> Draft: values, and the place of each
     each section    --pydantic-----> sections that are valid
-    valid sections  --rules--------> Config
+    valid settings  --rules--------> Config
 
 All problems are reported at once, each with its line or its override: those of every section, and
-those between sections that are valid. `messages` words them.
+those between settings that are valid. `messages` words them.
 """
 
 import contextlib
 import os
+import stat
+import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -24,13 +26,15 @@ from gpipe_jax.config.base import Configuration, Section
 from gpipe_jax.config.messages import KeyPath, show
 from gpipe_jax.config.run import Config, section_models, unused
 from gpipe_jax.config.yaml_parser import Draft, Location, YamlError, override, parse
-from gpipe_jax.errors import ConfigError, SectionError
+from gpipe_jax.errors import ArgumentError, ConfigError, SectionError
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import did_you_mean, install_advice
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Section
 C = TypeVar("C", bound=Configuration)
 
 _AFTER_THE_FILE = 10**9  # more than any line number
+_LARGEST_FILE = 1_000_000  # bytes; a configuration has a few thousand, and YAML is slow
 
 
 def load(source: Source, overrides: Iterable[str] = ()) -> Config:
@@ -62,17 +66,18 @@ def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
         draft.problems = []  # the rest follows from this one
         _report(draft, (), other)
         raise _error(draft)
-    sections = {name: _section(draft, name) for name in root.model_fields}
+    checked = {name: _section(draft, name) for name in root.model_fields}
     for name in draft.values.keys() - root.model_fields.keys():
         word = messages.unknown_key((name,), root) if isinstance(name, str) else None
         _report(draft, (name,), word or messages.not_a_name((name,)))
-    valid = {name: section for name, section in sections.items() if section is not None}
-    for name, problem in root.cross_check(valid):
+    sections = {name: section for name, (section, _) in checked.items() if section is not None}
+    partial = [name for name, (_, is_valid) in checked.items() if not is_valid]
+    for name, problem in root.cross_check(sections, partial):
         _report(draft, tuple(name.split(".")), f"{name}: {problem}")
     if draft.problems:
         raise _error(draft)
     try:
-        return root.model_validate(valid)
+        return root.model_validate(sections)
     except pydantic.ValidationError as error:  # a validator of the root itself
         for path, group in _by_path((), error).items():
             _report(draft, path, messages.describe(path, group, None))
@@ -177,7 +182,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _draft(source: Source, overrides: Iterable[str], root: type[Configuration]) -> Draft:
     if isinstance(source, str | os.PathLike):
-        draft = _read(epath.Path(source), root)
+        draft = _read(source, root)
     elif isinstance(source, Mapping | Section):
         draft = Draft("", root)
         draft.values = {name: _copy(value) for name, value in dict(source).items()}
@@ -194,7 +199,11 @@ def _copy(section: Any) -> Any:
     return dict(section) if isinstance(section, Mapping | pydantic.BaseModel) else section
 
 
-def _read(path: epath.Path, root: type[Configuration]) -> Draft:
+def _read(source: str | os.PathLike[str], root: type[Configuration]) -> Draft:
+    try:
+        path = paths.anywhere("config", source)
+    except ArgumentError as error:
+        raise ConfigError([str(error)], os.fspath(source)) from error
     draft = Draft(str(path), root)
     try:
         parse(draft, _text(path))
@@ -217,7 +226,9 @@ def no_run(path: str | os.PathLike[str]) -> str:
 def _text(path: epath.Path) -> str:
     line = ""
     try:
-        return path.read_text(encoding="utf-8")
+        content = _content(path)
+        text = content.decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         try:
             neighbours = sorted(os.listdir(path.parent))
@@ -234,24 +245,46 @@ def _text(path: epath.Path) -> str:
         reason = f"not UTF-8 text, at byte {error.start}; save it as UTF-8"
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
-    except ValueError as error:  # a zero byte in the path
+    except ValueError as error:  # of `_content`, or a zero byte in the path
         reason = f"cannot be read: {error}"
     raise ConfigError([f"{path}{line}: {reason}"], str(path))
+
+
+def _content(path: epath.Path) -> bytes:
+    """Return the bytes of a file; raise ValueError if it cannot be a configuration."""
+    # Opening a pipe would wait for its other end.
+    if paths.is_local(path) and not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():
+        raise ValueError("it is a pipe or a device; give the path of a YAML file")
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise ValueError(
+            f"it has more than {_LARGEST_FILE:,} bytes, the most that a configuration may have; "
+            f"give a smaller file"
+        )
+    return content
 
 
 # --- checking -------------------------------------------------------------------------------------
 
 
-def _section(draft: Draft, name: str) -> Section | None:
-    """Return a section if it is valid, else report its problems."""
+class _Checked(NamedTuple):
+    """Hold a section, or of an invalid one the valid settings; None if there are none."""
+
+    section: Any
+    is_valid: bool
+
+
+def _section(draft: Draft, name: str) -> _Checked:
+    """Return a section if it is valid, else report its problems, and return what is valid."""
     field, value = draft.root.model_fields[name], draft.values.get(name)
     if value is None:  # `mesh:` with nothing below it is an empty section: the defaults
         if not field.is_required():
-            return field.default
+            return _Checked(field.default, True)
         value = {}
     if not isinstance(value, dict):
         _report(draft, (name,), messages.not_a_section(name, value))
-        return None
+        return _Checked(None, False)
     models = section_models(name, draft.root)
     kind = ""
     if "" not in models:
@@ -261,20 +294,44 @@ def _section(draft: Draft, name: str) -> Section | None:
             if "kind" not in value:
                 problem = messages.no_kind(name, kinds)
             _report(draft, (name, "kind"), problem)
-            _check_without_kind(draft, name, value)
-            return None
+            return _Checked(_check_without_kind(draft, name, value), False)
     try:
-        return models[kind].model_validate(value)
+        return _Checked(models[kind].model_validate(value), True)
     except pydantic.ValidationError as error:
         problems = _by_path((name,), error)
         for path, message in _messages(draft, models[kind], kind, problems).items():
             _report(draft, path, message)
-        return None
+        return _Checked(_without(problems, models[kind], value), False)
 
 
-def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
-    """Report the fields that every kind with such a field refuses, and for the same reason."""
-    refused = {}
+def _without(problems: Iterable[KeyPath], model: type[Section], value: dict[Any, Any]) -> Section:
+    """Return a section of the valid settings; it has no attributes for the others."""
+    invalid = {path[1] for path in problems if len(path) > 1}
+    partial = model.model_construct(**_converted(model, value.keys() - invalid, value))
+    settings: Any = vars(partial)
+    for field in invalid:
+        settings.pop(field, None)  # `model_construct` has set its default
+    return partial
+
+
+def _converted(
+    model: type[Section], fields: Iterable[Any], value: dict[Any, Any]
+) -> dict[str, Any]:
+    """Return valid settings as the model has them: numbers in place of texts, for example."""
+    known = [field for field in fields if field in model.model_fields]
+    types_of: dict[str, Any] = {field: model.model_fields[field].annotation for field in known}
+    return {
+        field: pydantic.TypeAdapter(types_of[field]).validate_python(value[field])
+        for field in known
+    }
+
+
+def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> types.SimpleNamespace:
+    """Report the fields that every kind with such a field refuses, and for the same reason.
+
+    Returns the settings that every kind has and accepts.
+    """
+    refused: dict[type[Section], dict[KeyPath, list[Any]]] = {}
     for model in dict.fromkeys(section_models(name, draft.root).values()):
         try:
             model.model_validate({k: v for k, v in value.items() if k in model.model_fields})
@@ -296,6 +353,13 @@ def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> None:
         elif all(worded == owners[0] for worded in owners):
             for place, message in owners[0].items():
                 _report(draft, place, message)
+    shared = {
+        field
+        for field in value.keys() - {"kind"}
+        if all(field in model.model_fields for model in refused)
+        and not any(path[:2] == (name, field) for places in refused.values() for path in places)
+    }
+    return types.SimpleNamespace(**_converted(next(iter(refused)), shared, value))
 
 
 def _messages(

@@ -4,15 +4,15 @@ To add a network, write a subclass of `ModelConfig` and add it to `AnyModelConfi
 the network's name in `zoo.MODELS`.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from gpipe_jax.config.base import Count, Depth, Fraction, PositiveOrZero, Section, Text
+from gpipe_jax.config.base import Count, Depth, Fraction, LocalPath, PositiveOrZero, Section
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import nearest_multiples
 
 
@@ -147,7 +147,7 @@ class AmoebaNetConfig(_ImageModelConfig):
     _loss_fields: ClassVar[tuple[str, ...]] = ("auxiliary_weight", "label_smoothing")
 
     kind: Literal["amoebanet"] = "amoebanet"
-    genotype: Text = Field(
+    genotype: LocalPath = Field(
         default="D",
         description="A, B, C or D, what Genotype.to_json writes, or the path of a .json file of it",
     )
@@ -237,7 +237,9 @@ def _read_genotype(source: str) -> Genotype:
     if is_json(source):
         return Genotype.from_json(source)
     try:
-        return Genotype.from_json(Path(source).read_text(encoding="utf-8"))
+        return Genotype.from_json(paths.local("genotype", source).read_text(encoding="utf-8"))
+    except ArgumentError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ArgumentError(

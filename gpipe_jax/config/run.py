@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator
 
 from gpipe_jax.config.base import (
+    AnyPath,
     Configuration,
     Count,
     CountOrZero,
@@ -15,7 +16,6 @@ from gpipe_jax.config.base import (
     PositiveOrZero,
     Problems,
     Section,
-    Text,
 )
 from gpipe_jax.config.data import AnyDataConfig, DataConfig, model_reads_data
 from gpipe_jax.config.models import AnyModelConfig
@@ -143,8 +143,9 @@ class TrainConfig(Section):
     writers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Mark.OPERATION] = Field(
         default=(), description="where else the metrics are written: tensorboard, wandb"
     )
-    workdir: Annotated[Text | None, Mark.OPERATION] = Field(
-        default=None, description="folder of the run; default: runs/<name of the config file>"
+    workdir: Annotated[AnyPath | None, Mark.OPERATION] = Field(
+        default=None,
+        description="folder of the run, also gs://; default: runs/<name of the config file>",
     )
 
 

@@ -4,6 +4,7 @@ The text is walked as YAML nodes, because these have lines. Problems are collect
 only text that is useless as a whole raises `YamlError`. `loader` reads the files.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import yaml
@@ -22,6 +23,10 @@ _TAGS = {
     yaml.SequenceNode: {_TAG + "seq"},
     yaml.MappingNode: {_TAG + "map"},
 }
+
+# Numbers of YAML 1.1 that people mean otherwise, and YAML 1.2 reads otherwise.
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 
 class YamlError(Exception):
@@ -107,6 +112,7 @@ def _assign(draft: Draft, path: KeyPath, node: yaml.Node | None, place: Location
     if len(path) == 2:
         if section.get(path[0]) is None:
             section[path[0]] = {}
+            draft.places.setdefault(path[:1], place)
         section = section[path[0]]
     if not isinstance(section, dict):
         message = f"'{dotted(path)}' cannot be set, because '{path[0]}' is {show(section)}"
@@ -167,12 +173,31 @@ def _build(draft: Draft, node: yaml.Node, path: KeyPath, place: Location | None)
         return node.value
     else:
         try:
-            return yaml.constructor.SafeConstructor().construct_object(node)
+            value = yaml.constructor.SafeConstructor().construct_object(node)
+            reason = _misleading(node, value)
+            if reason is None:
+                return value
         except (ValueError, KeyError, IndexError):
             kind = node.tag.removeprefix(_TAG)
             reason = f"{show(node.value)} cannot be read as {kind}; correct it or quote it"
     draft.report(own_place, f"{dotted(path) or 'the file'}: {reason}")
     draft.unreadable.add(path)
+    return None
+
+
+def _misleading(node: yaml.Node, value: Any) -> str | None:
+    """Return why a number is refused that YAML reads in base 8 or 60; None for all others."""
+    given, kind = node.value, node.tag.removeprefix(_TAG)
+    if kind in ("int", "float") and _BASE_60.fullmatch(given):
+        return (
+            f"YAML reads {given} in base 60, as {value}; write {value}, or quote it if it is text"
+        )
+    if kind == "int" and _OCTAL.fullmatch(given):
+        decimal = given.lstrip("+-0_") or "0"
+        return (
+            f"YAML reads {given} as octal, {value}; write {value} or {decimal}, or quote it if it "
+            f"is text"
+        )
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -55,7 +56,7 @@ def read_cifar10(folder: str | Path | None = None) -> tuple[Images, Images]:
             f"`folder` of cifar10 is not given and {FOLDER_VARIABLE} is not set: give a folder of "
             f"its files; {remedy}"
         )
-    root = Path(given).expanduser()
+    root = paths.local("folder", given)
     for path in (root, root / "cifar10"):
         for name, read in _READERS.items():
             if (path / name).exists():

@@ -17,6 +17,7 @@ import numpy as np
 from gpipe_jax.data.rules import ANY, KEYS, Rules
 from gpipe_jax.data.stream import Batch, Dataset, check_arguments, dataset
 from gpipe_jax.errors import ArgumentError, DataError
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.checks import check_fraction
 
 Decode = Callable[[bytes], Batch]
@@ -70,9 +71,9 @@ def arrays(
         first = next(dataset.train(0))  # {"inputs": [64, ...], "labels": [64, ...]}
     """
     check_arguments("arrays", batch_size, seed)
-    splits = {"train": _arrays("train", Path(train).expanduser())}
+    splits = {"train": _arrays("train", paths.local("train", train))}
     if test is not None:
-        splits["test"] = _arrays("test", Path(test).expanduser())
+        splits["test"] = _arrays("test", paths.local("test", test))
     return _dataset("arrays", batch_size, seed, splits, test_fraction, rules)
 
 
@@ -178,11 +179,11 @@ def _records(role: str, source: str | Sequence[str], decode: Decode) -> Split:
     import grain
 
     patterns = [source] if isinstance(source, str) else list(source)
-    paths = [path for pattern in patterns for path in expand(pattern)]
-    if not paths:
+    files = [path for pattern in patterns for path in expand(str(paths.local(role, pattern)))]
+    if not files:
         raise ArgumentError(role, f"`{role}` {source}: no such file; give a path or a glob")
     try:
-        records: Any = grain.sources.ArrayRecordDataSource(paths)
+        records: Any = grain.sources.ArrayRecordDataSource(files)
         count = len(records)
     except Exception as error:  # its C++ reader may raise anything
         first = str(error).splitlines()[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from gpipe_jax.data.stream import Dataset, check_arguments
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils import paths
 
 
 def python(source: str, batch_size: int, seed: int) -> Dataset:
@@ -31,13 +32,13 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
 
         dataset = gpipe.data.python("my_data.py:make", batch_size=64, seed=0)
     """
-    path, _, name = source.rpartition(":")
     check_arguments(f"python {source}", batch_size, seed)
-    if not path.endswith(".py") or not Path(path).is_file() or not name.isidentifier():
+    path, name = split_source(source)
+    if path.suffix != ".py" or not path.is_file() or not name.isidentifier():
         raise FileNotFoundError(
             f"`source` {source} is not a function of a Python file; give one as my_data.py:make"
         )
-    dataset: Any = _call(path, name, batch_size=batch_size, seed=seed)
+    dataset: Any = _call(str(path), name, batch_size=batch_size, seed=seed)
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__
         raise ArgumentError(
@@ -45,6 +46,12 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
             f"`source` {source} returned a {kind}; it must return a gpipe_jax.data.Dataset",
         )
     return dataset
+
+
+def split_source(source: str) -> tuple[Path, str]:
+    """Return the file and the name of the function of a source such as "my_data.py:make"."""
+    path, _, name = source.rpartition(":")
+    return paths.local("source", path), name
 
 
 def _call(path: str, name: str, **arguments: int) -> Any:
@@ -58,7 +65,8 @@ def _call(path: str, name: str, **arguments: int) -> Any:
     try:
         spec.loader.exec_module(module)
         return getattr(module, name)(**arguments)
-    except Exception as error:  # the user's own code may raise anything
+    # The user's own code may raise anything, and may end the process: then nothing is trained.
+    except (Exception, SystemExit) as error:
         raise ArgumentError(
             "source",
             f"`source` {path}:{name} raised {type(error).__name__}: {error}; call it in Python to "

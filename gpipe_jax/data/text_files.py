@@ -10,6 +10,7 @@ import numpy as np
 from gpipe_jax.data.files import expand
 from gpipe_jax.data.stream import Batch, Dataset, check_arguments, dataset
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.checks import check_fraction
 
 
@@ -82,13 +83,13 @@ def _read(source: str | Path) -> np.ndarray:
         return _bytes("".join(topics[key] for key in sorted(topics)).encode())
     if source == "stdlib":
         return _bytes(b"".join(path.read_bytes() for path in _stdlib_files()))
-    path = Path(source).expanduser()
+    path = paths.local("source", source)
     try:
         if glob.has_magic(str(path)) and not path.exists():
-            paths = expand(str(path))
-            if not paths:
+            files = expand(str(path))
+            if not files:
                 raise FileNotFoundError(errno.ENOENT, "no file matches it")
-            data = _bytes(b"".join(Path(file).read_bytes() for file in paths))
+            data = _bytes(b"".join(Path(file).read_bytes() for file in files))
         elif path.stat().st_size:
             data = np.memmap(path, np.uint8, mode="r")
         else:

@@ -21,6 +21,7 @@ from gpipe_jax.pipeline import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.training import optimizers, writers
 from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
@@ -95,13 +96,16 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
 
     Args:
         config: The configuration.
-        workdir: The folder of the run; nothing is written yet.
+        workdir: The folder of the run, also with `~` or environment variables; nothing is written
+            yet.
         processes: Number of processes that share the simulated devices.
 
     Raises:
         SectionError: A section cannot be realized here. Until the first step, any mistake is one of
             the config.
     """
+    with section("train"):
+        folder = paths.anywhere("workdir", workdir)
     if config.mesh.simulate:
         with section("mesh"):
             simulate_devices(_devices_per_process(config.mesh.simulate, processes))
@@ -134,7 +138,7 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
     with section("pipeline", memory_limit="memory_limit_gib"):
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
     identity = stream.fingerprint(batches, first)
-    return Assembly(config, epath.Path(workdir), batches, trainer, identity)
+    return Assembly(config, folder, batches, trainer, identity)
 
 
 def _check_data(dataset: data.Dataset, first: dict, pipe: Pipeline, rules: data.Rules) -> None:

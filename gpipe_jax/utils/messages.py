@@ -1,13 +1,38 @@
-"""Write messages of programs to standard error, and name their exit codes."""
+"""Write texts of programs to standard output and error, and name their exit codes.
 
+What is printed may come from a file, an exception or another machine. Here alone it becomes
+printable: a terminal would obey the control characters in it.
+"""
+
+import re
 import sys
 
 BAD_INPUT = 2  # exit code: do not retry
 
+# Control characters but tab and newline, marks that reverse the direction of what is shown, and
+# halves of characters, which no stream can encode.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: object) -> str:
+    r"""Return a text with escapes such as \x1b in place of characters that are not to be shown.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\n'
+    """
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], str(text))
+
+
+def show(text: object, *, end: str = "\n") -> None:
+    """Write a result to standard output."""
+    print(printable(text), end=end, flush=True)
+
 
 def say(text: object, program: str = "gpipe") -> None:
     """Write one line to standard error."""
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
+    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def fail(error: object, code: int, program: str = "gpipe") -> int:

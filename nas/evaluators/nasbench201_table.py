@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.choices import TABLE_DATASETS
-from nas.spaces.nasbench201 import Edges
 from nas.keywords import suggesting
+from nas.spaces.nasbench201 import Edges
 
 
-class NASBench201Table:
 @suggesting()
+class NASBench201Table:
     """Look up the metrics of a cell on one data set; the file is read at the first look-up.
 
     Calling the table with an architecture returns a dict of numbers::
@@ -96,7 +97,7 @@ def find_table(folder: str | Path | None = None) -> Path:
             f"`folder` of NAS-Bench-201 is not given and {FOLDER_VARIABLE} is not set: give one "
             "that holds nb201.npz"
         )
-    root = Path(given).expanduser()
+    root = paths.local("folder", given)
     for path in (root / "nb201.npz", root / "nasbench201" / "nb201.npz"):
         if path.exists():
             return path

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.xla_workarounds import jax_setting
 
 _lock = threading.Lock()
@@ -23,7 +24,8 @@ def use(folder: str | None = None) -> None:
     with _lock:
         current = jax_setting("jax_compilation_cache_dir")
         users_own = _replaced.get(current, current)
-        new = folder or users_own or str(default_folder())
+        given = str(paths.local("compilation_cache", folder)) if folder else None
+        new = given or users_own or str(default_folder())
         if new != current:
             jax.config.update("jax_compilation_cache_dir", new)
             _replaced.clear()

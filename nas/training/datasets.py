@@ -18,6 +18,7 @@ import numpy as np
 from gpipe_jax import data
 from gpipe_jax.data import cifar10_files, images
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils import paths
 
 
 class Split(NamedTuple):
@@ -131,7 +132,7 @@ def digest(path: str) -> str:
     Raises:
         OSError: They cannot be read.
     """
-    root = Path(path)
+    root = paths.local("data", path)
     files = sorted(root.glob("*.npy")) if root.is_dir() else [root]
     stats = [file.stat() for file in files]
     return _digest(

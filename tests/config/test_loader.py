@@ -1,10 +1,12 @@
 """Check every message of the loader, and that it raises nothing but `ConfigError`."""
 
+import os
 import random
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import Field
@@ -182,6 +184,29 @@ def test_schema():
     assert properties["stages"]["minimum"] == 1
 
 
+def test_numbers_of_numpy_are_numbers():
+    values = {
+        "model": {"kind": "mlp", "features": [np.int64(64), np.uint8(10)]},
+        "data": {"kind": "digits"},
+        "pipeline": {"partition": np.array([1]), "cost": (np.float32(0.5), np.int32(1))},
+        "mesh": {"stages": np.int32(2)},
+        "optimizer": {"kind": "sgd", "nesterov": np.bool_(True), "learning_rate": np.float64(0.1)},
+    }
+    config = load(values)
+    assert config.model.features == (64, 10) and config.mesh == MeshConfig(stages=np.int64(2))
+    assert (config.pipeline.partition, config.pipeline.cost) == ((1,), (0.5, 1.0))
+    assert config.optimizer == SgdConfig(nesterov=True, learning_rate=0.1)
+    assert load_text(loader.dump(config)) == config
+    with pytest.raises(ConfigError, match=r"mesh.stages: expected a whole number, got True"):
+        load({**values, "mesh": {"stages": np.bool_(True)}})
+
+
+def test_a_config_is_found_from_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    written = load_text(BASE)
+    assert load("~/x.yaml") == load("$HOME/x.yaml") == load(Path("${HOME}/x.yaml")) == written
+
+
 # ---- what does not ------------------------------------------------------------------------------
 
 MLP = "model: {kind: mlp}\ndata: {kind: digits}\n"  # two lines, so that additions start on line 3
@@ -217,6 +242,11 @@ MESSAGES = [
     ("pipeline: {chunks: 2}", "pipeline.chunks: chunks 2 need pipeline.schedule 'interleaved', got '1f1b'; use that schedule, or one chunk"),  # noqa: E501
     ("pipeline: {keys_per: batch}", "pipeline.keys_per: expected 'micro_batch' or 'example', got 'batch'; did you mean 'micro_batch'?"),  # noqa: E501
     ("pipeline: {cost: [1, -2]}", "pipeline.cost[1]: expected at least 0, got -2"),
+    ("train: {steps: 010}", "train.steps: YAML reads 010 as octal, 8; write 8 or 10, or quote it if it is text"),  # noqa: E501
+    ("train: {steps: -0_17}", "train.steps: YAML reads -0_17 as octal, -15; write -15 or 17, or quote it if it is text"),  # noqa: E501
+    ("train: {steps: 1:30}", "train.steps: YAML reads 1:30 in base 60, as 90; write 90, or quote it if it is text"),  # noqa: E501
+    ("optimizer: {kind: sgd, learning_rate: 1:30.5}", "optimizer.learning_rate: YAML reads 1:30.5 in base 60, as 90.5; write 90.5, or quote it if it is text"),  # noqa: E501
+    ("train: {workdir: s3://a/b}", "train.workdir: got 's3://a/b', but s3:// addresses are not supported; give a path on this machine or a gs:// address"),  # noqa: E501
     # structure
     ("mesh: 3", "mesh: expected a mapping (lines of 'key: value'), got 3"),
     ("mesh: [3]", "mesh: expected a mapping (lines of 'key: value'), got [3]"),
@@ -508,14 +538,60 @@ def test_a_wrong_kind_hides_nothing_else():
     ]
 
 
-def test_an_invalid_section_hides_only_its_own_rules():
+def test_an_invalid_setting_hides_only_the_rules_that_read_it():
     text = BASE + "mesh:\n  stages: 2\n  simulate: 1\npipeline: {partition: [1, 2], chunks: x}\n"
-    assert problems(text, "model.classes=3") == [
+    assert problems(text, "model.classes=3", "data.batch_size=x") == [
         "x.yaml:7: mesh.simulate: simulate 1 is less than stages x data = 2 x 1 = 2; raise it to 2",
         "x.yaml:8: pipeline.chunks: expected a whole number, got 'x'",
         "override 'model.classes=3': model.classes: classes 3 does not fit data 'digits' "
         "(10 classes); make it 10",
+        "override 'data.batch_size=x': data.batch_size: expected a whole number, got 'x'",
     ]
+
+
+SIX_MISTAKES = """\
+model: {kind: mpl}
+data: {kind: digitz, batch_size: '60'}
+mesh: {data: 7, stages: 3, simulate: 1}
+pipeline: {schedule: 1f1, partition: [1]}
+"""
+
+
+def test_six_mistakes_come_in_one_run():
+    """Rules read the settings beside a wrong kind, and beside a wrong value, as they are."""
+    lines = [line.split(",")[0].split(";")[0] for line in problems(SIX_MISTAKES)]
+    assert lines == [
+        "x.yaml:1: model.kind: expected 'convnet'",
+        "x.yaml:2: data.kind: expected 'digits'",
+        "x.yaml:2: data.batch_size: batch_size 60 is not a multiple of data x micro_batches = "
+        "7 x 1 = 7",
+        "x.yaml:3: mesh.simulate: simulate 1 is less than stages x data = 3 x 7 = 21",
+        "x.yaml:4: pipeline.schedule: expected 'gpipe'",
+        "x.yaml:4: pipeline.partition: mesh.stages 3 needs 2 boundaries",
+    ]
+
+
+def test_a_rule_that_fails_for_valid_sections_is_a_bug_that_shows():
+    def broken(place: Any) -> list[tuple[str, str]]:
+        return place.nothing_of_this_name
+
+    class Broken(Configuration):
+        """Define a configuration with a mistake in its rule."""
+
+        rules = (broken,)
+        place: Village = Field(default=Village())
+
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        load_as(Broken, {})
+
+
+def test_a_message_has_fifty_problems_at_most():
+    listed = ", ".join("x" for _ in range(60))
+    with pytest.raises(ConfigError) as caught:
+        load_text(MLP.replace("{kind: mlp}", f"{{kind: mlp, features: [{listed}]}}"))
+    head, *shown = str(caught.value).splitlines()
+    assert head == "60 problems in x.yaml, the first 50:"
+    assert (len(shown), len(caught.value.problems)) == (50, 60)
 
 
 def test_the_sections_of_the_commands_are_those_of_their_configs():
@@ -538,6 +614,8 @@ def test_a_config_of_another_command_is_one_problem():
 def test_files_that_cannot_be_read():
     Path("pipeline.yaml").write_text(BASE)
     Path("binary.yaml").write_bytes(b"a: \xff")
+    Path("large.yaml").write_bytes(b"#" * 1_000_001)
+    os.mkfifo("pipe")
     for path, message in [
         ("pipelin.yaml", "no such file; did you mean 'pipeline.yaml'?"),
         ("nowhere/else.yaml", "no such file"),
@@ -545,6 +623,21 @@ def test_files_that_cannot_be_read():
         ("binary.yaml", "not UTF-8 text, at byte 3; save it as UTF-8"),
         ("pipeline.yaml/x", "cannot be read: Not a directory"),
         ("a\0b", "cannot be read: embedded null byte"),
+        ("pipe", "cannot be read: it is a pipe or a device; give the path of a YAML file"),
+        ("/dev/zero", "cannot be read: it is a pipe or a device; give the path of a YAML file"),
+        (
+            "large.yaml",
+            "cannot be read: it has more than 1,000,000 bytes, the most that a "
+            "configuration may have; give a smaller file",
+        ),
+        (
+            "http://a.b/c.yaml",
+            "http:// addresses are not supported; give a path on this machine or a gs:// address",
+        ),
+        (
+            "$UNSET_HERE/c.yaml",
+            "the environment variable UNSET_HERE is not set; set it, or write the path out",
+        ),
     ]:
         with pytest.raises(ConfigError, match=rf"\A1 problem in .*:\n.*: {re.escape(message)}\Z"):
             load(path)
