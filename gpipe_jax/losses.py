@@ -4,14 +4,17 @@ The first axis of each returned array is the examples; further axes (positions) 
 pipeline sums these arrays over micro-batches and replicas, with the weights of the examples. So a
 loss is the weighted mean over the whole batch, whatever the number of micro-batches.
 
-Public: `softmax_cross_entropy`, `classification`, `squared_error`, `weighted_sums`.
+Public: `softmax_cross_entropy`, `classification`, `squared_error`, `weighted_sums`,
+`counting_rows`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_fraction
@@ -136,6 +139,26 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.square(outputs - labels)
 
 
+def counting_rows(weights: Any) -> Any:
+    """Return the row of a batch whose values each row takes before it is computed with.
+
+    A row of weight 0 does not count. It takes the values of the first row of positive weight: its
+    own may be NaN, or make the slope of its loss infinite, and 0 times that is NaN.
+
+    Args:
+        weights: The weight of each example, [N], at least one of them positive; of numpy or traced.
+
+    Returns:
+        The number of a row for each row, [N].
+
+    Example:
+        >>> counting_rows(np.array([0.0, 0.5, 0.0, 0.5])).tolist()
+        [1, 1, 1, 3]
+    """
+    xp = np if isinstance(weights, np.ndarray) else jnp
+    return xp.where(weights == 0, (weights > 0).argmax(), xp.arange(len(weights)))
+
+
 def weighted_sums(
     loss: Callable, outputs: PyTree, labels: PyTree, weights: jax.Array
 ) -> tuple[jax.Array, dict]:
@@ -143,6 +166,7 @@ def weighted_sums(
 
     Args:
         loss: A function (outputs, labels) -> losses [B, ...] or (losses, {name: metric [B, ...]}).
+            A metric may also be a Python number.
         outputs: The network's outputs for the micro-batch.
         labels: The labels of the micro-batch.
         weights: The weight of each example, [B]. An example of weight 0 does not count, even if its
@@ -152,30 +176,63 @@ def weighted_sums(
         The weighted sum of the losses, and of each metric; scalars, in float32 at least.
 
     Raises:
-        ValueError: The loss returns no array [B, ...], or a metric has a reserved name.
+        ValueError: The loss returns no real array [B, ...], or a metric has a reserved name.
 
     Example:
         >>> outputs, labels = jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])
         >>> float(weighted_sums(squared_error, outputs, labels, jnp.array([0.5, 0.5]))[0])
         2.0
     """
-    result = loss(outputs, labels)
-    losses, metrics = result if isinstance(result, tuple) else (result, {})
+    losses, metrics = _losses_and_metrics(loss(outputs, labels))
 
-    taken = {"loss", "step", "step_time_s"} & set(metrics)
-    if taken:
-        names = ", ".join(sorted(taken))
-        raise ValueError(f"the metrics of `loss` may not be called {names}; use other names")
-
-    def weigh(values: jax.Array) -> jax.Array:
-        if values.ndim < 1 or values.shape[0] != weights.shape[0]:
-            raise ValueError(
-                f"`loss` must return one value for each example, an array [{weights.shape[0]}, ...]"
-                f"; got shape {list(values.shape)}; do not average over the examples"
-            )
+    def weigh(name: str, values: Any) -> jax.Array:
+        values = _of_examples(name, values, weights.shape[0])
         per_example = values.reshape(values.shape[0], -1).mean(axis=1)
         dtype = jnp.promote_types(values.dtype, jnp.float32)
         weighted = per_example.astype(dtype) * weights.astype(dtype)
         return jnp.where(weights == 0, 0, weighted).sum()  # also if an example's value is NaN
 
-    return weigh(losses), {name: weigh(values) for name, values in metrics.items()}
+    sums = {name: weigh(f"metric {name!r}", _spread(a, weights)) for name, a in metrics.items()}
+    return weigh("the losses", losses), sums
+
+
+_RETURNS = "`loss` must return losses [B, ...], or a pair (losses, {name: metric [B, ...]})"
+
+
+def _losses_and_metrics(result: Any) -> tuple[Any, dict]:
+    """Return losses and metrics from what a loss returned; raise ValueError if it is neither."""
+    losses, metrics = result, None
+    if isinstance(result, tuple | list):
+        if len(result) != 2:
+            raise ValueError(f"{_RETURNS}; got a {type(result).__name__} of {len(result)}")
+        losses, metrics = result
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise ValueError(f"{_RETURNS}; the metrics are no dict, or a name is no text: {metrics}")
+    taken = {"loss", "step", "step_time_s"} & set(metrics)
+    if taken:
+        names = ", ".join(sorted(taken))
+        raise ValueError(f"the metrics of `loss` may not be called {names}; use other names")
+    return losses, dict(metrics)
+
+
+def _spread(value: Any, weights: jax.Array) -> Any:
+    """Return a Python number among the metrics as that number for each example."""
+    # Within a traced loss it is a constant. An array without axes may be a mean over examples.
+    is_number = isinstance(value, bool | int | float | np.number | np.bool_)
+    return jnp.full(weights.shape, float(value)) if is_number else value
+
+
+def _of_examples(name: str, values: Any, examples: int) -> jax.Array:
+    """Return an array of values of the examples; raise ValueError if it is none."""
+    if not isinstance(values, jax.Array | np.ndarray | np.generic | int | float):
+        raise ValueError(f"{_RETURNS}; {name} are a {type(values).__name__}")
+    values = jnp.asarray(values)
+    if values.ndim < 1 or values.shape[0] != examples:
+        raise ValueError(
+            f"`loss` must return one value for each example, an array [{examples}, ...]; got shape "
+            f"{list(values.shape)}; do not average over the examples ({name})"
+        )
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise ValueError(f"`loss` must return real numbers; {name} are {values.dtype}; take `abs`")
+    return values

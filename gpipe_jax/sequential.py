@@ -18,7 +18,7 @@ from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.random_keys import apply_key, layer_key
 from gpipe_jax.layers.shape_inference import as_replica, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.losses import weighted_sums
+from gpipe_jax.losses import counting_rows, weighted_sums
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -110,7 +110,8 @@ def value_and_grad(
 
     It splits a batch into micro-batches of consecutive examples, `micro_batches` x `replicas` of
     them. It sums their losses with the weights of the whole batch, so the loss is the weighted mean
-    over the batch.
+    over the batch. An example of weight 0 takes the values of the first one of positive weight.
+    With batch norm, which counts all examples, it keeps its inputs.
 
     Args:
         layers: The network.
@@ -148,6 +149,7 @@ def value_and_grad(
 
     def total(params: PyTree, stats: PyTree, batch: dict, key: Any, progress: Any) -> tuple:
         weights = batch["weights"] / batch["weights"].sum()
+        batch = _with_counting_rows(batch, weights, batch_norm=bool(jax.tree.leaves(stats)))
         micro_batched = jax.tree.map(
             lambda a: a.reshape(micro_batches, replicas, -1, *a.shape[1:]),
             {**batch, "weights": weights},
@@ -173,6 +175,17 @@ def value_and_grad(
         return result, grads, stats
 
     return step
+
+
+def _with_counting_rows(batch: dict, weights: jax.Array, *, batch_norm: bool) -> dict:
+    """Return the batch in which rows of weight 0 have other values; see `counting_rows`.
+
+    With batch norm, which counts every row, they keep their inputs.
+    """
+    rows = counting_rows(weights)
+    replaced = ("labels",) if batch_norm else ("inputs", "labels")
+    taken = {name: jax.tree.map(lambda a: jnp.asarray(a)[rows], batch[name]) for name in replaced}
+    return {**batch, **taken}
 
 
 def _sum_over_replicas(function: Callable, replicas: int) -> Callable:

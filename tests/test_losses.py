@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpipe_jax.losses import classification, softmax_cross_entropy, squared_error, weighted_sums
+import gpipe_jax as gpipe
+from gpipe_jax.losses import (
+    classification,
+    counting_rows,
+    softmax_cross_entropy,
+    squared_error,
+    weighted_sums,
+)
 
 
 def entropy_in_numpy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -207,3 +214,101 @@ def test_a_loss_without_the_examples_is_refused(shape: tuple[int, ...], said: st
 def test_a_metric_without_the_examples_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got shape \[\]"):
         weighted_sums(lambda o, y: (o, {"mean": o.mean()}), jnp.zeros(4), None, jnp.ones(4))
+
+
+# --- what a loss may return ----------------------------------------------------------------------
+
+ONES = jnp.ones(4)
+
+
+def sums_of(result: object) -> tuple[jax.Array, dict]:
+    return weighted_sums(lambda o, y: result, None, None, jnp.asarray([0.25, 0.5, 0.25, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [2, 2.0, np.float32(2), np.int64(2), jnp.full(4, 2), np.full(4, 2), np.full((4, 3), 2)],
+)
+def test_a_number_among_the_metrics_is_that_of_each_example(number: object) -> None:
+    _, metrics = sums_of((ONES, {"temperature": number}))
+    assert metrics["temperature"].dtype == jnp.float32 and float(metrics["temperature"]) == 2
+
+
+def test_a_bool_among_the_metrics_is_a_number() -> None:
+    _, metrics = sums_of((ONES, {"on": True, "off": np.bool_(False)}))
+    assert (float(metrics["on"]), float(metrics["off"])) == (1.0, 0.0)
+
+
+def test_numbers_among_the_metrics_of_a_pipeline() -> None:
+    """Check that they do not depend on micro-batches, nor on weights."""
+
+    def loss(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
+        return outputs.sum(-1), {"temperature": 0.5, "classes": 3}
+
+    batch = {"inputs": np.ones((6, 4), np.float32), "labels": np.zeros(6, np.int32)}
+    pipe = gpipe.Pipeline(
+        gpipe.zoo.mlp((4, 3, 3)),
+        loss=loss,
+        mesh=gpipe.make_mesh(stages=2),
+        example=batch,
+        micro_batches=3,
+    )
+    value, _, _ = pipe.value_and_grad(pipe.init(0), {**batch, "weights": [0, 1, 2, 3, 4, 5]})
+    assert float(value.metrics["temperature"]) == pytest.approx(0.5)
+    assert float(value.metrics["classes"]) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    "result", [ONES, np.ones(4), (ONES, {}), [ONES, {}], (ONES, None), np.ones((4, 2))]
+)
+def test_losses_alone_or_with_metrics(result: object) -> None:
+    total, metrics = sums_of(result)
+    assert float(total) == 1 and metrics == {}
+
+
+PAIR = r"`loss` must return losses \[B, ...\], or a pair \(losses, {name: metric \[B, ...\]}\)"
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, PAIR + "; the losses are a NoneType"),
+        ({"loss": ONES}, PAIR + "; the losses are a dict"),
+        ("loss", PAIR + "; the losses are a str"),
+        ([ONES, ONES], PAIR + "; the metrics are no dict"),
+        ((ONES, 0.5), PAIR + "; the metrics are no dict"),
+        ((ONES, {3: ONES}), PAIR + "; .* a name is no text: {3: "),
+        ((ONES, {}, {}), PAIR + "; got a tuple of 3"),
+        ([ONES], PAIR + "; got a list of 1"),
+        (([ONES], {}), PAIR + "; the losses are a list"),
+        ((ONES, {"hits": {"top": ONES}}), PAIR + "; metric 'hits' are a dict"),
+        ((ONES, {"hits": None}), PAIR + "; metric 'hits' are a NoneType"),
+        (0.5, r"got shape \[\]; do not average over the examples \(the losses\)"),
+        ((ONES, {"hits": jnp.ones(())}), r"got shape \[\]; do not average .* \(metric 'hits'\)"),
+        (ONES * 1j, r"`loss` must return real numbers; the losses are complex64; take `abs`"),
+    ],
+)
+def test_what_else_a_loss_returns_is_refused(result: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sums_of(result)
+
+
+def test_a_loss_that_returns_nothing_has_no_pipeline() -> None:
+    with pytest.raises(ValueError, match=r"`loss` .* layer 0, .*: `loss` must return .* NoneType"):
+        gpipe.Pipeline(
+            gpipe.zoo.mlp((4, 3)),
+            loss=lambda outputs, labels: None,
+            mesh=gpipe.make_mesh(stages=1),
+            example={"inputs": np.ones((6, 4), np.float32), "labels": np.zeros(6, np.int32)},
+        )
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows"),
+    [([1, 2], [0, 1]), ([0, 0, 3, 0, 1], [2, 2, 2, 2, 4]), ([1e-30, 0, 1], [0, 0, 2])],
+)
+def test_rows_of_weight_zero_take_the_first_that_counts(weights: list, rows: list) -> None:
+    for a in (np.asarray(weights, np.float32), jnp.asarray(weights, jnp.float32)):
+        have = counting_rows(a)
+        assert isinstance(have, type(a)) and have.tolist() == rows
+    assert jax.jit(counting_rows)(a).tolist() == rows

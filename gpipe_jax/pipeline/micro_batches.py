@@ -1,46 +1,62 @@
 """Check batches, and divide them into micro-batches.
 
 A batch is {"inputs": tree, "labels": tree, "weights": [N], optional}; the first axis of every array
-is the examples.
+is the examples. Nested lists of numbers count as arrays.
+
+An example of weight 0 takes the values of the first one of positive weight before it goes to the
+devices. So it cannot make a gradient NaN, whatever it holds: 0 times infinity would.
 
 Letters: N examples, M micro-batches, D replicas, B examples of a micro-batch on one replica.
 """
 
+from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.data import casts
+from gpipe_jax.data import weights as example_weights
 from gpipe_jax.distributed.mesh import MeshLike, batch_sharding
-from gpipe_jax.errors import DataError
+from gpipe_jax.errors import ArgumentError, DataError
+from gpipe_jax.losses import counting_rows
 from gpipe_jax.utils.text import batch_problem
 from gpipe_jax.utils.trees import PyTree
 
 
 def shapes_of(example: dict, replicas: int, micro_batches: int) -> dict:
-    """Return the shapes of a full batch, weights included.
+    """Return the shapes of a full batch, weights included, in the types that JAX makes of them.
 
     Raises ValueError unless it divides evenly between replicas and micro-batches.
     """
-    example = _with_weights(example)
-    count = example["weights"].shape[0]
+    example = _with_weights(arrays(example, "example"))
+    count = count_examples(example["inputs"])
     for path, a in jax.tree.leaves_with_path(example):
+        where = f"example{jax.tree_util.keystr(path)}"
         if not a.shape or a.shape[0] != count:
-            raise ValueError(
-                f"example{jax.tree_util.keystr(path)} has shape {list(a.shape)}, but the batch has "
-                f"{count} examples; the first axis must be the examples"
+            raise ArgumentError(
+                "example",
+                f"{where} has shape {list(a.shape)}, but the batch has {count} examples; the first "
+                f"axis must be the examples",
             )
+        if not (jnp.issubdtype(a.dtype, jnp.number) or a.dtype == bool):
+            raise ArgumentError(
+                "example", f"{where} has type {a.dtype}; use an array of numbers or bools"
+            )
+    weights = example["weights"]
+    example_weights.check_type("example['weights']", weights.shape, weights.dtype)
     problem = batch_problem(count, replicas=replicas, micro_batches=micro_batches)
     if problem:
         raise ValueError(f"the example does not split into equal micro-batches: {problem}")
-    canonical = jax.dtypes.canonicalize_dtype
 
     def shape(a: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(a.shape, canonical(a.dtype))
+        native = np.dtype(a.dtype).newbyteorder("=")
+        return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(native))
 
-    weights = jax.ShapeDtypeStruct((count,), canonical(jnp.float64))
-    return {**jax.tree.map(shape, example), "weights": weights}
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    return {**jax.tree.map(shape, example), "weights": jax.ShapeDtypeStruct((count,), dtype)}
 
 
 def resize(example: PyTree, examples: int) -> PyTree:
@@ -64,11 +80,12 @@ def split(
     micro_batches: int,
     *,
     own_examples: int | None = None,
-    may_pad: bool = True,
+    all_rows_count: bool = False,
 ) -> dict:
     """Divide a batch into arrays [M, N/M, ...] with weights that sum to one.
 
-    A shorter batch is padded to the example's N with copies of its first example, of weight zero.
+    A shorter batch is padded to the example's N with examples of weight zero. Every example of
+    weight zero takes the values of the first one of positive weight.
 
     Args:
         batch: The batch, in numpy.
@@ -76,11 +93,14 @@ def split(
         micro_batches: M.
         own_examples: The number of examples of this process, if the batch is only its part of the
             full batch; None if the batch is the full one.
-        may_pad: Whether padding is allowed; not in training where batch norm would count it.
+        all_rows_count: Whether this is training of a network with batch norm, which counts every
+            row of the inputs, whatever its weight. Then rows keep their inputs, and nothing may be
+            padded. Default: False.
 
     Raises:
         DataError: The batch does not look like the example, or may not be padded.
     """
+    batch = arrays(batch)
     keys, batch = sorted(batch), _with_weights(batch)
     count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
     if own_examples is not None:
@@ -90,41 +110,58 @@ def split(
                 f"{count} with keys {keys}; give all of `Pipeline.rows`, without weights"
             )
         example = resize(example, own_examples)
-    elif count < full and not may_pad:
+    elif count < full and all_rows_count:
         raise DataError(
             f"a batch of {count} examples cannot be padded to {full} in training: batch norm would "
             f"count the padding; give full batches"
         )
     _check(batch, example)
-    arrays = {
-        name: split_inputs(batch[name], example, micro_batches, name)
-        for name in ("inputs", "labels")
-    }
-    weights = _padded_weights(batch["weights"], example["weights"]).reshape(micro_batches, -1)
+    spec = example["weights"]
+    weights = example_weights.scaled(batch["weights"], spec.shape[0]).astype(spec.dtype)
+    rows = counting_rows(weights)
+    rows = None if np.array_equal(rows, np.arange(count)) else rows
+    if all_rows_count:
+        _check_weightless(batch["inputs"], weights)
+    weights = weights.reshape(micro_batches, -1)
     if own_examples is not None:
         weights *= count / full
-    return {**arrays, "weights": weights}
+    return {
+        "inputs": _divide(
+            batch, "inputs", example, micro_batches, None if all_rows_count else rows
+        ),
+        "labels": _divide(batch, "labels", example, micro_batches, rows),
+        "weights": weights,
+    }
 
 
-def split_inputs(tree: PyTree, example: dict, micro_batches: int, name: str = "inputs") -> PyTree:
-    """Divide one entry of a batch into arrays [M, N/M, ...], padded with its first example."""
-    _check({name: tree}, example)
+def split_inputs(inputs: PyTree, example: dict, micro_batches: int) -> PyTree:
+    """Divide inputs into arrays [M, N/M, ...], padded with their first example."""
+    batch = arrays({"inputs": inputs})
+    _check(batch, example)
+    count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
+    rows = np.where(np.arange(full) < count, np.arange(full), 0)
+    return _divide(batch, "inputs", example, micro_batches, rows)
 
-    def divide(a: Any, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-        a = np.asarray(a).astype(spec.dtype)
-        a = np.concatenate([a, np.repeat(a[:1], spec.shape[0] - a.shape[0], axis=0)])
+
+def _divide(
+    batch: dict, name: str, example: dict, micro_batches: int, rows: np.ndarray | None
+) -> PyTree:
+    """Return these rows of one entry of a batch, or all, as arrays [M, N/M, ...] of its types."""
+
+    def divide(path: tuple, a: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        a = casts.cast(_place(name, path), a, spec.dtype)
+        a = a if rows is None else a[rows]
         return a.reshape(micro_batches, -1, *a.shape[1:])
 
-    return jax.tree.map(divide, tree, example[name])
+    return jax.tree.map_with_path(divide, batch[name], example[name])
 
 
-def _padded_weights(weights: Any, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Return the weights of a batch, scaled to a sum of one and padded with zeros."""
-    weights = np.asarray(weights, np.float64)
-    if not weights.sum() > 0:
-        raise DataError(f"the weights of a batch must sum to more than 0, got {weights.sum()}")
-    padding = np.zeros(spec.shape[0] - len(weights))
-    return np.concatenate([weights / weights.sum(), padding]).astype(spec.dtype)
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def total_weight(batch: dict) -> float:
+    """Return the sum of the weights of a batch: the number of its examples, if it has none."""
+    return example_weights.total(_with_weights(arrays(batch))["weights"])
 
 
 def count_examples(inputs: PyTree) -> int:
@@ -134,6 +171,30 @@ def count_examples(inputs: PyTree) -> int:
     if not count:
         raise DataError("`inputs` has no examples: the first axis of its arrays must not be empty")
     return count
+
+
+def arrays(batch: Any, what: str = "batch") -> dict:
+    """Return a batch whose leaves are arrays; raise DataError if it is no dict of arrays.
+
+    Lists and tuples of numbers, also nested ones, become arrays. Shapes stay as they are.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"a batch is a dict with the keys 'inputs', 'labels' and, optionally, 'weights'; got "
+            f"a {type(batch).__name__}; of a pair (x, y) make {{'inputs': x, 'labels': y}}"
+        )
+
+    def array(path: tuple, a: Any) -> Any:
+        is_shape = isinstance(a, jax.ShapeDtypeStruct | jax.Array) and what == "example"
+        return a if is_shape else casts.plain(what + jax.tree_util.keystr(path), a)
+
+    return jax.tree.map_with_path(array, dict(batch), is_leaf=_is_list_of_numbers)
+
+
+def _is_list_of_numbers(node: Any) -> bool:
+    if type(node) not in (list, tuple) or not node:
+        return False
+    return all(isinstance(leaf, Number | np.generic) for leaf in jax.tree.leaves(list(node)))
 
 
 def _with_weights(batch: dict) -> dict:
@@ -170,12 +231,23 @@ def _check(batch: dict, example: dict) -> None:
             fits = a.shape[1:] == spec.shape[1:] and 0 < a.shape[0] <= spec.shape[0]
             if not fits:
                 raise DataError(
-                    f"batch[{name!r}]{jax.tree_util.keystr(path)} has shape {list(a.shape)}, the "
-                    f"pipeline's example had {list(spec.shape)}; only the number of examples may "
-                    f"differ, and it may only be smaller"
+                    f"{_place(name, path)} has shape {list(a.shape)}, the pipeline's example had "
+                    f"{list(spec.shape)}; only the number of examples may differ, and it may only "
+                    f"be smaller"
                 )
-            if not np.can_cast(a.dtype, spec.dtype, "same_kind"):
+
+
+def _check_weightless(inputs: PyTree, weights: np.ndarray) -> None:
+    """Raise DataError if inputs of weight zero, which batch norm counts, are not finite."""
+    for path, a in jax.tree.leaves_with_path(inputs):
+        for row in np.flatnonzero(weights == 0):
+            if not np.isfinite(a[row]).all():
                 raise DataError(
-                    f"batch[{name!r}]{jax.tree_util.keystr(path)} has type {a.dtype}, the "
-                    f"pipeline's example had {spec.dtype}; convert it first"
+                    f"{_place('inputs', path)}[{row}] has weight 0, and numbers that are not "
+                    f"finite; in training, batch norm counts every example, whatever its weight; "
+                    f"replace these numbers"
                 )
+
+
+def _place(name: str, path: tuple) -> str:
+    return f"batch[{name!r}]{jax.tree_util.keystr(path)}"

@@ -266,7 +266,9 @@ class Pipeline:
     def split(self, batch: dict, *, train: bool = False) -> dict:
         """Divide a batch into micro-batches, and place them on the devices.
 
-        A batch of fewer than N examples is padded with copies of its first one, of weight zero.
+        A batch of fewer than N examples is padded with examples of weight zero. An example of
+        weight zero takes the values of the first one of positive weight, so that it cannot make a
+        gradient NaN. In training, a network with batch norm keeps its inputs, and counts them.
 
         Args:
             batch: The batch, in numpy. For training on several processes, if this process has
@@ -277,16 +279,20 @@ class Pipeline:
             Arrays [M, D*B, ...], with weights that sum to one.
 
         Raises:
-            DataError: The batch does not look like the example, or is shorter in training where
-                batch norm would count the padding.
+            DataError: The batch does not look like the example, holds numbers that the example's
+                types do not, or is shorter in training where batch norm would count the padding.
         """
         own = None
         replicas = list(range(self.replicas))
         if train and len(self.rows) < self.batch_size:
             own, replicas = len(self.rows), host_arrays.local_replicas(self.mesh)
-        may_pad = not (train and any(jax.tree.leaves(shape.stats) for shape in self.shapes))
+        batch_norm = any(jax.tree.leaves(shape.stats) for shape in self.shapes)
         micro_batched = batches.split(
-            batch, self.example, self.micro_batches, own_examples=own, may_pad=may_pad
+            batch,
+            self.example,
+            self.micro_batches,
+            own_examples=own,
+            all_rows_count=train and batch_norm,
         )
         return host_arrays.place_batch(self.mesh, micro_batched, replicas)
 
@@ -341,7 +347,7 @@ class Pipeline:
         outputs = []
         for start in range(0, count, self.batch_size):
             size = min(self.batch_size, count - start)
-            examples = jax.tree.map(lambda a, s=start, n=size: np.asarray(a)[s : s + n], inputs)
+            examples = jax.tree.map(lambda a, s=start, n=size: a[s : s + n], inputs)
             split = batches.split_inputs(examples, self.example, self.micro_batches)
             placed = host_arrays.place_batch(self.mesh, split, list(range(self.replicas)))
             out = self._jitted["outputs"](state, placed)
@@ -351,6 +357,7 @@ class Pipeline:
     # --- traced ----------------------------------------------------------------------------------
 
     def gradients(
+        inputs = batches.arrays({"inputs": inputs})["inputs"]
         self, state: State, micro_batched: dict, step: Any, *, idle_fill: float = 0.0
     ) -> StepGradients:
         """Compute what `value_and_grad` returns, within a traced function.

@@ -19,6 +19,7 @@ from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory, spmd
 from gpipe_jax.pipeline import state as states
+from gpipe_jax.pipeline.micro_batches import total_weight
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
 from gpipe_jax.training.elementwise import check_elementwise
@@ -307,13 +308,12 @@ class Trainer:
             Weighted means over the examples, as "test_loss" and so on.
 
         Raises:
-            DataError: There are no examples.
+            DataError: There are no examples, or their weights are negative or not finite.
         """
         sums: dict[str, float] = {}
         total = 0.0
         for batch in batches:
-            count = jax.tree.leaves(batch["inputs"])[0].shape[0]
-            weight = float(np.sum(batch.get("weights", count)))
+            weight = total_weight(batch)
             with self._compiling("evaluation"):
                 loss, metrics = self.pipe.evaluate(state, batch)
             for name, value in {"loss": loss, **metrics}.items():
@@ -387,6 +387,10 @@ class Trainer:
         Returns:
             The exported step, like the result of `jax.export.export`.
         """
+        if total == math.inf:
+            raise DataError(
+                "the weights of all batches must have a finite sum, got inf; make them smaller"
+            )
         return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 
     # --- layer by layer, for checkpoints ---------------------------------------------------------
