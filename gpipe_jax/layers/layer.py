@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from gpipe_jax.layers import batch_norm
+from gpipe_jax.layers.numeric_settings import cached_by_settings
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -343,7 +344,7 @@ def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
     return kind(value)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached_by_settings(maxsize=4096)
 def _template(description: ModuleLayer) -> Template:
     """Build the module abstractly, without any array, and split it."""
     module = nnx.eval_shape(lambda: description.build(jax.random.key(0)))

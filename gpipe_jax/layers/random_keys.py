@@ -33,17 +33,26 @@ def apply_key(
 
     With the number of `examples` of a micro-batch, each example has a key of its own. The arrays
     drawn must then have the examples as their first axis. Row i depends only on the position of
-    example i in the whole batch.
+    example i in the whole batch. So these keys are always threefry's: with other generators the
+    rows of a batch depend on each other.
     """
     key = jax.random.fold_in(step, layer_id)
     if examples is None:
         return jax.random.fold_in(key, micro_batch)
+    key = _of_threefry(key)
     ids = micro_batch * examples + jnp.arange(examples)
     data = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(ids)
     return jax.random.wrap_key_data(data, impl=_one_for_each(examples))
 
 
-@functools.cache
+def _of_threefry(key: jax.Array) -> jax.Array:
+    """Return the key of the generator threefry with the first words of a key of any generator."""
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
+
+
+@functools.cache  # one object for all calls; it depends on no setting of JAX
 def _one_for_each(examples: int) -> Any:
     """Return a generator whose key is B threefry keys; key i draws row i of an array."""
 
@@ -70,7 +79,9 @@ def _one_for_each(examples: int) -> Any:
 
     def seed(value: jax.Array) -> jax.Array:
         ids = jnp.arange(examples)
-        return jax.vmap(lambda i: jax.random.key_data(jax.random.key(value + i)))(ids)
+        return jax.vmap(
+            lambda i: jax.random.key_data(jax.random.key(value + i, impl="threefry2x32"))
+        )(ids)
 
     return jax.extend.random.define_prng_impl(
         key_shape=(examples, 2),

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from gpipe_jax.layers.numeric_settings import cached_by_settings, numeric_settings
 from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.xla_workarounds import jax_setting
 from nas.errors import TooLargeError
@@ -148,6 +149,7 @@ class _Key(NamedTuple):
     structure: Any  # tree structure of an architecture; that of `Static` holds the architecture
     leaves: tuple  # shapes and types of an architecture's arrays
     data: Data
+    settings: tuple  # of JAX: compiled programs have the types and the precision of theirs
     device: Device
 
 
@@ -170,7 +172,7 @@ def get(
         return jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype)
 
     leaves, structure = jax.tree.flatten(jax.tree.map(shape_of, architecture))
-    key = _Key(network, recipe, structure, tuple(leaves), data, device)
+    key = _Key(network, recipe, structure, tuple(leaves), data, numeric_settings(), device)
     if programs := _look_up(key):  # does not wait while other programs are compiled
         return programs, False
     with _lock:
@@ -220,7 +222,7 @@ def this_device() -> Device:
     return chosen or jax.local_devices()[0]
 
 
-@functools.lru_cache(maxsize=32)
+@cached_by_settings(maxsize=32)
 def _on_device(data: Data, dtype: str, device: Device) -> Split:
     cast = [a.astype(dtype) if a.dtype == np.float32 else a for a in data.split()]
     return Split(*(jax.device_put(a, device) for a in cast))  # type: ignore[arg-type]

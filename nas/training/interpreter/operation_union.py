@@ -10,7 +10,6 @@ of it. The same holds for statistics:
 Separate arrays for each layer would take about twice as much memory, and so would the optimizer's.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +61,12 @@ class OperationUnion:
 
     layers: tuple[Layer | None, ...]
 
-    @functools.cached_property
+    @property
     def shapes(self) -> list[tuple[PyTree, PyTree]]:
         """Return the shapes of each layer's parameters and statistics."""
         return [({}, {}) if layer is None else layer.shapes(None) for layer in self.layers]
 
-    @functools.cached_property
+    @property
     def lengths(self) -> tuple[int, int]:
         """Return the lengths of the vectors of parameters and of statistics."""
         parameters, statistics = zip(*self.shapes, strict=True)

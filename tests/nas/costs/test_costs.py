@@ -10,6 +10,7 @@ import pytest
 
 import nas
 from gpipe_jax import errors as gpipe_jax_errors
+from gpipe_jax.layers.numeric_settings import numeric_settings
 from gpipe_jax.tpu_compiler import cache, compiler, libtpu, topologies
 from gpipe_jax.tpu_compiler.generations import GENERATIONS
 from gpipe_jax.tpu_compiler.results import Compiled, too_large
@@ -146,7 +147,7 @@ def test_compiler_crash_costs_only_the_candidate(monkeypatch) -> None:
     costs, (genotype, other) = NetworkCosts(filters=2, topology="v5e:1x1"), genotypes(2)
     with pytest.warns(RuntimeWarning, match="TPU compiler failed for a network.*killed by signal"):
         assert costs.latency_ms(genotype) == costs.memory_mib(genotype) == math.inf
-    assert _compile(costs, genotype.canonical()).error == str(errors[0])
+    assert _compile(costs, genotype.canonical(), numeric_settings()).error == str(errors[0])
     errors[0] = gpipe_jax_errors.CompilerNotInstalledError("no libtpu")
     with pytest.raises(gpipe_jax_errors.CompilerNotInstalledError, match="no libtpu"):
         costs.latency_ms(other)
@@ -167,7 +168,7 @@ def test_latency_limit_and_memory_objective(tpu, tmp_path) -> None:
     counts = result.counts
     assert counts.results == 8 and counts.rejected >= 1
     assert all(row.metrics["latency_ms"] <= 6 for row in result.reader.ranked())
-    assert queries.cost_metrics(result.reader) == ["memory_mib", "latency_ms"]
+    assert list(queries.front_metrics(result.reader)) == ["memory_mib", "latency_ms"]
     front = list(queries.pareto_front(result.reader, "memory_mib"))
     assert [row.metrics["memory_mib"] for row in front] == sorted(
         (row.metrics["memory_mib"] for row in front), reverse=True

@@ -85,6 +85,14 @@ def test_the_programs_used_least_recently_go(uncompiled) -> None:
     assert compiled == [True, True, False, True, False, True]
 
 
+def test_programs_belong_to_the_settings_of_jax(uncompiled) -> None:
+    assert programs_of("a")[1]
+    for other in (jax.enable_x64(True), jax.default_matmul_precision("highest")):
+        with other:
+            assert [programs_of("a")[1] for _ in range(2)] == [True, False]
+        assert not programs_of("a")[1]
+
+
 def test_programs_are_kept_for_however_many_devices(uncompiled, monkeypatch) -> None:
     def on_each(network: str) -> list[bool]:
         are_new = []
