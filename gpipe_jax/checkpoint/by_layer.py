@@ -18,7 +18,14 @@ from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.state import State, TrainArrays
-from gpipe_jax.utils.trees import PyTree, by_name, from_names, has_structure_of, wide
+from gpipe_jax.utils.trees import (
+    PyTree,
+    by_name,
+    differentiable,
+    from_names,
+    has_structure_of,
+    wide,
+)
 
 
 class LayerTrees(NamedTuple):
@@ -58,6 +65,12 @@ def shapes(stages: Stages, local: TrainArrays) -> LayerTrees:
         own = {"params": shape.params, "statistics": shape.stats}
         layers[i] = {name: own.get(name, moments) for name in trees}
     return LayerTrees(common, layers)
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Return the names of the arrays of a layer that hold NaN or infinity."""
+    floats = {name: a for name, a in by_name(tree).items() if differentiable(a)}
+    return [name for name, a in floats.items() if not np.isfinite(a).all()]
 
 
 def _named(arrays: TrainArrays) -> tuple[dict[str, PyTree], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Run the loop of a training run: steps, evaluations and checkpoints, each when it is due."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from gpipe_jax.checkpoint.format import RunInfo
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest
-from gpipe_jax.errors import DataError, StoppedError
+from gpipe_jax.errors import DivergedError, StoppedError
 from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training import metrics, resume
 from gpipe_jax.training.from_config import Assembly
@@ -51,7 +52,12 @@ class TrainingLoop:
         traces = assembly.workdir / "profile" if processes.is_first() else None
         profile = assembly.config.profile
         self.profile = Profile(profile.start, profile.steps, traces)
-        self.saver = Saver(assembly.checkpoints, keep=config.keep, keep_best=config.keep_best)
+        self.saver = Saver(
+            assembly.checkpoints,
+            keep=config.keep,
+            keep_best=config.keep_best,
+            unusable=restored.newer if restored else (),
+        )
         for record in self.log.records:
             self.saver.note(record["step"], record)
 
@@ -60,8 +66,9 @@ class TrainingLoop:
 
         Raises:
             StoppedError: The run was stopped. Its state is saved.
-            DivergedError: A loss is not finite.
-            DataError: The data is not what it should be.
+            DivergedError: A loss, or what an update left, is not finite.
+            DataError: The data is not what it should be. A single process has saved the steps
+                before.
             SaveError: A checkpoint could not be written.
         """
         trainer, config = self.assembly.trainer, self.assembly.config.train
@@ -85,10 +92,8 @@ class TrainingLoop:
                 return self._finish()
             due = min(self._next(step, config.eval_every), self._next(step, save_every))
             due = min(due, self.profile.until(step) or due)
-            with self.profile.over(step):
-                self.current = trainer.fit(self.current, batches, due, self.log.step, stopped)
-            if self.current.step > step:
-                self.evaluation, self.stop.has_unsaved = None, True
+            with self._saving_before_errors(), self.profile.over(step):
+                self._fit(batches, due, stopped)
             if self.current.step < due:
                 self._save()
                 raise self._stopped()
@@ -105,19 +110,57 @@ class TrainingLoop:
         if self.evaluation is not None:
             return False
         try:
-            figures = evaluate(self.assembly, self.current, self.stop)
+            with self._saving_before_errors():
+                figures = evaluate(self.assembly, self.current, self.stop)
         except StoppedError:
             return True
-        except DataError:
-            # With several processes, the others may read well, and would not come to save.
-            if jax.process_count() == 1:
-                self._save()
-                self._finish()
-            raise
         trainer.check_finite("held-out loss", step, figures["test_loss"])
         self.log.evaluation({"step": step, **figures})
         self.evaluation = figures
         return False
+
+    def _fit(self, batches: Iterator[dict], due: int, stopped: Callable[[int], bool]) -> None:
+        """Train until `due`, or until an error."""
+        trainer = self.assembly.trainer
+        try:
+            self._reach(trainer.fit(self.current, batches, due, self.log.step, stopped))
+        except Exception:
+            if trainer.reached is not None:
+                self._reach(trainer.reached)
+            raise
+
+    def _reach(self, state: TrainState) -> None:
+        if state.step > self.current.step:
+            self.evaluation, self.stop.has_unsaved = None, True
+        self.current = state
+
+    @contextlib.contextmanager
+    def _saving_before_errors(self) -> Iterator[None]:
+        """Save the completed steps before an error of the block, such as a bad batch, ends the run.
+
+        With several processes, the others may read well, and would not come to save.
+        """
+        try:
+            yield
+        except (DivergedError, StoppedError):
+            raise
+        except Exception:
+            if jax.process_count() == 1:
+                self._save_reached()
+            raise
+
+    def _save_reached(self) -> None:
+        """Save what an error has left; a problem with it is said only, to not hide the error."""
+        step = self.current.step
+        try:
+            if step in (0, self.saved_step) or not self.assembly.trainer.is_finite(self.current):
+                return
+            self._save()
+            self._finish()
+        except Exception as error:
+            say(f"step {step} cannot be saved before the run ends: {error}")
+        else:
+            say(f"step {step} is saved before the run ends; the same command resumes from it")
 
     def _save(self) -> None:
         """Begin to save, unless this step is saved, or there is nothing to save."""

@@ -22,6 +22,7 @@ from gpipe_jax.pipeline import state as states
 from gpipe_jax.pipeline.micro_batches import total_weight
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
+from gpipe_jax.training.divergence import Divergence
 from gpipe_jax.training.elementwise import check_elementwise
 from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
 from gpipe_jax.training.profiling import Timings
@@ -55,6 +56,43 @@ class StepArguments(NamedTuple):
     step: Any  # updates done before, uint32 []
 
 
+class StepsInFlight:
+    """Hold the steps that have been started, and record each when it has finished."""
+
+    def __init__(self, divergence: Divergence, record: Record) -> None:
+        self._divergence, self._record = divergence, record
+        self._steps: deque[tuple[int, dict, float]] = deque()
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: dict, start_s: float) -> None:
+        """Add a step that took `start_s` to start; wait for the oldest one if there are many."""
+        self._steps.append((step, metrics, start_s))
+        if len(self._steps) >= IN_FLIGHT:
+            self._finish_oldest()
+
+    def finish_all(self) -> None:
+        """Wait for all steps."""
+        while self._steps:
+            self._finish_oldest()
+
+    @contextlib.contextmanager
+    def finished_before_errors(self) -> Iterator[None]:
+        """Finish all steps before an error of the block goes on: they may have diverged."""
+        try:
+            yield
+        except Exception:
+            self.finish_all()
+            raise
+
+    def _finish_oldest(self) -> None:
+        step, metrics, start_s = self._steps.popleft()
+        values = {name: float(value) for name, value in metrics.items()}
+        self._divergence.check_loss("loss", step, values["loss"])
+        self._divergence.last_loss, now = values["loss"], time.perf_counter()
+        self._record({"step": step, **values, "step_time_s": max(now - self._clock, start_s)})
+        self._clock = now
+
+
 class Trainer:
     """Train a pipeline with an optimizer.
 
@@ -69,6 +107,7 @@ class Trainer:
         pipe: The pipeline.
         tx: The optax transformation.
         ema: The decay of the moving average, or None.
+        reached: The training state of the completed steps, if an error ended `fit`; else None.
         timings: Seconds spent on data and on compilation.
         local_shapes: The shapes of the arrays that one device holds.
 
@@ -101,7 +140,8 @@ class Trainer:
         if pipe.memory_limit is not None:
             memory.check(self.device_bytes(), pipe.memory_limit)
         self.timings, self._compiled = Timings(), set[str]()
-        self._last_loss = math.nan  # of the newest finished step, for the message of a divergence
+        self.reached: TrainState | None = None
+        self._divergence = Divergence(pipe.mesh)
         # Everything is updated in place and stays where it is. A result with another sharding (on
         # a mesh of one device) would compile the second step again.
         outputs = (self._shardings(), None)
@@ -268,34 +308,60 @@ class Trainer:
             The training state after the last step.
 
         Raises:
-            DivergedError: A loss is not finite.
-            ValueError: `batches` is exhausted too early.
+            DivergedError: A loss, or the state after the last step, is not finite.
+            DataError: `batches` ends too early, or a batch does not look like the example.
+
+        After every other error, and after Ctrl-C, `reached` is the state of the completed steps:
+        `current = trainer.reached`.
         """
-        in_flight: deque[tuple[int, dict, float]] = deque()
-        clock = time.perf_counter()
-
-        def finish() -> None:
-            nonlocal clock
-            step, metrics, start_s = in_flight.popleft()
-            values = {name: float(value) for name, value in metrics.items()}
-            self.check_finite("loss", step, values["loss"])
-            self._last_loss, now = values["loss"], time.perf_counter()
-            record({"step": step, **values, "step_time_s": max(now - clock, start_s)})
-            clock = now
-
-        while current.step < steps and not stopped(current.step):
-            begun = time.perf_counter()
-            with self.timings.spend("data"):
-                batch = next(batches, None)
-            if batch is None:
-                raise ValueError(f"`batches` ended after {current.step} of {steps} steps")
-            current, metrics = self.step(current, batch)
-            in_flight.append((current.step, metrics, time.perf_counter() - begun))
-            if len(in_flight) >= IN_FLIGHT:
-                finish()
-        while in_flight:
-            finish()
+        start, self.reached = current.step, None
+        in_flight = StepsInFlight(self._divergence, record)
+        try:
+            while current.step < steps and not stopped(current.step):
+                with in_flight.finished_before_errors():
+                    begun = time.perf_counter()
+                    current, metrics = self.step(current, self._next(batches, current.step, steps))
+                in_flight.add(current.step, metrics, time.perf_counter() - begun)
+            in_flight.finish_all()
+            if current.step > start:
+                self._check_state(current, start)
+        except DivergedError:
+            raise
+        except BaseException as error:
+            if not any(a.is_deleted() for a in jax.tree.leaves(current.arrays)):
+                self.reached = current
+                error.add_note(f"`trainer.reached` is the state after step {current.step}")
+            raise
         return current
+
+    def _next(self, batches: Iterator[dict], step: int, steps: int) -> dict:
+        with self.timings.spend("data"):
+            batch = next(batches, None)
+        if batch is None:
+            raise DataError(
+                f"`batches` ended after {step} of {steps} steps; give an iterator without end, or "
+                f"ask for {step} steps"
+            )
+        return batch
+
+    def _check_state(self, current: TrainState, since: int) -> None:
+        """Raise DivergedError unless the state is finite, as a loss does not show its own step."""
+        if not self.is_finite(current):
+            raise self._divergence.error(since, current.step, self.to_layers(current))
+
+    def is_finite(self, current: TrainState) -> bool:
+        """Check that neither NaN nor infinity is in what training changes.
+
+        Several processes get the same answer, and must call this together.
+
+        Args:
+            current: The training state. It stays usable.
+
+        Returns:
+            Whether parameters, running statistics, their averages and the optimizer's moments are
+            finite.
+        """
+        return self._divergence.is_finite(current.arrays)
 
     def evaluate(self, state: State, batches: Iterator[dict]) -> dict[str, float]:
         """Compute loss and metrics over all of `batches`.
@@ -321,6 +387,10 @@ class Trainer:
             total += weight
         if not total:
             raise DataError("there is nothing to evaluate: the held-out data has no examples")
+        if total == math.inf:
+            raise DataError(
+                "the weights of all batches must have a finite sum, got inf; make them smaller"
+            )
         return {f"test_{name}": value / total for name, value in sums.items()}
 
     def check_finite(self, name: str, step: int, value: float) -> None:
@@ -335,16 +405,7 @@ class Trainer:
             DivergedError: `value` is infinite or NaN. The message has the last finite loss and a
                 remedy.
         """
-        if math.isfinite(value):
-            return
-        last = f"the last finite loss was {self._last_loss:.6g}"
-        if math.isnan(self._last_loss):
-            last = "there was no step before it"
-        raise DivergedError(
-            f"the {name} became {value} at step {step} ({last}); "
-            f"try a lower optimizer.learning_rate, more optimizer.warmup_steps, or "
-            f"optimizer.clip_norm=1; a label that is none of the network's classes makes it NaN too"
-        )
+        self._divergence.check_loss(name, step, value)
 
     # --- from shapes alone -----------------------------------------------------------------------
 
@@ -387,10 +448,6 @@ class Trainer:
         Returns:
             The exported step, like the result of `jax.export.export`.
         """
-        if total == math.inf:
-            raise DataError(
-                "the weights of all batches must have a finite sum, got inf; make them smaller"
-            )
         return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
 
     # --- layer by layer, for checkpoints ---------------------------------------------------------

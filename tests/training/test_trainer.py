@@ -15,7 +15,7 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.config.optimizers import AdamConfig
-from gpipe_jax.errors import DivergedError
+from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training import optimizers
 from gpipe_jax.training.trainer import IN_FLIGHT, Trainer
@@ -48,10 +48,10 @@ def make_batches(start: int = 0, size: int = EXAMPLES):
         yield {"inputs": inputs, "labels": (inputs.sum(1) > 0).astype(np.int32) * 3}
 
 
-def make_trainer(K: int, tx=None) -> Trainer:
+def make_trainer(K: int, tx=None, loss=gpipe.losses.softmax_cross_entropy) -> Trainer:
     pipe = gpipe.Pipeline(
         ten_layers(),
-        loss=gpipe.losses.softmax_cross_entropy,
+        loss=loss,
         mesh=gpipe.make_mesh(stages=K),
         example=next(make_batches()),
         micro_batches=2,
@@ -279,8 +279,59 @@ def test_step_times_add_up_also_where_the_host_is_slower(trainers, monkeypatch):
 def test_batches_that_end_are_an_error(trainers, monkeypatch):
     trainer = trainers[1]
     without_devices(monkeypatch, trainer)
-    with pytest.raises(ValueError, match="`batches` ended after 2 of 5 steps"):
+    with pytest.raises(DataError, match="`batches` ended after 2 of 5 steps"):
         fit(trainer, not_started(), 5, itertools.islice(make_batches(), 2))
+
+
+def unreadable():
+    yield from itertools.islice(make_batches(), 3)
+    raise OSError("no such disk")
+
+
+BAD_BATCHES = {
+    "they end": (lambda: itertools.islice(make_batches(), 3), "`batches` ended after 3 of 5"),
+    "cannot be read": (unreadable, "no such disk"),
+    "another shape": (
+        lambda: itertools.chain(itertools.islice(make_batches(), 3), make_batches(0, EXAMPLES + 1)),
+        "only the number of examples may differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("batches", "message"), BAD_BATCHES.values(), ids=BAD_BATCHES)
+def test_the_completed_steps_are_not_lost(trainers, fresh, batches, message):
+    """Continue from the state that an error left; the steps in flight are recorded too."""
+    trainer, records = trainers[2], []
+    start = trainer.from_layers(fresh, 0)
+    with pytest.raises((DataError, OSError), match=message) as error:
+        trainer.fit(start, batches(), 5, records.append)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert error.value.__notes__ == ["`trainer.reached` is the state after step 3"]
+    assert trainer.reached.step == 3
+    ended, more = fit(trainer, trainer.reached, 5, make_batches(3))
+    assert trainer.reached is None
+    expected, all_records = fit(trainer, trainer.from_layers(fresh, 0), 5)
+    np.testing.assert_array_equal(losses(records + more), losses(all_records))
+    jax.tree.map(
+        np.testing.assert_array_equal, *map(params_of, map(trainer.to_layers, (ended, expected)))
+    )
+
+
+def test_an_interrupt_loses_nothing(trainers, fresh):
+    def interrupted():
+        yield from itertools.islice(make_batches(), 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(trainers[2], trainers[2].from_layers(fresh, 0), 5, interrupted())
+    assert trainers[2].reached.step == 2
+
+
+def test_a_divergence_before_a_bad_batch_is_what_is_reported(trainers, monkeypatch):
+    without_devices(monkeypatch, trainers[1], [1.0, float("nan")])
+    with pytest.raises(DivergedError, match="nan at step 2"):
+        fit(trainers[1], not_started(), 5, itertools.islice(make_batches(), 2))
+    assert trainers[1].reached is None
 
 
 # --- divergence ----------------------------------------------------------------------------------
@@ -307,10 +358,27 @@ def test_the_last_good_loss_is_known_across_calls(trainers, monkeypatch):
 
 def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
     trainer = trainers[1]
-    monkeypatch.setattr(trainer, "_last_loss", float("nan"))
+    monkeypatch.setattr(trainer._divergence, "last_loss", float("nan"))
     without_devices(monkeypatch, trainer, [float("nan"), 1.0])
     with pytest.raises(DivergedError, match=r"nan at step 1 \(there was no step before it"):
         fit(trainer, not_started(), 2)
+
+
+@pytest.mark.parametrize(("steps", "when"), [(1, "in step 1"), (3, "in one of steps 1 to 3")])
+def test_a_state_that_is_not_finite_ends_training(steps, when):
+    """Find a gradient that is not finite, although the loss of its step is."""
+    trainer = make_trainer(2, loss=steep_at_label_1)
+    batches = list(itertools.islice(make_batches(), steps))
+    batches[-1]["labels"][0] = 1
+    with pytest.raises(DivergedError, match=rf"layer 0, .* {when}, though each loss was finite"):
+        fit(trainer, trainer.init(0), steps, iter(batches))
+    assert trainer.reached is None
+
+
+def steep_at_label_1(outputs, labels):
+    """Return losses of infinite slope, times zero, for examples with the label 1."""
+    steep = jnp.sqrt(jnp.where(labels[:, None] == 1, 0 * outputs**2, 1)).sum(-1)
+    return gpipe.losses.softmax_cross_entropy(outputs, labels)[0] + steep
 
 
 # --- evaluation ----------------------------------------------------------------------------------
