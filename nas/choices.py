@@ -7,6 +7,7 @@ Dtype = Literal["float32", "bfloat16"]
 TrainingDataset = Literal["digits", "cifar10"]
 TableDataset = Literal["cifar10", "cifar100", "imagenet16_120"]
 CompiledCost = Literal["latency_ms", "memory_mib"]
+Direction = Literal["min", "max"]
 
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -18,3 +19,6 @@ TABLE_DATASETS: tuple[TableDataset, ...] = get_args(TableDataset)
 
 COMPILED_COSTS: tuple[CompiledCost, ...] = get_args(CompiledCost)
 """Costs of a network that the TPU compiler has to estimate."""
+
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+"""What is better in a metric: less, or more."""

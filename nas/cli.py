@@ -24,6 +24,7 @@ from nas.errors import ExportOptionError
 from nas.export import scaled_config
 from nas.reports.tables import finite
 from nas.storage.reader import FILE
+from nas.storage.run_folder import run_folder
 from nas.workers import threads
 
 
@@ -128,8 +129,11 @@ def _search(options: argparse.Namespace) -> int:
     from nas import from_config
 
     workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
+    if workdir.name in ("", ".."):
+        workdir = workdir.resolve()
     started = time.perf_counter()
     try:
+        run_folder(workdir.parent, workdir.name)  # for its errors, before anything is written
         with loader.locating(options.config, options.overrides, SearchConfig):
             arguments = from_config.arguments(config)
         if not (workdir / FILE).exists():  # an existing search is checked first

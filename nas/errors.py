@@ -2,6 +2,7 @@
 
 RuntimeError
     FailuresError             too many failures in a row
+    LostRunError              the run's folder was removed while the search was running
     LostWeightsError          trained weights are not in the run's folder
     SearchInUseError          another driver has the run open
     WorkersError              the workers cannot be used
@@ -26,6 +27,7 @@ AssertionError
 __all__ = [
     "ExportOptionError",
     "FailuresError",
+    "LostRunError",
     "LostWeightsError",
     "MismatchError",
     "NetworkFileSystemError",
@@ -64,6 +66,18 @@ class MismatchError(ValueError):
     """
 
 
+class LostRunError(RuntimeError):
+    """Report that the run's folder was removed, moved or replaced while the search was running.
+
+    Attributes:
+        copy: Folder with a copy of the store, from which the search resumes; None if there is none.
+    """
+
+    def __init__(self, message: str, copy: str | None = None) -> None:
+        super().__init__(message)
+        self.copy = copy
+
+
 class LostWeightsError(RuntimeError):
     """Report that a worker's trained weights are not in the run's folder on this machine."""
 
@@ -91,7 +105,8 @@ class NetworkFileSystemError(OSError):
 class ReturnError(TypeError):
     """Report that an evaluator returned something that is not a fitness.
 
-    It is a mistake in the evaluator, not a failed candidate, and therefore ends the search.
+    While there is no result yet, this is a mistake in the evaluator and ends the search. Later on
+    it is a failure of the candidate.
     """
 
 

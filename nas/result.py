@@ -303,7 +303,7 @@ class Result:
                 self._running.wait(timeout_s)
             except LostRunError as error:
                 if error.copy is not None:
-                    self.path, self.reader = error.copy, Reader(error.copy)
+                    self.path, self.reader = Path(error.copy), Reader(error.copy)
                 raise
         return self
 

@@ -38,7 +38,7 @@ def replay(reader: Reader, space: Space[Any]) -> Evolution:
         ...     nas.replay(result.reader, result.space).results
         4
     """
-    with closing(Snapshot(reader.path)) as snapshot:
+    with closing(Snapshot(reader.file)) as snapshot:
         return _Replay(snapshot, space).run()
 
 

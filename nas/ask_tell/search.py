@@ -131,7 +131,7 @@ class Search:
         self.compare = compare
         self.weight_files = trained_values.WeightFiles(self.store, self.settings.fitness_policy)
         self._run = leases.identity(self.store.study())
-        self._is_closed = False
+        self._is_closed = self._has_warned = False
         self._lock = threading.RLock()
         self.duplicates = Duplicates(self.store, int(cache))
         self._queue: deque[Job] = deque()  # without a number of the evaluation
@@ -185,7 +185,8 @@ class Search:
         Args:
             job: What `ask` returned.
             fitness: A number, or a dict with `fitness`, other metrics, and `trained_values` (a text
-                that says where the trained weights are). A fitness that is not finite is a failure.
+                that says where the trained weights are). The worst fitness, -inf if the search
+                maximises, is a result. NaN and the other infinity are failures.
 
         Raises:
             nas.errors.ReturnError: It is neither.
@@ -215,6 +216,7 @@ class Search:
             job = self.leases.running[job.evaluation]  # the caller may have changed its own
             outcome = self._without_unbeatable(outcome)
             self.weight_files.check_written(outcome)
+            self._warn_left_out(outcome)
             if outcome.kind != "ok":
                 self._end_failure(job, outcome)
             elif job.tournament is None:
@@ -440,6 +442,16 @@ class Search:
         aim = "maximises" if self.settings.maximise else "minimises"
         text = f"the fitness is {fitness}, which nothing beats, as the search {aim}"
         return outcome._replace(kind="nan", fitness=None, error=text)
+
+    def _warn_left_out(self, outcome: Outcome) -> None:
+        """Warn of the first metrics that are left out; the log has all."""
+        if outcome.kind == "ok" and outcome.error and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"evaluate: {outcome.error}; return numbers only, or leave them out yourself",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _end_result(self, job: Job, outcome: Outcome) -> None:
         """Add a candidate with its fitness to the population."""

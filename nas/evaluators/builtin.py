@@ -1,7 +1,7 @@
 """Provide evaluators that do not train: a table, and repeated evaluation."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,15 @@ class Repeated(Evaluator):
         outcomes = [as_outcome(inner.evaluate(each), each) for each in jobs]
         values = [math.nan if each.fitness is None else each.fitness for each in outcomes]
         mean = sum(values) / len(values)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        spread = _standard_deviation(values, mean)
         weights = outcomes[-1].trained_values
         stored = {} if weights is None else {TRAINED_VALUES: weights}
         metrics = mean_metrics([each.metrics for each in outcomes])
         return {**metrics, **stored, "fitness": mean, "fitness_std": spread}
+
+
+def _standard_deviation(values: Sequence[float], mean: float) -> float:
+    """Return that of finite values; of infinite ones 0 if all are equal, and infinity otherwise."""
+    if math.isinf(mean):
+        return 0.0 if len(set(values)) == 1 else math.inf
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from nas.storage.reader import CandidateRow, Event, Reader
+from nas.choices import Direction
+from nas.storage.reader import CandidateRow, Event, OpenReader, Reader
 
 RUNNING = "running"
 RECENT = 4000  # evaluations in the timeline
@@ -25,11 +26,12 @@ The first evaluation compiles, times depend on the load of the machine, and the 
 fitness."""
 
 
-class Snapshot(Reader):
+class Snapshot(OpenReader):
     """Read a run's store as it was at one moment, whatever its driver writes meanwhile."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        self._connection = self._connect()
         self._connection.execute("BEGIN")
         self.counts()  # the first query of the transaction fixes the moment
 
@@ -185,28 +187,47 @@ def top(reader: Reader, count: int) -> list[CandidateRow]:
     return list(best.values())
 
 
-def cost_metrics(reader: Reader) -> list[str]:
-    """Return the recorded metrics of which less is better, by their names; see `COST_NAMES`."""
-    for row in reader.candidates("state = 'done'", order="id LIMIT 1"):
-        return [n for n in row.metrics if re.search(COST_NAMES, n) and n not in NOT_COSTS]
-    return []
+def front_metrics(reader: Reader) -> dict[str, Direction]:
+    """Return the metrics that have a Pareto front, and what is better in each.
 
-
-def pareto_front(reader: Reader, cost: str) -> Iterator[CandidateRow]:
-    """Yield the candidates that no other beats in both fitness and cost.
-
-    The best comes first; each one after it is cheaper.
+    These are the declared ones (`directions` of `nas.search`). If none are declared, they are all
+    recorded metrics whose names say that less is better; see `COST_NAMES`.
     """
-    cheapest = float("inf")
-    rows = (
-        ((rank, row.metrics[cost]), row)
-        for rank, row in _ranks(reader)
-        if math.isfinite(row.metrics.get(cost, math.nan))
+    declared = reader.study().directions
+    if declared is not None:
+        return declared
+    recorded = dict.fromkeys(
+        name for row in reader.candidates("state = 'done'") for name in row.metrics
     )
-    for _, row in sorted(rows, key=lambda entry: entry[0]):
-        if row.metrics[cost] < cheapest:
-            cheapest = row.metrics[cost]
+    names = (n for n in recorded if re.search(COST_NAMES, n) and n not in NOT_COSTS)
+    return dict.fromkeys(names, "min")
+
+
+def pareto_front(
+    reader: Reader, metric: str, direction: Direction = "min"
+) -> Iterator[CandidateRow]:
+    """Yield the candidates that no other beats in both fitness and a metric.
+
+    The best comes first; each one after it is better in the metric. Values that are not finite are
+    left out.
+    """
+    sign, least = 1 if direction == "min" else -1, math.inf
+    rows = (
+        ((rank, sign * row.metrics[metric]), row)
+        for rank, row in _ranks(reader)
+        if is_finite(row, metric)
+    )
+    for (_, value), row in sorted(rows, key=lambda entry: entry[0]):
+        if value < least:
+            least = value
             yield row
+
+
+def is_finite(row: CandidateRow, metric: str) -> bool:
+    """Return whether both the fitness and a metric of a candidate are finite numbers."""
+    return row.fitness is not None and all(
+        math.isfinite(value) for value in (row.fitness, row.metrics.get(metric, math.nan))
+    )
 
 
 def _ranks(reader: Reader) -> Iterator[tuple[int, CandidateRow]]:

@@ -6,11 +6,12 @@ A `Reader` never writes. Everything that reports, plots and notebooks show comes
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nas.storage import schema
+from nas.choices import Direction
+from nas.storage import run_folder, schema
 from nas.storage.old_names import current_evaluator, current_limit
 
 FILE = "search.sqlite"
@@ -26,6 +27,7 @@ class Study(NamedTuple):
     package: str
     evaluator: dict[str, Any] | None = None  # `identity_of` it; older files do not have it
     limits: list[dict[str, Any]] | None = None  # `identity` of each; likewise
+    directions: dict[str, Direction] | None = None  # of metrics with a Pareto front, if declared
 
     @property
     def maximise(self) -> bool:
@@ -95,23 +97,49 @@ class Counts(NamedTuple):
 
 
 class Reader:
-    """Read a run's store; `path` is the file or the run's folder."""
+    """Read a run's store; `path` is the file or the run's folder.
+
+    The file is open only during a query, so any number of readers may exist, in any thread.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = store_path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: there is no search here (no file {self.path})")
-        uri = f"{self.path.absolute().as_uri()}?mode=ro"
-        self._connection = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
-        try:
-            schema.check_version(self._connection, self.path)
-        except BaseException:
-            self.close()
-            raise
+        self.file = self.path.absolute()  # also after a change of the working folder
+        with closing(self._connect()) as connection:
+            schema.check_version(connection, self.path)
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.file.is_file():
+            raise FileNotFoundError(
+                f"{self.path.parent}: there is no search here (no file {self.path})"
+            )
+        uri = f"{self.file.as_uri()}?mode=ro"
+        return sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection for one query."""
+        with closing(self._connect()) as connection:
+            yield connection
 
     def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
+        """Close the file, which is not open between queries."""
+
+    def copy_run_to(self, folder: Path) -> None:
+        """Copy the run's folder, with the store as of this moment, while a driver may write to it.
+
+        Raises:
+            FileExistsError: The folder exists.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise FileExistsError(f"{folder} exists already: give another folder") from error
+        # A run counts as there when it has a store: hence the store comes last.
+        run_folder.copy_other_files(self.file, folder)
+        with self._connected() as connection, closing(sqlite3.connect(folder / FILE)) as copy:
+            connection.backup(copy)
 
     def study(self) -> Study:
         """Return what the search is."""
@@ -123,7 +151,8 @@ class Reader:
             evaluator = current_evaluator(evaluator)
         if limits is not None:
             limits = [current_limit(limit) for limit in limits]
-        return Study(name, space, values, created, package, evaluator, limits)
+        directions = values.pop("directions", None)
+        return Study(name, space, values, created, package, evaluator, limits, directions)
 
     def setup(self) -> bytes | None:
         """Return space, evaluator and limits, pickled; None if they could not be pickled."""
@@ -249,11 +278,25 @@ class Reader:
         return self._fetch_one("SELECT COALESCE(MAX(seq), 0) FROM events WHERE kind = ?", kind)[0]
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
-        with closing(self._connection.execute(query, values)) as cursor:
+        with self._connected() as connection, closing(connection.execute(query, values)) as cursor:
             yield from cursor
 
     def _fetch_one(self, query: str, *values: Any) -> tuple:
         return next(self._rows(query, *values))
+
+
+class OpenReader(Reader):
+    """Keep the file open between queries; the connection is for one thread at a time."""
+
+    _connection: sqlite3.Connection
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        yield self._connection
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
 
 
 def store_path(path: str | Path) -> Path:

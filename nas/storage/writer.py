@@ -34,27 +34,31 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nas.errors import SearchExistsError, SearchInUseError
+from nas.choices import Direction
+from nas.errors import LostRunError, SearchExistsError, SearchInUseError
 from nas.evaluators.evaluator import Job, Outcome
 from nas.evolution.evolution import Proposal
-from nas.storage import local_disk, schema
-from nas.storage.reader import Reader, store_path
+from nas.storage import local_disk, run_folder, schema
+from nas.storage.reader import OpenReader, Reader, store_path
 
 CLOSE_MS = 1000  # ms that closing waits for readers
 LOCK_S = 0.2  # s to wait for the lock; `queries.is_running` holds it for less
 
 
-class Store(Reader):
+class Store(OpenReader):
     """Write a run's store, which belongs to this driver alone until it is closed."""
 
     def __init__(self, path: str | Path, lock: sqlite3.Connection | None = None) -> None:
         self.path = store_path(path)
+        self.file = self.path.absolute()
         self._lock = lock or _lock(self.path)
+        self._lost: LostRunError | None = None
         try:
             self._connection = _open(self.path)
         except BaseException:
             self._lock.close()
             raise
+        self._file_id = run_folder.file_id(self.file)
         try:
             self._take_over()
         except BaseException:
@@ -128,7 +132,12 @@ class Store(Reader):
         fitness: float | None = None,
         detail: str | None = None,
     ) -> Iterator[int]:
-        """Run a block as one transaction with its event, and yield the event's `seq`."""
+        """Run a block as one transaction with its event, and yield the event's `seq`.
+
+        Raises:
+            LostRunError: The file is no longer where it was.
+        """
+        self._check_file()
         seq = self._seq + 1
         row = (seq, time.time(), kind, candidate, evaluation, fitness, detail)
         self._connection.execute("BEGIN IMMEDIATE")
@@ -140,6 +149,13 @@ class Store(Reader):
             raise
         self._connection.execute("COMMIT")
         self._seq = seq
+
+    def _check_file(self) -> None:
+        """Raise LostRunError, the same one each time, unless the file is where it was."""
+        if self._lost is None and run_folder.file_id(self.file) != self._file_id:
+            self._lost = run_folder.lost_run(self.file, self._connection)
+        if self._lost is not None:
+            raise self._lost
 
     # --- rows, within a change --------------------------------------------------------------------
 
@@ -210,10 +226,14 @@ class Store(Reader):
 
     def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
         """Replace the evaluator's identity; see `nas.evaluators.evaluator.identity_of`."""
-        settings = {
-            **json.loads(self._fetch_one("SELECT settings FROM study")[0]),
-            "evaluate": evaluator,
-        }
+        self._set_setting("evaluate", evaluator)
+
+    def set_directions(self, directions: Mapping[str, Direction]) -> None:
+        """Replace what is better in metrics with a Pareto front."""
+        self._set_setting("directions", dict(directions))
+
+    def _set_setting(self, name: str, value: Any) -> None:
+        settings = {**json.loads(self._fetch_one("SELECT settings FROM study")[0]), name: value}
         self._connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
 
 
