@@ -50,6 +50,7 @@ from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import choices
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
+from gpipe_jax.utils.xla_workarounds import jax_setting
 
 
 class Pipeline:
@@ -143,6 +144,7 @@ class Pipeline:
             check_count("steps", steps)
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
+        self._enable_x64 = jax_setting("jax_enable_x64")
         if not self.layers:
             raise ArgumentError(
                 "layers", "`layers` is empty; give at least one layer for each stage"
@@ -194,6 +196,16 @@ class Pipeline:
                 f"{self.layers[-1]}: {describe(outputs)}, with labels {describe(labels)}: {error}",
             ) from error
 
+    def _check_settings(self) -> None:
+        """Check that the types of the layers are still those that the stages were made for."""
+        now = jax_setting("jax_enable_x64")
+        if now != self._enable_x64:
+            raise ValueError(
+                f"`jax_enable_x64` is {now}, but was {self._enable_x64} when this pipeline was "
+                f"built, and the types of its layers depend on it; set it back, or build a "
+                f"pipeline anew"
+            )
+
     # --- parameters ------------------------------------------------------------------------------
 
     def init(self, seed: int = 0) -> State:
@@ -205,6 +217,7 @@ class Pipeline:
         Returns:
             The state. It is the same for every K, V, D and schedule.
         """
+        self._check_settings()
         return states.init(self.stages, self.mesh, seed)
 
     def to_layers(self, tree: PyTree) -> list[PyTree]:
@@ -259,6 +272,7 @@ class Pipeline:
         Raises:
             ValueError: A tree does not have the shapes and types of its layer.
         """
+        self._check_settings()
         return states.from_layers(self.stages, self.mesh, params, statistics, seed)
 
     # --- batches ---------------------------------------------------------------------------------
@@ -343,6 +357,7 @@ class Pipeline:
         Returns:
             The outputs, whose first axis is the examples.
         """
+        inputs = batches.arrays({"inputs": inputs})["inputs"]
         count = batches.count_examples(inputs)
         outputs = []
         for start in range(0, count, self.batch_size):
@@ -357,7 +372,6 @@ class Pipeline:
     # --- traced ----------------------------------------------------------------------------------
 
     def gradients(
-        inputs = batches.arrays({"inputs": inputs})["inputs"]
         self, state: State, micro_batched: dict, step: Any, *, idle_fill: float = 0.0
     ) -> StepGradients:
         """Compute what `value_and_grad` returns, within a traced function.
@@ -395,6 +409,7 @@ class Pipeline:
         return run(self._variables(state), {"inputs": inputs})
 
     def _program(self, schedule: Schedule, loss: Callable | None, **options: Any) -> Callable:
+        self._check_settings()
         keys_per = self.keys_per
         return executor.build(self.stages, schedule, self.mesh, loss, keys_per=keys_per, **options)
 
