@@ -70,9 +70,9 @@ def train(
         write_config(assembly)
         opened = stack.enter_context(_writers(assembly, restored))
         run = TrainingLoop(assembly, restored, show, stop, opened)
-        warning = _other_split(assembly, restored.manifest.config) if restored else None
-        if warning and processes.is_first():
-            say(warning)
+        if restored and processes.is_first():
+            for warning in _warnings(assembly, restored.manifest.config):
+                say(warning)
         with contextlib.closing(run.saver):
             run.run()
         stop.has_unsaved = False
@@ -188,6 +188,7 @@ def _same_run(
     single `settings` are compared.
     """
     free = {name for name, mark in marks().items() if mark in MAY_CHANGE}
+    free.add("train.steps")  # a run can be extended
 
     def matters(name: str) -> bool:
         if sections is None:
@@ -209,9 +210,22 @@ def _same_run(
             rule = "this folder holds a run of another config; use another (train.workdir=...)"
             lines = loader.describe_differences(different)
             raise ConfigError([rule, *lines], str(assembly.workdir))
+        if sections is None:
+            _check_steps(manifest, assembly)
         _same_data(manifest, assembly)
 
     return check
+
+
+def _check_steps(manifest: Manifest, assembly: Assembly) -> None:
+    """Raise ConfigError if the run has done more steps than it is to do now."""
+    steps = assembly.config.train.steps
+    if steps < manifest.step:
+        problem = (
+            f"train.steps is {steps}, but the run here has done {manifest.step} steps; "
+            f"use {manifest.step} or more, or another folder (train.workdir=...)"
+        )
+        raise ConfigError([problem], str(assembly.workdir))
 
 
 def _same_data(manifest: Manifest, assembly: Assembly) -> None:
@@ -227,6 +241,31 @@ def _same_data(manifest: Manifest, assembly: Assembly) -> None:
             "another folder (train.workdir=...)"
         )
         raise ConfigError([rule, *loader.describe_differences(changed)], str(assembly.workdir))
+
+
+def _warnings(assembly: Assembly, before: dict) -> list[str]:
+    """Return what a user should know of a run that resumes with other settings than `before`."""
+    found = (_other_split(assembly, before), _other_steps(assembly.config, before))
+    return [warning for warning in found if warning]
+
+
+def _other_steps(config: Config, before: dict) -> str | None:
+    """Return a note if the run has another length than before; some settings follow it."""
+    steps, steps_before = config.train.steps, before["train"]["steps"]
+    if steps == steps_before:
+        return None
+    followers = []
+    if config.optimizer.schedule == "cosine":
+        followers.append("the learning rate (optimizer.schedule: cosine)")
+    if getattr(config.model, "drop_path", 0):
+        followers.append("drop-path (model.drop_path)")
+    note = f"train.steps is now {steps}, before {steps_before}: the run resumes to step {steps}"
+    if not followers:
+        return note
+    return (
+        f"{note}, but not as if it had begun with {steps}: {' and '.join(followers)} "
+        f"now goes by {steps} steps"
+    )
 
 
 def _other_split(assembly: Assembly, before: dict) -> str | None:

@@ -1,6 +1,8 @@
 """Whole runs: what they write, and that an interrupted one ends as if it had not been."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -9,14 +11,18 @@ import signal
 import time
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 import gpipe_jax as gpipe
 from gpipe_jax import errors
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint.export import export
+from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.distributed.preemption import handle_signals
-from gpipe_jax.errors import ConfigError, DivergedError, StoppedError
+from gpipe_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from gpipe_jax.training import from_config, run, trainer
 
 STEPS = 11
@@ -52,8 +58,8 @@ def latest_step(workdir) -> int | None:
     return max(checkpoint_format.steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
-class Interrupted(Exception):
-    pass
+class Interrupted(BaseException):
+    """End a run as a kill does: nothing is saved."""
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +533,98 @@ def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
             action(assembly)
 
 
+# --- another length ------------------------------------------------------------------------------
+
+
+def test_a_finished_run_can_be_extended(whole, tmp_path, capsys):
+    """End as a run that had this length from the start."""
+    short = assemble(tmp_path / "short", "train.steps=8")
+    run.train(short, lambda record: None)
+    longer = short._replace(config=whole[0].config)
+    run.train(longer, lambda record: None)
+    assert saved(tmp_path / "short", STEPS) == saved(whole[0].workdir, STEPS)
+    said = f"train.steps is now {STEPS}, before 8: the run resumes to step {STEPS}\n"
+    assert said in capsys.readouterr().err
+    assert gpipe.load(str(tmp_path / "short" / "config.yaml")).train.steps == STEPS
+
+
+def test_what_follows_the_length_is_said(whole):
+    before = whole[0].config.model_dump(mode="json")
+    now = gpipe.load(CONFIG, ["train.steps=50", "optimizer.schedule=cosine"])
+    said = run._other_steps(now, before)
+    assert said is not None and said.endswith(
+        "to step 50, but not as if it had begun with 50: the learning rate (optimizer.schedule: "
+        "cosine) now goes by 50 steps"
+    )
+
+
+def test_a_run_has_done_more_steps_already(whole):
+    with pytest.raises(ConfigError, match=f"train.steps is 5, but the run here has done {STEPS}"):
+        run.train(other_config(whole, "train.steps=5"), lambda record: None)
+
+
+# --- errors in the middle ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [DataError("label 12 is none of 10"), OSError("no such disk")])
+def test_the_steps_before_a_bad_batch_are_saved(whole, tmp_path, capsys, error):
+    def train(step: int, rows=None):
+        yield from itertools.islice(good.train(step, rows), 6 - step)
+        raise error
+
+    good = whole[0].dataset
+    bad = whole[0]._replace(
+        workdir=epath.Path(tmp_path), dataset=dataclasses.replace(good, train=train)
+    )
+    with pytest.raises(type(error), match=str(error)):
+        run.train(bad, lambda record: None)
+    assert latest_step(tmp_path) == 6
+    assert "step 6 is saved before the run ends; the same command" in capsys.readouterr().err
+    train_to_completion(whole[0], tmp_path)
+
+
+def test_nothing_is_saved_before_the_first_step(whole, tmp_path, capsys):
+    dataset = dataclasses.replace(whole[0].dataset, train=lambda *_: iter([{}]))
+    with pytest.raises(DataError):
+        run.train(
+            whole[0]._replace(workdir=epath.Path(tmp_path), dataset=dataset), lambda record: None
+        )
+    assert latest_step(tmp_path) is None and "saved" not in capsys.readouterr().err
+
+
 # --- divergence ----------------------------------------------------------------------------------
+
+
+def test_what_an_update_left_that_is_not_finite_is_not_saved(tmp_path):
+    """Check the state itself: its loss is that of the parameters before it."""
+    ruinous = ["optimizer.learning_rate=1e39", "train.save_every=1"]
+    with pytest.raises(DivergedError, match=r"layer 0, .*became NaN or infinite in step 1, though"):
+        run.train(assemble(tmp_path, *ruinous), lambda record: None)
+    assert latest_step(tmp_path) is None
+
+
+def ruined(whole, folder, step: int):
+    """Copy a run, and save it again at `step` with NaN in its parameters."""
+    shutil.copytree(whole[0].workdir, folder)
+    assembly = whole[0]._replace(workdir=epath.Path(folder))
+    restored = run.resume.newest(assembly.checkpoints, assembly.trainer, lambda manifest: None)
+    layers = assembly.trainer.to_layers(restored.state)
+    jax.tree.leaves(layers.layers[1]["params"])[0][...] = np.nan
+    info = checkpoint_format.RunInfo(step, assembly.config.model_dump(mode="json"), None)
+    with contextlib.closing(Saver(assembly.checkpoints, keep=3)) as saver:
+        saver.save(layers, info, [str(layer) for layer in assembly.trainer.pipe.layers])
+    return assembly
+
+
+def test_a_checkpoint_that_is_not_finite_counts_as_damaged(whole, tmp_path, capsys):
+    """Resume from the one before it; export and evaluate that one too."""
+    longer = ruined(whole, tmp_path / "run", STEPS + 1)
+    note = run.evaluate(longer).note
+    assert "12 is damaged (it holds NaN or infinity" in note and "checkpoint: step 11" in note
+    figures = export(longer.workdir, tmp_path / "parameters.npz")
+    assert (figures["step"], figures["damaged_steps"]) == (STEPS, [STEPS + 1])
+    run.train(longer, lambda record: None)
+    assert (longer.checkpoints / "12.damaged").exists()
 
 
 def test_a_held_out_loss_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch):
