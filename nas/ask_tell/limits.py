@@ -170,7 +170,7 @@ class Retries:
     Args:
         exception: Retries after an exception of the evaluator. Default: 1.
         timeout: Retries after more than `timeout_s` seconds. Default: 0.
-        nan: Retries after a fitness that is not finite. Default: 0.
+        nan: Retries after a fitness of NaN, or of the infinity that nothing beats. Default: 0.
         out_of_memory: Retries after lack of memory, of the host or of an accelerator. Default: 0.
         worker_death: Retries after the death of the worker. Default: 3.
 

@@ -132,7 +132,9 @@ class Evaluator:
             job: The architecture, the seed, and the weights to start from.
 
         Returns:
-            The fitness, or a dict with `fitness`, other metrics and `trained_values`.
+            The fitness, or a dict with `fitness`, other metrics and `trained_values`. The worst
+            fitness is infinite: -inf if the search maximises, as for a network that is infeasible.
+            It is a result, which joins the population. NaN and the other infinity are failures.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method evaluate(job): define it")
 

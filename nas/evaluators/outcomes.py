@@ -21,10 +21,11 @@ def mean_metrics(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def as_outcome(returned: Any, job: Job) -> Outcome:
     """Return the outcome of a job whose evaluator returned this.
 
-    A fitness that is not finite is a failure of kind `nan`.
+    NaN is a failure of kind `nan`. True counts as 1, and False as 0. A metric that is no number is
+    left out, and `error` says so: the fitness, which took a training, is kept.
 
     Raises:
-        ReturnError: It is neither a number nor a dict of numbers with `fitness`.
+        ReturnError: It is neither a number nor a dict with a number as `fitness`.
     """
     named = dict(returned) if isinstance(returned, Mapping) else {"fitness": returned}
     if "fitness" not in named:
@@ -38,27 +39,49 @@ def as_outcome(returned: Any, job: Job) -> Outcome:
             f"evaluate returned {TRAINED_VALUES} {_shortened(weights)} for candidate "
             f"{job.candidate}: expected a text, such as the name of a file with them"
         )
-    numbers = {name: _number(name, value, job) for name, value in named.items()}
-    fitness = numbers.pop("fitness")
-    if not math.isfinite(fitness):
-        return Outcome("nan", metrics=numbers, error=f"the fitness is {fitness}")
-    return Outcome("ok", fitness, numbers, weights)
+    value = named.pop("fitness")
+    fitness = _number(value)
+    if fitness is None:
+        raise ReturnError(
+            f"evaluate returned {_described(value)} as fitness of candidate {job.candidate}: "
+            "expected one number"
+        )
+    metrics, left_out = _metrics(named)
+    if math.isnan(fitness):
+        return Outcome("nan", metrics=metrics, error=f"the fitness is {fitness}")
+    return Outcome("ok", fitness, metrics, weights, error=left_out)
 
 
-def _number(name: str, value: Any, job: Job) -> float:
+def _metrics(named: Mapping[Any, Any]) -> tuple[dict[str, float], str | None]:
+    """Return the metrics that are numbers, and a text that lists the others."""
+    metrics: dict[str, float] = {}
+    left_out: list[str] = []
+    for name, value in named.items():
+        number = _number(value) if isinstance(name, str) else None
+        if number is None:
+            left_out.append(f"{name if isinstance(name, str) else repr(name)} {_described(value)}")
+        else:
+            metrics[name] = number
+    if not left_out:
+        return metrics, None
+    return metrics, f"left out of the metrics, as no number with a name: {', '.join(left_out)}"
+
+
+def _number(value: Any) -> float | None:
+    """Return one number as a float, or None if it is none."""
     shape = getattr(value, "shape", ())  # of arrays; scalars of NumPy and JAX have ()
-    if shape == () and not isinstance(value, str | bytes | bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    kind = type(value).__name__
-    if shape:
-        kind += f" of shape {shape}"
-    raise ReturnError(
-        f"evaluate returned {_shortened(value)} ({kind}) as {name} of candidate {job.candidate}: "
-        "expected one number"
-    )
+    if shape != () or isinstance(value, str | bytes):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", ())
+    kind = type(value).__name__ + (f" of shape {shape}" if shape else "")
+    return f"{_shortened(value)} ({kind})"
 
 
 def _shortened(value: Any) -> str:

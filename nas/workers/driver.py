@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nas.ask_tell.search import Search
-from nas.errors import WorkersError
+from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
+from nas.evaluators.outcomes import failed_outcome
 from nas.workers import main_guard, task
 from nas.workers.worker_pool import WorkerPool
 
@@ -140,10 +141,25 @@ class Driver:
         """Report an evaluation whose future has ended."""
         if evaluation in self._running:
             running = self._running.pop(evaluation)
-            self._report(running.job, task.outcome_of(running.future))
+            self._report_future(running.job, running.future)
         else:
             expired = self._expired.pop(evaluation)
             self.search.report(expired.job, Outcome("timeout"))  # too late: only logged
+
+    def _report_future(self, job: Job, future: Any) -> None:
+        """Report the outcome of a future that has ended.
+
+        Raises:
+            ReturnError: The evaluator returned no fitness, and has never returned one.
+        """
+        try:
+            outcome = task.outcome_of(future)
+        except ReturnError as error:
+            self._report(job, failed_outcome(error))
+            if not self.search.evolution.results:
+                raise
+            return
+        self._report(job, outcome)
 
     def _expire(self) -> None:
         """Give up the jobs that are past their deadlines."""

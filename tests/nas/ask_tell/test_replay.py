@@ -15,6 +15,19 @@ from nas.errors import MismatchError, ReplayError
 from nas.storage.reader import Reader
 from nas.storage.writer import Store
 
+pytestmark = pytest.mark.filterwarnings("ignore:proposal .* is skipped:RuntimeWarning")
+
+
+class Faulty(Bits):
+    """Raise for some mutations."""
+
+    def mutate(self, bits, rng):
+        child, words = super().mutate(bits, rng)
+        if child[:2] == (0, 1):
+            raise ZeroDivisionError
+        return child, words
+
+
 KINDS = {
     "plain": {},
     "cached": {"cache": True},
@@ -22,7 +35,12 @@ KINDS = {
     "retrained": {"fitness_policy": "retrain_warm", "cycles": 30},
     "non-aging": {"algorithm": "non_aging"},
     "failing": {"retries": nas.Retries(nan=1), "max_failures": 99, "cache": True},
-}
+    "failing again": {"fitness_policy": "retrain_scratch", "cycles": 30, "max_failures": 99},
+    "limited": {"limits": [nas.Limit("ones", ones, 6)], "cache": True},
+    "limited, no cache": {"limits": [nas.Limit("ones", ones, 6)]},
+    "skipping": {"space": Faulty(), "max_failures": 99, "cycles": 30,
+                 "fitness_policy": "retrain_warm"},
+}  # fmt: skip
 
 
 class KilledError(BaseException):
