@@ -12,15 +12,18 @@ from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import safetensors
-from gpipe_jax.checkpoint.format import COMMON, Manifest
+from gpipe_jax.checkpoint.by_layer import not_finite
+from gpipe_jax.checkpoint.format import COMMON, Manifest, UnusableStep, unusable
 from gpipe_jax.config.loader import no_package, no_run
 from gpipe_jax.errors import (
     ArgumentError,
     CheckpointFormatError,
     ConfigError,
     DamagedCheckpointError,
+    UnreadableCheckpointError,
 )
 from gpipe_jax.utils import atomic_files
+from gpipe_jax.utils.messages import say
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -28,7 +31,8 @@ SUFFIXES = (".safetensors", ".npz")
 def export(run: epath.Path, out: Path) -> dict[str, Any]:
     """Write what `gpipe eval` evaluates: parameters (or their moving average) and statistics.
 
-    The source is the newest intact checkpoint of the run. Only one layer is in memory at a time.
+    The source is the newest intact checkpoint of the run; a message names newer ones that cannot be
+    used. Only one layer is in memory at a time.
 
     Args:
         run: The folder of the run.
@@ -40,35 +44,50 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     Raises:
         ArgumentError: The suffix is unknown, or the file cannot be written.
         ConfigError: There is no intact checkpoint.
+        UnreadableCheckpointError: There is none that can be read now.
     """
     if out.suffix not in SUFFIXES:
         raise ArgumentError("out", f"{out} must end in {' or '.join(SUFFIXES)}")
-    damaged: list[int] = []
+    skipped: list[UnusableStep] = []
     try:
         for manifest in checkpoint_format.manifests(run / "checkpoints"):
-            figures = _try_to_write(manifest, out) if isinstance(manifest, Manifest) else None
-            if figures is not None:
-                return {**figures, "damaged_steps": damaged, "out": str(out)}
-            damaged.append(manifest.step)
+            result = _try_to_write(manifest, out) if isinstance(manifest, Manifest) else manifest
+            if not isinstance(result, UnusableStep):
+                damaged = [found.step for found in skipped if found.is_damaged]
+                return {**result, "damaged_steps": damaged, "out": str(out)}
+            skipped.append(result)
+            say(f"checkpoint {run / 'checkpoints' / str(result.step)}: {result.reason}")
     except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
         raise ConfigError([no_package(error)], str(run)) from error
+    except UnreadableCheckpointError:
+        raise
     except (OSError, TypeError) as error:
         raise ArgumentError("out", f"{out} cannot be written: {error}") from error
+    raise _nothing_to_export(run, skipped)
+
+
+def _nothing_to_export(run: epath.Path, skipped: list[UnusableStep]) -> Exception:
+    if not all(found.is_damaged for found in skipped):
+        return UnreadableCheckpointError(
+            f"no checkpoint of {run} can be used, and some cannot be read now; repair the disk or "
+            f"the permissions, and run the same command again"
+        )
     if not run.exists():
-        raise ConfigError([no_run(run)], str(run))
+        return ConfigError([no_run(run)], str(run))
+    damaged = [found.step for found in skipped]
     reason = f"no whole checkpoint (damaged: {damaged})" if damaged else "no checkpoint to export"
-    raise ConfigError([f"there is {reason}; give the folder of a run"], str(run))
+    return ConfigError([f"there is {reason}; give the folder of a run"], str(run))
 
 
-def _try_to_write(manifest: Manifest, out: Path) -> dict[str, Any] | None:
-    """Write a checkpoint's arrays; return the figures, or None if it is damaged."""
+def _try_to_write(manifest: Manifest, out: Path) -> dict[str, Any] | UnusableStep:
+    """Write a checkpoint's arrays; return the figures, or why it cannot be used."""
     try:
         with atomic_files.replacing(out) as draft, draft.open("wb") as file:
             return _write(manifest, file, out.suffix)
-    except DamagedCheckpointError:
-        return None
+    except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+        return unusable(manifest.step, error)
 
 
 def _write(manifest: Manifest, file: BinaryIO, suffix: str) -> dict[str, Any]:
@@ -109,6 +128,8 @@ def _names(manifest: Manifest) -> dict[str, dict[str, str]]:
 def _arrays(manifest: Manifest, names: dict[str, dict[str, str]]) -> Iterator[np.ndarray]:
     for layer, renamed in names.items():
         arrays = checkpoint_format.read_file(manifest, layer)
+        if bad := not_finite({name: arrays[name] for name in renamed}):
+            raise DamagedCheckpointError(f"layer {layer}, {bad[0]}, holds NaN or infinity")
         yield from (arrays[name] for name in renamed)
 
 

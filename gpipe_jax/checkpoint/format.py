@@ -6,22 +6,29 @@
 
 Arrays have the layers' own shapes: neither stacked nor padded. The manifest holds the size and the
 checksum of each file, and its own checksum. So a checkpoint that is incomplete or damaged is never
-taken for an intact one. `checkpoint.save` writes these files through Orbax.
+taken for an intact one. Checksums say nothing about what was written, so everything that is read is
+also compared with what it must be. `checkpoint.save` writes these files through Orbax.
 """
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pydantic
 from etils import epath
 
-from gpipe_jax.checkpoint import safetensors
+from gpipe_jax.checkpoint import reading, safetensors
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.errors import CheckpointFormatError, DamagedCheckpointError
+from gpipe_jax.errors import (
+    CheckpointFormatError,
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+)
 from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.trees import by_name, from_names
 
@@ -41,7 +48,7 @@ class RunInfo:
 
     step: int
     config: dict  # of the run, as `Config.model_dump`
-    metrics: dict | None  # of the evaluation at this step, if there was one
+    metrics: dict[str, float] | None  # of the evaluation at this step, if there was one
     data: dict = dataclasses.field(default_factory=dict)  # as `data.stream.fingerprint`
 
 
@@ -55,11 +62,52 @@ class Manifest(RunInfo):
     versions: dict[str, str] = dataclasses.field(kw_only=True)
 
 
-class DamagedStep(NamedTuple):
-    """Name a checkpoint whose manifest cannot be used, and say why."""
+class UnusableStep(NamedTuple):
+    """Name a checkpoint that cannot be used, and say why."""
 
     step: int
     reason: str
+    is_damaged: bool  # else it cannot be read now, which may pass
+
+
+def unusable(step: int, error: DamagedCheckpointError | UnreadableCheckpointError) -> UnusableStep:
+    """Return the checkpoint of a step as one that could not be used, because of this error."""
+    return UnusableStep(step, str(error), isinstance(error, DamagedCheckpointError))
+
+
+# What `_Content` holds in JSON; `pydantic` checks it.
+_Size = Annotated[int, pydantic.Field(ge=0)]
+_FileName = Annotated[str, pydantic.Field(pattern=rf"^({COMMON}|0|[1-9][0-9]*)$")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """Describe a file as the manifest does."""
+
+    description: str
+    arrays: dict[str, tuple[str, list[_Size]]]
+    bytes: _Size
+    crc32: _Size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content(RunInfo):
+    """Describe the content of a manifest."""
+
+    parts: dict[_FileName, _File] = dataclasses.field(kw_only=True)
+    versions: dict[str, str] = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+    """Describe the manifest's file."""
+
+    crc32: int
+    content: str
+
+
+_OUTER, _CONTENT = pydantic.TypeAdapter(_Outer), pydantic.TypeAdapter(_Content)
+_ANY_FORMAT = pydantic.TypeAdapter(dict[str, Any])
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -100,11 +148,16 @@ def _versions() -> dict[str, str]:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, intact or not, the newest first."""
-    if not folder.is_dir():
-        return []
-    committed = (p for p in folder.iterdir() if p.name.isdecimal() and _is_committed(p))
-    return sorted((int(p.name) for p in committed), reverse=True)
+    """Return the steps of the checkpoints in a folder, intact or not, the newest first.
+
+    A checkpoint is named as `str(step)`; other names, such as 0050, are none of this module's.
+
+    Raises:
+        UnreadableCheckpointError: The folder cannot be read.
+    """
+    paths = reading.list_folder(folder)
+    named = (path for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,9}", path.name))
+    return sorted((int(path.name) for path in named if _is_committed(path)), reverse=True)
 
 
 def _is_committed(path: epath.Path) -> bool:
@@ -120,42 +173,56 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
 
     Raises:
         DamagedCheckpointError: The manifest is missing or damaged.
+        UnreadableCheckpointError: It cannot be read now.
         CheckpointFormatError: Another version wrote it, in another format.
     """
     path = folder / str(step) / STATE
+    data = reading.read_bytes(path / MANIFEST)
     try:
-        outer = json.loads((path / MANIFEST).read_bytes())
-        text = outer["content"]
-        if zlib.crc32(text.encode()) != outer["crc32"]:
+        outer = reading.parse(data, _OUTER)
+        if zlib.crc32(outer.content.encode()) != outer.crc32:
             raise DamagedCheckpointError(f"{MANIFEST} does not have its checksum")
-        content = json.loads(text)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
-    except DamagedCheckpointError:
+        found = reading.parse(outer.content, _ANY_FORMAT)
+        if type(number := found.get("format")) is not int:
+            raise ValueError(f"format: {number!r} is no number")
+        if number != FORMAT:
+            raise _other_format(path, number, found.get("versions"))
+        content = reading.parse(outer.content, _CONTENT)
+    except (DamagedCheckpointError, CheckpointFormatError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST} cannot be read") from error
-    if content["format"] != FORMAT:
-        raise CheckpointFormatError(
-            f"the checkpoint {path} has format {content['format']}, this version reads {FORMAT}; "
-            f"use the version that wrote it ({content['versions']['gpipe-jax']})"
-        )
-    if content["step"] != step:
-        raise DamagedCheckpointError(f"{MANIFEST} is that of step {content['step']}")
-    names = [field.name for field in dataclasses.fields(RunInfo)]
-    run = {name: content[name] for name in names if name in content}
-    return Manifest(**run, path=path, files=content["parts"], versions=content["versions"])
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{MANIFEST} is malformed: {error}") from error
+    if content.step != step:
+        raise DamagedCheckpointError(f"{MANIFEST} is that of step {content.step}")
+    run = {field.name: getattr(content, field.name) for field in dataclasses.fields(RunInfo)}
+    return Manifest(**run, path=path, files=found["parts"], versions=content.versions)
+
+
+def _other_format(path: epath.Path, number: int, versions: Any) -> CheckpointFormatError:
+    writer = versions.get("gpipe-jax") if isinstance(versions, dict) else None
+    return CheckpointFormatError(
+        f"the checkpoint {path} has format {number}, this version reads {FORMAT}; "
+        f"use the version that wrote it ({writer or 'it names none'})"
+    )
 
 
 def manifests(
     folder: epath.Path, only: Iterable[int] | None = None
-) -> Iterator[Manifest | DamagedStep]:
+) -> Iterator[Manifest | UnusableStep]:
     """Yield the manifests in a folder, the newest first, or those of the steps `only`."""
     for step in steps(folder) if only is None else only:
         try:
             yield read_manifest(folder, step)
-        except DamagedCheckpointError as error:
-            yield DamagedStep(step, str(error))
+        except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+            yield unusable(step, error)
+
+
+def rename_step(folder: epath.Path, step: int, why: str) -> None:
+    """Rename a checkpoint that cannot be used to `<step>.<why>`; nothing is removed."""
+    new, count = folder / f"{step}.{why}", 1
+    while new.exists():
+        new, count = folder / f"{step}.{why}-{count}", count + 1
+    (folder / str(step)).rename(new)
 
 
 def read_file(manifest: Manifest, name: str) -> dict[str, np.ndarray]:
@@ -163,17 +230,22 @@ def read_file(manifest: Manifest, name: str) -> dict[str, np.ndarray]:
 
     Raises:
         DamagedCheckpointError: The file is missing, or not as the manifest describes it.
+        UnreadableCheckpointError: It cannot be read now.
     """
     entry, file_name = manifest.files[name], f"{name}.safetensors"
-    try:
-        data = (manifest.path / file_name).read_bytes()
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{file_name} is missing") from error
+    data = reading.read_bytes(manifest.path / file_name)
     if len(data) != entry["bytes"]:
         raise DamagedCheckpointError(f"{file_name} has {len(data)} bytes, not {entry['bytes']}")
     if zlib.crc32(data) != entry["crc32"]:
         raise DamagedCheckpointError(f"{file_name} does not have its checksum")
-    return safetensors.read(data)
+    try:
+        arrays = safetensors.read(data)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{file_name} is malformed: {error}") from error
+    if differences := _differences(entry["arrays"], arrays):
+        listed = "; ".join(differences)
+        raise DamagedCheckpointError(f"{file_name} is not as {MANIFEST} describes it: {listed}")
+    return arrays
 
 
 class _LazyLayers(Mapping[int, Any]):

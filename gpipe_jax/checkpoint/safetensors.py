@@ -5,6 +5,7 @@ arrays in memory at once; here a file may be larger than the host's memory.
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,9 @@ from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+import pydantic
+
+from gpipe_jax.checkpoint.reading import parse
 
 Shape = tuple[np.dtype, tuple[int, ...]]
 
@@ -33,6 +37,7 @@ DTYPES: dict[str, Any] = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"  # the key of texts in the header
 
 
 class ChecksummedFile:
@@ -63,7 +68,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `arrays`, which come in the order of `shapes` ({name: (dtype, shape)})."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     start = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in _NAMES:
@@ -85,15 +90,53 @@ def write_all(file: IO[bytes] | ChecksummedFile, arrays: Mapping[str, np.ndarray
     write(file, {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.values())
 
 
+class _Entry(pydantic.BaseModel):
+    """Describe an array in the header of a file."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: tuple[pydantic.NonNegativeInt, ...]
+    data_offsets: tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt]
+
+    def problem(self, expected_start: int) -> str | None:
+        """Return why it does not describe an array that begins there; None if it does."""
+        if self.dtype not in DTYPES:
+            return f"has the unknown type {self.dtype!r}"
+        start, end = self.data_offsets
+        size = np.dtype(DTYPES[self.dtype]).itemsize * math.prod(self.shape)
+        if (start, end) == (expected_start, expected_start + size):
+            return None
+        return f"is at bytes {start} to {end}, not {expected_start} to {expected_start + size}"
+
+
+_HEADER = pydantic.TypeAdapter(dict[str, _Entry | dict[str, str]])
+
+
 def read(data: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of a whole file, by name, as read-only views of it."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
+    """Return the arrays of a whole file, by name, as read-only views of it.
 
-    def view(dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-        size = int(np.prod(shape, dtype=np.int64))
-        start = 8 + length + data_offsets[0]
-        return np.frombuffer(data, DTYPES[dtype], size, start).reshape(shape)
+    Raises:
+        ValueError: The file is not one of this format, or its arrays overlap, have gaps between
+            them, or do not fill it.
+    """
+    first = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < first <= len(data):
+        raise ValueError(f"the header ends at byte {first} of {len(data)}")
+    header = parse(data[8:first], _HEADER)
+    entries = {n: entry for n, entry in header.items() if isinstance(entry, _Entry)}
+    if unknown := header.keys() - entries.keys() - {_METADATA}:
+        raise ValueError(f"the header describes {min(unknown)} by texts only")
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if problem := entry.problem(end):
+            raise ValueError(f"{name} {problem}")
+        end = entry.data_offsets[1]
+    if first + end != len(data):
+        raise ValueError(f"the arrays end at byte {first + end} of {len(data)}")
 
-    return {name: view(**entry) for name, entry in header.items()}
+    def view(entry: _Entry) -> np.ndarray:
+        count, start = math.prod(entry.shape), first + entry.data_offsets[0]
+        return np.frombuffer(data, DTYPES[entry.dtype], count, start).reshape(entry.shape)
+
+    return {name: view(entry) for name, entry in entries.items()}

@@ -11,7 +11,8 @@ import dataclasses
 import errno
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,8 +25,14 @@ from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.checkpoint.format import Manifest, RunInfo
 from gpipe_jax.errors import SaveError
+from gpipe_jax.utils.atomic_files import is_local
+from gpipe_jax.utils.messages import say
 
 WRITERS = 4  # files that a process writes at the same time
+RETRY_S = 1  # the pause before a file whose writing failed is written again
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What is the same a second later.
+LASTING = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
 @dataclasses.dataclass
@@ -82,14 +89,26 @@ def _write(directory: epath.Path, args: _SaveArguments) -> None:
 
     def write_layer(i: int) -> tuple[str, dict]:
         tree, description = args.state.layers[i], args.descriptions[i]
-        return str(i), checkpoint_format.write_file(directory, str(i), tree, description)
+        return str(i), _write_file(directory, str(i), tree, description)
 
     with ThreadPoolExecutor(WRITERS) as pool:
         files = dict(pool.map(write_layer, args.state.layers))
     if process == 0:
         common = checkpoint_format.COMMON
-        files[common] = checkpoint_format.write_file(directory, common, args.state.common)
+        files[common] = _write_file(directory, common, args.state.common)
     (directory / f"process_{process}.json").write_text(json.dumps(files))
+
+
+def _write_file(directory: epath.Path, name: str, tree: Any, description: str = "") -> dict:
+    """Write a file; if that fails for a reason that may pass, try once more."""
+    try:
+        return checkpoint_format.write_file(directory, name, tree, description)
+    except OSError as error:
+        if error.errno in LASTING:
+            raise
+        say(f"cannot write {directory / name} ({error.strerror or error}); trying once more")
+        time.sleep(RETRY_S)
+        return checkpoint_format.write_file(directory, name, tree, description)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
@@ -97,15 +116,46 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+    """Tell Orbax which checkpoints there are; its own rules read `0050` and other digits too."""
+
+    def __init__(self, hidden: Collection[int]) -> None:
+        self._hidden = hidden
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+        folder = epath.Path(base_path)
+        for step in checkpoint_format.steps(folder):
+            if step not in self._hidden:
+                yield ocp.path.step.Metadata(step=step, path=folder / self.build_name(step))
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+        for found in self.find_all(base_path):
+            if found.step == step:
+                return found
+        raise ValueError(f"there is no checkpoint of step {step} in {base_path}")
+
+
 class Saver:
     """Write a run's checkpoints into `folder`, and remove old ones.
 
     The newest `keep` checkpoints are kept, and the `keep_best` ones of the lowest held-out loss.
+    Those of the steps `unusable` are neither counted nor removed. When such a step is saved again,
+    the old one is renamed.
     """
 
-    def __init__(self, folder: epath.Path, *, keep: int, keep_best: int = 0) -> None:
+    def __init__(
+        self,
+        folder: epath.Path,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        unusable: Collection[int] = (),
+    ) -> None:
         logging.getLogger("absl").addFilter(_is_not_orbax)
-        self.folder = folder
+        self.folder, self._unusable = folder, set(unusable)
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}
         for manifest in checkpoint_format.manifests(folder) if keep_best else ():
@@ -117,9 +167,11 @@ class Saver:
             preservation_policy=self,
             save_root_metadata=False,
             lightweight_initialize=True,
+            step_name_format=_StepNames(self._unusable),
         )
         handlers = {checkpoint_format.STATE: _LayerFiles()}
-        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        with _os_errors_are_save_errors(folder):
+            self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answer Orbax, for each of the checkpoints in the order of their steps."""
@@ -148,7 +200,16 @@ class Saver:
         arguments = _SaveArguments(state, descriptions, info)
         composite = ocp.args.Composite(**{checkpoint_format.STATE: arguments})
         with _os_errors_are_save_errors(self.folder):
+            self._make_way(info.step)
             self._manager.save(info.step, args=composite, force=True)
+
+    def _make_way(self, step: int) -> None:
+        """Rename what lies in the place of a checkpoint that is about to be written."""
+        if step not in self._unusable:
+            return
+        if jax.process_index() == 0 and step in checkpoint_format.steps(self.folder):
+            checkpoint_format.rename_step(self.folder, step, "unreadable")
+        self._unusable.discard(step)
 
     def wait(self) -> None:
         """Wait until everything is written. Raises SaveError."""
@@ -163,15 +224,22 @@ class Saver:
 
 @contextlib.contextmanager
 def _os_errors_are_save_errors(folder: epath.Path) -> Iterator[None]:
-    """Turn an OSError into a SaveError, and remove half-written checkpoints."""
+    """Turn an error of the disk or the network into a SaveError, and remove half-written files."""
     try:
         yield
-    except OSError as error:
+    except SaveError:
+        raise
+    except Exception as error:
+        # The clients of buckets have errors of their own.
+        if is_local(folder) and not isinstance(error, OSError):
+            raise
         if jax.process_index() == 0:
-            for path in folder.glob("*.orbax-checkpoint-tmp*"):
-                path.rmtree()
+            with contextlib.suppress(Exception):  # it fails too
+                for path in folder.glob("*.orbax-checkpoint-tmp*"):
+                    path.rmtree()
+        number = error.errno if isinstance(error, OSError) else None
         remedy = "the checkpoints before it are as they were"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if number in FULL:
             remedy = f"free space there, or lower train.keep; {remedy}"
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise SaveError(f"cannot save into {folder}: {reason}; {remedy}") from error

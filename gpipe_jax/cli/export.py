@@ -7,6 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from gpipe_jax.utils import console
+from gpipe_jax.utils.messages import fail
 from gpipe_jax.utils.text import figures_table
 
 
@@ -25,8 +26,11 @@ def run(options: argparse.Namespace) -> int:
     # This imports JAX, which the other commands do not need.
     from gpipe_jax.checkpoint.export import export
 
-    with console.option("--out"):
-        figures = export(epath.Path(options.run), Path(options.out))
+    try:
+        with console.option("--out"):
+            figures = export(epath.Path(options.run), Path(options.out))
+    except OSError as error:  # of the checkpoints' disk
+        return fail(error, 1)
     print(figures_table(figures))
     if options.json:
         print(json.dumps(figures))

@@ -6,12 +6,18 @@ from typing import NamedTuple
 from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
-from gpipe_jax.checkpoint.format import DamagedStep, Manifest
+from gpipe_jax.checkpoint.format import Manifest, UnusableStep, rename_step, unusable
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
-from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError
+from gpipe_jax.errors import (
+    CheckpointFormatError,
+    ConfigError,
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+)
 from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.training.trainer import Trainer
+from gpipe_jax.utils.messages import say
 
 
 class Restored(NamedTuple):
@@ -19,7 +25,12 @@ class Restored(NamedTuple):
 
     state: TrainState
     manifest: Manifest
-    damaged: dict[int, str]  # newer steps whose checkpoints are damaged: the reason of each
+    skipped: tuple[UnusableStep, ...] = ()  # newer checkpoints
+
+    @property
+    def newer(self) -> frozenset[int]:
+        """Return the steps of the newer checkpoints."""
+        return frozenset(found.step for found in self.skipped)
 
 
 def newest(
@@ -36,27 +47,44 @@ def newest(
 
     Raises:
         ConfigError: All checkpoints are damaged, or the newest intact one does not fit.
+        UnreadableCheckpointError: None can be used, and some cannot be read now.
     """
-    damaged: dict[int, str] = {}
+    skipped: list[UnusableStep] = []
     for manifest in _manifests(folder):
         state, problem = None, None
-        if isinstance(manifest, DamagedStep):
-            problem = manifest.reason
+        if isinstance(manifest, UnusableStep):
+            problem = manifest
         else:
             check(manifest)
             state, problem = _try(manifest, trainer)
         if processes.all_agree(problem is None):
             assert state is not None and isinstance(manifest, Manifest)
-            return Restored(state, manifest, damaged)
-        damaged[manifest.step] = problem or "another host found it damaged"
-    if damaged:
-        lines = [f"step {step}: {problem}" for step, problem in damaged.items()]
-        rule = "all checkpoints here are damaged; to start again, remove or rename the folder"
-        raise ConfigError([rule, *lines], str(folder))
+            if trainer.is_finite(state):
+                return Restored(state, manifest, tuple(skipped))
+            reason = "it holds NaN or infinity, so training from it would fail"
+            problem = UnusableStep(manifest.step, reason, is_damaged=True)
+        # Every host must know whether one of them found damage: the first one sets it aside.
+        is_damaged = not processes.all_agree(problem is None or not problem.is_damaged)
+        reason = problem.reason if problem else "another host cannot use it"
+        skipped.append(UnusableStep(manifest.step, reason, is_damaged))
+    if skipped:
+        raise _none_usable(folder, skipped)
     return None
 
 
-def _manifests(folder: epath.Path) -> Iterator[Manifest | DamagedStep]:
+def _none_usable(folder: epath.Path, skipped: list[UnusableStep]) -> Exception:
+    lines = [f"step {found.step}: {found.reason}" for found in skipped]
+    if not all(found.is_damaged for found in skipped):
+        listed = "; ".join(lines)
+        return UnreadableCheckpointError(
+            f"no checkpoint in {folder} can be used, and some cannot be read now ({listed}); "
+            f"repair the disk or the permissions, and run the same command again"
+        )
+    rule = "all checkpoints here are damaged; to start again, use another folder"
+    return ConfigError([f"{rule} (train.workdir=...)", *lines], str(folder))
+
+
+def _manifests(folder: epath.Path) -> Iterator[Manifest | UnusableStep]:
     try:
         # A network file system may list fewer files to some processes than to others.
         steps = processes.broadcast_from_first(checkpoint_format.steps(folder))
@@ -67,14 +95,14 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | DamagedStep]:
         raise ConfigError([no_package(error)], str(folder)) from error
 
 
-def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, str | None]:
-    """Return the state, or why the checkpoint is damaged."""
+def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, UnusableStep | None]:
+    """Return the state, or why the checkpoint cannot be used."""
     descriptions = [str(layer) for layer in trainer.pipe.layers]
     try:
         saved = checkpoint_format.load(manifest, trainer.layer_shapes(), descriptions)
         return trainer.from_layers(saved, manifest.step), None
-    except DamagedCheckpointError as error:
-        return None, str(error)
+    except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+        return None, unusable(manifest.step, error)
     except ValueError as error:
         raise ConfigError([str(error)], str(manifest.path.parent)) from error
 
@@ -83,17 +111,23 @@ def describe(restored: Restored) -> list[str]:
     """Return one line for each checkpoint that was skipped."""
     folder = restored.manifest.path.parent.parent
     return [
-        f"checkpoint {folder / str(step)} is damaged ({problem}); taking that of step "
-        f"{restored.manifest.step}"
-        for step, problem in restored.damaged.items()
+        f"checkpoint {folder / str(found.step)} "
+        f"{'is damaged' if found.is_damaged else 'cannot be used now'} ({found.reason}); "
+        f"taking that of step {restored.manifest.step}"
+        for found in restored.skipped
     ]
 
 
 def set_aside(restored: Restored) -> None:
-    """Rename damaged checkpoints, because their steps will be saved again."""
+    """Rename damaged checkpoints, because their steps will be saved again.
+
+    Those that cannot be read now keep their names; see `Saver`.
+    """
     folder = restored.manifest.path.parent.parent
-    for step in restored.damaged:
-        new, count = folder / f"{step}.damaged", 1
-        while new.exists():
-            new, count = folder / f"{step}.damaged-{count}", count + 1
-        (folder / str(step)).rename(new)
+    for found in restored.skipped:
+        if found.is_damaged:
+            try:
+                rename_step(folder, found.step, "damaged")
+            except OSError as error:
+                name = folder / str(found.step)
+                say(f"cannot rename the damaged {name} ({error.strerror or error})")
