@@ -3,18 +3,21 @@
 Everything that is shown of a run is read from its store, also while the search is running.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.utils import paths
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import install_advice
 from nas import keywords
+from nas.ask_tell import arguments
 from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search, argument_names
 from nas.errors import LostRunError
 from nas.evaluators import evaluator as evaluators
+from nas.reports import tables
 from nas.spaces import space as spaces
 from nas.spaces.space import SPACES, Space
 from nas.storage import queries
@@ -160,9 +163,11 @@ class Result:
             The candidates; fewer if not so many have a fitness.
 
         Raises:
-            ValueError: The space cannot be unpickled here.
+            ValueError: `count` is no whole number of at least 1, or the space cannot be unpickled
+                here.
         """
-        return [self._candidate(row) for row in queries.top(self.reader, count)]
+        check_count("count", count)
+        return [self._candidate(row) for row in queries.top(self.reader, int(count))]
 
     def candidate(self, number: int) -> Candidate:
         """Return the candidate of this number.
@@ -208,17 +213,14 @@ class Result:
     def history(self) -> "DataFrame":
         """Return a row for each candidate, by its number, with a column for each metric.
 
-        A metric with the name of one of the store's columns is only in `candidate(number).metrics`.
+        The column of a metric has its name, or `metric NAME` if the table has a column NAME anyway.
 
         Raises:
             ImportError: pandas is not installed.
         """
         rows = list(self.reader.candidates())
-        metrics = [name for row in rows for name in row.metrics]
-        records = [
-            {**row.metrics, **row._asdict(), "mutation_kind": _kind(row.mutation)} for row in rows
-        ]
-        return _frame(records, [*CandidateRow._fields, *metrics, "mutation_kind"])
+        records = [{**row._asdict(), "mutation_kind": _kind(row.mutation)} for row in rows]
+        return _frame(records, [*CandidateRow._fields, "mutation_kind"])
 
     @property
     def evaluations(self) -> "DataFrame":
@@ -229,10 +231,8 @@ class Result:
         Raises:
             ImportError: pandas is not installed.
         """
-        rows = list(self.reader.evaluations())
-        metrics = [name for row in rows for name in row.metrics]
-        records = [{**row.metrics, **row._asdict()} for row in rows]
-        return _frame(records, [*EvaluationRow._fields, *metrics])
+        records = [row._asdict() for row in self.reader.evaluations()]
+        return _frame(records, EvaluationRow._fields)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Plot the best fitness, fitness by age, cache hits, workers and Pareto fronts.
@@ -352,17 +352,29 @@ class Result:
             nas.load("first").resume(cycles=2000, workers=8)
         """
         setup = load_setup(self.reader, needed=evaluate is None)
-        fixed = [name for name in options if name in self.study.settings or name == "space"]
-        if fixed:
-            raise ValueError(f"{', '.join(fixed)}: a search cannot be resumed with other ones")
-        arguments = {"limits": setup.limits, **setup.options, **self.study.settings, **options}
+        _check_fixed(options, {**self.study.settings, "space": self.study.space})
+        stored = {"limits": setup.limits, **setup.options, **self.study.settings}
         return search(
             space=setup.space if setup.space is not None else self.space,
             evaluate=setup.evaluate if evaluate is None else evaluate,
             name=self.path.name,
             folder=self.path.parent,
             other_evaluator=evaluate is not None,
-            **arguments,
+            **{**stored, **options},
+        )
+
+
+def _check_fixed(given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of a resumed search that differ from those of the run."""
+    different = [
+        f"{name} {value!r}: the run has {fixed[name]!r}"
+        for name, value in given.items()
+        if name in fixed and value != fixed[name]
+    ]
+    if different:
+        raise ValueError(
+            f"{'; '.join(different)}; a search cannot be resumed with other ones: leave them out, "
+            "or start a search of another name"
         )
 
 
@@ -406,12 +418,18 @@ def search(
             may not be comparable. Default: False.
         **options: Other arguments of `nas.Search`:
 
-            - cycles: Number of candidates with a fitness at which the search is over; default 1000.
+            - cycles: Number of candidates with a fitness at which the search is over, with answers
+              of the cache; default 1000, or ten times `evaluations`.
+            - evaluations: Number of evaluations with a fitness at which the search is over;
+              default: no limit.
             - target: Fitness that ends the search earlier; default: none.
             - cache: Whether duplicates are evaluated only once, or the number of evaluations after
               which their mean answers; default True.
             - retries: Retries for each kind of failure; default `nas.Retries()`.
             - max_failures: Number of failures in a row that end the search; default 10.
+            - directions: What is better in metrics of which reports show a Pareto front, such as
+              `{"latency_ms": "min", "top5": "max"}`; default: those of the run, or less is better
+              in metrics with names such as `params_m` or `latency_ms`.
             - compare: Metric of the population that jobs get as `Job.rivals`; default: the
               evaluator's `rivals_metric`.
             - population, sample, seed, maximise, replacement, algorithm, fitness_policy: Fields of
@@ -442,11 +460,13 @@ def search(
     main_guard.check_not_importing()
     keywords.check_names("nas.search", options, _search_arguments())
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback {callback!r} cannot be called; give a function of a nas.Search")
     folder = paths.local("folder", folder)
     run = run_folder(folder, name)
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
-    setup = Setup(space, evaluate, tuple(limits), stored_options)
+    setup = Setup(space, evaluate, arguments.as_limits(limits), stored_options)
     policy = options.get("fitness_policy", "stored")
     evaluator = evaluators.as_evaluator(evaluator.prepare(space, run, policy, timeout_s))
     options.setdefault("compare", evaluator.rivals_metric)
@@ -513,15 +533,22 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":
-    """Return a table indexed by the column `id`, with each column once, also without rows."""
+    """Return a table indexed by the column `id`, also without rows.
+
+    The column `metrics` becomes a column for each metric.
+    """
     try:
         import pandas
     except ImportError as error:
         raise ImportError(
             f"a DataFrame needs pandas: {install_advice('search')}, or read `result.reader`"
         ) from error
-    names = [name for name in dict.fromkeys(columns) if name != "metrics"]
-    return pandas.DataFrame(rows, columns=names).set_index("id")  # type: ignore[arg-type]
+    labels = tables.metric_labels([name for row in rows for name in row["metrics"]], columns)
+    records = [
+        {**row, **{labels[name]: value for name, value in row["metrics"].items()}} for row in rows
+    ]
+    names = [*(name for name in columns if name != "metrics"), *labels.values()]
+    return pandas.DataFrame(records, columns=names).set_index("id")  # type: ignore[arg-type]
 
 
 def _kind(mutation: str | None) -> str | None:

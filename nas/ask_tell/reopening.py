@@ -1,52 +1,12 @@
 """Create a search's store, or reopen an existing one if it holds the same search."""
 
-import math
-import numbers
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpipe_jax.utils.checks import check_count
 from nas.errors import MismatchError, SearchExistsError
-from nas.evolution.evolution import Settings
 from nas.spaces.space import Space
 from nas.storage.writer import Store
-
-
-def check_arguments(
-    settings: Settings,
-    cycles: int,
-    cache: bool | int,
-    max_failures: int,
-    target: float | None = None,
-    lease_s: float | None = None,
-) -> None:
-    """Raise ValueError for illegal arguments of `nas.Search`; `Settings` has checked its own."""
-    check_count("cycles", cycles)
-    if cycles < settings.population and settings.algorithm != "random":
-        raise ValueError(
-            f"cycles {cycles!r} is less than population {settings.population}: evolution begins "
-            "when there are that many results; give more cycles, or a smaller population"
-        )
-    if not isinstance(cache, int) or cache < 0:
-        raise ValueError(
-            f"cache {cache!r}: expected True, False, or how many times an architecture is "
-            "evaluated before the mean answers"
-        )
-    check_count("max_failures", max_failures)
-    if target is not None and not (_is_number(target) and not math.isnan(target)):
-        raise ValueError(
-            f"target {target!r}: expected a number that a fitness can be compared with, or None "
-            "for no target"
-        )
-    if lease_s is not None and not (_is_number(lease_s) and lease_s > 0):
-        raise ValueError(
-            f"lease_s {lease_s!r}: expected seconds, more than 0, or None for no limit"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def open_store(

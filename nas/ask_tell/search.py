@@ -32,11 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from nas import keywords
-from nas.ask_tell import leases, pending, reopening, trained_values
+from nas.ask_tell import arguments, leases, pending, reopening, trained_values
 from nas.ask_tell.duplicates import CachedResult, Duplicates, KnownFate, digest_of
 from nas.ask_tell.leases import LEASE_S, Leases
 from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Measures, Retries
 from nas.ask_tell.pending import PendingCandidate, Tournament
+from nas.choices import Direction
 from nas.errors import FailuresError
 from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome, job_seed
@@ -53,7 +54,10 @@ class Search:
         space: The search space, or the name of a built-in one: nasnet, nasbench201.
         name: Name of the run; its folder is FOLDER/NAME. Default: "search".
         folder: Folder of runs, on a local disk. Default: "runs".
-        cycles: Number of candidates with a fitness at which the search is over. Default: 1000.
+        cycles: Number of candidates with a fitness at which the search is over. Answers of the
+            cache count too. Default: 1000, or ten times `evaluations`.
+        evaluations: Number of evaluations with a fitness at which the search is over. Failures and
+            answers of the cache do not count; members that are trained again do. Default: no limit.
         target: Fitness that ends the search earlier. Default: none.
         cache: Whether duplicates are evaluated only once, or the number of evaluations after which
             their mean answers. Default: True.
@@ -62,17 +66,22 @@ class Search:
         max_failures: Number of failures in a row that end the search. Default: 10.
         lease_s: Seconds after which a job that was not told may be asked again, if there is nothing
             else to do; None for no limit. Whoever tells first counts. Default: 3600.
+        directions: What is better in metrics of which reports show a Pareto front, such as
+            {"latency_ms": "min", "top5": "max"}. They do not change the search. Default: those of
+            the run, or less is better in metrics with names such as `params_m` or `latency_ms`.
         compare: Metric of the population's members that jobs get as `Job.rivals`. Default: none.
         setup: Space, evaluator and limits, pickled, for `Result.resume`. Default: none.
         evaluator: What the fitness depends on (`nas.evaluators.evaluator.identity_of`); a store
             with other values is refused. Default: unknown, which fits every store.
         other_evaluator: Whether the store may have another evaluator. Default: False.
         **settings: Fields of `nas.Settings`: population, sample, seed, maximise, replacement,
-            algorithm, fitness_policy.
+            algorithm, fitness_policy. Without `population`, a search of fewer than 100 cycles or
+            evaluations has half as many members, and a sample of a quarter of them.
 
     Attributes:
         store: The run's store, to read from.
         evolution: The population.
+        evaluated: Number of evaluations with a fitness so far.
         best_fitness: The best fitness so far, or None.
 
     Raises:
@@ -98,13 +107,15 @@ class Search:
         space: Any,
         name: str = "search",
         folder: str | Path = "runs",
-        cycles: int = 1000,
+        cycles: int | None = None,
+        evaluations: int | None = None,
         target: float | None = None,
         cache: bool | int = True,
         limits: Sequence[Limit] = (),
         retries: Retries | None = None,
         max_failures: int = 10,
         lease_s: float | None = LEASE_S,
+        directions: Mapping[str, Direction] | None = None,
         compare: str | None = None,
         setup: bytes | None = None,
         evaluator: Mapping[str, Any] | None = None,
@@ -112,9 +123,19 @@ class Search:
         **settings: Any,
     ) -> None:
         keywords.check_names("nas.Search", settings, argument_names())
-        self.space, self.settings = spaces.as_space(space), Settings(**settings)
-        reopening.check_arguments(self.settings, cycles, cache, max_failures, target, lease_s)
-        self.cycles, self.target, self.limit_check = cycles, target, LimitCheck(limits)
+        self.space, length = spaces.as_space(space), arguments.length(cycles, evaluations)
+        self.settings = arguments.settings(settings, length, run_folder(folder, name))
+        arguments.check(
+            cache=cache,
+            max_failures=max_failures,
+            target=target,
+            lease_s=lease_s,
+            retries=retries,
+            compare=compare,
+            directions=directions,
+        )
+        self.cycles, self.evaluations, self.target = *length, target
+        self.limit_check = LimitCheck(arguments.as_limits(limits))
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
         self.proposal_counter = FailureCounter(max_failures, "proposals")
         self.leases = Leases(lease_s)
@@ -139,6 +160,8 @@ class Search:
         self._unscheduled: deque[int] = deque()  # candidates that are pending
         self._tournaments: dict[int, Tournament] = {}  # by the candidate to be proposed
         try:
+            if directions is not None:
+                self.store.set_directions(directions)
             self.evolution = pending.restore_evolution(self.store, self.space, self.settings)
             self._restore()
         except BaseException:
@@ -166,6 +189,8 @@ class Search:
             self._schedule_all()
             while not (self._is_closed or self.is_over or until()):
                 self.limit_check.check_rejections()
+                if self._is_budget_taken():
+                    return self._take_expired()
                 if self._queue:
                     job = self._queue.popleft()
                     if self._keeps_limits(job):
@@ -173,9 +198,18 @@ class Search:
                 elif self._may_advance():
                     self._advance()
                 else:
-                    expired = self.leases.take_expired()
-                    return expired and self._start(replace(expired, attempt=expired.attempt + 1))
+                    return self._take_expired()
         return None
+
+    def _is_budget_taken(self) -> bool:
+        """Return whether the evaluations that run are the last ones, if none of them fails."""
+        taken = self.evaluated + len(self.leases.running)
+        return self.evaluations is not None and taken >= self.evaluations
+
+    def _take_expired(self) -> Job | None:
+        """Start a job again that was never told, if there is one."""
+        expired = self.leases.take_expired()
+        return expired and self._start(replace(expired, attempt=expired.attempt + 1))
 
     def tell(self, job: Job, fitness: float | Mapping[str, Any]) -> None:
         """Take the fitness of a job.
@@ -243,8 +277,10 @@ class Search:
 
     @property
     def is_over(self) -> bool:
-        """Return whether there are enough results, or one is as good as the target."""
+        """Return whether there are enough results or evaluations, or one meets the target."""
         if self.evolution.results >= self.cycles:
+            return True
+        if self.evaluations is not None and self.evaluated >= self.evaluations:
             return True
         if self.target is None or self.best_fitness is None:
             return False
@@ -463,6 +499,7 @@ class Search:
             self.store.lose_evaluations(others)
             member = self._write_result(event, job.candidate, outcome)
         self._add_member(member)
+        self.evaluated += 1
         self.leases.end(job.evaluation, *others)
         self.failure_counter.reset()
         self._schedule_all(self.duplicates.finish(digest))
@@ -507,6 +544,7 @@ class Search:
                 trained_values=outcome.trained_values,
             )
         self.evolution.refresh(number, fitness, event)
+        self.evaluated += 1
         self.leases.end(job.evaluation, *others)
         self.failure_counter.reset()
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
@@ -566,6 +604,7 @@ class Search:
     def _restore(self) -> None:
         """Queue what the last driver left pending, ordered by number."""
         self._next, self._next_evaluation = self.store.next_numbers()
+        self.evaluated = self.store.counts().evaluations
         self.best_fitness = next((row.fitness for row in self.store.ranked()), None)
         self._pending = pending.restore_candidates(self.store, self.space)
         self._schedule_all(self._pending)

@@ -13,6 +13,7 @@ search.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,6 +25,11 @@ from nas.spaces.space import Space
 
 Algorithm = Literal["aging", "non_aging", "elitist", "random"]
 FitnessPolicy = Literal["stored", "retrain_scratch", "retrain_warm"]
+
+
+def is_bool(value: Any) -> bool:
+    """Return whether a value is True or False, also NumPy's."""
+    return type(value).__name__ in ("bool", "bool_")
 
 
 @suggesting()
@@ -75,11 +81,14 @@ class Settings:
         for name in ("population", "sample"):
             check_count(name, getattr(self, name))
             object.__setattr__(self, name, int(getattr(self, name)))  # of NumPy: no JSON
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
             raise ValueError(f"`seed` must be a whole number, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
         for name in ("maximise", "replacement"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected True or False")
+            value = getattr(self, name)
+            if not is_bool(value):
+                raise ValueError(f"{name} {value!r}: expected True or False")
+            object.__setattr__(self, name, bool(value))
         if not self.replacement and self.sample > self.population:
             raise ValueError(
                 f"sample {self.sample} is more than population {self.population}, which cannot be "

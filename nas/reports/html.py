@@ -43,7 +43,8 @@ def write(text: str, path: Path) -> None:
         raise FileExistsError(
             f"{path}: already exists and is not a report of a search; choose another name"
         )
-    path.write_text(text, encoding="utf-8")
+    # A name may hold what UTF-8 has not: half of a surrogate pair.
+    path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _is_page(path: Path) -> bool:
@@ -86,7 +87,7 @@ def result(reader: Reader, space: Space[Any] | None = None) -> str:
 
 def candidate(reader: Reader, row: CandidateRow, space: Space[Any] | None = None) -> str:
     """Return a candidate for a notebook: numbers, and a drawing with its changes marked."""
-    facts: dict[str, Any] = {"fitness": row.fitness, **row.metrics, "state": row.state}
+    facts: dict[str, Any] = {"fitness": row.fitness, "state": row.state}
     facts["parent"] = "none, it is random" if row.parent is None else f"#{row.parent}"
     if row.mutation:
         facts["mutation"] = row.mutation
@@ -96,7 +97,8 @@ def candidate(reader: Reader, row: CandidateRow, space: Space[Any] | None = None
     if row.parent is not None:
         parent = pictures.read(name, reader.candidate(row.parent).architecture, space)
     drawing = pictures.html(pictures.read(name, row.architecture, space), parent)
-    return f"<b>candidate {row.id}</b>{tables.facts_as_html(facts)}{drawing}"
+    shown = tables.with_metrics(facts, row.metrics)
+    return f"<b>candidate {row.id}</b>{tables.facts_as_html(shown)}{drawing}"
 
 
 def lineage(reader: Reader, number: int, space: Space[Any] | None = None) -> str:

@@ -144,7 +144,8 @@ def _draw_curve(axes: "Axes", steps: list[Step], note: str) -> None:
     """Plot the fitness of each ancestor."""
     rows = [step.row for step in steps]
     points = [(i, row.fitness) for i, row in enumerate(rows) if row.fitness is not None]
-    axes.plot([i for i, _ in points], [f for _, f in points], ".-", color=plots.BLUE, ms=6, lw=1.2)
+    values = plots.drawable([fitness for _, fitness in points])
+    axes.plot([i for i, _ in points], values, ".-", color=plots.BLUE, ms=6, lw=1.2)
     every = 1 + len(rows) // 24
     ticks = range(len(rows) - 1, -1, -every)
     axes.set_xticks(ticks, [f"#{rows[k].id}" for k in ticks], fontsize=7)

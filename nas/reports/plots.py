@@ -1,13 +1,15 @@
 """Plot a run from its store, also while it is running; needs matplotlib."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpipe_jax.utils.figures import new_figure, save_figure
+from nas.choices import Direction
 from nas.storage import queries
 from nas.storage.queries import RUNNING
-from nas.storage.reader import Reader
+from nas.storage.reader import CandidateRow, Reader
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,23 +28,25 @@ OUTCOMES = {
 }
 MAX_POINTS = 5000  # more points are thinned out
 MAX_HIDDEN = 0.15  # share of the points, the worst, that may lie outside the axes
+MAX_NAME = 40  # characters of a metric's name in a title
+LARGEST = 1e300  # of a value on an axis, whose length must be finite too
 
 
 def overview(reader: Reader, path: str | Path | None = None) -> "Figure":
-    """Plot the best so far, the population, the cache, the workers, and a front for each cost.
+    """Plot the best so far, the population, the cache, the workers, and the Pareto fronts.
 
     Args:
         reader: The store of the run.
         path: File to write the figure to, or None.
     """
-    costs = queries.cost_metrics(reader)
-    figure = new_figure(11, 7 + 3.4 * ((len(costs) + 1) // 2))
-    grid = figure.subplots(2 + (len(costs) + 1) // 2, 2).ravel()
+    fronts = queries.front_metrics(reader)
+    figure = new_figure(11, 7 + 3.4 * ((len(fronts) + 1) // 2))
+    grid = figure.subplots(2 + (len(fronts) + 1) // 2, 2).ravel()
     for draw, axes in zip((best_so_far, population, cache, workers), grid, strict=False):
         draw(axes, reader)
-    for cost, axes in zip(costs, grid[4:], strict=False):
-        pareto(axes, reader, cost)
-    for axes in grid[4 + len(costs) :]:
+    for (metric, direction), axes in zip(fronts.items(), grid[4:], strict=False):
+        pareto(axes, reader, metric, direction)
+    for axes in grid[4 + len(fronts) :]:
         axes.set_axis_off()
     figure.suptitle(reader.study().name, parse_math=False)
     return save_figure(figure, path)
@@ -53,21 +57,23 @@ def best_so_far(axes: "Axes", reader: Reader) -> None:
     study, course = reader.study(), queries.progress(reader)
     counts = range(1, len(course.fitness) + 1)
     every = max(1, len(counts) // MAX_POINTS)
-    axes.plot(counts[::every], course.fitness[::every], ".", color=GREY, ms=3, label="a candidate")
-    axes.step(counts, course.best, where="post", color=BLUE, lw=1.8, label="best so far")
+    shown, best = drawable(course.fitness), drawable(course.best)
+    axes.plot(counts[::every], shown[::every], ".", color=GREY, ms=3, label="a candidate")
+    axes.step(counts, best, where="post", color=BLUE, lw=1.8, label="best so far")
     first = study.settings["population"]
     if study.settings["algorithm"] != "random" and first < len(counts):
         axes.axvline(first + 0.5, color=ORANGE, lw=1, ls=":", label="evolution begins")
-    hidden = _focus(axes, course.fitness, maximise=study.maximise)
-    _finish(axes, f"best so far{hidden}", "candidates with a fitness", "fitness")
+    notes = [_left_out(shown), _focus(axes, shown, maximise=study.maximise)]
+    _finish(axes, "best so far", "candidates with a fitness", "fitness", notes)
 
 
 def population(axes: "Axes", reader: Reader) -> None:
     """Plot the members' fitness by age: how many members were trained after them."""
     members = queries.ages(reader)
-    axes.plot([m.age for m in members], [m.fitness for m in members], "o", color=BLUE, ms=4)
+    shown = drawable([m.fitness for m in members])
+    axes.plot([m.age for m in members], shown, "o", color=BLUE, ms=4)
     label = "age: members trained since"
-    _finish(axes, f"population, {len(members)} members", label, "fitness")
+    _finish(axes, f"population, {len(members)} members", label, "fitness", [_left_out(shown)])
 
 
 def cache(axes: "Axes", reader: Reader) -> None:
@@ -115,37 +121,67 @@ def workers(axes: "Axes", reader: Reader) -> None:
         axes.legend(fontsize=6, loc="lower right", ncols=8, handletextpad=0.1, columnspacing=0.8)
 
 
-def pareto(axes: "Axes", reader: Reader, cost: str) -> None:
-    """Plot candidates by a cost and their fitness, and the front that none beats in both."""
-    rows = [
-        row
-        for row in reader.candidates("state = 'done'")
-        if math.isfinite(row.metrics.get(cost, math.nan))
-    ]
-    if not rows:  # for example if no network fits into the device
-        title = f"Pareto front: no candidate has a finite {cost}"
-        return _finish(axes, title, cost, "fitness")
-    every = max(1, len(rows) // MAX_POINTS)
-    points = [(row.metrics[cost], row.fitness or 0.0) for row in rows[::every]]
+def pareto(axes: "Axes", reader: Reader, metric: str, direction: Direction = "min") -> None:
+    """Plot candidates by a metric and their fitness, and the front that none beats in both."""
+    rows = list(reader.candidates("state = 'done'"))
+    finite = [row for row in rows if _is_drawable(row, metric)]
+    name = shorten(metric)
+    x = name if direction == "min" else f"{name} (more is better)"
+    if not finite:  # for example if no network fits into the device
+        return _finish(axes, f"Pareto front: no candidate has a finite {name}", x, "fitness", [])
+    every = max(1, len(finite) // MAX_POINTS)
+    points = [(row.metrics[metric], row.fitness or 0.0) for row in finite[::every]]
     axes.plot(*zip(*points, strict=True), ".", color=GREY, ms=3, label="a candidate")
-    front = [(row.metrics[cost], row.fitness or 0.0) for row in queries.pareto_front(reader, cost)][
-        ::-1
-    ]
-    axes.step(*zip(*front, strict=True), where="post", color=ORANGE, lw=1.4)
+    front = [
+        (row.metrics[metric], row.fitness or 0.0)
+        for row in queries.pareto_front(reader, metric, direction)
+        if _is_drawable(row, metric)
+    ][::-1]
+    where = "post" if direction == "min" else "pre"
+    axes.step(*zip(*front, strict=True), where=where, color=ORANGE, lw=1.4)
     axes.plot(*zip(*front, strict=True), "o", color=ORANGE, ms=4, label="Pareto front")
     maximise = reader.study().maximise
     worst = min(front, key=lambda point: point[1] if maximise else -point[1])[1]
-    hidden = _focus(axes, [value for _, value in points], maximise=maximise, keep=worst)
-    _finish(axes, f"Pareto front: {len(front)} candidates{hidden}", cost, "fitness")
+    notes = [
+        _note(len(rows) - len(finite), "without a finite value"),
+        _focus(axes, [value for _, value in points], maximise=maximise, keep=worst),
+    ]
+    _finish(axes, f"Pareto front: {len(front)} candidates", x, "fitness", notes)
 
 
-def _focus(axes: "Axes", values: list[float], *, maximise: bool, keep: float | None = None) -> str:
+def drawable(values: Sequence[float]) -> list[float]:
+    """Replace by NaN, which is not drawn, what has no place on an axis."""
+    return [value if abs(value) < LARGEST else math.nan for value in values]
+
+
+def shorten(name: str) -> str:
+    """Return a name on one line, with dots for what is beyond the place of a label."""
+    line = " ".join(name.split())
+    return line if len(line) <= MAX_NAME else f"{line[: MAX_NAME - 3]}..."
+
+
+def _is_drawable(row: CandidateRow, metric: str) -> bool:
+    values = [row.fitness or 0.0, row.metrics.get(metric, math.nan)]
+    return not any(map(math.isnan, drawable(values)))
+
+
+def _left_out(values: Sequence[float]) -> str:
+    return _note(sum(map(math.isnan, values)), "without a finite value")
+
+
+def _note(count: int, what: str) -> str:
+    return f"{count} {what} not shown" if count else ""
+
+
+def _focus(
+    axes: "Axes", values: Sequence[float], *, maximise: bool, keep: float | None = None
+) -> str:
     """Set limits that leave out values much worse than most, and than `keep`.
 
     Returns:
         A note on how many are left out, or an empty text.
     """
-    order = sorted(values, reverse=not maximise)
+    order = sorted((value for value in values if not math.isnan(value)), reverse=not maximise)
     k = int(len(order) * MAX_HIDDEN)
     if not k:
         return ""
@@ -159,12 +195,15 @@ def _focus(axes: "Axes", values: list[float], *, maximise: bool, keep: float | N
         return ""
     worst = limit - margin
     axes.set_ylim(min(worst, best + margin), max(worst, best + margin))
-    hidden = sum(value < worst if maximise else value > worst for value in order)
-    return f" ({hidden} worse ones not shown)"
+    return _note(sum(value < worst if maximise else value > worst for value in order), "worse ones")
 
 
-def _finish(axes: "Axes", title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10)
+def _finish(axes: "Axes", title: str, x: str, y: str, notes: Sequence[str] = ()) -> None:
+    """Set title and labels; names of the user's are no formulas, whatever they contain."""
+    added = ", ".join(note for note in notes if note)
+    if added:
+        title += f" ({added})"
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.set_xlabel(x, parse_math=False)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

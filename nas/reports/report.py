@@ -9,7 +9,8 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils.text import figures_table
-from nas.reports.tables import SearchTable, as_text, finite
+from nas.choices import Direction
+from nas.reports.tables import SearchTable, as_text, finite, finite_or_none
 from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
 
@@ -34,7 +35,8 @@ class Report(NamedTuple):
     work_s: float  # time with a driver running
     failures: list[Failure]
     best: list[CandidateRow]  # with different networks
-    fronts: dict[str, list[CandidateRow]]  # by cost
+    fronts: dict[str, list[CandidateRow]]  # by metric
+    directions: dict[str, Direction]  # what is better in these metrics
     retrained: list[finals_file.Retrained]  # by `nas export`
 
     def facts(self) -> dict[str, Any]:
@@ -73,8 +75,9 @@ class Report(NamedTuple):
         if self.retrained:
             rows = [(f"#{each.candidate}", each.epochs, each.fitness) for each in self.retrained]
             tables.append(SearchTable("trained again", ("candidate", "epochs", "fitness"), rows))
-        for cost, rows in self.fronts.items():
-            title = f"Pareto front, fitness against {cost}: {len(rows)} candidates"
+        for metric, rows in self.fronts.items():
+            more = " (more is better)" if self.directions[metric] == "max" else ""
+            title = f"Pareto front, fitness against {metric}{more}: {len(rows)} candidates"
             if len(rows) > FRONT_ROWS:
                 title += f", the {FRONT_ROWS} best"
             tables.append(_candidates(title, rows[:FRONT_ROWS]))
@@ -96,17 +99,20 @@ class Report(NamedTuple):
             "wall_s": self.work_s,
             **self.counts._asdict(),
             "failures_by_kind": {failure.kind: failure.count for failure in self.failures},
-            "best_fitness": best.fitness if best else None,
+            "best_fitness": finite_or_none(best.fitness) if best else None,
             "best": [_entry(row) for row in self.best],
-            "trained_again": [each._asdict() for each in self.retrained],
-            "pareto": {cost: [_entry(row) for row in rows] for cost, rows in self.fronts.items()},
+            "trained_again": [finite(each._asdict()) for each in self.retrained],
+            "directions": self.directions,
+            "pareto": {name: [_entry(row) for row in rows] for name, rows in self.fronts.items()},
         }
 
 
 def report(reader: Reader) -> Report:
     """Build the report of a run; pass a `Snapshot` while its driver is running."""
+    directions = queries.front_metrics(reader)
     fronts = {
-        cost: list(queries.pareto_front(reader, cost)) for cost in queries.cost_metrics(reader)
+        metric: list(queries.pareto_front(reader, metric, direction))
+        for metric, direction in directions.items()
     }
     return Report(
         study=reader.study(),
@@ -117,6 +123,7 @@ def report(reader: Reader) -> Report:
         failures=_failures(reader),
         best=queries.top(reader, BEST_ROWS),
         fronts=fronts,
+        directions=directions,
         retrained=finals_file.read_finals(reader),
     )
 
@@ -150,7 +157,7 @@ def _candidates(title: str, rows: list[CandidateRow]) -> SearchTable:
 def _entry(row: CandidateRow) -> dict[str, Any]:
     return {
         "candidate": row.id,
-        "fitness": row.fitness,
+        "fitness": finite_or_none(row.fitness),
         "metrics": finite(row.metrics),
         "parent": row.parent,
         "mutation": row.mutation,

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpipe_jax.utils.text import text_table as columns
@@ -18,8 +18,8 @@ class SearchTable(NamedTuple):
 
 def as_text(table: SearchTable) -> str:
     """Return the table as text in columns."""
-    rows = [table.header, *([show(value) for value in row] for row in table.rows)]
-    return f"{table.title}\n{columns(rows)}"
+    rows = [[show(value) for value in row] for row in (table.header, *table.rows)]
+    return f"{show(table.title)}\n{columns(rows)}"
 
 
 def as_html(table: SearchTable) -> str:
@@ -47,9 +47,29 @@ def _row(tag: str, values: Iterable[str]) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+def metric_labels(names: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Return a label for each metric: its name, or `metric NAME` where that name is taken.
+
+    >>> metric_labels(["params_m", "state"], ["state"])
+    {'params_m': 'params_m', 'state': 'metric state'}
+    """
+    return {name: f"metric {name}" if name in taken else name for name in names}
+
+
+def with_metrics(facts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return facts followed by metrics, of which none hides a fact, nor a fact a metric."""
+    labels = metric_labels(metrics, facts)
+    return {**facts, **{labels[name]: value for name, value in metrics.items()}}
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Replace infinity and NaN, which JSON does not have, by None."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: finite_or_none(value) for name, value in metrics.items()}
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that JSON has, and None otherwise."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def show(value: Any) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 from nas.ask_tell.search import Search
@@ -29,7 +30,7 @@ BEGIN_S = 120.0  # s that a job may wait for a worker, such as one that is resta
 def check_seconds(**limits: float | None) -> None:
     """Raise ValueError for a time limit that is not a positive number or None."""
     for name, value in limits.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         if value is not None and not (is_number and value > 0):
             raise ValueError(
                 f"{name} {value!r}: expected seconds, more than 0, or None for no limit"

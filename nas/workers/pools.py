@@ -2,6 +2,7 @@
 
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from gpipe_jax.utils.checks import check_count
@@ -18,9 +19,9 @@ def make_pool(workers: Any) -> WorkerPool:
     """
     if isinstance(workers, WorkerPool):
         return workers
-    if isinstance(workers, int) and not isinstance(workers, bool):
+    if isinstance(workers, Integral) and not isinstance(workers, bool):
         check_count("workers", workers)
-        return of_executor(DaemonThreads(), workers)
+        return of_executor(DaemonThreads(), int(workers))
     if isinstance(workers, Executor):
         return of_executor(workers)
     if workers == "devices":

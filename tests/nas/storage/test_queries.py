@@ -110,7 +110,7 @@ def test_nothing_beats_the_front(tmp_path) -> None:
             return {"fitness": fitness, "params_m": rest + 2 * good, "accuracy": 1.0}
 
         with drive(small(tmp_path / str(maximise), maximise=maximise), evaluate) as search:
-            assert queries.cost_metrics(search.store) == ["params_m"]
+            assert queries.front_metrics(search.store) == {"params_m": "min"}
             front = [
                 (r.fitness, r.metrics["params_m"])
                 for r in queries.pareto_front(search.store, "params_m")
@@ -135,7 +135,7 @@ def test_nothing_beats_the_front(tmp_path) -> None:
 )  # fmt: skip
 def test_costs_are_known_by_name(tmp_path, name, is_cost) -> None:
     with drive(small(tmp_path, cycles=8), lambda _: {"fitness": 1.0, name: 2.0}) as search:
-        assert queries.cost_metrics(search.store) == [name] * is_cost
+        assert queries.front_metrics(search.store) == ({name: "min"} if is_cost else {})
 
 
 def test_is_running(tmp_path) -> None:

@@ -1,0 +1,203 @@
+"""Fill in the arguments of a search that depend on each other, and check them together."""
+
+import math
+import sqlite3
+from collections.abc import Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpipe_jax.utils.checks import check_count
+from gpipe_jax.utils.text import did_you_mean_or_list
+from nas.ask_tell.limits import Limit, Retries
+from nas.choices import DIRECTIONS
+from nas.evolution.evolution import Settings, is_bool
+from nas.storage.reader import Reader
+
+CYCLES = 1000
+CYCLES_PER_EVALUATION = 10
+"""Default number of results for each evaluation of a budget: a small space has no more networks."""
+
+
+class Length(NamedTuple):
+    """Say when a search is over: at this number of results, or of evaluations."""
+
+    cycles: int
+    evaluations: int | None
+
+    @property
+    def smaller(self) -> int:
+        """Return the smaller number."""
+        return self.cycles if self.evaluations is None else min(self.cycles, self.evaluations)
+
+
+def length(cycles: int | None, evaluations: int | None) -> Length:
+    """Return the length of a search, with its defaults.
+
+    Raises:
+        ValueError: A number is no whole number of at least 1.
+
+    >>> length(None, None).cycles, length(None, 50).cycles, length(70, 50).cycles
+    (1000, 500, 70)
+    """
+    if evaluations is not None:
+        check_count("evaluations", evaluations)
+        evaluations = int(evaluations)  # of NumPy: no JSON
+    if cycles is None:
+        cycles = CYCLES if evaluations is None else CYCLES_PER_EVALUATION * evaluations
+    check_count("cycles", cycles)
+    return Length(int(cycles), evaluations)
+
+
+def settings(given: Mapping[str, Any], length: Length, path: Path) -> Settings:
+    """Return the settings, with a population that fits the length of the search.
+
+    A population that is not given, or None, is that of the run at `path`. In a new run it is 100,
+    or half of the results if there are fewer than 100: then the sample is a quarter of it.
+
+    Raises:
+        ValueError: A value is not legal, or evolution would never begin.
+    """
+    known = {k: v for k, v in given.items() if v is not None or k not in ("population", "sample")}
+    if "population" not in known:
+        known = {**_left_out(known, length, path), **known}
+    complete = Settings(**known)
+    if complete.algorithm != "random" and length.smaller < complete.population:
+        raise ValueError(short(length, complete.population))
+    return complete
+
+
+def short(length: Length, population: int, prefix: str = "") -> str:
+    """Word that evolution would not begin before the search is over.
+
+    >>> short(Length(5, None), 8, "evolution.")
+    'cycles 5 is less than evolution.population 8: evolution begins when there are that many \
+results; give more cycles, or a smaller population'
+    """
+    name = "cycles" if length.smaller == length.cycles else "evaluations"
+    return (
+        f"{name} {length.smaller} is less than {prefix}population {population}: evolution begins "
+        f"when there are that many results; give more {name}, or a smaller population"
+    )
+
+
+def _left_out(given: Mapping[str, Any], length: Length, path: Path) -> dict[str, Any]:
+    """Return population and sample: those of the run, or some that fit a short search."""
+    try:
+        reader = Reader(path)
+    except (OSError, ValueError, sqlite3.Error):  # no run, or none that can be resumed
+        return _fitting(given, length)
+    try:
+        stored = reader.study().settings
+    finally:
+        reader.close()
+    return {name: stored[name] for name in ("population", "sample")}
+
+
+def _fitting(given: Mapping[str, Any], length: Length) -> dict[str, Any]:
+    if given.get("algorithm") == "random" or length.smaller >= Settings.population:
+        return {}
+    population = max(1, length.smaller // 2)
+    return {"population": population, "sample": max(1, population // 4)}
+
+
+def check(
+    *,
+    cache: Any,
+    max_failures: Any,
+    target: Any,
+    lease_s: Any,
+    retries: Any,
+    compare: Any,
+    directions: Any,
+) -> None:
+    """Check other arguments of `nas.Search`.
+
+    Raises:
+        ValueError: A value is not legal.
+        TypeError: A value is of another type.
+    """
+    if not is_bool(cache) and not (isinstance(cache, Integral) and int(cache) >= 0):
+        raise ValueError(
+            f"cache {cache!r}: expected True, False, or how many times an architecture is "
+            "evaluated before the mean answers"
+        )
+    check_count("max_failures", max_failures)
+    if target is not None and not (_is_number(target) and not math.isnan(target)):
+        raise ValueError(
+            f"target {target!r}: expected a number that a fitness can be compared with, or None "
+            "for no target"
+        )
+    if lease_s is not None and not (_is_number(lease_s) and lease_s > 0):
+        raise ValueError(
+            f"lease_s {lease_s!r}: expected seconds, more than 0, or None for no limit"
+        )
+    if not (retries is None or isinstance(retries, Retries)):
+        raise TypeError(
+            f"retries {retries!r}: expected nas.Retries, such as nas.Retries(exception=2)"
+        )
+    if not (compare is None or isinstance(compare, str)):
+        raise TypeError(f"compare {compare!r}: expected the name of a metric, or None")
+    check_directions(directions)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_limits(limits: Any) -> tuple[Limit, ...]:
+    """Return a list of limits as a tuple.
+
+    Raises:
+        ValueError: The name of a limit hides something.
+        TypeError: It is no list of limits.
+    """
+    is_list = isinstance(limits, list | tuple) and not isinstance(limits, Limit)
+    wrong = [each for each in limits if not isinstance(each, Limit)] if is_list else [limits]
+    if wrong:
+        raise TypeError(
+            f"limits: expected a list of nas.Limit, got {wrong[0]!r}; give for example "
+            "limits=[nas.Limit('params_m', measure, at_most=3.5)]"
+        )
+    names = [limit.name for limit in limits]
+    for name in names:
+        if name in ("fitness", "trained_values"):
+            raise ValueError(
+                f"limits: {name!r} cannot be the name of a limit, as it is what an evaluator "
+                "returns; give it another name"
+            )
+        if names.count(name) > 1:
+            raise ValueError(
+                f"limits: {names.count(name)} of them have the name {name!r}, of which one would "
+                "hide the others; give each a name of its own"
+            )
+    return tuple(limits)
+
+
+def check_directions(directions: Any) -> None:
+    """Check the directions of metrics.
+
+    Raises:
+        ValueError: A direction is unknown.
+        TypeError: It is no dict with texts as names.
+
+    >>> check_directions({"latency_ms": "minimum"})
+    Traceback (most recent call last):
+    ValueError: directions: 'minimum' of 'latency_ms' is unknown; did you mean 'min'?
+    """
+    if directions is None:
+        return
+    if not (isinstance(directions, Mapping) and all(isinstance(name, str) for name in directions)):
+        raise TypeError(
+            f"directions {directions!r}: expected a dict with the names of metrics, such as "
+            "{'latency_ms': 'min'}"
+        )
+    for name, direction in directions.items():
+        if name == "fitness":
+            raise ValueError(
+                f"directions: 'fitness' {direction!r} is not a metric beside the fitness; give "
+                "maximise=True or maximise=False instead"
+            )
+        if direction not in DIRECTIONS:
+            suggestion = did_you_mean_or_list(direction, DIRECTIONS)
+            raise ValueError(f"directions: {direction!r} of {name!r} is unknown{suggestion}")
