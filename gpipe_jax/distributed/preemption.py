@@ -1,20 +1,27 @@
-"""Handle SIGTERM and Ctrl-C: finish the current step, save, and exit with code 75.
+"""Handle the signals that end a run: finish the current step, save, and exit with code 75.
 
-A thread reads the signals, because Python's own handlers wait while the main thread compiles.
+    SIGTERM             a supervisor, or a machine that is taken away
+    SIGINT              Ctrl-C; a second one stops at once
+    SIGHUP              a terminal or ssh connection that has closed; ignored under nohup
+    SIGUSR1, SIGUSR2    a batch system, some time before its limit
+
+A thread reads the signals, because Python's own handlers wait while the main thread compiles. No
+JAX here, so that signals have their meaning before it is imported.
 """
 
 import contextlib
+import errno
 import os
 import signal
+import termios
 import threading
-from collections.abc import Iterator
-
-import jax
+from collections.abc import Callable, Iterator
 
 from gpipe_jax.utils.messages import say
 
 PREEMPTED = 75  # exit code: the run is saved; run the same command again
 INTERRUPTED = 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -44,6 +51,7 @@ class StopRequest:
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def _handle(self, number: int) -> None:
+        _leave_lost_terminal()
         if self.is_requested and number == signal.SIGINT:
             _end(INTERRUPTED, "stopped at once; the newest checkpoint is unchanged")
         if self.is_requested:
@@ -53,7 +61,7 @@ class StopRequest:
         if not self.has_unsaved and self.single_process:
             _end(PREEMPTED, f"{name}: stopping at once, as there is nothing to save")
         say(f"{name}: saving after this step (Ctrl-C: stop at once)")
-        if not self.single_process and number == signal.SIGINT:
+        if not self.single_process:
             # JAX's preemption service makes all processes stop after the same step.
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -63,22 +71,34 @@ def _end(code: int, text: str) -> None:
     os._exit(code)
 
 
+def _leave_lost_terminal() -> None:
+    """Write to nowhere in place of a terminal that is gone: every line would raise an error."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
 @contextlib.contextmanager
-def handle_signals(processes: int | None = None) -> Iterator[StopRequest]:
+def handle_signals(processes: int = 1) -> Iterator[StopRequest]:
     """Yield a `StopRequest` that signals set while the block runs; in the main thread only.
 
-    Give the number of processes if devices must not be initialized yet: asking JAX for it does so.
+    Args:
+        processes: The number of processes of the run. Default: 1.
     """
-    single_process = (processes or jax.process_count()) == 1
-    stop = StopRequest(single_process)
-    # With several processes JAX's preemption service handles SIGTERM.
-    numbers = [signal.SIGINT, signal.SIGTERM] if single_process else [signal.SIGINT]
+    stop = StopRequest(single_process=processes == 1)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    # With several processes JAX's preemption service handles SIGTERM.
+    numbers = _handled(SIGNALS if stop.single_process else SIGNALS[1:])
     read, write = os.pipe()
     os.set_blocking(write, False)
-    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    previous = {number: signal.signal(number, _nothing) for number in numbers}
     descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     thread = threading.Thread(target=_read_signals, args=(read, stop), daemon=True)
     thread.start()
@@ -87,10 +107,41 @@ def handle_signals(processes: int | None = None) -> Iterator[StopRequest]:
     finally:
         signal.set_wakeup_fd(descriptor)
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _nothing:  # else `ignore_signals` was called
+                signal.signal(number, handler)
         os.close(write)
         thread.join()
         os.close(read)
+
+
+def ignore_signals() -> None:
+    """Ignore the signals from now on, as the process ends anyway: its exit code stays."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def run_program(command: Callable[[], int]) -> int:
+    """Run a command that takes all of a process, and return its exit code.
+
+    A signal has its meaning from here on, before `command` imports what it needs. Once it has
+    returned, signals are ignored: the end of the interpreter takes a moment.
+    """
+    with handle_signals():
+        try:
+            return command()
+        finally:
+            ignore_signals()
+
+
+def _handled(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
+    """Return the signals to handle: all but a SIGHUP that `nohup` has switched off."""
+    is_off = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers if not (is_off and number == signal.SIGHUP)]
+
+
+def _nothing(number: int, frame: object) -> None:
+    """Do nothing: the thread has read the signal."""
 
 
 def _read_signals(read: int, stop: StopRequest) -> None:
