@@ -1,0 +1,169 @@
+"""Visit what a function or an object depends on: digest its code, write its values as texts."""
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Set
+from enum import Enum
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from nas.fingerprints import members, names, plain, source
+from nas.fingerprints.source import Digests
+
+MAX_PARTS = 2000  # functions and values; the rest is left out
+NOTHING: Set[str] = frozenset()
+
+
+class Walk:
+    """Visit each thing once.
+
+    Attributes:
+        codes: The digests of each function of the user's, by name.
+        values: The text of each plain value, by name.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[str, Digests] = {}
+        self.values: dict[str, str] = {}
+        self._seen: dict[int, tuple[str, Any]] = {}  # the objects too, so that no id is used again
+
+    def visit(self, name: str, value: Any, changed: Set[str] = NOTHING) -> None:
+        """Add a value, unless its name is among those that the code which reads it changes."""
+        if len(self.codes) + len(self.values) >= MAX_PARTS:
+            return
+        is_state = name.rpartition(".")[2] in changed
+        if isinstance(value, Enum):
+            self.values[name] = str(value)
+        elif plain.is_atom(value):
+            if not (is_state or plain.is_machine_path(value)):
+                self.values[name] = plain.text_of(value) or ""
+        elif isinstance(value, os.PathLike):
+            pass
+        elif id(value) in self._seen:
+            self.values[name] = self._seen[id(value)][0]
+        else:
+            self._seen[id(value)] = name, value
+            if isinstance(value, plain.CONTAINERS):
+                is_unknown = names.ALL_CONTAINERS in changed and isinstance(
+                    value, list | dict | set
+                )
+                if not (is_state or is_unknown):
+                    self._visit_container(name, value)
+            else:
+                self._visit_object(name, value, changed)
+
+    def _visit_container(self, name: str, value: Any) -> None:
+        text = plain.text_of(value)
+        if text is not None:
+            self.values[name] = text
+        elif not isinstance(value, set | frozenset):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, each in items:
+                self.visit(f"{name}[{key!r}]", each)
+
+    def _visit_object(self, name: str, value: Any, changed: Set[str]) -> None:
+        wrapped = getattr(value, "__wrapped__", None)  # as of jax.jit
+        if isinstance(value, FunctionType):
+            self._visit_function(name, value)
+        elif isinstance(value, type):
+            self._visit_class(name, value)
+        elif isinstance(value, MethodType):
+            self.visit(f"{name}.self", value.__self__)
+            self.visit(name, value.__func__)
+        elif isinstance(value, functools.partial):
+            self.visit(f"{name}.func", value.func)
+            self.visit(f"{name}.arguments", {**dict(enumerate(value.args)), **value.keywords})
+        elif isinstance(wrapped, FunctionType):
+            self.visit(name, wrapped)
+        elif inspect.isbuiltin(value):
+            self.values[name] = value.__qualname__
+            if not isinstance(value.__self__, ModuleType | type(None)):
+                self.visit(f"{name}.self", value.__self__)
+        elif hasattr(value, "shape") and hasattr(value, "dtype"):
+            self.values[name] = f"{value.dtype} of shape {tuple(value.shape)}"
+        elif not isinstance(value, ModuleType):
+            self._visit_instance(name, value, changed)
+
+    # --- functions --------------------------------------------------------------------------------
+
+    def _visit_function(self, name: str, function: FunctionType) -> None:
+        if not members.is_own_object(function):
+            self.values[name] = f"{function.__module__}.{function.__qualname__}"
+            return
+        self.codes[name] = source.digests(function)
+        changed = names.changed_names(function)
+        for index, value in enumerate(function.__defaults__ or ()):
+            self.visit(f"{name}.default {index}", value, changed)
+        for key, value in (function.__kwdefaults__ or {}).items():
+            self.visit(f"{name}.{key}", value, changed)
+        for key, value in _variables(function):
+            if isinstance(value, FunctionType | type) and members.is_own_object(value):
+                self._visit_named(f"{name}.{key}", value)
+            else:
+                self.visit(f"{name}.{key}", value, changed)
+
+    def _visit_named(self, name: str, value: FunctionType | type) -> None:
+        """Visit a function or a class by the name of its definition, whoever reads it."""
+        if id(value) not in self._seen:
+            own = value.__qualname__.rpartition("<locals>.")[2]
+            is_taken = own in self.codes or f"{own}.class" in self.values
+            self.visit(name if is_taken else own, value)
+        self.values[name] = self._seen.get(id(value), (name, None))[0]
+
+    # --- objects ----------------------------------------------------------------------------------
+
+    def _visit_instance(self, name: str, value: Any, changed: Set[str]) -> None:
+        kind = type(value)
+        is_own = members.is_own_object(kind)
+        if is_own:
+            self._visit_class(name, kind)
+            changed = changed | members.changed_by_methods(kind)
+        elif not dataclasses.is_dataclass(kind):
+            self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
+            return
+        only_code = not is_own or _declares_identity(value)
+        for key, each in sorted(members.attributes(value).items()):
+            if not (only_code and (plain.is_atom(each) or isinstance(each, plain.CONTAINERS))):
+                self.visit(f"{name}.{key}", each, changed)
+
+    def _visit_class(self, name: str, kind: type) -> None:
+        if not members.is_own_object(kind):
+            self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
+            return
+        self.values[f"{name}.class"] = kind.__name__
+        changed = members.changed_by_methods(kind)
+        for base in members.own_bases(kind):
+            owner = name if base is kind else f"{name}.{base.__name__}"
+            found = members.members(base)
+            self.values[f"{owner}.members"] = members.listed(found)
+            for key, member in sorted(found.items()):
+                self.visit(f"{owner}.{key}", member, changed)
+
+
+def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function reads from outside: of its closure, its module, and own modules."""
+    code = function.__code__
+    for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            if key != "__class__":
+                yield key, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    attributes = names.attribute_names(code)
+    for key in sorted(names.global_names(code) & function.__globals__.keys()):
+        value = function.__globals__[key]
+        if not isinstance(value, ModuleType):
+            yield key, value
+        elif members.is_own(value.__name__, getattr(value, "__file__", None)):
+            for name in sorted(attributes & vars(value).keys()):
+                yield f"{key}.{name}", vars(value)[name]
+
+
+def _declares_identity(value: Any) -> bool:
+    """Return whether an evaluator itself says which of its values count."""
+    try:
+        return bool(getattr(value, "identity", None) or getattr(value, "goes_by", None))
+    except Exception:  # a property of the user's; whoever needs the identity reports it
+        return False

@@ -1,0 +1,271 @@
+"""Notice what changes a fitness or a proposal, and nothing else."""
+
+import importlib.util
+import linecache
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import nas
+from nas.fingerprints.fingerprint import Fingerprint, fingerprint
+
+Load = Callable[..., Any]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch) -> Load:
+    """Return a function that imports a source as the module `mine`, and returns a name of it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load_source(source: str, name: str = "evaluate", module: str = "mine") -> Any:
+        path = tmp_path / f"{module}.py"
+        path.write_text(textwrap.dedent(source))
+        spec = importlib.util.spec_from_file_location(module, path)
+        loaded = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, module, loaded)
+        exec(compile(path.read_text(), str(path), "exec"), loaded.__dict__)
+        return getattr(loaded, name)
+
+    return load_source
+
+
+def changes(load: Load, before: str, after: str, name: str = "evaluate") -> list[str]:
+    """Return the changes from one source to another, by way of the store's JSON."""
+    stored = fingerprint(load(before, name), name).to_json()
+    return Fingerprint.from_json(stored).changes(fingerprint(load(after, name), name))
+
+
+PLAIN = "def evaluate(bits): return sum(bits)"
+
+CHANGED = {
+    "body": (PLAIN, "def evaluate(bits): return 100 * sum(bits)", "code of evaluate"),
+    "constant": ("def evaluate(b): return 1.0", "def evaluate(b): return 2.0", "code of evaluate"),
+    "default": (
+        "def evaluate(b, lr=0.1): return lr",
+        "def evaluate(b, lr=0.2): return lr",
+        r"evaluate.default 0 was 0.1, and is 0.2",
+    ),
+    "global": (
+        "LR = 0.1\ndef evaluate(b): return LR",
+        "LR = 0.2\ndef evaluate(b): return LR",
+        "evaluate.LR was 0.1, and is 0.2",
+    ),
+    "settings in a dict": (
+        "C = {'lr': 0.1}\ndef evaluate(b): return C['lr']",
+        "C = {'lr': 0.2}\ndef evaluate(b): return C['lr']",
+        "evaluate.C was {'lr': 0.1}, and is {'lr': 0.2}",
+    ),
+    "helper": (
+        "def train(b): return 1\ndef evaluate(b): return train(b)",
+        "def train(b): return 2\ndef evaluate(b): return train(b)",
+        "the code of train has changed",
+    ),
+    "helper of a helper in a comprehension": (
+        "def f(b): return 1\ndef g(b): return [f(x) for x in b]\ndef evaluate(b): return g(b)",
+        "def f(b): return 2\ndef g(b): return [f(x) for x in b]\ndef evaluate(b): return g(b)",
+        "the code of f has changed",
+    ),
+    "another helper by the same name": (
+        "def f(b): return 1\ndef g(b): return 2\nh = f\ndef evaluate(b): return h(b)",
+        "def f(b): return 1\ndef g(b): return 2\nh = g\ndef evaluate(b): return h(b)",
+        "evaluate.h was f, and is g",
+    ),
+    "closure": (
+        "def make(n):\n    def inner(b): return n\n    return inner\nevaluate = make(1)",
+        "def make(n):\n    def inner(b): return n\n    return inner\nevaluate = make(2)",
+        "evaluate.n was 1, and is 2",
+    ),
+    "partial": (
+        "import functools\ndef f(b, n): return n\nevaluate = functools.partial(f, n=1)",
+        "import functools\ndef f(b, n): return n\nevaluate = functools.partial(f, n=2)",
+        "evaluate.arguments was {'n': 1}, and is {'n': 2}",
+    ),
+    "one of two lambdas in a line": (
+        "f, evaluate = lambda b: 1, lambda b: 2",
+        "f, evaluate = lambda b: 1, lambda b: 3",
+        "code of evaluate",
+    ),
+    "decorator": (
+        "import functools\n@functools.lru_cache(1)\ndef evaluate(b): return 1",
+        "import functools\n@functools.lru_cache(2)\ndef evaluate(b): return 1",
+        "code of evaluate",
+    ),
+    "method of a class": (
+        "class E:\n    def evaluate(self, job): return 1\nevaluate = E()",
+        "class E:\n    def evaluate(self, job): return 2\nevaluate = E()",
+        "the code of evaluate.evaluate has changed",
+    ),
+    "attribute of an object": (
+        "class E:\n    def __init__(self, n): self.n = n\n"
+        "    def evaluate(self, job): return self.n\nevaluate = E(1)",
+        "class E:\n    def __init__(self, n): self.n = n\n"
+        "    def evaluate(self, job): return self.n\nevaluate = E(2)",
+        "evaluate.n was 1, and is 2",
+    ),
+    "base class": (
+        "class B:\n    n = 1\nclass E(B):\n    def evaluate(self, job): return self.n\n"
+        "evaluate = E()",
+        "class B:\n    n = 2\nclass E(B):\n    def evaluate(self, job): return self.n\n"
+        "evaluate = E()",
+        "evaluate.B.n was 1, and is 2",
+    ),
+    "attribute that hides that of the base class": (
+        "class B:\n    n = 1\n    def evaluate(self, job): return self.n\nclass E(B): pass\n"
+        "evaluate = E()",
+        "class B:\n    n = 1\n    def evaluate(self, job): return self.n\nclass E(B): n = 2\n"
+        "evaluate = E()",
+        "evaluate.members was",
+    ),
+    "wrapped function": (
+        "import nas\ndef f(b): return 1\nevaluate = nas.Repeated(f, 2)",
+        "import nas\ndef f(b): return 2\nevaluate = nas.Repeated(f, 2)",
+        "the code of evaluate.evaluator has changed",
+    ),
+    "table": (
+        "import nas\nT = {(0, 1): {'a': 1}}\nevaluate = nas.TabularEvaluator(T.__getitem__, 'a')",
+        "import nas\nT = {(0, 1): {'a': 2}}\nevaluate = nas.TabularEvaluator(T.__getitem__, 'a')",
+        "evaluate.table.self was",
+    ),
+    "field of a dataclass": (
+        "from dataclasses import dataclass\n@dataclass\nclass S:\n    n: int = 1\nevaluate = S()",
+        "from dataclasses import dataclass\n@dataclass\nclass S:\n    n: int = 1\nevaluate = S(3)",
+        "evaluate.n was 1, and is 3",
+    ),
+    "module of yours": (
+        "import types, sys\nm = types.ModuleType('m'); m.n = 1\ndef evaluate(b): return m.n",
+        "import types, sys\nm = types.ModuleType('m'); m.n = 2\ndef evaluate(b): return m.n",
+        "evaluate.m.n was 1, and is 2",
+    ),
+    "shape of an array": (
+        "import numpy as np\nX = np.zeros(3)\ndef evaluate(b): return X",
+        "import numpy as np\nX = np.zeros(4)\ndef evaluate(b): return X",
+        r"evaluate.X was float64 of shape \(3,\), and is float64 of shape \(4,\)",
+    ),
+}
+
+SAME = {
+    "comments, layout, docstrings and annotations": (
+        PLAIN,
+        "\n# new\ndef evaluate(bits: list) -> int:\n    '''Sum.'''\n\n    return sum(bits,)  # new",
+    ),
+    "other functions of the module": (PLAIN, f"def other(): return 3\n{PLAIN}"),
+    "call around a lambda": (
+        "f = dict(evaluate=lambda b: sum(b), cycles=1)\nevaluate = f['evaluate']",
+        "f = dict(evaluate=lambda b: sum(b), cycles=2)\nevaluate = f['evaluate']",
+    ),
+    "counter": (
+        "n = 0\ndef evaluate(b):\n    global n\n    n += 1\n    return 1",
+        "n = 7\ndef evaluate(b):\n    global n\n    n += 1\n    return 1",
+    ),
+    "list of calls": (
+        "calls = []\ndef evaluate(b):\n    calls.append(b)\n    return 1",
+        "calls = [1]\ndef evaluate(b):\n    calls.append(b)\n    return 1",
+    ),
+    "results by name": (
+        "seen = {}\ndef evaluate(b):\n    seen['a'] = b\n    return 1",
+        "seen = {'a': 3}\ndef evaluate(b):\n    seen['a'] = b\n    return 1",
+    ),
+    "state of an object": (
+        "class E:\n    def __init__(self, n): self.n = n\n"
+        "    def evaluate(self, job): self.n += 1\nevaluate = E(1)",
+        "class E:\n    def __init__(self, n): self.n = n\n"
+        "    def evaluate(self, job): self.n += 1\nevaluate = E(2)",
+    ),
+    "what the identity leaves out": (
+        "import nas\nclass E(nas.Evaluator):\n    identity = {'data': 1}\n"
+        "    def __init__(self, n): self.n = n\nevaluate = E(1)",
+        "import nas\nclass E(nas.Evaluator):\n    identity = {'data': 1}\n"
+        "    def __init__(self, n): self.n = n\nevaluate = E(2)",
+    ),
+    "place of the data": (
+        "DATA = '/home/a/data'\ndef evaluate(b): return open(DATA)",
+        "DATA = '/mnt/b/data'\ndef evaluate(b): return open(DATA)",
+    ),
+    "values of arrays": (
+        "import numpy as np\nX = np.zeros(3)\ndef evaluate(b): return X",
+        "import numpy as np\nX = np.ones(3)\ndef evaluate(b): return X",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_change_is_noticed(load, case) -> None:
+    before, after, words = CHANGED[case]
+    found = changes(load, before, after)
+    assert found
+    with pytest.raises(ValueError, match=words.replace("{", r"\{").replace("}", r"\}")):
+        raise ValueError("; ".join(found))
+    assert not changes(load, before, before)
+    assert not changes(load, after, after)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_changes_no_fitness_is_no_change(load, case) -> None:
+    assert not changes(load, *SAME[case])
+
+
+def test_built_in_spaces_and_evaluators_have_no_code_of_the_users() -> None:
+    for value in (
+        nas.NASNetSpace(),
+        nas.NASBench201Space(),
+        nas.TrainingEvaluator(folder="here"),
+        nas.Repeated(nas.TrainingEvaluator(), 3),
+        sum,
+    ):
+        found = fingerprint(value, "x")
+        assert not found.codes and not found.is_of_own_class
+
+
+def test_a_space_of_the_users_is_known_as_such(load) -> None:
+    assert fingerprint(
+        load("class S: name = 'nasnet'\nspace = S()", "space"), "space"
+    ).is_of_own_class
+
+
+def test_bytecode_tells_where_the_source_is_of_another_time(load, tmp_path) -> None:
+    """Edit a file after its import: what runs is the old code, and the source is the new one."""
+    evaluate = load("def evaluate(b): return 1")
+    (tmp_path / "mine.py").write_text("def evaluate(b): return 2\n")
+    linecache.clearcache()
+    stored = fingerprint(evaluate, "evaluate")
+    assert stored.codes["evaluate"].source is None
+    assert stored.changes(fingerprint(load("def evaluate(b): return 2"), "evaluate"))
+    assert not stored.changes(fingerprint(load("def evaluate(b): return 1"), "evaluate"))
+
+
+def test_other_versions_of_python_agree(load) -> None:
+    """Compare by source; without one, the bytecode of another version tells nothing."""
+    now = fingerprint(load(PLAIN), "evaluate")
+    (digests,) = now.codes.values()
+    other = digests._replace(bytecode="3.99 0123")
+    assert not Fingerprint({"evaluate": other}, {}).changes(now)
+    assert Fingerprint({"evaluate": other._replace(source="0")}, {}).changes(now)
+    assert not Fingerprint({"evaluate": other._replace(source=None)}, {}).changes(now)
+
+
+def test_the_digest_of_a_source_stays() -> None:
+    """Keep digests from version to version: a stored one must be found again."""
+    namespace: dict[str, Any] = {}
+    lines = ["def evaluate(bits, scale=2):\n", "    return scale * sum(x for x in bits if x)\n"]
+    linecache.cache["<cell 1>"] = (len("".join(lines)), None, lines, "<cell 1>")
+    exec(compile("".join(lines), "<cell 1>", "exec"), namespace)
+    digests = fingerprint(namespace["evaluate"], "evaluate").codes["evaluate"]
+    assert digests.source == "4c3dcea86c70c269775dd1a8"
+
+
+def test_large_and_looped_values_end(load) -> None:
+    big = fingerprint(load("X = list(range(10**6))\ndef evaluate(b): return X"), "evaluate")
+    assert big.values["evaluate.X"] == "list of 1000000"
+    source = """
+        class Node: pass
+        a = Node(); a.next = a
+        def f(b): return g(b)
+        def g(b): return f(b)
+        L = []; L.append(L)
+        def evaluate(b): return a, f(b), L
+    """
+    looped = fingerprint(load(source), "evaluate")
+    assert {"evaluate", "f", "g"} <= looped.codes.keys()
