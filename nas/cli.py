@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import sqlite3
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nas
-from gpipe_jax.config import loader
+from gpipe_jax.config import loader, trusted_code
+from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
-from gpipe_jax.utils import console, progress
-from gpipe_jax.utils.messages import BAD_INPUT, fail
+from gpipe_jax.utils import console, paths, progress
+from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (ConfigError, OSError) as error:
         return _fail(error, BAD_INPUT)
+    except SystemExit as error:  # no command exits so: the user's own code does
+        return _fail(f"code of the search ended the program (sys.exit({error.code!r}))", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to resume", 130)
 
@@ -44,7 +48,7 @@ def program() -> NoReturn:
     try:
         code = main()
     except Exception:  # a bug, here or in a search space of the user's
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         code = 1
     threads.leave(code)
 
@@ -62,13 +66,18 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "run the search of a config; the same folder resumes a search"
     search = console.add_command(commands, "search", _search, text)
-    console.add_config(search)
+    console.add_config(
+        search, "a YAML file; if it names a function (evaluate.function), its module is run"
+    )
 
     text = "report on a run, finished or not, and write its page"
     report = console.add_command(commands, "report", _report, text)
     _add_run(report)
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="HTML page to write (report.html in the run)"
+        "--out",
+        type=console.path,
+        metavar="FILE",
+        help="HTML page to write (report.html in the run)",
     )
 
     text = "write the best architecture of a run to a file, alone or in a config for gpipe train"
@@ -84,9 +93,14 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 def _add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        *("--out", "-o"), type=Path, metavar="FILE", required=True,
+        *("--out", "-o"), type=console.path, metavar="FILE", required=True,
         help="genotype.json, or best.yaml for gpipe train and gpipe plan",
     )  # fmt: skip
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help=f"{trusted_code.TRUST}; needed for --top and .yaml files of somebody else's run",
+    )
     command.add_argument("--cells", action=_RenamedCells, help=argparse.SUPPRESS)
     for name, default, text in (
         ("top", 1, "train this many of the best again, for longer, and write the best of them (1)"),
@@ -128,7 +142,10 @@ def _search(options: argparse.Namespace) -> int:
     config = loader.load_as(SearchConfig, options.config, options.overrides)
     from nas import from_config
 
-    workdir = Path(config.run.workdir or Path("runs") / Path(options.config).stem)
+    workdir = Path("runs") / Path(options.config).stem
+    if config.run.workdir:
+        with loader.locating(options.config, options.overrides, SearchConfig), section("run"):
+            workdir = paths.local("workdir", config.run.workdir)
     if workdir.name in ("", ".."):
         workdir = workdir.resolve()
     started = time.perf_counter()
@@ -176,10 +193,10 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
         "wall_s": wall_s,
         "run": str(result.path),
     }
-    print(figures_table({**best.metrics, **figures}))
-    print(best.row.architecture)
+    write(figures_table({**best.metrics, **figures}))
+    write(best.row.architecture)
     if as_json:
-        print(
+        write(
             json.dumps(
                 {
                     **figures,
@@ -198,7 +215,7 @@ def _report(options: argparse.Namespace) -> int:
 
     reader = Snapshot(_load(options.run).path)
     summary = report.report(reader)
-    print(summary)
+    write(summary)
     out = options.out or reader.path.parent / "report.html"
     try:
         page = html.page(reader)
@@ -209,9 +226,9 @@ def _report(options: argparse.Namespace) -> int:
     except OSError as error:
         option = "" if options.out is None else "--out "
         return _fail(f"{option}{error}", BAD_INPUT)
-    print(f"\npage: {out}")
+    write(f"\npage: {out}")
     if options.json:
-        print(json.dumps({**summary.to_dict(), "page": str(out)}, allow_nan=False))
+        write(json.dumps({**summary.to_dict(), "page": str(out)}, allow_nan=False))
     return 0
 
 
@@ -220,6 +237,8 @@ def _export(options: argparse.Namespace) -> int:
 
     result = _load(options.run)
     fields = {name: getattr(options, name) for name in export.ExportOptions._fields}
+    if not options.trust and (options.top > 1 or options.out.suffix in export.CONFIG_SUFFIXES):
+        _check_own_code(result.reader.setup(), options.run)
     try:
         ranking = export.export(result, export.ExportOptions(**fields), _show_finalist)
     except ExportOptionError as error:
@@ -235,22 +254,32 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)], options.run) from error
     best = ranking[0].row
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
-    print(figures_table(figures))
+    write(figures_table(figures))
     if options.json:
         ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
             {"candidate": each.row.id, "fitness": each.row.fitness, "again": each.fitness}
             for each in ranking
         ]
         genotype = export.as_json(best.architecture)
-        print(json.dumps({**figures, "ranking": ranks, "genotype": genotype}))
+        write(json.dumps({**figures, "ranking": ranks, "genotype": genotype}))
     return 0
+
+
+def _check_own_code(setup: bytes | None, run: str) -> None:
+    """Raise ConfigError if the run's evaluator, which is code, is not of this user's searches."""
+    if setup is None or trusted_code.is_known(setup):
+        return
+    problem = (
+        "this command would run code that the folder holds (its evaluator), and no search of yours "
+        "on this machine has stored it; add --trust if you trust who made the folder, or export "
+        "to a .json file without --top, which runs no code"
+    )
+    raise ConfigError([problem], run)
 
 
 def _show_finalist(finalist: Any) -> None:
     again = "failed" if finalist.fitness is None else f"{finalist.fitness:.6g}"
-    print(
-        f"#{finalist.row.id}: fitness {finalist.row.fitness:.6g}, trained again {again}", flush=True
-    )
+    write(f"#{finalist.row.id}: fitness {finalist.row.fitness:.6g}, trained again {again}")
 
 
 def _load(run: str) -> Any:

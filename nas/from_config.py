@@ -83,6 +83,12 @@ def _import_function(path: str) -> Any:
             f"`function` {path!r} cannot be imported ({error}); run in the folder of {name}.py, or "
             "install the module",
         ) from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, and exit
+        raise ArgumentError(
+            "function",
+            f"`function` {path!r}: the module {name} raised {type(error).__name__}: {error}; "
+            "import it in Python to see where",
+        ) from error
 
 
 def _limits(limits: LimitsConfig, evaluate: Any) -> tuple[Limit, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import gpipe_jax
 xla_flags.set_flags()
 # A libtpu that is installed on a machine without a TPU must not look for one.
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+# Notes about code that a test ran do not belong to the user who runs the tests.
+_STATE = tempfile.TemporaryDirectory(prefix="gpipe-jax-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 gpipe_jax.simulate_devices(16)
 

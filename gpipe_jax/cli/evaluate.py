@@ -3,20 +3,19 @@
 import argparse
 import json
 
-from etils import epath
-
 from gpipe_jax.cli.train import add_process_options
-from gpipe_jax.config import loader
+from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.errors import ConfigError
-from gpipe_jax.utils import console
+from gpipe_jax.utils import console, paths
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     text = "evaluate the newest checkpoint of a run"
     command = console.add_command(commands, "eval", run, text)
-    console.add_config(command, "a YAML file, or the folder of a run")
+    console.add_config(command, f"the folder of a run (see --trust), or {console.CONFIG_RUNS_CODE}")
     command.add_argument("--stages", type=int, metavar="K", help="evaluate on other stages")
+    command.add_argument("--trust", action="store_true", help=trusted_code.TRUST)
     add_process_options(command)
 
 
@@ -26,7 +25,8 @@ def run(options: argparse.Namespace) -> int:
     from gpipe_jax.cli.run import run_action
     from gpipe_jax.training.run import evaluate
 
-    folder = epath.Path(options.config)
+    with console.option("CONFIG"):
+        folder = paths.anywhere("config", options.config)
     try:
         is_run = folder.is_dir()
         exists = is_run or folder.exists()
@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError([f"{folder}: {problem}"], options.config)
         options.config = str(folder / "config.yaml")
         options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
+        if not options.trust:
+            trusted_code.check(loader.load(options.config, options.overrides), options.config)
     if options.stages is not None:
         stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
         options.overrides = [*stages, *options.overrides]

@@ -2,12 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from etils import epath
-
-from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import fail
+from gpipe_jax.utils import console, paths
+from gpipe_jax.utils.messages import fail, write
 from gpipe_jax.utils.text import figures_table
 
 
@@ -17,7 +14,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command = console.add_command(commands, "export", run, text)
     console.complete_files(command.add_argument("run", metavar="RUN", help="the folder of a run"))
     command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .npz"
+        "--out",
+        type=console.path,
+        required=True,
+        metavar="FILE",
+        help="ends in .safetensors or .npz",
     )
 
 
@@ -27,11 +28,13 @@ def run(options: argparse.Namespace) -> int:
     from gpipe_jax.checkpoint.export import export
 
     try:
+        with console.option("RUN"):
+            folder = paths.anywhere("run", options.run)
         with console.option("--out"):
-            figures = export(epath.Path(options.run), Path(options.out))
+            figures = export(folder, options.out)
     except OSError as error:  # of the checkpoints' disk
         return fail(error, 1)
-    print(figures_table(figures))
+    write(figures_table(figures))
     if options.json:
-        print(json.dumps(figures))
+        write(json.dumps(figures))
     return 0

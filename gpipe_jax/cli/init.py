@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpipe_jax.errors import OptionError
 from gpipe_jax.utils import console
+from gpipe_jax.utils.messages import write
 
 FILES = ["config.yaml", "my_data.py", "my_model.py"]
 
@@ -17,7 +18,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     text = "write a commented config, a data file and a network to start from"
     command = console.add_command(commands, "init", run, text)
     command.add_argument(
-        "folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one"
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=console.path,
+        default=Path(),
+        help="default: this one",
     )
 
 
@@ -38,12 +44,12 @@ def run(options: argparse.Namespace) -> int:
             "FOLDER", f"cannot write into {folder}: {error.strerror or error}"
         ) from error
     for path in paths:
-        print(f"wrote {path}")
+        write(f"wrote {path}")
     change_folder = "" if folder == Path() else f"cd {shlex.quote(str(folder))}; "
-    print(f"start with: {change_folder}gpipe train config.yaml")
-    print(f"a network of your own: {change_folder}python my_model.py")
+    write(f"start with: {change_folder}gpipe train config.yaml")
+    write(f"a network of your own: {change_folder}python my_model.py")
     if options.json:
-        print(json.dumps({"files": [str(path) for path in paths]}))
+        write(json.dumps({"files": [str(path) for path in paths]}))
     return 0
 
 

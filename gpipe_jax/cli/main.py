@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error, BAD_INPUT)
     except OptionError as error:
         return fail(error, BAD_INPUT, f"gpipe {options.command_name}")
+    except SystemExit as error:  # no command exits so: a Python file that the config names does
+        return fail(f"a Python file of the run ended the program (sys.exit({error.code!r}))", 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
 

@@ -1,23 +1,30 @@
 """Run `gpipe plan`: predict whether a run fits a TPU slice, and how fast it is."""
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpipe_jax.config import loader
-from gpipe_jax.errors import CompilerNotInstalledError, ConfigError, OptionError
+from gpipe_jax.errors import (
+    ArgumentError,
+    CompilerNotInstalledError,
+    ConfigError,
+    OptionError,
+    SectionError,
+)
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.checks import check_count
-from gpipe_jax.utils.messages import BAD_INPUT, fail
+from gpipe_jax.utils.messages import BAD_INPUT, fail, write
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     text = "predict whether a config's run fits a TPU slice, and how fast it is"
     command = console.add_command(commands, "plan", run, text)
-    console.add_config(command)
+    console.add_config(command, console.CONFIG_RUNS_CODE)
     command.add_argument(
         *("--topology", "--accelerator"),
         metavar="T",
@@ -37,9 +44,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--timeout", type=float, metavar="S", help="limit of each compilation, in seconds"
     )
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the (best) plan, for gpipe train --plan"
+        "--out",
+        type=console.path,
+        metavar="FILE",
+        help="write the (best) plan, for gpipe train --plan",
     )
-    command.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
+    command.add_argument(
+        "--png", type=console.path, metavar="FILE", help="draw it as a picture too"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,13 +68,13 @@ def run(options: argparse.Namespace) -> int:
         "show": progress.passing(),
     }
     try:
-        with loader.locating(options.config, options.overrides):
+        with loader.locating(options.config, options.overrides), _placed():
             if options.search:
                 result = planner.search(config, compile_best=options.compile_best, **arguments)
                 best = result.plans[0]
             else:
                 best = result = planner.plan(config, cost=options.cost, **arguments)
-    except ConfigError:
+    except (ConfigError, OptionError):
         raise
     except CompilerNotInstalledError as error:
         raise OptionError("--topology", str(error)) from error
@@ -70,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)], options.config) from error
     except (TimeoutError, RuntimeError) as error:
         return fail(error, 1)
-    print(result)
+    write(result)
     code = 0
     if options.search and best.fits is not True:
         code = fail("none of the compiled layouts fits; try a larger topology", 1)
@@ -79,22 +91,37 @@ def run(options: argparse.Namespace) -> int:
             "plan": (options.out, lambda path: plan_file.save(best, path)),
             "picture": (options.png, best.plot),
         }
-        for noun, (path, write) in files.items():
-            if path and not _write(noun, path, write):
+        for noun, (path, save) in files.items():
+            if path and not _save(noun, path, save):
                 code = BAD_INPUT
     if options.json:
-        print(json.dumps(result.to_dict()))
+        write(json.dumps(result.to_dict()))
     return code
 
 
-def _write(noun: str, path: Path, write: Callable[[Path], object]) -> bool:
+@contextlib.contextmanager
+def _placed() -> Iterator[None]:
+    """Turn an ArgumentError of the block into an error of the option, or of the config's section.
+
+    Any other argument is one of the pipeline, as in `gpipe train`.
+    """
+    options = {"topology": "--topology", "slices": "--slices", "cost": "--cost"}
+    try:
+        yield
+    except ArgumentError as error:
+        if error.argument in options:
+            raise OptionError(options[error.argument], str(error)) from error
+        raise SectionError("pipeline", error.argument, str(error)) from error
+
+
+def _save(noun: str, path: Path, save: Callable[[Path], object]) -> bool:
     """Return whether a file could be written; if not, the rest of the results is not lost."""
     try:
-        write(path)
+        save(path)
     except (OSError, ValueError, ImportError) as error:
         fail(f"no {noun} {path}: {error}", BAD_INPUT)
         return False
-    print(f"{noun}: {path}")
+    write(f"{noun}: {path}")
     return True
 
 

@@ -11,7 +11,12 @@ from gpipe_jax.config.base import section
 from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import cluster, processes
 from gpipe_jax.distributed.cluster import Cluster
-from gpipe_jax.distributed.preemption import PREEMPTED, StopRequest, handle_signals
+from gpipe_jax.distributed.preemption import (
+    PREEMPTED,
+    StopRequest,
+    handle_signals,
+    ignore_signals,
+)
 from gpipe_jax.errors import (
     ConfigError,
     DataError,
@@ -22,7 +27,7 @@ from gpipe_jax.errors import (
 from gpipe_jax.training import from_config, run
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, fail
+from gpipe_jax.utils.messages import BAD_INPUT, fail, write
 from gpipe_jax.utils.text import figures_table
 
 Action = Callable[[Assembly, StopRequest], run.RunSummary]
@@ -39,7 +44,10 @@ def run_action(options: argparse.Namespace, action: Action) -> int:
         count = joined.num_processes if joined else 1
         # From the start, not from the first step: an earlier signal is not a failure either.
         with processes.connected(joined), handle_signals(count) as stop:
-            return _run_in_process(options, config, action, stop, count)
+            code = _run_in_process(options, config, action, stop, count)
+            if stop.is_requested:
+                ignore_signals()  # supervisors repeat them
+            return code
     except ConfigError as error:
         if joined is None:
             raise
@@ -82,7 +90,7 @@ def _run_in_process(
         )
         raise ConfigError([problem], options.config)
     if processes.is_first():
-        print(assembly.trainer.pipe, flush=True)
+        write(assembly.trainer.pipe)
     try:
         summary = action(assembly, stop)
     except StoppedError as error:
@@ -93,8 +101,8 @@ def _run_in_process(
         with loader.locating(options.config, options.overrides), section("data"):
             raise error
     if processes.is_first():
-        print(figures_table(summary.figures))
-        print(summary.note)
+        write(figures_table(summary.figures))
+        write(summary.note)
         if options.json:
-            print(json.dumps(summary.figures))
+            write(json.dumps(summary.figures))
     return 0

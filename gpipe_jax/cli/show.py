@@ -2,14 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from gpipe_jax.config import loader
 from gpipe_jax.errors import OptionError
 from gpipe_jax.schedules import generators, simulation
 from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, fail, say
+from gpipe_jax.utils.messages import BAD_INPUT, fail, say, write
 from gpipe_jax.utils.text import figures_table
 
 # --- gpipe config ---------------------------------------------------------------------------------
@@ -28,7 +27,7 @@ def add_config_parser(commands: argparse._SubParsersAction) -> None:
 def config(options: argparse.Namespace) -> int:
     """Show a configuration, or the schema of all."""
     if options.schema:
-        print(json.dumps(loader.schema(), indent=None if options.json else 2))
+        write(json.dumps(loader.schema(), indent=None if options.json else 2))
         return 0
     if options.config is None:
         return fail("give a CONFIG file, or --schema", BAD_INPUT)
@@ -38,14 +37,14 @@ def config(options: argparse.Namespace) -> int:
     if options.diff:
         changed = loader.non_defaults(resolved)
         if options.json:
-            print(json.dumps({k: {"default": a, "value": b} for k, (a, b) in changed.items()}))
+            write(json.dumps({k: {"default": a, "value": b} for k, (a, b) in changed.items()}))
         else:
             for name, (default, value) in changed.items():
-                print(f"{name}: {value} (default {default})")
+                write(f"{name}: {value} (default {default})")
     elif options.json:
-        print(resolved.model_dump_json())
+        write(resolved.model_dump_json())
     else:
-        print(loader.dump(resolved), end="")
+        write(loader.dump(resolved), end="")
     return 0
 
 
@@ -63,7 +62,9 @@ def add_schedule_parser(commands: argparse._SubParsersAction) -> None:
         "--kind", default="1f1b", choices=generators.KINDS, help="which schedule (1f1b)"
     )
     command.add_argument("--chunks", type=int, default=1, metavar="V", help="stages on each device")
-    command.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture too")
+    command.add_argument(
+        "--png", type=console.path, metavar="FILE", help="draw it as a picture too"
+    )
 
 
 def schedule(options: argparse.Namespace) -> int:
@@ -82,9 +83,9 @@ def schedule(options: argparse.Namespace) -> int:
         "peak_stash": drawn.peak_stash,
         **_times(drawn),
     }
-    print(drawn)
-    print(figures_table(figures))
-    print(_TIMES)
+    write(drawn)
+    write(figures_table(figures))
+    write(_TIMES)
     if options.png:
         from gpipe_jax import plots
 
@@ -92,9 +93,9 @@ def schedule(options: argparse.Namespace) -> int:
             plots.schedule(drawn, options.png)
         except (OSError, ValueError, ImportError) as error:
             raise OptionError("--png", f"{options.png}: {error}") from error
-        print(f"picture: {options.png}")
+        write(f"picture: {options.png}")
     if options.json:
-        print(json.dumps(figures))
+        write(json.dumps(figures))
     return 0
 
 

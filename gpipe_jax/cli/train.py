@@ -1,10 +1,9 @@
 """Run `gpipe train`: train a config's network, or resume the run in its folder."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpipe_jax.config import loader
+from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.utils import console, progress
 from gpipe_jax.utils.messages import say
 
@@ -18,10 +17,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     text = "train a config's network; in the folder of an earlier run, resume it"
     command = console.add_command(commands, "train", run, text)
-    console.add_config(command)
+    console.add_config(command, console.CONFIG_RUNS_CODE)
     console.complete_files(
         command.add_argument(
-            "--plan", type=Path, metavar="FILE", help="use the layout of a plan (gpipe plan --out)"
+            "--plan",
+            type=console.path,
+            metavar="FILE",
+            help="use the layout of a plan (gpipe plan --out)",
         )
     )
     add_process_options(command)
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
     def action(assembly: "Assembly", stop: "StopRequest") -> "RunSummary":
         config = assembly.config.train
+        trusted_code.remember(trusted_code.python_file(assembly.config))
         for line in loader.without_effect(assembly.config) if processes.is_first() else ():
             say(line)
         quiet = not processes.is_first()

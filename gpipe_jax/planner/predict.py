@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.pipeline.device_step import Branch
 from gpipe_jax.pipeline.pipeline import Pipeline
@@ -127,13 +128,15 @@ def layer_seconds(job: Job, layout: Layout, compiler: Compiler) -> list[float]:
 
 
 def check_mesh(layout: Layout, topology: Topology) -> None:
-    """Raise ValueError unless the devices of the mesh divide those of the topology."""
+    """Raise ArgumentError unless the devices of the mesh divide those of the topology."""
     needed, available = layout.stages * layout.data, topology.devices
     if available % needed:
         legal = ", ".join(str(n) for n in range(1, available + 1) if available % n == 0)
-        raise ValueError(
+        raise ArgumentError(
+            "topology",
             f"a mesh of {layout.stages} stages x {layout.data} data replicas has {needed} devices, "
-            f"which do not divide the {available} of {topology}; make stages x data one of {legal}"
+            f"which do not divide the {available} of {topology}; make stages x data one of {legal} "
+            f"or use another topology",
         )
 
 

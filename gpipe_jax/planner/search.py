@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.partition import solver
 from gpipe_jax.partition.costs import LayerCost
 from gpipe_jax.pipeline import memory, remat
@@ -74,7 +75,7 @@ def search(job: Job, compiler: Compiler, compile_best: int) -> Ranking:
     analysed = list(candidates(job, compiler.topology))
     fitting = sorted((c for c in analysed if c.needed_gib <= limit), key=lambda c: c.step_s)
     if not fitting:
-        raise ValueError(_nothing_fits(analysed, compiler.topology))
+        raise ArgumentError("topology", _nothing_fits(analysed, compiler.topology))
     plans: list[Plan] = []
     for candidate in fitting[: MAX_COMPILED * compile_best]:
         layout = candidate.layout._replace(partition=list(candidate.boundaries))

@@ -13,11 +13,13 @@ Letters: K devices, V chunks, M micro-batches, T ticks, t tick, k device, s stag
 With one chunk a stage is a device.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 IDLE, FORWARD, BACKWARD = 0, 1, 2
+_MOST_LINES = 60  # of a drawing in text that is folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +133,14 @@ def validate(table: np.ndarray) -> None:
             raise ValueError(f"tick {t}: stage {s} goes backward on micro-batch {m} too early")
 
 
-def render(schedule: Schedule) -> str:
+def render(schedule: Schedule, width: int | None = None) -> str:
     """Draw a schedule as text: a row for each device, a column for each tick.
 
     Args:
         schedule: The schedule to draw.
+        width: Characters of a line. A wider table is folded; if that takes more than
+            60 lines, ticks in the middle are left out, and the last line says which. Default: no
+            limit.
 
     Returns:
         The drawing. F3 is the forward of micro-batch 3, B3 its backward, and a dot is idle. With
@@ -148,12 +153,34 @@ def render(schedule: Schedule) -> str:
         device 0  F0 F1 B0 B1
     """
     several = schedule.chunks > 1
-    width = len(str(schedule.micro_batches - 1)) + (4 if several else 2)
-    lines = ["tick     " + "".join(f"{t:>{width}}" for t in range(schedule.ticks))]
+    most = schedule.micro_batches - 1
+    cells = [[str(t) for t in range(schedule.ticks)]]
     for k in range(schedule.num_devices):
-        cells = [_cell(op, m, c if several else None) for op, m, c in schedule.table[:, k].tolist()]
-        lines.append(f"device {k:<2}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+        row = schedule.table[:, k].tolist()
+        cells.append([_cell(op, m, c if several else None) for op, m, c in row])
+    longest = len(f"F{most}.{schedule.chunks - 1}" if several else f"F{most}")
+    column = max(longest, len(cells[0][-1])) + 1
+    names = ["tick", *(f"device {k}" for k in range(schedule.num_devices))]
+    lead = max(map(len, names)) + 1
+    fitting = schedule.ticks if width is None else max((width - lead) // column, 3)
+
+    def block(ticks: Iterable[int | None]) -> str:
+        """Return the table of some ticks; None is a mark for ticks that are left out."""
+        columns = list(ticks)
+        lines = []
+        for name, row in zip(names, cells, strict=True):
+            texts = ("~" if t is None else row[t] for t in columns)
+            lines.append(f"{name:<{lead}}" + "".join(f"{text:>{column}}" for text in texts))
+        return "\n".join(lines)
+
+    starts = range(0, schedule.ticks, fitting)
+    if len(starts) * len(names) <= _MOST_LINES or len(starts) == 1:
+        ends = [min(start + fitting, schedule.ticks) for start in starts]
+        return "\n\n".join(block(range(*ends_of)) for ends_of in zip(starts, ends, strict=True))
+    first = fitting // 2
+    last = schedule.ticks - (fitting - 1 - first)
+    shown = block([*range(first), None, *range(last, schedule.ticks)])
+    return f"{shown}\nticks {first} to {last - 1} are left out at ~, as the table is too wide"
 
 
 def _cell(operation: int, micro_batch: int, chunk: int | None) -> str:

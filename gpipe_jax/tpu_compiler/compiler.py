@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.export
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.tpu_compiler import cache
 from gpipe_jax.tpu_compiler.libtpu import check_installed
 from gpipe_jax.tpu_compiler.results import Compiled, Program, too_large
@@ -101,10 +102,11 @@ def _limited(result: Compiled, topology: Topology) -> Compiled:
 def _check(program: Program, topology: Topology) -> None:
     stages, data = program.mesh_shape
     if stages * data > topology.devices:
-        raise ValueError(
+        raise ArgumentError(
+            "topology",
             f"{program.name}: a mesh of {stages} stages x {data} data replicas needs "
             f"{stages * data} devices, but {topology} has {topology.devices}; lower `stages` or "
-            f"`data`, or use a larger topology"
+            f"`data`, or use a larger topology",
         )
     if program.exported.nr_devices != stages * data:
         raise ValueError(
@@ -120,15 +122,17 @@ def _check(program: Program, topology: Topology) -> None:
     if topology.slices == 1 or stages * data == 1:
         return
     if stages % topology.slices:
-        raise ValueError(
+        raise ArgumentError(
+            "slices",
             f"{program.name}: {stages} stages do not divide by {topology.slices} slices; stages "
-            f"are split over slices, so make `stages` a multiple of `slices`"
+            f"are split over slices, so make `stages` a multiple of `slices`",
         )
     if stages * data < topology.devices:  # the compiler accepts no subset of several slices
-        raise ValueError(
+        raise ArgumentError(
+            "slices",
             f"{program.name}: a mesh of {stages} stages x {data} data replicas leaves some of the "
             f"{topology.devices} devices of {topology} idle, which several slices do not allow; "
-            f"raise `stages` or `data`, or use smaller slices"
+            f"raise `stages` or `data`, or use smaller slices",
         )
 
 

@@ -6,11 +6,14 @@ No JAX here, so that a mistake in an option is reported at once.
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import shtab
 
 from gpipe_jax.errors import ArgumentError, ConfigError, OptionError
+from gpipe_jax.utils import paths
+from gpipe_jax.utils.messages import printable
 from gpipe_jax.utils.text import did_you_mean
 
 # --- parsers --------------------------------------------------------------------------------------
@@ -28,6 +31,10 @@ class _Version(argparse.Action):
 
 class _Parser(argparse.ArgumentParser):
     """Suggest a legal choice in place of one that is unknown, also for commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        super().error(printable(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -77,6 +84,9 @@ def add_command(
     return parser
 
 
+CONFIG_RUNS_CODE = "a YAML file; if it names a Python file (data.source), the command runs that"
+
+
 def add_config(
     parser: argparse.ArgumentParser, text: str = "a YAML file", *, required: bool = True
 ) -> None:
@@ -86,6 +96,14 @@ def add_config(
     parser.add_argument(
         "overrides", metavar="a.b=c", nargs="*", help="settings that replace the file's"
     )
+
+
+def path(text: str) -> Path:
+    """Return the path of an option, on this machine: `type=console.path`."""
+    try:
+        return paths.local("path", text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("`path` ")) from error
 
 
 def complete_files(action: argparse.Action) -> None:

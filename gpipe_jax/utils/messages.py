@@ -25,7 +25,7 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], str(text))
 
 
-def show(text: object, *, end: str = "\n") -> None:
+def write(text: object, *, end: str = "\n") -> None:
     """Write a result to standard output."""
     print(printable(text), end=end, flush=True)
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpipe_jax.utils.messages import printable, write
 from gpipe_jax.utils.text import format_value
 
 Show = Callable[[dict], None]
+
+_DESCRIPTION = TextColumn("{task.description}", markup=False)
 
 
 @contextlib.contextmanager
@@ -30,20 +33,16 @@ def show(
     if not console.is_terminal:
         yield lambda record: _print_line(record, steps, every)
         return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), _DESCRIPTION)
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("compiling", total=steps)
 
         def update(record: dict) -> None:
             if "loss" in record:
-                bar.update(task, completed=record["step"], description=_values(record))
+                bar.update(task, completed=record["step"], description=printable(_values(record)))
             else:
-                bar.console.print(f"step {record['step']}: {_values(record)}", highlight=False)
+                line = printable(f"step {record['step']}: {_values(record)}")
+                bar.console.print(line, highlight=False, markup=False)
 
         yield update
 
@@ -63,15 +62,19 @@ def counting(total: int, noun: str) -> Iterator[Callable[[int, str], None]]:
         def line(done: int, text: str) -> None:
             nonlocal shown
             if done * 10 // total > shown * 10 // total:
-                print(f"{done}/{total} {noun}: {text}", flush=True)
+                write(f"{done}/{total} {noun}: {text}")
                 shown = done
 
         yield line
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), _DESCRIPTION)
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=f"{noun}, {text}")
+
+        def update(done: int, text: str) -> None:
+            bar.update(task, completed=done, description=printable(f"{noun}, {text}"))
+
+        yield update
 
 
 def passing(console: Console | None = None) -> Callable[[str], None]:
@@ -82,13 +85,18 @@ def passing(console: Console | None = None) -> Callable[[str], None]:
     """
     console = console or Console(stderr=True)
     end = "\r" if console.is_terminal else "\n"
-    return lambda text: console.print(text.ljust(console.width - 1), end=end, highlight=False)
+
+    def show_activity(text: str) -> None:
+        line = printable(text).ljust(console.width - 1)
+        console.print(line, end=end, highlight=False, markup=False)
+
+    return show_activity
 
 
 def _print_line(record: dict, steps: int, every: int) -> None:
     step = record["step"]
     if "loss" not in record or step % every == 0 or step in (1, steps):
-        print(f"step {step}/{steps}: {_values(record)}", flush=True)
+        write(f"step {step}/{steps}: {_values(record)}")
 
 
 def _values(record: dict) -> str:

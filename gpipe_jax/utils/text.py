@@ -94,8 +94,8 @@ def format_value(value: Any) -> str:
 
 
 def figures_table(figures: Mapping[str, Any]) -> str:
-    """Write figures as a table of names and values, one per line."""
-    rows = [(name, format_value(value)) for name, value in figures.items()]
+    """Write figures as a table of names and values, one per line; leave out what is None."""
+    rows = [(name, format_value(value)) for name, value in figures.items() if value is not None]
     return text_table(rows, head=False)
 
 

@@ -4,6 +4,7 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
+from gpipe_jax.config import trusted_code
 from nas.ask_tell.limits import Limit
 from nas.storage import old_names
 from nas.storage.reader import Reader
@@ -19,12 +20,18 @@ class Setup(NamedTuple):
     options: dict[str, Any]
 
     def pickled(self) -> bytes | None:
-        """Pickle the setup for the store; None if that is not possible."""
+        """Pickle the setup for the store, and note that it is this user's own.
+
+        Returns:
+            The pickle; None if that is not possible.
+        """
         simple = {k: v for k, v in self.options.items() if k != "workers" or type(v) in (int, str)}
         try:
-            return task.dumps(self._replace(options=simple))
+            pickled = task.dumps(self._replace(options=simple))
         except Exception:  # any object's own pickling may raise anything
             return None
+        trusted_code.remember(pickled)
+        return pickled
 
 
 def load_setup(reader: Reader, *, needed: bool = True) -> Setup:

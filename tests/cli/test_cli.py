@@ -87,6 +87,7 @@ def test_train_prints_table_progress_and_summary(trained):
     assert steps == [f"step {s}/5" for s in (1, 2, 4, 4, 5, 5)]
     assert "loss" in progress[0] and "step_time_s" in progress[0]
     assert "test_accuracy" in progress[-1]
+    assert not any("None" in line for line in lines[:-1])
     assert lines[-2].startswith("curves: ") and Path(lines[-2][8:]).is_file()
 
 
@@ -125,6 +126,49 @@ def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
     assert code == 0 and found["workdir"] == str(tmp_path / "moved")
     assert found["stages"] == (1 if more else 2)
     assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-5)
+
+
+def test_eval_asks_before_it_runs_code_of_a_folder(gpipe, tmp_path, monkeypatch):
+    """A run of one's own needs no question; that of somebody else needs --trust."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert gpipe("init", config=None)[0] == 0
+    assert gpipe("train", "train.steps=1", config="config.yaml")[0] == 0
+    assert gpipe("eval", config="runs/first")[0] == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of another user"))
+    refuses(
+        gpipe("eval", config="runs/first"),
+        "runs/first/config.yaml",
+        "this command would run my_data.py, and `gpipe train` of yours has not",
+        "add --trust if you trust it",
+    )
+    assert gpipe("eval", "--trust", config="runs/first")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+def test_the_help_says_that_the_code_of_a_config_runs(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "names a Python file (data.source), the command runs that" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        ("import sys; sys.exit(0)", 2, "raised SystemExit: 0"),
+        ("def make(**_): raise SystemExit", 2, "raised SystemExit: "),
+        (
+            "import sys\nfrom gpipe_jax import data\n"
+            "def make(batch_size, seed): return data.iterable('x', lambda step: sys.exit(0), list)",
+            1,
+            "a Python file of the run ended the program (sys.exit(0))",
+        ),
+    ],
+)
+def test_a_data_file_cannot_end_a_training_with_success(gpipe, tmp_path, code, exit_code, message):
+    (tmp_path / "mine.py").write_text(code)
+    found, _, err = gpipe("train", "data={kind: python, source: mine.py:make, batch_size: 24}")
+    assert found == exit_code and message in err
 
 
 def test_eval_of_a_folder_that_is_no_run(gpipe, tmp_path):
@@ -318,6 +362,45 @@ def test_bad_input(gpipe, tmp_path, command, name):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ()),
+        ("eval", ()),
+        ("plan", ()),
+        ("config", ()),
+        ("export", ("--out", "x.npz")),
+    ],
+)
+def test_addresses_are_no_paths(gpipe, command, arguments):
+    refuses(gpipe(command, *arguments, config="s3://a/b.yaml"), "s3:// addresses are not supported")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("train", "train.workdir=http://a/b"), "override 'train.workdir=http://a/b': "),
+        (("train", "--plan", "http://a/b"), "--plan: http://a/b: "),
+        (("plan", "--out", "http://a/b"), "--out: http://a/b: "),
+    ],
+)
+def test_addresses_of_options_are_refused(gpipe, arguments, place):
+    problem = "http:// addresses are not supported"
+    command, *rest = arguments
+    code, out, err = gpipe(command, *rest)
+    assert (code, out) == (2, []) and place in err and problem in err
+
+
+def test_the_folder_of_a_run_may_be_in_the_home_folder(gpipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for workdir in ("~/a", "$HOME/a"):
+        code, out, _ = gpipe("train", "train.steps=1", f"train.workdir={workdir}", "--json")
+        assert code == 0 and json.loads(out[-1])["workdir"] == str(tmp_path / "home" / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    monkeypatch.delenv("NOT_SET", raising=False)
+    refuses(gpipe("train", "train.workdir=$NOT_SET/a"), "variable NOT_SET is not set; set it")
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "config"])
 def test_no_such_config(gpipe, command):
     refuses(gpipe(command, config="nothing.yaml"), "nothing.yaml: no such file")
@@ -327,6 +410,13 @@ def test_no_such_run(gpipe):
     problem = "nope: no such file or folder; give the folder of a run"
     refuses(gpipe("eval", config="nope"), problem)
     refuses(gpipe("export", "--out", "a.npz", config="nope"), problem)
+
+
+def test_controls_of_a_terminal_are_escaped(gpipe, tmp_path):
+    (tmp_path / "a\x1b[2J.yaml").write_text("a: !<\\u001b[31m> b\n", encoding="utf-8")
+    code, out, err = gpipe("train", "mesh.\x1b[31m=3", config="a\x1b[2J.yaml")
+    assert (code, out) == (2, []) and "\x1b" not in err
+    assert "a\\x1b[2J.yaml" in err
 
 
 def test_a_config_of_another_command(gpipe):

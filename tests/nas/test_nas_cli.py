@@ -182,6 +182,60 @@ def test_bad_export(nas, tmp_path) -> None:
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
+def test_code_in_a_folder_of_somebody_else_is_asked_for(nas, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "mine"))
+    assert nas("search", "mine.yaml")[0] == 0
+    assert nas("export", "mine", "--out", "own.yaml")[0] == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "somebody else's"))
+    for arguments in (("--out", "a.yaml"), ("--out", "a.json", "--top", "2")):
+        code, out, err = nas("export", "mine", *arguments)
+        assert (code, out) == (2, []) and "add --trust if you trust who made the folder" in err
+    assert nas("export", "mine", "--out", "b.json")[0] == 0  # which runs no code
+    assert nas("export", "mine", "--out", "b.yaml", "--trust")[0] == 0
+    assert (tmp_path / "b.yaml").read_text() == (tmp_path / "own.yaml").read_text().replace(
+        "own.yaml", "b.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import sys; sys.exit(0)", "the module ends raised SystemExit: 0; import it in Python"),
+        ("1 / 0", "the module ends raised ZeroDivisionError: division by zero"),
+        ("def (", "the module ends raised SyntaxError: "),
+    ],
+)
+def test_a_module_that_cannot_be_imported(nas, tmp_path, code, problem) -> None:
+    (tmp_path / "ends.py").write_text(code)
+    exit_code, out, err = nas("search", "mine.yaml", "evaluate.function=ends:evaluate")
+    assert (exit_code, out) == (2, []) and problem in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("search", "mine.yaml", "run.workdir=s3://a/b"), "run.workdir: got 's3://a/b'"),
+        (("search", "s3://a/b.yaml"), "`config` s3://a/b.yaml"),
+        (("report", "s3://a/b"), "s3://a/b"),
+        (("export", "s3://a/b", "--out", "x.json"), "s3://a/b"),
+        (("export", "mine", "--out", "s3://a/b"), "--out/-o: s3://a/b"),
+    ],
+)
+def test_addresses_are_no_paths(nas, arguments, place) -> None:
+    code, out, err = nas(*arguments)
+    assert (code, out) == (2, []) and place in err
+    assert "s3:// addresses are not supported; give a path on this machine" in err
+
+
+def test_the_folder_of_a_search_may_be_in_the_home_folder(nas, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert nas("search", "mine.yaml", "run.workdir=~/a")[0] == 0
+    assert (tmp_path / "home" / "a" / "search.sqlite").exists()
+    assert nas("report", "~/a")[0] == 0
+    code, _, err = nas("search", "mine.yaml", "run.workdir=$NOT_SET_HERE/a")
+    assert code == 2 and "variable NOT_SET_HERE is not set; set it, or write the path out" in err
+
+
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 def test_the_benchmark(nas, pytestconfig) -> None:
     config = pytestconfig.rootpath / "configs" / "nasbench201.yaml"

@@ -454,6 +454,19 @@ def test_without_the_tpu_compiler(
     assert "pip install 'gpipe-jax[tpu]'" in capsys.readouterr().err
 
 
+def test_an_option_that_does_not_fit_is_named(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["plan", str(DIGITS), "--topology", "v3:2x2", "mesh.stages=3"]
+    assert cli.main(arguments) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("gpipe plan: --topology: a mesh of 3 stages x 2 data replicas has 6")
+    assert "which do not divide the 8 of v3:2x2; make stages x data one of 1, 2, 4, 8" in error
+
+
+def test_a_setting_that_does_not_fit_is_located(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", str(DIGITS), "mesh.stages=99"]) == cli.BAD_INPUT
+    assert "digits.yaml:" in capsys.readouterr().err
+
+
 def test_a_network_that_fits_no_layout() -> None:
     work = small_job(8, width=65_536, feed_forward=8, vocabulary=65_536, layers=1)
     work = work._replace(layers=work.layers[:1] + work.layers[-1:])

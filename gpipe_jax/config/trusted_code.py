@@ -1,0 +1,67 @@
+"""Remember which code from files this user has run, so that a folder runs no other code unasked.
+
+A folder of a run may come from somebody else, and it names code: a Python file that makes the data,
+or the functions of a search. A command that is given the folder runs that code only if a training
+or a search of the same user has run it before on this machine, or with `--trust`. Code is known by
+the hash of its content, so a folder may be moved, and a changed file is asked for again.
+"""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from gpipe_jax.config.run import Config
+from gpipe_jax.data import python_source
+from gpipe_jax.errors import ArgumentError, ConfigError
+
+TRUST = "run code that the folder names, though this user has not run it here before"
+"""Help text of the option `--trust`."""
+
+
+def remember(code: bytes | None) -> None:
+    """Note that this user has run this code; without a place for notes, do nothing."""
+    if code is not None:
+        with contextlib.suppress(OSError, RuntimeError):
+            note = _note(code)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+
+
+def is_known(code: bytes) -> bool:
+    """Return whether this user has run this code before on this machine."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return _note(code).exists()
+    return False
+
+
+def python_file(config: Config) -> bytes | None:
+    """Return the Python file that makes a config's data; None if there is no such file."""
+    if config.data.kind != "python":
+        return None
+    with contextlib.suppress(OSError, ArgumentError):
+        return python_source.split_source(config.data.source)[0].read_bytes()
+    return None
+
+
+def check(config: Config, where: str) -> None:
+    """Raise ConfigError if a run's config names a Python file that this user has not run here.
+
+    Args:
+        config: The config of the run.
+        where: Its file, for the message.
+    """
+    code = python_file(config)
+    if code is None or is_known(code):
+        return
+    file, _ = python_source.split_source(config.data.source)
+    problem = (
+        f"data.source: this command would run {file}, and `gpipe train` of yours has not run this "
+        f"file on this machine; read it, and add --trust if you trust it"
+    )
+    raise ConfigError([problem], where)
+
+
+def _note(code: bytes) -> Path:
+    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(root) / "gpipe-jax" / "trusted_code" / hashlib.sha256(code).hexdigest()
