@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("partition", "zoo", "sequential"),
         ("pipeline",),
         ("checkpoint",),
+        ("run_folder",),
         ("training",),
         ("planner",),
         ("cli",),

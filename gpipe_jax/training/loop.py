@@ -11,6 +11,7 @@ from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest
 from gpipe_jax.errors import DivergedError, StoppedError
 from gpipe_jax.pipeline.state import TrainState
+from gpipe_jax.run_folder.folder import RunFolder
 from gpipe_jax.training import metrics, resume
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
@@ -24,6 +25,7 @@ class TrainingLoop:
     def __init__(
         self,
         assembly: Assembly,
+        folder: RunFolder,
         restored: resume.Restored | None,
         show: Callable[[dict], None],
         stop: StopRequest,
@@ -31,7 +33,8 @@ class TrainingLoop:
     ) -> None:
         from gpipe_jax.checkpoint.save import Saver  # Orbax takes two seconds
 
-        self.assembly, self.stop, config = assembly, stop, assembly.config.train
+        self.assembly, self.folder, self.stop = assembly, folder, stop
+        config = assembly.config.train
         self.current = restored.state if restored else assembly.trainer.init(config.seed)
         self.saved_step: int | None = restored.manifest.step if restored else None
         # The evaluation of the current step, if it is done.
@@ -69,7 +72,8 @@ class TrainingLoop:
             DivergedError: A loss, or what an update left, is not finite.
             DataError: The data is not what it should be. A single process has saved the steps
                 before.
-            SaveError: A checkpoint could not be written.
+            SaveError: A checkpoint, or the metrics, could not be written.
+            RunInUseError: Another run has taken the folder.
         """
         trainer, config = self.assembly.trainer, self.assembly.config.train
         rows = trainer.pipe.rows
@@ -169,6 +173,7 @@ class TrainingLoop:
             self.saver.note(step, self.evaluation)  # after a stop in the evaluation
             return
         with trainer.timings.spend("checkpoint"):
+            self.folder.check()
             self.log.sync()
             info = RunInfo(
                 step,
@@ -178,11 +183,15 @@ class TrainingLoop:
             )
             descriptions = [str(layer) for layer in trainer.pipe.layers]
             self.saver.save(trainer.to_layers(self.current), info, descriptions)
+        if self.saved_step is not None:  # the saver has waited for it
+            self.folder.note_saved()
         self.saved_step = step
 
     def _finish(self) -> None:
         with self.assembly.trainer.timings.spend("checkpoint"):
             self.saver.wait()
+        if self.saved_step is not None:
+            self.folder.note_saved()
 
     def _stopped(self) -> StoppedError:
         self._finish()

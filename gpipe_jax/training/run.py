@@ -1,20 +1,19 @@
 """Carry out a whole run from a config, in its working folder.
 
 A run writes into its folder: `config.yaml` (as resolved), `metrics.jsonl` (one object for each
-logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`; if the config says so,
-`tensorboard/` and `profile/`. A later run in the same folder resumes it.
+logged step and each evaluation), `checkpoints/`, `curves.png`, `lock`, `run.json`; if the config
+says so, `tensorboard/` and `profile/`. A later run in the same folder resumes it.
 """
 
 import contextlib
-import fcntl
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 
 from gpipe_jax import plots
 from gpipe_jax.checkpoint.format import Manifest
@@ -23,8 +22,9 @@ from gpipe_jax.config.base import Mark
 from gpipe_jax.config.run import Config, marks
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest, handle_signals
-from gpipe_jax.errors import ConfigError, RunInUseError
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.layers.shape_inference import elements
+from gpipe_jax.run_folder.folder import CONFIG, CURVES, METRICS, exclusive, writing
 from gpipe_jax.training import loop, metrics, resume, writers
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.loop import TrainingLoop
@@ -58,20 +58,27 @@ def train(
             and raises StoppedError.
 
     Raises:
-        ConfigError: The folder holds another run, or cannot be written.
+        ConfigError: The folder holds another run, or files of someone else, or has lost its
+            checkpoints, or cannot be written.
         RunInUseError: Another run works in the folder.
         StoppedError, DivergedError, DataError, SaveError: See `TrainingLoop.run`.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(assembly.workdir))
-        stop = stack.enter_context(contextlib.nullcontext(stop) if stop else handle_signals())
+        folder = stack.enter_context(exclusive(assembly.workdir))
+        listener = contextlib.nullcontext(stop) if stop else handle_signals(jax.process_count())
+        stop = stack.enter_context(listener)
         restored = resume.newest(assembly.checkpoints, assembly.trainer, _same_run(assembly))
+        if restored:
+            folder.note_saved()
+        else:
+            folder.begin()
         write_config(assembly)
         opened = stack.enter_context(_writers(assembly, restored))
-        run = TrainingLoop(assembly, restored, show, stop, opened)
+        run = TrainingLoop(assembly, folder, restored, show, stop, opened)
         if restored and processes.is_first():
-            for warning in _warnings(assembly, restored.manifest.config):
+            before = Config.model_validate(restored.manifest.config).model_dump(mode="json")
+            for warning in _warnings(assembly, before):
                 say(warning)
         with contextlib.closing(run.saver):
             run.run()
@@ -110,7 +117,7 @@ def evaluate(assembly: Assembly, stop: StopRequest | None = None) -> RunSummary:
         problem = "there is no checkpoint to evaluate; train it first (gpipe train)"
         raise ConfigError([problem], str(assembly.workdir))
     final = loop.evaluate(assembly, restored.state, stop)
-    records = list(metrics.read(assembly.workdir / "metrics.jsonl"))
+    records = _records(assembly)
     figures = _figures(assembly, final, records, restored.state.step)
     figures["wall_s"] = time.perf_counter() - started
     notes = [*resume.describe(restored), f"checkpoint: step {restored.state.step}"]
@@ -120,55 +127,13 @@ def evaluate(assembly: Assembly, stop: StopRequest | None = None) -> RunSummary:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def exclusive(workdir: epath.Path) -> Iterator[None]:
-    """Make a folder and lock it: two runs in one folder would write the same files.
-
-    The first process holds the lock, which ends with it. There is no lock on gs://, nor on file
-    systems without locks.
-
-    Raises:
-        RunInUseError: Another run holds the lock.
-        ConfigError: The folder cannot be made.
-    """
-    with contextlib.ExitStack() as stack:
-        if processes.is_first():
-            with _writing(workdir):
-                workdir.mkdir(parents=True, exist_ok=True)
-                local = atomic_files.is_local(workdir)
-                file = stack.enter_context((workdir / "lock").open("w")) if local else None
-            _lock(file, workdir)
-        processes.all_agree(True)  # the other processes wait for the folder
-        yield
-
-
-def _lock(file: IO | None, workdir: epath.Path) -> None:
-    try:
-        if file is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        problem = f"another run is using {workdir}: end it, or wait until it has ended"
-        raise RunInUseError(f"{problem}, or use another folder (train.workdir=...)") from error
-    except OSError:
-        pass  # a file system without locks
-
-
 def write_config(assembly: Assembly) -> None:
     """Write the config into the working folder, with the folder's own name."""
     if processes.is_first():
         train = assembly.config.train.model_copy(update={"workdir": str(assembly.workdir)})
-        with _writing(assembly.workdir):
+        with writing(assembly.workdir):
             text = loader.dump(assembly.config.model_copy(update={"train": train}))
-            atomic_files.write_text(assembly.workdir / "config.yaml", text, durable=True)
-
-
-@contextlib.contextmanager
-def _writing(workdir: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot write here ({error}); use another folder (train.workdir=...)"
-        raise ConfigError([problem], str(workdir)) from error
+            atomic_files.write_text(assembly.workdir / CONFIG, text, durable=True)
 
 
 def default_workdir(source: Any) -> Path:
@@ -201,7 +166,7 @@ def _same_run(
         except ValueError as error:
             problem = (
                 f"the run here has a config that this version cannot read; use the version that "
-                f"wrote it ({manifest.versions['gpipe-jax']})"
+                f"wrote it ({manifest.versions.get('gpipe-jax', 'it names none')})"
             )
             raise ConfigError([problem], str(assembly.workdir)) from error
         differences = loader.compare(before, assembly.config)
@@ -290,8 +255,18 @@ def _other_split(assembly: Assembly, before: dict) -> str | None:
 # --- results --------------------------------------------------------------------------------------
 
 
+def _records(assembly: Assembly) -> list[dict]:
+    """Return what a run has written into its metrics file; an evaluation can do without."""
+    path = assembly.workdir / METRICS
+    try:
+        return list(metrics.read(path))
+    except Exception as error:  # of the disk, or of a bucket's client
+        say(f"{path} cannot be read: {error}")
+        return []
+
+
 def _draw(assembly: Assembly, records: list[dict]) -> str:
-    picture = assembly.workdir / "curves.png"
+    picture = assembly.workdir / CURVES
     if not processes.is_first():
         return "no curves: the first process draws them"
     if not records:
@@ -299,9 +274,16 @@ def _draw(assembly: Assembly, records: list[dict]) -> str:
     if not atomic_files.is_local(picture):
         return "no curves: they are drawn into local folders only"
     try:
-        plots.curves(records, Path(picture))
+        # Drawn elsewhere, as matplotlib would write into the target of a link.
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = Path(folder) / CURVES
+            plots.curves(records, drawn)
+            with atomic_files.replacing(picture) as draft:
+                draft.write_bytes(drawn.read_bytes())
     except ImportError as error:
         return f"no curves: {error}"
+    except Exception as error:  # the run has finished well; a picture must not make it fail
+        return f"no curves: cannot write {picture}: {error}"
     return f"curves: {picture}"
 
 

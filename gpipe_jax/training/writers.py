@@ -3,12 +3,13 @@
 import contextlib
 import importlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.utils.messages import say
 from gpipe_jax.utils.text import install_advice
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -75,6 +76,28 @@ class Wandb:
 WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
+class _Expendable:
+    """Wrap a writer: if it fails, the run goes on without it. The metrics file has everything."""
+
+    def __init__(self, name: str, writer: Writer) -> None:
+        self._name, self._writer, self._failed = name, writer, False
+
+    def write(self, record: dict) -> None:
+        self._try(self._writer.write, record)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, action: Callable, *arguments: Any) -> None:
+        if self._failed:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # each package has errors of its own
+            self._failed = True
+            say(f"{self._name}: {error}; the run goes on without it")
+
+
 def check(names: Sequence[str]) -> None:
     """Raise an ArgumentError that says what to install, if a writer's package is missing."""
     for name in names:
@@ -91,9 +114,14 @@ def check(names: Sequence[str]) -> None:
 def opened(
     names: Sequence[str], folder: epath.Path, config: dict, step: int
 ) -> Iterator[list[Writer]]:
-    """Open the writers of a run that resumes after `step`, and close them however it ends."""
+    """Open the writers of a run that resumes after `step`, and close them however it ends.
+
+    One that fails later is left out, with a message.
+    """
     with contextlib.ExitStack() as stack:
-        writers: list[Writer] = [WRITERS[name](folder, config, step) for name in names]
+        writers: list[Writer] = [
+            _Expendable(name, WRITERS[name](folder, config, step)) for name in names
+        ]
         for writer in writers:
             stack.callback(writer.close)
         yield writers

@@ -311,7 +311,7 @@ def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
     with pytest.raises(ConfigError) as error:
         run.train(assembly, lambda record: None)
     assert error.value.problems == (
-        "all checkpoints here are damaged; to start again, remove or rename the folder",
+        "all checkpoints here are damaged; to start again, use another folder (train.workdir=...)",
         "step 11: manifest.json is missing",
         "step 8: manifest.json is missing",
     )
@@ -478,7 +478,7 @@ def test_a_folder_that_another_run_is_using(whole, tmp_path):
         ),
     ):
         run.train(assembly, lambda record: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "run.json"]
     with run.exclusive(assembly.workdir):
         pass
 

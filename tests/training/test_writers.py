@@ -85,9 +85,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FakeWandb, list
 
         def stop(record: dict) -> None:
             if record["step"] == 6:
-                raise InterruptedError
+                raise KeyboardInterrupt
 
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             run.train(parts, stop)
         assert wandb.runs[0]["finished"]
         run.train(parts, lambda record: None)
@@ -151,3 +151,32 @@ def test_a_missing_package(tmp_path, monkeypatch, capsys, name: str, package: st
     said = capsys.readouterr().err
     assert f"x.yaml:4: train: `writers`: {name} needs {package} (" in said
     assert f"run pip install 'gpipe-jax[{name}]'" in said
+
+
+class Broken:
+    """A writer whose disk or network fails."""
+
+    def __init__(self, *_: Any) -> None:
+        self.calls = 0
+
+    def write(self, record: dict) -> None:
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        raise RuntimeError("the server is gone")
+
+
+def test_a_run_goes_on_without_a_writer_that_fails(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(writers.WRITERS, "tensorboard", Broken)
+    with writers.opened(["tensorboard"], tmp_path, {}, 0) as (writer,):
+        for _ in range(3):
+            writer.write({"step": 1})
+        assert writer._writer.calls == 1
+    with writers.opened(["tensorboard"], tmp_path, {}, 0):
+        pass  # the end of a run is not one of its failure either
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "gpipe: tensorboard: [Errno 28] No space left on device; the run goes on without it",
+        "gpipe: tensorboard: the server is gone; the run goes on without it",
+    ]
