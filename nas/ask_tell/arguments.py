@@ -30,6 +30,20 @@ class Length(NamedTuple):
         """Return the smaller number."""
         return self.cycles if self.evaluations is None else min(self.cycles, self.evaluations)
 
+    @property
+    def noun(self) -> str:
+        """Return what progress is counted in: evaluations if there is a budget of them."""
+        return "results" if self.evaluations is None else "evaluations"
+
+    @property
+    def total(self) -> int:
+        """Return the number of these at the end."""
+        return self.cycles if self.evaluations is None else self.evaluations
+
+    def done(self, results: int, evaluations: int) -> int:
+        """Return the number of these so far."""
+        return results if self.evaluations is None else evaluations
+
 
 def length(cycles: int | None, evaluations: int | None) -> Length:
     """Return the length of a search, with its defaults.
@@ -58,7 +72,11 @@ def settings(given: Mapping[str, Any], length: Length, path: Path) -> Settings:
     Raises:
         ValueError: A value is not legal, or evolution would never begin.
     """
-    known = {k: v for k, v in given.items() if v is not None or k not in ("population", "sample")}
+    known: dict[str, Any] = {
+        name: value
+        for name, value in given.items()
+        if value is not None or name not in ("population", "sample")
+    }
     if "population" not in known:
         known = {**_left_out(known, length, path), **known}
     complete = Settings(**known)
@@ -159,7 +177,8 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
             f"limits: expected a list of nas.Limit, got {wrong[0]!r}; give for example "
             "limits=[nas.Limit('params_m', measure, at_most=3.5)]"
         )
-    names = [limit.name for limit in limits]
+    checked: tuple[Limit, ...] = tuple(limits)
+    names = [limit.name for limit in checked]
     for name in names:
         if name in ("fitness", "trained_values"):
             raise ValueError(
@@ -171,7 +190,7 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
                 f"limits: {names.count(name)} of them have the name {name!r}, of which one would "
                 "hide the others; give each a name of its own"
             )
-    return tuple(limits)
+    return checked
 
 
 def check_directions(directions: Any) -> None:

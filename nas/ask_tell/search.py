@@ -123,8 +123,8 @@ class Search:
         **settings: Any,
     ) -> None:
         keywords.check_names("nas.Search", settings, argument_names())
-        self.space, length = spaces.as_space(space), arguments.length(cycles, evaluations)
-        self.settings = arguments.settings(settings, length, run_folder(folder, name))
+        self.space, self.length = spaces.as_space(space), arguments.length(cycles, evaluations)
+        self.settings = arguments.settings(settings, self.length, run_folder(folder, name))
         arguments.check(
             cache=cache,
             max_failures=max_failures,
@@ -134,7 +134,7 @@ class Search:
             compare=compare,
             directions=directions,
         )
-        self.cycles, self.evaluations, self.target = *length, target
+        self.cycles, self.target = self.length.cycles, target
         self.limit_check = LimitCheck(arguments.as_limits(limits))
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
         self.proposal_counter = FailureCounter(max_failures, "proposals")
@@ -194,7 +194,9 @@ class Search:
                 if self._queue:
                     job = self._queue.popleft()
                     if self._keeps_limits(job):
-                        return self._start(job)
+                        if not self._is_budget_taken():
+                            return self._start(job)
+                        self._queue.appendleft(job)  # others asked meanwhile
                 elif self._may_advance():
                     self._advance()
                 else:
@@ -203,8 +205,8 @@ class Search:
 
     def _is_budget_taken(self) -> bool:
         """Return whether the evaluations that run are the last ones, if none of them fails."""
-        taken = self.evaluated + len(self.leases.running)
-        return self.evaluations is not None and taken >= self.evaluations
+        budget = self.length.evaluations
+        return budget is not None and self.evaluated + len(self.leases.running) >= budget
 
     def _take_expired(self) -> Job | None:
         """Start a job again that was never told, if there is one."""
@@ -280,7 +282,8 @@ class Search:
         """Return whether there are enough results or evaluations, or one meets the target."""
         if self.evolution.results >= self.cycles:
             return True
-        if self.evaluations is not None and self.evaluated >= self.evaluations:
+        budget = self.length.evaluations
+        if budget is not None and self.evaluated >= budget:
             return True
         if self.target is None or self.best_fitness is None:
             return False

@@ -59,12 +59,14 @@ def _metrics(named: Mapping[Any, Any]) -> tuple[dict[str, float], str | None]:
     for name, value in named.items():
         number = _number(value) if isinstance(name, str) else None
         if number is None:
-            left_out.append(f"{name if isinstance(name, str) else repr(name)} {_described(value)}")
+            shown = name if isinstance(name, str) else _shortened(name)
+            left_out.append(f"{shown} {_described(value)}")
         else:
-            metrics[name] = number
+            metrics[_in_utf_8(name)] = number
     if not left_out:
         return metrics, None
-    return metrics, f"left out of the metrics, as no number with a name: {', '.join(left_out)}"
+    text = f"left out of the metrics, as no number with a name: {', '.join(left_out)}"
+    return metrics, _in_utf_8(text[:MAX_ERROR])
 
 
 def _number(value: Any) -> float | None:
@@ -74,7 +76,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # any object's own `float` may raise anything
         return None
 
 
@@ -105,8 +107,16 @@ def describe(error: BaseException) -> str:
     'ValueError: no'
     """
     # An error's own `str` may raise; this says so instead of raising.
-    text = "".join(traceback.format_exception_only(error)).strip()[:MAX_ERROR]
-    return text.encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
+    return _in_utf_8("".join(traceback.format_exception_only(error)).strip()[:MAX_ERROR])
+
+
+def _in_utf_8(text: str) -> str:
+    """Replace what stores, pages and figures cannot hold, as in names of files that are no UTF-8.
+
+    >>> _in_utf_8("caf\\udce9")
+    'caf\\\\udce9'
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _kind(error: BaseException, text: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from gpipe_jax.utils import progress
+from nas.ask_tell.arguments import Length
 from nas.storage import queries
-from nas.storage.reader import Reader
+from nas.storage.reader import Counts, Reader
 from nas.workers.driver import DriverThread
 
 EVERY_S = 0.5  # between updates
@@ -23,14 +24,14 @@ FINAL_UPDATES = 6  # of a notebook, which may lose one that is sent between two 
 PRINT_EVERY_S = 10.0  # between printed lines if the number of results to come is unknown
 
 
-def line(reader: Reader, cycles: int | None = None) -> str:
-    """Return the line: the number of results (of `cycles`, if given), the best, and counts."""
+def line(reader: Reader, length: Length | None = None) -> str:
+    """Return the line: the number of results, the best, and counts; of the total, if known."""
     counts, best = reader.counts(), next(reader.ranked(), None)
-    total = "" if cycles is None else f"/{cycles}"
-    phrases = [f"{counts.results}{total} results"]
+    total = {} if length is None else {length.noun: f"/{length.total}"}
+    phrases = [f"{counts.results}{total.get('results', '')} results"]
     if best is not None:
         phrases.append(f"best {best.fitness:.6g} (#{best.id})")
-    phrases.append(f"{counts.evaluations} evaluations")
+    phrases.append(f"{counts.evaluations}{total.get('evaluations', '')} evaluations")
     for number, text in (
         (counts.cache_hits, "from the cache"),
         (counts.rejected, "rejected"),
@@ -52,29 +53,29 @@ def watch(path: Path, driver: DriverThread | None = None, every_s: float = EVERY
         driver: The driver, if it runs in this process.
         every_s: Seconds between updates.
     """
-    cycles = driver.cycles if driver else None
     if in_notebook():
         arguments = (path, driver, every_s, _notebook_cell())
         threading.Thread(target=_follow, args=arguments, name="nas watch", daemon=True).start()
         return
     console = Console()
-    show = _terminal(console) if console.is_terminal else _printed(cycles)
+    length = driver.length if driver else None
+    show = _terminal(console) if console.is_terminal else _printed(length)
     _follow(path, driver, every_s, show)
 
 
-Show = Callable[[str, int, bool], None]
-"""A function of the line, the number of results, and whether this is the last line."""
+Show = Callable[[str, Counts, bool], None]
+"""A function of the line, the counts, and whether this is the last line."""
 
 
 def _follow(path: Path, driver: DriverThread | None, every_s: float, show: Show) -> None:
     reader = Reader(path)  # each thread needs its own
-    cycles = driver.cycles if driver else None
+    length = driver.length if driver else None
     try:
         while True:
             is_over = not queries.is_running(reader)
             # Before the line: `_end` waits for the driver, which may still store a result.
             end = f"; {_end(driver)}" if is_over else ""
-            show(line(reader, cycles) + end, reader.counts().results, is_over)
+            show(line(reader, length) + end, reader.counts(), is_over)
             if is_over:
                 return
             time.sleep(every_s)
@@ -98,11 +99,11 @@ def _notebook_cell() -> Show:
 
     handle: Any = display(HTML(""), display_id=True)
 
-    def show(text: str, _: int, is_last: bool) -> None:
+    def show(text: str, _: Counts, is_last: bool) -> None:
         content = HTML(f"<code>{html.escape(text)}</code>")
         handle.update(content)
         if is_last:
-            for _ in range(FINAL_UPDATES - 1):
+            for _update in range(FINAL_UPDATES - 1):
                 time.sleep(EVERY_S)
                 handle.update(content)
 
@@ -112,7 +113,7 @@ def _notebook_cell() -> Show:
 def _terminal(console: Console) -> Show:
     in_place = progress.passing(console)
 
-    def show(text: str, _: int, is_last: bool) -> None:
+    def show(text: str, _: Counts, is_last: bool) -> None:
         in_place(text)
         if is_last:
             console.print()
@@ -120,16 +121,16 @@ def _terminal(console: Console) -> Show:
     return show
 
 
-def _printed(cycles: int | None) -> Show:
-    """Print a line at every tenth of the results, or at intervals if their number is unknown."""
+def _printed(length: Length | None) -> Show:
+    """Print a line at every tenth of the search, or at intervals if its length is unknown."""
     last_tenth, last_time = -1, 0.0
 
-    def show(text: str, results: int, is_last: bool) -> None:
+    def show(text: str, counts: Counts, is_last: bool) -> None:
         nonlocal last_tenth, last_time
-        if cycles is None:
+        if length is None:
             is_due = time.monotonic() - last_time > PRINT_EVERY_S
         else:
-            tenth = results * 10 // cycles
+            tenth = length.done(counts.results, counts.evaluations) * 10 // length.total
             is_due, last_tenth = tenth != last_tenth, tenth
         if is_due or is_last:
             print(text, flush=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
+from nas.ask_tell.arguments import Length
 from nas.ask_tell.search import Search
 from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
@@ -197,9 +198,9 @@ class DriverThread:
         self._error: BaseException | None = None
 
     @property
-    def cycles(self) -> int:
-        """Return the number of results at which the search is over."""
-        return self._driver.search.cycles
+    def length(self) -> Length:
+        """Return when the search is over."""
+        return self._driver.search.length
 
     @property
     def error(self) -> BaseException | None:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -94,6 +96,23 @@ def test_retrainings_are_within_the_budget(tmp_path) -> None:
         drive(loop, slots=4)
         counts = loop.store.counts()
     assert counts.evaluations == 50 and counts.results < 30
+
+
+def test_a_budget_holds_while_limits_are_measured(tmp_path) -> None:
+    """Ask from several threads, all of which pass the budget before one of them starts a job."""
+
+    def measure(bits) -> float:
+        barrier.wait(5)
+        return 1.0
+
+    barrier = threading.Barrier(4)
+    limits = [nas.Limit("slow", measure)]
+    with (
+        small(tmp_path, population=1, cycles=4, evaluations=1, limits=limits) as loop,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        jobs = [asked.result() for asked in [pool.submit(loop.ask) for _ in range(4)]]
+    assert sum(job is not None for job in jobs) == 1
 
 
 def test_a_budget_is_resumed_and_may_grow(tmp_path) -> None:

@@ -14,9 +14,10 @@ from searches import Bits, drive, ones, small
 import nas
 from gpipe_jax.utils.graph_drawing import Box, Picture
 from nas import cli
+from nas.ask_tell.arguments import Length
 from nas.reports import html, live, report
 from nas.storage.queries import Snapshot
-from nas.storage.reader import Reader
+from nas.storage.reader import Counts, Reader
 
 EVIL = "<script>alert('&')</script>"
 VOID = {"img", "meta", "br"}
@@ -258,13 +259,28 @@ def test_a_space_of_a_user_is_drawn_if_it_is_known(tmp_path) -> None:
 
 def test_the_line_of_a_search(tmp_path) -> None:
     with small(tmp_path) as search:
-        assert live.line(search.store, 60) == "0/60 results, 0 evaluations"
+        assert live.line(search.store, search.length) == "0/60 results, 0 evaluations"
         first, second, _ = search.ask(), search.ask(), search.ask()
         search.tell(first, 2.0)
         search.tell(second, float("nan"))
         text = "1/60 results, best 2 (#0), 1 evaluations, 1 failures, 1 running"
-        assert live.line(search.store, 60) == text
+        assert live.line(search.store, search.length) == text
         assert live.line(search.store) == text.replace("/60", "")
+
+
+def test_the_line_of_a_search_with_a_budget(tmp_path) -> None:
+    with small(tmp_path, evaluations=9) as search:
+        search.tell(search.ask(), 2.0)
+        text = "1 results, best 2 (#0), 1/9 evaluations"
+        assert live.line(search.store, search.length) == text
+
+
+def test_lines_are_printed_by_the_budget(capsys) -> None:
+    show, counts = live._printed(Length(1000, 20)), Counts(*[0] * 8)
+    for evaluations in range(1, 21):
+        show(f"{evaluations} done", counts._replace(evaluations=evaluations), False)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["1 done", *(f"{n} done" for n in range(2, 21, 2))]
 
 
 def slow(bits) -> float:
@@ -311,7 +327,8 @@ def test_watching_raises_what_ended_the_search(tmp_path, capsys) -> None:
 def test_on_a_terminal_the_line_is_renewed_in_place() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60)
     show = live._terminal(console)
-    show("1/3 results", 1, False)
-    show("3/3 results", 3, True)
+    counts = Counts(*[0] * 8)
+    show("1/3 results", counts._replace(results=1), False)
+    show("3/3 results", counts._replace(results=3), True)
     text = console.file.getvalue()
     assert text.count("\r") == 2 and text.count("\n") == 1 and text.endswith("\n")
