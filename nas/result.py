@@ -339,7 +339,8 @@ class Result:
             evaluate: An evaluator; default: the one that was pickled with the run. Another one is
                 accepted, even if its fitness cannot be compared with that of the run.
             **options: Arguments of `nas.search`, such as `cycles` and `workers`, that differ from
-                those of the run. Space and settings cannot differ.
+                those of the run. A run driven by an executor or a client of dask needs `workers`.
+                Space and settings cannot differ.
 
         Returns:
             The result; see `nas.search`.
@@ -354,6 +355,11 @@ class Result:
         setup = load_setup(self.reader, needed=evaluate is None)
         _check_fixed(options, {**self.study.settings, "space": self.study.space})
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
+        if setup.options and "workers" not in {**stored, **options}:
+            raise ValueError(
+                "workers: the run does not have those that it was driven by, such as an executor "
+                "or a client of dask: give them again, or others, as in resume(workers=4)"
+            )
         return search(
             space=setup.space if setup.space is not None else self.space,
             evaluate=setup.evaluate if evaluate is None else evaluate,

@@ -15,9 +15,9 @@ from gpipe_jax.utils.text import install_advice
 from nas.errors import WorkersError
 from nas.evaluators.outcomes import describe
 from nas.workers import main_guard
+from nas.workers.dask_census import ANSWER_S, Census
 from nas.workers.worker_pool import WorkerPool
 
-ANSWER_S = 10.0  # s in which a scheduler must answer
 BEGUN = "nas job"  # topic on which workers report that they have begun a job
 RESTART_S = 5.0  # s in which a hung worker may end by itself
 
@@ -82,17 +82,18 @@ def _count(workers: str) -> int:
 def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> WorkerPool:
     """Return a pool of a cluster's workers; it runs as many jobs at once as they have threads.
 
+    Workers may come and go.
+
     Args:
         client: A `distributed.Client`.
         local: A local cluster to close with the pool, or None.
         owned: Whether the pool closes the client; a client of the user's stays open.
     """
-    slots = sum(client.nthreads().values())
-    if not slots:
-        raise WorkersError(
-            f"the dask scheduler {client.scheduler.address if client.scheduler else ''} has no "
-            "workers: start some with `dask worker ADDRESS`"
-        )
+    name = f"the dask scheduler {client.scheduler.address if client.scheduler else ''}".strip()
+    census = Census(client)
+    if not census.count():
+        census.close()
+        raise WorkersError(f"{name} has no workers: start some with `dask worker ADDRESS`")
 
     def expire(future: Any) -> None:
         hung = [worker for worker, keys in client.processing().items() if future.key in keys]
@@ -100,7 +101,12 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
         if hung:
             client.restart_workers(hung, timeout=RESTART_S, raise_for_error=False)
 
+    def cancel(future: Any) -> None:
+        if client.status == "running":  # else the scheduler has forgotten it
+            client.cancel([future], asynchronous=True)
+
     def close() -> None:
+        census.close()
         if owned:
             client.close()
         if local is not None:
@@ -117,4 +123,4 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
     def has_begun(future: Any) -> bool:
         return future.key in begun
 
-    return WorkerPool(submit, slots, True, expire, has_begun, close)
+    return WorkerPool(submit, census.count, True, expire, has_begun, close, cancel, name)

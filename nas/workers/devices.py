@@ -60,17 +60,16 @@ class DeviceAllocator:
         """Return the pool for the driver."""
         return WorkerPool(
             self._submit,
-            slots=self._count,
+            count_slots=self._count_slots,
             pickles=False,
             expire=self._expire,
             has_begun=self._has_begun,
             close=self._threads.close,
-            count_lost=self._count_lost,
         )
 
-    def _count_lost(self) -> int:
+    def _count_slots(self) -> int:
         # If all are lost, the driver must submit one more job, whose error has the reason.
-        return min(len(self._lost), self._count - 1)
+        return max(self._count - len(self._lost), 1)
 
     @property
     def _usable(self) -> int:

@@ -1,5 +1,7 @@
 """Keep the workers busy: ask for jobs, submit them, and report their outcomes.
 
+Workers may come and go. If there are none for `BEGIN_S`, the search ends, and can be resumed.
+
 Search.ask --> pool.submit --> running --> finished --> Search.report --> callback
                                   |                          ^
                                   +-- past its deadline: ----+
@@ -11,7 +13,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.evaluators.outcomes import failed_outcome
 from nas.workers import main_guard, task
+from nas.workers.asking import AskingThreads
 from nas.workers.worker_pool import WorkerPool
 
 Callback = Callable[[Search], object]
@@ -65,28 +70,68 @@ class Driver:
         self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
         self._called_back = self.search.evolution.results  # results at the last callback
         self._task = task.make_task(self.evaluator, self.pool.pickles)
-        self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()  # evaluations
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._last_workers = math.inf  # when there were any, on the clock time.monotonic
+        self._is_idle = False  # there is no job until a report changes that
+        self._asking = self._asking_threads()
         self._running: dict[int, RunningJob] = {}  # by evaluation
         self._expired: dict[int, RunningJob] = {}  # by evaluation, until their futures end
 
     def run(self) -> None:
         """Run the search to its end, and close the store and the pool in any case."""
-        self._end = time.monotonic() + (self.time_limit_s or math.inf)
+        self._last_workers = time.monotonic()
+        self._end = self._last_workers + (self.time_limit_s or math.inf)
         try:
             with main_guard.quiet_workers():
                 self._work()
         finally:
             for running in self._running.values():
-                running.future.cancel()
+                self.pool.cancel(running.future)
             self.search.close()
+            if self._asking is not None:
+                self._asking.close()
             self.pool.close()
 
     def _work(self) -> None:
         while not self._must_end():
             self._fill()
-            if not self._running or self.search.is_over:
+            if self.search.is_over or (self._is_idle and not self._busy):
                 return
             self._collect()
+
+    @property
+    def _busy(self) -> int:
+        """Count the jobs that run, or are asked for."""
+        return len(self._running) + (self._asking.count if self._asking else 0)
+
+    def _asking_threads(self) -> AskingThreads | None:
+        """Return threads that ask, if asking takes long; only a limit does."""
+        if not self.search.limit_check.limits:
+            return None
+
+        def must_end() -> bool:
+            return self.stopping.is_set() or time.monotonic() >= self._end
+
+        def on_answer(answer: Future) -> None:
+            self._events.put(partial(self._take_answer, answer))
+
+        return AskingThreads(self.search, must_end, on_answer)
+
+    def _count_slots(self) -> int:
+        """Return the number of jobs at once.
+
+        Raises:
+            WorkersError: It has been 0 for too long.
+        """
+        slots, now = self.pool.count_slots(), time.monotonic()
+        if slots:
+            self._last_workers = now
+        elif now - self._last_workers > BEGIN_S:
+            raise WorkersError(
+                f"{self.pool.name} has had no workers for {BEGIN_S:g} s: start some, then resume "
+                "the run; all results until now are stored"
+            )
+        return slots
 
     def _must_end(self) -> bool:
         """Return whether the driver is stopped or out of time.
@@ -101,17 +146,26 @@ class Driver:
         """Submit jobs until all slots are busy or there is no job now."""
 
         def has_other_work() -> bool:
-            return self._must_end() or not self._finished.empty()
+            return self._must_end() or not self._events.empty()
 
-        while len(self._running) < self.pool.slots - self.pool.count_lost():
-            # Measuring a limit may take minutes: report finished jobs before it and in between.
+        while self._busy < self._count_slots() and not self._is_idle:
+            if self._asking is not None:
+                self._asking.ask()
+                continue
             job = self.search.ask(until=has_other_work)
-            if job is None and self._finished.empty():
-                return
-            while not self._finished.empty():
-                self._settle(self._finished.get())
+            self._is_idle = job is None and self._events.empty()
+            while not self._events.empty():
+                self._events.get()()
             if job is not None:
                 self._submit(job)
+
+    def _take_answer(self, answer: Future) -> None:
+        assert self._asking is not None
+        job = self._asking.take(answer)
+        if job is None:
+            self._is_idle = True
+        else:
+            self._submit(job)
 
     def _submit(self, job: Job) -> None:
         argument = task.pickled_job(job) if self.pool.pickles else job
@@ -126,18 +180,19 @@ class Driver:
             ) from error
         deadline = time.monotonic() + BEGIN_S + self._job_s
         self._running[job.evaluation] = RunningJob(job, future, deadline)
-        future.add_done_callback(lambda _: self._finished.put(job.evaluation))
+        settle = partial(self._settle, job.evaluation)
+        future.add_done_callback(lambda _: self._events.put(settle))
 
     def _collect(self) -> None:
-        """Report jobs that have expired, and one that has finished; wait for it a while."""
+        """Report jobs that have expired, and handle one event; wait for it a while."""
         self._expire()
         first = min((running.deadline for running in self._running.values()), default=self._end)
         wait = min(first, self._end) - time.monotonic()
         try:
-            evaluation = self._finished.get(timeout=max(0.0, min(wait, POLL_S)))
+            handle = self._events.get(timeout=max(0.0, min(wait, POLL_S)))
         except queue.Empty:
             return
-        self._settle(evaluation)
+        handle()
 
     def _settle(self, evaluation: int) -> None:
         """Report an evaluation whose future has ended."""
@@ -180,6 +235,7 @@ class Driver:
                 self._report(running.job, Outcome("timeout", error=error))
 
     def _report(self, job: Job, outcome: Outcome) -> None:
+        self._is_idle = False
         self.search.report(job, outcome)
         self._call_back()
 

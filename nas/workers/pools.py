@@ -53,15 +53,12 @@ def of_executor(executor: Executor, slots: int | None = None) -> WorkerPool:
             "with max_workers, such as concurrent.futures.ThreadPoolExecutor(max_workers=8)"
         )
 
-    def expire(future: Any) -> None:
-        future.cancel()  # a job that runs cannot be taken back: its report will be late
-
     def has_begun(future: Any) -> bool:
         return future.running() or future.done()
 
-    pool = WorkerPool(
-        executor.submit, slots, isinstance(executor, ProcessPoolExecutor), expire, has_begun
-    )
+    count = slots
+    pickles = isinstance(executor, ProcessPoolExecutor)
+    pool = WorkerPool(executor.submit, lambda: count, pickles, has_begun=has_begun)
     if isinstance(executor, DaemonThreads):
         return replace(pool, close=executor.close)
     return pool

@@ -13,6 +13,7 @@ from typing import Any
 from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.evaluators.outcomes import as_outcome, describe, failed_outcome
+from nas.workers import device_shares
 from nas.workers.dask import BEGUN
 
 RESULT_S = 20.0  # s in which the result of a finished job must arrive
@@ -28,13 +29,15 @@ def run_job(evaluator: Evaluator, job: Job) -> Outcome:
     """
     _report_begun()
     started = time.time()
-    try:
-        outcome = as_outcome(evaluator.evaluate(job), job)
-    except ReturnError:
-        raise
-    except (Exception, SystemExit) as error:  # but not KeyboardInterrupt, which is the user's
-        outcome = failed_outcome(error)
-    return outcome._replace(worker=_worker_name(), started=started, finished=time.time())
+    with device_shares.shared_by(_jobs_at_once()) as device:
+        try:
+            outcome = as_outcome(evaluator.evaluate(job), job)
+        except ReturnError:
+            raise
+        except (Exception, SystemExit) as error:  # but not KeyboardInterrupt, which is the user's
+            outcome = failed_outcome(error)
+    name = _worker_name() if device is None else f"{_worker_name()}, {device}"
+    return outcome._replace(worker=name, started=started, finished=time.time())
 
 
 def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Any], Outcome]:
@@ -105,6 +108,12 @@ def _dask_worker() -> Any:
         return get_worker()
     except ValueError:
         return None
+
+
+def _jobs_at_once() -> int:
+    """Return how many jobs this process runs at once, as far as a cluster decides that."""
+    worker = _dask_worker()
+    return 1 if worker is None else worker.state.nthreads
 
 
 def _report_begun() -> None:

@@ -9,12 +9,12 @@ def _always(future: Any) -> bool:
     return True
 
 
+def _cancel(future: Any) -> None:
+    future.cancel()
+
+
 def _nothing() -> None:
     """Do nothing: the pool belongs to the user, who closes it."""
-
-
-def _none_lost() -> int:
-    return 0
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class WorkerPool:
     """Run jobs somewhere; every pool is made of these functions."""
 
     submit: Callable[..., Any]  # as of an executor: returns a future
-    slots: int  # jobs at once, at the start
+    count_slots: Callable[[], int]  # jobs at once, now; 0 while there are no workers
     pickles: bool  # whether jobs go to other processes
-    expire: Callable[[Any], None]  # abandon a future that takes too long
+    expire: Callable[[Any], None] = _cancel  # abandon a future that takes too long
     has_begun: Callable[[Any], bool] = _always  # whether a future no longer waits for a worker
     close: Callable[[], None] = _nothing
-    count_lost: Callable[[], int] = _none_lost  # slots that are lost; at most all but one
+    cancel: Callable[[Any], None] = _cancel  # a future that nobody waits for; without waiting
+    name: str = "the pool"  # in errors

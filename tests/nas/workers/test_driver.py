@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 from paths import HELPERS
@@ -17,7 +17,7 @@ import nas
 from nas import errors as nas_errors
 from nas.errors import MismatchError, ReturnError
 from nas.evaluators.evaluator import Function
-from nas.workers import dask, pools
+from nas.workers import dask, driver, pools
 from nas.workers import task as workers
 from nas.workers.driver import Driver, DriverThread
 
@@ -296,18 +296,51 @@ def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
     check(nas.load("search", tmp_path).resume(evaluate=ones))
 
 
-def test_finished_jobs_are_reported_while_limits_are_measured(tmp_path) -> None:
-    """Report between measures: a compiler as a limit takes minutes for each candidate."""
-
-    def slow(bits) -> float:
-        time.sleep(0.2)
-        written.append(nas.load("search", tmp_path).counts.evaluations)
+def test_jobs_are_reported_and_others_measured_while_a_limit_is_measured(tmp_path) -> None:
+    def measure(bits) -> float:
+        with lock:
+            measuring.append(bits)
+            count = len(measuring)
+        if count <= 3:
+            together.wait(20)  # three at once
+        if count == 4:
+            reported.wait(20)  # until two others are reported
         return 1.0
 
-    written: list[int] = []
-    search = {"name": "search", "workers": 4, "limits": [nas.Limit("size", slow)]}
-    run(tmp_path, cycles=12, population=6, sample=2, **search)
-    assert 1 <= written[3] <= 3
+    def after_each(search) -> None:
+        if search.evolution.results >= 2:
+            reported.set()
+
+    lock, measuring = threading.Lock(), []
+    together, reported = threading.Barrier(3), threading.Event()
+    options = {"workers": 3, "limits": [nas.Limit("size", measure)], "callback": after_each}
+    result = run(tmp_path, cycles=12, **options)
+    check(result, 12)
+    assert reported.is_set() and result.counts.evaluations == 12
+
+
+def test_an_error_of_the_search_while_a_limit_is_measured(tmp_path) -> None:
+    def broken(bits) -> float:
+        raise OSError("no compiler")
+
+    limits = [nas.Limit("size", broken)]
+    with pytest.raises(nas.FailuresError, match=r"limit 'size': OSError: no compiler"):
+        run(tmp_path, workers=3, limits=limits)
+    assert run(tmp_path, workers=3, limits=[nas.Limit("size", ones)]).counts.results == 60
+
+
+def test_a_search_ends_while_a_limit_is_measured(tmp_path) -> None:
+    def measure(bits) -> float:
+        begun.set()
+        end.wait(20)
+        return 1.0
+
+    begun, end = threading.Event(), threading.Event()
+    limits, started = [nas.Limit("size", measure)], time.monotonic()
+    result = run(tmp_path, workers=2, limits=limits, time_limit_s=0.5)
+    assert begun.is_set() and time.monotonic() - started < 10 and result.counts.results == 0
+    end.set()
+    check(run(tmp_path, workers=2, limits=[nas.Limit("size", ones)]))
 
 
 def test_a_search_resumes_with_its_own_limits_only(tmp_path) -> None:
@@ -567,10 +600,73 @@ def test_lost_slots_get_no_jobs(tmp_path) -> None:
 
     lock, busy, at_once = threading.Lock(), [], []
     pool = dataclasses.replace(
-        pools.make_pool(4), count_lost=lambda: 3 if len(at_once) >= 20 else 0
+        pools.make_pool(4), count_slots=lambda: 1 if len(at_once) >= 20 else 4
     )
     check(run(tmp_path, evaluate, workers=pool))
     assert max(at_once) > 1 and set(at_once[25:]) == {1}
+
+
+def test_workers_that_are_gone_end_the_search_in_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(driver, "BEGIN_S", 0.2)
+    pool = pools.make_pool(2)
+    gone = dataclasses.replace(pool, count_slots=lambda: 0, name="the dask scheduler tcp://h:1")
+    with pytest.raises(
+        nas_errors.WorkersError, match=r"tcp://h:1 has had no workers for 0.2 s: start some, then r"
+    ):
+        run(tmp_path, workers=gone)
+    assert run(tmp_path).counts.results == 60
+
+
+def test_workers_that_are_gone_while_jobs_run(tmp_path, monkeypatch) -> None:
+    """End the search although the jobs' futures never end; the next driver repeats the jobs."""
+    monkeypatch.setattr(driver, "BEGIN_S", 0.2)
+    pool, left = pools.make_pool(2), []
+
+    def submit(task, job):
+        left.append(job.candidate)
+        return pool.submit(task, job) if len(left) < 10 else Future()
+
+    going = dataclasses.replace(
+        pool, submit=submit, count_slots=lambda: 2 if len(left) < 11 else 0, name="the cluster"
+    )
+    with pytest.raises(nas_errors.WorkersError, match=r"the cluster has had no workers for 0.2 s"):
+        run(tmp_path, workers=going)
+    result = run(tmp_path)
+    check(result)
+    assert [row.outcome for row in result.reader.evaluations()].count("lost") == 2
+
+
+def test_workers_that_come_back_or_join_are_used(tmp_path, monkeypatch) -> None:
+    def evaluate(bits) -> float:
+        with lock:
+            busy.append(bits)
+            at_once.append(len(busy))
+        time.sleep(0.005)
+        with lock:
+            busy.pop()
+        return ones(bits)
+
+    monkeypatch.setattr(driver, "POLL_S", 0.01)
+    lock, busy, at_once, slots = threading.Lock(), [], [], iter([0] * 3 + [1] * 30)
+    pool = dataclasses.replace(pools.make_pool(4), count_slots=lambda: next(slots, 4))
+    check(run(tmp_path, evaluate, workers=pool))
+    assert at_once[0] == 1 and max(at_once) == 4
+
+
+def test_a_run_by_an_executor_is_not_resumed_by_other_workers_silently(tmp_path) -> None:
+    def evaluate(bits) -> float:
+        names.add(threading.current_thread().name)
+        return ones(bits)
+
+    names: set[str] = set()
+    with ThreadPoolExecutor(3, "mine") as executor:
+        result = run(tmp_path, workers=executor)
+        with pytest.raises(ValueError, match=r"workers: .* give them again, or others, as in"):
+            result.resume(evaluate=evaluate, cycles=70)
+        assert result.resume(evaluate=evaluate, cycles=70, workers=executor).counts.results == 70
+    assert all(name.startswith("mine") for name in names)
+    assert run(tmp_path, evaluate, cycles=80, workers=2).counts.results == 80
+    assert nas.load("search", tmp_path).resume(cycles=90).counts.results == 90
 
 
 # --- processes -----------------------------------------------------------------------------------

@@ -1,0 +1,33 @@
+"""Ask a search for jobs in threads, so that limits of several candidates are measured at once."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from nas.ask_tell.search import Search
+from nas.evaluators.evaluator import Job
+from nas.workers.threads import DaemonThreads
+
+
+class AskingThreads:
+    """Count the questions that have no answer yet."""
+
+    def __init__(
+        self, search: Search, until: Callable[[], bool], on_answer: Callable[[Future], None]
+    ) -> None:
+        self._search, self._until, self._on_answer = search, until, on_answer
+        self._threads = DaemonThreads()
+        self.count = 0
+
+    def ask(self) -> None:
+        """Ask for one job; `on_answer` gets the future, in the thread."""
+        self.count += 1
+        self._threads.submit(self._search.ask, self._until).add_done_callback(self._on_answer)
+
+    def take(self, answer: Future) -> Job | None:
+        """Return the job of an answer, or None if there is none now; raise what `ask` raised."""
+        self.count -= 1
+        return answer.result()
+
+    def close(self) -> None:
+        """End the threads; those that measure end later, and change nothing."""
+        self._threads.close()
