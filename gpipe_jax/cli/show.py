@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import shutil
 
 from gpipe_jax.config import loader
 from gpipe_jax.errors import OptionError
 from gpipe_jax.schedules import generators, simulation
-from gpipe_jax.schedules.schedule import Schedule
+from gpipe_jax.schedules.schedule import Schedule, render
 from gpipe_jax.utils import console
 from gpipe_jax.utils.messages import BAD_INPUT, fail, say, write
 from gpipe_jax.utils.text import figures_table
@@ -83,7 +84,7 @@ def schedule(options: argparse.Namespace) -> int:
         "peak_stash": drawn.peak_stash,
         **_times(drawn),
     }
-    write(drawn)
+    write(render(drawn, shutil.get_terminal_size((100, 24)).columns))
     write(figures_table(figures))
     write(_TIMES)
     if options.png:
@@ -106,12 +107,7 @@ lockstep a tick lasts as long as its slowest operation, as in one program on all
 
 def _times(drawn: Schedule) -> dict[str, float]:
     """Return the time of the schedule, in the unit that `_TIMES` defines."""
-    forward = [1 / drawn.chunks] * (drawn.num_devices * drawn.chunks)
-    backward = [3 * time for time in forward]
-    if drawn.kind == "forward":
-        backward = [0.0 for _ in forward]
-    else:
-        forward[-1] = 0.0  # the last stage's is part of its backward
+    forward, backward = simulation.usual_times(drawn)
     return {
         "time_lockstep": simulation.simulate(drawn, forward, backward).time,
         "time_asynchronous": simulation.simulate(drawn, forward, backward, lockstep=False).time,

@@ -43,6 +43,40 @@ def simulate(
         >>> simulate(gpipe(2, 4), forward=[1, 1], backward=[3, 3]).time
         20.0
     """
+    cost = entry_times(schedule, forward, backward)
+    time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
+    bubble = 1 - cost.sum() / (schedule.num_devices * time) if time else 0.0
+    return Simulation(time, float(bubble))
+
+
+class UsualTimes(NamedTuple):
+    """Hold times of stages without a measurement: [K V] each, in the time of a device's forward."""
+
+    forward: list[float]
+    backward: list[float]
+
+
+def usual_times(schedule: Schedule) -> UsualTimes:
+    """Return the times of equal stages: through all chunks of a device, a forward takes 1.
+
+    A backward recomputes the forward and takes 3. The last stage's forward is part of its backward,
+    and takes no time of its own.
+
+    Example:
+        >>> from gpipe_jax.schedules import gpipe
+        >>> usual_times(gpipe(2, 4))
+        UsualTimes(forward=[1.0, 0.0], backward=[3.0, 3.0])
+    """
+    forward = [1 / schedule.chunks] * (schedule.num_devices * schedule.chunks)
+    if not (schedule.table[..., 0] == BACKWARD).any():
+        return UsualTimes(forward, [0.0 for _ in forward])
+    return UsualTimes([*forward[:-1], 0.0], [3 * time for time in forward])
+
+
+def entry_times(
+    schedule: Schedule, forward: Sequence[float], backward: Sequence[float]
+) -> np.ndarray:
+    """Return the time of each entry of the table, [T, K], from the times of the stages, [K V]."""
     stages = schedule.table[..., 2] * schedule.num_devices + np.arange(schedule.num_devices)
     count = schedule.num_devices * schedule.chunks
     cost = np.zeros(schedule.table.shape[:2])
@@ -52,9 +86,7 @@ def simulate(
                 f"got {len(times)} times of stages for a schedule of {count} stages; give {count}"
             )
         cost += np.where(schedule.table[..., 0] == op, np.asarray(times, float)[stages], 0.0)
-    time = float(cost.max(axis=1).sum()) if lockstep else _dependent_time(schedule, cost)
-    bubble = 1 - cost.sum() / (schedule.num_devices * time) if time else 0.0
-    return Simulation(time, float(bubble))
+    return cost
 
 
 def _dependent_time(schedule: Schedule, cost: np.ndarray) -> float:

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from gpipe_jax.schedules import generators
-from gpipe_jax.schedules.generators import KINDS, TRAINING, interleaved, make, training_schedule
-from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule, validate
+from gpipe_jax.schedules.generators import (
+    KINDS,
+    TRAINING,
+    gpipe,
+    interleaved,
+    make,
+    one_f_one_b,
+    training_schedule,
+)
+from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule, render, validate
 from gpipe_jax.schedules.simulation import simulate
 
 GRID = list(itertools.product(range(1, 9), range(1, 13)))  # (K, M)
@@ -482,3 +490,40 @@ def test_idle_entries_have_no_chunk():
 def test_a_schedule_of_other_chunks_is_refused():
     with pytest.raises(ValueError, match=r"2 chunks .* 3"):
         training_schedule(interleaved(2, 4, 2), 2, 4, 3)
+
+
+# --- drawing in a line's width --------------------------------------------------------------------
+
+
+def test_a_wide_table_is_folded():
+    text = render(gpipe(2, 8), 40)
+    assert (
+        text
+        == """\
+tick       0  1  2  3  4  5  6  7  8  9
+device 0  F0 F1 F2 F3 F4 F5 F6 F7  .  .
+device 1   . F0 F1 F2 F3 F4 F5 F6 F7 B0
+
+tick      10 11 12 13 14 15 16 17
+device 0  B0 B1 B2 B3 B4 B5 B6 B7
+device 1  B1 B2 B3 B4 B5 B6 B7  ."""
+    )
+    assert render(gpipe(2, 8)) == str(gpipe(2, 8)) == render(gpipe(2, 8), 64)
+
+
+def test_of_a_huge_table_the_middle_is_left_out_and_named():
+    text = render(one_f_one_b(12, 100), 60)
+    *table, note = text.splitlines()
+    assert note == "ticks 6 to 216 are left out at ~, as the table is too wide"
+    assert len(table) == 13 and max(map(len, table)) <= 60
+    assert table[0] == "tick         0   1   2   3   4   5   ~ 217 218 219 220 221"
+    assert table[1] == "device 0    F0  F1  F2  F3  F4  F5   ~ B97   . B98   . B99"
+    assert table[12] == "device 11    .   .   .   .   .   .   ~   .   .   .   .   ."
+
+
+@pytest.mark.parametrize("width", [1, 20, 79, 200])
+@pytest.mark.parametrize(("K", "M", "V"), [(1, 1, 1), (4, 8, 1), (3, 40, 2), (64, 32, 1)])
+def test_no_line_is_wider_than_asked(width, K, M, V):
+    schedule = make("interleaved" if V > 1 else "1f1b", K, M, V)
+    widest = max(map(len, render(schedule, width).splitlines()[: K + 1]))
+    assert widest <= max(width, 40)
