@@ -4,10 +4,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_count
+from gpipe_jax.utils.text import did_you_mean
+from nas.errors import ReturnError
 from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
+from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.evaluators.outcomes import as_outcome, mean_metrics
 from nas.keywords import suggesting
 from nas.spaces import copies
@@ -22,7 +27,11 @@ class TabularEvaluator(Evaluator):
         table: A function of an architecture that returns all metrics: `nas.NASBench201Table`, a
             function of yours, or the `__getitem__` of a dict. If it has an attribute `dataset`, a
             search resumes only with the same one.
-        fitness: Name of the metric that is the fitness. Default: "valid12".
+        fitness: Name of the metric that is the fitness. A search checks at its start that the table
+            has it. Default: "valid12", of NAS-Bench-201.
+
+    Raises:
+        TypeError: `table` cannot be called.
 
     Example:
         >>> table = {(0, 1): {"accuracy": 0.5}, (1, 1): {"accuracy": 0.75}}
@@ -34,6 +43,14 @@ class TabularEvaluator(Evaluator):
     table: Callable[[Any], Mapping[str, float]]
     fitness: str = "valid12"
 
+    def __post_init__(self) -> None:
+        if not callable(self.table):
+            kind = type(self.table).__name__
+            raise TypeError(
+                f"table of type {kind}: expected a function of an architecture that returns a dict "
+                "of metrics; of a dict give its `__getitem__`"
+            )
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """Return the metric's name, and the table's data set if it has one."""
@@ -41,10 +58,53 @@ class TabularEvaluator(Evaluator):
         own = {"fitness": self.fitness}
         return own if dataset is None else {**own, "dataset": dataset}
 
+    def prepare(
+        self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+    ) -> "TabularEvaluator":
+        """Look up any architecture, to see that the table has the metric.
+
+        Raises:
+            ValueError: It has not, or it is of another space.
+            OSError: Its file cannot be read.
+        """
+        try:
+            metrics = self.table(space.random(Random(0)))
+        except Exception:  # a table of the user's may lack this architecture
+            if isinstance(self.table, NASBench201Table):
+                raise
+            return self
+        if problem := self._problem(metrics):
+            raise ArgumentError("fitness", problem)
+        return self
+
     def evaluate(self, job: Job) -> Mapping[str, float]:
-        """Return all metrics and `fitness`."""
-        metrics = self.table(job.architecture)
+        """Return all metrics and `fitness`.
+
+        Raises:
+            ReturnError: The table has no such metric.
+            LookupError: It does not have the architecture.
+        """
+        try:
+            metrics = self.table(job.architecture)
+        except KeyError as error:
+            raise LookupError(
+                f"the table has no entry for {job.architecture!r} (KeyError: {error}): add it, or "
+                "search a space whose architectures are all in the table"
+            ) from error
+        if problem := self._problem(metrics):
+            raise ReturnError(problem)
         return {**metrics, "fitness": metrics[self.fitness]}
+
+    def _problem(self, metrics: Any) -> str | None:
+        """Say why these cannot be the metrics of an architecture; return None if they can."""
+        if not isinstance(metrics, Mapping):
+            kind = type(metrics).__name__
+            return f"the table returned a value of type {kind}: expected a dict of metrics"
+        if self.fitness in metrics:
+            return None
+        hint = did_you_mean(self.fitness, metrics) or "; give one of these as `fitness`"
+        names = ", ".join(map(str, metrics)) or "nothing"
+        return f"`fitness` {self.fitness!r} is not in the table, which has {names}{hint}"
 
 
 @suggesting()

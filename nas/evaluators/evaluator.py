@@ -143,11 +143,17 @@ def as_evaluator(evaluate: Any) -> Evaluator:
     """Return an `Evaluator` for a function, an object with `evaluate`, or an `Evaluator`.
 
     Raises:
-        TypeError: It is none of these, or it declares members without being an `Evaluator`.
+        TypeError: It is none of these, but a class, for example; or it declares members without
+            being an `Evaluator`.
     """
     if isinstance(evaluate, Evaluator):
         return evaluate
     if hasattr(evaluate, "evaluate"):
+        if isinstance(evaluate, type):
+            raise TypeError(
+                f"evaluate is the class {evaluate.__name__}: expected an object of it, such as "
+                f"{evaluate.__name__}()"
+            )
         _check_declares_nothing(evaluate)
         return Adapter(evaluate)
     if callable(evaluate):

@@ -200,3 +200,10 @@ def test_an_identity_must_be_a_dict(own) -> None:
 
     with pytest.raises(ValueError, match=r"`identity` of Own is .*: expected a dict with texts as"):
         identity_of(Own())
+
+
+@pytest.mark.parametrize("kind", [Declared, Bare])
+def test_a_class_is_no_evaluator(kind) -> None:
+    rule = rf"evaluate is the class {kind.__name__}: expected an object .* {kind.__name__}\(\)"
+    with pytest.raises(TypeError, match=rule):
+        as_evaluator(kind)

@@ -496,7 +496,7 @@ def test_another_evaluator_is_refused_unless_allowed(tmp_path) -> None:
         MismatchError, match=r"evaluate.function is 'ones' in the run, 'twos' here; e"
     ):
         run(tmp_path, twos, cycles=61)
-    table = nas.TabularEvaluator(lambda bits: {"valid12": ones(bits)})
+    table = nas.TabularEvaluator(lambda bits: {"valid12": ones(bits), "test200": ones(bits)})
     with pytest.raises(MismatchError, match=r"evaluate.kind is 'Function' in the run, 'Tabular"):
         run(tmp_path, table, cycles=61)
     run(tmp_path, table, cycles=61, other_evaluator=True)
