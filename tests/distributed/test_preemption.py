@@ -1,9 +1,12 @@
 """Send signals, as a terminal or a supervisor does, while the main thread is busy."""
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,8 +17,19 @@ model: {kind: mlp, features: [64, 12, 10]}
 data: {kind: digits, batch_size: 24}
 train: {steps: 1000000, save_every: 5}
 """
-# The start, the compilation of the step, or a checkpoint takes long.
+# The imports, the start, the compilation of the step, or a checkpoint takes long.
 SLOW = {
+    "": "",
+    "import": """
+import sys
+import time
+class Slow:
+    def find_spec(name, path, target=None):
+        if name == "jax":
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow)
+""",
     "start": """
 import time
 from gpipe_jax.training import from_config
@@ -51,8 +65,8 @@ def start(tmp_path):
     def run(slow: str) -> subprocess.Popen:
         (tmp_path / "c.yaml").write_text(CONFIG)
         arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
-        command = f"from gpipe_jax.cli.main import main\nraise SystemExit(main({arguments}))"
-        code = SLOW[slow] + command
+        command = "from gpipe_jax.__main__ import main\nsys.exit(main())"
+        code = f"import sys\nsys.argv[1:] = {arguments}\n{SLOW[slow]}{command}"
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))
@@ -79,8 +93,66 @@ def test_while_compiling_there_is_nothing_to_save(start, tmp_path, number):
     assert process.wait(timeout=20) == 75
     assert f"{number.name}: stopping at once, as there is nothing to save" in process.stdout.read()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoints", "config.yaml", "lock", "metrics.jsonl",
+        "checkpoints", "config.yaml", "lock", "metrics.jsonl", "run.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_while_importing_there_is_nothing_to_save(start, tmp_path, number):
+    process = start("import")
+    wait_for(process, "importing")
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 75
+    assert f"{number.name}: stopping at once, as there is nothing to save" in process.stdout.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_signals_that_are_repeated_to_the_end_change_nothing(start, tmp_path, number):
+    """Save once, and exit with code 75, also if a signal comes when the interpreter ends."""
+    process = start("")
+    wait_for(process, "step 10/")
+    while process.poll() is None:
+        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    said = process.stdout.read()
+    assert process.returncode == 75, said
+    assert said.count("saving after this step") == 1 and "which is saved" in said
+
+
+def test_a_hangup_is_ignored_under_nohup(start, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does for its child
+    try:
+        process = start("start")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(process, "starting")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path):
+    """Save and exit with code 75, although nothing can be printed any more."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "gpipe_jax", *arguments])
+    reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "10").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+
+
+def read_all(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 4096):
+            pass
 
 
 def test_while_starting_there_is_nothing_to_save(start, tmp_path):
