@@ -1,11 +1,15 @@
 """Check that an optimizer acts on each element alone, so that packing parameters is harmless.
 
-The check runs two updates twice: on arrays of several shapes, and on the same numbers packed into
-one vector. It also looks at the optimizer's state, which `checkpoint` cuts by layers.
+The check is a trial: it runs the optimizer twice, on arrays of several shapes, and on the same
+numbers packed into one vector. Updates that are zero show nothing. So a trial lasts until it has
+seen updates that are not, and there are trials from later steps on: a learning rate may be zero for
+many steps, and gradient accumulation makes most updates zero. It also looks at the optimizer's
+state, which `checkpoint` cuts by layers.
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +41,23 @@ _PROBES = {
     "rank_5": _Probe((2, 1, 3, 2, 2), _LARGE),
 }
 _TOLERANCE = 1e-4  # of the largest update: float32 and another order of sums give less
+_SEEN = 2  # updates that are not zero, in each trial
+_LONGEST = 1024  # steps of the first trial, in which most updates may be zero
+_SHORT = 64  # steps of a later trial
+_LATER = (2**10, 2**20)  # steps from which trials start in any case
+_SEARCHED = tuple(4**i for i in range(1, 11))  # likewise, if all updates were zero so far
 
 _REFUSED = (
     "this optax transformation depends on how parameters are grouped into arrays (as Adafactor, "
     "LAMB or a mask do), so its result would depend on the number of stages; use elementwise "
     "transformations and global norms (SGD, Adam, RMSProp, clip_by_global_norm)"
+)
+
+_ALL_ZERO = (
+    f"every update of this optax transformation was zero, in its first {_LONGEST} steps and in "
+    f"trials from later steps on (up to step {_SEARCHED[-1]}), so it is not known whether it "
+    f"depends on how parameters are grouped into arrays; use a learning rate that is not zero, or "
+    f"optax.set_to_zero() to change no parameter"
 )
 
 
@@ -53,12 +69,15 @@ def check_elementwise(tx: optax.GradientTransformation) -> None:
         tx: An optax transformation.
 
     Raises:
-        ValueError: It does not, or its state has arrays that are not in the form of the parameters.
+        ValueError: It does not, its state has arrays that are not in the form of the parameters, or
+            all updates were zero.
     """
     rng = np.random.default_rng(0)
     params, *gradients = (_draw(rng) for _ in range(3))
     try:
         accepted = _state_is_like_params(tx, params) and _packing_is_harmless(tx, params, gradients)
+    except _AllZeroError:
+        raise
     except Exception as error:  # optax raises anything for arrays that it cannot take
         raise ValueError(f"{_REFUSED} ({type(error).__name__}: {error})") from error
     if not accepted:
@@ -72,17 +91,26 @@ def _draw(rng: np.random.Generator) -> PyTree:
     }
 
 
+def _form(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [np.shape(a) for a in jax.tree.leaves(tree)]
+
+
+def _has_form(params: PyTree) -> Callable[[PyTree], bool]:
+    """Return a function that checks whether a tree has the structure and shapes of `params`."""
+    form = _form(params)
+
+    def check(node: PyTree) -> bool:
+        return _form(node) == form
+
+    return check
+
+
 def _state_is_like_params(tx: optax.GradientTransformation, params: PyTree) -> bool:
     """Return whether the state holds only scalars, and trees in the form of the parameters.
 
     Such trees can be cut by layers. A `MaskedState` cannot: it leaves out some of the parameters.
     """
-
-    def form(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-        return jax.tree.structure(tree), [np.shape(a) for a in jax.tree.leaves(tree)]
-
-    def is_like_params(node: PyTree) -> bool:
-        return form(node) == form(params)
+    is_like_params = _has_form(params)
 
     def is_masked(node: PyTree) -> bool:
         return isinstance(node, optax.MaskedState)
@@ -92,37 +120,146 @@ def _state_is_like_params(tx: optax.GradientTransformation, params: PyTree) -> b
     return all(is_like_params(node) or (not is_masked(node) and node.shape == ()) for node in nodes)
 
 
+# --- trials ---------------------------------------------------------------------------------------
+
+
 def _packing_is_harmless(
     tx: optax.GradientTransformation, params: PyTree, gradients: Sequence[PyTree]
 ) -> bool:
     """Return whether the updates of the arrays are those of one vector of the same numbers."""
-    trees = (params, *gradients)
-    packed = tuple({"packed": _flatten(tree)} for tree in trees)
+    run = _Trials(tx, params, gradients).run
+    first = run(limit=_LONGEST)
+    if not (first.is_harmless or first.is_zero):
+        return False
+    limit = _SHORT if first.is_zero else first.steps
+    later = [run(*start, limit=limit) for start in _starts(tx, params, _LATER)]
+    results = [first, *(result for result in later if result.is_finite)]
+    if all(result.is_zero for result in results):
+        starts = [*_starts(tx, params, _SEARCHED)]
+        if not starts:
+            return True  # without counters, all steps are alike
+        searched = (run(*start, limit=_SHORT) for start in starts)
+        seen = next((r for r in searched if r.is_finite and not r.is_zero), None)
+        if seen is None:
+            raise _AllZeroError(_ALL_ZERO)
+        results = [seen]
+    return all(result.is_harmless or result.is_zero for result in results)
 
-    @jax.jit
-    def both(packed: Any, trees: Any) -> tuple[PyTree, PyTree]:
-        return _sum_of_updates(tx, *packed), _sum_of_updates(tx, *trees)
 
-    of_packed, of_trees = map(_flatten, both(packed, trees))
-    largest = np.abs(of_trees).max()
-    return bool(np.abs(of_packed - of_trees).max() <= _TOLERANCE * largest)
+class _AllZeroError(ValueError):
+    """Report that no trial has shown anything."""
 
 
-def _sum_of_updates(tx: Any, params: PyTree, *gradients: PyTree) -> PyTree:
-    """Return the sum of one update per gradient.
+def _starts(tx: Any, params: PyTree, offsets: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+    """Yield by how much counters are advanced at the start of a trial, and which one is not.
 
-    The parameters themselves would hide the small updates of a long warm-up.
+    A counter of accumulated gradients must not be advanced beyond their number.
     """
-    tx = optax.with_extra_args_support(tx)
-    state = tx.init(params)
-    total = jax.tree.map(jnp.zeros_like, params)
-    decaying = jax.tree.map(jnp.ones_like, params)
-    for grads in gradients:
-        updates, state = tx.update(grads, state, params, decaying=decaying)
-        params = optax.apply_updates(params, updates)
-        total = jax.tree.map(jnp.add, total, updates)
-    return total
+    nodes = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=_has_form(params))
+    scalars = [node.dtype for node in nodes if getattr(node, "shape", None) == ()]
+    counters = sum(jnp.issubdtype(dtype, jnp.integer) for dtype in scalars)
+    if scalars:
+        yield from ((offset, kept) for offset in offsets for kept in (None, *range(counters)))
 
 
-def _flatten(tree: PyTree) -> np.ndarray:
-    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+class _Result(NamedTuple):
+    """Hold what a trial has shown."""
+
+    steps: int
+    largest: float  # update
+    difference: float  # the largest one between the two forms
+
+    @property
+    def is_zero(self) -> bool:
+        """Return whether all updates were zero."""
+        return self.largest == 0 == self.difference
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether all updates were finite."""
+        return bool(np.isfinite([self.largest, self.difference]).all())
+
+    @property
+    def is_harmless(self) -> bool:
+        """Return whether there were updates, the same in both forms."""
+        return self.largest > 0 and self.difference <= _TOLERANCE * self.largest
+
+
+class _Trials:
+    """Run an optimizer on arrays, and on the same numbers packed into one vector, side by side."""
+
+    def __init__(self, tx: Any, params: PyTree, gradients: Sequence[PyTree]) -> None:
+        self._tx = optax.with_extra_args_support(tx)
+        self._params = _both_forms(params)
+        self._gradients = [_both_forms(tree) for tree in gradients]
+        # They run a few times, and on CPU their code takes longer to optimize than to compile.
+        on_cpu = jax.default_backend() == "cpu"
+        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+        self._step = jax.jit(self._update, compiler_options=options)
+        self._start = jax.jit(self._init, compiler_options=options)(self._params)
+
+    def run(self, offset: int = 0, kept: int | None = None, *, limit: int) -> _Result:
+        """Do steps until `_SEEN` updates were not zero, at most `limit`.
+
+        Args:
+            offset: By how much the state's counters are advanced before. Default: 0.
+            kept: The number of the counter that is not. Default: none.
+            limit: The most steps.
+        """
+        params, states, result, seen = self._params, self._start, _Result(0, 0.0, 0.0), 0
+        if offset:
+            both = zip(states, params, strict=True)
+            states = [_advance(state, p, offset, kept) for state, p in both]
+        while seen < _SEEN and result.steps < limit:
+            gradients = self._gradients[result.steps % len(self._gradients)]
+            params, states, shown = self._step(params, states, gradients)
+            largest, difference = (float(a) for a in shown)
+            seen += largest != 0 or difference != 0
+            # `np.maximum` keeps NaN, and on CPU the maximum of a compiled program does not.
+            largest = np.maximum(result.largest, largest)
+            difference = np.maximum(result.difference, difference)
+            result = _Result(result.steps + 1, float(largest), float(difference))
+        return result
+
+    def _init(self, params: Sequence[PyTree]) -> list[PyTree]:
+        return [self._tx.init(p) for p in params]
+
+    def _update(self, params: Any, states: Any, gradients: Any) -> tuple:
+        """Do one update of both forms; return also the largest number, and difference, of both."""
+        updates, after = [], []
+        for p, s, g in zip(params, states, gradients, strict=True):
+            u, s = self._tx.update(g, s, p, decaying=jax.tree.map(jnp.ones_like, p))
+            updates.append(u)
+            after.append((optax.apply_updates(p, u), s))
+        of_arrays, of_vector = (
+            jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(u)]) for u in updates
+        )
+        is_finite = jnp.isfinite(of_arrays).all() & jnp.isfinite(of_vector).all()
+        shown = [jnp.abs(a).max() for a in (of_arrays, of_arrays - of_vector)]
+        shown = [jnp.where(is_finite, a, jnp.nan) for a in shown]
+        params, states = zip(*after, strict=True)
+        return list(params), list(states), shown
+
+
+def _both_forms(tree: PyTree) -> list[PyTree]:
+    packed = np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+    return jax.tree.map(jnp.asarray, [tree, {"packed": packed}])
+
+
+def _advance(state: PyTree, params: PyTree, offset: int, kept: int | None) -> PyTree:
+    """Return the state with advanced counters, and with 1 for each number that is 0.
+
+    Such a number may be a learning rate that the caller is going to set.
+    """
+    is_like_params, counter = _has_form(params), itertools.count()
+
+    def advance(node: PyTree) -> PyTree:
+        if is_like_params(node):
+            return node
+        if jnp.issubdtype(node.dtype, jnp.integer) and next(counter) != kept:
+            largest = np.iinfo(node.dtype).max // 2
+            return node + node.dtype.type(min(offset, largest))
+        is_zero = jnp.issubdtype(node.dtype, jnp.floating) and node == 0
+        return jnp.ones_like(node) if is_zero else node
+
+    return jax.tree.map(advance, state, is_leaf=is_like_params)

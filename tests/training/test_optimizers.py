@@ -184,6 +184,26 @@ def late(make, *args, **kwargs):
     )
 
 
+def late_clip(clip: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(clip, optax.sgd(zero_until(3)))
+
+
+def zero_until(step: int, rate: float = 0.1):
+    """Return a learning rate that is zero for so many steps."""
+    return lambda count: jnp.where(count < step, 0.0, rate)
+
+
+def accumulated(tx: optax.GradientTransformation, steps: int = 3) -> optax.GradientTransformation:
+    return optax.MultiSteps(tx, steps).gradient_transformation()
+
+
+def trust_ratio_from(step: int) -> optax.GradientTransformation:
+    late_ratio = optax.transforms.conditionally_transform(
+        optax.scale_by_trust_ratio(), lambda count: count >= step
+    )
+    return optax.chain(optax.scale_by_adam(), late_ratio, optax.scale(-0.1))
+
+
 def logical_mask() -> optax.GradientTransformation:
     return optax.masked(optax.scale(2.0), {"a": True, "b": False})
 
@@ -230,9 +250,25 @@ ACCEPTED = {
     "clip": lambda: optax.chain(optax.clip(0.1), optax.sgd(0.1)),
     "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
     "its rate in its state": lambda: optax.inject_hyperparams(optax.adam)(1e-3),
-    "multi-steps": lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+    "multi-steps": lambda: accumulated(optax.sgd(0.1), 2),
+    "many multi-steps": lambda: accumulated(optax.adam(0.1), 50),
+    "if finite": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
+    "a late rate": lambda: optax.adam(zero_until(3)),
+    "a rate that the caller sets": lambda: optax.inject_hyperparams(optax.adam)(0.0),
+    "a rate that ends": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 50)),
+    "no change at all": optax.set_to_zero,
+    "a rate of zero, without counters": lambda: optax.sgd(0.0, momentum=0.9),
 }
 REFUSED = {
+    "lamb, multi-steps": lambda: accumulated(optax.lamb(0.1)),
+    "lamb, many multi-steps": lambda: accumulated(optax.lamb(0.1), 50),
+    "lamb, late rate": lambda: optax.lamb(zero_until(3)),
+    "lars, late rate": lambda: optax.lars(zero_until(3)),
+    "lamb, late rate, multi-steps": lambda: accumulated(optax.lamb(zero_until(2))),
+    "lamb, late rate, if finite": lambda: optax.apply_if_finite(optax.lamb(zero_until(3)), 3),
+    "lamb, the caller sets the rate": lambda: optax.inject_hyperparams(optax.lamb)(0.0),
+    "block rms, late": lambda: late_clip(optax.clip_by_block_rms(1.0)),
+    "a trust ratio from a step on": lambda: trust_ratio_from(50),
     "adafactor": lambda: optax.adafactor(1e-3),
     "factored rms alone": lambda: optax.scale_by_factored_rms(),
     "lamb": lambda: optax.lamb(1e-3),
@@ -263,6 +299,29 @@ def test_elementwise_transformations_are_accepted(name):
 def test_what_depends_on_the_grouping_is_refused(name):
     with pytest.raises(ValueError, match="depends on how parameters are grouped into arrays"):
         elementwise.check_elementwise(REFUSED[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2000, 10**5])
+@pytest.mark.parametrize("accumulate", [1, 40])
+def test_a_rate_that_is_zero_for_long(steps, accumulate):
+    """Check steps that no trial reaches from the first one."""
+
+    def make(optimizer):
+        return accumulated(optimizer(zero_until(steps)), accumulate)
+
+    elementwise.check_elementwise(make(optax.adam))
+    with pytest.raises(ValueError, match="depends on how parameters are grouped into arrays"):
+        elementwise.check_elementwise(make(optax.lamb))
+
+
+@pytest.mark.parametrize("make", [optax.adam, pytest.param(optax.lamb, marks=pytest.mark.slow)])
+def test_updates_that_are_all_zero_are_refused(make):
+    match = (
+        "every update .* was zero, in its first .* steps .*; use a learning rate that is not zero"
+    )
+    with pytest.raises(ValueError, match=match):
+        elementwise.check_elementwise(make(0.0))
 
 
 def test_a_transformation_that_makes_nan_is_refused():
