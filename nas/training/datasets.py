@@ -19,6 +19,7 @@ from gpipe_jax import data
 from gpipe_jax.data import cifar10_files, images
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils import paths
+from nas.training import file_checks
 
 
 class Split(NamedTuple):
@@ -154,8 +155,13 @@ def source(name: str) -> Source:
     if name in _SOURCES:
         return _SOURCES[name]
 
+    def make(batch_size: int) -> data.Dataset:
+        return data.arrays(name, batch_size, 0)
+
     def load(_: str | None) -> tuple[np.ndarray, np.ndarray]:
-        return _all_examples(lambda size: data.arrays(name, size, 0))
+        make(1)  # for its errors, if the file cannot be read
+        file_checks.check(name)
+        return _all_examples(make)
 
     return Source(load, _a_tenth)
 
@@ -174,13 +180,7 @@ def _all_examples(make: Callable[[int], data.Dataset]) -> tuple[np.ndarray, np.n
     """
     count = make(1).train_examples
     batch = next(make(count or 1).train(0))
-    inputs = batch["inputs"]
-    if inputs.ndim != 4 or inputs.shape[1] != inputs.shape[2]:
-        raise ValueError(
-            f"inputs have the shape {list(inputs.shape)}: candidates are trained on square images; "
-            "use inputs [N, pixels, pixels, channels]"
-        )
-    return inputs, batch["labels"]
+    return batch["inputs"], batch["labels"]
 
 
 def _digits(_: str | None) -> tuple[np.ndarray, np.ndarray]:
