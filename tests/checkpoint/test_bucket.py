@@ -4,10 +4,13 @@ import fsspec
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
+from gpipe_jax.run_folder import claim
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 10]}
@@ -39,6 +42,9 @@ def config(monkeypatch, tmp_path):
     # The question is sent to Google; buckets of both kinds are written alike.
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    for name, seconds in {"RENEW_S": 0.1, "LEASE_S": 0.5, "SETTLE_S": 0}.items():
+        monkeypatch.setattr(claim, name, seconds)
     path = tmp_path / "c.yaml"
     path.write_text(CONFIG)
     return str(path)
@@ -82,6 +88,40 @@ def test_a_run_in_a_bucket_is_evaluated_and_exported(config, tmp_path, capsys):
     assert np.load(tmp_path / "x.npz")["layers.0.linear.kernel"].shape == (64, 12)
 
 
+def test_two_runs_in_a_bucket(config, capsys):
+    lock = epath.Path("gs://bucket/run/lock")
+    lock.with_name("run.json").write_text('{"program": "gpipe-jax"}')
+    with claim.claimed(lock):
+        assert cli.main(["train", config]) == 1
+    assert (
+        "another run is using gs://bucket/run (see gs://bucket/run/lock)" in capsys.readouterr().err
+    )
+    lock.write_text("of a run that was killed")
+    assert cli.main(["train", config]) == 0
+    assert not lock.exists()
+
+
+def test_a_run_in_a_bucket_whose_folder_is_taken_ends(config, monkeypatch, capsys):
+    lock, save = epath.Path("gs://bucket/run/lock"), Saver.save
+
+    def taken(self, *arguments):
+        save(self, *arguments)
+        lock.write_text("another run")
+
+    monkeypatch.setattr(Saver, "save", taken)
+    assert cli.main(["train", config]) == 1
+    assert "another run is using gs://bucket/run" in capsys.readouterr().err
+    assert steps() == [5] and lock.read_text() == "another run"
+
+
+def test_files_of_someone_else_in_a_bucket(config, capsys):
+    path = epath.Path("gs://bucket/run/config.yaml")
+    path.write_text("mine")
+    assert cli.main(["train", config]) == 2
+    assert "none of a run of gpipe train, and holds config.yaml" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
 def test_damage_in_a_bucket_is_set_aside(config, capsys):
     assert cli.main(["train", config]) == 0
     path = "/bucket/run/checkpoints/12/state/manifest.json"
@@ -107,9 +147,9 @@ def test_a_config_in_a_bucket(config, capsys, command):
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_addresses_whose_package_is_missing(monkeypatch, capsys, command):
-    def missing(*_, **__):
+    def missing(*_):
         raise ImportError("Please install gcsfs to access Google Storage")
 
-    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", missing)
     assert cli.main([command, "gs://bucket/c.yaml"]) == 2
     assert "pip install" in capsys.readouterr().err

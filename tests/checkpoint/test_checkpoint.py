@@ -1,5 +1,6 @@
 """Saved states come back exactly, or an error says what does not fit or is damaged."""
 
+import errno
 import json
 import os
 import random
@@ -325,6 +326,39 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(small_disk):
     assert newest_whole(epath.Path(folder)) == 10
     save(folder, 30)
     assert newest_whole(epath.Path(folder)) == 30
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "is_saved"),
+    [(errno.EIO, 1, True), (errno.EIO, 2, False), (errno.EACCES, 1, False)],
+)
+def test_a_write_that_fails_once_is_tried_again(
+    tmp_path, monkeypatch, capsys, number, times, is_saved
+):
+    write, calls = checkpoint_format.write_file, []
+
+    def fails(folder, name, *rest):
+        calls.append(name)
+        if name == "1" and calls.count("1") <= times:
+            raise OSError(number, os.strerror(number))
+        return write(folder, name, *rest)
+
+    monkeypatch.setattr(checkpoint_format, "write_file", fails)
+    monkeypatch.setattr(saving, "RETRY_S", 0)
+    if is_saved:
+        assert newest_whole(save(tmp_path, 10)) == 10
+        assert "1 (Input/output error); trying once more" in capsys.readouterr().err
+    else:
+        message = f"cannot save into {tmp_path}: {os.strerror(number)}; the checkpoints before it"
+        with pytest.raises(SaveError, match=message):
+            save(tmp_path, 10)
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SaveError, match=r"cannot save into .*file/checkpoints: Not a directory"):
+        save(tmp_path / "file" / "checkpoints", 10)
 
 
 def test_reading_needs_no_orbax(three):

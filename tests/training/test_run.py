@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from gpipe_jax.checkpoint.export import export
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.distributed.preemption import handle_signals
 from gpipe_jax.errors import ConfigError, DataError, DivergedError, StoppedError
-from gpipe_jax.training import from_config, run, trainer
+from gpipe_jax.training import from_config, metrics, run, trainer
 
 STEPS = 11
 CONFIG = {
@@ -317,6 +318,85 @@ def test_no_whole_checkpoint_is_no_new_start(whole, tmp_path):
     )
 
 
+def copied(whole, tmp_path) -> from_config.Assembly:
+    """Return the whole run in another folder, which a test may change."""
+    shutil.copytree(whole[0].workdir, tmp_path / "run")
+    return whole[0]._replace(workdir=epath.Path(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "1.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_now_stays_and_an_older_one_is_taken(
+    whole, tmp_path, monkeypatch, capsys, name
+):
+    assembly = copied(whole, tmp_path)
+    read = type(assembly.workdir).read_bytes
+
+    def fails(path):
+        if path.match(f"checkpoints/11/state/{name}"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    def show(record: dict) -> None:
+        if record["step"] == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(assembly.workdir), "read_bytes", fails)
+        reason = f"11 cannot be used now ({name} cannot be read: Input/output error); taking that"
+        assert reason in run.evaluate(assembly).note
+        with pytest.raises(KeyboardInterrupt):
+            run.train(assembly, show)
+        assert reason in capsys.readouterr().err
+        assert (assembly.checkpoints / "11").exists(), "it is not set aside: it may be read again"
+        run.train(assembly, lambda record: None)
+    names = sorted(path.name for path in assembly.checkpoints.iterdir())
+    assert names == ["11", "11.unreadable", "8"], "11 is saved again"
+    assert saved(tmp_path / "run", STEPS) == saved(whole[0].workdir, STEPS)
+
+
+def test_none_can_be_read_now(whole, tmp_path, monkeypatch):
+    assembly = copied(whole, tmp_path)
+
+    def fails(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(type(assembly.workdir), "read_bytes", fails)
+    message = r"no checkpoint in .* can be used, and some cannot be read now \(step 11: .*denied; s"
+    with pytest.raises(errors.UnreadableCheckpointError, match=message):
+        run.evaluate(assembly)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_checkpoints_are_not_there(whole, tmp_path):
+    """Such as on a disk that is not mounted."""
+    assembly = copied(whole, tmp_path)
+    shutil.move(assembly.checkpoints, tmp_path / "elsewhere")
+    before = (assembly.workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"has saved checkpoints, but .* has none now: mount or"):
+        run.train(assembly, lambda record: None)
+    assert (assembly.workdir / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(errors.UnreadableCheckpointError, match="which is not there; mount that"):
+        run.train(assembly, lambda record: None)
+    shutil.move(tmp_path / "elsewhere", tmp_path / "disk")
+    train_to_completion(whole[0], assembly.workdir)
+
+
+def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_again(whole, tmp_path, capsys):
+    assembly = whole[0]._replace(workdir=epath.Path(tmp_path))
+
+    def show(record: dict) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(assembly, show)
+    train_to_completion(whole[0], tmp_path)
+    assert "so the run starts from step 0; the metrics of the run before" in capsys.readouterr().err
+    assert [r["step"] for r in metrics.read(assembly.workdir / "metrics.jsonl.kept")] == [1]
+
+
 OTHER = {
     "fewer stages": ["mesh.stages=1"],
     "more replicas and micro-batches": ["mesh.data=2", "pipeline.micro_batches=4"],
@@ -590,6 +670,38 @@ def test_nothing_is_saved_before_the_first_step(whole, tmp_path, capsys):
             whole[0]._replace(workdir=epath.Path(tmp_path), dataset=dataset), lambda record: None
         )
     assert latest_step(tmp_path) is None and "saved" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "curves.png", "lock"])
+def test_files_of_the_users_are_not_replaced(whole, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"and holds {name}, which the run would replace"):
+        run.train(whole[0]._replace(workdir=epath.Path(tmp_path)), lambda record: None)
+    assert (tmp_path / name).read_text() == "mine" and os.listdir(tmp_path) == [name]
+
+
+# --- a finished run ------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_written_is_no_failure(whole, tmp_path):
+    assembly = copied(whole, tmp_path)
+    picture = tmp_path / "run" / "curves.png"
+    picture.unlink()
+    picture.mkdir()
+    note = run.train(assembly, lambda record: None).note
+    assert re.match(rf"no curves: cannot write {picture}: .* is a directory", note)
+    picture.rmdir()
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    picture.symlink_to(precious)
+    assert run.train(assembly, lambda record: None).note == f"curves: {picture}"
+    assert precious.read_text() == "mine" and not picture.is_symlink()
+
+
+def test_records_that_cannot_be_drawn_are_no_failure(whole, tmp_path):
+    assembly = copied(whole, tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "speed": 2.0}\n')
+    assert run.train(assembly, lambda record: None).note.startswith("no curves: cannot write ")
 
 
 # --- divergence ----------------------------------------------------------------------------------
