@@ -96,6 +96,8 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
         raise WorkersError(f"{name} has no workers: start some with `dask worker ADDRESS`")
 
     def expire(future: Any) -> None:
+        if not census.count():
+            return cancel(future)
         hung = [worker for worker, keys in client.processing().items() if future.key in keys]
         future.cancel()
         if hung:
@@ -103,7 +105,7 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
 
     def cancel(future: Any) -> None:
         if client.status == "running":  # else the scheduler has forgotten it
-            client.cancel([future], asynchronous=True)
+            client.loop.add_callback(client.cancel, [future], asynchronous=True)
 
     def close() -> None:
         census.close()

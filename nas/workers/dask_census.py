@@ -15,7 +15,7 @@ class Census:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._threads = sum(client.nthreads().values())
+        self._threads = self._ask()
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="nas census", daemon=True).start()
 
