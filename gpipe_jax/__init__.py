@@ -11,7 +11,8 @@ imports only from the folders below its own:
     partition, zoo, sequential            balanced stages; networks; the reference
     layers, config, tpu_compiler          Flax layers; settings; compile without a TPU
     distributed, genotypes, data, plots   meshes, hosts; cells; data sets; pictures
-    utils, errors, schedules, losses      what everything else uses
+    utils, errors, schedules, losses,     what everything else uses
+    progress
 
 Names are imported when they are first used. So `import gpipe_jax` is quick, and commands that need
 no accelerator (`gpipe schedule`, `gpipe config`) never load one.

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nas
+from gpipe_jax import progress
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
-from gpipe_jax.utils import console, paths, progress
+from gpipe_jax.utils import console, paths
 from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
+from nas.evolution.length import Length, length
 from nas.export import scaled_config
-from nas.reports.tables import finite
+from nas.reports.tables import finite, metric_labels
 from nas.storage.reader import FILE
 from nas.storage.run_folder import run_folder
 from nas.workers import threads
@@ -155,7 +157,7 @@ def _search(options: argparse.Namespace) -> int:
             arguments = from_config.arguments(config)
         if not (workdir / FILE).exists():  # an existing search is checked first
             _keep(config, workdir)
-        with _progress(config.run.cycles) as callback:
+        with _progress(length(config.run.cycles, config.run.evaluations)) as callback:
             result = nas.search(
                 name=workdir.name, folder=workdir.parent, callback=callback, **arguments
             )
@@ -193,13 +195,16 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
         "wall_s": wall_s,
         "run": str(result.path),
     }
-    write(figures_table({**best.metrics, **figures}))
+    labels = metric_labels(best.metrics, figures)
+    metrics = {labels[name]: value for name, value in best.metrics.items()}
+    write(figures_table({**metrics, **figures}))
     write(best.row.architecture)
     if as_json:
         write(
             json.dumps(
                 {
                     **figures,
+                    **finite({"best_fitness": best.fitness}),
                     "best_metrics": finite(best.metrics),
                     "genotype": export.as_json(best.row.architecture),
                 },
@@ -257,7 +262,7 @@ def _export(options: argparse.Namespace) -> int:
     write(figures_table(figures))
     if options.json:
         ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
-            {"candidate": each.row.id, "fitness": each.row.fitness, "again": each.fitness}
+            {"candidate": each.row.id, **finite({"fitness": each.row.fitness, "again": each.fitness})}
             for each in ranking
         ]
         genotype = export.as_json(best.architecture)
@@ -291,13 +296,14 @@ def _load(run: str) -> Any:
 
 
 @contextlib.contextmanager
-def _progress(cycles: int) -> Iterator[Callable]:
+def _progress(length: Length) -> Iterator[Callable]:
     """Yield a callback that shows a progress bar on a terminal, and ten lines elsewhere."""
-    with progress.counting(cycles, "results") as show:
+    with progress.counting(length.total, length.noun) as show:
 
         def callback(search: Any) -> None:
             best = search.best_fitness
-            show(search.evolution.results, "no fitness" if best is None else f"best {best:.6g}")
+            done = length.done(search.evolution.results, search.evaluated)
+            show(done, "no fitness" if best is None else f"best {best:.6g}")
 
         yield callback
 

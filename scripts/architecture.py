@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gpipe_jax": (
         ("errors",),
         ("utils",),
-        ("schedules", "losses"),
+        ("schedules", "losses", "progress"),
         ("distributed", "genotypes", "data", "plots"),
         ("layers", "config", "tpu_compiler"),
         ("partition", "zoo", "sequential"),

@@ -20,6 +20,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NO_JAX = {
     "gpipe_jax": (
         *("utils.text", "utils.console", "utils.messages", "utils.atomic_files", "utils.checks"),
+        *("utils.paths", "progress"),
         *("errors", "schedules"),
         *("genotypes", "config", "data", "partition.solver"),
     ),

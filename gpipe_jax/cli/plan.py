@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gpipe_jax import progress
 from gpipe_jax.config import loader
 from gpipe_jax.errors import (
     ArgumentError,
@@ -15,7 +16,7 @@ from gpipe_jax.errors import (
     OptionError,
     SectionError,
 )
-from gpipe_jax.utils import console, progress
+from gpipe_jax.utils import console
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.messages import BAD_INPUT, fail, write
 

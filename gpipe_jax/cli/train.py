@@ -3,8 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from gpipe_jax import progress
 from gpipe_jax.config import loader, trusted_code
-from gpipe_jax.utils import console, progress
+from gpipe_jax.utils import console
 from gpipe_jax.utils.messages import say
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from gpipe_jax.utils import progress
-from nas.ask_tell.arguments import Length
+from gpipe_jax import progress
+from nas.evolution.length import Length
 from nas.storage import queries
 from nas.storage.reader import Counts, Reader
 from nas.workers.driver import DriverThread

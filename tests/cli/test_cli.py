@@ -16,9 +16,9 @@ import safetensors.numpy
 from paths import REPOSITORY
 from rich.console import Console
 
+from gpipe_jax import progress
 from gpipe_jax.cli import init
 from gpipe_jax.cli import main as cli
-from gpipe_jax.utils import progress
 from gpipe_jax.utils.text import install_advice
 
 CONFIG = """\
@@ -129,7 +129,7 @@ def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
 
 
 def test_eval_asks_before_it_runs_code_of_a_folder(gpipe, tmp_path, monkeypatch):
-    """A run of one's own needs no question; that of somebody else needs --trust."""
+    """Ask nothing for a run of one's own; refuse somebody else's without --trust."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert gpipe("init", config=None)[0] == 0
     assert gpipe("train", "train.steps=1", config="config.yaml")[0] == 0

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gpipe_jax.utils import console, messages, progress
+from gpipe_jax import progress
+from gpipe_jax.utils import console, messages
 
 EVIL = "a\x1b[2J\x9b31m\rb\u202ec\udcff"
 SAFE = r"a\x1b[2J\x9b31m\rb\u202ec\udcff"
