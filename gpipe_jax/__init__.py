@@ -6,13 +6,14 @@ imports only from the folders below its own:
     cli                                   the commands of `gpipe`
     planner                               memory and time on a TPU slice, predicted; best layouts
     training                              optimizers, the trainer, runs that save and resume
+    run_folder                            the folder of a run, which no other run may use
     checkpoint                            one file format for every layout; export
     pipeline                              the program of all devices
     partition, zoo, sequential            balanced stages; networks; the reference
     layers, config, tpu_compiler          Flax layers; settings; compile without a TPU
     distributed, genotypes, data, plots   meshes, hosts; cells; data sets; pictures
-    utils, errors, schedules, losses,     what everything else uses
-    progress
+    schedules, losses, progress           orders of work; losses; the progress of a command
+    utils, errors                         what everything else uses
 
 Names are imported when they are first used. So `import gpipe_jax` is quick, and commands that need
 no accelerator (`gpipe schedule`, `gpipe config`) never load one.
