@@ -12,14 +12,15 @@ from gpipe_jax.utils import paths
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import install_advice
 from nas import keywords
-from nas.ask_tell import arguments
+from nas.ask_tell import arguments, code_changes
 from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search, argument_names
-from nas.errors import LostRunError
+from nas.errors import LostRunError, MismatchError
 from nas.evaluators import evaluator as evaluators
 from nas.reports import tables
+from nas.spaces import copies
 from nas.spaces import space as spaces
-from nas.spaces.space import SPACES, Space
+from nas.spaces.space import Space
 from nas.storage import queries
 from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader, Study, store_path
 from nas.storage.run_folder import run_folder
@@ -32,13 +33,12 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Candidate:
     """Hold an architecture that a search has proposed, and its result.
 
     Attributes:
         number: Number of the candidate, as in `Result.history`.
-        architecture: A value of the search space.
         fitness: Its newest fitness, or None.
         metrics: Other numbers that the evaluator or the limits recorded.
         row: Its row in the store.
@@ -46,11 +46,25 @@ class Candidate:
     """
 
     number: int
-    architecture: Any
     fitness: float | None
     metrics: dict[str, float]
-    row: CandidateRow = field(repr=False)
-    result: "Result" = field(repr=False, compare=False)
+    row: CandidateRow
+    result: "Result" = field(compare=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"Candidate(number={self.number}, architecture={self.row.architecture!r}, "
+            f"fitness={self.fitness!r}, metrics={self.metrics!r})"
+        )
+
+    @property
+    def architecture(self) -> Any:
+        """Return the architecture, a value of the search space; its text is `row.architecture`.
+
+        Raises:
+            ValueError: The space is not known here, or it is not that of the run.
+        """
+        return self.result.decode(self.row)
 
     @property
     def lineage(self) -> list["Candidate"]:
@@ -71,12 +85,12 @@ class Candidate:
         """
         from nas.reports import lineage
 
-        return lineage.figure(self.result.reader, self.number, path, self.result.space)
+        return lineage.figure(self.result.reader, self.number, path, self.result.known_space)
 
     def _repr_html_(self) -> str:
         from nas.reports import html
 
-        return html.candidate(self.result.reader, self.row, self.result.space)
+        return html.candidate(self.result.reader, self.row, self.result.known_space)
 
 
 class Result:
@@ -89,6 +103,7 @@ class Result:
         path: The run's folder, or its file.
         space: The search space. Default: a built-in one, or the one that was pickled with the run.
         running: The driver, if this process has started one. Default: none.
+        trust: Whether to run code that the run holds; see `nas.load`. Default: False.
 
     Attributes:
         path: The run's folder.
@@ -108,11 +123,13 @@ class Result:
         path: str | Path,
         space: Space[Any] | None = None,
         running: DriverThread | None = None,
+        trust: bool = False,
     ) -> None:
         self.path = store_path(path).parent
         self.reader = Reader(path)
         self.study: Study = self.reader.study()
-        self._space, self._running = space, running
+        self.trust = trust
+        self._space, self._running = space or code_changes.built_in_space(self.study), running
 
     def __repr__(self) -> str:
         counts, row = self.counts, next(self.reader.ranked(), None)
@@ -126,7 +143,7 @@ class Result:
     def _repr_html_(self) -> str:
         from nas.reports import html
 
-        return html.result(self.reader, self._space)  # without unpickling, which runs code
+        return html.result(self.reader, self.known_space)
 
     # --- candidates -------------------------------------------------------------------------------
 
@@ -135,12 +152,61 @@ class Result:
         """Return the search space: a built-in one, or the one that was pickled with the run.
 
         Raises:
-            ValueError: The space is neither built in, nor can it be unpickled here.
+            ValueError: The space is not built in, and it was stored by somebody else, or its module
+                cannot be imported here. The message says how to give it.
         """
         if self._space is None:
-            make = SPACES.get(self.study.space)
-            self._space = make() if make else load_setup(self.reader).space
+            self._space = load_setup(self.reader, needed=["space"], trust=self.trust).space
         return self._space
+
+    @property
+    def known_space(self) -> Space[Any] | None:
+        """Return the search space, or None where `space` raises."""
+        try:
+            return self.space
+        except ValueError:
+            return None
+
+    def with_space(self, space: Space[Any]) -> "Result":
+        """Return the run with this search space.
+
+        Args:
+            space: The space.
+
+        Returns:
+            Another result of the same run.
+
+        Raises:
+            nas.errors.MismatchError: The space has another name than that of the run.
+        """
+        if space.name != self.study.space:
+            raise MismatchError(
+                f"{self.path} holds a search of the space {self.study.space!r}, but the given one "
+                f"is {space.name!r}: give the space of the run"
+            )
+        return Result(self.path, space, self._running, self.trust)
+
+    def decode(self, row: CandidateRow) -> Any:
+        """Return the architecture of a row of the store.
+
+        Args:
+            row: The row.
+
+        Returns:
+            The architecture, a value of `space`.
+
+        Raises:
+            ValueError: The space is not known here, or it is not that of the run.
+        """
+        architecture = self.space.decode(row.architecture)
+        text = self.space.encode(copies.own(architecture))
+        if text != row.architecture:
+            raise ValueError(
+                f"candidate {row.id} is {row.architecture!r} in {self.path}, but the space "
+                f"{self.space.name!r} reads and writes it as {text!r}: give the space of the run, "
+                "nas.load(..., space=...)"
+            )
+        return architecture
 
     @property
     def best(self) -> Candidate:
@@ -163,8 +229,7 @@ class Result:
             The candidates; fewer if not so many have a fitness.
 
         Raises:
-            ValueError: `count` is no whole number of at least 1, or the space cannot be unpickled
-                here.
+            ValueError: `count` is no whole number of at least 1.
         """
         check_count("count", count)
         return [self._candidate(row) for row in queries.top(self.reader, int(count))]
@@ -179,7 +244,6 @@ class Result:
             The candidate, also if it has no fitness.
 
         Raises:
-            ValueError: The space cannot be unpickled here.
             KeyError: There is none.
         """
         return self._candidate(self.reader.candidate(number))
@@ -194,7 +258,6 @@ class Result:
             The ancestors and the candidate.
 
         Raises:
-            ValueError: The space cannot be unpickled here.
             KeyError: There is none of this number.
         """
         return [self._candidate(row) for row in self.reader.lineage(number)]
@@ -253,8 +316,7 @@ class Result:
         return plots.overview(self.reader, path)
 
     def _candidate(self, row: CandidateRow) -> Candidate:
-        architecture = self.space.decode(row.architecture)
-        return Candidate(row.id, architecture, row.fitness, row.metrics, row, self)
+        return Candidate(row.id, row.fitness, row.metrics, row, self)
 
     def copy_to(self, folder: str | Path) -> "Result":
         """Copy the run, also while a driver is writing to it.
@@ -336,8 +398,9 @@ class Result:
         """Resume the search.
 
         Args:
-            evaluate: An evaluator; default: the one that was pickled with the run. Another one is
-                accepted, even if its fitness cannot be compared with that of the run.
+            evaluate: An evaluator; default: the one that was pickled with the run, unless it is
+                large or somebody else has stored it. Another one is accepted, even if its fitness
+                cannot be compared with that of the run.
             **options: Arguments of `nas.search`, such as `cycles` and `workers`, that differ from
                 those of the run. A run driven by an executor or a client of dask needs `workers`.
                 Space and settings cannot differ.
@@ -346,13 +409,19 @@ class Result:
             The result; see `nas.search`.
 
         Raises:
-            ValueError: An option is fixed, or the run's evaluator cannot be unpickled here.
+            ValueError: An option is fixed, or the run's evaluator must be given again; the message
+                says why.
 
         Example::
 
             nas.load("first").resume(cycles=2000, workers=8)
         """
-        setup = load_setup(self.reader, needed=evaluate is None)
+        needed = ["evaluate"] if evaluate is None else []
+        if self._space is None:
+            needed.append("space")
+        if self.study.limits != [] and "limits" not in options:
+            needed.append("limits")
+        setup = load_setup(self.reader, needed=needed, trust=self.trust)
         _check_fixed(options, {**self.study.settings, "space": self.study.space})
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
         if setup.options and "workers" not in {**stored, **options}:
@@ -361,10 +430,10 @@ class Result:
                 "or a client of dask: give them again, or others, as in resume(workers=4)"
             )
         return search(
-            space=setup.space if setup.space is not None else self.space,
+            space=setup.space if self._space is None else self._space,
             evaluate=setup.evaluate if evaluate is None else evaluate,
-            name=self.path.name,
-            folder=self.path.parent,
+            name=self.reader.file.parent.name,
+            folder=self.reader.file.parent.parent,
             other_evaluator=evaluate is not None,
             **{**stored, **options},
         )
@@ -397,6 +466,7 @@ def search(
     name: str = "search",
     folder: str | Path = "runs",
     other_evaluator: bool = False,
+    other_space: bool = False,
     **options: Any,
 ) -> Result:
     """Search a space by regularized evolution (Real et al. 2019, arXiv:1802.01548).
@@ -420,8 +490,10 @@ def search(
         limits: Architectures beyond these are rejected before they are evaluated. Default: none.
         name: Name of the run. Default: "search".
         folder: Folder of runs, on a local disk. Default: "runs".
-        other_evaluator: Whether a run by another evaluator may be resumed, although its fitness
-            may not be comparable. Default: False.
+        other_evaluator: Whether a run by another evaluator may be resumed, or by one whose code has
+            changed, although its fitness may not be comparable. Default: False.
+        other_space: Whether a run may be resumed although the code of the space has changed.
+            `nas.replay` may not follow such a run. Default: False.
         **options: Other arguments of `nas.Search`:
 
             - cycles: Number of candidates with a fitness at which the search is over, with answers
@@ -473,6 +545,7 @@ def search(
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
     setup = Setup(space, evaluate, arguments.as_limits(limits), stored_options)
+    code = code_changes.code_of(space, setup.limits, evaluate)
     policy = options.get("fitness_policy", "stored")
     evaluator = evaluators.as_evaluator(evaluator.prepare(space, run, policy, timeout_s))
     options.setdefault("compare", evaluator.rivals_metric)
@@ -482,8 +555,10 @@ def search(
         folder=folder,
         limits=limits,
         setup=setup.pickled(),
+        code=code,
         evaluator=evaluators.identity_of(evaluator),
         other_evaluator=other_evaluator,
+        other_space=other_space,
         **options,
     )
     pool = None
@@ -495,7 +570,7 @@ def search(
         if pool is not None:
             pool.close()
         raise
-    result = Result(run, space, running)
+    result = Result(run, space, running, trust=True)
     if wait:
         running.run()
         return result.wait()
@@ -506,21 +581,35 @@ def search(
 def _search_arguments() -> list[str]:
     """Return the names of all arguments of `search` that users give."""
     names = [*keywords.names_of(search), *argument_names()]
-    return [name for name in names if name not in ("setup", "evaluator")]
+    return [name for name in names if name not in ("setup", "evaluator", "code")]
 
 
-def load(name: str | Path, folder: str | Path = "runs") -> Result:
+def load(
+    name: str | Path,
+    folder: str | Path = "runs",
+    *,
+    space: Any = None,
+    trust: bool = False,
+) -> Result:
     """Load a run, also while a driver is writing to it.
+
+    Reading a run of somebody else runs no code of it. Its own space and evaluator are pickled in
+    it, and unpickling runs code. This needs `trust=True`, unless this user has stored the same on
+    this machine.
 
     Args:
         name: Name of the run in `folder`, or the path of its own folder.
         folder: Folder of runs. Default: "runs".
+        space: The search space, for architectures. Default: a built-in one, or the one that was
+            pickled with the run.
+        trust: Whether to run code that the run holds, whoever has made it. Default: False.
 
     Returns:
         The run, which may be unfinished.
 
     Raises:
         FileNotFoundError: There is no such run; the message lists the others.
+        nas.errors.MismatchError: The run is of a space with another name.
 
     Example::
 
@@ -535,7 +624,8 @@ def load(name: str | Path, folder: str | Path = "runs") -> Result:
         raise FileNotFoundError(
             f"no run {str(name)!r}: {path / FILE} does not exist; the folder {folder} {known}"
         )
-    return Result(path)
+    result = Result(path, trust=trust)
+    return result if space is None else result.with_space(spaces.as_space(space))
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":

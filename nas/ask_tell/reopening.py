@@ -1,64 +1,96 @@
 """Create a search's store, or reopen an existing one if it holds the same search."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from nas.ask_tell import code_changes
+from nas.ask_tell.code_changes import Code
 from nas.errors import MismatchError, SearchExistsError
-from nas.spaces.space import Space
 from nas.storage.writer import Store
+
+
+class Identity(NamedTuple):
+    """Hold what two searches must have in common to be the same.
+
+    Attributes:
+        space: Name of the space.
+        settings: Fields of `nas.Settings`, and `cache`.
+        limits: `identity` of each limit.
+        code: Fingerprints of what the search runs.
+        evaluator: See `nas.evaluators.evaluator.identity_of`; None if it is unknown.
+    """
+
+    space: str
+    settings: dict[str, Any]
+    limits: list[dict[str, Any]]
+    code: Code
+    evaluator: Mapping[str, Any] | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """Return what is stored of it beside the settings."""
+        code = {name: each.to_json() for name, each in self.code.items()}
+        stored = {"limits": self.limits, "code": code}
+        return stored if self.evaluator is None else {**stored, "evaluate": self.evaluator}
+
+
+def others(*, evaluate: bool, space: bool) -> tuple[str, ...]:
+    """Return what may be another one; metrics of limits are compared as fitnesses are."""
+    return (("evaluate", "limits") if evaluate else ()) + (("space",) if space else ())
 
 
 def open_store(
     path: Path,
     name: str,
-    space: Space[Any],
-    settings: dict[str, Any],
-    limits: list[dict[str, Any]],
+    identity: Identity,
     setup: bytes | None,
-    evaluator: Mapping[str, Any] | None = None,
-    other_evaluator: bool = False,
+    other: Collection[str] = (),
 ) -> Store:
     """Open the store at `path` for writing: a new one, or that of the same search.
 
-    A search is the same if its space, settings and limits are equal. Its evaluator must agree too:
-    each value that both identities, the stored and the given one, contain must be equal.
+    A search is the same if its space, settings and limits are equal, and their code. Its evaluator
+    must agree too: each value that both identities, the stored and the given one, contain must be
+    equal.
 
     Args:
         path: The run's folder.
         name: The search's name.
-        space: Its space.
-        settings: Fields of `nas.Settings`, and `cache`.
-        limits: `identity` of each limit.
-        setup: Space, evaluator and limits, pickled; None if that is not possible.
-        evaluator: See `nas.evaluators.evaluator.identity_of`; None if it is unknown.
-        other_evaluator: Whether the evaluator may be another one.
+        identity: What the search is.
+        setup: Space, evaluator and limits, pickled; None if they are unknown.
+        other: What may be another one: evaluate, limits, space.
 
     Raises:
         MismatchError: The store holds another search.
     """
-    stored = {**settings, "limits": limits}
-    if evaluator is not None:
-        stored["evaluate"] = evaluator
+    stored = {**identity.settings, **identity.stored()}
     try:
-        return Store.create(path, name=name, space=space.name, settings=stored, setup=setup)
+        return Store.create(path, name=name, space=identity.space, settings=stored, setup=setup)
     except SearchExistsError:
         store = Store(path)
     try:
-        _check_settings(store, space.name, settings)
-        _check_limits(store, limits)
-        if evaluator is not None and not other_evaluator:
-            _check_evaluator(store, evaluator)
+        _check_settings(store, identity.space, identity.settings)
+        _check_limits(store, identity.limits)
+        if identity.evaluator is not None and "evaluate" not in other:
+            _check_evaluator(store, identity.evaluator)
+        changes = code_changes.check(store, identity.code, other)
+        _update(store, identity, setup, changes)
     except BaseException:
         store.close()
         raise
+    return store
+
+
+def _update(store: Store, identity: Identity, setup: bytes | None, changes: list[str]) -> None:
+    """Store what may have changed since the last driver."""
     if setup is not None:
         store.set_setup(setup)
-    if evaluator is not None:
-        if store.study().evaluator not in (None, evaluator):
-            store.forget_failures()
-        store.set_evaluator(evaluator)
-    return store
+    evaluator = identity.evaluator
+    if changes or (evaluator is not None and store.study().evaluator not in (None, evaluator)):
+        store.forget_failures()
+    if changes:
+        with store.change("changed", detail="; ".join(changes)):
+            pass
+    store.set_identity(identity.stored())
 
 
 def _check_settings(store: Store, space: str, settings: dict[str, Any]) -> None:

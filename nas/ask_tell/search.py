@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from nas import keywords
-from nas.ask_tell import arguments, leases, pending, reopening, trained_values
+from nas.ask_tell import arguments, code_changes, leases, pending, reopening, trained_values
+from nas.ask_tell.code_changes import Code
 from nas.ask_tell.duplicates import CachedResult, Duplicates, KnownFate, digest_of
 from nas.ask_tell.leases import LEASE_S, Leases
 from nas.ask_tell.limits import FailureCounter, Limit, LimitCheck, Measures, Retries
@@ -42,6 +43,7 @@ from nas.errors import FailuresError
 from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome, job_seed
 from nas.evolution.evolution import Member, Settings
+from nas.evolution.length import length
 from nas.spaces import copies
 from nas.spaces import space as spaces
 from nas.storage.run_folder import run_folder
@@ -73,7 +75,11 @@ class Search:
         setup: Space, evaluator and limits, pickled, for `Result.resume`. Default: none.
         evaluator: What the fitness depends on (`nas.evaluators.evaluator.identity_of`); a store
             with other values is refused. Default: unknown, which fits every store.
-        other_evaluator: Whether the store may have another evaluator. Default: False.
+        code: Fingerprints of what the search runs (`nas.ask_tell.code_changes.code_of`). Default:
+            those of space and limits.
+        other_evaluator: Whether the store may have another evaluator, or other code of evaluator
+            or limits. Default: False.
+        other_space: Whether the store may have other code of the space. Default: False.
         **settings: Fields of `nas.Settings`: population, sample, seed, maximise, replacement,
             algorithm, fitness_policy. Without `population`, a search of fewer than 100 cycles or
             evaluations has half as many members, and a sample of a quarter of them.
@@ -119,11 +125,13 @@ class Search:
         compare: str | None = None,
         setup: bytes | None = None,
         evaluator: Mapping[str, Any] | None = None,
+        code: Code | None = None,
         other_evaluator: bool = False,
+        other_space: bool = False,
         **settings: Any,
     ) -> None:
         keywords.check_names("nas.Search", settings, argument_names())
-        self.space, self.length = spaces.as_space(space), arguments.length(cycles, evaluations)
+        self.space, self.length = spaces.as_space(space), length(cycles, evaluations)
         self.settings = arguments.settings(settings, self.length, run_folder(folder, name))
         arguments.check(
             cache=cache,
@@ -139,19 +147,17 @@ class Search:
         self.retries, self.failure_counter = retries or Retries(), FailureCounter(max_failures)
         self.proposal_counter = FailureCounter(max_failures, "proposals")
         self.leases = Leases(lease_s)
-        self.store = reopening.open_store(
-            run_folder(folder, name),
-            name,
-            self.space,
+        identity = reopening.Identity(
+            self.space.name,
             {**self.settings.to_dict(), "cache": int(cache)},
             [limit.identity for limit in self.limit_check.limits],
-            setup,
+            code or code_changes.code_of(self.space, self.limit_check.limits),
             evaluator,
-            other_evaluator,
         )
+        other = reopening.others(evaluate=other_evaluator, space=other_space)
+        self.store = reopening.open_store(run_folder(folder, name), name, identity, setup, other)
         self.compare = compare
         self.weight_files = trained_values.WeightFiles(self.store, self.settings.fitness_policy)
-        self._run = leases.identity(self.store.study())
         self._is_closed = self._has_warned = False
         self._lock = threading.RLock()
         self.duplicates = Duplicates(self.store, int(cache))
@@ -160,6 +166,7 @@ class Search:
         self._unscheduled: deque[int] = deque()  # candidates that are pending
         self._tournaments: dict[int, Tournament] = {}  # by the candidate to be proposed
         try:
+            self._run = leases.identity(self.store.study())
             if directions is not None:
                 self.store.set_directions(directions)
             self.evolution = pending.restore_evolution(self.store, self.space, self.settings)

@@ -142,12 +142,13 @@ def _evaluator(result: Result) -> Any:
     if result.reader.setup() is None:
         return None
     try:
-        evaluator = load_setup(result.reader).evaluate
+        setup = load_setup(result.reader, needed=["evaluate"], trust=result.trust)
     except ValueError as error:
         raise ValueError(
-            f"{result.path}: the evaluator of the search cannot be unpickled ({error.__cause__}); "
-            "run this where its modules can be imported, or export to a .json file, without `top`"
+            f"the evaluator of the search cannot be read: {error}; or export to a .json file, "
+            "without `top`"
         ) from error
+    evaluator = setup.evaluate
     while isinstance(evaluator, Repeated):
         evaluator = evaluator.evaluator
     return evaluator

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import (
@@ -67,6 +68,25 @@ class NASNetSpace:
         if self.operations != PAPER_OPERATIONS:
             words.append(f"operations {' '.join(self.operations)}")
         return ", ".join(words)
+
+    @classmethod
+    def from_name(cls, name: str) -> "NASNetSpace":
+        """Return the space of this name.
+
+        Raises:
+            ValueError: No such space has the name.
+        """
+        fields: dict[str, Any] = {}
+        for words in name.split(", ")[1:]:
+            first, _, rest = words.partition(" ")
+            if first == "operations":
+                fields["operations"] = tuple(rest.split())
+            else:
+                fields["pairs"] = int(first)
+        space = cls(**fields)
+        if space.name != name:
+            raise ValueError(f"space {name!r}: no NASNetSpace has this name")
+        return space
 
     def random(self, rng: Random) -> Genotype:
         """Draw each operation, and each state that is read, uniformly from the possible ones."""

@@ -185,6 +185,23 @@ def built_in(name: str) -> Space[Any] | None:
     return make() if make else None
 
 
+def named(name: str) -> Space[Any] | None:
+    """Return the built-in space of exactly this name, or None.
+
+    >>> named("nasnet, 3 pairs").pairs
+    3
+    """
+    from nas.spaces.nasnet import NASNetSpace
+
+    space = built_in(name)
+    if isinstance(space, NASNetSpace):
+        try:
+            space = NASNetSpace.from_name(name)
+        except ValueError:
+            return None
+    return space if space is not None and space.name == name else None
+
+
 def as_space(space: Any) -> Space[Any]:
     """Return `space`, or the built-in space of that name.
 

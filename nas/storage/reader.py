@@ -28,6 +28,7 @@ class Study(NamedTuple):
     evaluator: dict[str, Any] | None = None  # `identity_of` it; older files do not have it
     limits: list[dict[str, Any]] | None = None  # `identity` of each; likewise
     directions: dict[str, Direction] | None = None  # of metrics with a Pareto front, if declared
+    code: dict[str, Any] | None = None  # fingerprints of what it runs; older files have none
 
     @property
     def maximise(self) -> bool:
@@ -151,8 +152,8 @@ class Reader:
             evaluator = current_evaluator(evaluator)
         if limits is not None:
             limits = [current_limit(limit) for limit in limits]
-        directions = values.pop("directions", None)
-        return Study(name, space, values, created, package, evaluator, limits, directions)
+        directions, code = values.pop("directions", None), values.pop("code", None)
+        return Study(name, space, values, created, package, evaluator, limits, directions, code)
 
     def setup(self) -> bytes | None:
         """Return space, evaluator and limits, pickled; None if they could not be pickled."""

@@ -24,7 +24,7 @@ CREATE TABLE study (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     name TEXT NOT NULL,
     space TEXT NOT NULL,          -- its name
-    settings TEXT NOT NULL,       -- JSON: evolution.Settings, cache, limits, evaluate
+    settings TEXT NOT NULL,       -- JSON: evolution.Settings, cache, limits, evaluate, code
     created REAL NOT NULL,        -- seconds since 1970, as are all times
     package TEXT NOT NULL,        -- version of gpipe-jax
     setup BLOB                    -- space, evaluator and limits, pickled; NULL if they cannot be

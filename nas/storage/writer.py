@@ -20,6 +20,7 @@ time, and the next one resumes from what is written. Kinds of events:
     fail        a candidate is given up after a failure, or as equal to one that was
     keep        a member keeps its fitness: training it again was given up after a failure
     forget      failures before this event say nothing about networks: duplicates are evaluated
+    changed     code of the search differs from that of the results before; `detail` says how
     late        a report of an evaluation that has ended before; it changes nothing
 """
 
@@ -224,9 +225,11 @@ class Store(OpenReader):
         """Replace space, evaluator and limits: a resumed search may bring other code."""
         self._connection.execute("UPDATE study SET setup = ?", (setup,))
 
-    def set_evaluator(self, evaluator: Mapping[str, Any]) -> None:
-        """Replace the evaluator's identity; see `nas.evaluators.evaluator.identity_of`."""
-        self._set_setting("evaluate", evaluator)
+    def set_identity(self, identity: Mapping[str, Any]) -> None:
+        """Replace what identifies evaluator, limits and code; code that is not given stays."""
+        code = {**(self.study().code or {}), **identity["code"]}
+        for name, value in {**identity, "code": code}.items():
+            self._set_setting(name, value)
 
     def set_directions(self, directions: Mapping[str, Direction]) -> None:
         """Replace what is better in metrics with a Pareto front."""

@@ -1,61 +1,153 @@
-"""Store and load what a run needs to be resumed and is code: space, evaluator and limits."""
+"""Store and load what a run needs to be resumed and is code: space, evaluator and limits.
 
+A run's file holds one JSON object: the options as they are, and each part pickled on its own. So a
+part whose module is not here, or that is too large, does not take the others with it. Files of
+versions before 0.2 hold one pickle of everything.
+
+Unpickling runs code of the run. So it needs trust: either the caller's, or this user has stored the
+same on this machine.
+"""
+
+import base64
+import dataclasses
 import io
+import json
 import pickle
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpipe_jax.config import trusted_code
-from nas.ask_tell.limits import Limit
+from nas.ask_tell.limits import Limit, Retries
+from nas.evaluators.outcomes import describe
 from nas.storage import old_names
 from nas.storage.reader import Reader
 from nas.workers import task
+
+MAX_BYTES = 1_000_000  # of one part; an evaluator may refer to all its data
+PARTS = {
+    "space": "nas.load(..., space=...)",
+    "evaluate": "resume(evaluate=...), or call nas.search as before, with the same name",
+    "limits": "resume(limits=...)",
+}
+"""The parts that are pickled, and how to give each one again."""
 
 
 class Setup(NamedTuple):
     """Hold the arguments of `nas.search` that are in no table of the store."""
 
-    space: Any
-    evaluate: Any
-    limits: tuple[Limit, ...]
-    options: dict[str, Any]
+    space: Any = None
+    evaluate: Any = None
+    limits: tuple[Limit, ...] = ()
+    options: Mapping[str, Any] = {}
 
-    def pickled(self) -> bytes | None:
-        """Pickle the setup for the store, and note that it is this user's own.
-
-        Returns:
-            The pickle; None if that is not possible.
-        """
-        simple = {k: v for k, v in self.options.items() if k != "workers" or type(v) in (int, str)}
-        try:
-            pickled = task.dumps(self._replace(options=simple))
-        except Exception:  # any object's own pickling may raise anything
-            return None
-        trusted_code.remember(pickled)
-        return pickled
+    def pickled(self) -> bytes:
+        """Return the setup for the store, and note that it is this user's own."""
+        parts: dict[str, Any] = {name: _pickled(getattr(self, name)) for name in PARTS}
+        stored = json.dumps({"options": _json_values(self.options), **parts}).encode()
+        trusted_code.remember(stored)
+        return stored
 
 
-def load_setup(reader: Reader, *, needed: bool = True) -> Setup:
-    """Return the setup that was stored with a run. Unpickling runs code of the run.
+def load_setup(
+    reader: Reader, *, needed: Collection[str] = tuple(PARTS), trust: bool = False
+) -> Setup:
+    """Return the setup that was stored with a run.
 
     Args:
         reader: The run's store.
-        needed: Whether to raise ValueError if there is no setup, instead of returning an empty one.
+        needed: The parts to unpickle; others are empty. Default: all.
+        trust: Whether to run code of the run, also if this user has not stored it. Default: False.
 
     Raises:
-        ValueError: The setup could not be pickled, or cannot be unpickled here.
+        ValueError: A needed part is not trusted, was not stored, or cannot be unpickled here.
     """
-    pickled = reader.setup()
-    try:
-        if pickled is None:
-            raise ValueError("they cannot be pickled")
-        return _Unpickler(io.BytesIO(pickled)).load()
-    except Exception as error:  # any object's own unpickling may raise anything
-        if not needed:
-            return Setup(None, None, (), {})
+    stored = reader.setup()
+    if needed and stored is not None and not (trust or trusted_code.is_known(stored)):
         raise ValueError(
-            f"{reader.path} does not have the search's functions ({error}): give the evaluator "
-            "again, resume(evaluate=...), or call nas.search as before, with the same name"
+            f"{reader.path} holds code ({', '.join(needed)}) that no search of yours on this "
+            f"machine has stored: give {' and '.join(PARTS[name] for name in needed)}; or, if you "
+            "trust who made the run, nas.load(..., trust=True), which runs that code"
+        )
+    if stored is None:
+        stored = json.dumps({name: {"problem": "it was not pickled"} for name in PARTS}).encode()
+    if not stored.startswith(b"{"):
+        return _load_old(reader, stored) if needed else Setup()
+    values = json.loads(stored)
+    parts = {name: _unpickled(reader, name, values[name]) for name in needed}
+    options = dict(values.get("options", {}))
+    if isinstance(options.get("retries"), dict):
+        options["retries"] = Retries(**options["retries"])
+    return Setup(**parts, options=options)
+
+
+class _TooLargeError(Exception):
+    """End a pickling."""
+
+
+class _BoundedFile(io.BytesIO):
+    """Take at most `MAX_BYTES`, so that large data are not copied first."""
+
+    def write(self, data: Any) -> int:
+        """Write, or raise _TooLargeError."""
+        if self.tell() + memoryview(data).nbytes > MAX_BYTES:
+            raise _TooLargeError
+        return super().write(data)
+
+
+def _pickled(value: Any) -> dict[str, str]:
+    """Return the pickle of a part, or the problem."""
+    file = _BoundedFile()
+    try:
+        task.dump(value, file)
+    except _TooLargeError:
+        size = f"more than {MAX_BYTES / 1e6:g} MB"
+        return {"problem": f"with the data that it refers to, it takes {size}"}
+    except Exception as error:  # any object's own pickling may raise anything
+        return {"problem": f"it cannot be pickled: {describe(error)}"}
+    return {"pickle": base64.b64encode(file.getvalue()).decode()}
+
+
+def _unpickled(reader: Reader, name: str, part: Mapping[str, str]) -> Any:
+    try:
+        if "pickle" not in part:
+            raise ValueError(part["problem"])
+        return _Unpickler(io.BytesIO(base64.b64decode(part["pickle"]))).load()
+    except Exception as error:  # any object's own unpickling may raise anything
+        raise ValueError(
+            f"{reader.path} does not have `{name}` of the search ({describe(error)}): give it "
+            f"again, {PARTS[name]}"
         ) from error
+
+
+def _load_old(reader: Reader, stored: bytes) -> Setup:
+    try:
+        return _Unpickler(io.BytesIO(stored)).load()
+    except Exception as error:  # any object's own unpickling may raise anything
+        raise ValueError(
+            f"{reader.path} does not have the search's functions ({describe(error)}): give the "
+            f"evaluator again, {PARTS['evaluate']}"
+        ) from error
+
+
+def _json_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that JSON can hold."""
+    values = {}
+    for name, value in options.items():
+        try:
+            values[name] = json.loads(json.dumps(value, default=_as_json))
+        except (TypeError, ValueError):
+            continue
+    return values
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Retries):
+        return dataclasses.asdict(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no JSON value")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """Run a job on a worker, and turn its future into an outcome on the driver."""
 
 import functools
+import io
 import os
 import pickle
 import sys
@@ -8,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import IO, Any
 
 from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
@@ -90,12 +91,20 @@ def _unpickled(pickled: bytes) -> Evaluator:
 
 
 def dumps(value: Any) -> bytes:
+    """Pickle a value as `dump` does."""
+    file = io.BytesIO()
+    dump(value, file)
+    return file.getvalue()
+
+
+def dump(value: Any, file: IO[bytes]) -> None:
     """Pickle a value; with cloudpickle, which comes with dask, also functions of notebooks."""
     try:
         import cloudpickle
     except ImportError:
-        return pickle.dumps(value)
-    return cloudpickle.dumps(value)
+        pickle.dump(value, file)
+    else:
+        cloudpickle.dump(value, file)
 
 
 def _dask_worker() -> Any:

@@ -79,7 +79,7 @@ def test_a_space_that_always_raises_ends_the_search_and_it_resumes(tmp_path) -> 
         with pytest.raises(nas.FailuresError, match=message):
             drive(search)
         assert search.store.counts().results == 8
-    with small(tmp_path, max_failures=4) as search:
+    with small(tmp_path, max_failures=4, other_space=True) as search:
         assert drive(search).store.counts().results == 60
         nas.replay(search.store, Bits())
 
