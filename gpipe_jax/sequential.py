@@ -19,7 +19,7 @@ from gpipe_jax.layers.random_keys import apply_key, layer_key
 from gpipe_jax.layers.shape_inference import as_replica, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses import counting_rows, weighted_sums
-from gpipe_jax.utils.trees import PyTree
+from gpipe_jax.utils.trees import PyTree, strong
 
 
 def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree], list[PyTree]]:
@@ -48,11 +48,11 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
     params, shared = [], {}
     for i, shape in enumerate(infer_shapes(layers, x)):
         like = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-        fresh = shape.layer.init(layer_key(seed, i), like)
+        fresh = strong(shape.layer.init(layer_key(seed, i), like))
         own, _ = skips_and_ties.borrow(shape.layer, fresh, shared)
         shared = {**shared, **skips_and_ties.offered(shape.layer, own)}
         params.append(own)
-    return params, [layer.init_statistics() for layer in layers]
+    return params, [strong(layer.init_statistics()) for layer in layers]
 
 
 def forward(
@@ -88,7 +88,8 @@ def forward(
         params, stats = sequential.init(layers, x)
         y, _ = sequential.forward(layers, params, stats, x, jax.random.key(0), train=False)
     """
-    boundary, shared, moments = Boundary(x, {}), {}, []
+    boundary, shared, moments = Boundary(strong(x), {}), {}, []
+    progress = jnp.asarray(progress, float)
     for i, (layer, p, s) in enumerate(zip(layers, params, stats, strict=True)):
         shared = {**skips_and_ties.offered(layer, p), **shared}
         context = Context(apply_key(key, i, micro_batch, examples), train, progress)
@@ -171,7 +172,8 @@ def value_and_grad(
         gradient = jax.value_and_grad(total, has_aux=True)
         (_, (result, moments)), grads = gradient(params, stats, batch, key, progress)
         mean = jax.tree.map(lambda a: a / (micro_batches * replicas), moments)
-        stats = [a.commit(s, m) for a, s, m in zip(layers, stats, mean, strict=True)]
+        triples = zip(layers, stats, mean, strict=True)
+        stats = [skips_and_ties.commit(*triple) for triple in triples]
         return result, grads, stats
 
     return step

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpipe_jax.layers.constants import UnfitModuleError
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -58,7 +59,7 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     stats = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
     other = [".".join(map(str, path)) for path, _ in stats if path not in known]
     if other:
-        raise ValueError(
+        raise UnfitModuleError(
             f"layer {name} has statistics that are not of an nnx.BatchNorm: {', '.join(other)}; "
             f"a pipeline can only combine those of nnx.BatchNorm"
         )

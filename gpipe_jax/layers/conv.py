@@ -108,4 +108,6 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return conv2d(x, self.kernel[...], self.stride)
+        kernel = self.kernel[...]
+        dtype = jnp.promote_types(x.dtype, kernel.dtype)  # both differ under `jax_enable_x64`
+        return conv2d(x.astype(dtype), kernel.astype(dtype), self.stride)

@@ -7,14 +7,17 @@ Descriptions are compared by value, so equal layers are recognized and share one
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
-from gpipe_jax.layers import batch_norm
+from gpipe_jax.errors import ArgumentError
+from gpipe_jax.layers import arguments, batch_norm, constants
+from gpipe_jax.layers.arguments import brief
+from gpipe_jax.layers.constants import Constant, UnfitModuleError
 from gpipe_jax.layers.numeric_settings import cached_by_settings
 from gpipe_jax.utils.trees import PyTree
 
@@ -180,7 +183,7 @@ class Layer:
         return " ".join([description, *texts])
 
 
-def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer:
+def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
     """Describe one layer of a network.
 
     `layer(Module, **kwargs)` describes the `nnx.Module` that `Module(**kwargs)` builds.
@@ -190,17 +193,19 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
         target: An `nnx.Module` class; or `init`, a function (key, x) -> parameters. A module is
             built with `rngs=` if it takes that. It is called as `module(x)`, with `rngs=` if it
             takes that, and with `progress=` (of the training run, 0 to 1) if it takes that.
-        apply: A function (params, x) -> output, with `init`. If it takes `rngs`, it gets the random
-            key in training and None in evaluation. It gets `train` and `progress` if it takes them.
-            Default: None, for an `nnx.Module`.
+        *functions: With `init` one function, `apply`: (params, x) -> output. If it takes `rngs`, it
+            gets the random key in training and None in evaluation. It gets `train` and `progress`
+            if it takes them. None for an `nnx.Module`.
         **kwargs: Arguments of the module class; they must be hashable. Lists become tuples.
 
     Returns:
         The description of the layer. Nothing is built.
 
     Raises:
-        TypeError: The arguments are of the wrong kind, or not hashable.
+        TypeError: The arguments are of the wrong kind or not hashable, or the constructor of the
+            module does not take them.
 
+    An array that a module keeps as a plain attribute is a constant; it must not be drawn at random.
     Modules that hold their own `nnx.Rngs` (`nnx.Dropout`) get them reseeded for each micro-batch.
     An `nnx.BatchNorm` normalises with the statistics of the micro-batch, whatever the weights of
     the examples. Its running statistics change once a step, from its last call in the layer.
@@ -210,20 +215,21 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
         >>> str(layer(nnx.Linear, in_features=4, out_features=2))
         'Linear(in_features=4, out_features=2)'
     """
-    if apply is not None:
+    if isinstance(target, type) and issubclass(target, nnx.Module):
+        arguments.check_constructor(target, functions, kwargs)
+        frozen = {name: _freeze(value) for name, value in kwargs.items()}
+        types = _types(list(frozen.values()))
+        description: Layer = ModuleLayer(target, tuple(sorted(frozen.items())), types)
+    elif len(functions) == 1 and callable(target) and callable(functions[0]):
         if kwargs:
             raise TypeError(f"layer(init, apply) takes no keywords, got {sorted(kwargs)}")
-        return FunctionLayer(target, apply)
-    if not (isinstance(target, type) and issubclass(target, nnx.Module)):
-        message = (
+        description = FunctionLayer(target, functions[0])
+    else:
+        got = " and ".join(map(arguments.kind, (target, *functions)))
+        raise TypeError(
             f"layer() takes a flax.nnx.Module class and its arguments, or two functions "
-            f"(init, apply); got {target!r}"
+            f"(init, apply); got {got}; {arguments.remedy(target)}"
         )
-        if inspect.isroutine(target):
-            message += "; if it returns a list of layers, call it and give the list to Pipeline"
-        raise TypeError(message)
-    frozen = {name: _freeze(value) for name, value in kwargs.items()}
-    description = ModuleLayer(target, tuple(sorted(frozen.items())), _types(list(frozen.values())))
     try:
         hash(description)
     except TypeError as error:
@@ -232,6 +238,25 @@ def layer(target: Any, apply: Callable | None = None, /, **kwargs: Any) -> Layer
             f"{description}: {error}"
         ) from None
     return description
+
+
+def check_layers(layers: Any) -> None:
+    """Raise ArgumentError unless `layers` is a sequence of layers."""
+    if isinstance(layers, Layer):
+        raise ArgumentError("layers", f"`layers` is one layer, {layers}; put it into a list")
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise ArgumentError(
+            "layers",
+            f"`layers` must be a list of layers, got {arguments.kind(layers)}; divide a model into "
+            f"layers, each made by gpipe_jax.layer",
+        )
+    for i, one in enumerate(layers):
+        if not isinstance(one, Layer):
+            raise ArgumentError(
+                "layers",
+                f"`layers[{i}]` must be a layer, as gpipe_jax.layer makes it, got "
+                f"{arguments.kind(one)}; {arguments.remedy(one)}",
+            )
 
 
 def _freeze(value: Any) -> Any:
@@ -244,6 +269,9 @@ def _types(value: Any) -> tuple:
     return (type(value).__name__, *inner)
 
 
+_STATISTICS = "batch_stats"  # Linen's name for the running statistics of batch norms
+
+
 @dataclass(frozen=True)
 class FunctionLayer(Layer):
     """Describe a layer by two functions (init, apply)."""
@@ -252,7 +280,23 @@ class FunctionLayer(Layer):
     apply_fn: Callable
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        return self.init_fn(key, x)
+        params = self.init_fn(key, x)
+        self._check_collections(params)
+        return params
+
+    def _check_collections(self, params: PyTree) -> None:
+        """Refuse what Linen modules return beside parameters: a pipeline would train it."""
+        if not isinstance(params, Mapping):
+            return
+        of_linen = isinstance(getattr(self.init_fn, "__self__", None), linen.Module)
+        others = [name for name in params if (of_linen and name != "params") or name == _STATISTICS]
+        if others:
+            raise UnfitModuleError(
+                f"layer {self}: its `init` returns {', '.join(map(repr, others))}, but a pipeline "
+                f"trains all that `init` returns; return 'params' only, and give constants to "
+                f"`apply` yourself; for batch norm use an nnx module with nnx.BatchNorm, whose "
+                f"running statistics a pipeline updates"
+            )
 
     def apply(
         self, params: PyTree, stats: PyTree, x: PyTree, context: Context
@@ -281,6 +325,7 @@ class Template(NamedTuple):
     evaluate: nnx.GraphDef
     rng_state: tuple[tuple[tuple, type], ...]  # paths and types of its random streams
     norms: tuple[batch_norm.Norm, ...]
+    constants: Sequence[Constant]  # arrays that are no variables
 
 
 @dataclass(frozen=True)
@@ -298,7 +343,9 @@ class ModuleLayer(Layer):
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
         del x  # nnx modules know the shape of their input
-        return nnx.to_pure_dict(nnx.split(self.build(key), nnx.Param, ...)[1])
+        module = self.build(key)
+        constants.take(module)
+        return nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[1])
 
     def init_statistics(self) -> PyTree:
         return batch_norm.fresh(_template(self).stats)
@@ -317,9 +364,11 @@ class ModuleLayer(Layer):
         graph = template.train if context.train else template.evaluate
         rng_state = nnx.to_pure_dict(nnx.from_flat_state(streams))
         module = nnx.merge(graph, params, stats, rng_state)
+        values = constants.put(module, template.constants)
         options = {"rngs": nnx.Rngs(key), "progress": context.progress}
         call = self.module.__call__
         y = module(x, **{name: value for name, value in options.items() if _takes(call, name)})
+        constants.check_unchanged(module, template.constants, values)
         if not (context.train and template.norms):
             return y, {}
         batch_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
@@ -329,14 +378,8 @@ class ModuleLayer(Layer):
         return batch_norm.commit(_template(self).norms, stats, moments)
 
     def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={_brief(value)}" for name, value in self.kwargs)
+        arguments = ", ".join(f"{name}={brief(value)}" for name, value in self.kwargs)
         return self.linked(f"{self.module.__name__}({arguments})")
-
-
-def _brief(value: Any) -> str:
-    """Return the text of a value if it is short, else the name of its type."""
-    text = str(value)
-    return text if len(text) <= 24 and "\n" not in text else type(value).__name__
 
 
 def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
@@ -346,26 +389,37 @@ def _stream_value(kind: type, key: jax.Array, i: int) -> nnx.Variable:
 
 @cached_by_settings(maxsize=4096)
 def _template(description: ModuleLayer) -> Template:
-    """Build the module abstractly, without any array, and split it."""
-    module = nnx.eval_shape(lambda: description.build(jax.random.key(0)))
+    """Build the module abstractly, without any array but constants, and split it."""
+    taken = []
+
+    def build() -> nnx.Module:
+        module = description.build(jax.random.key(0))
+        taken.extend(constants.take(module))
+        return module
+
+    module = nnx.eval_shape(build)
+    values = constants.compute(description.build, str(description)) if taken else []
     norms = batch_norm.prepare(module, str(description))
     kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
     train, params, stats, rng_state, rest = nnx.split(module, *kinds)
     unknown = nnx.to_flat_state(rest)
     if unknown:
         types = ", ".join(sorted({type(v).__name__ for _, v in unknown}))
-        raise ValueError(
+        raise UnfitModuleError(
             f"layer {description} has variables of type {types}; a pipeline layer may hold "
-            f"nnx.Param, random streams, and the statistics of nnx.BatchNorm only"
+            f"nnx.Param, random streams, the statistics of nnx.BatchNorm, and constant arrays that "
+            f"are plain attributes"
         )
     module.eval()
     evaluate = nnx.split(module, nnx.Param, ...)[0]
     flat = tuple((path, type(variable)) for path, variable in nnx.to_flat_state(rng_state))
     pure_params, pure_stats = (nnx.to_pure_dict(state) for state in (params, stats))
-    return Template(pure_params, pure_stats, train, evaluate, flat, norms)
+    return Template(pure_params, pure_stats, train, evaluate, flat, norms, values)
 
 
 @functools.lru_cache(maxsize=4096)
 def _takes(function: Callable, name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # a function of C has no signature
+        return False

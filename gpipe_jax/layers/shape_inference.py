@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import skips_and_ties
-from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.constants import UnfitModuleError
+from gpipe_jax.layers.layer import Context, Layer, ModuleLayer, check_layers
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.utils.trees import PyTree, describe, differentiable, signature
+from gpipe_jax.utils.trees import PyTree, describe, differentiable, signature, strong
 
 
 class LayerShape(NamedTuple):
@@ -27,13 +29,17 @@ class LayerShape(NamedTuple):
 def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
     """Return the shapes of each layer's parameters and output for an input like `x`.
 
+    All types are strong: a number that a layer returns is an array of a type of its own.
+
     Raises ValueError if an output does not fit the next layer's input (the message names both
-    layers), or if stashed, popped or tied names do not match.
+    layers), if a layer cannot be built, if there is something that is no layer, or if stashed,
+    popped or tied names do not match.
     """
+    check_layers(layers)
     skips_and_ties.check_names(layers)
     shapes: list[LayerShape] = []
     known: dict = {}
-    boundary, shared = Boundary(x, {}), {}
+    boundary, shared = Boundary(jax.eval_shape(strong, x), {}), {}
     for i, layer in enumerate(layers):
         layer_input, rest = skips_and_ties.take(layer, boundary)
         key = layer, signature(layer_input)
@@ -58,20 +64,19 @@ def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, Py
 
     def output(params: PyTree, stats: PyTree, key: jax.Array, train: bool) -> PyTree:
         def apply(params: PyTree, stats: PyTree, x: PyTree, key: jax.Array) -> PyTree:
-            return layer.apply(params, stats, x, Context(key, train))[0]
+            context = Context(key, train, progress=jnp.asarray(1.0, float))  # typed, as in a step
+            return _as_arrays(i, layer, layer.apply(params, stats, x, context)[0])
 
         return jax.eval_shape(as_replica(apply), params, stats, x, key)
 
-    try:
-        params, stats = layer.shapes(x)
-        trained, evaluated = (output(params, stats, key, t) for t in (True, False))
-    except Exception as error:
-        source = f"the output of layer {i - 1}, {layers[i - 1]}" if i else "the network's inputs"
-        raise ValueError(
-            f"layer {i}, {layer}, does not take {source}: {describe(x)}; "
-            f"make the two agree ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+    params, stats = _shapes(layers, i, x)
     _check_parameters(i, layer, params)
+    try:
+        trained, evaluated = (output(params, stats, key, t) for t in (True, False))
+    except _OutputError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        raise ValueError(_does_not_take(layers, i, x, error)) from error
     if describe(trained) != describe(evaluated):
         raise ValueError(
             f"layer {i}, {layer}, returns {describe(trained)} in training but "
@@ -79,6 +84,48 @@ def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, Py
         )
     skips_and_ties.check_stashed(i, layer, trained)
     return params, stats, trained
+
+
+class _OutputError(ValueError):
+    """Carry the message of a wrong output out of the tracing of a layer."""
+
+
+def _as_arrays(i: int, layer: Layer, output: PyTree) -> PyTree:
+    """Return the output of a layer in arrays of strong types; numbers become arrays."""
+    for path, leaf in jax.tree.leaves_with_path(output):
+        try:
+            strong(leaf)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _OutputError(
+                f"layer {i}, {layer}, returns {leaf!r} of type {type(leaf).__name__} at "
+                f"output{jax.tree_util.keystr(path)}; between layers there are arrays and numbers "
+                f"only, so give it to the layers as an argument ({_first_line(error)})"
+            ) from error
+    return strong(output)
+
+
+def _shapes(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree]:
+    """Return the shapes of a layer's parameters and statistics, in strong types."""
+    layer = layers[i]
+    try:
+        return jax.eval_shape(strong, layer.shapes(x))
+    except UnfitModuleError as error:
+        raise ValueError(f"layer {i}: {error}") from error
+    except Exception as error:
+        if isinstance(layer, ModuleLayer):
+            raise ValueError(
+                f"layer {i}, {layer}, cannot be built; correct its arguments, or the constructor "
+                f"of {layer.module.__name__} ({type(error).__name__}: {_first_line(error)})"
+            ) from error
+        raise ValueError(_does_not_take(layers, i, x, error)) from error
+
+
+def _does_not_take(layers: Sequence[Layer], i: int, x: PyTree, error: Exception) -> str:
+    source = f"the output of layer {i - 1}, {layers[i - 1]}" if i else "the network's inputs"
+    return (
+        f"layer {i}, {layers[i]}, does not take {source}: {describe(x)}; "
+        f"make the two agree ({type(error).__name__}: {_first_line(error)})"
+    )
 
 
 def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:

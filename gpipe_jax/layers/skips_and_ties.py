@@ -11,8 +11,10 @@ for layer in layers:
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from gpipe_jax.layers.layer import Context, Layer
-from gpipe_jax.utils.trees import PyTree, by_name
+from gpipe_jax.utils.trees import PyTree, by_name, cast_like, strong, wide
 
 
 class Boundary(NamedTuple):
@@ -25,11 +27,22 @@ class Boundary(NamedTuple):
 def call(
     layer: Layer, params: PyTree, stats: PyTree, boundary: Boundary, shared: dict, context: Context
 ) -> tuple[Boundary, PyTree]:
-    """Apply one layer with its links; return the next boundary and the moments of batch norms."""
+    """Apply one layer with its links; return the next boundary and the moments of batch norms.
+
+    What passes on has strong types, as inferred, and moments have the types of their sums. So the
+    numbers do not depend on where a stage ends.
+    """
     x, rest = take(layer, boundary)
-    filled = fill(layer, params, shared)
+    filled = strong(fill(layer, params, shared))
     y, moments = layer.apply(filled, stats, x, context)
-    return give(layer, y, rest), moments
+    if jax.tree.leaves(moments):
+        moments = cast_like(moments, jax.eval_shape(wide, stats))
+    return give(layer, strong(y), rest), moments
+
+
+def commit(layer: Layer, stats: PyTree, moments: PyTree) -> PyTree:
+    """Return a layer's running statistics after a step, in the types that they had before."""
+    return cast_like(layer.commit(stats, moments), stats)
 
 
 def take(layer: Layer, boundary: Boundary) -> tuple[PyTree, dict]:

@@ -22,7 +22,7 @@ from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.shape_inference import LayerShape, as_replica
 from gpipe_jax.losses import weighted_sums
 from gpipe_jax.partition.flops import count_flops
-from gpipe_jax.utils.trees import PyTree, float_leaves, signature, tree_bytes, vjp
+from gpipe_jax.utils.trees import PyTree, float_leaves, signature, strong, tree_bytes, vjp
 
 # Nominal (floating-point operations, bytes over the link to the next stage) per second, to weigh
 # compute against transfer. They are orders of magnitude: of a matrix unit and one interconnect link
@@ -131,8 +131,9 @@ def _vjp(
     """Differentiate in the parameters and the floating-point inputs."""
 
     def run(params: PyTree, x: PyTree) -> tuple[PyTree, None]:
-        context = Context(jax.random.key(seed), train=True)
-        return shape.layer.apply(params, stats, x, context)[0], None
+        progress = jnp.asarray(1.0, float)  # typed, as in a step
+        context = Context(jax.random.key(seed), train=True, progress=progress)
+        return strong(shape.layer.apply(params, stats, x, context)[0]), None
 
     y, pull, _ = vjp(run, params, x)
     return float_leaves(y), pull

@@ -111,7 +111,11 @@ class DeviceStep:
     def _forward(self, s: int, buffers: Buffers, entry: Entry, idle: TickResult) -> TickResult:
         y, moments = self._stage(s, entry).forward(self._input(s, buffers, entry))
         return idle._replace(
-            send_x=self.stages.boundary_format.encode(jax.tree.leaves(y), self.boundary_shapes),
+            send_x=self.stages.boundary_format.encode(
+                jax.tree.leaves(y),
+                jax.tree.leaves(self.stages.geometry.input(s + 1)),
+                self.boundary_shapes,
+            ),
             sums=self._with_moments(s, idle.sums, moments),
         )
 
@@ -149,7 +153,11 @@ class DeviceStep:
             return idle._replace(sums=sums)
         inner = with_floats(x, back.x, rest=_no_gradient)
         boundary = Boundary(inner.x, {**inner.skips, **passed})
-        sent = self.stages.boundary_format.encode(jax.tree.leaves(boundary), self.gradient_shapes)
+        sent = self.stages.boundary_format.encode(
+            jax.tree.leaves(boundary),
+            float_leaves(self.stages.geometry.input(s)),
+            self.gradient_shapes,
+        )
         return idle._replace(send_g=sent, sums=sums)
 
     def _stage(self, s: int, entry: Entry) -> StageStep:

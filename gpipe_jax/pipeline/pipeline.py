@@ -26,7 +26,7 @@ from gpipe_jax.distributed.mesh import (
     replicated_sharding,
 )
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.layer import Layer, check_layers
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.losses import weighted_sums
@@ -142,6 +142,7 @@ class Pipeline:
             raise ArgumentError("keys_per", f"`keys_per` must be {known}, got {keys_per!r}")
         if steps is not None:
             check_count("steps", steps)
+        check_layers(layers)
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches
         self._enable_x64 = jax_setting("jax_enable_x64")

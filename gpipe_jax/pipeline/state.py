@@ -28,7 +28,7 @@ from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import of_all_devices
-from gpipe_jax.utils.trees import PyTree, describe, same_shapes
+from gpipe_jax.utils.trees import PyTree, describe, same_shapes, strong
 
 
 class State(NamedTuple):
@@ -112,11 +112,17 @@ def init(stages: Stages, mesh: MeshLike, seed: int) -> State:
 def _init(stages: Stages, mesh: MeshLike, seed: jax.Array) -> State:
     def params(shape: LayerShape, i: jax.Array) -> PyTree:
         x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-        initial = shape.layer.init(layer_key(seed, i), x)
-        return skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
+        initial = strong(shape.layer.init(layer_key(seed, i), x))
+        own = skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
+        if not same_shapes(own, shape.params):
+            raise ValueError(
+                f"layer {shape.layer} makes the parameters {describe(own)}, but its `shapes` "
+                f"returns {describe(shape.params)}; make the two agree"
+            )
+        return own
 
     def stats(shape: LayerShape, i: jax.Array) -> PyTree:
-        return shape.layer.init_statistics()
+        return strong(shape.layer.init_statistics())
 
     return State(
         spmd.build_arrays(stages, stages.params, mesh, params),
@@ -187,7 +193,7 @@ def from_layers(
     """Invert `to_layers` and `statistics`; without `statistics`, start with initial ones."""
     shapes = stages.geometry.shapes
     if statistics is None:
-        statistics = [shape.layer.init_statistics() for shape in shapes]
+        statistics = [strong(shape.layer.init_statistics()) for shape in shapes]
     _check_layers("parameters", shapes, params, [shape.params for shape in shapes])
     _check_layers("statistics", shapes, statistics, [shape.stats for shape in shapes])
     both = zip(params, statistics, strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax import lax
 
 PyTree = Any
 
@@ -80,6 +81,25 @@ def with_floats(tree: PyTree, floats: list, rest: Callable[[Any], Any] = lambda 
     leaves, structure = jax.tree.flatten(tree)
     new = iter(floats)
     return structure.unflatten([next(new) if differentiable(a) else rest(a) for a in leaves])
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Return a tree of arrays of strong types, from arrays and Python numbers.
+
+    A number of Python, and what JAX computes from it, has a weak type: its type gives way to that
+    of an array it meets. What is stored or sent has one type, so it must not be weak.
+    """
+    return jax.tree.map(_strong, tree)
+
+
+def _strong(a: Any) -> jax.Array:
+    array = a if isinstance(a, jax.Array) else jnp.asarray(a)
+    return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Cast the arrays of a tree to the types of the arrays (or shapes) of `like`."""
+    return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), tree, like)
 
 
 def wide(tree: PyTree) -> PyTree:

@@ -50,6 +50,10 @@ class Scale(nnx.Module):
         return x * sum(f for pair in self.factors for f in pair)
 
 
+class OtherScale(Scale):
+    """Be equal but for the class."""
+
+
 class DropAtCall(nnx.Module):
     """Dropout whose randomness comes with the call."""
 
@@ -113,7 +117,7 @@ def test_descriptions_are_compared_by_value() -> None:
     assert hash(one) == hash(layer(Dense, out_features=3, in_features=4))
     assert one != layer(Dense, in_features=4, out_features=5)
     assert one != layer(Dense, in_features=4, out_features=3, last=False)
-    assert layer(Block, width=4) != layer(Embedding, width=4)
+    assert layer(Scale, factors=()) != layer(OtherScale, factors=())
     assert str(one) == "Dense(in_features=4, out_features=3)"
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpipe_jax.utils.trees import PyTree, differentiable
+from gpipe_jax.utils.trees import PyTree, describe, differentiable, same_shapes
 
 
 class BoundaryFormat:
@@ -45,8 +45,20 @@ class BoundaryFormat:
             self.shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in first]
         self.gradient_shapes = [a for a in self.shapes if differentiable(a)]
 
-    def encode(self, leaves: Sequence[jax.Array], shapes: Sequence) -> list[jax.Array]:
-        """Encode the leaves of a boundary, or their gradients, in arrays of `shapes`."""
+    def encode(
+        self, leaves: Sequence[jax.Array], specs: Sequence, shapes: Sequence
+    ) -> list[jax.Array]:
+        """Encode the leaves of a boundary, or their gradients, in arrays of `shapes`.
+
+        Raises ValueError unless the leaves have the shapes and types of `specs`, with which
+        `decode` reads them.
+        """
+        if not same_shapes(list(leaves), list(specs)):
+            raise ValueError(
+                f"a stage sends {describe(list(leaves))}, but the next one takes "
+                f"{describe(list(specs))}; a layer must return the shapes and types that were "
+                f"inferred for it when the pipeline was built"
+            )
         if not self.packed:
             return list(leaves)
         return [pack([a for a in leaves if a.dtype == s.dtype], s, jnp) for s in shapes]

@@ -8,10 +8,12 @@
 Only the modules of this folder know that stages differ.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 
+from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.pipeline import remat as remats
 from gpipe_jax.pipeline.ragged.boundary import BoundaryFormat
@@ -81,7 +83,7 @@ class Stages:
         trees = zip(storage.read(k, stats), storage.read(k, moments), strict=True)
         committed = []
         for run, (old, mean) in zip(self.geometry.runs[s], trees, strict=True):
-            commit = run.layer.commit
+            commit = functools.partial(skips_and_ties.commit, run.layer)
             if run.scanned:
                 committed.append(jax.vmap(commit)(old, mean) if jax.tree.leaves(old) else old)
             else:

@@ -518,7 +518,7 @@ def test_boundaries_survive_encoding(boundaries: list[PyTree]) -> None:
     for tree in boundaries:
         specs = jax.tree.leaves(tree)
         leaves = [jnp.asarray(a) for a in jax.tree.leaves(fill(tree, rng))]
-        arrays = encoding.encode(leaves, encoding.shapes)
+        arrays = encoding.encode(leaves, specs, encoding.shapes)
         assert [(a.shape, a.dtype) for a in arrays] == [(s.shape, s.dtype) for s in encoding.shapes]
         assert_equal(encoding.decode(arrays, specs), leaves)
 
@@ -529,7 +529,7 @@ def test_gradients_survive_encoding_without_the_integers() -> None:
     for tree in RAGGED:
         specs = [s for s in jax.tree.leaves(tree) if s.dtype != jnp.int32]
         leaves = [jnp.asarray(fill(s, rng)) for s in specs]
-        arrays = encoding.encode(leaves, encoding.gradient_shapes)
+        arrays = encoding.encode(leaves, specs, encoding.gradient_shapes)
         assert [a.dtype for a in arrays] == [s.dtype for s in encoding.gradient_shapes]
         assert_equal(encoding.decode(arrays, specs), leaves)
 
