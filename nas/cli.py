@@ -262,7 +262,10 @@ def _export(options: argparse.Namespace) -> int:
     write(figures_table(figures))
     if options.json:
         ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
-            {"candidate": each.row.id, **finite({"fitness": each.row.fitness, "again": each.fitness})}
+            {
+                "candidate": each.row.id,
+                **finite({"fitness": each.row.fitness, "again": each.fitness}),
+            }
             for each in ranking
         ]
         genotype = export.as_json(best.architecture)

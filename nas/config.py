@@ -23,8 +23,10 @@ from gpipe_jax.config.base import (
 )
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
-from nas.choices import COMPILED_COSTS, DATASETS, Builder, Dtype, TableDataset
+from nas.choices import COMPILED_COSTS, DATASETS, Builder, Direction, Dtype, TableDataset
 from nas.evolution.evolution import Algorithm, FitnessPolicy, Settings
+from nas.evolution.length import length as length_of
+from nas.evolution.length import too_short
 
 
 class NASNetConfig(Section):
@@ -134,8 +136,16 @@ class TrainingConfig(Section):
 class EvolutionConfig(Section):
     """Set what decides the proposals: `nas.Settings`."""
 
-    population: Count = Field(default=100, description="P: members of the population")
-    sample: Count = Field(default=25, description="S: members in a tournament, whose best wins")
+    population: Count | None = Field(
+        default=None,
+        description="P: members of the population; default: 100, or half of run.cycles (or of "
+        "run.evaluations) if that is less than 100",
+    )
+    sample: Count | None = Field(
+        default=None,
+        description="S: members in a tournament, whose best wins; default: 25, or a quarter of "
+        "such a smaller population",
+    )
     replacement: bool = Field(
         default=True, description="whether a sample is drawn with replacement"
     )
@@ -153,7 +163,7 @@ class EvolutionConfig(Section):
     @model_validator(mode="after")
     def _is_legal(self) -> Self:
         try:
-            Settings(**dict(self))
+            Settings(**{name: value for name, value in self if value is not None})
         except ValueError as error:
             problem = cross_check("sample", str(error))
             raise PydanticError.from_exception_data("EvolutionConfig", [problem]) from error
@@ -178,7 +188,15 @@ class LimitsConfig(Section):
 class RunConfig(Section):
     """Set how long a search is, and who does the work."""
 
-    cycles: Count = Field(default=1000, description="results in total")
+    cycles: Count | None = Field(
+        default=None,
+        description="results in total, with answers of the cache; default: 1000, or ten times "
+        "`evaluations`",
+    )
+    evaluations: Count | None = Field(
+        default=None,
+        description="evaluations in total; failures and answers of the cache do not count",
+    )
     workers: Count | Text = Field(
         default=1,
         description="number of threads, or devices (one for each), processes, processes:4, or the "
@@ -194,6 +212,11 @@ class RunConfig(Section):
     time_limit_s: Positive | None = Field(default=None, description="seconds for this command")
     max_failures: Count = Field(
         default=10, description="consecutive failures that end the search, with the last error"
+    )
+    directions: dict[Text, Direction] | None = Field(
+        default=None,
+        description="what is better in metrics of which reports show a Pareto front, such as "
+        "{latency_ms: min, top5: max}; default: less, in metrics with such names as params_m",
     )
     workdir: LocalPath | None = Field(
         default=None, description="folder of the run; default: runs/<name of the config file>"
@@ -235,13 +258,11 @@ def _limits_fit_evaluator(
 
 
 def _evolution_begins(run: RunConfig, evolution: EvolutionConfig) -> Problems:
-    if run.cycles >= evolution.population:
+    length, population = length_of(run.cycles, run.evaluations), evolution.population
+    if population is None or evolution.algorithm == "random" or length.smaller >= population:
         return []
-    message = (
-        f"cycles {run.cycles} is less than evolution.population {evolution.population}, and "
-        f"evolution begins after that many results; use at least {evolution.population}"
-    )
-    return [("run.cycles", message)]
+    name = "cycles" if length.smaller == length.cycles else "evaluations"
+    return [(f"run.{name}", too_short(length, population, "evolution."))]
 
 
 class SearchConfig(Configuration):

@@ -19,11 +19,11 @@ from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
-from nas.ask_tell.arguments import Length
 from nas.ask_tell.search import Search
 from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.evaluators.outcomes import failed_outcome
+from nas.evolution.length import Length
 from nas.workers import main_guard, task
 from nas.workers.asking import AskingThreads
 from nas.workers.worker_pool import WorkerPool

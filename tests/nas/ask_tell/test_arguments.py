@@ -10,7 +10,7 @@ import pytest
 from searches import Bits, drive, ones, small
 
 import nas
-from nas.ask_tell import arguments
+from nas.evolution.length import length
 from nas.storage.reader import Reader
 
 
@@ -198,5 +198,5 @@ def test_directions_are_those_of_the_run_until_others_are_given(tmp_path) -> Non
 
 
 def test_the_default_length() -> None:
-    assert arguments.length(None, None) == (1000, None)
-    assert arguments.length(None, 7) == (70, 7)
+    assert length(None, None) == (1000, None)
+    assert length(None, 7) == (70, 7)

@@ -14,7 +14,7 @@ from searches import Bits, drive, ones, small
 import nas
 from gpipe_jax.utils.graph_drawing import Box, Picture
 from nas import cli
-from nas.ask_tell.arguments import Length
+from nas.evolution.length import Length
 from nas.reports import html, live, report
 from nas.storage.queries import Snapshot
 from nas.storage.reader import Counts, Reader
