@@ -11,7 +11,7 @@ from jax import lax
 from gpipe_jax.distributed.mesh import PARAMS_SPEC, MeshLike, device_index
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.ragged.storage import to_block
+from gpipe_jax.pipeline.ragged.storage import Chosen, to_block
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -52,12 +52,10 @@ def build_arrays(
     return mapped(jnp.asarray(stages.geometry.layer_ids()))
 
 
-def mask_parameters(
-    stages: Stages, mesh: MeshLike, chosen: Callable[[tuple[int, ...]], bool]
-) -> list[PyTree]:
-    """Return which parameters are `chosen` by their shapes, in the form of the parameters; traced.
+def mask_parameters(stages: Stages, mesh: MeshLike, chosen: Chosen) -> list[PyTree]:
+    """Return which parameters are `chosen`, in the form of the parameters; traced.
 
-    A slot has one shape, so its mask is one bool. The mask of a pack is an array of bool.
+    The mask of a slot is one bool, or one for each stage. The mask of a pack is an array of bool.
     """
 
     def mask(s: int) -> list[jax.Array]:
@@ -68,5 +66,5 @@ def mask_parameters(
         return [of_own_stage(stages, c, mask) for c in range(stages.geometry.chunks)]
 
     packs = on_every_device(body, mesh, (), PARAMS_SPEC)()
-    slots = [[chosen(slot.shape) for slot in storage.slots] for storage in stages.params]
+    slots = [storage.mask_slots(chosen) for storage in stages.params]
     return [{"slots": s, "packs": p} for s, p in zip(slots, packs, strict=True)]

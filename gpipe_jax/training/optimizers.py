@@ -15,7 +15,7 @@ import optax
 
 from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.utils.trees import PyTree, has_structure_of
+from gpipe_jax.utils.trees import PyTree, has_structure_of, path_name
 
 
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -114,28 +114,33 @@ def decaying(params: PyTree) -> PyTree:
     """Return a mask of the parameters that weight decay applies to: all but norms and biases.
 
     Args:
-        params: A tree of arrays, as the layers have them.
+        params: A tree of arrays, named as the layers name them; see `decays`.
 
     Returns:
         A tree of the same structure, of bools.
     """
-    return jax.tree.map(lambda a: decays(a.shape), params)
+    return jax.tree.map_with_path(lambda path, a: decays(path_name(path), a.shape), params)
 
 
-def decays(shape: tuple[int, ...]) -> bool:
-    """Check whether weight decay applies to parameters of a shape: not to vectors and scalars.
+def decays(name: str, shape: tuple[int, ...]) -> bool:
+    """Check whether weight decay applies to a parameter: not to one of a norm, nor to a bias.
+
+    These are the vectors and scalars, and the arrays of any shape that are named `bias` or `scale`,
+    as Flax does, or end with `_bias` or `_scale`. Attention has biases with an axis of heads.
 
     Args:
-        shape: The shape of the parameters in their layer.
+        name: The path of the parameter in its layer, as "query.kernel".
+        shape: The shape of the parameter in its layer.
 
     Returns:
-        True if there are at least two axes.
+        True if it decays.
 
     Example:
-        >>> decays((3, 4)), decays((3,))
-        (True, False)
+        >>> decays("query.kernel", (8, 2, 4)), decays("query.bias", (2, 4)), decays("gain", (8,))
+        (True, False, False)
     """
-    return len(shape) > 1
+    last = name.rpartition(".")[2]
+    return len(shape) > 1 and not f"_{last}".endswith(("_bias", "_scale"))
 
 
 def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -146,8 +151,8 @@ def weight_decay(rate: float | optax.Schedule) -> optax.GradientTransformationEx
 
     Returns:
         An optax transformation. Its `update` needs the keyword `decaying`, a tree of the
-        parameters' structure: for each array one bool, or one for each element. The trainer passes
-        it to every transformation.
+        parameters' structure: for each array one bool, or an array of bools that broadcasts to it.
+        The trainer passes it to every transformation.
 
     Example::
 

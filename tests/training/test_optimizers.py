@@ -367,6 +367,25 @@ def test_map_parameters_maps_what_is_like_the_parameters():
     assert mapped[0] == optax.EmptyState()
 
 
-def test_only_matrices_decay():
-    params = {"kernel": np.ones((2, 2)), "bias": np.ones(2), "gain": np.ones(())}
-    assert optimizers.decaying(params) == {"kernel": True, "bias": False, "gain": False}
+@pytest.mark.parametrize(
+    ("name", "shape", "decays"),
+    [
+        ("linear.kernel", (2, 2), True),
+        ("embedding", (9, 2), True),
+        ("scales.kernel", (2, 2), True),
+        ("bias.kernel", (2, 2), True),
+        ("unbiased", (2, 2), True),
+        ("kernel", (2,), False),
+        ("gain", (), False),
+        ("query.bias", (2, 4), False),
+        ("norm.scale", (4, 4), False),
+        ("query_bias", (2, 4), False),
+        ("layer_scale", (1, 1, 4), False),
+    ],
+)
+def test_matrices_decay_that_are_neither_biases_nor_of_norms(name, shape, decays):
+    assert optimizers.decays(name, shape) == decays
+    tree: dict = {"layer": np.ones(shape)}
+    for key in reversed(name.split(".")):
+        tree = {key: tree.get("layer", tree)}
+    assert jax.tree.leaves(optimizers.decaying([tree])) == [decays]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpipe_jax.utils.trees import PyTree
+from gpipe_jax.utils.trees import PyTree, path_name
 
 # Slots may make what a device holds larger by this fraction than packing everything. They save the
 # copies that reading a matrix out of a pack costs on TPU. A fifth is enough for Transformers, whose
@@ -41,6 +41,10 @@ class LeafPlace(NamedTuple):
         return math.prod(self.shape)
 
 
+def _is_place(node: Any) -> bool:
+    return isinstance(node, LeafPlace)
+
+
 class Group(NamedTuple):
     """Describe the trees of a run of equal layers."""
 
@@ -48,6 +52,12 @@ class Group(NamedTuple):
     scanned: bool  # read as one tree of arrays [n, ...]; otherwise as n trees
     treedef: Any  # structure of one layer's tree
     places: tuple[LeafPlace, ...]  # of the leaves of one layer's tree
+
+    @property
+    def named_places(self) -> list[tuple[str, LeafPlace]]:
+        """Return the places with the names of the leaves, as "linear.kernel"."""
+        named = jax.tree.leaves_with_path(self.treedef.unflatten(self.places), is_leaf=_is_place)
+        return [(path_name(path), place) for path, place in named]
 
 
 class Slot(NamedTuple):

@@ -24,6 +24,8 @@ from gpipe_jax.pipeline.ragged.boundary import pack, zeros
 from gpipe_jax.pipeline.ragged.packing import LeafPlace, choose_places
 from gpipe_jax.utils.trees import PyTree
 
+Chosen = Callable[[str, tuple[int, ...]], bool]  # (name as "linear.kernel", shape) -> whether
+
 
 class Storage:
     """Describe the arrays {"slots": [...], "packs": [...]} that hold the trees of K stages.
@@ -130,12 +132,35 @@ class Storage:
                     slots[place.slot] = xp.concatenate([rows, rest])
         return {"slots": slots, "packs": [pack(packed[s.dtype], s, xp) for s in self.packs]}
 
-    def mask_packs(self, k: int, chosen: Callable[[tuple[int, ...]], bool]) -> list[jax.Array]:
-        """Return for each of stage k's packs which elements belong to leaves of `chosen` shapes."""
+    def mask_slots(self, chosen: Chosen) -> list[bool | np.ndarray]:
+        """Return for each slot whether its leaves are `chosen`.
+
+        It is one bool, if that is the same in all stages that have a leaf there. Otherwise it is an
+        array [K, 1, ...] that broadcasts to the slot.
+        """
+        of_stages: list[dict[int, bool]] = [{} for _ in self.slots]
+        for k, groups in enumerate(self.groups):
+            for name, place in (named for group in groups for named in group.named_places):
+                if place.slot is not None:
+                    of_stages[place.slot][k] = chosen(name, place.shape)
+        K = len(self.groups)
+        return [
+            next(iter(of_stage.values()))
+            if len(set(of_stage.values())) == 1
+            else np.array([of_stage.get(k, False) for k in range(K)]).reshape(
+                K, 1, *(1 for _ in slot.shape)
+            )
+            for slot, of_stage in zip(self.slots, of_stages, strict=True)
+        ]
+
+    def mask_packs(self, k: int, chosen: Chosen) -> list[jax.Array]:
+        """Return for each of stage k's packs which elements belong to `chosen` leaves."""
         packed: dict = {spec.dtype: [] for spec in self.packs}
         for group in self.groups[k]:
-            for place in (place for place in group.places if place.slot is None):
-                packed[place.dtype].append(jnp.full(group.count * place.size, chosen(place.shape)))
+            for name, place in group.named_places:
+                if place.slot is None:
+                    mask = jnp.full(group.count * place.size, chosen(name, place.shape))
+                    packed[place.dtype].append(mask)
         specs = [jax.ShapeDtypeStruct(spec.shape, bool) for spec in self.packs]
         return [pack(packed[p.dtype], s, jnp) for p, s in zip(self.packs, specs, strict=True)]
 
