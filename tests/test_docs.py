@@ -294,8 +294,11 @@ SMALL = ("guides/own_layers", "guides/skips_and_ties", "guides/schedules", "guid
 
 
 @pytest.mark.parametrize("name", [*SMALL, "concepts/evolution_and_replay"])
-def test_python_blocks_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run the blocks of a page one after the other."""
+def test_python_blocks_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run the blocks of a page one after the other, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     for block in python_blocks(TEXTS[f"docs/{name}.md"]):
         exec(block, module.__dict__)

@@ -370,6 +370,24 @@ def test_a_failed_retraining_keeps_the_fitness(tmp_path) -> None:
         nas.replay(search.store, Bits())
 
 
+def test_a_retraining_that_was_given_up_is_not_tried_again_after_a_resume(tmp_path) -> None:
+    options = {"fitness_policy": "retrain_scratch", "cycles": 12, "max_failures": 99}
+    with small(tmp_path, **options) as search:
+        while (job := search.ask()).tournament is None:
+            search.tell(job, ones(job.architecture))
+        search.tell(job, math.nan)
+        assert search.store.kept_members(job.tournament) == [job.candidate]
+    with small(tmp_path, **options) as search:
+        trained = []
+        while (again := search.ask()) is not None:
+            trained.append((again.candidate, again.tournament))
+            search.tell(again, ones(again.architecture))
+        assert (job.candidate, job.tournament) not in trained
+        assert job.tournament in {tournament for _, tournament in trained}
+        assert search.store.counts().results == 12
+        nas.replay(search.store, Bits())
+
+
 # --- invalid arguments ----------------------------------------------------------------------------
 
 
