@@ -3,9 +3,9 @@
 The loader and the base class of sections are those of `gpipe_jax`.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic import ValidationError as PydanticError
 
 from gpipe_jax.config.base import (
@@ -23,7 +23,15 @@ from gpipe_jax.config.base import (
 )
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
-from nas.choices import COMPILED_COSTS, DATASETS, Builder, Direction, Dtype, TableDataset
+from nas.choices import (
+    COMPILED_COSTS,
+    DATASETS,
+    Builder,
+    Direction,
+    Dtype,
+    TableDataset,
+    check_directions,
+)
 from nas.evolution.evolution import Algorithm, FitnessPolicy, Settings
 from nas.evolution.length import length as length_of
 from nas.evolution.length import too_short
@@ -213,7 +221,7 @@ class RunConfig(Section):
     max_failures: Count = Field(
         default=10, description="consecutive failures that end the search, with the last error"
     )
-    directions: dict[Text, Direction] | None = Field(
+    directions: Annotated[dict[Text, Direction] | None, BeforeValidator(check_directions)] = Field(
         default=None,
         description="what is better in metrics of which reports show a Pareto front, such as "
         "{latency_ms: min, top5: max}; default: less, in metrics with such names as params_m",

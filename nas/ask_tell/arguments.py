@@ -7,10 +7,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_count
-from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell.limits import Limit, Retries
-from nas.choices import DIRECTIONS
+from nas.choices import check_directions
 from nas.evolution.evolution import Settings, is_bool
 from nas.evolution.length import Length, fitting, too_short
 from nas.storage.reader import Reader
@@ -88,7 +88,10 @@ def check(
         )
     if not (compare is None or isinstance(compare, str)):
         raise TypeError(f"compare {compare!r}: expected the name of a metric, or None")
-    check_directions(directions)
+    try:
+        check_directions(directions)
+    except ValueError as error:
+        raise ArgumentError("directions", f"directions: {error}") from error
 
 
 def _is_number(value: Any) -> bool:
@@ -123,32 +126,3 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
                 "hide the others; give each a name of its own"
             )
     return checked
-
-
-def check_directions(directions: Any) -> None:
-    """Check the directions of metrics.
-
-    Raises:
-        ValueError: A direction is unknown.
-        TypeError: It is no dict with texts as names.
-
-    >>> check_directions({"latency_ms": "minimum"})
-    Traceback (most recent call last):
-    ValueError: directions: 'minimum' of 'latency_ms' is unknown; did you mean 'min'?
-    """
-    if directions is None:
-        return
-    if not (isinstance(directions, Mapping) and all(isinstance(name, str) for name in directions)):
-        raise TypeError(
-            f"directions {directions!r}: expected a dict with the names of metrics, such as "
-            "{'latency_ms': 'min'}"
-        )
-    for name, direction in directions.items():
-        if name == "fitness":
-            raise ValueError(
-                f"directions: 'fitness' {direction!r} is not a metric beside the fitness; give "
-                "maximise=True or maximise=False instead"
-            )
-        if direction not in DIRECTIONS:
-            suggestion = did_you_mean_or_list(direction, DIRECTIONS)
-            raise ValueError(f"directions: {direction!r} of {name!r} is unknown{suggestion}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gpipe_jax.utils.text import figures_table
 from nas.choices import Direction
-from nas.reports.tables import SearchTable, as_text, finite, finite_or_none
+from nas.reports.tables import SearchTable, as_text, finite, finite_or_none, metric_labels
 from nas.storage import finals_file, queries
 from nas.storage.reader import CandidateRow, Counts, Reader, Study
 
@@ -140,7 +140,8 @@ def _candidates(title: str, rows: list[CandidateRow]) -> SearchTable:
     names = dict.fromkeys(name for row in rows for name in row.metrics)
     # A metric that equals the fitness in every row would be a second column of it.
     names = [n for n in names if any(row.metrics.get(n) != row.fitness for row in rows)]
-    header = ("candidate", "fitness", *names, "parent", "mutation")
+    own = ("candidate", "fitness", "parent", "mutation")
+    header = (*own[:2], *metric_labels(names, own).values(), *own[2:])
     cells = [
         (
             f"#{row.id}",

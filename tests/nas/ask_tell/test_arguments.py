@@ -156,9 +156,9 @@ def test_a_small_space_ends_a_search_with_a_budget(tmp_path) -> None:
         ({"limits": [("m", sum)]}, "limits: expected a list of nas.Limit, got ('m', "),
         ({"limits": [nas.Limit("fitness", sum)]}, "limits: 'fitness' cannot be the name of a limi"),
         ({"limits": [nas.Limit("m", sum)] * 2}, "limits: 2 of them have the name 'm', of which on"),
-        ({"directions": ["latency"]}, "directions ['latency']: expected a dict with the names of"),
+        ({"directions": ["latency"]}, "directions: expected the names of metrics, each with min o"),
         ({"directions": {"a": "mn"}}, "directions: 'mn' of 'a' is unknown; did you mean 'min'?"),
-        ({"directions": {"fitness": "min"}}, "directions: 'fitness' 'min' is not a metric beside"),
+        ({"directions": {"fitness": "min"}}, "directions: 'fitness' 'min' is no metric beside"),
     ],
 )
 def test_an_illegal_argument_is_refused_before_anything_is_written(
