@@ -240,7 +240,7 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from nas.export import export
 
-    result = _load(options.run)
+    result = _load(options.run, trust=options.trust)
     fields = {name: getattr(options, name) for name in export.ExportOptions._fields}
     if not options.trust and (options.top > 1 or options.out.suffix in export.CONFIG_SUFFIXES):
         _check_own_code(result.reader.setup(), options.run)
@@ -290,10 +290,10 @@ def _show_finalist(finalist: Any) -> None:
     write(f"#{finalist.row.id}: fitness {finalist.row.fitness:.6g}, trained again {again}")
 
 
-def _load(run: str) -> Any:
+def _load(run: str, *, trust: bool = False) -> Any:
     """Load the run in this folder, or of this name in runs/; raise ConfigError if not a run."""
     try:
-        return nas.load(run)
+        return nas.load(run, trust=trust)
     except (ValueError, sqlite3.Error, StopIteration) as error:
         raise ConfigError([f"no search can be read here ({error})"], run) from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpipe_jax.utils import paths
+from gpipe_jax.utils import messages, paths
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import install_advice
 from nas import keywords
@@ -104,6 +104,8 @@ class Result:
         space: The search space. Default: a built-in one, or the one that was pickled with the run.
         running: The driver, if this process has started one. Default: none.
         trust: Whether to run code that the run holds; see `nas.load`. Default: False.
+        setup: Evaluator and limits, if this process has started the search. Default: those that
+            were pickled with the run.
 
     Attributes:
         path: The run's folder.
@@ -124,11 +126,12 @@ class Result:
         space: Space[Any] | None = None,
         running: DriverThread | None = None,
         trust: bool = False,
+        setup: Setup | None = None,
     ) -> None:
         self.path = store_path(path).parent
         self.reader = Reader(path)
         self.study: Study = self.reader.study()
-        self.trust = trust
+        self.trust, self._setup = trust, setup
         self._space, self._running = space or code_changes.built_in_space(self.study), running
 
     def __repr__(self) -> str:
@@ -184,7 +187,7 @@ class Result:
                 f"{self.path} holds a search of the space {self.study.space!r}, but the given one "
                 f"is {space.name!r}: give the space of the run"
             )
-        return Result(self.path, space, self._running, self.trust)
+        return Result(self.path, space, self._running, self.trust, self._setup)
 
     def decode(self, row: CandidateRow) -> Any:
         """Return the architecture of a row of the store.
@@ -416,12 +419,14 @@ class Result:
 
             nas.load("first").resume(cycles=2000, workers=8)
         """
-        needed = ["evaluate"] if evaluate is None else []
-        if self._space is None:
-            needed.append("space")
-        if self.study.limits != [] and "limits" not in options:
+        needed = [] if self._space else ["space"]
+        if evaluate is None and self._setup is None:
+            needed.append("evaluate")
+        if self.study.limits != [] and "limits" not in options and self._setup is None:
             needed.append("limits")
         setup = load_setup(self.reader, needed=needed, trust=self.trust)
+        if self._setup is not None:
+            setup = self._setup._replace(options=setup.options)
         _check_fixed(options, {**self.study.settings, "space": self.study.space})
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
         if setup.options and "workers" not in {**stored, **options}:
@@ -430,7 +435,7 @@ class Result:
                 "or a client of dask: give them again, or others, as in resume(workers=4)"
             )
         return search(
-            space=setup.space if self._space is None else self._space,
+            space=self._space or setup.space,
             evaluate=setup.evaluate if evaluate is None else evaluate,
             name=self.reader.file.parent.name,
             folder=self.reader.file.parent.parent,
@@ -561,6 +566,9 @@ def search(
         other_space=other_space,
         **options,
     )
+    if loop.evolution.results:
+        found = f"{loop.evolution.results} of {loop.cycles} results found"
+        messages.say(f"{run}: {found}", "nas")
     pool = None
     try:
         pool = pools.make_pool(workers)
@@ -570,7 +578,7 @@ def search(
         if pool is not None:
             pool.close()
         raise
-    result = Result(run, space, running, trust=True)
+    result = Result(run, space, running, trust=True, setup=setup)
     if wait:
         running.run()
         return result.wait()

@@ -160,13 +160,13 @@ class Search:
         self.weight_files = trained_values.WeightFiles(self.store, self.settings.fitness_policy)
         self._is_closed = self._has_warned = False
         self._lock = threading.RLock()
-        self.duplicates = Duplicates(self.store, int(cache))
         self._queue: deque[Job] = deque()  # without a number of the evaluation
         self._pending: dict[int, PendingCandidate] = {}  # by candidate
         self._unscheduled: deque[int] = deque()  # candidates that are pending
         self._tournaments: dict[int, Tournament] = {}  # by the candidate to be proposed
         try:
             self._run = leases.identity(self.store.study())
+            self.duplicates = Duplicates(self.store, int(cache))
             if directions is not None:
                 self.store.set_directions(directions)
             self.evolution = pending.restore_evolution(self.store, self.space, self.settings)
@@ -494,7 +494,7 @@ class Search:
         if outcome.kind == "ok" and outcome.error and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"evaluate: {outcome.error}; return numbers only, or leave them out yourself",
+                f"evaluate returned {outcome.error}; this is said once, the log has all",
                 RuntimeWarning,
                 stacklevel=3,
             )
