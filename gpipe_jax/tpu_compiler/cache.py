@@ -52,7 +52,7 @@ def load(key: str) -> Compiled | None:
     """Return a cached result, or None if its file is missing or damaged."""
     try:
         return Compiled.from_dict(json.loads((folder() / f"{key}.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -43,7 +43,7 @@ def load(path: Path, network: Network) -> tuple[Architecture, Variables]:
         content = path.read_bytes()
         genotype = Genotype.from_json(_metadata(content)["genotype"])
         arrays = safetensors.read(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"trained weights {path} cannot be read ({type(error).__name__}: {error}); remove the "
             "file to train its candidate from scratch"

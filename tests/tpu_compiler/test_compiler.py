@@ -255,7 +255,8 @@ def test_a_damaged_result_is_compiled_again(
 ) -> None:
     path = cache / f"{cache_files.key_of(loop(3), V3)}.json"
     whole = json.loads(path.read_text())
-    for damaged in ("", '{"name": 1}', "[]", json.dumps({**whole, "collectives": 3})):
+    changed = json.dumps({**whole, "collectives": 3})
+    for damaged in ("", '{"name": 1}', "[]", "[" * 100_000, changed):
         path.write_text(damaged)
         assert cache_files.load(path.stem) is None
     again = compile_programs([loop(3)], V3)[0]

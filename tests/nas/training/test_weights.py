@@ -47,9 +47,11 @@ def test_a_damaged_file_and_another_networks(tmp_path) -> None:
     values = network.init(network.encode(candidate.architecture), jax.random.key(0))
     path = tmp_path / "1-1.safetensors"
     weights.save(path, candidate.architecture, values)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"1-1.safetensors cannot be read \(.*; remove the file"):
-        weights.load(path, network)
+    nested = (100_000).to_bytes(8, "little") + b"[" * 100_000
+    for damaged in (path.read_bytes()[:50], nested):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"1-1.safetensors cannot be read \(.*; remove the f"):
+            weights.load(path, network)
     with pytest.raises(ValueError, match=r"2.safetensors cannot be read \(FileNotFoundError"):
         weights.load(tmp_path / "2.safetensors", network)
     weights.save(path, candidate.architecture, values)
