@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
-from gpipe_jax.errors import ArgumentError
+from gpipe_jax.errors import ArgumentError, ConfigError
 from gpipe_jax.utils.messages import say
 from gpipe_jax.utils.text import install_advice
 
@@ -56,11 +57,14 @@ class Wandb:
 
     def __init__(self, folder: epath.Path, config: dict, step: int) -> None:
         wandb = importlib.import_module("wandb")
-        name = folder / "wandb_id"
-        if not name.exists():
-            name.write_text(secrets.token_hex(8))
+        path = folder / "wandb_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(8))
+        run_id = path.read_bytes().decode(errors="replace")
+        if not re.fullmatch(r"[\w-]{1,64}", run_id):
+            raise ValueError(f"{path} holds {run_id[:64]!r}, which is no id of a run; remove it")
         self._run: Any = wandb.init(
-            id=name.read_text(), resume="allow", name=folder.name, dir=str(folder), config=config
+            id=run_id, resume="allow", name=folder.name, dir=str(folder), config=config
         )
 
     def write(self, record: dict) -> None:
@@ -117,11 +121,20 @@ def opened(
     """Open the writers of a run that resumes after `step`, and close them however it ends.
 
     One that fails later is left out, with a message.
+
+    Raises:
+        ConfigError: One cannot be opened.
     """
     with contextlib.ExitStack() as stack:
-        writers: list[Writer] = [
-            _Expendable(name, WRITERS[name](folder, config, step)) for name in names
-        ]
+        writers: list[Writer] = [_opened(name, folder, config, step) for name in names]
         for writer in writers:
             stack.callback(writer.close)
         yield writers
+
+
+def _opened(name: str, folder: epath.Path, config: dict, step: int) -> Writer:
+    try:
+        return _Expendable(name, WRITERS[name](folder, config, step))
+    except Exception as error:  # each package has errors of its own
+        problem = f"train.writers: {name} cannot be opened ({error}); correct that, or leave it out"
+        raise ConfigError([problem], str(folder)) from error

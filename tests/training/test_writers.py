@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
+from gpipe_jax.errors import ConfigError
 from gpipe_jax.training import from_config, metrics, run, writers
 from gpipe_jax.training.profiling import Profile
 
@@ -180,3 +182,17 @@ def test_a_run_goes_on_without_a_writer_that_fails(tmp_path, monkeypatch, capsys
         "gpipe: tensorboard: [Errno 28] No space left on device; the run goes on without it",
         "gpipe: tensorboard: the server is gone; the run goes on without it",
     ]
+
+
+@pytest.mark.parametrize("content", [b"", b"two words", b"\xff\xfe"])
+def test_an_id_that_is_none_is_bad_input(tmp_path, monkeypatch, content: bytes) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    (tmp_path / "wandb_id").write_bytes(content)
+    with (
+        pytest.raises(
+            ConfigError, match=r"wandb cannot be opened \(.*holds .*; remove it"
+        ),
+        writers.opened(["wandb"], epath.Path(tmp_path), {}, 0),
+    ):
+        pass
+    assert (tmp_path / "wandb_id").read_bytes() == content
