@@ -45,7 +45,7 @@ def kind(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, nnx.Module | linen.Module):
         return f"{type(value).__name__}(...), a module that is built"
-    return f"{value!r}, a {type(value).__name__}"
+    return f"{value!r} of type {type(value).__name__}"
 
 
 def remedy(value: Any) -> str:

@@ -542,3 +542,15 @@ def test_only_boundaries_that_differ_are_packed() -> None:
     assert widths == {"bfloat16": (3,), "float32": (14,), "int32": (10,)}
     same_shapes_in_other_trees = BoundaryFormat([{"x": spec((2,))}, (spec((2,)),)])
     assert same_shapes_in_other_trees.packed
+
+
+@pytest.mark.parametrize("boundaries", [RAGGED, ALIKE])
+def test_leaves_of_another_type_or_shape_are_not_sent(boundaries: list[PyTree]) -> None:
+    encoding, rng = BoundaryFormat(boundaries), np.random.default_rng(0)
+    specs = jax.tree.leaves(boundaries[0])
+    leaves = [jnp.asarray(a) for a in jax.tree.leaves(fill(boundaries[0], rng))]
+    for wrong in (leaves[-1].astype(jnp.bfloat16), leaves[-1][:1]):
+        sent = [*leaves[:-1], wrong]
+        message = r"a stage sends \[.*, but the next one takes \[.*must return the shapes and types"
+        with pytest.raises(ValueError, match=message):
+            encoding.encode(sent, specs, encoding.shapes)
