@@ -89,6 +89,8 @@ def _run_in_process(
             "the hosts do not have the same; give every host the same config, overrides and data"
         )
         raise ConfigError([problem], options.config)
+    with loader.locating(options.config, options.overrides), section("data"):
+        from_config.check_same_inputs(assembly.dataset)
     if processes.is_first():
         write(assembly.trainer.pipe)
     try:

@@ -69,6 +69,25 @@ def fingerprint(dataset: Dataset, first: Batch) -> dict[str, int | None]:
     }
 
 
+def sketch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Return a float32 number for each example of a batch, and how far rounding may change it.
+
+    Other inputs have other numbers. Computed inputs may differ by rounding between machines, so a
+    checksum would not do.
+    """
+    leaves = [np.asarray(a) for name, a in sorted(batch.items()) if name != "weights"]
+    numbers = np.zeros((2, len(leaves[0])))
+    rng = np.random.default_rng(0)
+    for a in leaves:
+        rows = a.reshape(len(a), -1)
+        factors = rng.uniform(1, 2, rows.shape[1])
+        for i, row in enumerate(rows):  # a whole batch as float64 would take much memory
+            row = np.nan_to_num(row.astype(np.float64), posinf=1e30, neginf=-1e30)
+            numbers[:, i] += factors @ row, factors @ np.abs(row)
+    value, size = np.clip(numbers, -1e38, 1e38)
+    return value.astype(np.float32), (1e-5 * size).astype(np.float32)
+
+
 def dataset(
     name: str,
     batch_size: int,

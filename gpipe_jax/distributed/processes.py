@@ -1,9 +1,7 @@
 """Connect the processes of a run, end all of them if one dies, and share small values.
 
-JAX aborts without naming the processes that are missing. So before JAX connects them, all processes
-connect to the coordinator's port, and process 0 reports which ones are missing. The connections
-stay open. If one breaks without a goodbye, its process died, and the others exit too, so that a
-supervisor can start all of them again:
+The connections of the `roll_call` stay open. If one breaks without a goodbye, its process died, and
+the others exit too, so that a supervisor can start all of them again:
 
     process 1 --+
     process 2 --+--> process 0     "goodbye": done.  broken, or a reason: everybody exits.
@@ -12,25 +10,29 @@ supervisor can start all of them again:
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
 
 from gpipe_jax.distributed.cluster import TIMEOUT_S, Cluster
-from gpipe_jax.errors import MissingProcessError
+from gpipe_jax.distributed.roll_call import (
+    HEARTBEAT_S,
+    Peer,
+    read_line,
+    send_line,
+    wait_for_all,
+)
 from gpipe_jax.utils.messages import say
 
 GRACE_S = 5  # the time that others get to exit by themselves
 SHUTDOWN_S = 45  # the wait at the end for others, which have finished or died
-HEARTBEAT_S = 30  # without a heartbeat a host counts as dead; JAX's own limit is 100 s
-GOODBYE, READY = b"goodbye\n", b"ready\n"
+GOODBYE = "goodbye"
 
 
 @contextlib.contextmanager
@@ -73,114 +75,6 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-class Peer(NamedTuple):
-    """Hold a connection to another process."""
-
-    index: int
-    name: str  # the name of its machine
-    socket: socket.socket
-
-
-def wait_for_all(cluster: Cluster, timeout_s: float) -> list[Peer]:
-    """Wait for all processes; raise MissingProcessError with the names of missing ones."""
-    deadline = time.monotonic() + timeout_s
-    hint = "did you start the same command on every host (--worker=all)?"
-    if cluster.process_index:
-        say(f"{cluster.label}, waiting for the others (time-out {timeout_s:g} s); {hint}")
-        return [_connect(cluster, deadline, hint)]
-    peers: dict[int, Peer] = {}
-    with _server(cluster) as server:
-        last_message = 0.0
-        while len(peers) < cluster.num_processes - 1:
-            missing = [i for i in range(1, cluster.num_processes) if i not in peers]
-            noun = "hosts" if len(missing) > 1 else "host"
-            names = f"{noun} {', '.join(str(i + 1) for i in missing)}"
-            if time.monotonic() > deadline:
-                problem = (
-                    f"{names} of {cluster.num_processes} did not connect within {timeout_s:g} s; "
-                    f"{hint}"
-                )
-                for peer in peers.values():
-                    with contextlib.suppress(OSError):  # it has exited
-                        peer.socket.sendall(f"{problem}\n".encode())
-                raise MissingProcessError(problem)
-            if time.monotonic() - last_message > 30:
-                say(f"{cluster.label}, waiting for {names} (time-out {timeout_s:g} s); {hint}")
-                last_message = time.monotonic()
-            server.settimeout(1)
-            # There is no connection yet, or it belongs to another run.
-            with contextlib.suppress(OSError, ValueError):
-                peer = _accept(server.accept()[0])
-                if 0 < peer.index < cluster.num_processes:
-                    peers[peer.index] = peer
-    for peer in peers.values():
-        with contextlib.suppress(OSError):  # the watcher sees the broken connection
-            peer.socket.sendall(READY)
-    return list(peers.values())
-
-
-def _server(cluster: Cluster) -> socket.socket:
-    port = int(cluster.coordinator.rpartition(":")[2])
-    options: Any = {}
-    if socket.has_dualstack_ipv6():
-        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-    try:
-        return socket.create_server(("", port), backlog=cluster.num_processes, **options)
-    except OSError as error:
-        raise MissingProcessError(
-            f"port {port} of the coordinator {cluster.coordinator} cannot be opened on this host "
-            f"({error.strerror}); use another port, the same on every host"
-        ) from error
-
-
-def _accept(connection: socket.socket) -> Peer:
-    connection.settimeout(10)
-    index, name = _line(connection).decode().split(" ", 1)
-    return Peer(int(index), name.strip(), _kept_alive(connection))
-
-
-def _connect(cluster: Cluster, deadline: float, hint: str) -> Peer:
-    host, _, port = cluster.coordinator.rpartition(":")
-    while True:
-        try:
-            connection = socket.create_connection((host, int(port)), timeout=5)
-            connection.sendall(f"{cluster.process_index} {socket.gethostname()}\n".encode())
-            connection.settimeout(max(deadline + 5 - time.monotonic(), 1))
-            answer = _line(connection)
-        except OSError:  # process 0 does not listen yet
-            answer = b""
-        if answer == READY:
-            return Peer(0, host, _kept_alive(connection))
-        if answer:
-            raise MissingProcessError(answer.decode().strip())
-        if time.monotonic() > deadline:
-            raise MissingProcessError(
-                f"host 1 of {cluster.num_processes} ({cluster.coordinator}) did not answer; {hint}"
-            )
-        time.sleep(0.5)
-
-
-def _line(connection: socket.socket) -> bytes:
-    """Read up to the end of a line, or of the connection."""
-    text = b""
-    while not text.endswith(b"\n"):
-        more = connection.recv(1)
-        if not more:
-            break
-        text += more
-    return text
-
-
-def _kept_alive(connection: socket.socket) -> socket.socket:
-    """Return the connection, such that it breaks if the other machine dies."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("IDLE", HEARTBEAT_S // 2), ("INTVL", 5), ("CNT", HEARTBEAT_S // 10)):
-        if hasattr(socket, f"TCP_KEEP{name}"):  # some systems lack it
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
-    return connection
-
-
 class FailureWatcher:
     """End this process, with a message, when another one dies.
 
@@ -198,8 +92,7 @@ class FailureWatcher:
     def finish(self) -> None:
         """Say goodbye, so that no process exits because of this one; wait for process 0."""
         for peer in self.peers:
-            with contextlib.suppress(OSError):
-                peer.socket.sendall(GOODBYE)
+            send_line(peer.socket, GOODBYE)
         if self.cluster.process_index:
             for thread in self._threads:
                 thread.join()
@@ -208,29 +101,25 @@ class FailureWatcher:
         """Send the error of this process, which exits with its own code, to the others."""
         self.is_done = True
         reason = next(iter(str(error).splitlines()[-1:]), "")
-        text = f"{self.cluster.label} failed: {type(error).__name__}: {reason}\n"
         for peer in self.peers:
-            with contextlib.suppress(OSError):
-                peer.socket.sendall(text.encode())
+            text = f"{self.cluster.label} failed: {type(error).__name__}: {reason}"
+            send_line(peer.socket, text)
 
     def _listen(self, peer: Peer) -> None:
         try:
-            message = _line(peer.socket)
+            message = read_line(peer.socket)
         except OSError:
-            message = b""
+            message = ""
         if message == GOODBYE:
             return
         if message:  # the same error may occur in this process, with its own exit code
             time.sleep(GRACE_S)
         if self.is_done:
             return
-        reason = message.decode().strip()
-        if not reason:
-            host = f"host {peer.index + 1} of {self.cluster.num_processes} ({peer.name})"
-            reason = f"{host} has disconnected"
+        host = f"host {peer.index + 1} of {self.cluster.num_processes} ({peer.name})"
+        reason = message or f"{host} has disconnected"
         for other in self.peers:
-            with contextlib.suppress(OSError):
-                other.socket.sendall(f"{reason}\n".encode())
+            send_line(other.socket, reason)
         say(f"{reason}; {self.cluster.label} exits too: start all of them again to continue")
         os._exit(1)
 
@@ -256,6 +145,19 @@ def same_in_all(text: str) -> bool:
     """Return whether a text is the same in all processes; every one must call this."""
     checksum = zlib.crc32(text.encode()) & 0x7FFFFFFF
     return all_agree(broadcast_from_first([checksum]) == [checksum])
+
+
+def close_in_all(values: np.ndarray, tolerance: np.ndarray) -> bool:
+    """Return whether float32 numbers are those of process 0 within a tolerance, in all processes.
+
+    Every process must call this, with an array of the same shape.
+    """
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils
+
+    of_first = np.asarray(multihost_utils.broadcast_one_to_all(values))
+    return all_agree(bool(np.all(np.abs(of_first - values) <= tolerance)))
 
 
 def all_agree(yes: bool) -> bool:

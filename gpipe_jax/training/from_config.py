@@ -15,6 +15,7 @@ from gpipe_jax.config.models import ModelConfig
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import stream
 from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
+from gpipe_jax.distributed.processes import close_in_all, same_in_all
 from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline import micro_batches
@@ -149,6 +150,25 @@ def _check_data(dataset: data.Dataset, first: dict, pipe: Pipeline, rules: data.
     micro_batches.split(held_out, pipe.example, pipe.micro_batches)
     rules.check(f"the first training batch of {dataset.name}", first)
     rules.check(f"the first held-out batch of {dataset.name}", held_out)
+
+
+def check_same_inputs(dataset: data.Dataset) -> None:
+    """Raise DataError unless all processes read the same inputs; every one must call this.
+
+    It compares the first batches, which are as much as all of them know at the start.
+    """
+    if jax.process_count() == 1:
+        return
+    batches = {"training": next(dataset.train(0)), "held-out": next(iter(dataset.test()), None)}
+    for kind, batch in batches.items():
+        shapes = {} if batch is None else {name: np.shape(a) for name, a in batch.items()}
+        if not same_in_all(str(shapes)) or (
+            batch is not None and not close_in_all(*stream.sketch(batch))
+        ):
+            raise DataError(
+                f"the first {kind} batch of {dataset.name} is not the same on all hosts; give "
+                f"every host the same data"
+            )
 
 
 def _devices_per_process(simulated: int, processes: int) -> int:

@@ -478,3 +478,30 @@ def test_text_of_many_files(tmp_path, counter):
         FileNotFoundError, match=r"cannot read text file .*\*.text: no file matches"
     ):
         text(tmp_path / "books" / "*.text", 8, LENGTH, 0)
+
+
+# --- the inputs of several hosts -----------------------------------------------------------------
+
+
+def test_a_sketch_tells_inputs_apart():
+    """Differ for one other number, another order or shape; not for another rounding."""
+    rng = np.random.default_rng(1)
+    batch = {"inputs": rng.normal(size=(6, 8, 8, 3)), "labels": np.arange(6)}
+    numbers, tolerance = stream.sketch(batch)
+
+    def differs(inputs: np.ndarray) -> bool:
+        found, _ = stream.sketch({**batch, "inputs": inputs})
+        return bool((np.abs(found - numbers) > tolerance).any())
+
+    inputs = batch["inputs"]
+    other = inputs.copy()
+    other[3, 1, 2, 0] += 0.5
+    assert differs(other) and differs(inputs[::-1]) and differs(inputs[:, ::-1])
+    assert not differs(inputs.astype(np.float32)) and not differs(inputs * (1 + 1e-7))
+    assert not differs(inputs.copy())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_sketch_of_any_numbers_is_finite(value):
+    batch = {"inputs": np.full((2, 4), value, np.float32), "labels": np.zeros(2, np.int64)}
+    assert all(np.isfinite(numbers).all() for numbers in stream.sketch(batch))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from paths import REPOSITORY
+from ports import free_port
 
 from gpipe_jax.distributed import cluster
 from gpipe_jax.distributed.cluster import Cluster
-from gpipe_jax.distributed.processes import wait_for_all
-from gpipe_jax.errors import ArgumentError, MissingProcessError
+from gpipe_jax.errors import ArgumentError
 
 CONFIG = """\
 model: {kind: mlp, features: [64, 12, 12, 10]}
@@ -28,11 +28,6 @@ optimizer: {kind: adamw, learning_rate: 0.01, ema: 0.9}
 train: {steps: 20, eval_every: 10, log_every: 1}
 """
 ENDLESS = "train.steps=1000000"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Process:
@@ -110,7 +105,8 @@ def check_equal_to_one(start, folder: Path, count: int, *overrides: str) -> list
     assert losses(actual) == pytest.approx(losses(expected), abs=1e-6)
     assert len(files(expected, 20)) >= 4 and files(actual, 20) == files(expected, 20)
     names = {path.name for path in actual.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
+    written = {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock", "run.json"}
+    assert names == written
     return several
 
 
@@ -221,78 +217,28 @@ def test_one_of_two_fails_without_dying(start, tmp_path):
     assert "do not split over 2 processes" in both[0].output
 
 
-# --- connecting ----------------------------------------------------------------------------------
-
-
-def connect_all(*clusters: Cluster, timeout_s: float) -> list:
-    """Return the result of `wait_for_all` in each process, here a thread: peers, or the error."""
-    results: list = [None] * len(clusters)
-
-    def connect(i: int) -> None:
-        try:
-            results[i] = wait_for_all(clusters[i], timeout_s)
-        except MissingProcessError as error:
-            results[i] = str(error)
-
-    threads = [threading.Thread(target=connect, args=(i,)) for i in range(len(clusters))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def test_all_connect():
-    address = f"127.0.0.1:{free_port()}"
-    first, *others = connect_all(*(Cluster(address, 4, i) for i in range(4)), timeout_s=20)
-    assert sorted(peer.index for peer in first) == [1, 2, 3]
-    assert {peer.name for peer in first} == {socket.gethostname()}
-    assert [[peer.index for peer in peers] for peers in others] == [[0]] * 3
-
-
-def test_missing_processes_are_named(capsys):
-    address = f"127.0.0.1:{free_port()}"
-    results = connect_all(*(Cluster(address, 4, i) for i in (0, 2)), timeout_s=2)
-    problem = (
-        "hosts 2, 4 of 4 did not connect within 2 s; did you start the same command on every host "
-        "(--worker=all)?"
-    )
-    assert results == [problem, problem]
-    shown = capsys.readouterr().err
-    assert "host 1 of 4, waiting for hosts 2, 3, 4 (time-out 2 s); did you start" in shown
-
-
-def test_foreign_connections_are_ignored():
-    """Ignore a port scanner, or another run's process."""
-    port = free_port()
-    address = f"127.0.0.1:{port}"
-
-    def disturb() -> None:
-        for text in (b"GET / HTTP/1.1\r\n", b"9 somewhere\n", b""):
-            time.sleep(0.2)
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(text)
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    (problem,) = connect_all(Cluster(address, 2, 0), timeout_s=2)
-    thread.join()
-    assert problem.startswith("host 2 of 2 did not connect within 2 s")
-
-
-def test_a_port_that_is_taken():
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        (problem,) = connect_all(Cluster(f"127.0.0.1:{port}", 2, 0), timeout_s=1)
-    assert (
-        f"port {port} of the coordinator 127.0.0.1:{port} cannot be opened on this host" in problem
-    )
-
-
-def test_the_first_is_missing():
-    address = f"127.0.0.1:{free_port()}"
-    (problem,) = connect_all(Cluster(address, 2, 1), timeout_s=1)
-    assert problem.startswith(f"host 1 of 2 ({address}) did not answer; did you")
+@pytest.mark.slow
+def test_hosts_that_read_other_inputs(start, tmp_path):
+    """End all of them at the start, before they train on as one."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import dataclasses
+import sys
+from gpipe_jax import data
+from gpipe_jax.data import DATASETS
+whole = DATASETS["digits"]
+def shifted(*args, **kwargs):
+    dataset = whole(*args, **kwargs)
+    def train(*args):
+        for batch in dataset.train(*args):
+            yield {**batch, "inputs": batch["inputs"][:, ::-1]}
+    return dataclasses.replace(dataset, train=train)
+if "--process=1" in sys.argv:
+    DATASETS["digits"] = shifted
+""")
+    both = start(2)
+    assert codes(both) == [2, 2], both[0].output + both[1].output
+    for each in both:
+        assert "the first training batch of digits is not the same on all hosts" in each.output
 
 
 @pytest.fixture
