@@ -73,7 +73,7 @@ def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
     sections = {name: section for name, (section, _) in checked.items() if section is not None}
     partial = [name for name, (_, is_valid) in checked.items() if not is_valid]
     for name, problem in root.cross_check(sections, partial):
-        _report(draft, tuple(name.split(".")), f"{name}: {problem}")
+        _report(draft, tuple(name.split(".")), messages.problem_of(name, problem))
     if draft.problems:
         raise _error(draft)
     try:

@@ -29,7 +29,7 @@ def describe(path: KeyPath, errors: Sequence[Any], field: FieldInfo | None) -> s
     """
     kind, given, name = errors[0]["type"], errors[0]["input"], dotted(path)
     if kind in ("value_error", "cross_check"):
-        return f"{name}: {errors[0]['ctx']['error']}"
+        return problem_of(name, errors[0]["ctx"]["error"])
     if kind == "invalid_key":
         return not_a_name(path)
     if kind == "missing":
@@ -41,6 +41,12 @@ def describe(path: KeyPath, errors: Sequence[Any], field: FieldInfo | None) -> s
     return f"{name}: expected {rules}, got {show(given)}{hint}"
 
 
+def problem_of(name: str, problem: object) -> str:
+    """Word a problem of a rule, cut if it is long: it may quote a value of any length."""
+    words = str(problem)
+    return f"{name}: {words if len(words) <= _LONGEST else f'{words[:_LONGEST]}...'}"
+
+
 def _words(annotation: Any) -> list[str]:
     """Return the words that a type allows, in it or in the items of a list."""
     arguments = get_args(annotation)
@@ -48,6 +54,8 @@ def _words(annotation: Any) -> list[str]:
         return [word for word in arguments if isinstance(word, str)]
     return [word for argument in arguments for word in _words(argument)]
 
+
+_LONGEST = 1000  # characters of a problem
 
 _RULES = {
     "int_type": "a whole number",

@@ -13,6 +13,7 @@ from gpipe_jax.config.base import Configuration
 from gpipe_jax.config.messages import KeyPath, dotted, fields_of, show, unknown_key
 from gpipe_jax.config.run import Config
 
+_MOST_VALUES = 100_000  # YAML is slow: these take seconds
 _DEPTH = 20  # a configuration is three levels deep; much deeper would exhaust Python's stack
 _TAG = "tag:yaml.org,2002:"
 # Nothing here is a date, and outside keys `=` and `<<` mean nothing special: all these are text.
@@ -128,6 +129,7 @@ class _Composer(yaml.SafeLoader):
     """Build nodes only, and refuse what would loop or nest without end."""
 
     depth = 0
+    count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -138,6 +140,9 @@ class _Composer(yaml.SafeLoader):
             )
         if self.depth > _DEPTH:
             raise YamlError(line, f"nested more than {_DEPTH} levels deep, expected three")
+        self.count += 1
+        if self.count > _MOST_VALUES:
+            raise YamlError(line, f"more than {_MOST_VALUES:,} values, expected a few hundred")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -163,7 +163,7 @@ class Genotype:
         """
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deep
             raise ValueError(f"genotype: not JSON ({error}): give what to_json returned") from error
         _check_keys("genotype", document, ("normal", "reduction"), ("name",))
         cells = {kind: _read_cell(kind, document[kind]) for kind in ("normal", "reduction")}

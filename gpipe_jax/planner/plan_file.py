@@ -40,7 +40,7 @@ def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:
         planned = Config.model_validate(plan["config"])
         layout = {**plan["layout"], "partition": plan["layout"]["partition"] or "auto"}
         chosen = [f"{name}={json.dumps(layout[k])}" for k, name in SETTINGS.items()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"cannot be read as a plan ({reason}); write one with gpipe plan ... --out FILE"
         raise ConfigError([problem], str(path)) from error

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from gpipe_jax import progress
+from gpipe_jax.utils.messages import write
 from nas.evolution.length import Length
 from nas.storage import queries
 from nas.storage.reader import Counts, Reader
@@ -133,7 +134,7 @@ def _printed(length: Length | None) -> Show:
             tenth = length.done(counts.results, counts.evaluations) * 10 // length.total
             is_due, last_tenth = tenth != last_tenth, tenth
         if is_due or is_last:
-            print(text, flush=True)
+            write(text)
             last_time = time.monotonic()
 
     return show

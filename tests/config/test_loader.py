@@ -660,6 +660,26 @@ def test_messages_of_values(source: Any, message: str):
         load(source)
 
 
+def test_long_values_do_not_fill_the_screen():
+    """Neither those that a rule quotes, nor JSON that is nested too deep, nor too many of them."""
+    given = {"data": {"kind": "digits"}, "model": {"kind": "amoebanet", "genotype": "x" * 10**5}}
+    with pytest.raises(ConfigError, match=r"model.genotype: got 'xxx+\.\.\.") as caught:
+        load(given)
+    assert len(str(caught.value)) < 5000
+    given["model"]["genotype"] = '{"normal": ' + "[" * 10**5
+    with pytest.raises(
+        ConfigError, match=r"genotype: not JSON \(maximum recursion"
+    ):
+        load(given)
+
+
+def test_a_file_of_too_many_values(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gpipe_jax.config.yaml_parser._MOST_VALUES", 20)
+    assert problems(MLP + f"pipeline:\n  cost: {[1] * 20}\n") == [
+        "x.yaml:4: more than 20 values, expected a few hundred"
+    ]
+
+
 # ---- nothing else ever leaves -------------------------------------------------------------------
 
 WHOLE = BASE + SGD + "  learning_rate: 3e-4\npipeline:\n  cost: [1, 2]\nmesh:\n  stages: 3\n"
