@@ -11,9 +11,10 @@ import numpy as np
 from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.by_layer import not_finite
-from gpipe_jax.checkpoint.format import COMMON, Manifest, UnusableStep, unusable
+from gpipe_jax.checkpoint.manifest import COMMON, Manifest, UnusableStep, unusable
 from gpipe_jax.config.loader import no_package, no_run
 from gpipe_jax.errors import (
     ArgumentError,
@@ -50,7 +51,7 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
         raise ArgumentError("out", f"{out} must end in {' or '.join(SUFFIXES)}")
     skipped: list[UnusableStep] = []
     try:
-        for manifest in checkpoint_format.manifests(run / "checkpoints"):
+        for manifest in checkpoint_manifest.manifests(run / "checkpoints"):
             result = _try_to_write(manifest, out) if isinstance(manifest, Manifest) else manifest
             if not isinstance(result, UnusableStep):
                 damaged = [found.step for found in skipped if found.is_damaged]

@@ -22,8 +22,9 @@ from etils import epath
 from orbax.checkpoint import future
 
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.checkpoint.format import Manifest, RunInfo
+from gpipe_jax.checkpoint.manifest import Manifest, RunInfo
 from gpipe_jax.errors import SaveError
 from gpipe_jax.utils.atomic_files import is_local
 from gpipe_jax.utils.messages import say
@@ -69,7 +70,7 @@ class _LayerFiles(ocp.AsyncCheckpointHandler):
         for path in paths:
             path.unlink()
         assert self._info is not None, "async_save comes first"
-        checkpoint_format.write_manifest(directory, files, self._info)
+        checkpoint_manifest.write_manifest(directory, files, self._info)
 
 
 ocp.args.register_with_handler(_LayerFiles, for_save=True, for_restore=True)(_SaveArguments)
@@ -78,7 +79,7 @@ ocp.args.register_with_handler(_LayerFiles, for_save=True, for_restore=True)(_Sa
 def _all_files(by_process: Sequence[Mapping[str, dict]], num_layers: int) -> dict[str, dict]:
     """Return the files of all processes; OSError unless each layer was written exactly once."""
     written = sorted(name for files in by_process for name in files)
-    expected = sorted([checkpoint_format.COMMON, *map(str, range(num_layers))])
+    expected = sorted([checkpoint_manifest.COMMON, *map(str, range(num_layers))])
     if written != expected:
         raise OSError(f"the processes wrote {written}, not each of {expected} once")
     return {name: entry for files in by_process for name, entry in files.items()}
@@ -94,7 +95,7 @@ def _write(directory: epath.Path, args: _SaveArguments) -> None:
     with ThreadPoolExecutor(WRITERS) as pool:
         files = dict(pool.map(write_layer, args.state.layers))
     if process == 0:
-        common = checkpoint_format.COMMON
+        common = checkpoint_manifest.COMMON
         files[common] = _write_file(directory, common, args.state.common)
     (directory / f"process_{process}.json").write_text(json.dumps(files))
 
@@ -127,7 +128,7 @@ class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
         folder = epath.Path(base_path)
-        for step in checkpoint_format.steps(folder):
+        for step in checkpoint_manifest.steps(folder):
             if step not in self._hidden:
                 yield ocp.path.step.Metadata(step=step, path=folder / self.build_name(step))
 
@@ -158,7 +159,7 @@ class Saver:
         self.folder, self._unusable = folder, set(unusable)
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}
-        for manifest in checkpoint_format.manifests(folder) if keep_best else ():
+        for manifest in checkpoint_manifest.manifests(folder) if keep_best else ():
             if isinstance(manifest, Manifest):
                 self.note(manifest.step, manifest.metrics)
         options = ocp.CheckpointManagerOptions(
@@ -169,7 +170,7 @@ class Saver:
             lightweight_initialize=True,
             step_name_format=_StepNames(self._unusable),
         )
-        handlers = {checkpoint_format.STATE: _LayerFiles()}
+        handlers = {checkpoint_manifest.STATE: _LayerFiles()}
         with _os_errors_are_save_errors(folder):
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
@@ -198,7 +199,7 @@ class Saver:
         """
         self.note(info.step, info.metrics)
         arguments = _SaveArguments(state, descriptions, info)
-        composite = ocp.args.Composite(**{checkpoint_format.STATE: arguments})
+        composite = ocp.args.Composite(**{checkpoint_manifest.STATE: arguments})
         with _os_errors_are_save_errors(self.folder):
             self._make_way(info.step)
             self._manager.save(info.step, args=composite, force=True)
@@ -207,8 +208,8 @@ class Saver:
         """Rename what lies in the place of a checkpoint that is about to be written."""
         if step not in self._unusable:
             return
-        if jax.process_index() == 0 and step in checkpoint_format.steps(self.folder):
-            checkpoint_format.rename_step(self.folder, step, "unreadable")
+        if jax.process_index() == 0 and step in checkpoint_manifest.steps(self.folder):
+            checkpoint_manifest.rename_step(self.folder, step, "unreadable")
         self._unusable.discard(step)
 
     def wait(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pydantic
 from etils import epath
 
-from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import reading
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import ConfigError, RunInUseError, UnreadableCheckpointError
@@ -209,9 +209,9 @@ def _is_of_an_earlier_version(workdir: epath.Path) -> bool:
     """
     with contextlib.suppress(UnreadableCheckpointError):
         checkpoints = workdir / CHECKPOINTS
-        for step in checkpoint_format.steps(checkpoints):
-            path = checkpoints / str(step) / checkpoint_format.STATE
-            if (path / checkpoint_format.MANIFEST).exists():
+        for step in checkpoint_manifest.steps(checkpoints):
+            path = checkpoints / str(step) / checkpoint_manifest.STATE
+            if (path / checkpoint_manifest.MANIFEST).exists():
                 return True
     config = workdir / CONFIG
     if not config.is_file() or (atomic_files.is_local(workdir) and not (workdir / LOCK).is_file()):

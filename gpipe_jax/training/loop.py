@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from gpipe_jax.checkpoint.format import RunInfo
+from gpipe_jax.checkpoint.manifest import RunInfo
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest
 from gpipe_jax.errors import DivergedError, StoppedError

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
-from gpipe_jax.checkpoint.format import Manifest, UnusableStep, rename_step, unusable
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
+from gpipe_jax.checkpoint.manifest import Manifest, UnusableStep, rename_step, unusable
 from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import (
@@ -87,8 +88,8 @@ def _none_usable(folder: epath.Path, skipped: list[UnusableStep]) -> Exception:
 def _manifests(folder: epath.Path) -> Iterator[Manifest | UnusableStep]:
     try:
         # A network file system may list fewer files to some processes than to others.
-        steps = processes.broadcast_from_first(checkpoint_format.steps(folder))
-        yield from checkpoint_format.manifests(folder, steps)
+        steps = processes.broadcast_from_first(checkpoint_manifest.steps(folder))
+        yield from checkpoint_manifest.manifests(folder, steps)
     except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
     except ImportError as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gpipe_jax import plots
-from gpipe_jax.checkpoint.format import Manifest
+from gpipe_jax.checkpoint.manifest import Manifest
 from gpipe_jax.config import loader
 from gpipe_jax.config.base import Mark
 from gpipe_jax.config.run import Config, marks

@@ -7,7 +7,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
 from gpipe_jax.run_folder import claim
@@ -51,7 +51,7 @@ def config(monkeypatch, tmp_path):
 
 
 def steps() -> list[int]:
-    return checkpoint_format.steps(epath.Path("gs://bucket/run/checkpoints"))
+    return checkpoint_manifest.steps(epath.Path("gs://bucket/run/checkpoints"))
 
 
 def layers(step: int) -> dict[str, bytes]:

@@ -18,10 +18,11 @@ from etils import epath
 
 from gpipe_jax.checkpoint import export
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import safetensors as tensorfile
 from gpipe_jax.checkpoint import save as saving
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.checkpoint.format import RunInfo
+from gpipe_jax.checkpoint.manifest import RunInfo
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
 from gpipe_jax.errors import CheckpointFormatError, ConfigError, DamagedCheckpointError, SaveError
@@ -68,14 +69,14 @@ def save(folder, *steps: int, state=None, losses=(), **options) -> epath.Path:
 
 
 def load(folder, step: int, like: LayerTrees, names=NAMES) -> LayerTrees:
-    saved = checkpoint_format.load(checkpoint_format.read_manifest(folder, step), like, names)
+    saved = checkpoint_format.load(checkpoint_manifest.read_manifest(folder, step), like, names)
     return LayerTrees(saved.common, {i: saved.layers[i] for i in saved.layers})
 
 
 def newest_whole(folder) -> int | None:
     """Return the step that a reader would take, and check that it is as it was saved."""
-    for found in checkpoint_format.manifests(folder):
-        if isinstance(found, checkpoint_format.Manifest):
+    for found in checkpoint_manifest.manifests(folder):
+        if isinstance(found, checkpoint_manifest.Manifest):
             try:
                 state = load(folder, found.step, shapes(make_state()))
             except DamagedCheckpointError:
@@ -98,7 +99,7 @@ def test_roundtrip_is_exact(tmp_path):
 
 
 def test_the_manifest_says_what_it_is(tmp_path):
-    manifest = checkpoint_format.read_manifest(save(tmp_path, 5, losses=[0.5]), 5)
+    manifest = checkpoint_manifest.read_manifest(save(tmp_path, 5, losses=[0.5]), 5)
     assert (manifest.step, manifest.config, manifest.metrics) == (5, {"a": 1}, {"test_loss": 0.5})
     assert set(manifest.files) == {"0", "1", "2", "common"}
     first = manifest.files["0"]
@@ -116,7 +117,7 @@ def test_a_manifest_of_an_older_version_lacks_later_fields(tmp_path):
     del content["data"]
     text = json.dumps(content)
     path.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": text}))
-    assert checkpoint_format.read_manifest(epath.Path(tmp_path), 5).data == {}
+    assert checkpoint_manifest.read_manifest(epath.Path(tmp_path), 5).data == {}
 
 
 def test_files_are_safetensors(tmp_path):
@@ -133,15 +134,15 @@ def test_files_are_safetensors(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     losses = [0.5, 0.1, 0.4, 0.3, 0.2]
     save(tmp_path, 2, 10, 20, losses=losses, keep=2, keep_best=1)
-    assert checkpoint_format.steps(epath.Path(tmp_path)) == [20, 10]
+    assert checkpoint_manifest.steps(epath.Path(tmp_path)) == [20, 10]
     save(tmp_path, 30, 40, losses=losses[3:], keep=2, keep_best=1)
-    assert checkpoint_format.steps(epath.Path(tmp_path)) == [40, 30, 10], "10 was the best"
+    assert checkpoint_manifest.steps(epath.Path(tmp_path)) == [40, 30, 10], "10 was the best"
 
 
 def test_no_checkpoint_yet(tmp_path):
-    assert checkpoint_format.steps(epath.Path(tmp_path / "nothing")) == []
+    assert checkpoint_manifest.steps(epath.Path(tmp_path / "nothing")) == []
     assert not (tmp_path / "nothing").exists()
-    assert list(checkpoint_format.manifests(epath.Path(tmp_path))) == []
+    assert list(checkpoint_manifest.manifests(epath.Path(tmp_path))) == []
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path):
@@ -173,17 +174,17 @@ def test_an_average_is_neither_dropped_nor_made_up(tmp_path):
 
 
 def test_a_format_of_another_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_format, "FORMAT", 99)
+    monkeypatch.setattr(checkpoint_manifest, "FORMAT", 99)
     folder = save(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(
         CheckpointFormatError, match=r"has format 99, this version reads 1; use the version"
     ):
-        checkpoint_format.read_manifest(folder, 1)
+        checkpoint_manifest.read_manifest(folder, 1)
 
 
 def test_a_format_of_another_version_is_bad_input(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint_format, "FORMAT", 99)
+    monkeypatch.setattr(checkpoint_manifest, "FORMAT", 99)
     save(tmp_path / "checkpoints", 1)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="has format 99"):
@@ -198,7 +199,7 @@ def test_a_file_system_whose_package_is_missing_is_bad_input(monkeypatch):
     def missing(folder):
         raise ImportError("Please install gcsfs to access Google Storage")
 
-    monkeypatch.setattr(checkpoint_format, "steps", missing)
+    monkeypatch.setattr(checkpoint_manifest, "steps", missing)
     remedy = r"install gcsfs .*; for gs:// run pip install 'gpipe-jax\[tpu\]'"
     with pytest.raises(ConfigError, match=remedy):
         resume.newest(epath.Path("gs://bucket/run"), None, lambda manifest: None)
@@ -366,7 +367,8 @@ def test_reading_needs_no_orbax(three):
 import sys
 from etils import epath
 from gpipe_jax.checkpoint import format as checkpoint_format
-manifest = checkpoint_format.read_manifest(epath.Path({str(three)!r}), 30)
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
+manifest = checkpoint_manifest.read_manifest(epath.Path({str(three)!r}), 30)
 for part in manifest.files:
     checkpoint_format.read_file(manifest, part)
 print("orbax" in sys.modules, "orbax.checkpoint" in sys.modules)

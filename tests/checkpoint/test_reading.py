@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import reading, safetensors
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.checkpoint.format import Manifest, RunInfo, UnusableStep
+from gpipe_jax.checkpoint.manifest import Manifest, RunInfo, UnusableStep
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.cli import main as cli
 from gpipe_jax.errors import DamagedCheckpointError, UnreadableCheckpointError
@@ -36,13 +37,13 @@ def folder(tmp_path) -> Path:
 def found(folder: Path) -> list[Manifest | UnusableStep]:
     """Return each checkpoint, read in full."""
     checked = []
-    for manifest in checkpoint_format.manifests(epath.Path(folder)):
+    for manifest in checkpoint_manifest.manifests(epath.Path(folder)):
         if isinstance(manifest, Manifest):
             try:
                 for name in manifest.files:
                     checkpoint_format.read_file(manifest, name)
             except (DamagedCheckpointError, UnreadableCheckpointError) as error:
-                manifest = checkpoint_format.unusable(manifest.step, error)
+                manifest = checkpoint_manifest.unusable(manifest.step, error)
         checked.append(manifest)
     return checked
 
@@ -135,7 +136,7 @@ def test_what_may_pass_is_no_damage(folder, monkeypatch, number, name):
 @pytest.mark.parametrize("name", ["0050", "٣", "1٣", "²", "99999999999999", "20.damaged", "x"])
 def test_folders_of_other_names_are_none_of_ours(folder, name):
     (folder / name).mkdir()
-    assert checkpoint_format.steps(epath.Path(folder)) == [20, 10]
+    assert checkpoint_manifest.steps(epath.Path(folder)) == [20, 10]
     saver = Saver(epath.Path(folder), keep=2)
     state = LayerTrees({"seed": np.uint32(0)}, {0: dict(ARRAYS)})
     saver.save(state, RunInfo(30, {}, None), ["Dense(3)"])
@@ -162,13 +163,13 @@ def test_a_folder_that_cannot_be_read(folder, monkeypatch):
 
     monkeypatch.setattr(type(path), "iterdir", fails)
     with pytest.raises(UnreadableCheckpointError, match="checkpoints cannot be read: Input/output"):
-        checkpoint_format.steps(path)
+        checkpoint_manifest.steps(path)
 
 
 def test_a_link_to_a_disk_that_is_not_there(tmp_path):
     (tmp_path / "checkpoints").symlink_to("/missing/disk")
     with pytest.raises(UnreadableCheckpointError, match="is a link to /missing/disk, which is not"):
-        checkpoint_format.steps(epath.Path(tmp_path / "checkpoints"))
+        checkpoint_manifest.steps(epath.Path(tmp_path / "checkpoints"))
 
 
 def test_an_error_of_a_buckets_client_may_pass(monkeypatch):

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from etils import epath
 
-from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.by_layer import LayerTrees
-from gpipe_jax.checkpoint.format import RunInfo
+from gpipe_jax.checkpoint.manifest import RunInfo
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.errors import ConfigError, RunInUseError
 from gpipe_jax.run_folder import folder as folders
@@ -180,6 +180,6 @@ def test_steps_of_an_unreadable_folder_do_not_hide_the_refusal(tmp_path, monkeyp
         raise folders.UnreadableCheckpointError("cannot be read")
 
     (tmp_path / "config.yaml").write_text("mine")
-    monkeypatch.setattr(checkpoint_format, "steps", fails)
+    monkeypatch.setattr(checkpoint_manifest, "steps", fails)
     with pytest.raises(ConfigError, match=r"holds config\.yaml"):
         take(tmp_path)

@@ -21,6 +21,7 @@ from etils import epath
 import gpipe_jax as gpipe
 from gpipe_jax import errors
 from gpipe_jax.checkpoint import format as checkpoint_format
+from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.export import export
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.distributed.preemption import handle_signals
@@ -57,7 +58,7 @@ def saved(workdir, step: int) -> dict[str, bytes]:
 
 
 def latest_step(workdir) -> int | None:
-    return max(checkpoint_format.steps(epath.Path(workdir) / "checkpoints"), default=None)
+    return max(checkpoint_manifest.steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 class Interrupted(BaseException):
@@ -277,15 +278,15 @@ def test_what_a_stop_in_an_evaluation_left_out_counts_for_the_best(whole, tmp_pa
         run.loop, "evaluate", lambda _, state, stop: {"test_loss": losses[state.step]}
     )
     run.train(assembly, lambda record: None)
-    assert checkpoint_format.steps(assembly.checkpoints) == [STEPS, 4]
+    assert checkpoint_manifest.steps(assembly.checkpoints) == [STEPS, 4]
 
 
 def test_other_steps_between_saves(whole, tmp_path):
     config = gpipe.load(CONFIG, ["train.save_every=3", "train.keep=9"])
     run.train(whole[0]._replace(workdir=epath.Path(tmp_path), config=config), lambda record: None)
     folder = epath.Path(tmp_path) / "checkpoints"
-    assert checkpoint_format.steps(folder) == [11, 9, 6, 3]
-    evaluated = [m.step for m in checkpoint_format.manifests(folder) if m.metrics]
+    assert checkpoint_manifest.steps(folder) == [11, 9, 6, 3]
+    evaluated = [m.step for m in checkpoint_manifest.manifests(folder) if m.metrics]
     assert evaluated == [11], "the others were not due for an evaluation"
     assert saved(tmp_path, STEPS) == saved(whole[0].workdir, STEPS)
 
@@ -510,12 +511,12 @@ def test_a_folder_of_another_config_lists_what_differs(whole):
 def test_another_way_to_write_the_same_folder_is_no_difference(whole):
     workdir = whole[0].workdir
     other = other_config(whole, f"train.workdir={workdir.parent}/./{workdir.name}/")
-    run._same_run(other)(next(iter(checkpoint_format.manifests(whole[0].checkpoints))))
+    run._same_run(other)(next(iter(checkpoint_manifest.manifests(whole[0].checkpoints))))
 
 
 def test_a_setting_that_does_nothing_makes_no_other_run(whole):
     """Nor one that an earlier version wrote down."""
-    manifest = next(iter(checkpoint_format.manifests(whole[0].checkpoints)))
+    manifest = next(iter(checkpoint_manifest.manifests(whole[0].checkpoints)))
     run._same_run(other_config(whole, "optimizer.decay_rate=0.5"))(manifest)
     old = {**manifest.config, "profile": {"start": 5, "steps": 0}}
     old["optimizer"] = {**old["optimizer"], "decay_steps": 7}
@@ -577,10 +578,10 @@ def test_the_folder_is_ones_own_before_its_checkpoints_are_read(whole, monkeypat
 
 
 def test_checkpoints_from_before_data_was_told(whole, monkeypatch):
-    manifest = next(iter(checkpoint_format.manifests(whole[0].checkpoints)))
-    assert isinstance(manifest, checkpoint_format.Manifest)
+    manifest = next(iter(checkpoint_manifest.manifests(whole[0].checkpoints)))
+    assert isinstance(manifest, checkpoint_manifest.Manifest)
     old = dataclasses.replace(manifest, data={})
-    monkeypatch.setattr(checkpoint_format, "read_manifest", lambda *_: old)
+    monkeypatch.setattr(checkpoint_manifest, "read_manifest", lambda *_: old)
     assert run.evaluate(whole[0]).figures["steps"] == STEPS
 
 
@@ -731,7 +732,7 @@ def ruined(whole, folder, step: int):
     restored = run.resume.newest(assembly.checkpoints, assembly.trainer, lambda manifest: None)
     layers = assembly.trainer.to_layers(restored.state)
     jax.tree.leaves(layers.layers[1]["params"])[0][...] = np.nan
-    info = checkpoint_format.RunInfo(step, assembly.config.model_dump(mode="json"), None)
+    info = checkpoint_manifest.RunInfo(step, assembly.config.model_dump(mode="json"), None)
     with contextlib.closing(Saver(assembly.checkpoints, keep=3)) as saver:
         saver.save(layers, info, [str(layer) for layer in assembly.trainer.pipe.layers])
     return assembly
