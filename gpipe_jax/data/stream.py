@@ -17,6 +17,7 @@ Letters: B batch_size.
 """
 
 import functools
+import operator
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def dataset(
         dataset = gpipe.data.dataset("mine", 64, 0, (gather, 50_000), (gather_test, 10_000))
     """
     (gather_train, train_examples), (gather_test, test_examples) = train_split, test_split
+    batch_size, seed = check_count("batch_size", batch_size), operator.index(seed)
     if batch_size > train_examples:
         raise ArgumentError(
             "batch_size",

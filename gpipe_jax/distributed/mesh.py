@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax.distributed.device_order import arrange
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.utils.checks import check_count, check_counts
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.xla_workarounds import backends_are_running
 
 MeshLike = Mesh | AbstractMesh
@@ -151,7 +151,7 @@ def make_mesh(*, stages: int, data: int = 1, devices: Sequence[Any] | None = Non
         gpipe.simulate_devices(8)
         mesh = gpipe.make_mesh(stages=4, data=2)
     """
-    check_counts(stages=stages, data=data)
+    stages, data = check_count("stages", stages), check_count("data", data)
     available = list(jax.devices() if devices is None else devices)
     need = stages * data
     if need > len(available):

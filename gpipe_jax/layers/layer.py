@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 from flax import linen, nnx
 
 from gpipe_jax.errors import ArgumentError
@@ -260,6 +261,8 @@ def check_layers(layers: Any) -> None:
 
 
 def _freeze(value: Any) -> Any:
+    if isinstance(value, np.generic):  # a number of NumPy makes the same layer as one of Python
+        return value.item()
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 

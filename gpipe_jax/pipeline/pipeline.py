@@ -141,7 +141,8 @@ class Pipeline:
             known = " or ".join(map(repr, choices.KEYS_PER))
             raise ArgumentError("keys_per", f"`keys_per` must be {known}, got {keys_per!r}")
         if steps is not None:
-            check_count("steps", steps)
+            steps = check_count("steps", steps)
+        micro_batches = check_count("micro_batches", micro_batches)
         check_layers(layers)
         self.layers, self.loss, self.mesh = tuple(layers), loss, mesh
         self.micro_batches = micro_batches

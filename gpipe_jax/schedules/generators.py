@@ -12,7 +12,7 @@ import numpy as np
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.schedules.schedule import BACKWARD, FORWARD, IDLE, Schedule
-from gpipe_jax.utils.checks import check_count, check_counts
+from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 
 
@@ -156,7 +156,7 @@ def interleaved(num_devices: int, micro_batches: int, chunks: int = 2) -> Schedu
         True
     """
     K, M = _checked(num_devices, micro_batches)
-    check_count("chunks", chunks)
+    chunks = check_count("chunks", chunks)
     forwards = _ring_order(K, M, range(chunks))
     backwards = _ring_order(K, M, range(chunks)[::-1])
     # The last stage runs the forward of a micro-batch before its backward.
@@ -205,7 +205,7 @@ def forward_only(num_devices: int, micro_batches: int, chunks: int = 1) -> Sched
         device 1   . F0 F1 F2
     """
     K, M = _checked(num_devices, micro_batches)
-    check_count("chunks", chunks)
+    chunks = check_count("chunks", chunks)
     turns = _ring_order(K, M, range(chunks))
     ops = [(turn + k, k, FORWARD, m, c) for (c, m), turn in turns.items() for k in range(K)]
     return Schedule("forward", _table(K, ops))
@@ -309,8 +309,7 @@ def _check_name(argument: str, name: str, names: Collection[str]) -> None:
 
 
 def _checked(num_devices: int, micro_batches: int) -> tuple[int, int]:
-    check_counts(num_devices=num_devices, micro_batches=micro_batches)
-    return num_devices, micro_batches
+    return check_count("num_devices", num_devices), check_count("micro_batches", micro_batches)
 
 
 def _table(K: int, ops: Sequence[tuple[int, ...]]) -> np.ndarray:

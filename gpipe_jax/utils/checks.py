@@ -20,11 +20,15 @@ def count_problem(value: Any, minimum: int = 1) -> str | None:
     return f"must be a whole number of at least {minimum}"
 
 
-def check_count(argument: str, value: Any, minimum: int = 1) -> None:
-    """Raise ArgumentError unless the argument is a whole number of at least `minimum`."""
+def check_count(argument: str, value: Any, minimum: int = 1) -> int:
+    """Return the argument as an int of Python, which cannot overflow as one of NumPy can.
+
+    Raise ArgumentError unless it is a whole number of at least `minimum`.
+    """
     problem = count_problem(value, minimum)
     if problem is not None:
         raise ArgumentError(argument, f"`{argument}` {problem}, got {value!r}")
+    return int(value)
 
 
 def check_counts(**counts: Any) -> None:
