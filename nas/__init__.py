@@ -8,12 +8,14 @@ imports only from the folders and modules below its own:
     result, costs                    `search`, `load`; the cost of a network before it is trained
     reports, training                text, pages and plots; training of one candidate
     workers                          threads, devices, processes, and the driver that feeds them
+    pickles                          spaces and evaluators for the store and for other processes
     ask_tell                         the search as an open loop: cache, limits, retries, replay
     storage, config                  one SQLite file for each run; settings
     evolution                        what is proposed, and which member leaves
     evaluators, testing              what gives the fitness; a check of a search space
     spaces                           what is searched
     errors, choices, keywords        every exception; names of options and of arguments
+    fingerprints                     what tells that code has changed
 
     space --> evolution --> ask_tell --> workers --> evaluators (training)
                                |  ^                      |

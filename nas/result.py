@@ -17,6 +17,7 @@ from nas.ask_tell.limits import Limit
 from nas.ask_tell.search import Search, argument_names
 from nas.errors import LostRunError, MismatchError
 from nas.evaluators import evaluator as evaluators
+from nas.pickles.setup import Setup, load_setup
 from nas.reports import tables
 from nas.spaces import copies
 from nas.spaces import space as spaces
@@ -26,7 +27,6 @@ from nas.storage.reader import FILE, CandidateRow, Counts, EvaluationRow, Reader
 from nas.storage.run_folder import run_folder
 from nas.workers import main_guard, pools
 from nas.workers.driver import Callback, Driver, DriverThread, check_seconds
-from nas.workers.pickled_setup import Setup, load_setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -248,8 +248,10 @@ class Result:
 
         Raises:
             KeyError: There is none.
+            ValueError: `number` is no whole number of at least 0.
         """
-        return self._candidate(self.reader.candidate(number))
+        check_count("number", number, minimum=0)
+        return self._candidate(self.reader.candidate(int(number)))
 
     def lineage(self, number: int) -> list[Candidate]:
         """Return a candidate's ancestors, the random one first, and itself last.
@@ -262,8 +264,10 @@ class Result:
 
         Raises:
             KeyError: There is none of this number.
+            ValueError: `number` is no whole number of at least 0.
         """
-        return [self._candidate(row) for row in self.reader.lineage(number)]
+        check_count("number", number, minimum=0)
+        return [self._candidate(row) for row in self.reader.lineage(int(number))]
 
     @property
     def population(self) -> list[Candidate]:
@@ -362,7 +366,9 @@ class Result:
 
         Raises:
             nas.errors.LostRunError: The run's folder was removed. This result reads the copy then.
+            ValueError: `timeout_s` is no number of seconds.
         """
+        check_seconds(timeout_s=timeout_s)
         if self._running is not None:
             try:
                 self._running.wait(timeout_s)
@@ -380,8 +386,13 @@ class Result:
 
         Args:
             every_s: Seconds between updates. Default: 0.5.
+
+        Raises:
+            ValueError: `every_s` is no number of seconds.
         """
         from nas.reports import live
+
+        check_seconds(every_s=every_s)
 
         live.watch(self.path, self._running, every_s)
         if not live.in_notebook():
@@ -427,7 +438,9 @@ class Result:
         setup = load_setup(self.reader, needed=needed, trust=self.trust)
         if self._setup is not None:
             setup = self._setup._replace(options=setup.options)
-        _check_fixed(options, {**self.study.settings, "space": self.study.space})
+        own = {"space": self.study.space, "name": self.path.name, "folder": str(self.path.parent)}
+        _check_fixed(options, {**self.study.settings, **own})
+        options = {name: value for name, value in options.items() if name not in own}
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
         if setup.options and "workers" not in {**stored, **options}:
             raise ValueError(
@@ -552,7 +565,7 @@ def search(
     setup = Setup(space, evaluate, arguments.as_limits(limits), stored_options)
     code = code_changes.code_of(space, setup.limits, evaluate)
     policy = options.get("fitness_policy", "stored")
-    evaluator = evaluators.as_evaluator(evaluator.prepare(space, run, policy, timeout_s))
+    evaluator = evaluators.prepared(evaluator, space, run, policy, timeout_s)
     options.setdefault("compare", evaluator.rivals_metric)
     loop = Search(
         space=space,

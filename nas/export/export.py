@@ -11,9 +11,9 @@ from nas.errors import ExportOptionError, OutputExistsError, OutputFolderError
 from nas.evaluators.builtin import Repeated
 from nas.export import final_ranking, scaled_config
 from nas.export.final_ranking import Finalist
+from nas.pickles.setup import load_setup
 from nas.result import Result
 from nas.training.evaluator import TrainingEvaluator
-from nas.workers.pickled_setup import load_setup
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 

@@ -18,7 +18,7 @@ MODULES = {
     "nas.nasbench201": "nas.spaces.nasbench201",
     "nas.nasnet": "nas.spaces.nasnet",
     "nas.searching": "nas.ask_tell.search",
-    "nas.setup": "nas.workers.pickled_setup",
+    "nas.setup": "nas.pickles.setup",
     "nas.space": "nas.spaces.space",
     "nas.training.costs": "nas.costs.network_costs",
 }

@@ -109,11 +109,15 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
 
     def close() -> None:
         census.close()
+        shared.close()
         if owned:
             client.close()
         if local is not None:
             local.close()
 
+    from nas.pickles.dask_plugin import ClusterShare
+
+    shared = ClusterShare(client)
     begun: set[str] = set()  # keys of futures
     client.subscribe_topic(BEGUN, lambda event: begun.add(event[1]))
 
@@ -125,4 +129,6 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
     def has_begun(future: Any) -> bool:
         return future.key in begun
 
-    return WorkerPool(submit, census.count, True, expire, has_begun, close, cancel, name)
+    return WorkerPool(
+        submit, census.count, True, expire, has_begun, close, cancel, name, shared.share
+    )

@@ -69,7 +69,7 @@ class Driver:
         self._grace_s = self.evaluator.compile_grace_s
         self._job_s = math.inf if self.timeout_s is None else self.timeout_s + self._grace_s
         self._called_back = self.search.evolution.results  # results at the last callback
-        self._task = task.make_task(self.evaluator, self.pool.pickles)
+        self._task = task.make_task(self.evaluator, self.pool)
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._last_workers = math.inf  # when there were any, on the clock time.monotonic
         self._is_idle = False  # there is no job until a report changes that

@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from gpipe_jax.utils.checks import check_count
+from nas.pickles.sending import SharedFiles
 from nas.workers import dask
 from nas.workers.threads import DaemonThreads
 from nas.workers.worker_pool import WorkerPool
@@ -58,7 +59,15 @@ def of_executor(executor: Executor, slots: int | None = None) -> WorkerPool:
 
     count = slots
     pickles = isinstance(executor, ProcessPoolExecutor)
-    pool = WorkerPool(executor.submit, lambda: count, pickles, has_begun=has_begun)
+    files = SharedFiles()  # processes of an executor are on this machine
+    pool = WorkerPool(
+        executor.submit,
+        lambda: count,
+        pickles,
+        has_begun=has_begun,
+        close=files.close,
+        share=files.share,
+    )
     if isinstance(executor, DaemonThreads):
         return replace(pool, close=executor.close)
     return pool

@@ -1,7 +1,6 @@
 """Run a job on a worker, and turn its future into an outcome on the driver."""
 
 import functools
-import io
 import os
 import pickle
 import sys
@@ -9,13 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import IO, Any
+from typing import Any
 
 from nas.errors import ReturnError, WorkersError
 from nas.evaluators.evaluator import Evaluator, Job, Outcome
 from nas.evaluators.outcomes import as_outcome, describe, failed_outcome
+from nas.pickles import pickling
+from nas.pickles.sending import Parcel
 from nas.workers import device_shares
 from nas.workers.dask import BEGUN
+from nas.workers.threads import EndingError
+from nas.workers.worker_pool import WorkerPool
 
 RESULT_S = 20.0  # s in which the result of a finished job must arrive
 
@@ -33,15 +36,15 @@ def run_job(evaluator: Evaluator, job: Job) -> Outcome:
     with device_shares.shared_by(_jobs_at_once()) as device:
         try:
             outcome = as_outcome(evaluator.evaluate(job), job)
-        except ReturnError:
+        except (ReturnError, KeyboardInterrupt, EndingError):  # an interrupt is the user's
             raise
-        except (Exception, SystemExit) as error:  # but not KeyboardInterrupt, which is the user's
+        except BaseException as error:  # such as SystemExit, or CancelledError of asyncio
             outcome = failed_outcome(error)
     name = _worker_name() if device is None else f"{_worker_name()}, {device}"
     return outcome._replace(worker=name, started=started, finished=time.time())
 
 
-def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Any], Outcome]:
+def make_task(evaluator: Evaluator, pool: WorkerPool) -> Callable[[Any], Outcome]:
     """Return the function to submit with each job, or with each `pickled_job` if jobs are pickled.
 
     A worker in another process keeps one evaluator, with everything that it has compiled.
@@ -49,10 +52,10 @@ def make_task(evaluator: Evaluator, pickles: bool) -> Callable[[Any], Outcome]:
     Raises:
         ValueError: Jobs are pickled, and the evaluator cannot be.
     """
-    if not pickles:
+    if not pool.pickles:
         return functools.partial(run_job, evaluator)
     try:
-        return functools.partial(_run_pickled, dumps(evaluator))
+        return functools.partial(_run_pickled, pool.share(pickling.dumps(evaluator)))
     except Exception as error:  # any object's own pickling may raise anything
         raise ValueError(
             f"evaluate cannot be sent to workers in other processes ({describe(error)}): make it a "
@@ -68,7 +71,7 @@ def pickled_job(job: Job) -> bytes:
             attempt would succeed.
     """
     try:
-        return dumps(job)
+        return pickling.dumps(job)
     except Exception as error:  # any object's own pickling may raise anything
         raise WorkersError(
             f"the architecture of candidate {job.candidate} cannot be sent to workers in other "
@@ -77,34 +80,17 @@ def pickled_job(job: Job) -> bytes:
         ) from error
 
 
-def _run_pickled(pickled: bytes, pickled_job: bytes) -> Outcome:
+def _run_pickled(parcel: Parcel, pickled_job: bytes) -> Outcome:
     try:
-        evaluator, job = _unpickled(pickled), pickle.loads(pickled_job)
+        evaluator, job = _unpickled(parcel), pickle.loads(pickled_job)
     except Exception as error:  # such as a module that this machine does not have
         return failed_outcome(error)._replace(worker=_worker_name())
     return run_job(evaluator, job)
 
 
 @functools.lru_cache(maxsize=4)
-def _unpickled(pickled: bytes) -> Evaluator:
-    return pickle.loads(pickled)
-
-
-def dumps(value: Any) -> bytes:
-    """Pickle a value as `dump` does."""
-    file = io.BytesIO()
-    dump(value, file)
-    return file.getvalue()
-
-
-def dump(value: Any, file: IO[bytes]) -> None:
-    """Pickle a value; with cloudpickle, which comes with dask, also functions of notebooks."""
-    try:
-        import cloudpickle
-    except ImportError:
-        pickle.dump(value, file)
-    else:
-        cloudpickle.dump(value, file)
+def _unpickled(parcel: Parcel) -> Evaluator:
+    return pickle.loads(parcel.open())
 
 
 def _dask_worker() -> Any:

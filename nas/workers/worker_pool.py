@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nas.pickles.sending import Share, in_each_job
+
 
 def _always(future: Any) -> bool:
     return True
@@ -29,3 +31,4 @@ class WorkerPool:
     close: Callable[[], None] = _nothing
     cancel: Callable[[Any], None] = _cancel  # a future that nobody waits for; without waiting
     name: str = "the pool"  # in errors
+    share: Share = in_each_job  # for a pickled evaluator: how its workers get it

@@ -20,8 +20,8 @@ from nas.errors import ExportOptionError
 from nas.export import export as exporting
 from nas.export import scaled_config
 from nas.export.export import ExportOptions
+from nas.pickles.setup import Setup
 from nas.storage import finals_file
-from nas.workers.pickled_setup import Setup
 
 SMALL = ("--cells-per-stack", "1", "--filters", "4")
 SPACE = nas.NASNetSpace(pairs=2, operations=("sep_3x3", "max_pool_3x3", "identity"))

@@ -15,12 +15,12 @@ import nas
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from nas import cli
 from nas.errors import MismatchError
+from nas.pickles import setup as pickled_setup
+from nas.pickles.setup import load_setup
 from nas.reports import html, plots
 from nas.reports.report import report
 from nas.storage import finals_file, old_names
 from nas.storage.reader import Reader
-from nas.workers import pickled_setup
-from nas.workers.pickled_setup import load_setup
 
 # `search.sqlite` of this search by version 0.1, of 8 cycles, whose evaluator was `evaluate` below:
 #

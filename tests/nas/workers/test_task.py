@@ -9,6 +9,7 @@ from searches import Bits, ones
 import nas
 from nas.errors import WorkersError
 from nas.evaluators.evaluator import as_evaluator
+from nas.pickles import pickling, sending
 from nas.workers import task
 
 JOB = nas.Job(1, 0, (1, 0, 1), 7)
@@ -101,6 +102,6 @@ def test_an_architecture_that_cannot_be_pickled_is_no_dead_worker(tmp_path: Path
 
 
 def test_an_architecture_that_cannot_be_read_by_the_worker_is_no_dead_worker() -> None:
-    evaluator = task.dumps(as_evaluator(sum))
-    outcome = task._run_pickled(evaluator, b"cno_such_module\nCell\n.")
+    parcel = sending.in_each_job(pickling.dumps(as_evaluator(sum)))
+    outcome = task._run_pickled(parcel, b"cno_such_module\nCell\n.")
     assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error

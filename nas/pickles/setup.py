@@ -21,9 +21,9 @@ import numpy as np
 from gpipe_jax.config import trusted_code
 from nas.ask_tell.limits import Limit, Retries
 from nas.evaluators.outcomes import describe
+from nas.pickles import pickling
 from nas.storage import old_names
 from nas.storage.reader import Reader
-from nas.workers import task
 
 MAX_BYTES = 1_000_000  # of one part; an evaluator may refer to all its data
 PARTS = {
@@ -100,7 +100,7 @@ def _pickled(value: Any) -> dict[str, str]:
     """Return the pickle of a part, or the problem."""
     file = _BoundedFile()
     try:
-        task.dump(value, file)
+        pickling.dump(value, file)
     except _TooLargeError:
         size = f"more than {MAX_BYTES / 1e6:g} MB"
         return {"problem": f"with the data that it refers to, it takes {size}"}
@@ -110,15 +110,16 @@ def _pickled(value: Any) -> dict[str, str]:
 
 
 def _unpickled(reader: Reader, name: str, part: Mapping[str, str]) -> Any:
-    try:
-        if "pickle" not in part:
-            raise ValueError(part["problem"])
-        return _Unpickler(io.BytesIO(base64.b64decode(part["pickle"]))).load()
-    except Exception as error:  # any object's own unpickling may raise anything
-        raise ValueError(
-            f"{reader.path} does not have `{name}` of the search ({describe(error)}): give it "
-            f"again, {PARTS[name]}"
-        ) from error
+    problem, cause = part.get("problem"), None
+    if problem is None:
+        try:
+            return _Unpickler(io.BytesIO(base64.b64decode(part["pickle"]))).load()
+        except Exception as error:  # any object's own unpickling may raise anything
+            problem, cause = describe(error), error
+    raise ValueError(
+        f"{reader.path} does not have `{name}` of the search ({problem}): give it again, "
+        f"{PARTS[name]}"
+    ) from cause
 
 
 def _load_old(reader: Reader, stored: bytes) -> Setup:

@@ -7,7 +7,7 @@ import pytest
 from searches import Bits, ones
 
 import nas
-from nas.workers.pickled_setup import MAX_BYTES, load_setup
+from nas.pickles.setup import MAX_BYTES, load_setup
 
 OPTIONS = {"space": Bits(), "population": 5, "sample": 2, "cycles": 10}
 
@@ -42,9 +42,7 @@ def test_what_cannot_be_pickled_does_not_take_the_rest_with_it(tmp_path) -> None
         retries=nas.Retries(nan=2), **OPTIONS,
     )  # fmt: skip
     loaded = nas.load("search", tmp_path)
-    with pytest.raises(
-        ValueError, match=r"`evaluate` of the search \(ValueError: it cannot be pic"
-    ):
+    with pytest.raises(ValueError, match=r"`evaluate` of the search \(it cannot be pickled"):
         loaded.resume(cycles=11)
     assert loaded.resume(evaluate=ones, cycles=11).counts.results == 11
     setup = load_setup(loaded.reader, needed=["space", "limits"])
