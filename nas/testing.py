@@ -3,6 +3,7 @@
 from random import Random
 from typing import Any
 
+from gpipe_jax.utils.checks import check_count, check_counts
 from nas.spaces import copies
 from nas.spaces import space as spaces
 
@@ -21,14 +22,15 @@ def check_space(space: Any, *, architectures: int = 50, mutations: int = 20) -> 
 
     Raises:
         AssertionError: A rule is broken; the message says which one, and by what.
-        ValueError: `space` lacks required members.
+        ValueError: `space` lacks required members, or a number is not legal.
 
     Example:
         >>> from nas.spaces.nasnet import NASNetSpace
         >>> check_space(NASNetSpace(pairs=2), architectures=3, mutations=3)
     """
-    spaces.as_space(space)
-    assert isinstance(space.name, str) and space.name, f"name {space.name!r}: expected a text"
+    space = spaces.as_space(space)
+    check_counts(architectures=architectures)
+    check_count("mutations", mutations, minimum=0)
     texts = set()
     for seed in range(architectures):
         architecture, again = space.random(Random(seed)), space.random(Random(seed))

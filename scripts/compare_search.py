@@ -31,6 +31,7 @@ from nas import from_config
 from nas.config import SearchConfig
 from nas.evaluators import evaluator as evaluators
 from nas.evaluators.evaluator import Job
+from nas.evolution.length import length
 from nas.export import final_ranking
 from nas.storage import queries
 from nas.training.evaluator import TrainingEvaluator
@@ -95,7 +96,7 @@ def check(config: SearchConfig) -> None:
             f"evolution.algorithm {config.evolution.algorithm}: this compares "
             f"{', '.join(ALGORITHMS)}; remove it"
         )
-    for name in ("target", "time_limit_s"):
+    for name in ("target", "time_limit_s", "evaluations"):
         value = getattr(config.run, name)
         if value is not None:
             raise ValueError(
@@ -248,7 +249,8 @@ def _run(options: argparse.Namespace) -> int:
     plot(runs, picture)
     print(f"plot: {picture}")
     if options.json:
-        facts = {"cycles": config.run.cycles, "plot": str(picture)}
+        cycles = length(config.run.cycles, config.run.evaluations).cycles
+        facts = {"cycles": cycles, "plot": str(picture)}
         print(json.dumps({"measured": as_json(measured), **facts}, allow_nan=False))
     return 0
 

@@ -44,7 +44,7 @@ from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome, job_seed
 from nas.evolution.evolution import Member, Settings
 from nas.evolution.length import length
-from nas.spaces import copies
+from nas.spaces import copies, returned
 from nas.spaces import space as spaces
 from nas.storage.run_folder import run_folder
 
@@ -342,9 +342,10 @@ class Search:
             proposal = self.evolution.child(number, sample)
             architecture, drawn = proposal.architecture, proposal.sample
             method = "encode"
-            text = self.space.encode(copies.own(architecture))
+            text = returned.text(method, self.space.encode(copies.own(architecture)))
             method = "canonical"
-            digest = digest_of(self.space.canonical(copies.own(architecture)))
+            canonical = returned.text(method, self.space.canonical(copies.own(architecture)))
+            digest = digest_of(canonical)
         except Exception as error:  # the user's own code may raise anything
             self._skip(number, f"{method} of the space raised {outcomes.describe(error)}")
             return
@@ -590,13 +591,14 @@ class Search:
             self._record_in_tournament(job, None)
         elif event == "fail":
             failed = self._pending.pop(job.candidate)
-            self._schedule_all(self.duplicates.finish(failed.digest))
+            self._unscheduled.extend(self.duplicates.finish(failed.digest))
         elif not is_out:
             self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         if outcome.kind != "worker_death" or event != "failure":
             # A cluster that is gone takes all jobs with it: those that are repeated do not count.
             description = f"candidate {job.candidate}, by {outcome.kind}: {outcome.error}"
             self._count_failure(description)
+        self._schedule_all()  # afterwards: a failure that ends the search gives up no duplicate
 
     def _count_failure(self, description: str) -> None:
         """Count a failure; if it ends the search, its cause is outside the networks."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import Genotype
+from gpipe_jax.utils.checks import check_counts
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.choices import DTYPES
 from nas.keywords import suggesting
@@ -16,6 +17,9 @@ from nas.storage import old_names
 if TYPE_CHECKING:
     from gpipe_jax.tpu_compiler.results import Compiled
     from nas.training.static import Static
+
+
+_COUNTS = ("cells_per_stack", "filters", "image", "channels", "classes", "batch_size")
 
 
 @suggesting(renamed=old_names.FIELDS["NetworkCosts"])
@@ -42,7 +46,7 @@ class NetworkCosts:
             `latency_ms` and `memory_mib` need it. Default: none.
 
     Raises:
-        ValueError: `dtype` or `topology` is unknown.
+        ValueError: `dtype` or `topology` is unknown, or a number is no whole number of at least 1.
         CompilerNotInstalledError: `topology` is given and the TPU compiler is not installed.
 
     Example::
@@ -72,11 +76,17 @@ class NetworkCosts:
         vars(self).update(old_names.current_fields("NetworkCosts", state, own))
 
     def __post_init__(self) -> None:
+        check_counts(**{name: getattr(self, name) for name in _COUNTS})
         if self.dtype not in DTYPES:
             suggestion = did_you_mean_or_list(self.dtype, DTYPES)
             raise ArgumentError("dtype", f"dtype: unknown {self.dtype!r}{suggestion}")
         if self.topology is None:
             return
+        if not isinstance(self.topology, str):
+            raise ArgumentError(
+                "topology",
+                f"topology {self.topology!r}: expected a TPU slice such as 'v5e:1x1', or None",
+            )
         from gpipe_jax.tpu_compiler import libtpu, topologies
 
         topologies.parse(self.topology)

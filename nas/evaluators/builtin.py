@@ -11,7 +11,14 @@ from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean
 from nas.errors import ReturnError
-from nas.evaluators.evaluator import TRAINED_VALUES, Evaluator, Job, as_evaluator, identity_of
+from nas.evaluators.evaluator import (
+    TRAINED_VALUES,
+    Evaluator,
+    Job,
+    as_evaluator,
+    identity_of,
+    prepared,
+)
 from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.evaluators.outcomes import as_outcome, mean_metrics
 from nas.keywords import suggesting
@@ -31,7 +38,7 @@ class TabularEvaluator(Evaluator):
             has it. Default: "valid12", of NAS-Bench-201.
 
     Raises:
-        TypeError: `table` cannot be called.
+        TypeError: `table` cannot be called, or `fitness` is no text.
 
     Example:
         >>> table = {(0, 1): {"accuracy": 0.5}, (1, 1): {"accuracy": 0.75}}
@@ -50,6 +57,8 @@ class TabularEvaluator(Evaluator):
                 f"table of type {kind}: expected a function of an architecture that returns a dict "
                 "of metrics; of a dict give its `__getitem__`"
             )
+        if not isinstance(self.fitness, str):
+            raise TypeError(f"fitness {self.fitness!r}: expected the name of a metric of the table")
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -160,7 +169,7 @@ class Repeated(Evaluator):
         self, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
     ) -> "Repeated":
         """Prepare the inner evaluator."""
-        inner = self._inner.prepare(space, folder, fitness_policy, timeout_s)
+        inner = prepared(self._inner, space, folder, fitness_policy, timeout_s)
         return replace(self, evaluator=inner)
 
     def evaluate(self, job: Job) -> Mapping[str, float | str]:

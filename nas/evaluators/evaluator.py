@@ -10,8 +10,10 @@ An evaluator is one of three things; `as_evaluator` turns each into an `Evaluato
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -147,6 +149,7 @@ def as_evaluator(evaluate: Any) -> Evaluator:
             being an `Evaluator`.
     """
     if isinstance(evaluate, Evaluator):
+        _check_members(evaluate)
         return evaluate
     if hasattr(evaluate, "evaluate"):
         if isinstance(evaluate, type):
@@ -162,6 +165,37 @@ def as_evaluator(evaluate: Any) -> Evaluator:
         f"evaluate {evaluate!r}: expected a function of an architecture, or an object with a "
         "method evaluate(job)"
     )
+
+
+def _check_members(evaluator: Evaluator) -> None:
+    """Check the declared members of an evaluator, of which a search makes use much later."""
+    kind = type(evaluator).__name__
+    metric, grace_s = evaluator.rivals_metric, evaluator.compile_grace_s
+    if not (metric is None or isinstance(metric, str)):
+        raise TypeError(
+            f"`rivals_metric` of {kind} is {metric!r}: expected the name of a metric, or None"
+        )
+    is_number = isinstance(grace_s, Real) and not isinstance(grace_s, bool)
+    if not (is_number and 0 <= grace_s < math.inf):
+        raise TypeError(f"`compile_grace_s` of {kind} is {grace_s!r}: expected seconds, at least 0")
+
+
+def prepared(
+    evaluator: Evaluator, space: Any, folder: Path, fitness_policy: str, timeout_s: float | None
+) -> Evaluator:
+    """Return what `Evaluator.prepare` of this evaluator returns.
+
+    Raises:
+        TypeError: It is no evaluator.
+        ValueError, OSError: The evaluator cannot serve this search.
+    """
+    made = evaluator.prepare(space, folder, fitness_policy, timeout_s)
+    if made is None:
+        raise TypeError(
+            f"`prepare` of {type(evaluator).__name__} returned None: expected the evaluator to "
+            "use; end it with `return self`"
+        )
+    return as_evaluator(made)
 
 
 def _check_declares_nothing(evaluate: Any) -> None:
@@ -192,7 +226,13 @@ def identity_of(evaluate: Any) -> dict[str, Any]:
             "names, or a property that returns one"
         )
     identity = {"kind": kind, **own}
-    return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
+    try:
+        return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
+    except (TypeError, ValueError) as error:  # other keys than texts, or a loop
+        raise ValueError(
+            f"`identity` of {kind} cannot be stored as JSON ({error}): use texts, numbers, lists, "
+            "and dicts with texts as names"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.keywords import suggesting
-from nas.spaces import copies
+from nas.spaces import copies, returned
 from nas.spaces.space import Space
 
 Algorithm = Literal["aging", "non_aging", "elitist", "random"]
@@ -164,7 +164,7 @@ class Evolution:
         if not sample:
             return Proposal(candidate, copies.own(self.space.random(rng)))
         parent = max(sample, key=self._merit)
-        child, mutation = self.space.mutate(copies.own(parent.architecture), rng)
+        child, mutation = returned.child(self.space.mutate(copies.own(parent.architecture), rng))
         non_aging = self.settings.algorithm == "non_aging"
         candidates = tuple(member.candidate for member in sample) if non_aging else ()
         return Proposal(candidate, copies.own(child), parent.candidate, mutation, candidates)

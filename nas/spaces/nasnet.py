@@ -1,5 +1,6 @@
 """Define the cell space of NASNet and AmoebaNet (Real et al. 2019, arXiv:1802.01548)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -50,8 +51,9 @@ class NASNetSpace:
 
     def __post_init__(self) -> None:
         check_count("pairs", self.pairs)
-        unknown = [name for name in self.operations if name not in OPERATIONS]
-        if unknown or not self.operations:
+        is_list = isinstance(self.operations, Iterable) and not isinstance(self.operations, str)
+        unknown = [name for name in self.operations if name not in OPERATIONS] if is_list else []
+        if unknown or not (is_list and self.operations):
             raise ArgumentError(
                 "operations",
                 f"`operations`: expected some of {', '.join(OPERATIONS)}, got "

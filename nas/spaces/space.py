@@ -212,11 +212,23 @@ def as_space(space: Any) -> Space[Any]:
         if space not in SPACES:
             raise ValueError(f"space: unknown space {space!r}{did_you_mean_or_list(space, SPACES)}")
         return SPACES[space]()
-    absent = [member for member in REQUIRED if not hasattr(space, member)]
-    if absent or isinstance(space, type):
-        problem = "is a class" if isinstance(space, type) else f"has no {', '.join(absent)}"
+    problem = _problem(space)
+    if problem:
         raise ValueError(
             f"space {space!r} {problem}: give an object with {', '.join(REQUIRED)}, such as "
             "nas.NASNetSpace()"
         )
     return space
+
+
+def _problem(space: Any) -> str | None:
+    """Say why an object is no space; return None if it may be one."""
+    if isinstance(space, type):
+        return "is a class"
+    absent = [member for member in REQUIRED if not hasattr(space, member)]
+    if absent:
+        return f"has no {', '.join(absent)}"
+    if not (isinstance(space.name, str) and space.name):
+        return f"has the name {space.name!r}, which is no text"
+    fixed = [name for name in REQUIRED if name != "name" and not callable(getattr(space, name))]
+    return f"has no method {', '.join(fixed)}, but a value of that name" if fixed else None

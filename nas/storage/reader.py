@@ -186,7 +186,9 @@ class Reader:
         """Return a candidate; raise KeyError if there is none of that number."""
         for row in self.candidates("id = ?", number):
             return row
-        raise KeyError(f"there is no candidate {number} in {self.path}")
+        last = self.next_numbers()[0] - 1
+        known = f"give a number from 0 to {last}" if last >= 0 else "it has none yet"
+        raise KeyError(f"there is no candidate {number} in {self.path}: {known}")
 
     def candidates(
         self, where: str = "1", *values: Any, order: str = "id"

@@ -1,9 +1,11 @@
 """Evaluate candidates of a search by training them; JAX is imported on use."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -135,7 +137,14 @@ class TrainingEvaluator(Evaluator):
         vars(self).update(old_names.current_fields("TrainingEvaluator", state, own))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.operations, list | tuple):
+            raise ArgumentError(
+                "operations",
+                f"operations {self.operations!r}: expected a tuple of the space's operations; "
+                "leave it out, as a search fills it in",
+            )
         object.__setattr__(self, "operations", tuple(self.operations))
+        _check_paths(self)
         _check_data(self.data)
         _check_counts(self)
         for name in (*_COUNTS, *_OPTIONAL_COUNTS):
@@ -314,6 +323,15 @@ class TrainingEvaluator(Evaluator):
         )
 
 
+def _check_paths(evaluator: TrainingEvaluator) -> None:
+    for name in ("data", "folder", "compilation_cache"):
+        value = getattr(evaluator, name)
+        is_path = isinstance(value, str | os.PathLike) and os.fspath(value)
+        if not (is_path or (value is None and name != "data")):
+            rule = "a data set, or the path of a file" if name == "data" else "a path, or None"
+            raise ArgumentError(name, f"{name} {value!r}: expected {rule}")
+
+
 def _check_data(name: str) -> None:
     if name in DATASETS or Path(name).exists():
         return
@@ -354,7 +372,10 @@ def _check_numbers(evaluator: TrainingEvaluator) -> None:
             continue
         if not (_is_number(value) and is_legal(value)):
             raise ArgumentError(name, f"{name} {value!r}: expected {rule}")
+        if type(value) not in (int, float):  # of NumPy: no JSON
+            object.__setattr__(evaluator, name, float(value))
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)

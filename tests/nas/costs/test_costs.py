@@ -239,3 +239,15 @@ def test_by_the_real_compiler(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(compiler, "_compile", lambda *_: 1 / 0)
     again = NetworkCosts(filters=128, topology="v5e:1x1", batch_size=256)
     assert again.latency_ms(genotype) == measured[1][0]
+
+
+@pytest.mark.parametrize("name", ["cells_per_stack", "filters", "image", "classes", "batch_size"])
+def test_sizes_are_whole_numbers(name) -> None:
+    for value in (0, 2.5, "x", True):
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got"):
+            nas.NetworkCosts(**{name: value})
+
+
+def test_a_topology_is_a_text() -> None:
+    with pytest.raises(ValueError, match="topology 3: expected a TPU slice such as 'v5e:1x1', or"):
+        nas.NetworkCosts(topology=3)

@@ -207,3 +207,20 @@ def test_a_class_is_no_evaluator(kind) -> None:
     rule = rf"evaluate is the class {kind.__name__}: expected an object .* {kind.__name__}\(\)"
     with pytest.raises(TypeError, match=rule):
         as_evaluator(kind)
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ({"rivals_metric": 3}, "`rivals_metric` of Own is 3: expected the name of a metric, or"),
+        ({"compile_grace_s": "x"}, "`compile_grace_s` of Own is 'x': expected seconds, at least 0"),
+        ({"compile_grace_s": -1}, "`compile_grace_s` of Own is -1: expected seconds, at least 0"),
+        ({"prepare": lambda *_: None}, "`prepare` of Own returned None: .* with `return self`"),
+        ({"identity": {"a": {(1, 2): 3}}}, "`identity` of Own cannot be stored as JSON .*texts"),
+    ],
+)
+def test_members_of_another_type(tmp_path, members, problem) -> None:
+    own = type("Own", (Declared,), members)()
+    with pytest.raises((TypeError, ValueError), match=problem):
+        nas.search(space="nasbench201", evaluate=own, folder=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -442,3 +442,23 @@ def test_by_default_nothing_is_stopped(tmp_path) -> None:
 
 def test_every_data_set_has_a_source() -> None:
     assert tuple(datasets._SOURCES) == DATASETS
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"data": 3}, "data 3: expected a data set, or the path of a file"),
+        ({"data": ""}, "data '': expected a data set, or the path of a file"),
+        ({"folder": 3}, "folder 3: expected a path, or None"),
+        ({"compilation_cache": 3}, "compilation_cache 3: expected a path, or None"),
+        ({"operations": 3}, "operations 3: expected a tuple of the space's operations"),
+    ],
+)
+def test_arguments_of_other_types(options, problem) -> None:
+    with pytest.raises(ValueError, match=problem):
+        toy(**options)
+
+
+def test_numbers_of_numpy_are_those_of_python() -> None:
+    options = {"learning_rate": np.float32(0.5), "warmup_epochs": np.int64(1)}
+    assert toy(**options).identity == toy(learning_rate=0.5, warmup_epochs=1).identity
