@@ -14,8 +14,8 @@ imports only from the folders and modules below its own:
     evolution                        what is proposed, and which member leaves
     evaluators, testing              what gives the fitness; a check of a search space
     spaces                           what is searched
-    errors, choices, keywords        every exception; names of options and of arguments
     fingerprints                     what tells that code has changed
+    errors, choices, keywords        every exception; names of options and of arguments
 
     space --> evolution --> ask_tell --> workers --> evaluators (training)
                                |  ^                      |
