@@ -65,7 +65,7 @@ def _metrics(named: Mapping[Any, Any]) -> tuple[dict[str, float], str | None]:
             metrics[_in_utf_8(name)] = number
     if not left_out:
         return metrics, None
-    text = f"left out of the metrics, as no number with a name: {', '.join(left_out)}"
+    text = f"{', '.join(left_out)} left out: metrics are numbers with texts as names"
     return metrics, _in_utf_8(text[:MAX_ERROR])
 
 
@@ -76,6 +76,8 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
+    except (RuntimeError, MemoryError):  # of a computation, which ends only now
+        raise
     except Exception:  # any object's own `float` may raise anything
         return None
 

@@ -1,5 +1,6 @@
 """Turn what an evaluator returns into outcomes: what is no metric costs no training."""
 
+import asyncio
 import math
 
 import numpy as np
@@ -8,7 +9,9 @@ from searches import Bits, drive, ones, small
 
 import nas
 from nas.errors import ReturnError
+from nas.evaluators.evaluator import as_evaluator
 from nas.evaluators.outcomes import as_outcome
+from nas.workers.task import run_job
 
 JOB = nas.Job(1, 0, (), 0)
 OPTIONS = {"space": Bits(), "population": 8, "sample": 3, "cycles": 40, "cache": False}
@@ -29,7 +32,32 @@ OPTIONS = {"space": Bits(), "population": 8, "sample": 3, "cycles": 40, "cache":
 def test_a_metric_that_is_no_number_is_left_out(name, value, text) -> None:
     outcome = as_outcome({"fitness": 1.0, name: value, "loss": 2}, JOB)
     assert (outcome.kind, outcome.fitness, outcome.metrics) == ("ok", 1.0, {"loss": 2.0})
-    assert outcome.error == f"left out of the metrics, as no number with a name: {text}"
+    assert outcome.error == f"{text} left out: metrics are numbers with texts as names"
+
+
+@pytest.mark.parametrize("name", ["fitness", "loss"])
+def test_an_array_whose_computation_fails_is_a_failure(name) -> None:
+    """JAX reports that an accelerator has failed when the value is read."""
+
+    class Value:
+        def __float__(self) -> float:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    class Evaluator:
+        def evaluate(self, job: nas.Job) -> dict:
+            return {"fitness": 1.0, name: Value()}
+
+    outcome = run_job(as_evaluator(Evaluator()), JOB)
+    assert outcome.kind == "out_of_memory"
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), SystemExit(3)])
+def test_errors_that_are_no_exceptions_are_failures(error) -> None:
+    def evaluate(architecture) -> float:
+        raise error
+
+    outcome = run_job(as_evaluator(evaluate), JOB)
+    assert outcome.kind == "exception" and type(error).__name__ in outcome.error
 
 
 @pytest.mark.parametrize("value", [True, np.bool_(True)])
@@ -44,7 +72,7 @@ def test_a_search_warns_once_of_what_it_leaves_out(tmp_path) -> None:
         return {"fitness": ones(bits), "note": "fine", "zeros": 12 - ones(bits)}
 
     with pytest.warns(
-        RuntimeWarning, match=r"evaluate: left out .*: note 'fine'.*; return"
+        RuntimeWarning, match=r"evaluate returned note 'fine' \(str\) left out: metrics are"
     ) as warned:
         result = nas.search(evaluate=evaluate, folder=tmp_path, **OPTIONS)
     assert len(warned) == 1 and result.counts.results == 40 and result.counts.failures == 0
