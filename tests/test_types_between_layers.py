@@ -138,7 +138,7 @@ def test_numpy_arrays_of_float64_in_an_output_keep_their_place() -> None:
 
     pipe = pipeline(network(table), 4)
     state = pipe.init(seed=0)
-    outputs = plain(pipe.layers, pipe.to_layers(state), pipe.statistics(state))[-1]
+    outputs = plain(network(table), pipe.to_layers(state), pipe.statistics(state))[-1]
     assert_trees_close(pipe.apply(state, BATCH["inputs"]), outputs, 2e-2)
 
 

@@ -164,8 +164,9 @@ class Layer:
 
         Example::
 
-            embedding = gpipe.layer(Embedding, vocabulary=256, width=64).tie("tokens", "tokens")
-            head = gpipe.layer(TiedHead, vocabulary=256, width=64).tie("tokens", "tokens")
+            shape = {"vocabulary": 256, "width": 64}
+            embedding = gpipe.layer(Embedding, length=32, **shape).tie("tokens", "tokens")
+            head = gpipe.layer(TiedHead, **shape).tie("tokens", "tokens")
         """
         return replace(self, ties=(*self.ties, (path, name)))
 

@@ -1,4 +1,4 @@
-"""What `layer` and `Pipeline` say to what is no layer, and to wrong arguments of a module."""
+"""Check what `layer` and `Pipeline` say to what is no layer, and to wrong arguments."""
 
 from typing import Any
 

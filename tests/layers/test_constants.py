@@ -1,4 +1,4 @@
-"""Arrays that modules keep as plain attributes: constants of a layer."""
+"""Keep arrays that modules hold as plain attributes: constants of a layer."""
 
 import re
 

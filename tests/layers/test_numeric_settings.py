@@ -1,4 +1,4 @@
-"""Caches whose results depend on JAX's settings: types of parameters, of constants, of keys."""
+"""Check caches whose results depend on JAX settings: types of parameters, random keys."""
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpipe_jax.layers.attention import CausalAttention, CrossAttention, Dtype, SelfAttention
+from gpipe_jax.zoo.transformer.attention import (
+    CausalAttention,
+    CrossAttention,
+    Dtype,
+    SelfAttention,
+)
 
 
 class Embedding(nnx.Module):
