@@ -30,7 +30,7 @@ from gpipe_jax.layers.layer import Layer, check_layers
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.losses import weighted_sums
-from gpipe_jax.partition import balance, costs
+from gpipe_jax.partition import balance, costs, solver
 from gpipe_jax.pipeline import executor, memory
 from gpipe_jax.pipeline import micro_batches as batches
 from gpipe_jax.pipeline import remat as remats
@@ -163,19 +163,7 @@ class Pipeline:
         self._check_loss()
         platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
-        self.partition = balance.cut(
-            partition,
-            self.costs,
-            self.shapes,
-            stages=num_devices(mesh) * self.schedule.chunks,
-            # Costs from the caller have an unknown unit: no time can be added to them.
-            transfer=costs.transfer_s(self.costs, platform) if isinstance(cost, str) else None,
-            kept_bytes=[
-                self.remat.layer_bytes(c, tree_bytes(shape.boundary))
-                for c, shape in zip(self.costs, self.shapes, strict=True)
-            ],
-            memory_limit=memory_limit,
-        )
+        self.partition = self._cut(partition, self.costs, cost, platform)
         self.stages = Stages(
             self.shapes,
             self.partition.layer_ranges,
@@ -184,6 +172,36 @@ class Pipeline:
         )
         if memory_limit is not None:
             memory.check(self.device_bytes(), memory_limit)
+
+    def _cut(
+        self, partition: Any, layer_costs: list[costs.LayerCost], kind: Any, platform: str
+    ) -> solver.Partition:
+        return balance.cut(
+            partition,
+            layer_costs,
+            self.shapes,
+            stages=num_devices(self.mesh) * self.schedule.chunks,
+            # Costs from the caller have an unknown unit: no time can be added to them.
+            transfer=costs.transfer_s(layer_costs, platform) if isinstance(kind, str) else None,
+            kept_bytes=[
+                self.remat.layer_bytes(c, tree_bytes(shape.boundary))
+                for c, shape in zip(layer_costs, self.shapes, strict=True)
+            ],
+            memory_limit=self.memory_limit,
+        )
+
+    def cut_on(self, platform: str, cost: str | Sequence[float] = "flops") -> tuple[int, ...]:
+        """Return where "auto" would cut this network on another platform.
+
+        Args:
+            platform: "cpu", "gpu" or "tpu".
+            cost: What to balance: "flops", or L numbers. Default: "flops".
+
+        Returns:
+            The first layer of each stage but the first.
+        """
+        layer_costs = costs.measure(self.shapes, cost, platform)
+        return self._cut("auto", layer_costs, cost, platform).boundaries
 
     def _check_loss(self) -> None:
         """Evaluate the loss abstractly, to find a mismatch before anything compiles."""

@@ -43,6 +43,8 @@ class Job(NamedTuple):
     steps: int | None = None
     keys_per: str = "micro_batch"
     memory_limit: float | None = None  # bytes of a device that the partition must not exceed
+    cost: Any = None  # what `gpipe train` balances; None if that is not known
+    simulated: bool = False  # whether `gpipe train` uses simulated CPU devices
 
     def build_trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
         """Return the training of this job in a layout, on an abstract mesh (no devices)."""
@@ -80,6 +82,8 @@ def from_config(config: Config) -> tuple[Job, Layout]:
         steps=config.train.steps,
         keys_per=pipeline.keys_per,
         memory_limit=pipeline.memory_limit,
+        cost=pipeline.cost,
+        simulated=config.mesh.simulate is not None,
     )
     settings = {name.partition(".")[2]: value for name, value in layout(config).items()}
     return job, Layout(**settings)

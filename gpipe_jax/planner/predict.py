@@ -9,7 +9,7 @@ from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.pipeline.device_step import Branch
 from gpipe_jax.pipeline.pipeline import Pipeline
-from gpipe_jax.planner import programs, step_time
+from gpipe_jax.planner import programs, step_time, training_cut
 from gpipe_jax.planner.job import Job, Layout
 from gpipe_jax.planner.plan import Plan, StagePlan, to_gib
 from gpipe_jax.planner.programs import STEP, UPDATE, LayerBranch
@@ -49,7 +49,8 @@ class Compiler(NamedTuple):
 
 def analyse(job: Job, layout: Layout, cost: Any = "flops") -> Plan:
     """Make a plan without a compiler: memory and bubble, but no times."""
-    return _plan(job.build_trainer(layout, cost), layout)
+    trainer = job.build_trainer(layout, cost)
+    return _with_training_cuts(_plan(trainer, layout), trainer, job, layout, cost)
 
 
 class Prediction(NamedTuple):
@@ -75,7 +76,14 @@ def compile_plan(job: Job, layout: Layout, compiler: Compiler, cost: Any = "flop
     ]
     predicted = None if failed else _prediction(trainer, pieces, compiler)
     plan = _plan(trainer, layout, compiler.topology, step, predicted)
-    return replace(plan, warnings=[*plan.warnings, *failed[:1], *endless])
+    plan = replace(plan, warnings=[*plan.warnings, *failed[:1], *endless])
+    return _with_training_cuts(plan, trainer, job, layout, cost)
+
+
+def _with_training_cuts(plan: Plan, trainer: Trainer, job: Job, layout: Layout, cost: Any) -> Plan:
+    compiled = plan.topology is not None
+    found = training_cut.warnings(trainer.pipe, job, layout, cost, compiled=compiled)
+    return replace(plan, warnings=[*plan.warnings, *found])
 
 
 def predict_step(

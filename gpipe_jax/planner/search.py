@@ -50,7 +50,11 @@ class Ranking(NamedTuple):
         header = ("", *settings, "fits", "GiB", "step", "examples/s")
         rows = [header, *(self._row(n, plan) for n, plan in enumerate(self.plans, 1))]
         counts = f"{self.analysed} layouts analysed, {self.too_large} of them too large"
-        return f"{text.text_table(rows)}\n{counts}; {len(self.plans)} compiled, not run"
+        return (
+            f"{text.text_table(rows)}\n{counts}; {len(self.plans)} compiled, not run\n"
+            f"each layout has a cut of its own: gpipe train --plan FILE (of --out FILE) takes it, "
+            f"while pipeline.partition=auto may cut elsewhere"
+        )
 
     @staticmethod
     def _row(n: int, plan: Plan) -> tuple[str, ...]:

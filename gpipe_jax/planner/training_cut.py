@@ -1,0 +1,35 @@
+"""Say where a training of the same config would be cut into other stages than the plan."""
+
+from typing import Any
+
+from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.planner.job import Job, Layout
+
+
+def warnings(pipe: Pipeline, job: Job, layout: Layout, cost: Any, *, compiled: bool) -> list[str]:
+    """Return a warning for each way to train that cuts otherwise, with both cuts.
+
+    Args:
+        pipe: The planned pipeline, which is cut for a TPU.
+        job: The job; without a cost of its own nothing is known of its training.
+        layout: The layout that was asked for.
+        cost: What the plan balances.
+        compiled: Whether the plan is for a TPU slice; if not, it may be of a training on CPU.
+    """
+    if layout.partition != "auto" or job.cost in (None, "time"):
+        return []
+    trainings = {}
+    if cost != job.cost:
+        trainings["gpipe train"] = "tpu"
+    if job.simulated or not compiled:
+        trainings["gpipe train on CPU devices"] = "cpu"
+    planned, found = list(pipe.partition.boundaries), []
+    for name, platform in trainings.items():
+        cut = list(pipe.cut_on(platform, job.cost))
+        if cut != planned:
+            found.append(
+                f"{name} cuts before layers {cut} (pipeline.cost: {job.cost}), this plan before "
+                f"{planned}; pipeline.partition={planned}, or gpipe plan --out FILE and gpipe "
+                f"train --plan FILE, trains with the cut of this plan"
+            )
+    return found
