@@ -9,8 +9,10 @@ from typing import Any
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.checks import check_count
+from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell.limits import Limit, Retries
 from nas.choices import check_directions
+from nas.evaluators.evaluator import FAILURES, Job, Outcome
 from nas.evolution.evolution import Settings, is_bool
 from nas.evolution.length import Length, fitting, too_short
 from nas.storage.reader import Reader
@@ -126,3 +128,27 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
                 "hide the others; give each a name of its own"
             )
     return checked
+
+
+def check_report(job: Any, outcome: Any = None) -> None:
+    """Check the arguments of `tell`, `report` and `fail`.
+
+    Raises:
+        TypeError: The job is no job, or the outcome no outcome.
+        ValueError: The kind of the outcome is unknown.
+    """
+    if not isinstance(job, Job):
+        raise TypeError(f"job {job!r}: expected the nas.Job that `ask` returned")
+    if outcome is None:
+        return
+    if not isinstance(outcome, Outcome):
+        raise TypeError(
+            f"outcome {outcome!r}: expected an Outcome of nas.evaluators.evaluator; for a fitness "
+            "use `tell`, for a failure `fail`"
+        )
+    kinds = ("ok", *FAILURES)
+    if outcome.kind not in kinds:
+        raise ValueError(
+            f"outcome of kind {outcome.kind!r} is unknown"
+            f"{did_you_mean_or_list(outcome.kind, kinds)}"
+        )

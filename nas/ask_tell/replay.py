@@ -26,6 +26,7 @@ def replay(reader: Reader, space: Space[Any]) -> Evolution:
         The evolution with the population after the last event.
 
     Raises:
+        TypeError: `reader` is no store.
         ReplayError: A proposal, its canonical form, a tournament or the population differs.
         nas.errors.MismatchError: The run is of a space with another name.
 
@@ -38,6 +39,11 @@ def replay(reader: Reader, space: Space[Any]) -> Evolution:
         ...     nas.replay(result.reader, result.space).results
         4
     """
+    if not isinstance(reader, Reader):
+        raise TypeError(
+            f"reader {reader!r}: expected the store of a run; give `result.reader`, or "
+            "`search.store`"
+        )
     with closing(Snapshot(reader.file)) as snapshot:
         return _Replay(snapshot, space).run()
 

@@ -237,6 +237,7 @@ class Search:
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
+        arguments.check_report(job)
         self.report(job, outcomes.as_outcome(fitness, job))
 
     def report(self, job: Job, outcome: Outcome) -> None:
@@ -251,8 +252,14 @@ class Search:
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
+        arguments.check_report(job, outcome)
         leases.check_run(job, self._run)
         with self._lock:
+            if self._is_closed:
+                raise ValueError(
+                    f"the search is closed, and the result of candidate {job.candidate} is not "
+                    "stored: tell it before `close`, or open the search again"
+                )
             if job.evaluation not in self.leases.running:
                 with self.store.change("late", job.candidate, evaluation=job.evaluation):
                     return
@@ -279,10 +286,12 @@ class Search:
             nas.errors.MismatchError: The job is of another search.
             nas.FailuresError: This failure is one too many.
         """
-        is_text = isinstance(error, str)
-        self.report(
-            job, Outcome("exception", error=error) if is_text else outcomes.failed_outcome(error)
-        )
+        if isinstance(error, str):
+            self.report(job, Outcome("exception", error=error))
+        elif isinstance(error, BaseException):
+            self.report(job, outcomes.failed_outcome(error))
+        else:
+            raise TypeError(f"error {error!r}: expected an exception, or a text")
 
     @property
     def is_over(self) -> bool:

@@ -18,6 +18,8 @@ def run_folder(folder: str | Path, name: str) -> Path:
     Raises:
         ValueError: The name is not that of one folder, so that the run could be elsewhere.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder {folder!r}: expected the path of the folder of runs")
     if not is_name(name):
         raise ValueError(
             f"name {name!r} must be the name of one folder, such as 'first', because the run is "

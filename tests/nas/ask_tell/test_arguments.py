@@ -10,6 +10,7 @@ import pytest
 from searches import Bits, drive, ones, small
 
 import nas
+from nas.evaluators.evaluator import Outcome
 from nas.evolution.length import length
 from nas.storage.reader import Reader
 
@@ -180,6 +181,48 @@ def test_numbers_of_numpy_are_legal(tmp_path) -> None:
     result = search(tmp_path, **options)
     assert result.counts.evaluations == 9
     assert result.resume(evaluations=10).counts.evaluations == 10
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Return a search with a running job."""
+    with small(tmp_path) as loop:
+        yield loop, loop.ask()
+
+
+def test_what_is_told_of_a_job(asked) -> None:
+    loop, job = asked
+    for method, value in ((loop.tell, 1.0), (loop.tell, "x"), (loop.fail, "x")):
+        with pytest.raises(TypeError, match=r"job 3: expected the nas.Job that `ask` returned"):
+            method(3, value)
+    with pytest.raises(TypeError, match=r"outcome 1.0: expected an Outcome .*; for a fitness use"):
+        loop.report(job, 1.0)
+    with pytest.raises(ValueError, match="kind 'time_out' is unknown; did you mean 'timeout'"):
+        loop.report(job, Outcome("time_out"))
+    with pytest.raises(TypeError, match="error 3: expected an exception, or a text"):
+        loop.fail(job, 3)
+    loop.tell(job, 1.0)
+    assert loop.store.counts().results == 1
+
+
+def test_a_closed_search_takes_no_result(asked) -> None:
+    loop, job = asked
+    loop.close()
+    assert loop.ask() is None
+    with pytest.raises(ValueError, match="the search is closed, and the result of candidate 0 is"):
+        loop.tell(job, 1.0)
+
+
+def test_a_replay_needs_the_store_of_a_run(tmp_path) -> None:
+    result = search(tmp_path, cycles=8)
+    for reader in (result, tmp_path / "search"):
+        with pytest.raises(TypeError, match=r"expected the store of a run; give `result.reader`"):
+            nas.replay(reader, Bits())
+
+
+def test_a_folder_is_a_path() -> None:
+    with pytest.raises(TypeError, match="folder 3: expected the path of the folder of runs"):
+        nas.Search(space=Bits(), folder=3)
 
 
 # --- directions -----------------------------------------------------------------------------------
