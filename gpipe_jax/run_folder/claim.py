@@ -93,8 +93,9 @@ class Claim:
 
 
 def _read(path: epath.Path) -> str | None:
+    """Return what the object holds; None if it is missing, or empty as a file for a lock is."""
     try:
-        return path.read_bytes().decode(errors="replace")
+        return path.read_bytes().decode(errors="replace") or None
     except FileNotFoundError:
         return None
 

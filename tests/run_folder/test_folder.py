@@ -116,7 +116,7 @@ def test_two_runs_that_begin_at_once(tmp_path):
         take(tmp_path)
 
 
-def test_a_file_system_without_locks_has_claims(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_has_claims(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -124,6 +124,8 @@ def test_a_file_system_without_locks_has_claims(tmp_path, monkeypatch):
     monkeypatch.setattr("gpipe_jax.run_folder.claim.SETTLE_S", 0)
     monkeypatch.setattr("gpipe_jax.run_folder.claim.LEASE_S", 0.2)
     monkeypatch.setattr("gpipe_jax.run_folder.claim.RENEW_S", 0.02)
+    take(tmp_path)
+    assert not capsys.readouterr().err, "the lock itself is no claim to wait for"
     with (
         exclusive(epath.Path(tmp_path)),
         pytest.raises(RunInUseError, match="another run is using"),
