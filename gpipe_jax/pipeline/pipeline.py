@@ -181,6 +181,7 @@ class Pipeline:
             layer_costs,
             self.shapes,
             stages=num_devices(self.mesh) * self.schedule.chunks,
+            chunks=self.schedule.chunks,
             # Costs from the caller have an unknown unit: no time can be added to them.
             transfer=costs.transfer_s(layer_costs, platform) if isinstance(kind, str) else None,
             kept_bytes=[
