@@ -25,7 +25,7 @@ from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.checkpoint.manifest import Manifest, RunInfo
-from gpipe_jax.errors import SaveError
+from gpipe_jax.errors import CheckpointFormatError, SaveError, UnreadableCheckpointError
 from gpipe_jax.utils.atomic_files import is_local
 from gpipe_jax.utils.messages import say
 
@@ -159,9 +159,8 @@ class Saver:
         self.folder, self._unusable = folder, set(unusable)
         self._keep, self._keep_best = keep, keep_best
         self._losses: dict[int, float] = {}
-        for manifest in checkpoint_manifest.manifests(folder) if keep_best else ():
-            if isinstance(manifest, Manifest):
-                self.note(manifest.step, manifest.metrics)
+        if keep_best:
+            self._note_earlier()
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
@@ -173,6 +172,13 @@ class Saver:
         handlers = {checkpoint_manifest.STATE: _LayerFiles()}
         with _os_errors_are_save_errors(folder):
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+    def _note_earlier(self) -> None:
+        """Note the evaluations of the checkpoints that are there, as far as they can be read."""
+        with contextlib.suppress(CheckpointFormatError, UnreadableCheckpointError):
+            for manifest in checkpoint_manifest.manifests(self.folder):
+                if isinstance(manifest, Manifest):
+                    self.note(manifest.step, manifest.metrics)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answer Orbax, for each of the checkpoints in the order of their steps."""

@@ -183,6 +183,14 @@ def test_a_format_of_another_version(tmp_path, monkeypatch):
         checkpoint_manifest.read_manifest(folder, 1)
 
 
+def test_older_checkpoints_of_another_format_do_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manifest, "FORMAT", 99)
+    save(tmp_path, 1)
+    monkeypatch.undo()
+    save(tmp_path, 2, 3, losses=[0.1, 0.2], keep_best=1)
+    assert checkpoint_manifest.steps(save(tmp_path, 4, losses=[0.3], keep_best=1, keep=1)) == [4, 2]
+
+
 def test_a_format_of_another_version_is_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint_manifest, "FORMAT", 99)
     save(tmp_path / "checkpoints", 1)
