@@ -19,7 +19,6 @@ from nas.errors import LostRunError, MismatchError
 from nas.evaluators import evaluator as evaluators
 from nas.pickles.setup import Setup, load_setup
 from nas.reports import tables
-from nas.spaces import copies
 from nas.spaces import space as spaces
 from nas.spaces.space import Space
 from nas.storage import queries
@@ -201,15 +200,7 @@ class Result:
         Raises:
             ValueError: The space is not known here, or it is not that of the run.
         """
-        architecture = self.space.decode(row.architecture)
-        text = self.space.encode(copies.own(architecture))
-        if text != row.architecture:
-            raise ValueError(
-                f"candidate {row.id} is {row.architecture!r} in {self.path}, but the space "
-                f"{self.space.name!r} reads and writes it as {text!r}: give the space of the run, "
-                "nas.load(..., space=...)"
-            )
-        return architecture
+        return spaces.decode_stored(self.space, row.architecture)
 
     @property
     def best(self) -> Candidate:

@@ -14,6 +14,7 @@ from nas.errors import FailuresError
 from nas.evaluators.evaluator import Outcome
 from nas.evaluators.outcomes import failed_outcome
 from nas.keywords import suggesting
+from nas.spaces import copies
 
 MAX_REJECTED = 10_000
 """Abort after this many consecutive rejections: the limits are probably too strict."""
@@ -83,7 +84,7 @@ class LimitCheck:
         for name, measure, at_most in self.limits:
             started = time.time()
             try:
-                metrics[name] = value = float(measure(architecture))
+                metrics[name] = value = float(measure(copies.own(architecture)))
                 if math.isnan(value) and at_most < math.inf:
                     raise FloatingPointError(f"nan cannot be compared with at_most {at_most:g}")
             except (Exception, SystemExit) as error:  # the user's own code may raise anything

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from nas.evolution.evolution import Evolution, Member, Settings
-from nas.spaces.space import Space
+from nas.spaces.space import Space, decode_stored
 from nas.storage.reader import CandidateRow, Reader
 
 
@@ -59,7 +59,7 @@ def restore_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCa
     for row in reader.candidates("state = 'open'"):
         (proposed,) = reader.events(row.proposed - 1, limit=1)
         sample = tuple(json.loads(proposed.detail or "[]"))
-        architecture = space.decode(row.architecture)
+        architecture = decode_stored(space, row.architecture)
         pending[row.id] = PendingCandidate(
             architecture, row.canonical, row.inherit, row.metrics, sample
         )
@@ -69,10 +69,13 @@ def restore_candidates(reader: Reader, space: Space[Any]) -> dict[int, PendingCa
 def restore_tournaments(reader: Reader, space: Space[Any]) -> dict[int, Tournament]:
     """Return the tournaments without a child by number; some may have nothing left to train."""
     tournaments: dict[int, Tournament] = {}
+
+    def read(number: int) -> Any:
+        return decode_stored(space, reader.candidate(number).architecture)
+
     for tournament_of, drawn in reader.open_tournaments():
         sample = [
-            Member(number, space.decode(reader.candidate(number).architecture), fitness, trained)
-            for number, fitness, trained, *_ in drawn
+            Member(number, read(number), fitness, trained) for number, fitness, trained, *_ in drawn
         ]
         # Stores of version 1 do not have the weights.
         inherit = {number: weights[0] for number, _, _, *weights in drawn if weights}
@@ -95,4 +98,4 @@ def weights_to_inherit(
 
 def _member(space: Space[Any], row: CandidateRow) -> Member:
     assert row.fitness is not None and row.last_trained is not None  # members have both
-    return Member(row.id, space.decode(row.architecture), row.fitness, row.last_trained)
+    return Member(row.id, decode_stored(space, row.architecture), row.fitness, row.last_trained)

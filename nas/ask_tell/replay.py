@@ -8,7 +8,7 @@ from nas.ask_tell.duplicates import digest_of
 from nas.errors import MismatchError, ReplayError
 from nas.evolution.evolution import Evolution, Member, Proposal, Settings
 from nas.spaces import copies
-from nas.spaces.space import Space
+from nas.spaces.space import Space, decode_stored
 from nas.storage.queries import Snapshot
 from nas.storage.reader import CandidateRow, Event, Reader
 
@@ -110,7 +110,7 @@ class _Replay:
 
     def _retrain(self, event: Event) -> None:
         row = self._row(event)
-        architecture = self.space.decode(row.architecture)
+        architecture = decode_stored(self.space, row.architecture)
         fitness = event.fitness or 0.0
         self.evolution.refresh(row.id, fitness, event.seq)
         evaluation = next(self.reader.evaluations("id = ?", event.evaluation))

@@ -443,7 +443,7 @@ class Search:
         if not self.limit_check.is_measured(known):
             try:
                 with self._unlocked():
-                    measures = self.limit_check.measure(copies.own(candidate.architecture))
+                    measures = self.limit_check.measure(candidate.architecture)
             except BaseException:
                 self._queue.appendleft(job)
                 raise

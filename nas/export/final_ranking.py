@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from nas.evaluators import evaluator as evaluators
 from nas.evaluators import outcomes
 from nas.evaluators.evaluator import Job, Outcome
-from nas.spaces.space import Space
+from nas.spaces.space import Space, decode_stored
 from nas.storage import queries
 from nas.storage.finals_file import FILE, key_of, read_entries, write_entries
 from nas.storage.reader import CandidateRow, Reader
@@ -100,7 +100,7 @@ def _finalist(
 def _train(evaluator: Any, reader: Reader, space: Space[Any], row: CandidateRow) -> Outcome:
     # The search uses no tournament -1.
     seed = evaluators.job_seed(reader.study().settings["seed"], row.id, -1)
-    job = Job(0, row.id, space.decode(row.architecture), seed)
+    job = Job(0, row.id, decode_stored(space, row.architecture), seed)
     try:
         return outcomes.as_outcome(evaluator.evaluate(job), job)
     except (ArithmeticError, MemoryError, RuntimeError, TimeoutError) as error:

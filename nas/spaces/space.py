@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from gpipe_jax.genotypes.genotype import Genotype
 from gpipe_jax.utils.graph_drawing import Picture
 from gpipe_jax.utils.text import did_you_mean_or_list
+from nas.errors import MismatchError
+from nas.spaces import copies
 
 A = TypeVar("A")
 REQUIRED = ("name", "random", "mutate", "canonical", "encode", "decode")
@@ -200,6 +202,31 @@ def named(name: str) -> Space[Any] | None:
         except ValueError:
             return None
     return space if space is not None and space.name == name else None
+
+
+def decode_stored(space: Space[A], text: str) -> A:
+    """Return the architecture that a run's space has written as this text.
+
+    Raises:
+        MismatchError: This is not the space of the run: it does not read and write the text alike.
+    """
+    remedy = "its code is not that of the run; give the space of the run"
+    try:
+        architecture = space.decode(text)
+        again = space.encode(copies.own(architecture))
+        is_read = again == text or space.decode(again) == architecture
+    except Exception as error:  # a space of the user's may raise anything
+        kind = type(error).__name__
+        raise MismatchError(
+            f"the space {space.name!r} cannot read the architecture {text!r} of the run "
+            f"({kind}: {error}): {remedy}"
+        ) from error
+    if not is_read:
+        raise MismatchError(
+            f"the space {space.name!r} reads the architecture {text!r} of the run, and writes it "
+            f"as {again!r}: {remedy}"
+        )
+    return architecture
 
 
 def as_space(space: Any) -> Space[Any]:

@@ -101,7 +101,7 @@ def test_a_space_that_reads_something_else_is_refused(tmp_path) -> None:
 
     nas.search(space=Bits(), evaluate=ones, folder=tmp_path, **OPTIONS)
     result = nas.load("search", tmp_path, space=Reversed())
-    with pytest.raises(ValueError, match=r"candidate \d+ is '\d{12}' in .*reads .* as '\d{11}'"):
+    with pytest.raises(ValueError, match=r"'bits' reads .* '\d{12}' of the run, .* as '\d{11}'"):
         _ = result.best.architecture
 
 

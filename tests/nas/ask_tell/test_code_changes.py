@@ -130,3 +130,13 @@ def test_runs_of_earlier_versions_have_no_fingerprints_and_get_them(tmp_path) ->
     search(tmp_path, first)
     with pytest.raises(MismatchError, match="the code of evaluate has changed"):
         search(tmp_path, second)
+
+
+def test_other_code_that_reads_other_architectures_is_refused_in_any_case(tmp_path) -> None:
+    class Shifted(Bits):
+        def decode(self, text):
+            return super().decode(text)[1:]
+
+    search(tmp_path, ones)
+    with pytest.raises(MismatchError, match=r"reads the architecture '\d{12}' .* as '\d{11}'"):
+        search(tmp_path, ones, Shifted(), other_space=True)

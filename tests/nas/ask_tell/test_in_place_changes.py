@@ -65,13 +65,15 @@ SPACES = {kind.__name__: kind for kind in (Lists, Buffer, Cleared)}
 @pytest.mark.parametrize("kind", SPACES)
 def test_each_fitness_belongs_to_its_own_architecture(tmp_path, kind) -> None:
     space = SPACES[kind]()
+    limits = [nas.Limit(name, count_and_clear) for name in ("ones", "again")]
     result = nas.search(
         space=space, evaluate=nas.Repeated(count_and_clear, 2), folder=tmp_path, population=8,
-        sample=3, cycles=60, workers=4, limits=[nas.Limit("ones", count_and_clear)],
+        sample=3, cycles=60, workers=4, limits=limits,
     )  # fmt: skip
     rows = list(result.reader.candidates())
     assert len(rows) == 60
-    assert all(row.fitness == row.metrics["ones"] == row.architecture.count("1") for row in rows)
+    assert all(row.fitness == row.architecture.count("1") for row in rows)
+    assert all(row.fitness == row.metrics["ones"] == row.metrics["again"] for row in rows)
     nas.replay(result.reader, space)
 
 
