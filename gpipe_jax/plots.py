@@ -5,7 +5,7 @@ Public: `schedule`, `curves`. Both import matplotlib when they are called.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,8 +61,8 @@ def schedule(schedule: Schedule, path: Path | None = None) -> "Figure":
             entries = np.argwhere(is_here & (times_TK > 0))
             if not len(entries):
                 continue
-            duration = times_TK[*entries[0]]
-            boxes = [(starts_T[t], k, duration) for t, k in entries]
+            duration = float(times_TK[*entries[0]])
+            boxes = [(float(starts_T[t]), int(k), duration) for t, k in entries]
             _draw_boxes(axes, boxes, _colour(op, chunk, schedule.chunks), inches * duration > 0.1)
             digits = len(str(schedule.micro_batches - 1))
             if inches * duration > _LABEL_INCHES * digits and height / K > 0.15:
@@ -95,8 +95,10 @@ def _draw_boxes(
         [(x, k - 0.45), (x + length, k - 0.45), (x + length, k + 0.45), (x, k + 0.45)]
         for x, k, length in boxes
     ]
-    edge = {"edgecolors": "white", "linewidths": 0.8} if has_edges else {"linewidths": 0}
-    axes.add_collection(PolyCollection(corners, facecolors=colour, **edge))
+    edge, line = ("white", 0.8) if has_edges else ("none", 0.0)
+    axes.add_collection(
+        PolyCollection(corners, facecolors=colour, edgecolors=edge, linewidths=line)
+    )
 
 
 def _colour(operation: int, chunk: int, chunks: int) -> str:
@@ -114,7 +116,7 @@ def _add_legend(figure: "Figure", schedule: Schedule, size: float) -> None:
     V = schedule.chunks
     operations = [op for op in COLOURS if (schedule.table[..., 0] == op).any()]
     listed = range(V) if V <= _MOST_IN_LEGEND else (0, V // 2, V - 1)
-    entries = {NAMES[op]: (Patch(facecolor=COLOURS[op]),) for op in operations}
+    entries: dict[str, Any] = {NAMES[op]: Patch(facecolor=COLOURS[op]) for op in operations}
     if V > 1:
         for chunk in listed:
             patches = (Patch(facecolor=_colour(op, chunk, V)) for op in operations)

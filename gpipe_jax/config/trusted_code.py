@@ -11,6 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from gpipe_jax.config.data import PythonConfig
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import python_source
 from gpipe_jax.errors import ArgumentError, ConfigError
@@ -37,10 +38,10 @@ def is_known(code: bytes) -> bool:
 
 def python_file(config: Config) -> bytes | None:
     """Return the Python file that makes a config's data; None if there is no such file."""
-    if config.data.kind != "python":
-        return None
-    with contextlib.suppress(OSError, ArgumentError):
-        return python_source.split_source(config.data.source)[0].read_bytes()
+    file = _file(config)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            return file.read_bytes()
     return None
 
 
@@ -54,12 +55,18 @@ def check(config: Config, where: str) -> None:
     code = python_file(config)
     if code is None or is_known(code):
         return
-    file, _ = python_source.split_source(config.data.source)
     problem = (
-        f"data.source: this command would run {file}, and `gpipe train` of yours has not run this "
+        f"data.source: this command would run {_file(config)}, and `gpipe train` of yours has not run this "
         f"file on this machine; read it, and add --trust if you trust it"
     )
     raise ConfigError([problem], where)
+
+
+def _file(config: Config) -> Path | None:
+    if isinstance(config.data, PythonConfig):
+        with contextlib.suppress(ArgumentError):
+            return python_source.split_source(config.data.source)[0]
+    return None
 
 
 def _note(code: bytes) -> Path:

@@ -98,7 +98,14 @@ def test_train_ends_with_one_json_object(trained):
     assert (figures["steps"], figures["stages"]) == (5, 2)
     assert figures["workdir"] == str(folder / "run 1")
     names = {path.name for path in (folder / "run 1").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "lock"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "curves.png",
+        "lock",
+        "run.json",
+    }
 
 
 def test_eval_gives_the_last_evaluation(trained, gpipe):
@@ -226,12 +233,12 @@ def test_eval_without_a_checkpoint(gpipe, tmp_path):
 
 
 def test_another_config_in_the_folder(trained, gpipe):
-    arguments = [f"train.workdir={trained[0] / 'run 1'}", "train.steps=3", "train.seed=1"]
+    arguments = [f"train.workdir={trained[0] / 'run 1'}", "data.batch_size=12", "train.seed=1"]
     code, _, err = gpipe("train", *arguments)
     assert code == 2
     assert err.splitlines()[1:] == [
         "this folder holds a run of another config; use another (train.workdir=...)",
-        "train.steps: 5 before, 3 now",
+        "data.batch_size: 24 before, 12 now",
         "train.seed: 0 before, 1 now",
     ]
 
