@@ -56,8 +56,8 @@ def check(config: Config, where: str) -> None:
     if code is None or is_known(code):
         return
     problem = (
-        f"data.source: this command would run {_file(config)}, and `gpipe train` of yours has not run this "
-        f"file on this machine; read it, and add --trust if you trust it"
+        f"data.source: this command would run {_file(config)}, and `gpipe train` of yours has not "
+        f"run this file on this machine; read it, and add --trust if you trust it"
     )
     raise ConfigError([problem], where)
 
