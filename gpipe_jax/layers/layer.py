@@ -20,7 +20,7 @@ from gpipe_jax.layers import arguments, batch_norm, constants
 from gpipe_jax.layers.arguments import brief
 from gpipe_jax.layers.constants import Constant, UnfitModuleError
 from gpipe_jax.layers.numeric_settings import cached_by_settings
-from gpipe_jax.utils.trees import PyTree
+from gpipe_jax.utils.trees import PyTree, first_without_type
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,12 @@ class FunctionLayer(Layer):
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
         params = self.init_fn(key, x)
+        if found := first_without_type(params):
+            path, leaf = found
+            raise UnfitModuleError(
+                f"layer {self}: its `init` returns {leaf!r} of type {type(leaf).__name__} at "
+                f"params{path}; parameters are arrays, so keep it in `apply`"
+            )
         self._check_collections(params)
         return params
 

@@ -11,7 +11,14 @@ from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.constants import UnfitModuleError
 from gpipe_jax.layers.layer import Context, Layer, ModuleLayer, check_layers
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.utils.trees import PyTree, describe, differentiable, signature, strong
+from gpipe_jax.utils.trees import (
+    PyTree,
+    describe,
+    differentiable,
+    first_without_type,
+    signature,
+    strong,
+)
 
 
 class LayerShape(NamedTuple):
@@ -92,15 +99,13 @@ class _OutputError(ValueError):
 
 def _as_arrays(i: int, layer: Layer, output: PyTree) -> PyTree:
     """Return the output of a layer in arrays of strong types; numbers become arrays."""
-    for path, leaf in jax.tree.leaves_with_path(output):
-        try:
-            strong(leaf)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise _OutputError(
-                f"layer {i}, {layer}, returns {leaf!r} of type {type(leaf).__name__} at "
-                f"output{jax.tree_util.keystr(path)}; between layers there are arrays and numbers "
-                f"only, so give it to the layers as an argument ({_first_line(error)})"
-            ) from error
+    if found := first_without_type(output):
+        path, leaf = found
+        raise _OutputError(
+            f"layer {i}, {layer}, returns {leaf!r} of type {type(leaf).__name__} at output{path}; "
+            f"between layers there are only arrays and small numbers, so give it to the "
+            f"layers as an argument"
+        )
     return strong(output)
 
 

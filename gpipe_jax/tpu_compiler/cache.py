@@ -18,6 +18,9 @@ from gpipe_jax.tpu_compiler.results import Compiled, Program
 from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.utils import atomic_files
 
+# What the compiler's process reads from the environment, and that changes its results.
+_VARIABLES = ("LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_MEMORY_FITTING_LEVEL")
+
 
 def key_of(program: Program, topology: Topology) -> str:
     """Return the name of the result: a hash of everything that it depends on."""
@@ -28,7 +31,7 @@ def key_of(program: Program, topology: Topology) -> str:
         program.mesh_shape,
         topology.options(),
         {k: v for k, v in versions().items() if k != "libtpu_pinned"},
-        os.environ.get("LIBTPU_INIT_ARGS"),
+        [os.environ.get(name) for name in _VARIABLES],
     )
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 

@@ -97,6 +97,16 @@ def _strong(a: Any) -> jax.Array:
     return lax.convert_element_type(array, array.dtype) if array.weak_type else array
 
 
+def first_without_type(tree: PyTree) -> tuple[str, Any] | None:
+    """Return the path and the value of the first leaf that is neither an array nor a number."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        try:
+            strong(leaf)
+        except (TypeError, ValueError, OverflowError):
+            return jax.tree_util.keystr(path), leaf
+    return None
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """Cast the arrays of a tree to the types of the arrays (or shapes) of `like`."""
     return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), tree, like)

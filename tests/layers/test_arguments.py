@@ -123,6 +123,17 @@ def test_a_constructor_that_fails_is_named_and_not_the_layer_before() -> None:
         infer_shapes([LINEAR, layer(Broken, width=3)], X)
 
 
+def test_parameters_that_are_no_arrays_are_refused() -> None:
+    def start(key: jax.Array, x: jax.Array) -> dict:
+        return {"w": jnp.ones((6, 6)), "activation": "tanh"}
+
+    message = (
+        r"layer 1: layer apply: its `init` returns 'tanh' of type str at params\['activation'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        infer_shapes([LINEAR, layer(start, apply)], X)
+
+
 # ---- lists of layers ----------------------------------------------------------------------------
 
 

@@ -390,12 +390,13 @@ def test_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
         cache_files.key_of(program, parse("v3:2x4")),
         cache_files.key_of(program, parse("v3:2x2", slices=2)),
     ]
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some_flag=1")
-    others.append(cache_files.key_of(program, V3))
-    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    for variable in ("LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_MEMORY_FITTING_LEVEL"):
+        monkeypatch.setenv(variable, "1")
+        others.append(cache_files.key_of(program, V3))
+        monkeypatch.delenv(variable)
     monkeypatch.setattr(cache_files, "versions", lambda: {"jax": "1", "libtpu_pinned": None})
     others.append(cache_files.key_of(program, V3))
-    assert len({key, *others}) == 7
+    assert len({key, *others}) == 9
 
 
 @pytest.mark.parametrize(
