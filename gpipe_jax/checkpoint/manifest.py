@@ -43,6 +43,7 @@ class RunInfo:
     config: dict  # of the run, as `Config.model_dump`
     metrics: dict[str, float] | None  # of the evaluation at this step, if there was one
     data: dict = dataclasses.field(default_factory=dict)  # as `data.stream.fingerprint`
+    cut: list[int] | None = None  # the first layer of each stage but the first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
-from gpipe_jax.training import optimizers, writers
+from gpipe_jax.run_folder.folder import CHECKPOINTS
+from gpipe_jax.training import optimizers, resume, writers
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import format_bytes
@@ -89,7 +90,7 @@ class Assembly(NamedTuple):
     @property
     def checkpoints(self) -> epath.Path:
         """Return the folder of the run's checkpoints."""
-        return self.workdir / "checkpoints"
+        return self.workdir / CHECKPOINTS
 
 
 def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Assembly:
@@ -121,6 +122,8 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
         mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
     with section("pipeline", memory_limit="memory_limit_gib"):
         options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
+        if cut := resume.measured_cut(config, folder / CHECKPOINTS):
+            options["partition"] = cut
         pipe = Pipeline(
             layers,
             loss=loss_function,

@@ -180,6 +180,7 @@ class TrainingLoop:
                 self.assembly.config.model_dump(mode="json"),
                 metrics=self.evaluation,
                 data=self.assembly.data_identity,
+                cut=list(trainer.pipe.partition.boundaries),
             )
             descriptions = [str(layer) for layer in trainer.pipe.layers]
             self.saver.save(trainer.to_layers(self.current), info, descriptions)

@@ -1,5 +1,6 @@
-"""Find and load the newest intact checkpoint of a run, and set damaged ones aside."""
+"""Find and load the newest intact checkpoint of a run, or its cut; set damaged ones aside."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint.manifest import Manifest, UnusableStep, rename_step, unusable
 from gpipe_jax.config.loader import no_package
+from gpipe_jax.config.run import Config
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import (
     CheckpointFormatError,
@@ -132,3 +134,43 @@ def set_aside(restored: Restored) -> None:
             except OSError as error:
                 name = folder / str(found.step)
                 say(f"cannot rename the damaged {name} ({error.strerror or error})")
+
+
+# --- the cut --------------------------------------------------------------------------------------
+
+
+def measured_cut(config: Config, folder: epath.Path) -> list[int] | None:
+    """Return the cut by measured times of the run that is resumed; all processes must call this.
+
+    Times measured again would be others, and so might be the cut. The cut of another layout, or of
+    costs that are not measured, is not taken over.
+
+    Args:
+        config: The config of this run.
+        folder: The checkpoints of a run.
+    """
+    if config.pipeline.cost != "time" or config.pipeline.partition != "auto":
+        return None
+    found = _stored_cut(config, folder) if processes.is_first() else []
+    cut = processes.broadcast_from_first(found)
+    if cut and processes.is_first():
+        say(
+            f"the stages begin at layers {cut}, as when this run was cut by measured times "
+            f"(pipeline.cost: time); pipeline.partition sets others"
+        )
+    return cut or None
+
+
+def _stored_cut(config: Config, folder: epath.Path) -> list[int]:
+    """Return the cut in the newest checkpoint, if it is of the same layout; else nothing."""
+    last = None
+    # What is wrong with checkpoints is reported when they are loaded.
+    with contextlib.suppress(CheckpointFormatError, UnreadableCheckpointError, ImportError):
+        found = checkpoint_manifest.manifests(folder)
+        last = next((m for m in found if isinstance(m, Manifest)), None)
+    if last is None:
+        return []
+    before, now = last.config, config.model_dump(mode="json")
+    same_stages = before.get("mesh", {}).get("stages") == config.mesh.stages
+    same_rest = all(before.get(name) == now[name] for name in ("model", "pipeline"))
+    return (last.cut or []) if same_stages and same_rest else []

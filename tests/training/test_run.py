@@ -26,6 +26,7 @@ from gpipe_jax.checkpoint.export import export
 from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.distributed.preemption import handle_signals
 from gpipe_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from gpipe_jax.partition import costs
 from gpipe_jax.training import from_config, metrics, run, trainer
 
 STEPS = 11
@@ -610,6 +611,32 @@ def test_a_checkpoint_that_does_not_fit(whole, monkeypatch):
     for action in (run.evaluate, lambda p: run.train(p, lambda record: None)):
         with pytest.raises(ConfigError, match="does not fit this run: missing layer 3"):
             action(assembly)
+
+
+# --- the cut by measured times -------------------------------------------------------------------
+
+
+def test_a_measured_cut_is_that_of_the_first_start(tmp_path, monkeypatch, capsys):
+    """Measure once: other times at the next start would cut elsewhere."""
+    timed = ["pipeline.cost=time", "train.steps=2"]
+
+    def assemble_with(times: list[float], *overrides: str) -> from_config.Assembly:
+        numbers = iter(times)
+        monkeypatch.setattr(costs, "_measured_time", lambda *_: next(numbers))
+        return assemble(tmp_path, *timed, *overrides)
+
+    first = assemble_with([1.0, 1.0, 9.0])
+    assert first.trainer.pipe.partition.boundaries == (2,)
+    run.train(first, lambda record: None)
+    later = assemble_with([9.0, 1.0, 1.0])
+    assert later.trainer.pipe.partition.boundaries == (2,)
+    said = "the stages begin at layers [2], as when this run was cut by measured times"
+    assert said in capsys.readouterr().err
+    other = assemble_with([9.0, 1.0, 1.0], "pipeline.remat=layer")
+    assert other.trainer.pipe.partition.boundaries == (1,)
+    given = assemble_with([9.0, 1.0, 1.0], "pipeline.partition=[1]")
+    assert given.trainer.pipe.partition.boundaries == (1,)
+    assert said not in capsys.readouterr().err
 
 
 # --- another length ------------------------------------------------------------------------------
