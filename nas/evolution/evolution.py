@@ -194,7 +194,7 @@ class Evolution:
                 # A random candidate has no sample, and other results may have removed all of it.
                 present = self._draw_sample(self._random(member.candidate, "removal"))
             return min(present, key=self._merit)
-        return min(self.members, key=lambda member: member.last_trained)
+        return self.members[0]  # they are ordered by `last_trained`
 
     def refresh(self, candidate: int, fitness: float, last_trained: int) -> Member | None:
         """Update a member that was trained again and return it, or None if it was removed."""
