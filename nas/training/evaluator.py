@@ -373,7 +373,7 @@ def _check_numbers(evaluator: TrainingEvaluator) -> None:
         if not (_is_number(value) and is_legal(value)):
             raise ArgumentError(name, f"{name} {value!r}: expected {rule}")
         if type(value) not in (int, float):  # of NumPy: no JSON
-            object.__setattr__(evaluator, name, float(value))
+            object.__setattr__(evaluator, name, float(getattr(evaluator, name)))
 
 
 def _is_number(value: Any) -> bool:
