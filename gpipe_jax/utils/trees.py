@@ -94,7 +94,8 @@ def strong(tree: PyTree) -> PyTree:
 
 def _strong(a: Any) -> jax.Array:
     array = a if isinstance(a, jax.Array) else jnp.asarray(a)
-    return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+    is_weak = getattr(array, "weak_type", False)  # which arrays of random keys do not have
+    return lax.convert_element_type(array, array.dtype) if is_weak else array
 
 
 def first_without_type(tree: PyTree) -> tuple[str, Any] | None:
