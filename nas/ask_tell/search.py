@@ -486,7 +486,8 @@ class Search:
         self._next_evaluation += 1
         self.leases.start(job)
         self.limit_check.accept()
-        return replace(job, architecture=copies.own(job.architecture))
+        own = copies.own(job.architecture)
+        return job if own is job.architecture else replace(job, architecture=own)
 
     # --- outcomes ---------------------------------------------------------------------------------
 

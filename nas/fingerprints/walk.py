@@ -33,35 +33,32 @@ class Walk:
         """Add a value, unless its name is among those that the code which reads it changes."""
         if len(self.codes) + len(self.values) >= MAX_PARTS:
             return
-        is_state = name.rpartition(".")[2] in changed
-        if isinstance(value, Enum):
-            self.values[name] = str(value)
-        elif plain.is_atom(value):
-            if not (is_state or plain.is_machine_path(value)):
-                self.values[name] = plain.text_of(value) or ""
-        elif isinstance(value, os.PathLike):
-            pass
+        may_change = isinstance(value, list | dict | set) and names.ALL_CONTAINERS in changed
+        is_value = plain.is_atom(value) or isinstance(value, plain.CONTAINERS)
+        if may_change or (is_value and name.rpartition(".")[2] in changed):
+            return
+        text = str(value) if isinstance(value, Enum) else plain.text_of(value)
+        if text is not None:
+            if not plain.is_machine_path(value):
+                self.values[name] = text
         elif id(value) in self._seen:
             self.values[name] = self._seen[id(value)][0]
-        else:
+        elif not isinstance(value, os.PathLike | set | frozenset):
             self._seen[id(value)] = name, value
-            if isinstance(value, plain.CONTAINERS):
-                is_unknown = names.ALL_CONTAINERS in changed and isinstance(
-                    value, list | dict | set
-                )
-                if not (is_state or is_unknown):
-                    self._visit_container(name, value)
-            else:
-                self._visit_object(name, value, changed)
+            try:
+                self._visit_parts(name, value, changed)
+            except Exception:  # attributes of an object may raise anything
+                self.values[name] = type(value).__qualname__
 
-    def _visit_container(self, name: str, value: Any) -> None:
-        text = plain.text_of(value)
-        if text is not None:
-            self.values[name] = text
-        elif not isinstance(value, set | frozenset):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, each in items:
+    def _visit_parts(self, name: str, value: Any, changed: Set[str]) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
                 self.visit(f"{name}[{key!r}]", each)
+        elif isinstance(value, list | tuple):
+            for index, each in enumerate(value):
+                self.visit(f"{name}[{index}]", each)
+        else:
+            self._visit_object(name, value, changed)
 
     def _visit_object(self, name: str, value: Any, changed: Set[str]) -> None:
         wrapped = getattr(value, "__wrapped__", None)  # as of jax.jit

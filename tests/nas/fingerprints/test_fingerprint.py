@@ -98,6 +98,11 @@ CHANGED = {
         "class E:\n    def evaluate(self, job): return 2\nevaluate = E()",
         "the code of evaluate.evaluate has changed",
     ),
+    "method of an object that is used": (
+        "class M:\n    def train(self, b): return 1\nm = M()\ndef evaluate(b): return m.train(b)",
+        "class M:\n    def train(self, b): return 2\nm = M()\ndef evaluate(b): return m.train(b)",
+        "the code of evaluate.m.train has changed",
+    ),
     "attribute of an object": (
         "class E:\n    def __init__(self, n): self.n = n\n"
         "    def evaluate(self, job): return self.n\nevaluate = E(1)",
@@ -183,6 +188,16 @@ SAME = {
     "place of the data": (
         "DATA = '/home/a/data'\ndef evaluate(b): return open(DATA)",
         "DATA = '/mnt/b/data'\ndef evaluate(b): return open(DATA)",
+    ),
+    "constants that happen to be one object": (
+        "A = (1, 2)\nB = (1, 2)\ndef evaluate(b): return A, B",
+        "A = (1, 2)\nB = tuple([1, 2])\ndef evaluate(b): return A, B",
+    ),
+    "object without attributes": (
+        "class P:\n    def __getattr__(self, name): raise RuntimeError(name)\np = P()\n"
+        "def evaluate(b): return p",
+        "class P:\n    def __getattr__(self, name): raise RuntimeError(name)\np = P()\n"
+        "def evaluate(b): return p",
     ),
     "values of arrays": (
         "import numpy as np\nX = np.zeros(3)\ndef evaluate(b): return X",
