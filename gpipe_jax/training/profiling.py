@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
+from gpipe_jax.utils.messages import say
+
 ACTIVITIES = ("compile", "data", "checkpoint", "evaluation")
 
 
@@ -48,4 +50,25 @@ class Profile(NamedTuple):
         traced = self.start - 1 <= step < self.start - 1 + self.steps
         if self.folder is None or not traced:
             return contextlib.nullcontext()
-        return jax.profiler.trace(str(self.folder))
+        return traced_into(self.folder)
+
+
+@contextlib.contextmanager
+def traced_into(folder: epath.Path) -> Iterator[None]:
+    """Trace the block with jax.profiler; a trace that cannot be written ends no run."""
+    with _said_only(folder):
+        jax.profiler.start_trace(str(folder))
+    try:
+        yield
+    finally:
+        with _said_only(folder):
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _said_only(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        say(f"no trace in {folder}: {reason}")

@@ -241,6 +241,30 @@ if "--process=1" in sys.argv:
         assert "the first training batch of digits is not the same on all hosts" in each.output
 
 
+@pytest.mark.slow
+def test_a_host_that_cannot_read_the_newest_checkpoint(start, tmp_path):
+    """Resume all from an older one, which all can read; leave the newest one until it is saved."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import sys
+from etils import epath
+kind = type(epath.Path("/"))
+read = kind.read_bytes
+def fails(path):
+    if path.match("20/state/*"):
+        raise OSError(5, "Input/output error")
+    return read(path)
+if "--process=1" in sys.argv:
+    kind.read_bytes = fails
+""")
+    checkpoints = tmp_path / "2 processes" / "checkpoints"
+    assert codes(start(2)) == [0, 0]
+    again = start(2)
+    assert codes(again) == [0, 0], again[0].output + again[1].output
+    reason = "cannot be used now (another host cannot use it); taking that of step 10"
+    assert reason in again[0].output
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["10", "20", "20.unreadable"]
+
+
 @pytest.fixture
 def nothing_set(monkeypatch):
     for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 import gpipe_jax as gpipe
 from gpipe_jax.cli import main as cli
 from gpipe_jax.errors import ConfigError
-from gpipe_jax.training import from_config, metrics, run, writers
+from gpipe_jax.training import from_config, metrics, profiling, run, writers
 from gpipe_jax.training.profiling import Profile
 
 CONFIG = {
@@ -129,12 +129,24 @@ def test_the_steps_asked_for_are_traced(ran) -> None:
     [(0, 2, False), (1, 2, False), (2, 4, True), (3, 4, True), (4, None, False), (9, None, False)],
 )
 def test_where_a_trace_begins_and_ends(tmp_path, monkeypatch, step, until, traced) -> None:
-    monkeypatch.setattr("jax.profiler.trace", lambda folder: folder)
+    monkeypatch.setattr(profiling, "traced_into", lambda folder: folder)
     profile = Profile(3, 2, tmp_path)
     assert profile.until(step) == until
-    assert (profile.over(step) == str(tmp_path)) == traced
-    assert profile._replace(folder=None).over(2) != str(tmp_path)
+    assert (profile.over(step) == tmp_path) == traced
+    assert profile._replace(folder=None).over(2) != tmp_path
     assert Profile(3, 0, tmp_path).until(0) is None and Profile(3, 0, tmp_path).over(2) != "x"
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    steps = []
+    with profiling.traced_into(tmp_path / "file" / "profile"):
+        steps.append(1)
+    assert steps == [1]
+    said = capsys.readouterr().err
+    assert f"no trace in {tmp_path}/file/profile: " in said and said.count("\n") == 1
+    with pytest.raises(ZeroDivisionError), profiling.traced_into(tmp_path / "profile"):
+        raise ZeroDivisionError
 
 
 def test_without_asking_nothing_is_written(tmp_path: Path) -> None:
@@ -189,9 +201,7 @@ def test_an_id_that_is_none_is_bad_input(tmp_path, monkeypatch, content: bytes) 
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     (tmp_path / "wandb_id").write_bytes(content)
     with (
-        pytest.raises(
-            ConfigError, match=r"wandb cannot be opened \(.*holds .*; remove it"
-        ),
+        pytest.raises(ConfigError, match=r"wandb cannot be opened \(.*holds .*; remove it"),
         writers.opened(["wandb"], epath.Path(tmp_path), {}, 0),
     ):
         pass
