@@ -97,7 +97,7 @@ def test_there_is_no_lease_while_there_is_other_work(tmp_path, clock) -> None:
 
 
 def test_the_driver_needs_no_lease(tmp_path, clock) -> None:
-    """Its pool knows which jobs are running, for however long."""
+    """Let the pool say which jobs are running, for however long."""
 
     def evaluate(bits) -> float:
         clock.now += 10_000
