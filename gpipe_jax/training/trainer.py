@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -286,7 +286,7 @@ class Trainer:
     def fit(
         self,
         current: TrainState,
-        batches: Iterator[dict],
+        batches: Iterable[dict],
         steps: int,
         record: Record,
         stopped: Callable[[int], bool] = never,
@@ -295,7 +295,8 @@ class Trainer:
 
         Args:
             current: The training state. It is donated, so do not use it again.
-            batches: Iterator over batches like the pipeline's example.
+            batches: Batches like the pipeline's example, from the next step on, as an iterator or a
+                list.
             steps: Number of updates at the end.
             record: Function that gets each step's record, in order: "step" (from 1), "loss", the
                 metrics of the loss function and "step_time_s". This is the time since the last step
@@ -314,7 +315,7 @@ class Trainer:
         After every other error, and after Ctrl-C, `reached` is the state of the completed steps:
         `current = trainer.reached`.
         """
-        start, self.reached = current.step, None
+        start, self.reached, batches = current.step, None, iter(batches)
         in_flight = StepsInFlight(self._divergence, record)
         try:
             while current.step < steps and not stopped(current.step):
@@ -363,12 +364,12 @@ class Trainer:
         """
         return self._divergence.is_finite(current.arrays)
 
-    def evaluate(self, state: State, batches: Iterator[dict]) -> dict[str, float]:
+    def evaluate(self, state: State, batches: Iterable[dict]) -> dict[str, float]:
         """Compute loss and metrics over all of `batches`.
 
         Args:
             state: The state to evaluate; see `evaluated`.
-            batches: Iterator over batches like the pipeline's example, or shorter.
+            batches: Batches like the pipeline's example, or shorter; such as an iterator.
 
         Returns:
             Weighted means over the examples, as "test_loss" and so on.

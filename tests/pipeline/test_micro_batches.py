@@ -142,6 +142,17 @@ def test_nested_lists_of_numbers_are_arrays(pipe):
     )
 
 
+def test_batches_may_be_a_list(pipe):
+    trainer = gpipe.Trainer(pipe, optax.sgd(0.1))
+    records: list = []
+    current = trainer.fit(trainer.init(0), [make_batch()] * 3, 3, records.append)
+    assert current.step == 3 and [record["step"] for record in records] == [1, 2, 3]
+    state = trainer.evaluated(current)
+    assert trainer.evaluate(state, (make_batch(),)) == trainer.evaluate(state, iter([make_batch()]))
+    with pytest.raises(DataError, match=r"`batches` ended after 4 of 5 steps"):
+        trainer.fit(current, [make_batch()], 5, records.append)
+
+
 def test_a_list_of_arrays_stays_a_tree():
     layers = [gpipe.layer(lambda key, x: {}, lambda params, x: x[0] + x[1]), *LAYERS]
     x = make_batch()["inputs"]
