@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +146,9 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.search:
         with console.option("--compile-best"):
             check_count("compile_best", options.compile_best)
+    if options.timeout is not None and not 0 < options.timeout < math.inf:
+        problem = f"must be a number of seconds above 0, got {options.timeout}; or leave it out"
+        raise OptionError("--timeout", problem)
     for name, path in (("--out", options.out), ("--png", options.png)):
         if path and not path.absolute().parent.is_dir():
             folder = path.absolute().parent

@@ -463,6 +463,14 @@ def test_an_option_that_does_not_fit_is_named(capsys: pytest.CaptureFixture) -> 
     assert "which do not divide the 8 of v3:2x2; make stages x data one of 1, 2, 4, 8" in error
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_out_that_cannot_be(capsys: pytest.CaptureFixture, seconds: str) -> None:
+    arguments = ["plan", str(DIGITS), "--topology", "v3:2x2", "--timeout", seconds]
+    assert cli.main(arguments) == cli.BAD_INPUT
+    message = "gpipe plan: --timeout: must be a number of seconds above 0, got "
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_a_setting_that_does_not_fit_is_located(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["plan", str(DIGITS), "mesh.stages=99"]) == cli.BAD_INPUT
     assert "digits.yaml:" in capsys.readouterr().err
