@@ -12,6 +12,7 @@ import functools
 import hashlib
 import linecache
 import sys
+import warnings
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -52,9 +53,10 @@ def syntax_tree(function: FunctionType) -> Node | None:
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
-        if not text or code not in _codes(text, code.co_flags & _FUTURE):
-            return None
-        nodes = [node for node in _nodes(text) if _first_line(node) == code.co_firstlineno]
+        with warnings.catch_warnings(action="ignore"):  # which the import has shown before
+            if not text or code not in _codes(text, code.co_flags & _FUTURE):
+                return None
+            nodes = [node for node in _nodes(text) if _first_line(node) == code.co_firstlineno]
     except (SyntaxError, ValueError):  # such as the magics of notebooks
         return None
     # Several lambdas may begin in one line.

@@ -35,6 +35,31 @@ class InPlace(Bits):
         return list(super().decode(text))
 
 
+class SortedInPlace(InPlace):
+    mutate = Bits.mutate
+
+    def canonical(self, bits):
+        bits.sort()
+        return self.encode(bits)
+
+
+class CutInPlace(SortedInPlace):
+    canonical = Bits.canonical
+
+    def encode(self, bits):
+        text = super().encode(bits)
+        bits.pop()
+        return text
+
+
+class OneList(InPlace):
+    bits = [0] * Bits.length
+
+    def random(self, rng):
+        self.bits[:] = super().random(rng)
+        return self.bits
+
+
 class Global(Bits):
     def random(self, rng):
         return super().random(random)
@@ -54,6 +79,9 @@ class Unnamed(Bits):
     ("broken", "rule"),
     [
         (InPlace(), "mutate: changed its argument '[01]+' in place"),
+        (SortedInPlace(), r"canonical: changed its argument \[.* in place"),
+        (CutInPlace(), r"encode: changed its argument \[.* in place"),
+        (OneList(), r"random: changed its last result \[.* in place"),
         (Global(), r"random: seed 0 gave \(.*, then"),
         (Lossy(), "decode: '[01]+' became"),
         (Unnamed(), "mutate: expected words such as 'op: edge 2, a -> b', got 'a flip'"),
