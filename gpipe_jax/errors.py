@@ -13,7 +13,7 @@ OSError
     UnreadableCheckpointError a checkpoint cannot be read now, which may pass
     RunInUseError             another run works in the folder
 RuntimeError
-    DivergedError             the loss became infinite or NaN
+    DivergedError             the loss, or a parameter, became infinite or NaN
     StoppedError              the run was stopped, and saved
     MissingProcessError       a process of the run did not start
     CompilerNotInstalledError the TPU compiler is not installed
@@ -129,10 +129,10 @@ class DataError(ValueError):
 
 
 class DivergedError(RuntimeError):
-    """Report that the loss became infinite or NaN.
+    """Report that the loss, or what an update left, became infinite or NaN.
 
-    The last checkpoint is from before. Resume from it with a lower learning rate, a longer warm-up
-    or `clip_norm`.
+    The last checkpoint is from before. Train in a new folder, with a lower learning rate, a longer
+    warm-up or `clip_norm`.
     """
 
 
