@@ -1,4 +1,4 @@
-"""A run takes its own folders only, and replaces no file of someone else."""
+"""Take the folders of runs only, and replace no file of someone else."""
 
 import errno
 import json
@@ -108,7 +108,7 @@ def test_drafts_of_killed_runs_are_removed_and_files_like_them_are_not(tmp_path)
 
 
 def test_two_runs_that_begin_at_once(tmp_path):
-    """One of them gets the folder; the other says that it is in use, not that it is foreign."""
+    """Give one of them the folder; the other says that it is in use, not that it is foreign."""
     with (
         exclusive(epath.Path(tmp_path)),
         pytest.raises(RunInUseError, match="another run is using"),

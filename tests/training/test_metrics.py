@@ -1,4 +1,4 @@
-"""The metrics file: whole records, in order, whatever is in the file and whatever fails."""
+"""Keep whole records, in order, whatever is in the metrics file and whatever fails."""
 
 import errno
 import os
@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_read_is_not_replaced(path, step):
 
 
 def test_a_record_is_written_before_it_is_shown(path):
-    """A terminal that is gone loses none."""
+    """Lose none to a terminal that is gone."""
 
     def fails(record: dict) -> None:
         raise BrokenPipeError

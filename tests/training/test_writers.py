@@ -168,7 +168,7 @@ def test_a_missing_package(tmp_path, monkeypatch, capsys, name: str, package: st
 
 
 class Broken:
-    """A writer whose disk or network fails."""
+    """Fail as a writer whose disk or network fails."""
 
     def __init__(self, *_: Any) -> None:
         self.calls = 0
