@@ -529,7 +529,7 @@ def search(
         nas.FailuresError: Too many evaluations have failed, or too many candidates were rejected,
             in a row.
         nas.errors.LostWeightsError: With `retrain_warm`, a worker's trained weights are missing.
-        nas.errors.ReturnError: The evaluator returned no fitness.
+        nas.errors.ReturnError: The evaluator returned no fitness, and has never returned one.
         nas.errors.MismatchError: The folder holds another search.
         nas.errors.SearchInUseError: Another driver has the run open.
         nas.errors.WorkersError: The workers cannot be started or reached.
@@ -571,8 +571,7 @@ def search(
         **options,
     )
     if loop.evolution.results:
-        found = f"{loop.evolution.results} of {loop.cycles} results found"
-        messages.say(f"{run}: {found}", "nas")
+        _say(f"{run}: {loop.evolution.results} of {loop.cycles} results found")
     pool = None
     try:
         pool = pools.make_pool(workers)
@@ -588,6 +587,16 @@ def search(
         return result.wait()
     running.start()
     return result
+
+
+def _say(text: str) -> None:
+    """Write a line for the user, in a notebook beneath the cell."""
+    from nas.reports import live
+
+    if live.in_notebook():
+        messages.write(text)
+    else:
+        messages.say(text, "nas")
 
 
 def _search_arguments() -> list[str]:
