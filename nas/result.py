@@ -530,7 +530,8 @@ def search(
             in a row.
         nas.errors.LostWeightsError: With `retrain_warm`, a worker's trained weights are missing.
         nas.errors.ReturnError: The evaluator returned no fitness, and has never returned one.
-        nas.errors.MismatchError: The folder holds another search.
+        nas.errors.MismatchError: The folder holds another search, or results of other code.
+        nas.errors.LostRunError: The folder was removed while the search was running.
         nas.errors.SearchInUseError: Another driver has the run open.
         nas.errors.WorkersError: The workers cannot be started or reached.
         ValueError, TypeError, OSError: An argument cannot be used; the message says how to correct
