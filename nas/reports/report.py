@@ -133,6 +133,9 @@ def _failures(reader: Reader) -> list[Failure]:
     for kind, count in reader.failures_by_kind().items():
         (last,) = deque(reader.evaluations("outcome = ?", kind), maxlen=1)
         failures.append(Failure(kind, count, (last.error or "")[:200]))
+    skipped, reason = reader.skips()
+    if skipped:
+        failures.append(Failure("skipped proposal", skipped, reason[:200]))
     return failures
 
 

@@ -276,6 +276,12 @@ class Reader:
         )
         return [candidate for (candidate,) in self._rows(query, tournament)]
 
+    def skips(self) -> tuple[int, str]:
+        """Return the number of proposals that the space could not make, and the last reason."""
+        # By SQLite's rule `detail` is that of the row with the maximum.
+        query = "SELECT COUNT(*), COALESCE(detail, ''), MAX(seq) FROM events WHERE kind = 'skip'"
+        return self._fetch_one(query)[:2]
+
     def last_event(self, kind: str) -> int:
         """Return the `seq` of the last event of a kind; 0 if there is none."""
         return self._fetch_one("SELECT COALESCE(MAX(seq), 0) FROM events WHERE kind = ?", kind)[0]

@@ -150,6 +150,17 @@ def test_duplicates_are_evaluated_once_and_nothing_else_changes(tmp_path) -> Non
             assert row.fitness == cached.store.candidate(row.answered_by).fitness
 
 
+def test_recency_is_of_arrival_and_without_a_cache_of_training(tmp_path) -> None:
+    for cache in (True, False):
+        with small(tmp_path / str(cache), cache=cache) as search:
+            drive(search)
+            kinds = {event.seq: event.kind for event in search.store.events()}
+            for row in search.store.candidates():
+                answered = row.answered_by is not None
+                assert kinds[row.last_trained] == ("answer" if answered else "result")
+                assert not (answered and not cache)
+
+
 def test_a_duplicate_of_a_running_candidate_waits(tmp_path) -> None:
     with small(tmp_path, cache=True, cycles=300) as search:
         running_now: dict[str, int] = {}

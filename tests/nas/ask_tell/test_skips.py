@@ -6,6 +6,7 @@ import pytest
 from searches import Bits, drive, ones, small
 
 import nas
+from nas.reports.report import report
 
 pytestmark = pytest.mark.filterwarnings("ignore:proposal .* is skipped:RuntimeWarning")
 
@@ -51,6 +52,8 @@ def test_an_error_of_the_space_skips_a_proposal(tmp_path, method, policy) -> Non
         assert skips and {event.detail for event in skips} == {wanted}
         numbers = {row.id for row in search.store.candidates()}
         assert not numbers & {event.candidate for event in skips}
+        shown = report(search.store).failures[-1]
+        assert shown == ("skipped proposal", len(skips), wanted)
         nas.replay(search.store, options["space"])
     with small(tmp_path, **{**options, "cycles": 40}) as search:
         assert drive(search).store.counts().results == 40
