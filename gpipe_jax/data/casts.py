@@ -84,9 +84,9 @@ def _is_integer(dtype: np.dtype) -> bool:
 
 
 def _too_large(name: str, array: np.ndarray, dtype: np.dtype, value: Any, limits: Any) -> DataError:
-    remedy = "use numbers in this range, or an example of a wider type"
+    remedy = "use numbers in this range, or a wider type"
     if dtype.itemsize == 4 and array.dtype.itemsize == 8:
-        remedy += " (JAX makes 64 bits of an example 32, unless `jax_enable_x64` is on)"
+        remedy += " (JAX makes types of 64 bits 32, unless `jax_enable_x64` is on)"
     low, high = limits.min, limits.max
     if not _is_integer(dtype):
         low, high = f"{float(low):g}", f"{float(high):g}"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpipe_jax.data import casts
 from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.host_arrays import AnyMesh
 from gpipe_jax.distributed.mesh import (
@@ -28,7 +29,7 @@ from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import of_all_devices
-from gpipe_jax.utils.trees import PyTree, describe, same_shapes, strong
+from gpipe_jax.utils.trees import PyTree, describe, path_name, same_shapes, strong
 
 
 class State(NamedTuple):
@@ -224,3 +225,9 @@ def _check_layers(
                 f"layer {i}, {shapes[i].layer}, has {kind} {describe(like)}, got "
                 f"{describe(given)}; give arrays of these shapes and types"
             )
+        for (path, a), spec in zip(
+            jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
+        ):
+            if getattr(a, "dtype", None) != spec.dtype:  # numbers might become infinite
+                name = f"{kind} of layer {i}, {path_name(path)!r},"
+                casts.cast(name, np.asarray(a), spec.dtype)

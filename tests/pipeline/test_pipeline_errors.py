@@ -364,6 +364,14 @@ def test_parameters_of_another_type(pipe, trees):
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
 
 
+def test_parameters_that_would_become_infinite(pipe, trees):
+    wide = jax.tree.map(lambda a: a.astype(np.float64), trees)
+    wide[1]["linear"]["kernel"][2, 3] = 1e39
+    message = r"parameters of layer 1, 'linear.kernel', of float64 holds 1e\+39, .* takes float32"
+    with pytest.raises(ValueError, match=message):
+        pipe.from_layers(wide)
+
+
 @pytest.mark.parametrize("change", ["renamed", "missing"])
 def test_parameters_of_another_structure(pipe, trees, change):
     trees = jax.tree.map(np.copy, trees)
