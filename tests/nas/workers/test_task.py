@@ -49,13 +49,13 @@ def test_the_name_of_a_file_that_is_no_utf_8_can_be_stored(tmp_path: Path) -> No
         nas.search(space=Bits(), evaluate=raising(error), folder=tmp_path, max_failures=2)
 
 
-def test_a_metric_without_a_text_is_described() -> None:
+def test_a_value_without_a_text_is_described() -> None:
     class Silent:
         def __repr__(self) -> str:
             raise RuntimeError("no text")
 
-    evaluator = as_evaluator(lambda bits: {"fitness": 1.0, "note": Silent()})
-    with pytest.raises(nas.errors.ReturnError, match=r"a Silent without a text .* as note of cand"):
+    evaluator = as_evaluator(lambda bits: Silent())
+    with pytest.raises(nas.errors.ReturnError, match=r"a Silent without a text .* as fitness of c"):
         task.run_job(evaluator, JOB)
 
 
