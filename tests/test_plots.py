@@ -78,6 +78,14 @@ def test_curves_of_loss_and_accuracy(tmp_path):
     assert both.std() > 0.05 and loss.std() > 0.05
 
 
+def test_a_picture_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plots.schedule(make("gpipe", 1, 1), "~/a picture")
+    assert pixels(tmp_path / "a picture").std() > 0.01
+    with pytest.raises(ValueError, match="`path` s3://a/b: s3:// addresses are not supported"):
+        plots.schedule(make("gpipe", 1, 1), "s3://a/b")
+
+
 def test_a_notebook_keeps_its_settings(tmp_path):
     before = pyplot.get_backend(), pyplot.get_fignums()
     plots.schedule(make("gpipe", 2, 2), tmp_path / "schedule.png")

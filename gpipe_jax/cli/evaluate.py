@@ -7,6 +7,7 @@ from gpipe_jax.cli.train import add_process_options
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.errors import ConfigError
 from gpipe_jax.utils import console, paths
+from gpipe_jax.utils.checks import check_count
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.trust:
             trusted_code.check(loader.load(options.config, options.overrides), options.config)
     if options.stages is not None:
+        with console.option("--stages"):
+            check_count("stages", options.stages)
         stages = [f"mesh.stages={options.stages}", "pipeline.partition=auto"]
         options.overrides = [*stages, *options.overrides]
     # The packages of writers are not needed here.

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.text import install_advice
 
 
@@ -28,7 +29,8 @@ def save_figure(figure: Any, path: str | Path | None, dpi: int = 120) -> Any:
     """Write a figure to `path` if given, and return it."""
     if path is not None:
         # Without a format matplotlib would add a suffix to a name that has none.
-        figure.savefig(path, dpi=dpi, format=Path(path).suffix[1:] or "png")
+        file = paths.local("path", path)
+        figure.savefig(file, dpi=dpi, format=file.suffix[1:] or "png")
     return figure
 
 

@@ -7,6 +7,7 @@ import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
 
+from gpipe_jax.utils import paths
 from nas.errors import LostRunError
 
 FileId = tuple[int, int]  # device and number of the file on it
@@ -25,7 +26,7 @@ def run_folder(folder: str | Path, name: str) -> Path:
             f"name {name!r} must be the name of one folder, such as 'first', because the run is "
             f"stored in {folder}/NAME; give what is above it as `folder`"
         )
-    return Path(folder) / name
+    return paths.local("folder", folder) / name
 
 
 def is_name(name: object) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.genotype import PAPER_OPERATIONS
+from gpipe_jax.utils import paths
 from gpipe_jax.utils.checks import check_count
 from gpipe_jax.utils.text import did_you_mean_or_list
 from nas.ask_tell import trained_values
@@ -333,7 +334,7 @@ def _check_paths(evaluator: TrainingEvaluator) -> None:
 
 
 def _check_data(name: str) -> None:
-    if name in DATASETS or Path(name).exists():
+    if name in DATASETS or paths.local("data", name).exists():
         return
     hint = did_you_mean_or_list(name, DATASETS)
     raise ArgumentError(

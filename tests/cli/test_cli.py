@@ -178,6 +178,11 @@ def test_a_data_file_cannot_end_a_training_with_success(gpipe, tmp_path, code, e
     assert found == exit_code and message in err
 
 
+def test_eval_names_its_own_option(trained, gpipe):
+    result = gpipe("eval", "--stages", "0", config=trained[0] / "run 1")
+    refuses(result, "gpipe eval: --stages: `stages` must be a whole number of at least 1, got 0")
+
+
 def test_eval_of_a_folder_that_is_no_run(gpipe, tmp_path):
     refuses(
         gpipe("eval", config=tmp_path),

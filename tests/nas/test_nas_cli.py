@@ -12,7 +12,7 @@ from searches import DATA, HAS_TABLE, NO_TABLE
 
 from gpipe_jax.config.loader import load_as
 from gpipe_jax.genotypes.genotype import Genotype
-from nas import cli
+from nas import Search, cli
 from nas.config import SearchConfig, TrainingConfig
 from nas.training.evaluator import TrainingEvaluator
 
@@ -232,6 +232,8 @@ def test_the_folder_of_a_search_may_be_in_the_home_folder(nas, tmp_path, monkeyp
     assert nas("search", "mine.yaml", "run.workdir=~/a")[0] == 0
     assert (tmp_path / "home" / "a" / "search.sqlite").exists()
     assert nas("report", "~/a")[0] == 0
+    with pytest.raises(ValueError, match="`folder` s3://a: s3:// addresses are not supported"):
+        Search(space="nasnet", name="x", folder="s3://a")
     code, _, err = nas("search", "mine.yaml", "run.workdir=$NOT_SET_HERE/a")
     assert code == 2 and "variable NOT_SET_HERE is not set; set it, or write the path out" in err
 
