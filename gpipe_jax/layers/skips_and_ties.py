@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gpipe_jax.layers.layer import Context, Layer
-from gpipe_jax.utils.trees import PyTree, by_name, cast_like, strong, wide
+from gpipe_jax.utils.trees import PyTree, by_name, cast_for_sums, cast_like, strong
 
 
 class Boundary(NamedTuple):
@@ -36,7 +36,7 @@ def call(
     filled = strong(fill(layer, params, shared))
     y, moments = layer.apply(filled, stats, x, context)
     if jax.tree.leaves(moments):
-        moments = cast_like(moments, jax.eval_shape(wide, stats))
+        moments = cast_for_sums(moments, stats)
     return give(layer, strong(y), rest), moments
 
 

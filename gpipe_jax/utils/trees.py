@@ -110,12 +110,26 @@ def first_without_type(tree: PyTree) -> tuple[str, Any] | None:
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """Cast the arrays of a tree to the types of the arrays (or shapes) of `like`."""
-    return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), tree, like)
+    return jax.tree.map(lambda a, b: _cast(a, b.dtype), tree, like)
+
+
+def cast_for_sums(tree: PyTree, like: PyTree) -> PyTree:
+    """Cast arrays to the types in which those of `like` are summed: at least float32."""
+    return jax.tree.map(lambda a, b: _cast(a, _wide_type(b)), tree, like)
+
+
+def _cast(a: Any, dtype: Any) -> Any:
+    """Return `a` in a type; most have it, and to ask JAX takes long for networks of many norms."""
+    return a if getattr(a, "dtype", None) == dtype else jnp.asarray(a, dtype)
 
 
 def wide(tree: PyTree) -> PyTree:
     """Cast parameters to the types in which their gradients are summed: at least float32."""
-    return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), tree)
+    return jax.tree.map(lambda a: a.astype(_wide_type(a)), tree)
+
+
+def _wide_type(a: Any) -> Any:
+    return jnp.promote_types(a.dtype, jnp.float32)
 
 
 def vjp(function: Callable, params: PyTree, x: PyTree) -> tuple[PyTree, Callable, Any]:
