@@ -20,7 +20,7 @@ from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import console, paths
-from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
+from gpipe_jax.utils.messages import BAD_INPUT, close_broken_output, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = console.parse(_parser(), arguments)
     try:
         return options.command(options)
+    except BrokenPipeError:  # `head`, for example, has read enough
+        return close_broken_output()
     except (ConfigError, OSError) as error:
         return _fail(error, BAD_INPUT)
     except SystemExit as error:  # no command exits so: the user's own code does

@@ -4,6 +4,7 @@ What is printed may come from a file, an exception or another machine. Here alon
 printable: a terminal would obey the control characters in it.
 """
 
+import os
 import re
 import sys
 
@@ -28,6 +29,17 @@ def printable(text: object) -> str:
 def write(text: object, *, end: str = "\n") -> None:
     """Write a result to standard output."""
     print(printable(text), end=end, flush=True)
+
+
+def close_broken_output() -> int:
+    """Write to nowhere from now on, as the reader of standard output has ended; return the code.
+
+    Otherwise the interpreter reports the broken pipe again when it ends.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return 1
 
 
 def say(text: object, program: str = "gpipe") -> None:

@@ -521,6 +521,19 @@ def test_pictures_that_cannot_be_written(gpipe, path):
     assert code == 2 and f"gpipe schedule: --png: {path}: " in err
 
 
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    command = f"{sys.executable} -m gpipe_jax schedule --stages 8 --micro-batches 8 | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("tick ") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
 # --- config --------------------------------------------------------------------------------------
 
 
