@@ -31,8 +31,8 @@ class NetworkCosts:
     and `memory_mib` are estimates of the TPU compiler, without a TPU. They take seconds to minutes,
     once for each network: equal genotypes share a canonical form, and results are cached on disk.
 
-    Limits are checked one by one before a candidate is handed out. Workers that train faster than
-    a limit is measured wait for it.
+    Limits are measured before a candidate is handed out: as many candidates at once as there are
+    workers, or cores of this machine if these are fewer.
 
     Args:
         cells_per_stack: Normal cells in each of the three stacks (N). Default: 1.

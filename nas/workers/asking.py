@@ -1,11 +1,14 @@
 """Ask a search for jobs in threads, so that limits of several candidates are measured at once."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from nas.ask_tell.search import Search
 from nas.evaluators.evaluator import Job
 from nas.workers.threads import DaemonThreads
+
+MAX_AT_ONCE = os.cpu_count() or 1  # a measure may be a compiler, with a process of its own
 
 
 class AskingThreads:
@@ -17,6 +20,11 @@ class AskingThreads:
         self._search, self._until, self._on_answer = search, until, on_answer
         self._threads = DaemonThreads()
         self.count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether one question more would be too many at once."""
+        return self.count >= MAX_AT_ONCE
 
     def ask(self) -> None:
         """Ask for one job; `on_answer` gets the future, in the thread."""

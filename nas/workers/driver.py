@@ -150,6 +150,8 @@ class Driver:
 
         while self._busy < self._count_slots() and not self._is_idle:
             if self._asking is not None:
+                if self._asking.is_full:
+                    return
                 self._asking.ask()
                 continue
             job = self.search.ask(until=has_other_work)

@@ -17,7 +17,7 @@ import nas
 from nas import errors as nas_errors
 from nas.errors import MismatchError, ReturnError
 from nas.evaluators.evaluator import Function
-from nas.workers import dask, driver, pools
+from nas.workers import asking, dask, driver, pools
 from nas.workers import task as workers
 from nas.workers.driver import Driver, DriverThread
 
@@ -296,7 +296,9 @@ def test_a_wrong_return_ends_the_search_at_once(tmp_path) -> None:
     check(nas.load("search", tmp_path).resume(evaluate=ones))
 
 
-def test_jobs_are_reported_and_others_measured_while_a_limit_is_measured(tmp_path) -> None:
+def test_jobs_are_reported_and_others_measured_while_a_limit_is_measured(
+    tmp_path, monkeypatch
+) -> None:
     def measure(bits) -> float:
         with lock:
             measuring.append(bits)
@@ -311,12 +313,29 @@ def test_jobs_are_reported_and_others_measured_while_a_limit_is_measured(tmp_pat
         if search.evolution.results >= 2:
             reported.set()
 
+    monkeypatch.setattr(asking, "MAX_AT_ONCE", 3)
     lock, measuring = threading.Lock(), []
     together, reported = threading.Barrier(3), threading.Event()
     options = {"workers": 3, "limits": [nas.Limit("size", measure)], "callback": after_each}
     result = run(tmp_path, cycles=12, **options)
     check(result, 12)
     assert reported.is_set() and result.counts.evaluations == 12
+
+
+def test_no_more_limits_are_measured_at_once_than_there_are_cores(tmp_path, monkeypatch) -> None:
+    def measure(bits) -> float:
+        with lock:
+            measuring.append(bits)
+            at_once.append(len(measuring))
+        time.sleep(0.005)
+        with lock:
+            measuring.pop()
+        return 1.0
+
+    monkeypatch.setattr(asking, "MAX_AT_ONCE", 2)
+    lock, measuring, at_once = threading.Lock(), [], []
+    check(run(tmp_path, workers=8, limits=[nas.Limit("size", measure)]))
+    assert max(at_once) == 2
 
 
 def test_an_error_of_the_search_while_a_limit_is_measured(tmp_path) -> None:
