@@ -2,23 +2,31 @@
 
 The threads are daemons, so the end of the process stops them at any point. A thread that is stopped
 within XLA aborts the process, because its C++ lets no exception through; the exit code is lost. So
-a process first asks its jobs to end (`finish`); trainings check for that after every epoch. Jobs
-that have not ended in time are stopped nevertheless. The command line, whose exit codes matter,
-skips the end of the interpreter instead (`leave`).
+a process first asks its jobs to end (`finish`); trainings check for that after every epoch. Others
+are interrupted as soon as they are in Python, and the process waits for those in XLA. Jobs that
+hang elsewhere are stopped nevertheless. The command line, whose exit codes matter, skips the end of
+the interpreter instead (`leave`).
 """
 
 import atexit
+import ctypes
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
+from gpipe_jax.utils.messages import say
+
 END_S = 5.0  # s that a process which ends waits for its jobs
+XLA_END_S = 120.0  # s that it waits further while they are in XLA, as in a long compilation
+SAMPLE_S = 0.5  # s between two looks at them
+BUSY_FRACTION = 0.2  # of a processor; a process that uses less is not computing
 _ending = threading.Event()  # set when the process is about to end
 _busy: set[threading.Thread] = set()  # threads that run a job
 _busy_changed = threading.Condition()
@@ -40,10 +48,50 @@ def check_ending() -> None:
 
 
 def finish() -> None:
-    """Ask all jobs to end, and wait at most `END_S` for them."""
+    """Ask all jobs to end, and wait for them: at most `END_S`, or `XLA_END_S` while XLA works."""
     _ending.set()
+    if _wait_for_jobs(END_S):
+        return
+    deadline, is_said = time.monotonic() + XLA_END_S, False
+    while time.monotonic() < deadline:
+        for thread in _running():
+            _interrupt(thread)
+        used_s = time.process_time()
+        if _wait_for_jobs(SAMPLE_S):
+            return
+        computes = time.process_time() - used_s > BUSY_FRACTION * SAMPLE_S
+        if not computes and not any(map(_is_in_jax, _running())):
+            return  # they hang, but not in XLA
+        if not is_said:
+            say("waiting for XLA, which cannot be stopped before it is done", "nas")
+        is_said = True
+
+
+def _wait_for_jobs(seconds: float) -> bool:
+    """Return whether all jobs have ended within this time."""
     with _busy_changed:
-        _busy_changed.wait_for(lambda: not _busy, END_S)
+        return _busy_changed.wait_for(lambda: not _running(), seconds)
+
+
+def _running() -> list[threading.Thread]:
+    """Return the threads with a job; one that was interrupted at its end is still marked."""
+    return [thread for thread in list(_busy) if thread.is_alive()]
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raise EndingError in a thread, as soon as it is in Python."""
+    ident, error = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(EndingError)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
+
+
+def _is_in_jax(thread: threading.Thread) -> bool:
+    """Return whether JAX has called what a thread is waiting for, as when it compiles."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "jax":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def leave(code: int) -> NoReturn:
@@ -93,11 +141,12 @@ class DaemonThreads(Executor):
 
     def _work(self) -> None:
         _of_thread.closed = self._closed
-        while (job := self._jobs.get()) is not None and not _ending.is_set():
-            with _marked_busy():
-                _run(*job)
-            del job  # which may hold much memory, while the thread waits for the next one
-            self._idle.release()
+        with suppress(EndingError):  # of a job that ended when it was interrupted
+            while (job := self._jobs.get()) is not None and not _ending.is_set():
+                with _marked_busy():
+                    _run(*job)
+                del job  # which may hold much memory, while the thread waits for the next one
+                self._idle.release()
 
 
 def _run(future: Future, function: Callable, arguments: tuple) -> None:

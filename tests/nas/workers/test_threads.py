@@ -129,6 +129,52 @@ def test_a_script_ends_its_trainings_first(tmp_path, stops) -> None:
     assert (counts.running, counts.failures, counts.evaluations) == (2, 0, 0)
 
 
+HANGS = """\
+import sys
+import threading
+import time
+import jax
+import jax.numpy as jnp
+from nas.workers import threads
+
+def compiles():  # for some seconds
+    def network(x):
+        for i in range(150):
+            x = jnp.sin(x @ x[:, ::-1]) + jnp.cumsum(x, i % 2)
+        return x
+    jax.jit(network)(x)
+
+def computes():  # in and out of XLA, without end
+    while True:
+        float(step(x).sum())
+
+def sleeps():
+    time.sleep(1000)
+
+def run():
+    begun.set()
+    {job}()
+
+threads.END_S = 0.2
+begun, x, step = threading.Event(), jnp.ones((64, 64)), jax.jit(lambda x: x * 1.0001 + 1)
+threads.DaemonThreads().submit(run)
+begun.wait()
+time.sleep(0.5)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("job", ["compiles", "computes", "sleeps"])
+def test_a_script_ends_with_its_exit_code_while_xla_works(job) -> None:
+    """Wait for XLA, which aborts a process that stops its threads; for nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS.format(job=job)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_jobs_that_check_end_when_their_threads_are_closed() -> None:
     """Leave no training behind when a search is stopped and resumed on the same devices."""
 
