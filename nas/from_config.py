@@ -21,6 +21,7 @@ from nas.config import (
     TrainingConfig,
 )
 from nas.costs.network_costs import NetworkCosts
+from nas.evaluators import evaluator as evaluators
 from nas.evaluators.builtin import TabularEvaluator
 from nas.evaluators.nasbench201_table import NASBench201Table
 from nas.spaces.nasbench201 import NASBench201Space
@@ -65,7 +66,13 @@ def _evaluate(evaluate: TableConfig | FunctionConfig | TrainingConfig) -> Any:
     if isinstance(evaluate, TableConfig):
         table = NASBench201Table(evaluate.dataset, evaluate.folder)
         return TabularEvaluator(table, evaluate.fitness)
-    return _import_function(evaluate.function)
+    function = _import_function(evaluate.function)
+    try:
+        evaluators.as_evaluator(function)
+    except TypeError as error:
+        path = evaluate.function
+        raise ArgumentError("function", f"`function` {path!r}: {error}") from error
+    return function
 
 
 def _import_function(path: str) -> Any:

@@ -3,6 +3,7 @@
 Everything that is shown of a run is read from its store, also while the search is running.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -550,7 +551,7 @@ def search(
     check_seconds(timeout_s=timeout_s, time_limit_s=time_limit_s)
     if not (callback is None or callable(callback)):
         raise TypeError(f"callback {callback!r} cannot be called; give a function of a nas.Search")
-    folder = paths.local("folder", folder)
+    folder = _local("folder", folder)
     run = run_folder(folder, name)
     space, evaluator = spaces.as_space(space), evaluators.as_evaluator(evaluate)
     stored_options = {"workers": workers, "timeout_s": timeout_s, **options}
@@ -637,7 +638,7 @@ def load(
 
         nas.load("first").best
     """
-    own, folder = paths.local("name", name), paths.local("folder", folder)
+    own, folder = _local("name", name), _local("folder", folder)
     is_below = own.parts and not own.is_absolute() and ".." not in own.parts
     path = folder / own if is_below and not (own / FILE).exists() else own
     if not (path / FILE).exists():
@@ -648,6 +649,12 @@ def load(
         )
     result = Result(path, trust=trust)
     return result if space is None else result.with_space(spaces.as_space(space))
+
+
+def _local(argument: str, path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument} {path!r}: expected a text or a path")
+    return paths.local(argument, path)
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "DataFrame":

@@ -17,6 +17,12 @@ run:
   cycles: 40
 """
 SCORES = """
+number = 3
+
+class Scores:
+    def evaluate(self, job):
+        return 1.0
+
 def score(genotype):
     size = len(str(genotype))
     return {"fitness": size % 97, "energy": size % 13, "results": 1.0}
@@ -79,6 +85,21 @@ def test_what_does_not_fit_is_refused_with_its_place(folder, overrides, problem)
     with pytest.raises(ConfigError) as caught:
         load(*overrides)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("number", "evaluate 3: expected a function of an architecture, or an object"),
+        ("Scores", "evaluate is the class Scores: expected an object of it, such as Scores()"),
+    ],
+)
+def test_a_function_that_is_none_is_bad_input(folder, capsys, name, problem) -> None:
+    override = f"evaluate.function=scores:{name}"
+    assert cli.main(["search", "mine.yaml", override]) == 2
+    message = capsys.readouterr().err
+    assert f"override '{override}': evaluate: `function` 'scores:{name}': " in message
+    assert problem in message and not (folder / "runs").exists()
 
 
 def test_a_random_search_may_be_shorter_than_its_population(folder) -> None:

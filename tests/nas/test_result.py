@@ -63,3 +63,13 @@ def test_what_is_fixed_when_a_search_is_resumed(result, options, problem) -> Non
 
 def test_equal_values_are_legal_when_a_search_is_resumed(result) -> None:
     assert result.resume(population=4, name="search", cycles=12).counts.results == 12
+
+
+@pytest.mark.parametrize("path", [3, None, b"search"])
+def test_names_and_folders_are_paths(path) -> None:
+    with pytest.raises(TypeError, match=r"name .*: expected a text or a path"):
+        nas.load(path)
+    with pytest.raises(TypeError, match=r"folder .*: expected a text or a path"):
+        nas.load("search", path)
+    with pytest.raises(TypeError, match=r"folder .*: expected a text or a path"):
+        nas.search(space=Bits(), evaluate=ones, folder=path)
