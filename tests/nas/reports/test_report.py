@@ -237,7 +237,7 @@ class DrawnBits(Bits):
         return [f"{sum(bits) - sum(before)} more"]
 
 
-def test_a_space_of_a_user_is_drawn_if_it_is_known(tmp_path) -> None:
+def test_a_space_of_a_user_is_drawn_if_it_is_known(tmp_path, monkeypatch) -> None:
     result = nas.search(
         space=DrawnBits(), evaluate=ones, population=6, sample=3, cycles=40, folder=tmp_path
     )
@@ -250,8 +250,12 @@ def test_a_space_of_a_user_is_drawn_if_it_is_known(tmp_path) -> None:
     assert "svg" in Checked(page).seen and "1 more" in page
     assert "svg" not in Checked(html.page(result.reader)).seen
     loaded = nas.load("search", tmp_path)
-    assert "svg" not in Checked(loaded._repr_html_()).seen  # no code of the run is run
+    assert Checked(loaded._repr_html_()).seen.count("svg") == best.fitness
     assert Checked(loaded.best._repr_html_()).seen.count("svg") == best.fitness
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "somebody else's"))
+    loaded = nas.load("search", tmp_path)
+    assert "svg" not in Checked(loaded._repr_html_()).seen  # no code of the run is run
+    assert "svg" not in Checked(loaded.best._repr_html_()).seen
 
 
 # --- while it runs --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import nas
 from nas import errors as nas_errors
 from nas.errors import MismatchError, ReturnError
 from nas.evaluators.evaluator import Function
+from nas.pickles import sending
 from nas.workers import asking, dask, driver, pools
 from nas.workers import task as workers
 from nas.workers.driver import Driver, DriverThread
@@ -190,8 +191,8 @@ def test_an_evaluator_that_exits_is_a_failure(tmp_path) -> None:
 
 
 def test_an_evaluator_that_cannot_be_imported_is_no_dead_worker() -> None:
-    pickled = b"cno_such_module\nevaluate\n."
-    outcome = workers._run_pickled(pickled, workers.pickled_job(nas.Job(1, 0, (), 0)))
+    parcel = sending.in_each_job(b"cno_such_module\nevaluate\n.")
+    outcome = workers._run_pickled(parcel, workers.pickled_job(nas.Job(1, 0, (), 0)))
     assert outcome.kind == "exception" and "No module named 'no_such_module'" in outcome.error
 
 
@@ -499,10 +500,13 @@ def test_functions_that_cannot_be_stored(tmp_path) -> None:
     lock = threading.Lock()
     run(tmp_path, lambda bits: ones(bits) if lock else 0.0)
     with pytest.raises(
-        ValueError, match=r"does not have the search's functions .*: give the evalu"
+        ValueError, match=r"does not have `evaluate` of the search .*: give it again"
     ):
         nas.load("search", tmp_path).resume(cycles=70)
-    result = nas.search(evaluate=ones, folder=tmp_path, **{**SMALL, "cycles": 70})
+    same = {**SMALL, "cycles": 70}
+    with pytest.raises(MismatchError, match="the code of evaluate has changed"):
+        nas.search(evaluate=ones, folder=tmp_path, **same)
+    result = nas.search(evaluate=ones, folder=tmp_path, other_evaluator=True, **same)
     assert result.counts.results == 70
 
 
