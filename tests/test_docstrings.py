@@ -38,6 +38,7 @@ NOT_RUN = {
     "nas.NASBench201Table": "reads the table's file",
     "nas.NetworkCosts": "compiles for a TPU",
     "nas.Result": "trains 2000 candidates",
+    "nas.Result.copy_to": "copies a run of the reader's",
     "nas.Result.resume": "trains 2000 candidates",
     "nas.TrainingEvaluator": "trains 1000 candidates",
     "nas.search": "evaluates 1000 candidates",

@@ -75,6 +75,12 @@ class NASNetSpace:
     def from_name(cls, name: str) -> "NASNetSpace":
         """Return the space of this name.
 
+        Args:
+            name: What `name` of the space returns.
+
+        Returns:
+            The space.
+
         Raises:
             ValueError: No such space has the name.
         """
