@@ -293,6 +293,22 @@ def test_failures_in_a_row_end_the_search_with_the_last(tmp_path) -> None:
         assert search.store.counts().results == 60
 
 
+def test_workers_that_die_all_at_once_do_not_end_the_search(tmp_path) -> None:
+    """Count the death of a worker when its job is given up: a cluster takes all jobs with it."""
+    with small(tmp_path, max_failures=2) as search:
+        for job in [search.ask() for _ in range(6)]:
+            search.report(job, Outcome("worker_death", error="the cluster is gone"))
+        assert [search.ask().attempt for _ in range(6)] == [2] * 6
+    with (
+        small(tmp_path, max_failures=2, retries=nas.Retries(worker_death=0)) as search,
+        pytest.raises(
+            nas.FailuresError, match=r"2 evaluations have failed in a row .*worker_death"
+        ),
+    ):
+        for _ in range(2):
+            search.report(search.ask(), Outcome("worker_death", error="again"))
+
+
 def test_late_and_repeated_reports_change_nothing(tmp_path) -> None:
     with small(tmp_path) as search:
         job, other = search.ask(), search.ask()
@@ -409,7 +425,7 @@ def test_a_retraining_that_was_given_up_is_not_tried_again_after_a_resume(tmp_pa
         (np.ones(2), r"returned array.* \(ndarray of shape \(2,\)\) as fitness of candidate 0"),
         (None, r"returned None \(NoneType\) as fitness"),
         ({"accuracy": 1.0}, "a dict with 'accuracy' for candidate 0, but its fitness is looked up"),
-        (10**400, r"returned 1000.* \(int\) as fitness"),
+        pytest.param(10**400, r"returned 1000.* \(int\) as fitness", id="too large"),
         (
             {"fitness": 1.0, "trained_values": 3},
             "trained_values 3 for candidate 0: expected a text",
