@@ -188,7 +188,7 @@ def test_a_file_of_images(tmp_path) -> None:
     assert evaluator.network().shape.classes == 3
     assert evaluator.evaluate(job())["fitness"] > 0.5
     np.savez(tmp_path / "flat.npz", inputs=inputs.reshape(200, -1), labels=labels)
-    with pytest.raises(ValueError, match=r"inputs have the shape \[180, 72\]: .*square images"):
+    with pytest.raises(ValueError, match=r"inputs have the shape \[200, 72\]: .*square images"):
         toy(data=str(tmp_path / "flat.npz"), examples=None).load_data()
 
 
