@@ -51,12 +51,12 @@ class Rules(NamedTuple):
             DataError: They are not.
         """
         used = np.asarray(batch["weights"]) > 0 if "weights" in batch else slice(None)
-        inputs, labels = (np.asarray(batch[key])[used] for key in KEYS)
+        labels = np.asarray(batch["labels"])
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"labels of {source} have type {labels.dtype}; they must be integers")
-        named = {"labels": labels, "inputs": inputs} if self.tokens else {"labels": labels}
-        for key, a in named.items():
-            self._check_range(f"{key} of {source}", a)
+        self._check_range(f"labels of {source}", labels[used])
+        if self.tokens:
+            self._check_range(f"inputs of {source}", np.asarray(batch["inputs"])[used])
 
     def _inputs(self, source: str, a: np.ndarray) -> np.ndarray:
         if np.issubdtype(a.dtype, np.integer if self.tokens else np.floating):

@@ -1,7 +1,8 @@
 """Build what a config describes: data set, network, loss, mesh, pipeline and optimizer."""
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -135,7 +136,9 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
         )
     if config.data.in_files:
         with section("data", file_field=config.data.file_field):
-            _check_data(batches, first, pipe, example_rules(config.model))
+            rules = example_rules(config.model)
+            _check_data(batches, first, pipe, rules)
+            batches = _checked(batches, rules)
     with section("optimizer"):
         tx = optimizers.build(config.optimizer, config.train.steps)
     # With this optimizer, a device may need more than the memory limit.
@@ -153,6 +156,22 @@ def _check_data(dataset: data.Dataset, first: dict, pipe: Pipeline, rules: data.
     micro_batches.split(held_out, pipe.example, pipe.micro_batches)
     rules.check(f"the first training batch of {dataset.name}", first)
     rules.check(f"the first held-out batch of {dataset.name}", held_out)
+
+
+def _checked(dataset: data.Dataset, rules: data.Rules) -> data.Dataset:
+    """Return the data set with a check of every batch: a wrong label would only give a NaN."""
+
+    def train(start: int, rows: np.ndarray | None = None) -> Iterator[dict]:
+        for step, batch in enumerate(dataset.train(start, rows), start + 1):
+            rules.check(f"the training batch of step {step} of {dataset.name}", batch)
+            yield batch
+
+    def test() -> Iterator[dict]:
+        for number, batch in enumerate(dataset.test(), 1):
+            rules.check(f"held-out batch {number} of {dataset.name}", batch)
+            yield batch
+
+    return dataclasses.replace(dataset, train=train, test=test)
 
 
 def check_same_inputs(dataset: data.Dataset) -> None:

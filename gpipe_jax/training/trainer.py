@@ -331,7 +331,9 @@ class Trainer:
         except BaseException as error:
             if not any(a.is_deleted() for a in jax.tree.leaves(current.arrays)):
                 self.reached = current
-                error.add_note(f"`trainer.reached` is the state after step {current.step}")
+                error.add_note(
+                    f"(the state after step {current.step} is kept; in Python: `trainer.reached`)"
+                )
             raise
         return current
 

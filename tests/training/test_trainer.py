@@ -306,7 +306,9 @@ def test_the_completed_steps_are_not_lost(trainers, fresh, batches, message):
     with pytest.raises((DataError, OSError), match=message) as error:
         trainer.fit(start, batches(), 5, records.append)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert error.value.__notes__ == ["`trainer.reached` is the state after step 3"]
+    assert error.value.__notes__ == [
+        "(the state after step 3 is kept; in Python: `trainer.reached`)"
+    ]
     assert trainer.reached.step == 3
     ended, more = fit(trainer, trainer.reached, 5, make_batches(3))
     assert trainer.reached is None
