@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from nas.fingerprints import names, plain
+from nas.fingerprints.names import Changed
 
 _PACKAGES = {"gpipe_jax", "nas", *sys.stdlib_module_names}
 _OF_PACKAGES = ("site-packages", "dist-packages")
@@ -75,7 +76,7 @@ def attributes(value: Any) -> dict[str, Any]:
     return {**of_slots, **getattr(value, "__dict__", {})}
 
 
-def changed_by_methods(kind: type) -> set[str]:
+def changed_by_methods(kind: type) -> Changed:
     """Return the attributes that methods change after the object is made."""
     methods = [
         value
@@ -83,7 +84,7 @@ def changed_by_methods(kind: type) -> set[str]:
         for name, value in members(base).items()
         if isinstance(value, FunctionType) and name not in _SETUP
     ]
-    return set().union(*map(names.changed_names, methods))
+    return Changed().union(*map(names.changed_names, methods))
 
 
 def listed(found: dict[str, Any]) -> str:

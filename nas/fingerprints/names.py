@@ -4,6 +4,7 @@ import ast
 import dis
 from collections.abc import Iterator
 from types import CodeType, FunctionType
+from typing import NamedTuple
 
 from nas.fingerprints import source
 
@@ -26,14 +27,36 @@ def attribute_names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(attribute_names, source.inner_codes(code)))
 
 
-def changed_names(function: FunctionType) -> set[str]:
+class Changed(NamedTuple):
+    """Hold names of variables and attributes that code changes."""
+
+    assigned: frozenset[str] = frozenset()
+    in_place: frozenset[str] = frozenset()
+
+    def union(self, *others: "Changed") -> "Changed":
+        """Return the names of all."""
+        every = (self, *others)
+        return Changed(
+            frozenset().union(*(each.assigned for each in every)),
+            frozenset().union(*(each.in_place for each in every)),
+        )
+
+    def has(self, name: str, value: object) -> bool:
+        """Return whether a value of this name is state, which differs from moment to moment."""
+        if name in self.assigned:
+            return True
+        is_mutable = isinstance(value, list | dict | set)
+        return is_mutable and not self.in_place.isdisjoint((name, ALL_CONTAINERS))
+
+
+def changed_names(function: FunctionType) -> Changed:
     """Return the variables and attributes that a function assigns or may change in place."""
-    stored = _stored_names(function.__code__)
+    assigned = frozenset(_stored_names(function.__code__))
     node = source.syntax_tree(function)
     if node is None:
-        return stored | {ALL_CONTAINERS}
+        return Changed(assigned, frozenset({ALL_CONTAINERS}))
     changed = (_last_name(target) for each in ast.walk(node) for target in _targets(each))
-    return stored.union(name for name in changed if name is not None)
+    return Changed(assigned, frozenset(name for name in changed if name is not None))
 
 
 def _stored_names(code: CodeType) -> set[str]:

@@ -4,16 +4,17 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from nas.fingerprints import members, names, plain, source
+from nas.fingerprints.names import Changed
 from nas.fingerprints.source import Digests
 
 MAX_PARTS = 2000  # functions and values; the rest is left out
-NOTHING: Set[str] = frozenset()
+NOTHING = Changed()
 
 
 class Walk:
@@ -29,13 +30,12 @@ class Walk:
         self.values: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Any]] = {}  # the objects too, so that no id is used again
 
-    def visit(self, name: str, value: Any, changed: Set[str] = NOTHING) -> None:
+    def visit(self, name: str, value: Any, changed: Changed = NOTHING) -> None:
         """Add a value, unless its name is among those that the code which reads it changes."""
         if len(self.codes) + len(self.values) >= MAX_PARTS:
             return
-        may_change = isinstance(value, list | dict | set) and names.ALL_CONTAINERS in changed
         is_value = plain.is_atom(value) or isinstance(value, plain.CONTAINERS)
-        if may_change or (is_value and name.rpartition(".")[2] in changed):
+        if is_value and changed.has(name.rpartition(".")[2], value):
             return
         text = str(value) if isinstance(value, Enum) else plain.text_of(value)
         if text is not None:
@@ -50,7 +50,7 @@ class Walk:
             except Exception:  # attributes of an object may raise anything
                 self.values[name] = type(value).__qualname__
 
-    def _visit_parts(self, name: str, value: Any, changed: Set[str]) -> None:
+    def _visit_parts(self, name: str, value: Any, changed: Changed) -> None:
         if isinstance(value, dict):
             for key, each in value.items():
                 self.visit(f"{name}[{key!r}]", each)
@@ -60,7 +60,7 @@ class Walk:
         else:
             self._visit_object(name, value, changed)
 
-    def _visit_object(self, name: str, value: Any, changed: Set[str]) -> None:
+    def _visit_object(self, name: str, value: Any, changed: Changed) -> None:
         wrapped = getattr(value, "__wrapped__", None)  # as of jax.jit
         if isinstance(value, FunctionType):
             self._visit_function(name, value)
@@ -111,12 +111,12 @@ class Walk:
 
     # --- objects ----------------------------------------------------------------------------------
 
-    def _visit_instance(self, name: str, value: Any, changed: Set[str]) -> None:
+    def _visit_instance(self, name: str, value: Any, changed: Changed) -> None:
         kind = type(value)
         is_own = members.is_own_object(kind)
         if is_own:
             self._visit_class(name, kind)
-            changed = changed | members.changed_by_methods(kind)
+            changed = changed.union(members.changed_by_methods(kind))
         elif not dataclasses.is_dataclass(kind):
             self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
             return

@@ -58,6 +58,11 @@ CHANGED = {
         "C = {'lr': 0.2}\ndef evaluate(b): return C['lr']",
         "evaluate.C was {'lr': 0.1}, and is {'lr': 0.2}",
     ),
+    "text with a method": (
+        "T = 'a b'\ndef evaluate(b): return T.split()",
+        "T = 'a c'\ndef evaluate(b): return T.split()",
+        "evaluate.T was 'a b', and is 'a c'",
+    ),
     "helper": (
         "def train(b): return 1\ndef evaluate(b): return train(b)",
         "def train(b): return 2\ndef evaluate(b): return train(b)",
