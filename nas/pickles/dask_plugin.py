@@ -1,5 +1,6 @@
 """Put a large evaluator into each worker of a dask cluster, also into those that join later."""
 
+from contextlib import suppress
 from typing import Any
 
 from distributed import WorkerPlugin
@@ -29,7 +30,7 @@ class ClusterShare:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._names: list[str] = []
+        self._plugins: list[EvaluatorPlugin] = []
 
     def share(self, pickled: bytes) -> Parcel:
         """Return a parcel with the pickle, or with its digest after all workers have it."""
@@ -37,12 +38,18 @@ class ClusterShare:
             return sending.in_each_job(pickled)
         plugin = EvaluatorPlugin(sending.digest_of(pickled), pickled)
         self._client.register_plugin(plugin)
-        self._names.append(plugin.name)
+        self._plugins.append(plugin)
         return Parcel(plugin.digest)
+
+    def renew(self) -> None:
+        """Share all again, with a scheduler that was started again."""
+        for plugin in self._plugins:
+            self._client.register_plugin(plugin)
 
     def close(self) -> None:
         """Let all workers forget them, if the cluster still runs."""
-        for name in self._names:
+        for plugin in self._plugins:
             if self._client.status == "running":
-                self._client.unregister_worker_plugin(name)
-        self._names.clear()
+                with suppress(Exception):  # the cluster may be gone, or have been started again
+                    self._client.unregister_worker_plugin(plugin.name)
+        self._plugins.clear()

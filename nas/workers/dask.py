@@ -109,7 +109,8 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
 
     def close() -> None:
         census.close()
-        shared.close()
+        if census.count():  # else the scheduler would be waited for
+            shared.close()
         if owned:
             client.close()
         if local is not None:
@@ -119,7 +120,13 @@ def pool_of_client(client: Any, *, local: Any = None, owned: bool = False) -> Wo
 
     shared = ClusterShare(client)
     begun: set[str] = set()  # keys of futures
-    client.subscribe_topic(BEGUN, lambda event: begun.add(event[1]))
+
+    def introduce() -> None:
+        client.subscribe_topic(BEGUN, lambda event: begun.add(event[1]))
+        shared.renew()
+
+    introduce()
+    census.on_reconnect = introduce
 
     def submit(task: Any, job: Any) -> Any:
         future = client.submit(task, job, pure=False)

@@ -79,10 +79,33 @@ def test_a_cluster_without_workers_ends_the_search_which_resumes(
     nas.replay(result.reader, Bits())
 
 
+def test_a_scheduler_that_was_started_again_is_told_what_it_needs(cluster) -> None:
+    """Have no slots before; a new connection means another scheduler."""
+
+    def introduce() -> None:
+        introduced.append(census.count())
+        if len(introduced) == 1:
+            raise OSError("gone again")
+        done.set()
+
+    introduced, done = [], threading.Event()
+    with distributed.Client(cluster) as client:
+        census = dask_census.Census(client)
+        census.on_reconnect = introduce
+        assert census.count() == 1
+        census._connection = object()
+        assert census.count() == 0 and done.wait(20)
+        deadline = time.monotonic() + 20
+        while not census.count() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        census.close()
+    assert introduced == [0, 0]
+
+
 class Client:
     """Stand in for a client whose scheduler does not answer."""
 
-    status, scheduler = "running", None
+    status, scheduler, scheduler_comm = "running", None, object()
 
     def sync(self, *_: object, **__: object) -> None:
         raise TimeoutError
