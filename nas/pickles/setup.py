@@ -64,7 +64,8 @@ def load_setup(
         ValueError: A needed part is not trusted, was not stored, or cannot be unpickled here.
     """
     stored = reader.setup()
-    if needed and stored is not None and not (trust or trusted_code.is_known(stored)):
+    is_trusted = stored is None or trust or trusted_code.is_known(stored)
+    if needed and not is_trusted:
         raise ValueError(
             f"{reader.path} holds code ({', '.join(needed)}) that no search of yours on this "
             f"machine has stored: give {' and '.join(PARTS[name] for name in needed)}; or, if you "
@@ -75,8 +76,11 @@ def load_setup(
     if not stored.startswith(b"{"):
         return _load_old(reader, stored) if needed else Setup()
     values = json.loads(stored)
-    parts = {name: _unpickled(reader, name, values[name]) for name in needed}
+    missing = {"problem": "it is missing"}
+    parts = {name: _unpickled(reader, name, values.get(name, missing)) for name in needed}
     options = dict(values.get("options", {}))
+    if not is_trusted and "://" in str(options.get("workers")):
+        del options["workers"]  # a scheduler of somebody else, which could run code here
     if isinstance(options.get("retries"), dict):
         options["retries"] = Retries(**options["retries"])
     return Setup(**parts, options=options)

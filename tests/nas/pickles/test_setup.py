@@ -1,5 +1,6 @@
 """Store what a resume needs, part by part, and nothing large."""
 
+import sqlite3
 import threading
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from searches import Bits, ones
 
 import nas
-from nas.pickles.setup import MAX_BYTES, load_setup
+from nas.pickles.setup import MAX_BYTES, Setup, load_setup
 
 OPTIONS = {"space": Bits(), "population": 5, "sample": 2, "cycles": 10}
 
@@ -27,6 +28,19 @@ def test_the_data_of_an_evaluator_are_not_stored(tmp_path, data) -> None:
         loaded.resume(cycles=11)
     assert loaded.resume(evaluate=with_data(data), cycles=11).counts.results == 11
     assert result.resume(cycles=12).counts.results == 12  # this process has it
+
+
+def test_the_scheduler_of_somebody_else_is_not_asked(tmp_path, monkeypatch) -> None:
+    result = nas.search(evaluate=ones, folder=tmp_path, **OPTIONS)
+    setup = Setup(Bits(), ones, (), {"workers": "tcp://10.0.0.1:8786", "cycles": 10})
+    with sqlite3.connect(result.reader.file) as connection:
+        connection.execute("UPDATE study SET setup = ?", (setup.pickled(),))
+    assert load_setup(result.reader).options["workers"] == "tcp://10.0.0.1:8786"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "somebody else's"))
+    loaded = nas.load("search", tmp_path, space=Bits())
+    with pytest.raises(ValueError, match="workers: the run does not have those"):
+        loaded.resume(evaluate=ones, cycles=11)
+    assert loaded.resume(evaluate=ones, cycles=11, workers=1).counts.results == 11
 
 
 def test_what_cannot_be_pickled_does_not_take_the_rest_with_it(tmp_path) -> None:
