@@ -1,4 +1,4 @@
-"""A table is checked at the start of a search, and says what it lacks."""
+"""Check a table at the start of a search, and say what it lacks."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A script without a main guard gets one message, whoever starts its worker processes."""
+"""Give a script without a main guard one message, whoever starts its worker processes."""
 
 import subprocess
 import sys
