@@ -1,4 +1,4 @@
-"""The settings of a search: defaults that depend on others, and dicts of metrics."""
+"""Check settings of a search: defaults that depend on others, and dicts of metrics."""
 
 from pathlib import Path
 

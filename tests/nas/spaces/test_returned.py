@@ -1,4 +1,4 @@
-"""What the methods of a space return is checked, and so is the space itself."""
+"""Check what the methods of a space return, and the space itself."""
 
 import warnings
 from pathlib import Path
