@@ -138,7 +138,7 @@ nas.search(space=Bits(), evaluate=evaluate, folder={folder!r}, population=8, sam
 
 
 def test_a_copy_has_the_results_of_a_driver_that_was_killed(tmp_path) -> None:
-    """A copy of search.sqlite alone would lack what SQLite has not moved into it."""
+    """Copy more than search.sqlite, which lacks what SQLite has not moved into it."""
     code = DRIVER.format(tests=[str(path) for path in HELPERS], folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code])
     while not (tmp_path / "search" / FILE).exists() or _results(tmp_path / "search") < 30:
