@@ -1,4 +1,4 @@
-"""Notice that a training has diverged: a loss, or what an update leaves, is not finite."""
+"""Detect divergence: a loss, or the state after an update, is not finite."""
 
 import math
 from typing import Any
@@ -18,17 +18,17 @@ REMEDY = (
 
 
 def all_finite(arrays: TrainArrays) -> jax.Array:
-    """Return whether every number in the form of the parameters is finite, as one bool []."""
+    """Return whether every array is finite, padding included, as one bool []."""
     # Scalars are left out: an optimizer may begin with an infinite "best loss so far".
     leaves = [a for a in float_leaves(arrays) if a.ndim]
     return jnp.all(jnp.asarray([jnp.isfinite(a).all() for a in leaves], bool))
 
 
 class Divergence:
-    """Check losses, and what updates leave; say in errors what was finite last.
+    """Check losses and training states; errors give the last finite loss.
 
-    The arrays are checked by a program of its own, so a step does nothing for it. All processes get
-    the same answer, and must ask for it together.
+    A separate program checks the arrays, so that no step becomes slower. All processes get the same
+    answer, and must call it together.
     """
 
     def __init__(self, mesh: MeshLike) -> None:
@@ -40,11 +40,11 @@ class Divergence:
         if not math.isfinite(value):
             raise DivergedError(
                 f"the {name} became {value} at step {step} ({self._last()}); {REMEDY}; "
-                f"a label that is none of the network's classes makes it NaN too"
+                f"a label outside the network's classes makes it NaN too"
             )
 
     def is_finite(self, arrays: TrainArrays) -> bool:
-        """Return whether a training state can go on: it holds neither NaN nor infinity."""
+        """Return whether a training state, padding included, holds neither NaN nor infinity."""
         return bool(self._all_finite(arrays))
 
     def error(self, since: int, step: int, own_layers: LayerTrees) -> DivergedError:

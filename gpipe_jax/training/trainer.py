@@ -15,6 +15,7 @@ from jax import export
 
 from gpipe_jax.checkpoint import by_layer
 from gpipe_jax.checkpoint.by_layer import LayerTrees
+from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory, spmd
@@ -293,6 +294,9 @@ class Trainer:
     ) -> TrainState:
         """Train until `steps` updates are done, earlier ones included.
 
+        After an error other than DivergedError, and after Ctrl-C, `reached` is the state of the
+        completed steps: `current = trainer.reached`.
+
         Args:
             current: The training state. It is donated, so do not use it again.
             batches: Batches like the pipeline's example, from the next step on, as an iterator or a
@@ -311,9 +315,6 @@ class Trainer:
         Raises:
             DivergedError: A loss, or the state after the last step, is not finite.
             DataError: `batches` ends too early, or a batch does not look like the example.
-
-        After every other error, and after Ctrl-C, `reached` is the state of the completed steps:
-        `current = trainer.reached`.
         """
         start, self.reached, batches = current.step, None, iter(batches)
         in_flight = StepsInFlight(self._divergence, record)
@@ -364,7 +365,11 @@ class Trainer:
             Whether parameters, running statistics, their averages and the optimizer's moments are
             finite.
         """
-        return self._divergence.is_finite(current.arrays)
+        if self._divergence.is_finite(current.arrays):
+            return True
+        # Padding alone may hold NaN: its gradients are zero, and an optimizer may divide by them.
+        own_layers = self.to_layers(current).layers.values()
+        return processes.all_agree(not any(by_layer.not_finite(tree) for tree in own_layers))
 
     def evaluate(self, state: State, batches: Iterable[dict]) -> dict[str, float]:
         """Compute loss and metrics over all of `batches`.

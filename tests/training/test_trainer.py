@@ -377,6 +377,14 @@ def test_a_state_that_is_not_finite_ends_training(steps, when):
     assert trainer.reached is None
 
 
+def test_padding_is_no_part_of_the_state():
+    """Let an optimizer without an epsilon divide zero by zero where there are no parameters."""
+    trainer = make_trainer(4, optax.adam(0.003, eps=0))
+    current, _ = fit(trainer, trainer.init(0), 2)
+    assert any(jnp.isnan(a).any() for a in jax.tree.leaves(current.arrays.state.params))
+    assert trainer.is_finite(current)
+
+
 def steep_at_label_1(outputs, labels):
     """Return losses of infinite slope, times zero, for examples with the label 1."""
     steep = jnp.sqrt(jnp.where(labels[:, None] == 1, 0 * outputs**2, 1)).sum(-1)
