@@ -24,6 +24,7 @@ time, and the next one resumes from what is written. Kinds of events:
     late        a report of an evaluation that has ended before; it changes nothing
 """
 
+import functools
 import json
 import os
 import socket
@@ -43,7 +44,9 @@ from nas.storage import local_disk, run_folder, schema
 from nas.storage.reader import OpenReader, Reader, store_path
 
 CLOSE_MS = 1000  # ms that closing waits for readers
+CHECK_S = 0.5  # s between two checks that the file is still there
 LOCK_S = 0.2  # s to wait for the lock; `queries.is_running` holds it for less
+_PLAIN = (type(None), int, float, str)  # a quick test for most values
 
 
 class Store(OpenReader):
@@ -54,6 +57,7 @@ class Store(OpenReader):
         self.file = self.path.absolute()
         self._lock = lock or _lock(self.path)
         self._lost: LostRunError | None = None
+        self._next_check, self._is_closed = 0.0, False
         try:
             self._connection = _open(self.path)
         except BaseException:
@@ -114,12 +118,18 @@ class Store(OpenReader):
 
         Everything is in the one file then, also while readers have it open, unless one is reading
         at this moment.
+
+        Raises:
+            LostRunError: The file is no longer where it was, and no change has raised this yet.
         """
         try:
+            if self._lost is None and not self._is_closed:
+                self._check_file()
             with suppress(sqlite3.Error):  # closed before, or not a database
                 self._connection.execute(f"PRAGMA busy_timeout = {CLOSE_MS}")
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         finally:
+            self._is_closed = True
             self._connection.close()
             self._lock.close()
 
@@ -136,9 +146,11 @@ class Store(OpenReader):
         """Run a block as one transaction with its event, and yield the event's `seq`.
 
         Raises:
-            LostRunError: The file is no longer where it was.
+            LostRunError: The file is no longer where it was; noticed within `CHECK_S`.
         """
-        self._check_file()
+        if (now := time.monotonic()) >= self._next_check:
+            self._check_file()
+            self._next_check = now + CHECK_S
         seq = self._seq + 1
         row = (seq, time.time(), kind, candidate, evaluation, fitness, detail)
         self._connection.execute("BEGIN IMMEDIATE")
@@ -212,14 +224,12 @@ class Store(OpenReader):
         self._update("candidates", candidate, **columns)
 
     def _insert(self, table: str, **columns: Any) -> None:
-        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
         values = tuple(map(_to_sql, columns.values()))
-        self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+        self._connection.execute(_insertion(table, *columns), values)
 
     def _update(self, table: str, row: int, **columns: Any) -> None:
-        names = ", ".join(f"{name} = ?" for name in columns)
         values = (*map(_to_sql, columns.values()), row)
-        self._connection.execute(f"UPDATE {table} SET {names} WHERE id = ?", values)
+        self._connection.execute(_update(table, *columns), values)
 
     def set_setup(self, setup: bytes | None) -> None:
         """Replace space, evaluator and limits: a resumed search may bring other code."""
@@ -240,9 +250,20 @@ class Store(OpenReader):
         self._connection.execute("UPDATE study SET settings = ?", (json.dumps(settings),))
 
 
+@functools.lru_cache
+def _insertion(table: str, *columns: str) -> str:
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    return f"INSERT INTO {table} ({names}) VALUES ({marks})"
+
+
+@functools.lru_cache
+def _update(table: str, *columns: str) -> str:
+    return f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?"
+
+
 def _to_sql(value: Any) -> Any:
     """Return a dict as JSON, an empty one as NULL, and any other value as it is."""
-    if not isinstance(value, Mapping):
+    if type(value) in _PLAIN or not isinstance(value, Mapping):
         return value
     return json.dumps(dict(value)) if value else None
 

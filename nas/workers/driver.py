@@ -87,10 +87,12 @@ class Driver:
         finally:
             for running in self._running.values():
                 self.pool.cancel(running.future)
-            self.search.close()
             if self._asking is not None:
                 self._asking.close()
-            self.pool.close()
+            try:
+                self.search.close()  # raises if the folder is gone
+            finally:
+                self.pool.close()
 
     def _work(self) -> None:
         while not self._must_end():

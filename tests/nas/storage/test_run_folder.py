@@ -15,6 +15,7 @@ from searches import Bits, drive, ones, small
 import nas
 from nas import cli
 from nas.errors import LostRunError
+from nas.storage import writer
 from nas.storage.reader import FILE, Reader
 from nas.storage.run_folder import is_name
 
@@ -95,7 +96,8 @@ def test_a_folder_that_is_gone_ends_the_search_with_a_copy(tmp_path, monkeypatch
     assert finished.counts.results >= 15
 
 
-def test_a_folder_that_is_gone_is_noticed_by_ask_and_tell(tmp_path) -> None:
+def test_a_folder_that_is_gone_is_noticed_by_ask_and_tell(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "CHECK_S", 0.0)
     search = small(tmp_path)
     search.tell(search.ask(), 1.0)
     job = search.ask()
@@ -105,6 +107,36 @@ def test_a_folder_that_is_gone_is_noticed_by_ask_and_tell(tmp_path) -> None:
             search.tell(job, 1.0)
     search.close()
     assert nas.load(caught.value.copy).counts.results == 1
+    shutil.rmtree(Path(caught.value.copy).parent)
+
+
+@pytest.mark.parametrize("what", ["removed", "moved"])
+def test_a_folder_that_is_gone_at_the_end_loses_no_result(tmp_path, what) -> None:
+    search = small(tmp_path)
+    search.tell(search.ask(), 1.0)
+    (tmp_path / "search").rename(tmp_path / "aside")
+    if what == "removed":
+        shutil.rmtree(tmp_path / "aside")
+    search.tell(search.ask(), 1.0)  # within `CHECK_S` of the last check
+    with pytest.raises(LostRunError) as caught:
+        search.close()
+    search.close()
+    assert nas.load(caught.value.copy).counts.results == 2
+    shutil.rmtree(Path(caught.value.copy).parent)
+
+
+def test_a_search_whose_folder_goes_with_its_last_result_says_so(tmp_path) -> None:
+    def evaluate(bits) -> float:
+        if len(done) == 19:
+            shutil.rmtree(tmp_path / "search")
+        done.append(bits)
+        return ones(bits)
+
+    done: list = []
+    options = {"population": 8, "sample": 3, "cycles": 20, "cache": False, "folder": tmp_path}
+    with pytest.raises(LostRunError) as caught:
+        nas.search(space=Bits(), evaluate=evaluate, **options)
+    assert nas.load(caught.value.copy).counts.results == 20
     shutil.rmtree(Path(caught.value.copy).parent)
 
 
