@@ -13,6 +13,7 @@ from etils import epath
 
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import reading
+from gpipe_jax.config.loader import no_package
 from gpipe_jax.distributed import processes
 from gpipe_jax.errors import ConfigError, RunInUseError, UnreadableCheckpointError
 from gpipe_jax.run_folder.claim import Claim, claimed
@@ -21,7 +22,7 @@ from gpipe_jax.utils.messages import say
 
 MARKER, CONFIG, METRICS, LOCK = "run.json", "config.yaml", "metrics.jsonl", "lock"
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
-# All that a run may write; in a folder that is none of a run these belong to someone else.
+# Everything that a run may write. In any other folder these belong to the user.
 NAMES = (MARKER, CONFIG, METRICS, LOCK, CHECKPOINTS, CURVES)
 NAMES += ("tensorboard", "profile", "wandb", "wandb_id")
 PROGRAM = "gpipe-jax"
@@ -32,14 +33,14 @@ class _Marker:
     """Describe the content of `run.json`."""
 
     program: str
-    has_saved: bool = False  # whether a checkpoint was ever complete
+    has_saved: bool = False  # whether the run has ever completed a checkpoint
 
 
 _MARKER = pydantic.TypeAdapter(_Marker)
 
 
 class RunFolder:
-    """Hold the folder of a run; see `exclusive`. All but the first process do nothing.
+    """Hold the folder of a run; see `exclusive`. Only the first process does anything.
 
     Attributes:
         path: The folder.
@@ -51,35 +52,35 @@ class RunFolder:
         self._claim: Claim | None = None
 
     def check(self) -> None:
-        """Check, before something is written, that no other run has taken the folder.
+        """Check, before anything is written, that no other run has taken the folder.
 
         Raises:
-            RunInUseError: Another run has taken it, where there are no locks.
+            RunInUseError: Another run has taken it, which can happen only without locks.
         """
         if self._claim is not None:
             self._claim.check()
 
     def note_saved(self) -> None:
-        """Note that a checkpoint is complete: without one, no run may begin here again."""
+        """Note that a checkpoint is complete: if it is missing later, the run must not restart."""
         if self._has_saved or not processes.is_first():
             return
         try:
             _mark(self.path, has_saved=True)
-        except Exception as error:  # the checkpoint is complete all the same
+            self._has_saved = True
+        except Exception as error:  # the checkpoint is complete; the next one tries again
             say(f"cannot write {self.path / MARKER}: {error}")
-        self._has_saved = True
 
     def begin(self) -> None:
-        """Begin a run at step 0, as there are no checkpoints; keep what is left of a run before.
+        """Begin a run at step 0, as there are no checkpoints; keep the metrics of an earlier run.
 
         Raises:
-            ConfigError: A run has saved checkpoints, which are not there now.
+            ConfigError: An earlier run has saved checkpoints, which are missing now.
         """
         if not processes.is_first():
             return
         if self._has_saved:
             problem = (
-                f"the run here has saved checkpoints, but {self.path / CHECKPOINTS} has none now: "
+                f"the run here has saved checkpoints, but {self.path / CHECKPOINTS} has none now; "
                 f"mount or restore them, or use another folder (train.workdir=...); to start again "
                 f"here, remove {self.path / MARKER}"
             )
@@ -88,14 +89,14 @@ class RunFolder:
         if metrics.exists() and metrics.read_bytes():
             say(
                 f"{self.path} has no checkpoint, so the run starts from step 0; the metrics of the "
-                f"run before are kept in {keep_aside(metrics)}"
+                f"earlier run are kept in {keep_aside(metrics)}"
             )
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
         """Lock the folder until the stack is left. Raises RunInUseError."""
         path = self.path / LOCK
         if atomic_files.is_local(path):
-            # Neither emptied nor followed if it is a link: it may be another's.
+            # The file is not emptied, and a link is not followed: it may be the user's.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             with writing(self.path):
                 file = stack.enter_context(os.fdopen(os.open(path, flags, 0o666), "r+"))
@@ -118,11 +119,11 @@ def exclusive(workdir: epath.Path) -> Iterator[RunFolder]:
     """Make the folder of a run, or take that of an earlier one, and hold it.
 
     Two runs in one folder would write the same files. The first process holds a lock, which ends
-    with it; where there are no locks, as on gs://, it holds a claim.
+    with the process; where there are no locks, as on gs://, it holds a claim.
 
     Raises:
-        ConfigError: The folder cannot be made, or holds files of someone else.
-        RunInUseError: Another run works in it.
+        ConfigError: The folder cannot be made, or holds files that are not of a run.
+        RunInUseError: Another run is using it.
     """
     with contextlib.ExitStack() as stack:
         folder = RunFolder(workdir)
@@ -142,8 +143,10 @@ def writing(workdir: epath.Path) -> Iterator[None]:
     """Turn an error of the disk or the network into a ConfigError, with a remedy."""
     try:
         yield
-    except (ConfigError, RunInUseError, ImportError):
+    except (ConfigError, RunInUseError):
         raise
+    except ImportError as error:  # of the client of a bucket
+        raise ConfigError([no_package(error)], str(workdir)) from error
     except Exception as error:
         # The clients of buckets have errors of their own.
         if atomic_files.is_local(workdir) and not isinstance(error, OSError):
@@ -161,14 +164,14 @@ def keep_aside(path: epath.Path) -> epath.Path:
     return new
 
 
-# --- whose folder it is ---------------------------------------------------------------------------
+# --- the owner of a folder ------------------------------------------------------------------------
 
 
 def _take(workdir: epath.Path) -> bool:
-    """Make or mark a folder; return whether a checkpoint was ever complete there.
+    """Make and mark a folder; return whether a run has ever completed a checkpoint there.
 
     Raises:
-        ConfigError: The folder is none of a run, and holds a file that a run would write.
+        ConfigError: The folder does not belong to a run, and holds a file that a run would write.
     """
     marker = _read_marker(workdir / MARKER)
     if marker is not None:
@@ -177,8 +180,9 @@ def _take(workdir: epath.Path) -> bool:
         others = [name for name in NAMES if _is_in_use(workdir / name)]
         if others:
             problem = (
-                f"the folder is none of a run of gpipe train, and holds {', '.join(others)}, which "
-                f"the run would replace; use another folder (train.workdir=...)"
+                f"the folder does not belong to a run of gpipe train, and holds "
+                f"{', '.join(others)}, which the run would replace; use another folder "
+                f"(train.workdir=...)"
             )
             raise ConfigError([problem], str(workdir))
     workdir.mkdir(parents=True, exist_ok=True)
@@ -192,7 +196,7 @@ def _mark(workdir: epath.Path, *, has_saved: bool) -> None:
 
 
 def _read_marker(path: epath.Path) -> _Marker | None:
-    """Return the marker, or None if the file is missing or someone else's."""
+    """Return the marker, or None if the file is missing or not of this program."""
     if not path.is_file():
         return None
     try:
@@ -203,9 +207,9 @@ def _read_marker(path: epath.Path) -> _Marker | None:
 
 
 def _is_of_an_earlier_version(workdir: epath.Path) -> bool:
-    """Return whether a run of a version without markers has been here.
+    """Return whether a version without markers has run here.
 
-    It has left checkpoints, or a lock and a config that names its folder.
+    Such a run leaves checkpoints, or a lock and a config that names its folder.
     """
     with contextlib.suppress(UnreadableCheckpointError):
         checkpoints = workdir / CHECKPOINTS
@@ -220,7 +224,7 @@ def _is_of_an_earlier_version(workdir: epath.Path) -> bool:
 
 
 def _is_in_use(path: epath.Path) -> bool:
-    """Return whether there is something but an empty folder."""
+    """Return whether there is anything but an empty folder."""
     if not path.exists():
         return atomic_files.is_local(path) and os.path.islink(path)
     return not path.is_dir() or any(path.iterdir())

@@ -11,7 +11,7 @@ from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest
 from gpipe_jax.errors import DivergedError, StoppedError
 from gpipe_jax.pipeline.state import TrainState
-from gpipe_jax.run_folder.folder import RunFolder
+from gpipe_jax.run_folder.folder import METRICS, RunFolder
 from gpipe_jax.training import metrics, resume
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
@@ -43,7 +43,7 @@ class TrainingLoop:
             for line in resume.describe(restored):
                 say(line)
             resume.set_aside(restored)
-        path = assembly.workdir / "metrics.jsonl" if processes.is_first() else None
+        path = assembly.workdir / METRICS if processes.is_first() else None
         self.log = metrics.MetricsLog(
             path,
             config.log_every,

@@ -1,4 +1,4 @@
-"""Take the folders of runs only, and replace no file of someone else."""
+"""Take the folders of runs only, and replace no other files."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def save_a_checkpoint(path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_with_a_file_of_that_name_is_refused_and_untouched(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match=rf"is none of a run .*, and holds {name}, which the"):
+    with pytest.raises(ConfigError, match=rf"does not belong to a run .* holds {name}, which"):
         take(tmp_path)
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
 
@@ -90,6 +90,15 @@ def test_checkpoints_of_ours_show_a_folder_of_an_earlier_version(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     save_a_checkpoint(tmp_path)
     take(tmp_path)
+
+
+def test_a_bucket_whose_client_is_not_installed(monkeypatch):
+    def missing(*_):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(folders, "_read_marker", missing)
+    with pytest.raises(ConfigError, match=r"Please install gcsfs; for gs:// .*pip install"):
+        take("gs://bucket/run")
 
 
 def test_what_lies_in_the_lock_stays(tmp_path):
@@ -167,14 +176,17 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_again(tmp_pat
     assert not capsys.readouterr().err, "there is nothing to keep"
 
 
-def test_a_marker_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys):
+def test_a_marker_that_cannot_be_written_is_said_and_written_later(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with exclusive(epath.Path(tmp_path)) as folder:
-        monkeypatch.setattr(folders.atomic_files, "write_text", full)
+        with monkeypatch.context() as patch:
+            patch.setattr(folders.atomic_files, "write_text", full)
+            folder.note_saved()
+        assert f"cannot write {tmp_path / MARKER}: [Errno 28] No space" in capsys.readouterr().err
         folder.note_saved()
-    assert f"cannot write {tmp_path / MARKER}: [Errno 28] No space" in capsys.readouterr().err
+    assert json.loads((tmp_path / MARKER).read_text())["has_saved"]
 
 
 def test_steps_of_an_unreadable_folder_do_not_hide_the_refusal(tmp_path, monkeypatch):
