@@ -127,7 +127,6 @@ def compare(
     evaluator = from_config.arguments(config)["evaluate"]
     final_ranking.for_longer(evaluator, epochs)  # for its errors, before the runs
     runs: dict[str, list[Any]] = {algorithm: [] for algorithm in ALGORITHMS}
-    members = min(LAST, config.evolution.population)
     last: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     again: Measured = {algorithm: [] for algorithm in ALGORITHMS}
     first = config.evolution.seed
@@ -140,6 +139,7 @@ def compare(
             last[algorithm].append(mean_of_the_last(result))
             (best,) = final_ranking.rank(result.reader, result.space, evaluator, 1, epochs=epochs)
             again[algorithm].append(math.nan if best.fitness is None else best.fitness)
+    members = min(LAST, len(runs[ALGORITHMS[0]][0].reader.population()))
     return runs, {f"population's last {members}": last, "best trained again": again}
 
 
