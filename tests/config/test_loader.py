@@ -667,9 +667,7 @@ def test_long_values_do_not_fill_the_screen():
         load(given)
     assert len(str(caught.value)) < 5000
     given["model"]["genotype"] = '{"normal": ' + "[" * 10**5
-    with pytest.raises(
-        ConfigError, match=r"genotype: not JSON \(maximum recursion"
-    ):
+    with pytest.raises(ConfigError, match=r"genotype: not JSON \(maximum recursion"):
         load(given)
 
 

@@ -395,7 +395,9 @@ def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_again(whole, t
     with pytest.raises(KeyboardInterrupt):
         run.train(assembly, show)
     train_to_completion(whole[0], tmp_path)
-    assert "so the run starts from step 0; the metrics of the earlier run" in capsys.readouterr().err
+    assert (
+        "so the run starts from step 0; the metrics of the earlier run" in capsys.readouterr().err
+    )
     assert [r["step"] for r in metrics.read(assembly.workdir / "metrics.jsonl.kept")] == [1]
 
 
