@@ -139,7 +139,7 @@ def compare(
             last[algorithm].append(mean_of_the_last(result))
             (best,) = final_ranking.rank(result.reader, result.space, evaluator, 1, epochs=epochs)
             again[algorithm].append(math.nan if best.fitness is None else best.fitness)
-    members = min(LAST, len(runs[ALGORITHMS[0]][0].reader.population()))
+    members = min(LAST, len(runs["aging"][0].reader.population()))
     return runs, {f"population's last {members}": last, "best trained again": again}
 
 
