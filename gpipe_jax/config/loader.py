@@ -67,9 +67,12 @@ def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
         _report(draft, (), other)
         raise _error(draft)
     checked = {name: _section(draft, name) for name in root.model_fields}
-    for name in draft.values.keys() - root.model_fields.keys():
+    unknown = draft.values.keys() - root.model_fields.keys()
+    for name in unknown:
         word = messages.unknown_key((name,), root) if isinstance(name, str) else None
         _report(draft, (name,), word or messages.not_a_name((name,)))
+    if unknown:  # one of them may stand for a section left out
+        checked = {name: found for name, found in checked.items() if name in draft.values}
     sections = {name: section for name, (section, _) in checked.items() if section is not None}
     partial = [name for name, (_, is_valid) in checked.items() if not is_valid]
     for name, problem in root.cross_check(sections, partial):
@@ -307,6 +310,8 @@ def _section(draft: Draft, name: str) -> _Checked:
 def _without(problems: Iterable[KeyPath], model: type[Section], value: dict[Any, Any]) -> Section:
     """Return a section of the valid settings; it has no attributes for the others."""
     invalid = {path[1] for path in problems if len(path) > 1}
+    if not invalid <= model.model_fields.keys():  # an unknown key may stand for a setting left out
+        invalid |= model.model_fields.keys() - value.keys()
     partial = model.model_construct(**_converted(model, value.keys() - invalid, value))
     settings: Any = vars(partial)
     for field in invalid:

@@ -198,11 +198,8 @@ def _misleading(node: yaml.Node, value: Any) -> str | None:
             f"YAML reads {given} in base 60, as {value}; write {value}, or quote it if it is text"
         )
     if kind == "int" and _OCTAL.fullmatch(given):
-        decimal = given.lstrip("+-0_") or "0"
-        return (
-            f"YAML reads {given} as octal, {value}; write {value} or {decimal}, or quote it if it "
-            f"is text"
-        )
+        meant = " or ".join(dict.fromkeys([str(value), str(int(given.replace("_", "")))]))
+        return f"YAML reads {given} as octal, {value}; write {meant}, or quote it if it is text"
     return None
 
 

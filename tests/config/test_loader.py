@@ -243,7 +243,8 @@ MESSAGES = [
     ("pipeline: {keys_per: batch}", "pipeline.keys_per: expected 'micro_batch' or 'example', got 'batch'; did you mean 'micro_batch'?"),  # noqa: E501
     ("pipeline: {cost: [1, -2]}", "pipeline.cost[1]: expected at least 0, got -2"),
     ("train: {steps: 010}", "train.steps: YAML reads 010 as octal, 8; write 8 or 10, or quote it if it is text"),  # noqa: E501
-    ("train: {steps: -0_17}", "train.steps: YAML reads -0_17 as octal, -15; write -15 or 17, or quote it if it is text"),  # noqa: E501
+    ("train: {steps: -0_17}", "train.steps: YAML reads -0_17 as octal, -15; write -15 or -17, or quote it if it is text"),  # noqa: E501
+    ("train: {steps: 007}", "train.steps: YAML reads 007 as octal, 7; write 7, or quote it if it is text"),  # noqa: E501
     ("train: {steps: 1:30}", "train.steps: YAML reads 1:30 in base 60, as 90; write 90, or quote it if it is text"),  # noqa: E501
     ("optimizer: {kind: sgd, learning_rate: 1:30.5}", "optimizer.learning_rate: YAML reads 1:30.5 in base 60, as 90.5; write 90.5, or quote it if it is text"),  # noqa: E501
     ("train: {workdir: s3://a/b}", "train.workdir: got 's3://a/b', but s3:// addresses are not supported; give a path on this machine or a gs:// address"),  # noqa: E501
@@ -421,6 +422,18 @@ def test_cross_checks_have_places():
         "override 'pipeline.partition=[1]': pipeline.partition: mesh.stages 1 needs 0 boundaries, "
         "got 1: [1]; give 0, or 'auto'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("  bach_size: 60\npipeline: {micro_batches: 60}\n", "data.bach_size"),
+        ("pipeline: {partition: [1]}\nmeshes: {stages: 2}\n", "meshes"),
+    ],
+)
+def test_defaults_are_not_checked_where_a_key_is_misspelled(text: str, key: str):
+    (problem,) = problems(BASE + text)
+    assert f"unknown key '{key}'; did you mean" in problem
 
 
 class City(Section):
