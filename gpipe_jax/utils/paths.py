@@ -88,4 +88,5 @@ def _expanded(argument: str, path: AnyPath, problem: str | None) -> str:
             f"`{argument}` {text}: there is no user {text[1:].split('/')[0]}; for a name that "
             f"begins with ~ write ./{text}",
         )
-    return expanded
+    # A path object drops the "./", and the next function would take the name for a user.
+    return os.path.abspath(expanded) if os.path.normpath(expanded)[0] == "~" else expanded

@@ -15,6 +15,7 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SOME_WHERE", "/disk 1")
     monkeypatch.delenv("UNSET", raising=False)
+    monkeypatch.setattr("os.getcwd", lambda: "/work folder")
 
 
 @pytest.mark.parametrize(
@@ -26,14 +27,15 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a/$SOME_WHERE", "a/disk 1"),
         (pathlib.Path("~/x"), "/home/me/x"),
         ("a/~b", "a/~b"),
-        ("./~b", "~b"),
+        ("./~b", "/work folder/~b"),
         ("cost 1$", "cost 1$"),
         ("data/*.txt", "data/*.txt"),
         ("c:", "c:"),
     ],
 )
 def test_paths_on_this_machine(written: Any, meant: str) -> None:
-    assert paths.local("folder", written) == pathlib.Path(meant)
+    path = paths.local("folder", written)
+    assert path == paths.local("folder", path) == pathlib.Path(meant)
     assert paths.anywhere("folder", written) == epath.Path(meant)
     assert paths.is_local(written) and paths.address_problem(written) is None
 
