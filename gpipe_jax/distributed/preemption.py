@@ -22,6 +22,7 @@ from gpipe_jax.utils.messages import say
 PREEMPTED = 75  # exit code: the run is saved; run the same command again
 INTERRUPTED = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_NO_SIGNAL = 0  # ends the thread that reads the numbers of signals
 
 
 class StopRequest:
@@ -72,7 +73,7 @@ def _end(code: int, text: str) -> None:
 
 
 def _leave_lost_terminal() -> None:
-    """Write to nowhere in place of a terminal that is gone: every line would raise an error."""
+    """Discard output to a terminal that is gone: every line would raise an error."""
     for descriptor in (1, 2):
         try:
             termios.tcgetattr(descriptor)
@@ -109,23 +110,25 @@ def handle_signals(processes: int = 1) -> Iterator[StopRequest]:
         for number, handler in previous.items():
             if signal.getsignal(number) is _nothing:  # else `ignore_signals` was called
                 signal.signal(number, handler)
-        os.close(write)
+        # Closing the pipe would not end the thread while a forked process has it open.
+        os.write(write, bytes([_NO_SIGNAL]))
         thread.join()
+        os.close(write)
         os.close(read)
 
 
 def ignore_signals() -> None:
-    """Ignore the signals from now on, as the process ends anyway: its exit code stays."""
+    """Ignore the signals from now on: the process is ending, and its exit code must stay."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
 def run_program(command: Callable[[], int]) -> int:
-    """Run a command that takes all of a process, and return its exit code.
+    """Run the only command of a process, and return its exit code.
 
-    A signal has its meaning from here on, before `command` imports what it needs. Once it has
-    returned, signals are ignored: the end of the interpreter takes a moment.
+    Signals are handled from here on, before `command` imports what it needs. Once it has returned,
+    they are ignored, because the interpreter takes a moment to exit.
     """
     with handle_signals():
         try:
@@ -135,7 +138,7 @@ def run_program(command: Callable[[], int]) -> int:
 
 
 def _handled(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
-    """Return the signals to handle: all but a SIGHUP that `nohup` has switched off."""
+    """Return the signals to handle: all but SIGHUP if `nohup` ignores it."""
     is_off = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in numbers if not (is_off and number == signal.SIGHUP)]
 
@@ -145,5 +148,18 @@ def _nothing(number: int, frame: object) -> None:
 
 
 def _read_signals(read: int, stop: StopRequest) -> None:
-    while received := os.read(read, 1):
-        stop._handle(received[0])
+    while (number := os.read(read, 1)[0]) != _NO_SIGNAL:
+        stop._handle(number)
+
+
+def _restore_in_child() -> None:
+    """Let SIGTERM end a forked process, such as a worker of a data set, and not stop the run.
+
+    The signals of a terminal, which reach all its processes, have no effect in the child.
+    """
+    if any(signal.getsignal(number) is _nothing for number in SIGNALS):
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_restore_in_child)

@@ -175,3 +175,32 @@ def test_a_second_ctrl_c_stops_at_once(start):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert "stopped at once; the newest checkpoint is unchanged" in process.stdout.read()
+
+
+FORK = """
+import os, signal, time
+from gpipe_jax.distributed.preemption import handle_signals
+
+def forked():
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    time.sleep(0.2)
+    return child
+
+with handle_signals() as stop:
+    children = forked(), forked()
+    os.kill(children[0], signal.SIGTERM)
+    status = os.waitpid(children[0], 0)[1]
+    time.sleep(0.2)
+    print(os.waitstatus_to_exitcode(status), stop.is_requested, flush=True)
+os.kill(children[1], signal.SIGKILL)
+"""
+
+
+def test_a_forked_process_can_be_ended_and_stops_no_run():
+    """Let a run with forked workers, as loaders of data start them, go on and end."""
+    command = [sys.executable, "-c", FORK]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=40)
+    assert ended.stdout == f"{-signal.SIGTERM} False\n" and ended.returncode == 0
