@@ -12,7 +12,8 @@ imports only from the folders below its own:
     partition, zoo, sequential            balanced stages; networks; the reference
     layers, config, tpu_compiler          Flax layers; settings; compile without a TPU
     distributed, genotypes, data, plots   meshes, hosts; cells; data sets; pictures
-    schedules, losses, progress           orders of work; losses; the progress of a command
+    progress, known_code                  the progress of a command; code that the user has run
+    schedules, losses                     orders of work; losses
     utils, errors                         what everything else uses
 
 Names are imported when they are first used. So `import gpipe_jax` is quick, and commands that need

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nas
-from gpipe_jax import progress
+from gpipe_jax import known_code, progress
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import console, paths
-from gpipe_jax.utils.messages import BAD_INPUT, close_broken_output, fail, printable, write
+from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = console.parse(_parser(), arguments)
     try:
         return options.command(options)
-    except BrokenPipeError:  # `head`, for example, has read enough
-        return close_broken_output()
     except (ConfigError, OSError) as error:
         return _fail(error, BAD_INPUT)
     except SystemExit as error:  # no command exits so: the user's own code does
@@ -277,7 +275,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _check_own_code(setup: bytes | None, run: str) -> None:
     """Raise ConfigError if the run's evaluator, which is code, is not of this user's searches."""
-    if setup is None or trusted_code.is_known(setup):
+    if setup is None or known_code.is_known(setup):
         return
     problem = (
         "this command would run code that the folder holds (its evaluator), and no search of yours "

@@ -1,4 +1,4 @@
-"""Remember which code from files this user has run, so that a folder runs no other code unasked.
+"""Refuse to run the Python file that a run's config names, unless this user has run it before.
 
 A folder of a run may come from somebody else, and it names code: a Python file that makes the data,
 or the functions of a search. A command that is given the folder runs that code only if a training
@@ -7,10 +7,9 @@ the hash of its content, so a folder may be moved, and a changed file is asked f
 """
 
 import contextlib
-import hashlib
-import os
 from pathlib import Path
 
+from gpipe_jax import known_code
 from gpipe_jax.config.data import PythonConfig
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import python_source
@@ -18,22 +17,6 @@ from gpipe_jax.errors import ArgumentError, ConfigError
 
 TRUST = "run code that the folder names, though this user has not run it here before"
 """Help text of the option `--trust`."""
-
-
-def remember(code: bytes | None) -> None:
-    """Note that this user has run this code; without a place for notes, do nothing."""
-    if code is not None:
-        with contextlib.suppress(OSError, RuntimeError):
-            note = _note(code)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.touch()
-
-
-def is_known(code: bytes) -> bool:
-    """Return whether this user has run this code before on this machine."""
-    with contextlib.suppress(OSError, RuntimeError):
-        return _note(code).exists()
-    return False
 
 
 def python_file(config: Config) -> bytes | None:
@@ -53,7 +36,7 @@ def check(config: Config, where: str) -> None:
         where: Its file, for the message.
     """
     code = python_file(config)
-    if code is None or is_known(code):
+    if code is None or known_code.is_known(code):
         return
     problem = (
         f"data.source: this command would run {_file(config)}, and `gpipe train` of yours has not "
@@ -67,8 +50,3 @@ def _file(config: Config) -> Path | None:
         with contextlib.suppress(ArgumentError):
             return python_source.split_source(config.data.source)[0]
     return None
-
-
-def _note(code: bytes) -> Path:
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root) / "gpipe-jax" / "trusted_code" / hashlib.sha256(code).hexdigest()

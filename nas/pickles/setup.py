@@ -13,12 +13,11 @@ import dataclasses
 import io
 import json
 import pickle
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gpipe_jax.config import trusted_code
+from gpipe_jax import known_code
 from nas.ask_tell.limits import Limit, Retries
 from nas.evaluators.outcomes import describe
 from nas.pickles import pickling
@@ -46,7 +45,7 @@ class Setup(NamedTuple):
         """Return the setup for the store, and note that it is this user's own."""
         parts: dict[str, Any] = {name: _pickled(getattr(self, name)) for name in PARTS}
         stored = json.dumps({"options": _json_values(self.options), **parts}).encode()
-        trusted_code.remember(stored)
+        known_code.remember(stored)
         return stored
 
 
@@ -64,7 +63,7 @@ def load_setup(
         ValueError: A needed part is not trusted, was not stored, or cannot be unpickled here.
     """
     stored = reader.setup()
-    is_trusted = stored is None or trust or trusted_code.is_known(stored)
+    is_trusted = stored is None or trust or known_code.is_known(stored)
     if needed and not is_trusted:
         raise ValueError(
             f"{reader.path} holds code ({', '.join(needed)}) that no search of yours on this "
@@ -150,7 +149,7 @@ def _json_values(options: Mapping[str, Any]) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, Retries):
         return dataclasses.asdict(value)
-    if isinstance(value, np.generic):
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
         return value.item()
     raise TypeError(f"{value!r} is no JSON value")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gpipe_jax import known_code
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.errors import ConfigError
 
@@ -28,7 +29,7 @@ def test_code_is_asked_for_until_it_has_run(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=message):
         trusted_code.check(config(), "run/config.yaml")
-    trusted_code.remember(trusted_code.python_file(config()))
+    known_code.remember(trusted_code.python_file(config()))
     trusted_code.check(config(), "run/config.yaml")
     (tmp_path / "moved").mkdir()
     (tmp_path / "mine.py").rename(tmp_path / "moved" / "x.py")
@@ -41,10 +42,10 @@ def test_code_is_asked_for_until_it_has_run(tmp_path: Path) -> None:
 def test_without_code_there_is_nothing_to_ask() -> None:
     trusted_code.check(config("{kind: digits}"), "run/config.yaml")
     trusted_code.check(config("{kind: python, source: missing.py:make}"), "run/config.yaml")
-    assert not trusted_code.is_known(b"")
+    assert not known_code.is_known(b"")
 
 
 def test_without_a_place_for_notes_it_asks(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "mine.py"))
-    trusted_code.remember(b"x")
-    assert not trusted_code.is_known(b"x")
+    known_code.remember(b"x")
+    assert not known_code.is_known(b"x")

@@ -10,7 +10,7 @@ import pytest
 from searches import Bits, drive, ones, small
 
 import nas
-from gpipe_jax.config import trusted_code
+from gpipe_jax import known_code
 from nas.errors import MismatchError
 from nas.reports import html
 
@@ -138,4 +138,4 @@ def test_a_folder_may_be_read_from_another_working_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert result.counts.results == 10
     assert result.resume(cycles=12).counts.results == 12
-    assert trusted_code.is_known(result.reader.setup())
+    assert known_code.is_known(result.reader.setup())
