@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from gpipe_jax.cli import evaluate, export, init, plan, show, train
 from gpipe_jax.errors import ConfigError, OptionError
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, close_broken_output, fail
+from gpipe_jax.utils.messages import BAD_INPUT, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error, BAD_INPUT)
     except OptionError as error:
         return fail(error, BAD_INPUT, f"gpipe {options.command_name}")
-    except BrokenPipeError:  # `head`, for example, has read enough
-        return close_broken_output()
     except SystemExit as error:  # no command exits so: a Python file that the config names does
         return fail(f"a Python file of the run ended the program (sys.exit({error.code!r}))", 1)
     except KeyboardInterrupt:

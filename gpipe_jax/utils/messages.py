@@ -7,6 +7,7 @@ printable: a terminal would obey the control characters in it.
 import os
 import re
 import sys
+from typing import TextIO
 
 BAD_INPUT = 2  # exit code: do not retry
 
@@ -28,23 +29,25 @@ def printable(text: object) -> str:
 
 def write(text: object, *, end: str = "\n") -> None:
     """Write a result to standard output."""
-    print(printable(text), end=end, flush=True)
-
-
-def close_broken_output() -> int:
-    """Write to nowhere from now on, as the reader of standard output has ended; return the code.
-
-    Otherwise the interpreter reports the broken pipe again when it ends.
-    """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return 1
+    _print(printable(text), sys.stdout, end)
 
 
 def say(text: object, program: str = "gpipe") -> None:
     """Write one line to standard error."""
-    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
+    _print(f"{program}: {printable(text)}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Print a text; if the reader of the stream has ended, as `head` does, discard the rest.
+
+    The program goes on: a run must not end, and files must be written, whoever reads its output.
+    """
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def fail(error: object, code: int, program: str = "gpipe") -> int:

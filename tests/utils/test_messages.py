@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -25,6 +27,16 @@ def test_everything_is_printed_through_the_same_escape(write: Any, capsys: Any) 
     write(EVIL)
     out, err = capsys.readouterr()
     assert (out or err.removeprefix("gpipe: ")) == f"{SAFE}\n"
+
+
+@pytest.mark.parametrize(("write", "stream"), [("write", "stdout"), ("say", "stderr")])
+def test_a_program_goes_on_when_its_reader_has_ended(write: str, stream: str, monkeypatch: Any):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe:
+        monkeypatch.setattr(sys, stream, pipe)
+        for _ in range(2):
+            getattr(messages, write)("a line")
 
 
 def test_usage_errors_are_escaped(capsys: Any) -> None:
