@@ -431,6 +431,8 @@ class Result:
         if self._setup is not None:
             setup = self._setup._replace(options=setup.options)
         own = {"space": self.study.space, "name": self.path.name, "folder": str(self.path.parent)}
+        if "folder" in options:
+            options["folder"] = str(_local("folder", options["folder"]))
         _check_fixed(options, {**self.study.settings, **own})
         options = {name: value for name, value in options.items() if name not in own}
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
@@ -444,8 +446,7 @@ class Result:
             evaluate=setup.evaluate if evaluate is None else evaluate,
             name=self.reader.file.parent.name,
             folder=self.reader.file.parent.parent,
-            other_evaluator=evaluate is not None,
-            **{**stored, **options},
+            **{"other_evaluator": evaluate is not None, **stored, **options},
         )
 
 

@@ -35,9 +35,8 @@ def code_of(space: Space[Any], limits: Sequence[Limit], evaluate: Any = None) ->
 def built_in_space(study: Study) -> Space[Any] | None:
     """Return the built-in space of a run; None if the space is the user's own, or unknown."""
     stored = (study.code or {}).get("space")  # an own space may have the name of a built-in one
-    if stored is not None and Fingerprint.from_json(stored).is_of_own_class:
-        return None
-    return spaces.named(study.space)
+    is_own = stored is not None and "space.members" in Fingerprint.from_json(stored).values
+    return None if is_own else spaces.named(study.space)
 
 
 def check(store: Store, code: Code, other: Collection[str] = ()) -> list[str]:
@@ -52,8 +51,8 @@ def check(store: Store, code: Code, other: Collection[str] = ()) -> list[str]:
         MismatchError: Results of the old code are in the store.
     """
     stored, counts = store.study().code or {}, store.counts()
-    rejected = counts.results + counts.rejected
-    dependent = {"evaluate": counts.results, "limits": rejected, "space": counts.proposed}
+    measured = counts.results + counts.rejected
+    dependent = {"evaluate": counts.results, "limits": measured, "space": counts.proposed}
     changes: list[str] = []
     for name, now in code.items():
         if name not in stored:
@@ -62,8 +61,9 @@ def check(store: Store, code: Code, other: Collection[str] = ()) -> list[str]:
         depends = dependent[name]
         if found and depends and name not in other:
             more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            noun = "results" if name == "evaluate" else "candidates"
             raise MismatchError(
-                f"{store.path} holds {counts.results} results, but since then "
+                f"{store.path} holds {depends} {noun}, but since then "
                 f"{'; '.join(found[:SHOWN])}{more}: old and new results may not be comparable; use "
                 f"another name; or, {REMEDIES[name]}"
             )

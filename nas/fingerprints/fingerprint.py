@@ -16,15 +16,10 @@ from nas.fingerprints.walk import Walk
 
 
 class Fingerprint(NamedTuple):
-    """Hold the digests of all functions, and all values as texts, by name."""
+    """Hold the digests of all functions, and all values as texts or types, by name."""
 
     codes: dict[str, Digests]
     values: dict[str, str]
-
-    @property
-    def is_of_own_class(self) -> bool:
-        """Return whether this is of an object whose class is the user's."""
-        return any(name.endswith(".class") and name.count(".") == 1 for name in self.values)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fingerprint as a JSON value."""
@@ -48,7 +43,7 @@ class Fingerprint(NamedTuple):
             if name in now.codes and not each.agrees(now.codes[name])
         ]
         values = [
-            f"{name} was {text}, and is {now.values[name]}"
+            f"{name} has changed from {text} to {now.values[name]}"
             for name, text in self.values.items()
             if now.values.get(name, text) != text
         ]

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from enum import Enum
 from types import FunctionType
@@ -12,16 +14,20 @@ from typing import Any
 from nas.fingerprints import names, plain
 from nas.fingerprints.names import Changed
 
-_PACKAGES = {"gpipe_jax", "nas", *sys.stdlib_module_names}
+_PACKAGES = {"gpipe_jax", "nas"}
 _OF_PACKAGES = ("site-packages", "dist-packages")
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _SETUP = ("__init__", "__new__", "__post_init__", "__setstate__")
 
 
 def is_own(module: str | None, file: str | None) -> bool:
     """Return whether code of this module and file is the user's, not of an installed package."""
-    if module is not None and module.partition(".")[0] in _PACKAGES:
+    package, path = (module or "").partition(".")[0], file or ""
+    if package in _PACKAGES or any(part in path for part in _OF_PACKAGES):
         return False
-    return not any(part in (file or "") for part in _OF_PACKAGES)
+    # A file of the user's may have the name of a module of Python, such as test.py.
+    is_file = os.path.isabs(path) and not path.startswith(_STANDARD_LIBRARY)
+    return is_file or package not in sys.stdlib_module_names
 
 
 def is_own_object(value: Any) -> bool:

@@ -4,7 +4,7 @@ import ast
 import dis
 from collections.abc import Iterator
 from types import CodeType, FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nas.fingerprints import source
 
@@ -28,7 +28,7 @@ def attribute_names(code: CodeType) -> set[str]:
 
 
 class Changed(NamedTuple):
-    """Hold names of variables and attributes that code changes."""
+    """Hold what code changes: names of variables, and of attributes with a dot before them."""
 
     assigned: frozenset[str] = frozenset()
     in_place: frozenset[str] = frozenset()
@@ -50,19 +50,32 @@ class Changed(NamedTuple):
 
 
 def changed_names(function: FunctionType) -> Changed:
-    """Return the variables and attributes that a function assigns or may change in place."""
+    """Return the attributes and outer variables that a function assigns or changes in place."""
     assigned = frozenset(_stored_names(function.__code__))
     node = source.syntax_tree(function)
     if node is None:
         return Changed(assigned, frozenset({ALL_CONTAINERS}))
+    outer = {*global_names(function.__code__), *function.__code__.co_freevars, *defaults(function)}
     changed = (_last_name(target) for each in ast.walk(node) for target in _targets(each))
-    return Changed(assigned, frozenset(name for name in changed if name is not None))
+    return Changed(
+        assigned, frozenset(name for name in changed if name[:1] == "." or name in outer)
+    )
+
+
+def defaults(function: FunctionType) -> dict[str, Any]:
+    """Return the default values of a function by argument."""
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
 def _stored_names(code: CodeType) -> set[str]:
-    own = set(code.co_cellvars)  # variables of this function are no state
-    names = {each.argval for each in dis.get_instructions(code) if each.opname in _STORES} - own
-    return names.union(*map(_stored_names, source.inner_codes(code)))
+    stores = [each for each in dis.get_instructions(code) if each.opname in _STORES]
+    attributes = {f".{each.argval}" for each in stores if each.opname == "STORE_ATTR"}
+    variables = {each.argval for each in stores if each.opname != "STORE_ATTR"}
+    own = code.co_cellvars  # variables of this function itself are not state
+    inner = map(_stored_names, source.inner_codes(code))
+    return attributes.union(variables.difference(own), *inner)
 
 
 def _targets(node: ast.AST) -> Iterator[ast.AST]:
@@ -74,9 +87,9 @@ def _targets(node: ast.AST) -> Iterator[ast.AST]:
         yield method.value
 
 
-def _last_name(node: ast.AST) -> str | None:
+def _last_name(node: ast.AST) -> str:
     while isinstance(node, ast.Subscript):
         node = node.value
     if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else None
+        return f".{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 ATOMS = (bool, bytes, complex, float, int, str, type(None), type(...))
@@ -52,17 +53,26 @@ def _text(value: Any) -> str | None:
     if not isinstance(value, CONTAINERS):
         return None
     if isinstance(value, dict):
-        texts = [f"{_text(key)}: {_text(each)}" for key, each in value.items()]
-        if None in map(_text, [*value, *value.values()]):
+        keys, values = _texts(value), _texts(value.values())
+        if keys is None or values is None:
             return None
-        return "{" + ", ".join(texts) + "}"
-    elements = list(map(_text, value))
-    texts = [text for text in elements if text is not None]
-    if len(texts) < len(elements):
+        return "{" + ", ".join(map("{}: {}".format, keys, values)) + "}"
+    texts = _texts(value)
+    if texts is None:
         return None
     if isinstance(value, set | frozenset):
         return "{" + ", ".join(sorted(texts)) + "}"
     return f"[{', '.join(texts)}]" if isinstance(value, list) else f"({', '.join(texts)})"
+
+
+def _texts(values: Iterable[Any]) -> list[str] | None:
+    texts: list[str] = []
+    for value in values:
+        text = _text(value)
+        if text is None:
+            return None
+        texts.append(text)
+    return texts
 
 
 def _shortened(text: str) -> str:

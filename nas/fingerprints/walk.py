@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -29,13 +30,11 @@ class Walk:
         self.codes: dict[str, Digests] = {}
         self.values: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Any]] = {}  # the objects too, so that no id is used again
+        self._helpers: dict[int, tuple[Changed, list[FunctionType]]] = {}  # by function
 
     def visit(self, name: str, value: Any, changed: Changed = NOTHING) -> None:
-        """Add a value, unless its name is among those that the code which reads it changes."""
+        """Add a value; `changed` is what the code that uses it changes."""
         if len(self.codes) + len(self.values) >= MAX_PARTS:
-            return
-        is_value = plain.is_atom(value) or isinstance(value, plain.CONTAINERS)
-        if is_value and changed.has(name.rpartition(".")[2], value):
             return
         text = str(value) if isinstance(value, Enum) else plain.text_of(value)
         if text is not None:
@@ -45,10 +44,16 @@ class Walk:
             self.values[name] = self._seen[id(value)][0]
         elif not isinstance(value, os.PathLike | set | frozenset):
             self._seen[id(value)] = name, value
-            try:
+            self.values[name] = type(value).__name__
+            with suppress(Exception):  # attributes of an object may raise anything
                 self._visit_parts(name, value, changed)
-            except Exception:  # attributes of an object may raise anything
-                self.values[name] = type(value).__qualname__
+
+    def _visit_unless_changed(self, name: str, part: str, value: Any, changed: Changed) -> None:
+        """Visit `part` of what has this name: a variable, or an attribute after a dot."""
+        is_value = plain.is_atom(value) or isinstance(value, plain.CONTAINERS)
+        _, dot, attribute = part.rpartition(".")
+        if not (is_value and changed.has(dot + attribute, value)):
+            self.visit(f"{name}.{part.lstrip('.')}", value, changed)
 
     def _visit_parts(self, name: str, value: Any, changed: Changed) -> None:
         if isinstance(value, dict):
@@ -63,7 +68,7 @@ class Walk:
     def _visit_object(self, name: str, value: Any, changed: Changed) -> None:
         wrapped = getattr(value, "__wrapped__", None)  # as of jax.jit
         if isinstance(value, FunctionType):
-            self._visit_function(name, value)
+            self._visit_function(name, value, changed)
         elif isinstance(value, type):
             self._visit_class(name, value)
         elif isinstance(value, MethodType):
@@ -85,28 +90,41 @@ class Walk:
 
     # --- functions --------------------------------------------------------------------------------
 
-    def _visit_function(self, name: str, function: FunctionType) -> None:
+    def _visit_function(self, name: str, function: FunctionType, changed: Changed) -> None:
         if not members.is_own_object(function):
             self.values[name] = f"{function.__module__}.{function.__qualname__}"
             return
         self.codes[name] = source.digests(function)
-        changed = names.changed_names(function)
-        for index, value in enumerate(function.__defaults__ or ()):
-            self.visit(f"{name}.default {index}", value, changed)
-        for key, value in (function.__kwdefaults__ or {}).items():
-            self.visit(f"{name}.{key}", value, changed)
+        changed = changed.union(*self._changes_of_helpers(function).values())
+        for key, value in names.defaults(function).items():
+            self._visit_unless_changed(name, key, value, changed)
         for key, value in _variables(function):
             if isinstance(value, FunctionType | type) and members.is_own_object(value):
-                self._visit_named(f"{name}.{key}", value)
+                is_helper = _is_helper(value, function)
+                self._visit_named(f"{name}.{key}", value, changed if is_helper else NOTHING)
             else:
-                self.visit(f"{name}.{key}", value, changed)
+                self._visit_unless_changed(name, key, value, changed)
 
-    def _visit_named(self, name: str, value: FunctionType | type) -> None:
+    def _changes_of_helpers(self, function: FunctionType) -> dict[int, Changed]:
+        """Return what a function changes, and what those of its module change that it calls."""
+        found: dict[int, Changed] = {}
+        left = [function]
+        while left:
+            each = left.pop()
+            if id(each) not in found:
+                if id(each) not in self._helpers:
+                    helpers = [value for _, value in _variables(each) if _is_helper(value, each)]
+                    self._helpers[id(each)] = names.changed_names(each), helpers
+                found[id(each)], helpers = self._helpers[id(each)]
+                left += helpers
+        return found
+
+    def _visit_named(self, name: str, value: FunctionType | type, changed: Changed) -> None:
         """Visit a function or a class by the name of its definition, whoever reads it."""
         if id(value) not in self._seen:
             own = value.__qualname__.rpartition("<locals>.")[2]
-            is_taken = own in self.codes or f"{own}.class" in self.values
-            self.visit(name if is_taken else own, value)
+            is_taken = own in self.values
+            self.visit(name if is_taken else own, value, changed)
         self.values[name] = self._seen.get(id(value), (name, None))[0]
 
     # --- objects ----------------------------------------------------------------------------------
@@ -123,20 +141,23 @@ class Walk:
         only_code = not is_own or _declares_identity(value)
         for key, each in sorted(members.attributes(value).items()):
             if not (only_code and (plain.is_atom(each) or isinstance(each, plain.CONTAINERS))):
-                self.visit(f"{name}.{key}", each, changed)
+                self._visit_unless_changed(name, f".{key}", each, changed)
 
     def _visit_class(self, name: str, kind: type) -> None:
         if not members.is_own_object(kind):
             self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
             return
-        self.values[f"{name}.class"] = kind.__name__
         changed = members.changed_by_methods(kind)
         for base in members.own_bases(kind):
             owner = name if base is kind else f"{name}.{base.__name__}"
             found = members.members(base)
             self.values[f"{owner}.members"] = members.listed(found)
             for key, member in sorted(found.items()):
-                self.visit(f"{owner}.{key}", member, changed)
+                self._visit_unless_changed(owner, f".{key}", member, changed)
+
+
+def _is_helper(value: Any, function: FunctionType) -> bool:
+    return isinstance(value, FunctionType) and value.__globals__ is function.__globals__
 
 
 def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -73,3 +73,11 @@ def test_names_and_folders_are_paths(path) -> None:
         nas.load("search", path)
     with pytest.raises(TypeError, match=r"folder .*: expected a text or a path"):
         nas.search(space=Bits(), evaluate=ones, folder=path)
+
+
+def test_a_resumed_search_takes_the_arguments_that_its_errors_name(tmp_path) -> None:
+    settings = {"population": 5, "sample": 2, "folder": tmp_path, "name": "a"}
+    nas.search(space=Bits(), evaluate=ones, cycles=6, **settings)
+    again = nas.load("a", tmp_path)
+    again.resume(other_evaluator=True, other_space=True, name="a", folder=tmp_path, cycles=7)
+    assert again.counts.results == 7

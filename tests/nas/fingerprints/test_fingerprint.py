@@ -4,6 +4,7 @@ import importlib.util
 import linecache
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,22 +47,22 @@ CHANGED = {
     "default": (
         "def evaluate(b, lr=0.1): return lr",
         "def evaluate(b, lr=0.2): return lr",
-        r"evaluate.default 0 was 0.1, and is 0.2",
+        "evaluate.lr has changed from 0.1 to 0.2",
     ),
     "global": (
         "LR = 0.1\ndef evaluate(b): return LR",
         "LR = 0.2\ndef evaluate(b): return LR",
-        "evaluate.LR was 0.1, and is 0.2",
+        "evaluate.LR has changed from 0.1 to 0.2",
     ),
     "settings in a dict": (
         "C = {'lr': 0.1}\ndef evaluate(b): return C['lr']",
         "C = {'lr': 0.2}\ndef evaluate(b): return C['lr']",
-        "evaluate.C was {'lr': 0.1}, and is {'lr': 0.2}",
+        "evaluate.C has changed from {'lr': 0.1} to {'lr': 0.2}",
     ),
     "text with a method": (
         "T = 'a b'\ndef evaluate(b): return T.split()",
         "T = 'a c'\ndef evaluate(b): return T.split()",
-        "evaluate.T was 'a b', and is 'a c'",
+        "evaluate.T has changed from 'a b' to 'a c'",
     ),
     "helper": (
         "def train(b): return 1\ndef evaluate(b): return train(b)",
@@ -76,17 +77,49 @@ CHANGED = {
     "another helper by the same name": (
         "def f(b): return 1\ndef g(b): return 2\nh = f\ndef evaluate(b): return h(b)",
         "def f(b): return 1\ndef g(b): return 2\nh = g\ndef evaluate(b): return h(b)",
-        "evaluate.h was f, and is g",
+        "evaluate.h has changed from f to g",
     ),
     "closure": (
         "def make(n):\n    def inner(b): return n\n    return inner\nevaluate = make(1)",
         "def make(n):\n    def inner(b): return n\n    return inner\nevaluate = make(2)",
-        "evaluate.n was 1, and is 2",
+        "evaluate.n has changed from 1 to 2",
     ),
     "partial": (
         "import functools\ndef f(b, n): return n\nevaluate = functools.partial(f, n=1)",
         "import functools\ndef f(b, n): return n\nevaluate = functools.partial(f, n=2)",
-        "evaluate.arguments was {'n': 1}, and is {'n': 2}",
+        "evaluate.arguments has changed from {'n': 1} to {'n': 2}",
+    ),
+    "partial in place of a function": (
+        "def f(b, n=1): return n\nevaluate = f",
+        "import functools\ndef f(b, n=1): return n\nevaluate = functools.partial(f, n=2)",
+        "evaluate has changed from function to partial",
+    ),
+    "object in place of a function": (
+        PLAIN,
+        "class E:\n    def __call__(self, b): return 2\nevaluate = E()",
+        "evaluate has changed from function to E",
+    ),
+    "object in place of a number": (
+        "RATE = 0.1\ndef evaluate(b): return RATE",
+        "class Cosine: pass\nRATE = Cosine()\ndef evaluate(b): return RATE",
+        "evaluate.RATE has changed from 0.1 to Cosine",
+    ),
+    "variable by the name of an attribute that is assigned": (
+        "lr = 0.1\ndef evaluate(b): b.lr = lr; b.layers.append(lr)",
+        "lr = 0.2\ndef evaluate(b): b.lr = lr; b.layers.append(lr)",
+        "evaluate.lr has changed from 0.1 to 0.2",
+    ),
+    "list by the name of an attribute that grows": (
+        "layers = [8]\ndef evaluate(b): b.layers.append(layers)",
+        "layers = [9]\ndef evaluate(b): b.layers.append(layers)",
+        "evaluate.layers has changed from [8] to [9]",
+    ),
+    "list by the name of a helper's own": (
+        "layers = [8]\ndef f():\n    layers = []\n    layers.append(1)\n"
+        "def evaluate(b): return f(), layers",
+        "layers = [9]\ndef f():\n    layers = []\n    layers.append(1)\n"
+        "def evaluate(b): return f(), layers",
+        "evaluate.layers has changed from [8] to [9]",
     ),
     "one of two lambdas in a line": (
         "f, evaluate = lambda b: 1, lambda b: 2",
@@ -113,21 +146,21 @@ CHANGED = {
         "    def evaluate(self, job): return self.n\nevaluate = E(1)",
         "class E:\n    def __init__(self, n): self.n = n\n"
         "    def evaluate(self, job): return self.n\nevaluate = E(2)",
-        "evaluate.n was 1, and is 2",
+        "evaluate.n has changed from 1 to 2",
     ),
     "base class": (
         "class B:\n    n = 1\nclass E(B):\n    def evaluate(self, job): return self.n\n"
         "evaluate = E()",
         "class B:\n    n = 2\nclass E(B):\n    def evaluate(self, job): return self.n\n"
         "evaluate = E()",
-        "evaluate.B.n was 1, and is 2",
+        "evaluate.B.n has changed from 1 to 2",
     ),
     "attribute that hides that of the base class": (
         "class B:\n    n = 1\n    def evaluate(self, job): return self.n\nclass E(B): pass\n"
         "evaluate = E()",
         "class B:\n    n = 1\n    def evaluate(self, job): return self.n\nclass E(B): n = 2\n"
         "evaluate = E()",
-        "evaluate.members was",
+        "evaluate.members has changed from",
     ),
     "wrapped function": (
         "import nas\ndef f(b): return 1\nevaluate = nas.Repeated(f, 2)",
@@ -137,22 +170,22 @@ CHANGED = {
     "table": (
         "import nas\nT = {(0, 1): {'a': 1}}\nevaluate = nas.TabularEvaluator(T.__getitem__, 'a')",
         "import nas\nT = {(0, 1): {'a': 2}}\nevaluate = nas.TabularEvaluator(T.__getitem__, 'a')",
-        "evaluate.table.self was",
+        "evaluate.table.self has changed from",
     ),
     "field of a dataclass": (
         "from dataclasses import dataclass\n@dataclass\nclass S:\n    n: int = 1\nevaluate = S()",
         "from dataclasses import dataclass\n@dataclass\nclass S:\n    n: int = 1\nevaluate = S(3)",
-        "evaluate.n was 1, and is 3",
+        "evaluate.n has changed from 1 to 3",
     ),
     "module of yours": (
         "import types, sys\nm = types.ModuleType('m'); m.n = 1\ndef evaluate(b): return m.n",
         "import types, sys\nm = types.ModuleType('m'); m.n = 2\ndef evaluate(b): return m.n",
-        "evaluate.m.n was 1, and is 2",
+        "evaluate.m.n has changed from 1 to 2",
     ),
     "shape of an array": (
         "import numpy as np\nX = np.zeros(3)\ndef evaluate(b): return X",
         "import numpy as np\nX = np.zeros(4)\ndef evaluate(b): return X",
-        r"evaluate.X was float64 of shape \(3,\), and is float64 of shape \(4,\)",
+        "evaluate.X has changed from float64 of shape (3,) to float64 of shape (4,)",
     ),
 }
 
@@ -177,6 +210,20 @@ SAME = {
     "results by name": (
         "seen = {}\ndef evaluate(b):\n    seen['a'] = b\n    return 1",
         "seen = {'a': 3}\ndef evaluate(b):\n    seen['a'] = b\n    return 1",
+    ),
+    "list to which a helper's helper adds": (
+        "calls = []\ndef g(b): calls.append(b)\ndef f(b): g(b)\n"
+        "def evaluate(b): return f(b), len(calls)",
+        "calls = [1]\ndef g(b): calls.append(b)\ndef f(b): g(b)\n"
+        "def evaluate(b): return f(b), len(calls)",
+    ),
+    "list that a helper reads": (
+        "calls = []\ndef mean(): return len(calls)\ndef evaluate(b): calls.append(b); mean()",
+        "calls = [1]\ndef mean(): return len(calls)\ndef evaluate(b): calls.append(b); mean()",
+    ),
+    "default that remembers": (
+        "def evaluate(b, known={}): known[b] = 1",
+        "def evaluate(b, known={}): known[b] = 1\nevaluate(3)",
     ),
     "state of an object": (
         "class E:\n    def __init__(self, n): self.n = n\n"
@@ -214,10 +261,7 @@ SAME = {
 @pytest.mark.parametrize("case", CHANGED)
 def test_a_change_is_noticed(load, case) -> None:
     before, after, words = CHANGED[case]
-    found = changes(load, before, after)
-    assert found
-    with pytest.raises(ValueError, match=words.replace("{", r"\{").replace("}", r"\}")):
-        raise ValueError("; ".join(found))
+    assert words in "; ".join(changes(load, before, after))
     assert not changes(load, before, before)
     assert not changes(load, after, after)
 
@@ -225,6 +269,18 @@ def test_a_change_is_noticed(load, case) -> None:
 @pytest.mark.parametrize("case", SAME)
 def test_what_changes_no_fitness_is_no_change(load, case) -> None:
     assert not changes(load, *SAME[case])
+
+
+def test_a_file_of_yours_may_have_the_name_of_one_of_pythons(load) -> None:
+    first = fingerprint(load("def evaluate(b): return 1", module="this"), "evaluate")
+    assert first.changes(fingerprint(load("def evaluate(b): return 2", module="this"), "evaluate"))
+
+
+def test_values_nested_deeply_take_no_time(load) -> None:
+    source = "D = {}\nfor i in range(19): D = {'a': D, 'b': i}\ndef evaluate(b): return D"
+    began = time.perf_counter()
+    fingerprint(load(source), "evaluate")
+    assert time.perf_counter() - began < 1.0
 
 
 def test_built_in_spaces_and_evaluators_have_no_code_of_the_users() -> None:
@@ -236,13 +292,12 @@ def test_built_in_spaces_and_evaluators_have_no_code_of_the_users() -> None:
         sum,
     ):
         found = fingerprint(value, "x")
-        assert not found.codes and not found.is_of_own_class
+        assert not found.codes and "x.members" not in found.values
 
 
 def test_a_space_of_the_users_is_known_as_such(load) -> None:
-    assert fingerprint(
-        load("class S: name = 'nasnet'\nspace = S()", "space"), "space"
-    ).is_of_own_class
+    space = load("class S: name = 'nasnet'\nspace = S()", "space")
+    assert "space.members" in fingerprint(space, "space").values
 
 
 def test_bytecode_tells_where_the_source_is_of_another_time(load, tmp_path) -> None:
