@@ -6,14 +6,15 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from etils import epath
+if TYPE_CHECKING:
+    from etils import epath
 
 DRAFT_SUFFIX = r"(\.[0-9a-f]+)?\.tmp"
 """Pattern of what a draft's name adds to the name of its file, also in earlier versions."""
 
-AnyPath = TypeVar("AnyPath", epath.Path, Path)
+AnyPath = TypeVar("AnyPath", "epath.Path", Path)
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def write_text(path: AnyPath, text: str, *, durable: bool = False) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def remove_drafts(path: epath.Path | Path) -> None:
+def remove_drafts(path: "epath.Path | Path") -> None:
     """Remove the drafts of a file that killed processes have left; nobody may be writing it."""
     if not is_local(path):
         return
@@ -64,18 +65,18 @@ def remove_drafts(path: epath.Path | Path) -> None:
             path.with_name(name).unlink(missing_ok=True)
 
 
-def is_local(path: epath.Path | Path) -> bool:
+def is_local(path: "epath.Path | Path") -> bool:
     """Return whether a path is on this machine, not a gs:// address."""
     return "://" not in str(path)
 
 
-def sync_folder(path: epath.Path | Path) -> None:
+def sync_folder(path: "epath.Path | Path") -> None:
     """Flush the names in a folder to the disk, if it is a local folder."""
     if is_local(path):
         _sync(path)
 
 
-def _sync(path: epath.Path | Path) -> None:
+def _sync(path: "epath.Path | Path") -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

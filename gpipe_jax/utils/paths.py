@@ -7,10 +7,12 @@ may be in a bucket, a gs:// address is legal too.
 import os
 import re
 from pathlib import Path
-
-from etils import epath
+from typing import TYPE_CHECKING
 
 from gpipe_jax.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 AnyPath = str | os.PathLike[str]
 
@@ -58,12 +60,14 @@ def local(argument: str, path: AnyPath) -> Path:
     return Path(_expanded(argument, path, address_problem(path)))
 
 
-def anywhere(argument: str, path: AnyPath) -> epath.Path:
+def anywhere(argument: str, path: AnyPath) -> "epath.Path":
     """Return a path on this machine as `local` does, or a gs:// address.
 
     Raises:
         ArgumentError: It is another address, or has a variable that is not set or an unknown user.
     """
+    from etils import epath
+
     return epath.Path(_expanded(argument, path, address_problem(path, bucket=True)))
 
 
