@@ -332,6 +332,7 @@ class Result:
 
         Raises:
             FileExistsError: The folder exists.
+            ValueError: It is in the run's folder.
 
         Example::
 

@@ -4,6 +4,7 @@ A `Reader` never writes. Everything that reports, plots and notebooks show comes
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -115,6 +116,9 @@ class Reader:
                 f"{self.path.parent}: there is no search here (no file {self.path})"
             )
         uri = f"{self.file.as_uri()}?mode=ro"
+        has_log = Path(f"{self.file}-wal").exists()
+        if not has_log and not os.access(self.file.parent, os.W_OK):
+            uri += "&immutable=1"  # SQLite would have to make a log, and this folder takes none
         return sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
 
     @contextmanager
@@ -131,7 +135,10 @@ class Reader:
 
         Raises:
             FileExistsError: The folder exists.
+            ValueError: It is in the run's folder.
         """
+        if self.file.parent.resolve() in folder.resolve().parents:
+            raise ValueError(f"{folder} is in the run's folder itself: give another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.mkdir()

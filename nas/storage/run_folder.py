@@ -47,15 +47,19 @@ def file_id(path: Path) -> FileId | None:
 
 def copy_other_files(path: Path, folder: Path) -> None:
     """Copy all files beside the store at `path`; those that vanish meanwhile are left out."""
-    own = (path.name, path.with_suffix(".lock").name)  # and SQLite's files with these names before
+    own = (path.name, path.with_suffix(".lock").name)  # and SQLite's files that begin with these
     for each in path.parent.iterdir():
-        with suppress(FileNotFoundError, shutil.Error):  # weights that are no longer needed
-            if each.name.startswith(own):
-                continue
-            if each.is_dir():
-                shutil.copytree(each, folder / each.name)
-            else:
-                shutil.copy2(each, folder / each.name)
+        if each.name.startswith(own):
+            continue
+        if each.is_dir():
+            shutil.copytree(each, folder / each.name, copy_function=_copy_if_there)
+        else:
+            _copy_if_there(each, folder / each.name)
+
+
+def _copy_if_there(file: str | Path, copy: str | Path) -> None:
+    with suppress(FileNotFoundError):  # weights that are no longer needed
+        shutil.copy2(file, copy)
 
 
 def lost_run(path: Path, connection: sqlite3.Connection) -> LostRunError:

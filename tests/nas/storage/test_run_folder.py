@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import nas
 from nas import cli
 from nas.errors import LostRunError
 from nas.storage import writer
+from nas.storage.queries import Snapshot
 from nas.storage.reader import FILE, Reader
 from nas.storage.run_folder import is_name
 
@@ -211,6 +213,39 @@ def test_a_copy_of_a_running_search_has_all_files_and_resumes(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_a_copy_that_would_lack_a_file_is_an_error(tmp_path, monkeypatch) -> None:
+    result = nas.search(space=Bits(), evaluate=ones, cycles=6, population=2, folder=tmp_path)
+    (result.path / "weights").mkdir()
+    for name in ("gone", "large"):
+        (result.path / "weights" / name).write_text("1")
+
+    def copy2(source, target) -> None:
+        error = FileNotFoundError if Path(source).name == "gone" else OSError
+        raise error(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", copy2)
+    with pytest.raises(OSError, match=r"large.*No space left on device") as caught:
+        result.copy_to(tmp_path / "copy")
+    assert "gone" not in str(caught.value)
+
+
+def test_a_run_is_not_copied_into_itself(tmp_path) -> None:
+    result = nas.search(space=Bits(), evaluate=ones, cycles=6, population=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="is in the run's folder itself: give another folder"):
+        result.copy_to(result.path / "copy")
+    assert not (result.path / "copy").exists()
+
+
+def test_a_run_in_a_folder_that_takes_no_files_is_read(tmp_path, monkeypatch) -> None:
+    """Read a colleague's run, beside which SQLite cannot write."""
+    path = nas.search(space=Bits(), evaluate=ones, cycles=6, population=2, folder=tmp_path).path
+    files = sorted(path.iterdir())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with closing(Snapshot(path)) as snapshot:
+        assert snapshot.counts().results == 6
+        assert sorted(path.iterdir()) == files
+
+
 def test_runs_that_were_loaded_keep_no_file_open(tmp_path) -> None:
     with small(tmp_path) as search:
         drive(search)
