@@ -55,18 +55,22 @@ class Profile(NamedTuple):
 
 @contextlib.contextmanager
 def traced_into(folder: epath.Path) -> Iterator[None]:
-    """Trace the block with jax.profiler; a trace that cannot be written ends no run."""
-    with _said_only(folder):
+    """Trace the block with jax.profiler; if that fails, say so and run the block."""
+    is_tracing = False
+    with _errors_are_messages(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # JAX would find out at the end, and trace on
         jax.profiler.start_trace(str(folder))
+        is_tracing = True
     try:
         yield
     finally:
-        with _said_only(folder):
-            jax.profiler.stop_trace()
+        with _errors_are_messages(folder):
+            if is_tracing:
+                jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
-def _said_only(folder: epath.Path) -> Iterator[None]:
+def _errors_are_messages(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:

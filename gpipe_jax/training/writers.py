@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from gpipe_jax.errors import ArgumentError, ConfigError
+from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.messages import say
 from gpipe_jax.utils.text import install_advice
 
@@ -59,10 +60,10 @@ class Wandb:
         wandb = importlib.import_module("wandb")
         path = folder / "wandb_id"
         if not path.exists():
-            path.write_text(secrets.token_hex(8))
+            atomic_files.write_text(path, secrets.token_hex(8))
         run_id = path.read_bytes().decode(errors="replace")
         if not re.fullmatch(r"[\w-]{1,64}", run_id):
-            raise ValueError(f"{path} holds {run_id[:64]!r}, which is no id of a run; remove it")
+            raise ValueError(f"{path} holds {run_id[:64]!r}, which is not a run's id; remove it")
         self._run: Any = wandb.init(
             id=run_id, resume="allow", name=folder.name, dir=str(folder), config=config
         )
@@ -81,7 +82,7 @@ WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class _Expendable:
-    """Wrap a writer: if it fails, the run goes on without it. The metrics file has everything."""
+    """Wrap a writer: if it fails, the run continues without it. The metrics file is complete."""
 
     def __init__(self, name: str, writer: Writer) -> None:
         self._name, self._writer, self._failed = name, writer, False
@@ -99,7 +100,7 @@ class _Expendable:
             action(*arguments)
         except Exception as error:  # each package has errors of its own
             self._failed = True
-            say(f"{self._name}: {error}; the run goes on without it")
+            say(f"{self._name}: {error}; the run continues without it")
 
 
 def check(names: Sequence[str]) -> None:
@@ -120,15 +121,16 @@ def opened(
 ) -> Iterator[list[Writer]]:
     """Open the writers of a run that resumes after `step`, and close them however it ends.
 
-    One that fails later is left out, with a message.
+    If a writer fails later, a message says so, and the run continues without it.
 
     Raises:
-        ConfigError: One cannot be opened.
+        ConfigError: A writer cannot be opened.
     """
     with contextlib.ExitStack() as stack:
-        writers: list[Writer] = [_opened(name, folder, config, step) for name in names]
-        for writer in writers:
-            stack.callback(writer.close)
+        writers: list[Writer] = []
+        for name in names:
+            writers.append(_opened(name, folder, config, step))
+            stack.callback(writers[-1].close)
         yield writers
 
 

@@ -147,6 +147,11 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capsys) -> None:
     assert f"no trace in {tmp_path}/file/profile: " in said and said.count("\n") == 1
     with pytest.raises(ZeroDivisionError), profiling.traced_into(tmp_path / "profile"):
         raise ZeroDivisionError
+    with profiling.traced_into(tmp_path / "a"), profiling.traced_into(tmp_path / "b"):
+        pass  # one trace at a time
+    said = capsys.readouterr().err
+    assert f"no trace in {tmp_path}/b: " in said and said.count("\n") == 1
+    assert (tmp_path / "a").exists()
 
 
 def test_without_asking_nothing_is_written(tmp_path: Path) -> None:
@@ -191,9 +196,20 @@ def test_a_run_goes_on_without_a_writer_that_fails(tmp_path, monkeypatch, capsys
         pass  # the end of a run is not one of its failure either
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "gpipe: tensorboard: [Errno 28] No space left on device; the run goes on without it",
-        "gpipe: tensorboard: the server is gone; the run goes on without it",
+        "gpipe: tensorboard: [Errno 28] No space left on device; the run continues without it",
+        "gpipe: tensorboard: the server is gone; the run continues without it",
     ]
+
+
+def test_if_one_writer_cannot_be_opened_the_others_are_closed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(writers.WRITERS, "tensorboard", Broken)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with (
+        pytest.raises(ConfigError, match="wandb cannot be opened"),
+        writers.opened(["tensorboard", "wandb"], tmp_path, {}, 0),
+    ):
+        pass
+    assert "tensorboard: the server is gone" in capsys.readouterr().err, "`close` says so"
 
 
 @pytest.mark.parametrize("content", [b"", b"two words", b"\xff\xfe"])
