@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import reprlib
 import shutil
 
 from gpipe_jax.config import loader
@@ -85,7 +86,7 @@ def schedule(options: argparse.Namespace) -> int:
         **_times(drawn),
     }
     write(render(drawn, shutil.get_terminal_size((100, 24)).columns))
-    write(figures_table(figures))
+    write(figures_table({**figures, "peak_stash": _LISTED.repr(drawn.peak_stash)}))
     write(_TIMES)
     if options.png:
         from gpipe_jax import plots
@@ -99,6 +100,9 @@ def schedule(options: argparse.Namespace) -> int:
         write(json.dumps(figures))
     return 0
 
+
+_LISTED = reprlib.Repr()
+_LISTED.maxlist = 16  # numbers of a list in a line; the first device has most to stash
 
 _TIMES = """\
 times: through all chunks of a device, a forward takes 1 and a backward, which recomputes it, 3; in

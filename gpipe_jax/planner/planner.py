@@ -16,8 +16,13 @@ from gpipe_jax.planner.search import Ranking
 from gpipe_jax.tpu_compiler import topologies
 
 UNTIMED = (
-    "this plan balances operations, not measured time as training does (cost 'time'): a plan runs "
-    "nothing; --cost cycles balances compiled times"
+    "this plan balances operations, while training balances measured times (cost 'time'), since a "
+    "plan runs nothing; --cost cycles balances compiled times"
+)
+TRAINED_BY_TIME = (
+    "gpipe train balances measured times (pipeline.cost: time), which a plan does not know, and "
+    "may cut elsewhere; gpipe plan --out FILE, then gpipe train --plan FILE, trains with the cut "
+    "of this plan"
 )
 
 
@@ -81,6 +86,8 @@ def plan(
         result = predict.compile_plan(job, layout, compiler, cost)
     if untimed:
         result = replace(result, warnings=[*result.warnings, UNTIMED])
+    elif job.cost == "time" and layout.partition == "auto":
+        result = replace(result, warnings=[*result.warnings, TRAINED_BY_TIME])
     return _with_config(result, config)
 
 

@@ -52,8 +52,8 @@ class Ranking(NamedTuple):
         counts = f"{self.analysed} layouts analysed, {self.too_large} of them too large"
         return (
             f"{text.text_table(rows)}\n{counts}; {len(self.plans)} compiled, not run\n"
-            f"each layout has a cut of its own: gpipe train --plan FILE (of --out FILE) takes it, "
-            f"while pipeline.partition=auto may cut elsewhere"
+            f"each layout has its own cut: write it with --out FILE and train with gpipe train "
+            f"--plan FILE; pipeline.partition=auto may cut elsewhere"
         )
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Say where a training of the same config would be cut into other stages than the plan."""
+"""Warn where a training of the same config would be cut into other stages than the plan."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from gpipe_jax.planner.job import Job, Layout
 
 
 def warnings(pipe: Pipeline, job: Job, layout: Layout, cost: Any, *, compiled: bool) -> list[str]:
-    """Return a warning for each way to train that cuts otherwise, with both cuts.
+    """Return a warning for each way to train that would cut elsewhere, with both cuts.
 
     Args:
         pipe: The planned pipeline, which is cut for a TPU.
-        job: The job; without a cost of its own nothing is known of its training.
-        layout: The layout that was asked for.
+        job: The job. If it has no cost, it is not known how it would be trained.
+        layout: The layout as requested.
         cost: What the plan balances.
         compiled: Whether the plan is for a TPU slice; if not, it may be of a training on CPU.
     """
@@ -29,7 +29,7 @@ def warnings(pipe: Pipeline, job: Job, layout: Layout, cost: Any, *, compiled: b
         if cut != planned:
             found.append(
                 f"{name} cuts before layers {cut} (pipeline.cost: {job.cost}), this plan before "
-                f"{planned}; pipeline.partition={planned}, or gpipe plan --out FILE and gpipe "
-                f"train --plan FILE, trains with the cut of this plan"
+                f"{planned}; pipeline.partition={planned}, or gpipe plan --out FILE and then "
+                f"gpipe train --plan FILE, trains with the cut of this plan"
             )
     return found

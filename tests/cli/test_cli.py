@@ -514,6 +514,12 @@ def test_schedules_that_cannot_be(gpipe, arguments, text):
     refuses(gpipe("schedule", *arguments, config=None), text)
 
 
+def test_a_schedule_of_many_devices_has_short_lines(gpipe):
+    arguments = ["--stages", 40, "--micro-batches", 40]
+    _, out, _ = gpipe("schedule", *arguments, config=None)
+    assert max(map(len, out)) <= 100 and "[40, 39, " in "\n".join(out)
+
+
 @pytest.mark.parametrize("path", ["missing/s.png", "s.exe", "."])
 def test_pictures_that_cannot_be_written(gpipe, path):
     arguments = ["--stages", 2, "--micro-batches", 2, "--png", path]

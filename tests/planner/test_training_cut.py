@@ -57,6 +57,15 @@ def test_the_trainings_that_are_compared(compiled, overrides, cost, expected, mo
     assert asked == expected and len(found) == len(expected)
 
 
+@pytest.mark.parametrize("cost", [None, [1.0] * 9])
+def test_a_training_by_measured_time_may_be_cut_elsewhere(cost):
+    config = gpipe.load(CONFIG, ["pipeline.cost=time"])
+    (warning,) = planner.plan(config, cost=cost).warnings
+    assert warning == (planner.UNTIMED if cost is None else planner.TRAINED_BY_TIME)
+    cut = gpipe.load(config, ["pipeline.partition=[1,2,3]"])
+    assert planner.TRAINED_BY_TIME not in planner.plan(cut, cost=cost).warnings
+
+
 def test_layers_alone_have_no_training_to_compare():
     batch = next(gpipe.data.digits(batch_size=32, seed=0).train(0))
     layers = gpipe.zoo.mlp((64, 32, 10))
