@@ -1,11 +1,11 @@
-"""Claim a folder where there are no locks, such as one in a bucket, by an object that one renews.
+"""Claim a folder where there are no locks, such as one in a bucket, by an object that is renewed.
 
-    take      an object is there: watch it for `LEASE_S`. It changes: another run is alive, give up.
-              Then write a token of one's own, wait `SETTLE_S`, and read: the last writer stays.
-    hold      a thread renews the object every `RENEW_S`; it never replaces another's token.
-    check     before anything is written, read: another's token ends this run.
+    take      If an object exists, watch it for `LEASE_S`; if it changes, another run is alive: give
+              up. Then write an own token, wait `SETTLE_S`, and read: the last writer has the claim.
+    hold      A thread renews the object every `RENEW_S`; it never replaces another run's token.
+    check     Before anything is written, read: another run's token ends this run.
 
-No clocks are compared. After a break of the network of more than `LEASE_S` another run may take the
+No clocks are compared. If the network fails for more than `LEASE_S`, another run may take the
 claim. This run notices that at its next check, so both may write between that check and the one
 before.
 """
@@ -24,8 +24,8 @@ from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.messages import say
 
 RENEW_S = 15.0
-LEASE_S = 60.0  # an object that did not change for so long is of a run that has died
-SETTLE_S = 3.0  # more than a write takes
+LEASE_S = 60.0  # if an object has not changed for so long, its run has died
+SETTLE_S = 3.0  # longer than a write takes
 
 
 class Claim:
@@ -42,8 +42,8 @@ class Claim:
         before = _read(self.path)
         if before is not None:
             say(
-                f"{self.path} is of a run that did not end in order, or still works; waiting "
-                f"{LEASE_S:g} s to see whether it changes"
+                f"{self.path} belongs to a run that was killed or is still working; waiting up to "
+                f"{LEASE_S:g} s to find out"
             )
             if _changes(self.path, before):
                 raise self._in_use()
@@ -56,23 +56,23 @@ class Claim:
         """Raise RunInUseError if another run has taken the claim."""
         try:
             is_mine = self._is_mine()
-        except Exception:  # of the network, so what is written next fails as well, and says why
+        except Exception:  # of the network: the next write fails too, and says why
             return
         if not is_mine:
             raise self._in_use()
 
     def release(self) -> None:
-        """Stop renewing; remove the object unless it is another's."""
+        """Stop renewing; remove the object unless it is another run's."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        with contextlib.suppress(Exception):  # the next run waits until it is old
+        with contextlib.suppress(Exception):  # the next run waits for `LEASE_S`
             if self._is_mine():
                 self.path.unlink()
 
     def _in_use(self) -> RunInUseError:
         return RunInUseError(
-            f"another run is using {self.path.parent} (see {self.path}): end it, or wait until it "
+            f"another run is using {self.path.parent} (see {self.path}); end it, or wait until it "
             f"has ended, or use another folder (train.workdir=...)"
         )
 
@@ -86,14 +86,14 @@ class Claim:
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(RENEW_S):
-            with contextlib.suppress(Exception):  # the network; the next time may succeed
+            with contextlib.suppress(Exception):  # of the network; the next time may succeed
                 if not self._is_mine():
                     return
                 self._write()
 
 
 def _read(path: epath.Path) -> str | None:
-    """Return what the object holds; None if it is missing, or empty as a file for a lock is."""
+    """Return the content of the object; None if it is missing, or empty like a lock file."""
     try:
         return path.read_bytes().decode(errors="replace") or None
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def _read(path: epath.Path) -> str | None:
 
 
 def _changes(path: epath.Path, before: str) -> bool:
-    """Return whether another run renews its claim; not if it removes it, as it has ended then."""
+    """Return whether another run renews its claim; if it removes the claim, it has ended."""
     deadline = time.monotonic() + LEASE_S
     while time.monotonic() < deadline:
         time.sleep(LEASE_S / 20)

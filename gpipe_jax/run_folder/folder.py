@@ -104,7 +104,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
-                problem = f"another run is using {self.path}: end it, or wait until it has ended"
+                problem = f"another run is using {self.path}; end it, or wait until it has ended"
                 raise RunInUseError(
                     f"{problem}, or use another folder (train.workdir=...)"
                 ) from error

@@ -34,11 +34,9 @@ def test_a_claim_is_renewed_and_removed_at_the_end(path):
 
 def test_a_folder_whose_run_is_alive_is_refused(path, capsys):
     with claimed(path):
-        with pytest.raises(RunInUseError, match=r"another run is using .*\(see .*lock\): end"):
+        with pytest.raises(RunInUseError, match=r"another run is using .*\(see .*lock\); end"):
             Claim(path).take()
-        assert (
-            "is of a run that did not end in order, or still works; wai" in capsys.readouterr().err
-        )
+        assert "belongs to a run that was killed or is still working" in capsys.readouterr().err
         assert path.exists(), "that of the run that is alive"
 
 

@@ -375,7 +375,7 @@ def test_the_checkpoints_are_not_there(whole, tmp_path):
     assembly = copied(whole, tmp_path)
     shutil.move(assembly.checkpoints, tmp_path / "elsewhere")
     before = (assembly.workdir / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"has saved checkpoints, but .* has none now: mount or"):
+    with pytest.raises(ConfigError, match=r"has saved checkpoints, but .* has none now; mount or"):
         run.train(assembly, lambda record: None)
     assert (assembly.workdir / "metrics.jsonl").read_bytes() == before
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
@@ -558,7 +558,7 @@ def test_a_folder_that_another_run_is_using(whole, tmp_path):
     with (
         run.exclusive(assembly.workdir),
         pytest.raises(
-            errors.RunInUseError, match=r"another run is using .*: end it, or wait until"
+            errors.RunInUseError, match=r"another run is using .*; end it, or wait until"
         ),
     ):
         run.train(assembly, lambda record: None)
