@@ -155,8 +155,8 @@ class Result:
         """Return the search space: a built-in one, or the one that was pickled with the run.
 
         Raises:
-            ValueError: The space is not built in, and it was stored by somebody else, or its module
-                cannot be imported here. The message says how to give it.
+            ValueError: The space is not built in, and another user stored it, or its module cannot
+                be imported here. The message says how to give it.
         """
         if self._space is None:
             self._space = load_setup(self.reader, needed=["space"], trust=self.trust).space
@@ -224,7 +224,7 @@ class Result:
             The candidates; fewer if not so many have a fitness.
 
         Raises:
-            ValueError: `count` is no whole number of at least 1.
+            ValueError: `count` is not a whole number of at least 1.
         """
         check_count("count", count)
         return [self._candidate(row) for row in queries.top(self.reader, int(count))]
@@ -239,8 +239,8 @@ class Result:
             The candidate, also if it has no fitness.
 
         Raises:
-            KeyError: There is none.
-            ValueError: `number` is no whole number of at least 0.
+            KeyError: There is no candidate of this number.
+            ValueError: `number` is not a whole number of at least 0.
         """
         check_count("number", number, minimum=0)
         return self._candidate(self.reader.candidate(int(number)))
@@ -255,8 +255,8 @@ class Result:
             The ancestors and the candidate.
 
         Raises:
-            KeyError: There is none of this number.
-            ValueError: `number` is no whole number of at least 0.
+            KeyError: There is no candidate of this number.
+            ValueError: `number` is not a whole number of at least 0.
         """
         check_count("number", number, minimum=0)
         return [self._candidate(row) for row in self.reader.lineage(int(number))]
@@ -359,7 +359,7 @@ class Result:
 
         Raises:
             nas.errors.LostRunError: The run's folder was removed. This result reads the copy then.
-            ValueError: `timeout_s` is no number of seconds.
+            ValueError: `timeout_s` is not a number of seconds.
         """
         check_seconds(timeout_s=timeout_s)
         if self._running is not None:
@@ -381,7 +381,7 @@ class Result:
             every_s: Seconds between updates. Default: 0.5.
 
         Raises:
-            ValueError: `every_s` is no number of seconds.
+            ValueError: `every_s` is not a number of seconds.
         """
         from nas.reports import live
 
@@ -406,7 +406,7 @@ class Result:
 
         Args:
             evaluate: An evaluator; default: the one that was pickled with the run, unless it is
-                large or somebody else has stored it. Another one is accepted, even if its fitness
+                large or another user stored it. Another one is accepted, even if its fitness
                 cannot be compared with that of the run.
             **options: Arguments of `nas.search`, such as `cycles` and `workers`, that differ from
                 those of the run. A run driven by an executor or a client of dask needs `workers`.
@@ -575,7 +575,8 @@ def search(
         **options,
     )
     if loop.evolution.results:
-        _say(f"{run}: {loop.evolution.results} of {loop.cycles} results found")
+        done = loop.length.done(loop.evolution.results, loop.evaluated)
+        _say(f"{run}: {done} of {loop.length.total} {loop.length.noun} found")
     pool = None
     try:
         pool = pools.make_pool(workers)
@@ -618,9 +619,8 @@ def load(
 ) -> Result:
     """Load a run, also while a driver is writing to it.
 
-    Reading a run of somebody else runs no code of it. Its own space and evaluator are pickled in
-    it, and unpickling runs code. This needs `trust=True`, unless this user has stored the same on
-    this machine.
+    Reading a run does not run its code. Only a space and an evaluator that are pickled in it run
+    code. They need `trust=True`, unless this user has stored the same on this machine.
 
     Args:
         name: Name of the run in `folder`, or the path of its own folder.
@@ -633,7 +633,7 @@ def load(
         The run, which may be unfinished.
 
     Raises:
-        FileNotFoundError: There is no such run; the message lists the others.
+        FileNotFoundError: The run does not exist; the message lists those that do.
         nas.errors.MismatchError: The run is of a space with another name.
 
     Example::

@@ -41,7 +41,7 @@ def length(cycles: int | None, evaluations: int | None) -> Length:
     """Return the length of a search, with its defaults.
 
     Raises:
-        ValueError: A number is no whole number of at least 1.
+        ValueError: A number is not a whole number of at least 1.
 
     >>> length(None, None).cycles, length(None, 50).cycles, length(70, 50).cycles
     (1000, 500, 70)

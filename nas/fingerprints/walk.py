@@ -23,7 +23,7 @@ class Walk:
 
     Attributes:
         codes: The digests of each function of the user's, by name.
-        values: The text of each plain value, by name.
+        values: The text of each plain value, and the type of any other, by name.
     """
 
     def __init__(self) -> None:
@@ -123,8 +123,7 @@ class Walk:
         """Visit a function or a class by the name of its definition, whoever reads it."""
         if id(value) not in self._seen:
             own = value.__qualname__.rpartition("<locals>.")[2]
-            is_taken = own in self.values
-            self.visit(name if is_taken else own, value, changed)
+            self.visit(name if own in self.values else own, value, changed)
         self.values[name] = self._seen.get(id(value), (name, None))[0]
 
     # --- objects ----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def load_setup(
     parts = {name: _unpickled(reader, name, values.get(name, missing)) for name in needed}
     options = dict(values.get("options", {}))
     if not is_trusted and "://" in str(options.get("workers")):
-        del options["workers"]  # a scheduler of somebody else, which could run code here
+        del options["workers"]  # a stranger's scheduler could run code here
     if isinstance(options.get("retries"), dict):
         options["retries"] = Retries(**options["retries"])
     return Setup(**parts, options=options)
@@ -151,7 +151,7 @@ def _as_json(value: Any) -> Any:
         return dataclasses.asdict(value)
     if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
         return value.item()
-    raise TypeError(f"{value!r} is no JSON value")
+    raise TypeError(f"{value!r} is not a JSON value")
 
 
 class _Unpickler(pickle.Unpickler):

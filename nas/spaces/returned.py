@@ -7,8 +7,8 @@ def text(method: str, value: Any) -> str:
     """Return the value of `encode` or `canonical`, if it is a text that can be stored.
 
     Raises:
-        TypeError: It is no text.
-        ValueError: UTF-8 does not have it.
+        TypeError: It is not a text.
+        ValueError: UTF-8 cannot write it.
 
     >>> text("encode", 3)
     Traceback (most recent call last):
@@ -22,7 +22,7 @@ def text(method: str, value: Any) -> str:
 
 
 def child(value: Any) -> tuple[Any, str]:
-    """Return the value of `mutate`, if it is an architecture with words.
+    """Return the value of `mutate`, if it is an architecture with a description.
 
     Raises:
         TypeError: It is not.

@@ -30,7 +30,9 @@ REQUIRED = ("name", "random", "mutate", "canonical", "encode", "decode")
 class Space(Protocol[A]):
     """Describe a set of architectures of type `A` and their mutations.
 
-    Architectures are compared by `==` and never changed in place.
+    Architectures are compared by `==` and never changed in place. Unless they are immutable, spaces
+    and evaluators get copies, so `is` does not find a part again, save members of an `Enum`,
+    functions and classes.
 
     Example:
         >>> import nas
@@ -119,7 +121,7 @@ class DrawableSpace(Space[A], Protocol[A]):
     """Extend a space with optional members, by which results and pages show architectures.
 
     Without them an architecture is shown as text. The command `nas report` draws built-in spaces
-    only, because it does not run the code of others.
+    only, because it does not run code of the run.
     """
 
     def pictures(self, architecture: A, before: A | None = None) -> list[Picture]:
@@ -249,13 +251,13 @@ def as_space(space: Any) -> Space[Any]:
 
 
 def _problem(space: Any) -> str | None:
-    """Say why an object is no space; return None if it may be one."""
+    """Say why an object is not a space; return None if it may be one."""
     if isinstance(space, type):
         return "is a class"
     absent = [member for member in REQUIRED if not hasattr(space, member)]
     if absent:
         return f"has no {', '.join(absent)}"
     if not (isinstance(space.name, str) and space.name):
-        return f"has the name {space.name!r}, which is no text"
+        return f"has the name {space.name!r}, which is not a text"
     fixed = [name for name in REQUIRED if name != "name" and not callable(getattr(space, name))]
-    return f"has no method {', '.join(fixed)}, but a value of that name" if fixed else None
+    return f"has no method {', '.join(fixed)}, only a value of that name" if fixed else None

@@ -37,7 +37,7 @@ def is_name(name: object) -> bool:
 
 
 def file_id(path: Path) -> FileId | None:
-    """Return what tells this file from any other that has its path; None if there is no file."""
+    """Return what tells this file from others at the same path; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:

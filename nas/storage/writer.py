@@ -116,7 +116,7 @@ class Store(OpenReader):
     def close(self) -> None:
         """Close the file, so that another driver can open it.
 
-        Everything is in the one file then, also while readers have it open, unless one is reading
+        Everything is in one file then, also while readers have it open, unless one is reading
         at this moment.
 
         Raises:
@@ -215,7 +215,7 @@ class Store(OpenReader):
             return event
 
     def lose_evaluations(self, evaluations: Iterable[int]) -> None:
-        """Write that nobody waits for these evaluations any more."""
+        """Write that the search no longer waits for these evaluations."""
         for evaluation in evaluations:
             self._update("evaluations", evaluation, outcome="lost")
 

@@ -123,6 +123,12 @@ def test_a_resumed_search_says_what_it_has_found(tmp_path, capsys) -> None:
     assert "20 of 25 results found" in capsys.readouterr().err
 
 
+def test_a_resumed_search_counts_its_budget(tmp_path, capsys) -> None:
+    for cycles in (60, 80):
+        search(tmp_path, ones, cycles=cycles, evaluations=8)
+    assert "8 of 8 evaluations found" in capsys.readouterr().err
+
+
 def test_runs_of_earlier_versions_have_no_fingerprints_and_get_them(tmp_path) -> None:
     first, second = first_and_second()
     with small(tmp_path, population=5, sample=2, cycles=20, cache=True) as opened:

@@ -64,9 +64,9 @@ def test_a_method_that_returns_something_else(tmp_path, kind, problem) -> None:
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
-        ({"name": 3}, "has the name 3, which is no text: give an object with name, random"),
-        ({"name": ""}, "has the name '', which is no text: give an object with"),
-        ({"random": 3}, "has no method random, but a value of that name: give an object"),
+        ({"name": 3}, "has the name 3, which is not a text: give an object with name, random"),
+        ({"name": ""}, "has the name '', which is not a text: give an object with"),
+        ({"random": 3}, "has no method random, only a value of that name: give an object"),
     ],
 )
 def test_a_member_of_another_type(tmp_path, members, problem) -> None:
