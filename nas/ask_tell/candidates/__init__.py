@@ -1,0 +1,1 @@
+"""Lead candidates from their proposal to their result; the lock is that of `nas.Search`."""
