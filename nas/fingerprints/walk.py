@@ -31,6 +31,7 @@ class Walk:
         self.values: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Any]] = {}  # the objects too, so that no id is used again
         self._helpers: dict[int, tuple[Changed, list[FunctionType]]] = {}  # by function
+        self._by_methods: dict[type, Changed] = {}
 
     def visit(self, name: str, value: Any, changed: Changed = NOTHING) -> None:
         """Add a value; `changed` is what the code that uses it changes."""
@@ -132,8 +133,10 @@ class Walk:
         kind = type(value)
         is_own = members.is_own_object(kind)
         if is_own:
-            self._visit_class(name, kind)
-            changed = changed.union(members.changed_by_methods(kind))
+            if id(kind) not in self._seen:
+                self._seen[id(kind)] = name, kind
+                self._visit_class(name, kind)
+            changed = changed.union(self._changed_by_methods(kind))
         elif not dataclasses.is_dataclass(kind):
             self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
             return
@@ -146,13 +149,18 @@ class Walk:
         if not members.is_own_object(kind):
             self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
             return
-        changed = members.changed_by_methods(kind)
+        changed = self._changed_by_methods(kind)
         for base in members.own_bases(kind):
             owner = name if base is kind else f"{name}.{base.__name__}"
             found = members.members(base)
             self.values[f"{owner}.members"] = members.listed(found)
             for key, member in sorted(found.items()):
                 self._visit_unless_changed(owner, f".{key}", member, changed)
+
+    def _changed_by_methods(self, kind: type) -> Changed:
+        if kind not in self._by_methods:
+            self._by_methods[kind] = members.changed_by_methods(kind)
+        return self._by_methods[kind]
 
 
 def _is_helper(value: Any, function: FunctionType) -> bool:

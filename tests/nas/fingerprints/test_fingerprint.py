@@ -283,6 +283,21 @@ def test_values_nested_deeply_take_no_time(load) -> None:
     assert time.perf_counter() - began < 1.0
 
 
+def test_many_objects_of_a_class_count(load) -> None:
+    source = """
+        class Layer:
+            def __init__(self, n): self.n = n
+            def f(self): return 1
+            def g(self): return 2
+            def h(self): return 3
+        layers = [Layer(i) for i in range(500)]
+        layers[499].n = %d
+        def evaluate(b): return layers
+    """
+    found = changes(load, source % 0, source % 1)
+    assert found == ["evaluate.layers[499].n has changed from 0 to 1"]
+
+
 def test_built_in_spaces_and_evaluators_have_no_code_of_the_users() -> None:
     for value in (
         nas.NASNetSpace(),
