@@ -10,8 +10,8 @@ ValueError
     CheckpointFormatError     a checkpoint is of another format
 OSError
     SaveError                 a checkpoint could not be written
-    UnreadableCheckpointError a checkpoint cannot be read now, which may pass
-    RunInUseError             another run works in the folder
+    UnreadableCheckpointError a checkpoint cannot be read now, but perhaps later
+    RunInUseError             another run is using the folder
 RuntimeError
     DivergedError             the loss, or a parameter, became infinite or NaN
     StoppedError              the run was stopped, and saved
@@ -129,7 +129,7 @@ class DataError(ValueError):
 
 
 class DivergedError(RuntimeError):
-    """Report that the loss, or what an update left, became infinite or NaN.
+    """Report that the loss, or the state after an update, became infinite or NaN.
 
     The last checkpoint is from before. Train in a new folder, with a lower learning rate, a longer
     warm-up or `clip_norm`.
@@ -180,7 +180,7 @@ class CheckpointFormatError(ValueError):
 
 
 class RunInUseError(OSError):
-    """Report that another run works in the same folder.
+    """Report that another run is using the folder.
 
     Wait until it has ended, or use another folder (`train.workdir`).
     """

@@ -69,7 +69,7 @@ def unusable(step: int, error: DamagedCheckpointError | UnreadableCheckpointErro
     return UnusableStep(step, str(error), isinstance(error, DamagedCheckpointError))
 
 
-# What `_Content` holds in JSON; `pydantic` checks it.
+# The parts of `_Content`; `pydantic` checks them.
 _Size = Annotated[int, pydantic.Field(ge=0)]
 _FileName = Annotated[str, pydantic.Field(pattern=rf"^({COMMON}|0|[1-9][0-9]*)$")]
 
@@ -123,13 +123,14 @@ def _versions() -> dict[str, str]:
 def steps(folder: epath.Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, intact or not, the newest first.
 
-    A checkpoint is named as `str(step)`; other names, such as 0050, are none of this module's.
+    A checkpoint is named `str(step)`; other names, such as 0050, are ignored.
 
     Raises:
         UnreadableCheckpointError: The folder cannot be read.
     """
     paths = reading.list_folder(folder)
-    named = (path for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,9}", path.name))
+    # Processes exchange steps as int32.
+    named = (path for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,8}", path.name))
     return sorted((int(path.name) for path in named if _is_committed(path)), reverse=True)
 
 
@@ -157,7 +158,7 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest:
             raise DamagedCheckpointError(f"{MANIFEST} does not have its checksum")
         found = reading.parse(outer.content, _ANY_FORMAT)
         if type(number := found.get("format")) is not int:
-            raise ValueError(f"format: {number!r} is no number")
+            raise ValueError(f"format: {number!r} is not a number")
         if number != FORMAT:
             raise _other_format(path, number, found.get("versions"))
         content = reading.parse(outer.content, _CONTENT)

@@ -18,13 +18,13 @@ def read_bytes(path: epath.Path) -> bytes:
     """Return the content of a file.
 
     Raises:
-        DamagedCheckpointError: There is no such file, or it is no regular one.
+        DamagedCheckpointError: There is no such file, or it is not a regular file.
         UnreadableCheckpointError: It cannot be read now, for any other reason.
     """
     try:
         # A pipe would never end.
         if is_local(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise DamagedCheckpointError(f"{path.name} is no regular file")
+            raise DamagedCheckpointError(f"{path.name} is not a regular file")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedCheckpointError(f"{path.name} is missing") from error
@@ -53,7 +53,7 @@ def list_folder(folder: epath.Path) -> list[epath.Path]:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not os.path.islink(folder):
             return []
-        problem = f"is a link to {os.readlink(folder)}, which is not there; mount that disk"
+        problem = f"is a link to {os.readlink(folder)}, which is missing; mount that disk"
         raise UnreadableCheckpointError(f"{folder} {problem}") from error
     except ImportError:
         raise
@@ -69,10 +69,11 @@ def _unreadable(name: str, error: Exception) -> UnreadableCheckpointError:
 
 
 def parse(data: bytes | str, adapter: pydantic.TypeAdapter[T]) -> T:
-    """Return what a JSON text says; check its form against a type.
+    """Return the content of a JSON text; check its form against a type.
 
     Raises:
-        ValueError: It is no JSON, is nested too deeply, or has another form; in one line.
+        ValueError: It is not JSON, is nested too deeply, or has another form. The message is one
+            line.
     """
     try:
         return adapter.validate_json(data, strict=True)

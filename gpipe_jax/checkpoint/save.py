@@ -30,9 +30,9 @@ from gpipe_jax.utils.atomic_files import is_local
 from gpipe_jax.utils.messages import say
 
 WRITERS = 4  # files that a process writes at the same time
-RETRY_S = 1  # the pause before a file whose writing failed is written again
+RETRY_S = 1  # the pause before a file is written again after an error
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What is the same a second later.
+# Errors that remain a second later.
 LASTING = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
@@ -118,7 +118,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
-    """Tell Orbax which checkpoints there are; its own rules read `0050` and other digits too."""
+    """Tell Orbax which checkpoints exist; its own rules also accept `0050` and other digits."""
 
     def __init__(self, hidden: Collection[int]) -> None:
         self._hidden = hidden
@@ -174,7 +174,7 @@ class Saver:
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def _note_earlier(self) -> None:
-        """Note the evaluations of the checkpoints that are there, as far as they can be read."""
+        """Note the evaluations of the existing checkpoints, as far as they can be read."""
         with contextlib.suppress(CheckpointFormatError, UnreadableCheckpointError):
             for manifest in checkpoint_manifest.manifests(self.folder):
                 if isinstance(manifest, Manifest):
@@ -211,7 +211,7 @@ class Saver:
             self._manager.save(info.step, args=composite, force=True)
 
     def _make_way(self, step: int) -> None:
-        """Rename what lies in the place of a checkpoint that is about to be written."""
+        """Rename an unusable checkpoint of a step that is about to be saved."""
         if step not in self._unusable:
             return
         if jax.process_index() == 0 and step in checkpoint_manifest.steps(self.folder):
@@ -245,7 +245,7 @@ def _os_errors_are_save_errors(folder: epath.Path) -> Iterator[None]:
                 for path in folder.glob("*.orbax-checkpoint-tmp*"):
                     path.rmtree()
         number = error.errno if isinstance(error, OSError) else None
-        remedy = "the checkpoints before it are as they were"
+        remedy = "earlier checkpoints are unchanged"
         if number in FULL:
             remedy = f"free space there, or lower train.keep; {remedy}"
         reason = getattr(error, "strerror", None) or error

@@ -48,7 +48,7 @@ class Divergence:
         return bool(self._all_finite(arrays))
 
     def error(self, since: int, step: int, own_layers: LayerTrees) -> DivergedError:
-        """Return the error of a state that is not finite, though every loss up to it is.
+        """Return the error of a state that is not finite, although all losses are.
 
         Args:
             since: The last step whose state was finite, or with which the training began.
@@ -59,7 +59,7 @@ class Divergence:
         return DivergedError(
             f"{_name(own_layers)} became NaN or infinite {when}, though each loss was finite "
             f"({self._last()}): a gradient was not. The state after step {step} is not saved; "
-            f"earlier checkpoints are as they were; {REMEDY}"
+            f"earlier checkpoints are unchanged; {REMEDY}"
         )
 
     def _last(self) -> str:

@@ -69,9 +69,8 @@ class TrainingLoop:
 
         Raises:
             StoppedError: The run was stopped. Its state is saved.
-            DivergedError: A loss, or what an update left, is not finite.
-            DataError: The data is not what it should be. A single process has saved the steps
-                before.
+            DivergedError: A loss, or the state after an update, is not finite.
+            DataError: A batch is invalid. A single process saves the completed steps first.
             SaveError: A checkpoint, or the metrics, could not be written.
             RunInUseError: Another run has taken the folder.
         """
@@ -140,9 +139,9 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def _saving_before_errors(self) -> Iterator[None]:
-        """Save the completed steps before an error of the block, such as a bad batch, ends the run.
+        """Save the completed steps if an error in the block, such as a bad batch, ends the run.
 
-        With several processes, the others may read well, and would not come to save.
+        Several processes save nothing: the error may be in one, and saving takes all of them.
         """
         try:
             yield
@@ -154,7 +153,7 @@ class TrainingLoop:
             raise
 
     def _save_reached(self) -> None:
-        """Save what an error has left; a problem with it is said only, to not hide the error."""
+        """Save the completed steps; only print a problem with that, so the error stays visible."""
         step = self.current.step
         try:
             if step in (0, self.saved_step) or not self.assembly.trainer.is_finite(self.current):

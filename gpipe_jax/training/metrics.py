@@ -24,15 +24,15 @@ class MetricsLog:
     """Write `metrics.jsonl`: the first step, every `every`-th step, and every evaluation.
 
     Records after `step`, where the run resumes, are dropped, because they are written again. A file
-    with lines that are no records is kept under another name. If a record cannot be written, the
-    next `sync` writes it.
+    with invalid lines is kept under another name. If a record cannot be written, the next `sync`
+    writes it.
 
     Args:
         path: The file; None writes none, as in all processes but the first.
         every: Steps between records.
         step: The step at which the run resumes, or 0.
         evaluated: Whether `step` is evaluated already; else its evaluation is dropped too.
-        show: A function that gets every record, also those that are not written.
+        show: A function that gets every record, including those that are not written.
         writers: Further writers of the records that are written.
     """
 
@@ -61,8 +61,8 @@ class MetricsLog:
             self.records = [record for record in found if record is not None and stays(record)]
             if None in found:
                 say(
-                    f"{path} has lines that are no records, such as line {found.index(None) + 1}; "
-                    f"the old file is kept in {keep_aside(path)}"
+                    f"{path} has lines that are not records, such as line "
+                    f"{found.index(None) + 1}; the old file is kept in {keep_aside(path)}"
                 )
             write_text(path, self._text(), durable=True)
 
@@ -89,8 +89,8 @@ class MetricsLog:
         except OSError as error:
             self._is_behind = True
             say(
-                f"cannot write {self.path}: {error.strerror or error}; the run goes on, and writes "
-                f"it again before its next checkpoint"
+                f"cannot write {self.path}: {error.strerror or error}; the run continues, and "
+                f"writes the file again before its next checkpoint"
             )
 
     def sync(self) -> None:
@@ -115,14 +115,14 @@ class MetricsLog:
 
 
 def read(path: epath.Path) -> Iterator[dict]:
-    """Yield the records of a file; skip a line that is none."""
+    """Yield the records of a file; skip invalid lines."""
     for line in _lines_of(path):
         if (record := _record(line)) is not None:
             yield record
 
 
 def _lines_of(path: epath.Path) -> list[bytes]:
-    """Return the lines of a file, but for a last one that a killed run left incomplete."""
+    """Return the lines of a file, without a last one that a killed run left incomplete."""
     if not path.exists():
         return []
     *lines, last = path.read_bytes().split(b"\n")
@@ -130,7 +130,7 @@ def _lines_of(path: epath.Path) -> list[bytes]:
 
 
 def _record(line: bytes) -> dict | None:
-    """Return what a line says, a number for each name; None if it is no record."""
+    """Return the record of a line, a number for each name; None if the line is invalid."""
     try:
         record = reading.parse(line, _RECORD)
     except ValueError:

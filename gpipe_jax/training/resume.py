@@ -50,7 +50,7 @@ def newest(
 
     Raises:
         ConfigError: All checkpoints are damaged, or the newest intact one does not fit.
-        UnreadableCheckpointError: None can be used, and some cannot be read now.
+        UnreadableCheckpointError: No checkpoint can be used, and some cannot be read now.
     """
     skipped: list[UnusableStep] = []
     for manifest in _manifests(folder):
@@ -64,9 +64,9 @@ def newest(
             assert state is not None and isinstance(manifest, Manifest)
             if trainer.is_finite(state):
                 return Restored(state, manifest, tuple(skipped))
-            reason = "it holds NaN or infinity, so training from it would fail"
+            reason = "it holds NaN or infinity, and training from it would fail"
             problem = UnusableStep(manifest.step, reason, is_damaged=True)
-        # Every host must know whether one of them found damage: the first one sets it aside.
+        # If one host finds damage, all must know: the first host sets the checkpoint aside.
         is_damaged = not processes.all_agree(problem is None or not problem.is_damaged)
         reason = problem.reason if problem else "another host cannot use it"
         skipped.append(UnusableStep(manifest.step, reason, is_damaged))
@@ -116,7 +116,7 @@ def describe(restored: Restored) -> list[str]:
     return [
         f"checkpoint {folder / str(found.step)} "
         f"{'is damaged' if found.is_damaged else 'cannot be used now'} ({found.reason}); "
-        f"taking that of step {restored.manifest.step}"
+        f"using that of step {restored.manifest.step}"
         for found in restored.skipped
     ]
 
@@ -140,10 +140,10 @@ def set_aside(restored: Restored) -> None:
 
 
 def measured_cut(config: Config, folder: epath.Path) -> list[int] | None:
-    """Return the cut by measured times of the run that is resumed; all processes must call this.
+    """Return the cut of the resumed run if it comes from measured times; else None.
 
-    Times measured again would be others, and so might be the cut. The cut of another layout, or of
-    costs that are not measured, is not taken over.
+    New measurements would differ, and might lead to another cut. The cut of another layout does not
+    apply. All processes must call this.
 
     Args:
         config: The config of this run.
@@ -155,8 +155,8 @@ def measured_cut(config: Config, folder: epath.Path) -> list[int] | None:
     cut = processes.broadcast_from_first(found)
     if cut and processes.is_first():
         say(
-            f"the stages begin at layers {cut}, as when this run was cut by measured times "
-            f"(pipeline.cost: time); pipeline.partition sets others"
+            f"the stages begin at layers {cut}, as at the first start of this run "
+            f"(pipeline.cost: time); set pipeline.partition for another cut"
         )
     return cut or None
 
@@ -164,7 +164,7 @@ def measured_cut(config: Config, folder: epath.Path) -> list[int] | None:
 def _stored_cut(config: Config, folder: epath.Path) -> list[int]:
     """Return the cut in the newest checkpoint, if it is of the same layout; else nothing."""
     last = None
-    # What is wrong with checkpoints is reported when they are loaded.
+    # Problems with checkpoints are reported when they are loaded.
     with contextlib.suppress(CheckpointFormatError, UnreadableCheckpointError, ImportError):
         found = checkpoint_manifest.manifests(folder)
         last = next((m for m in found if isinstance(m, Manifest)), None)

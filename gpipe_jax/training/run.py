@@ -54,13 +54,13 @@ def train(
     Args:
         assembly: What to train, and where.
         show: A function that gets every record: of each step, and of each evaluation.
-        stop: Who listens to signals. By default this function does: on SIGTERM or Ctrl-C it saves
-            and raises StoppedError.
+        stop: The request to stop that signals set. By default this function handles the signals
+            of `distributed.preemption` itself: it saves and raises StoppedError.
 
     Raises:
-        ConfigError: The folder holds another run, or files of someone else, or has lost its
-            checkpoints, or cannot be written.
-        RunInUseError: Another run works in the folder.
+        ConfigError: The folder holds another run or other files, has lost its checkpoints, or
+            cannot be written.
+        RunInUseError: Another run is using the folder.
         StoppedError, DivergedError, DataError, SaveError: See `TrainingLoop.run`.
     """
     started = time.perf_counter()
@@ -103,7 +103,7 @@ def evaluate(assembly: Assembly, stop: StopRequest | None = None) -> RunSummary:
 
     Args:
         assembly: The run.
-        stop: Who listens to signals, if the evaluation may be stopped.
+        stop: The request to stop that signals set, if the evaluation may be stopped.
 
     Raises:
         ConfigError: There is no checkpoint, or it is of another network or other data.
@@ -183,7 +183,7 @@ def _same_run(
 
 
 def _check_steps(manifest: Manifest, assembly: Assembly) -> None:
-    """Raise ConfigError if the run has done more steps than it is to do now."""
+    """Raise ConfigError if the run has already done more steps than the config asks for."""
     steps = assembly.config.train.steps
     if steps < manifest.step:
         problem = (
@@ -229,7 +229,7 @@ def _other_steps(config: Config, before: dict) -> str | None:
         return note
     return (
         f"{note}, but not as if it had begun with {steps}: {' and '.join(followers)} "
-        f"now goes by {steps} steps"
+        f"now depends on {steps} steps"
     )
 
 
@@ -256,7 +256,7 @@ def _other_split(assembly: Assembly, before: dict) -> str | None:
 
 
 def _records(assembly: Assembly) -> list[dict]:
-    """Return what a run has written into its metrics file; an evaluation can do without."""
+    """Return the records of a run's metrics file; an evaluation also works without them."""
     path = assembly.workdir / METRICS
     try:
         return list(metrics.read(path))
@@ -274,7 +274,7 @@ def _draw(assembly: Assembly, records: list[dict]) -> str:
     if not atomic_files.is_local(picture):
         return "no curves: they are drawn into local folders only"
     try:
-        # Drawn elsewhere, as matplotlib would write into the target of a link.
+        # Drawn elsewhere, because matplotlib would follow a link.
         with tempfile.TemporaryDirectory() as folder:
             drawn = Path(folder) / CURVES
             plots.curves(records, drawn)
@@ -282,7 +282,7 @@ def _draw(assembly: Assembly, records: list[dict]) -> str:
                 draft.write_bytes(drawn.read_bytes())
     except ImportError as error:
         return f"no curves: {error}"
-    except Exception as error:  # the run has finished well; a picture must not make it fail
+    except Exception as error:  # the run is complete; a picture must not make it fail
         return f"no curves: cannot write {picture}: {error}"
     return f"curves: {picture}"
 

@@ -118,7 +118,7 @@ def test_files_of_someone_else_in_a_bucket(config, capsys):
     path = epath.Path("gs://bucket/run/config.yaml")
     path.write_text("mine")
     assert cli.main(["train", config]) == 2
-    assert "none of a run of gpipe train, and holds config.yaml" in capsys.readouterr().err
+    assert "to a run of gpipe train, and holds config.yaml" in capsys.readouterr().err
     assert path.read_text() == "mine"
 
 

@@ -358,7 +358,7 @@ def test_a_write_that_fails_once_is_tried_again(
         assert newest_whole(save(tmp_path, 10)) == 10
         assert "1 (Input/output error); trying once more" in capsys.readouterr().err
     else:
-        message = f"cannot save into {tmp_path}: {os.strerror(number)}; the checkpoints before it"
+        message = f"cannot save into {tmp_path}: {os.strerror(number)}; earlier checkpoints"
         with pytest.raises(SaveError, match=message):
             save(tmp_path, 10)
         assert os.listdir(tmp_path) == []

@@ -94,9 +94,9 @@ def a_pipe(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (a_folder, "is no regular file"),
+        (a_folder, "is not a regular file"),
         (a_link_loop, "is a link to itself"),
-        (a_pipe, "is no regular file"),
+        (a_pipe, "is not a regular file"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_may_pass_is_no_damage(folder, monkeypatch, number, name):
     assert isinstance(older, Manifest) and older.step == 10
 
 
-@pytest.mark.parametrize("name", ["0050", "٣", "1٣", "²", "99999999999999", "20.damaged", "x"])
+@pytest.mark.parametrize("name", ["0050", "٣", "1٣", "²", "9999999999", "20.damaged", "x"])
 def test_folders_of_other_names_are_none_of_ours(folder, name):
     (folder / name).mkdir()
     assert checkpoint_manifest.steps(epath.Path(folder)) == [20, 10]
@@ -212,8 +212,8 @@ def changed(content: dict, *path) -> None:
         (lambda c: without(c, "step"), "step: Field required"),
         (lambda c: without(c, "versions"), "versions: Field required"),
         (lambda c: without(c, "parts", "0", "arrays"), "parts.0.arrays: Field required"),
-        (lambda c: without(c, "format"), "format: None is no number"),
-        (lambda c: changed(c, "format", True), "format: True is no number"),
+        (lambda c: without(c, "format"), "format: None is not a number"),
+        (lambda c: changed(c, "format", True), "format: True is not a number"),
         (lambda c: changed(c, "step", "20"), "step: Input should be a valid integer"),
         (lambda c: changed(c, "config", []), "config: Input should be"),
         (lambda c: changed(c, "metrics", {"test_loss": "low"}), "metrics.test_loss: Input"),
@@ -316,7 +316,7 @@ def test_export_takes_an_older_one_and_says_so(folder, tmp_path, capsys):
     mine = tmp_path / "x.npz.tmp"
     mine.write_text("mine")
     assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 0
-    assert "checkpoints/20: 0.safetensors is no regular file" in capsys.readouterr().err
+    assert "checkpoints/20: 0.safetensors is not a regular file" in capsys.readouterr().err
     np.testing.assert_array_equal(np.load(out)["layers.0.w"], ARRAYS["params.w"])
     assert mine.read_text() == "mine"
 

@@ -260,7 +260,7 @@ if "--process=1" in sys.argv:
     assert codes(start(2)) == [0, 0]
     again = start(2)
     assert codes(again) == [0, 0], again[0].output + again[1].output
-    reason = "cannot be used now (another host cannot use it); taking that of step 10"
+    reason = "cannot be used now (another host cannot use it); using that of step 10"
     assert reason in again[0].output
     assert sorted(path.name for path in checkpoints.iterdir()) == ["10", "20", "20.unreadable"]
 

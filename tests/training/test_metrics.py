@@ -55,7 +55,7 @@ def test_lines_that_are_no_records_are_skipped_and_kept(path, line, capsys):
     log = opened(path, step=2)
     assert [record["step"] for record in log.records] == [1, 2]
     assert path.with_name("metrics.jsonl.kept").read_bytes() == before
-    assert f"{path} has lines that are no records, such as line 3" in capsys.readouterr().err
+    assert f"{path} has lines that are not records, such as line 3" in capsys.readouterr().err
     assert steps_in(path) == [1, 2]
 
 
@@ -88,8 +88,8 @@ def test_a_full_disk_ends_no_run_and_loses_no_record(path, monkeypatch, capsys):
         log.step({"step": step, "loss": 1.0})
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        f"gpipe: cannot write {path}: No space left on device; the run goes on, and writes it "
-        f"again before its next checkpoint"
+        f"gpipe: cannot write {path}: No space left on device; the run continues, and "
+        f"writes the file again before its next checkpoint"
     ]
     disk.is_full = False
     log.step({"step": 3, "loss": 1.0})

@@ -298,7 +298,7 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(whole, tmp_path, caps
     part = tmp_path / "run" / "checkpoints" / "11" / "state" / "1.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
     note = run.evaluate(assembly).note.splitlines()
-    assert re.search(r"11 is damaged \(1.safetensors has .*\); taking that of step 8", note[0])
+    assert re.search(r"11 is damaged \(1.safetensors has .*\); using that of step 8", note[0])
     assert note[1] == "checkpoint: step 8"
     train_to_completion(whole[0], tmp_path / "run")
     assert "11 is damaged" in capsys.readouterr().err
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stays_and_an_older_one_is_taken(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(assembly.workdir), "read_bytes", fails)
-        reason = f"11 cannot be used now ({name} cannot be read: Input/output error); taking that"
+        reason = f"11 cannot be used now ({name} cannot be read: Input/output error); using that"
         assert reason in run.evaluate(assembly).note
         with pytest.raises(KeyboardInterrupt):
             run.train(assembly, show)
@@ -379,7 +379,7 @@ def test_the_checkpoints_are_not_there(whole, tmp_path):
         run.train(assembly, lambda record: None)
     assert (assembly.workdir / "metrics.jsonl").read_bytes() == before
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
-    with pytest.raises(errors.UnreadableCheckpointError, match="which is not there; mount that"):
+    with pytest.raises(errors.UnreadableCheckpointError, match="which is missing; mount that"):
         run.train(assembly, lambda record: None)
     shutil.move(tmp_path / "elsewhere", tmp_path / "disk")
     train_to_completion(whole[0], assembly.workdir)
@@ -632,7 +632,7 @@ def test_a_measured_cut_is_that_of_the_first_start(tmp_path, monkeypatch, capsys
     run.train(first, lambda record: None)
     later = assemble_with([9.0, 1.0, 1.0])
     assert later.trainer.pipe.partition.boundaries == (2,)
-    said = "the stages begin at layers [2], as when this run was cut by measured times"
+    said = "the stages begin at layers [2], as at the first start of this run"
     assert said in capsys.readouterr().err
     other = assemble_with([9.0, 1.0, 1.0], "pipeline.remat=layer")
     assert other.trainer.pipe.partition.boundaries == (1,)
@@ -664,7 +664,7 @@ def test_what_follows_the_length_is_said(whole):
     said = run._other_steps(now, before)
     assert said is not None and said.endswith(
         "to step 50, but not as if it had begun with 50: the learning rate (optimizer.schedule: "
-        "cosine) now goes by 50 steps"
+        "cosine) now depends on 50 steps"
     )
 
 
