@@ -31,7 +31,7 @@ def check_directions(directions: Any) -> Any:
     """Return what is better in metrics, as given, if it is legal: a dict, or None.
 
     Raises:
-        ValueError: It is no dict with texts as names, or a direction is unknown.
+        ValueError: It is not a dict with texts as names, or a direction is unknown.
 
     >>> check_directions({"latency_ms": "minimum"})
     Traceback (most recent call last):
@@ -47,7 +47,8 @@ def check_directions(directions: Any) -> Any:
     for name, direction in directions.items():
         if name == "fitness":
             raise ValueError(
-                f"'fitness' {direction!r} is no metric beside the fitness; set `maximise` instead"
+                f"'fitness' is not another metric, so it cannot have the direction {direction!r}; "
+                f"set `maximise` instead"
             )
         if direction not in DIRECTIONS:
             suggestion = did_you_mean_or_list(direction, DIRECTIONS)

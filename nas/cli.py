@@ -101,7 +101,7 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust",
         action="store_true",
-        help=f"{trusted_code.TRUST}; needed for --top and .yaml files of somebody else's run",
+        help=f"{trusted_code.TRUST}; needed for --top and .yaml files of another user's run",
     )
     command.add_argument("--cells", action=_RenamedCells, help=argparse.SUPPRESS)
     for name, default, text in (
@@ -278,9 +278,9 @@ def _check_own_code(setup: bytes | None, run: str) -> None:
     if setup is None or known_code.is_known(setup):
         return
     problem = (
-        "this command would run code that the folder holds (its evaluator), and no search of yours "
-        "on this machine has stored it; add --trust if you trust who made the folder, or export "
-        "to a .json file without --top, which runs no code"
+        "this command would run code from the folder (its evaluator), which no search of yours on "
+        "this machine has stored; add --trust if you trust the author of the folder, or export to "
+        "a .json file without --top, which runs no code"
     )
     raise ConfigError([problem], run)
 

@@ -141,7 +141,7 @@ def _check_options(options: argparse.Namespace) -> None:
     elif options.slices != 1:
         raise OptionError("--slices", "needs a --topology")
     if options.search and options.cost:
-        problem = "does not go with --search, which compiles layouts balanced by operations"
+        problem = "cannot be combined with --search, which balances layouts by operations"
         raise OptionError("--cost", problem)
     if options.search:
         with console.option("--compile-best"):

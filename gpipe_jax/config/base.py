@@ -122,8 +122,8 @@ class Configuration(Section):
 
         Args:
             sections: The sections by name.
-            partial: The sections that lack the attributes which are invalid. A rule that reads one
-                of these is left out.
+            partial: The sections without their invalid settings. A rule that reads one of these
+                settings is left out.
         """
         problems: Problems = []
         for rule in cls.rules:

@@ -272,7 +272,7 @@ def _content(path: epath.Path) -> bytes:
 
 
 class _Checked(NamedTuple):
-    """Hold a section, or of an invalid one the valid settings; None if there are none."""
+    """Hold a section. If it is not valid, hold its valid settings, or None if there are none."""
 
     section: Any
     is_valid: bool
@@ -308,7 +308,7 @@ def _section(draft: Draft, name: str) -> _Checked:
 
 
 def _without(problems: Iterable[KeyPath], model: type[Section], value: dict[Any, Any]) -> Section:
-    """Return a section of the valid settings; it has no attributes for the others."""
+    """Return a section of the valid settings, without attributes for the others."""
     invalid = {path[1] for path in problems if len(path) > 1}
     if not invalid <= model.model_fields.keys():  # an unknown key may stand for a setting left out
         invalid |= model.model_fields.keys() - value.keys()
@@ -322,7 +322,7 @@ def _without(problems: Iterable[KeyPath], model: type[Section], value: dict[Any,
 def _converted(
     model: type[Section], fields: Iterable[Any], value: dict[Any, Any]
 ) -> dict[str, Any]:
-    """Return valid settings as the model has them: numbers in place of texts, for example."""
+    """Return valid settings in the types of the model: numbers in place of texts, for example."""
     known = [field for field in fields if field in model.model_fields]
     types_of: dict[str, Any] = {field: model.model_fields[field].annotation for field in known}
     return {
@@ -332,9 +332,9 @@ def _converted(
 
 
 def _check_without_kind(draft: Draft, name: str, value: dict[Any, Any]) -> types.SimpleNamespace:
-    """Report the fields that every kind with such a field refuses, and for the same reason.
+    """Report the fields that all kinds with this field refuse for the same reason.
 
-    Returns the settings that every kind has and accepts.
+    Return the settings that all kinds have and accept.
     """
     refused: dict[type[Section], dict[KeyPath, list[Any]]] = {}
     for model in dict.fromkeys(section_models(name, draft.root).values()):

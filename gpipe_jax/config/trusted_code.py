@@ -1,9 +1,9 @@
 """Refuse to run the Python file that a run's config names, unless this user has run it before.
 
-A folder of a run may come from somebody else, and it names code: a Python file that makes the data,
-or the functions of a search. A command that is given the folder runs that code only if a training
-or a search of the same user has run it before on this machine, or with `--trust`. Code is known by
-the hash of its content, so a folder may be moved, and a changed file is asked for again.
+The folder of a run may come from someone else, and it names code: a Python file that makes the
+data, or the functions of a search. A command that is given the folder runs this code only if the
+same user has trained or searched with it on this machine before, or with `--trust`. Code is
+identified by the hash of its content: the folder may be moved, and a changed file is refused again.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from gpipe_jax.config.run import Config
 from gpipe_jax.data import python_source
 from gpipe_jax.errors import ArgumentError, ConfigError
 
-TRUST = "run code that the folder names, though this user has not run it here before"
+TRUST = "run code that the folder names, even if you have not run it on this machine before"
 """Help text of the option `--trust`."""
 
 
@@ -39,8 +39,8 @@ def check(config: Config, where: str) -> None:
     if code is None or known_code.is_known(code):
         return
     problem = (
-        f"data.source: this command would run {_file(config)}, and `gpipe train` of yours has not "
-        f"run this file on this machine; read it, and add --trust if you trust it"
+        f"data.source: this command would run {_file(config)}, which you have not run with `gpipe "
+        f"train` on this machine; read the file, and add --trust if you trust it"
     )
     raise ConfigError([problem], where)
 

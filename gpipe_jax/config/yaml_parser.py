@@ -25,7 +25,7 @@ _TAGS = {
     yaml.MappingNode: {_TAG + "map"},
 }
 
-# Numbers of YAML 1.1 that people mean otherwise, and YAML 1.2 reads otherwise.
+# Numbers that YAML 1.1 reads in another base than people, and YAML 1.2, do.
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 

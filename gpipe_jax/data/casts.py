@@ -30,7 +30,8 @@ def plain(name: str, array: Any) -> np.ndarray:
         return np.asarray(array)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{name} is no array of numbers ({error}); give one array, with lists of equal length"
+            f"{name} is not an array of numbers ({error}); give one array, with lists of equal "
+            f"length"
         ) from None
 
 

@@ -25,7 +25,7 @@ def python(source: str, batch_size: int, seed: int) -> Dataset:
         The data set that the function returned.
 
     Raises:
-        FileNotFoundError: There is no such file, or `source` names no function.
+        FileNotFoundError: The file does not exist, or `source` does not name a function.
         ValueError: The function raised an error, or returned something else.
 
     Example::

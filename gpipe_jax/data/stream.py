@@ -73,8 +73,8 @@ def fingerprint(dataset: Dataset, first: Batch) -> dict[str, int | None]:
 def sketch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Return a float32 number for each example of a batch, and how far rounding may change it.
 
-    Other inputs have other numbers. Computed inputs may differ by rounding between machines, so a
-    checksum would not do.
+    Different inputs have different numbers. A checksum would not do, because computed inputs may
+    differ by rounding between machines.
     """
     leaves = [np.asarray(a) for name, a in sorted(batch.items()) if name != "weights"]
     numbers = np.zeros((2, len(leaves[0])))

@@ -16,7 +16,7 @@ def check_type(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         dtype: Their type.
 
     Raises:
-        DataError: There is not.
+        DataError: They have another shape or type.
     """
     is_real = np.can_cast(dtype, np.float64, "same_kind")
     if len(shape) != 1 or not is_real:

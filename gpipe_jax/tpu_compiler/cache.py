@@ -18,7 +18,7 @@ from gpipe_jax.tpu_compiler.results import Compiled, Program
 from gpipe_jax.tpu_compiler.topologies import Topology
 from gpipe_jax.utils import atomic_files
 
-# What the compiler's process reads from the environment, and that changes its results.
+# Environment variables that change the results of the compiler.
 _VARIABLES = ("LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_MEMORY_FITTING_LEVEL")
 
 

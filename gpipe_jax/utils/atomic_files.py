@@ -21,8 +21,8 @@ AnyPath = TypeVar("AnyPath", "epath.Path", Path)
 def replacing(path: AnyPath, *, durable: bool = False) -> Iterator[AnyPath]:
     """Yield the path of a draft; when the block ends without an error, it becomes the file `path`.
 
-    The draft is a new file with a name of its own: no file of another is touched, and several
-    processes may write one file. An error removes the draft. A killed process leaves it; see
+    The draft is a new file with a unique name: no other file is touched, and several processes may
+    write the same file. An error removes the draft. A killed process leaves it; see
     `remove_drafts`. On remote storage (gs://) the draft is `path` itself: objects there appear
     only when they are complete.
 
@@ -56,7 +56,7 @@ def write_text(path: AnyPath, text: str, *, durable: bool = False) -> None:
 
 
 def remove_drafts(path: "epath.Path | Path") -> None:
-    """Remove the drafts of a file that killed processes have left; nobody may be writing it."""
+    """Remove the drafts of a file that killed processes left, while no process writes it."""
     if not is_local(path):
         return
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.tmp")

@@ -21,7 +21,7 @@ def count_problem(value: Any, minimum: int = 1) -> str | None:
 
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> int:
-    """Return the argument as an int of Python, which cannot overflow as one of NumPy can.
+    """Return the argument as an int of Python, which does not overflow as NumPy's do.
 
     Raise ArgumentError unless it is a whole number of at least `minimum`.
     """

@@ -1,7 +1,7 @@
 """Write texts of programs to standard output and error, and name their exit codes.
 
-What is printed may come from a file, an exception or another machine. Here alone it becomes
-printable: a terminal would obey the control characters in it.
+What is printed may come from a file, an exception or another machine. It is escaped here, and only
+here, because a terminal obeys control characters.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import TextIO
 
 BAD_INPUT = 2  # exit code: do not retry
 
-# Control characters but tab and newline, marks that reverse the direction of what is shown, and
-# halves of characters, which no stream can encode.
+# Control characters except tab and newline, marks that change the direction of text, and unpaired
+# surrogates, which no stream can encode.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
 
 def printable(text: object) -> str:
-    r"""Return a text with escapes such as \x1b in place of characters that are not to be shown.
+    r"""Return a text with escapes such as \x1b in place of what must not reach a terminal.
 
     >>> printable("a\x1b[2Jb\n")
     'a\\x1b[2Jb\n'

@@ -22,7 +22,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def address_problem(path: AnyPath, *, bucket: bool = False) -> str | None:
-    """Return why a path is an address that cannot be used; None if it can, or is a plain path.
+    """Return why an address cannot be used as a path; None if it can, or if it is a plain path.
 
     Args:
         path: The path, as the user wrote it.

@@ -48,7 +48,7 @@ def length(cycles: int | None, evaluations: int | None) -> Length:
     """
     if evaluations is not None:
         check_count("evaluations", evaluations)
-        evaluations = int(evaluations)  # of NumPy: no JSON
+        evaluations = int(evaluations)  # NumPy's cannot be written as JSON
     if cycles is None:
         cycles = CYCLES if evaluations is None else CYCLES_PER_EVALUATION * evaluations
     check_count("cycles", cycles)

@@ -136,7 +136,7 @@ def test_eval_takes_the_folder_of_a_run(trained, gpipe, tmp_path, more):
 
 
 def test_eval_asks_before_it_runs_code_of_a_folder(gpipe, tmp_path, monkeypatch):
-    """Ask nothing for a run of one's own; refuse somebody else's without --trust."""
+    """Evaluate a run of the same user at once; refuse that of another one without --trust."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert gpipe("init", config=None)[0] == 0
     assert gpipe("train", "train.steps=1", config="config.yaml")[0] == 0
@@ -145,7 +145,7 @@ def test_eval_asks_before_it_runs_code_of_a_folder(gpipe, tmp_path, monkeypatch)
     refuses(
         gpipe("eval", config="runs/first"),
         "runs/first/config.yaml",
-        "this command would run my_data.py, and `gpipe train` of yours has not",
+        "this command would run my_data.py, which you have not run with `gpipe train`",
         "add --trust if you trust it",
     )
     assert gpipe("eval", "--trust", config="runs/first")[0] == 0

@@ -24,8 +24,8 @@ def config(data: str = "{kind: python, source: mine.py:make}"):
 
 def test_code_is_asked_for_until_it_has_run(tmp_path: Path) -> None:
     message = (
-        r"data.source: this command would run mine.py, and `gpipe train` of yours has not run this "
-        r"file on this machine; read it, and add --trust"
+        r"data.source: this command would run mine.py, which you have not run with `gpipe train` "
+        r"on this machine; read the file, and add --trust"
     )
     with pytest.raises(ConfigError, match=message):
         trusted_code.check(config(), "run/config.yaml")

@@ -105,5 +105,5 @@ def test_masked_numbers_are_refused() -> None:
 
 
 def test_lists_of_unequal_length_are_refused() -> None:
-    with pytest.raises(DataError, match=r"x is no array of numbers \(.*; give one array"):
+    with pytest.raises(DataError, match=r"x is not an array of numbers \(.*; give one array"):
         casts.plain("x", [[1, 2], [3]])

@@ -77,7 +77,7 @@ def test_a_budget_of_evaluations(folder, capsys) -> None:
         (("run.directions=[energy]",), "run.directions: expected the names of metrics, each with"),
         (
             ("run.directions={fitness: min}",),
-            "run.directions: 'fitness' 'min' is no metric beside the fitness; set `maximise`",
+            "run.directions: 'fitness' is not another metric, so it cannot have",
         ),
     ],
 )

@@ -162,7 +162,10 @@ def test_an_unknown_schedule():
         (make_example(weights=np.ones((12, 1))), r"shape \[12, 1\] and .*; give one real number"),
         (make_example(weights=np.ones(12, complex)), r"type complex128; give one real number"),
         (make_example(labels=np.full(12, "a")), r"example\['labels'\] has type <U1; use an array"),
-        (make_example(inputs=[[1.0, 2.0], [3.0]]), r"example\['inputs'\] is no array of numbers"),
+        (
+            make_example(inputs=[[1.0, 2.0], [3.0]]),
+            r"example\['inputs'\] is not an array of",
+        ),
         (
             (np.zeros((12, 4)), np.zeros(12)),
             r"a batch is a dict .*; got a tuple; of a pair \(x, y\)",
@@ -269,7 +272,7 @@ def test_a_layer_too_large_for_the_memory():
         (make_example(weights=np.full(12, 1e308)), r"finite sum, got 12 of up to 1e\+308; divide"),
         (make_example(weights=np.ones(12, complex)), r"type complex128; give one real number"),
         ([np.zeros((12, 4)), np.zeros(12)], r"a batch is a dict .* got a list; of a pair"),
-        (make_example(labels=[[1], [2, 3]]), r"batch\['labels'\] is no array of numbers"),
+        (make_example(labels=[[1], [2, 3]]), r"batch\['labels'\] is not an array of numbers"),
         (make_example(labels=np.full(12, "a")), r"has type <U1, .* example had int32; convert it"),
         (make_example(labels=np.zeros(11, int)), r"(11|12).* examples"),
         (make_example(weights=np.ones(11)), r"(11|12).* examples"),

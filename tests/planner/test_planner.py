@@ -409,7 +409,7 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
         (["--out", "/nowhere/plan.json"], "there is no folder /nowhere; make it first"),
         (
             ["--topology", "v3:2x2", "--search", "--cost", "cycles"],
-            "--cost: does not go with --search",
+            "--cost: cannot be combined with --search",
         ),
         (["--slices", "2"], "--slices: needs a --topology"),
         (

@@ -159,7 +159,7 @@ def test_a_small_space_ends_a_search_with_a_budget(tmp_path) -> None:
         ({"limits": [nas.Limit("m", sum)] * 2}, "limits: 2 of them have the name 'm', of which on"),
         ({"directions": ["latency"]}, "directions: expected the names of metrics, each with min o"),
         ({"directions": {"a": "mn"}}, "directions: 'mn' of 'a' is unknown; did you mean 'min'?"),
-        ({"directions": {"fitness": "min"}}, "directions: 'fitness' 'min' is no metric beside"),
+        ({"directions": {"fitness": "min"}}, "directions: 'fitness' is not another metric"),
     ],
 )
 def test_an_illegal_argument_is_refused_before_anything_is_written(
