@@ -1,16 +1,15 @@
-"""Wait at the start of a run until all its processes are there, and name those that are missing.
+"""Wait at the start of a run until all its processes are connected, and name missing ones.
 
 JAX aborts without naming them. So before JAX connects the processes, all of them connect to the
 coordinator's port, where process 0 answers:
 
     process i   gpipe-jax process 2 of 4 node-c
     process 0   gpipe-jax welcome                 at once
-    process 0   gpipe-jax ready                   when all are there; or: gpipe-jax problem ...
+    process 0   gpipe-jax ready                   when all are connected; or: gpipe-jax problem ...
 
-Strangers may find the port: scanners, health checks, processes of other runs. What does not speak
-these lines is ignored, by both sides; no read is without a limit in bytes and in time. But nobody
-is asked for a secret, and JAX's own service on this port asks for none: the port must be open to
-the hosts of the run alone.
+Strangers may find the port: scanners, health checks, processes of other runs. Both sides ignore
+whoever does not speak these lines, and limit each read in bytes and in time. But neither this
+module nor JAX's own service on the port asks for a secret: open the port to the run's hosts only.
 """
 
 import contextlib
@@ -63,10 +62,10 @@ def wait_for_all(cluster: Cluster, timeout_s: float) -> list[Peer]:
 
 
 def read_line(connection: socket.socket, deadline: float | None = None) -> str:
-    """Read up to the end of a line, or of the connection; of long lines only the beginning.
+    """Read up to the end of a line, or of the connection; read only the beginning of long lines.
 
     Raises:
-        OSError: The connection is broken, or `deadline` (of `time.monotonic`) is over.
+        OSError: The connection is broken, or `deadline` (of `time.monotonic`) has passed.
     """
     text = b""
     while not text.endswith(b"\n") and len(text) < LINE_BYTES:
@@ -80,9 +79,9 @@ def read_line(connection: socket.socket, deadline: float | None = None) -> str:
 
 
 def send_line(connection: socket.socket, text: str) -> None:
-    """Send a line, without its end if it is too long; nothing if the other side is gone."""
+    """Send a line, cut off if it is too long; do nothing if the other side is gone."""
     with contextlib.suppress(OSError):
-        connection.sendall(text.encode()[: LINE_BYTES - 1] + b"\n")
+        connection.sendall(text.encode(errors="replace")[: LINE_BYTES - 1] + b"\n")
 
 
 # --- process 0 ------------------------------------------------------------------------------------
@@ -108,13 +107,13 @@ class _RollCall:
         self._selector.register(server, selectors.EVENT_READ)
 
     def close(self) -> None:
-        """Close all connections but those of the peers."""
+        """Close all connections except those of the peers."""
         for connection in [*self._strangers]:
             self._drop(connection)
         self._selector.close()
 
     def missing(self) -> str:
-        """Return the names of those that are missing, or an empty text."""
+        """Return the names of missing hosts, or an empty text."""
         count = self._cluster.num_processes
         missing = [str(i + 1) for i in range(1, count) if i not in self._peers]
         noun = "hosts" if len(missing) > 1 else "host"
@@ -128,7 +127,7 @@ class _RollCall:
         return MissingProcessError(problem)
 
     def all_ready(self) -> list[Peer]:
-        """Tell the peers that all are there."""
+        """Tell the peers that all are connected."""
         for peer in self._peers.values():
             _keep_alive(peer.socket)
             send_line(peer.socket, READY)  # if it is gone, the watcher sees that
@@ -138,7 +137,7 @@ class _RollCall:
         """Handle what arrives within this time."""
         for key, _ in self._selector.select(seconds):
             connection: Any = key.fileobj
-            with contextlib.suppress(OSError):  # it has gone again
+            with contextlib.suppress(OSError):  # it has disconnected
                 if connection is self._server:
                     self._add(connection.accept()[0])
                 elif connection in self._strangers:
@@ -182,24 +181,26 @@ class _RollCall:
         send_line(connection, WELCOME)
 
     def _problem(self, index: int, count: int) -> str | None:
-        """Return why a process that greets cannot be one of this run."""
+        """Return why a process that greets cannot belong to this run; None if it can."""
         expected = self._cluster.num_processes
         if count != expected:
             return (
-                f"the run at {self._cluster.coordinator} has {expected} processes, this one counts "
-                f"{count}; give every host the same number, or every run a port of its own"
+                f"the run at {self._cluster.coordinator} has {expected} processes, but this host "
+                f"expects {count}; give every host the same number, or every run its own port"
             )
         if not 0 < index < count:
-            return f"the index {index} is that of the coordinator, or none of {count} processes"
+            return (
+                f"the index of this host is {index}; give it one from 1 to {count - 1} (--process)"
+            )
         if index in self._peers:
             return (
-                f"host {index + 1} of {count} is there already ({self._peers[index].name}); give "
-                f"every host an index of its own (--process)"
+                f"host {index + 1} of {count} is already connected ({self._peers[index].name}); "
+                f"give every host its own index (--process)"
             )
         return None
 
     def _lose(self, connection: socket.socket) -> None:
-        """Forget a peer that has gone; it may come again."""
+        """Forget a peer that has disconnected; it may connect again."""
         self._peers = {i: p for i, p in self._peers.items() if p.socket is not connection}
         self._selector.unregister(connection)
         connection.close()
@@ -229,7 +230,7 @@ def _server(cluster: Cluster) -> socket.socket:
 
 
 def _connect(cluster: Cluster, deadline: float) -> Peer:
-    """Connect to process 0 as soon as it is there, whatever answers at its port until then."""
+    """Connect to process 0 as soon as it listens, whatever answers at its port until then."""
     answer = None
     for connection, answer in _answers(cluster, deadline):
         if answer == READY:
@@ -241,16 +242,16 @@ def _connect(cluster: Cluster, deadline: float) -> Peer:
     problem = f"host 1 of {cluster.num_processes} ({cluster.coordinator}) did not answer; {_HINT}"
     if answer is not None:
         problem = (
-            f"what answers at {cluster.coordinator} is not host 1 of a run that starts: if it is "
-            f"a run under way, end it and start all its hosts again; else use another port"
+            f"what answers at {cluster.coordinator} is not host 1 of a starting run; if it is a "
+            f"running one, end it and start all its hosts again; else use another port"
         )
     raise MissingProcessError(problem)
 
 
 def _answers(cluster: Cluster, deadline: float) -> Iterator[tuple[socket.socket, str | None]]:
-    """Greet again and again until `deadline`; yield each connection with the answer.
+    """Greet repeatedly until `deadline`; yield each connection with the answer.
 
-    The answer is None if a welcome comes and nothing else.
+    The answer is None if only a welcome arrives.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     count, name = cluster.num_processes, socket.gethostname()[:255]
@@ -271,7 +272,7 @@ def _answers(cluster: Cluster, deadline: float) -> Iterator[tuple[socket.socket,
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Make a connection that blocks, and that breaks if the other machine dies."""
+    """Make a connection block, and break if the other machine dies."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("IDLE", HEARTBEAT_S // 2), ("INTVL", 5), ("CNT", HEARTBEAT_S // 10)):

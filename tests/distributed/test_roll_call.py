@@ -129,7 +129,7 @@ def test_the_process_of_another_run_is_told():
     address = f"127.0.0.1:{free_port()}"
     first, other = connect_all(Cluster(address, 3, 0), Cluster(address, 2, 1), timeout_s=2)
     assert first.startswith("hosts 2, 3 of 3 did not connect")
-    assert other.startswith(f"the run at {address} has 3 processes, this one counts 2; give every")
+    assert other.startswith(f"the run at {address} has 3 processes, but this host expects 2; give")
 
 
 def test_two_hosts_of_the_same_index():
@@ -137,10 +137,10 @@ def test_two_hosts_of_the_same_index():
     clusters = [Cluster(address, 3, i) for i in (0, 1, 1)]
     first, *both = connect_all(*clusters, timeout_s=3)
     assert first.startswith("host 3 of 3 did not connect")
-    refused = [text for text in both if "give every host an index of its own" in text]
+    refused = [text for text in both if "give every host its own index" in text]
     name = socket.gethostname()
     assert refused == [
-        f"host 2 of 3 is there already ({name}); give every host an index of its own (--process)"
+        f"host 2 of 3 is already connected ({name}); give every host its own index (--process)"
     ]
 
 
@@ -218,8 +218,8 @@ def test_what_is_not_a_run_that_starts_is_no_host(answer):
     with server(port, answer):
         (problem,) = connect_all(Cluster(f"127.0.0.1:{port}", 2, 1), timeout_s=1)
     assert problem == (
-        f"what answers at 127.0.0.1:{port} is not host 1 of a run that starts: if it is a run "
-        f"under way, end it and start all its hosts again; else use another port"
+        f"what answers at 127.0.0.1:{port} is not host 1 of a starting run; if it is a running "
+        f"one, end it and start all its hosts again; else use another port"
     )
     assert time.monotonic() - start_s < 8
 
@@ -237,6 +237,14 @@ def test_a_host_that_restarts_alone_waits_for_the_others():
     wait_for_all(Cluster(address, 2, 0), 30)
     alone.join()
     assert [peer.index for peer in results] == [0]
+
+
+def test_a_text_that_is_not_unicode_is_sent():
+    """Such as an error that names a file in another encoding."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send_line(ours, "no file caf\udce9")
+        assert read_line(theirs) == "no file caf?"
 
 
 def test_lines_are_read_within_limits():
