@@ -44,8 +44,12 @@ class Leases:
         return [
             evaluation
             for evaluation, other in self.running.items()
-            if evaluation != job.evaluation and _is_same_work(job, other)
+            if evaluation != job.evaluation and is_same_work(job, other)
         ]
+
+    def is_out_again(self, job: Job) -> bool:
+        """Return whether another evaluation of the same work is within its lease."""
+        return any(evaluation in self._ends for evaluation in self.others(job))
 
     def end(self, *evaluations: int) -> None:
         """End the leases of these evaluations."""
@@ -54,7 +58,8 @@ class Leases:
             self._ends.pop(evaluation, None)
 
 
-def _is_same_work(a: Job, b: Job) -> bool:
+def is_same_work(a: Job, b: Job) -> bool:
+    """Return whether two jobs train the same candidate, for the same tournament if any."""
     return (a.candidate, a.tournament) == (b.candidate, b.tournament)
 
 

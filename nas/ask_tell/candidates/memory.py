@@ -1,10 +1,11 @@
 """Hold what an open search knows besides its store: the population, and what is pending."""
 
 from collections import deque
+from collections.abc import Iterable
 
 from nas.ask_tell import pending
 from nas.ask_tell.duplicates import CachedResult, Duplicates
-from nas.ask_tell.leases import Leases
+from nas.ask_tell.leases import Leases, is_same_work
 from nas.ask_tell.limits import LimitCheck
 from nas.ask_tell.pending import Tournament
 from nas.ask_tell.trained_values import WeightFiles
@@ -83,6 +84,12 @@ class Memory:
         self.evolution.add(member, self.pending.pop(member.candidate).sample)
         if self.best_fitness is None or self.settings.better(member.fitness, self.best_fitness):
             self.best_fitness = member.fitness
+
+    def end_job(self, job: Job, others: Iterable[int] = ()) -> None:
+        """Forget a job that has ended, `others` with the same work, and queued repetitions."""
+        self.leases.end(job.evaluation, *others)
+        if self.queue:
+            self.queue = deque(each for each in self.queue if not is_same_work(each, job))
 
     def remove_weights(self) -> None:
         """Remove the files of trained weights that are no longer needed."""

@@ -102,16 +102,16 @@ class Results:
     def _count_success(self, job: Job, others: list[int]) -> None:
         """Count an evaluation with a fitness; nobody waits for its repetitions any more."""
         self._memory.evaluated += 1
-        self._memory.leases.end(job.evaluation, *others)
+        self._memory.end_job(job, others)
         self._counter.reset()
 
     def end_failure(self, job: Job, outcome: Outcome) -> None:
         """Retry a failed job, or give it up after as many retries as its kind of failure has.
 
-        If the job is out a second time, after its lease, that evaluation decides instead.
+        If the same job is out again, after its lease, that evaluation decides instead.
         """
         memory = self._memory
-        is_out = bool(memory.leases.others(job))
+        is_out, others = memory.leases.is_out_again(job), memory.leases.others(job)
         failures_before = memory.store.attempts(job.candidate, job.tournament, outcome.kind)
         retry = failures_before < getattr(self._retries, outcome.kind)
         given_up = "fail" if job.tournament is None else "keep"
@@ -122,7 +122,9 @@ class Results:
             memory.store.end_evaluation(job, outcome)
             if event == "fail":
                 memory.store.set_candidate(job.candidate, state="failed")
-        memory.leases.end(job.evaluation)
+            if event == given_up:
+                memory.store.lose_evaluations(others)
+        memory.end_job(job, others if event == given_up else ())
         if event == "keep":
             assert job.tournament is not None
             self._proposals.record_retraining(job.tournament, job.candidate, None)

@@ -76,6 +76,44 @@ def test_a_failure_after_the_lease_leaves_the_second_job_alone(tmp_path, clock) 
         nas.replay(search.store, Bits())
 
 
+@pytest.mark.parametrize("policy", ["stored", "retrain_scratch"])
+def test_a_job_that_is_lost_and_then_fails_does_not_hang(tmp_path, clock, policy) -> None:
+    """Lose a job, and let its repetition fail: the lost one decides nothing."""
+    with small(tmp_path, lease_s=60, fitness_policy=policy, cycles=12) as search:
+        while policy != "stored" and search.evolution.results < 8:
+            search.tell(job := search.ask(), ones(job.architecture))
+        lost = search.ask()
+        drive(search)
+        clock.now = 61
+        for attempt in (2, 3):
+            again = search.ask()
+            assert (again.candidate, again.attempt) == (lost.candidate, attempt)
+            search.fail(again, ValueError("no"))
+        drive(search)
+        assert search.is_over and search.store.counts().running == 0
+        search.tell(lost, 9.0)  # given up meanwhile
+        assert search.store.candidate(lost.candidate).fitness != 9.0
+        nas.replay(search.store, Bits())
+
+
+@pytest.mark.parametrize(
+    "end", [lambda search, job: search.tell(job, 9.0), lambda search, job: search.fail(job, "no")]
+)
+def test_a_lost_job_may_end_after_its_repetition_failed(tmp_path, clock, end) -> None:
+    with small(tmp_path, lease_s=60) as search:
+        slow = search.ask()
+        drive(search)
+        clock.now = 61
+        search.fail(search.ask(), ValueError("no"))
+        end(search, slow)  # before the repetition is asked once more
+        state = search.store.candidate(slow.candidate).state
+        search.cycles = 70
+        drive(search)
+        assert search.is_over and search.store.counts().running == 0
+        assert search.store.candidate(slow.candidate).state == state
+        nas.replay(search.store, Bits())
+
+
 def test_a_lost_retraining_is_asked_again(tmp_path, clock) -> None:
     options = {"fitness_policy": "retrain_scratch", "cycles": 12, "lease_s": 60}
     with small(tmp_path, **options) as search:
