@@ -65,7 +65,8 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     except UnreadableCheckpointError:
         raise
     except (OSError, TypeError) as error:
-        raise ArgumentError("out", f"{out} cannot be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # without the name of the draft
+        raise ArgumentError("out", f"{out} cannot be written: {reason}") from error
     raise _nothing_to_export(run, skipped)
 
 

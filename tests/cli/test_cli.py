@@ -214,7 +214,7 @@ def test_export_writes_plain_files(trained, gpipe, tmp_path):
     ("run", "out", "text"),
     [
         ("run 1", "a.pt", "--out: a.pt must end in .safetensors or .npz"),
-        ("run 1", "missing/a.npz", "--out: missing/a.npz cannot be written"),
+        ("run 1", "missing/a.npz", "--out: missing/a.npz cannot be written: No such file"),
         ("run 1", "/etc/passwd/a.npz", "--out: /etc/passwd/a.npz cannot be written"),
         (".", "a.npz", "there is no checkpoint to export; give the folder of a run"),
     ],
