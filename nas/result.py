@@ -562,6 +562,7 @@ def search(
     policy = options.get("fitness_policy", "stored")
     evaluator = evaluators.prepared(evaluator, space, run, policy, timeout_s)
     options.setdefault("compare", evaluator.rivals_metric)
+    options.setdefault("lease_s", None)  # the driver knows which jobs are running
     loop = Search(
         space=space,
         name=name,

@@ -1,5 +1,7 @@
 """Ask again for jobs that were never told, and refuse the jobs of other searches."""
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -138,9 +140,16 @@ def test_the_driver_needs_no_lease(tmp_path, clock) -> None:
     """Let the pool say which jobs are running, for however long."""
 
     def evaluate(bits) -> float:
-        clock.now += 10_000
+        seen.append(bits)
+        if len(seen) == 15:  # runs until the end, while there is no other work
+            assert is_last.wait(20)
+            time.sleep(0.5)
+        elif len(seen) == 20:
+            clock.now += 10_000
+            is_last.set()
         return ones(bits)
 
+    seen, is_last = [], threading.Event()
     options = {"population": 8, "sample": 3, "cycles": 20, "cache": False, "workers": 3}
     result = nas.search(space=Bits(), evaluate=evaluate, folder=tmp_path, **options)
     assert result.counts.proposed == len(result.evaluations) == 20
