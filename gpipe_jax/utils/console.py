@@ -65,7 +65,7 @@ def parse(
     if unknown or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -93,9 +93,9 @@ def add_config(
     """Add the arguments of a configuration: its file, and overrides."""
     nargs = None if required else "?"
     complete_files(parser.add_argument("config", metavar="CONFIG", nargs=nargs, help=text))
-    parser.add_argument(
-        "overrides", metavar="a.b=c", nargs="*", help="settings that replace the file's"
-    )
+    # Without a default, argparse lists it among the required arguments.
+    text = "settings that replace the file's"
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help=text)
 
 
 def path(text: str) -> Path:

@@ -601,6 +601,11 @@ def test_config_needs_a_file_or_the_schema(gpipe):
     refuses(gpipe("config", config=None), "give a CONFIG file, or --schema")
 
 
+def test_overrides_are_not_required(gpipe):
+    code, _, err = gpipe("train", config=None)
+    assert code == 2 and err.endswith("the following arguments are required: CONFIG\n")
+
+
 # --- init, version and completion -----------------------------------------------------------------
 
 
