@@ -14,10 +14,8 @@ MAX_AT_ONCE = os.cpu_count() or 1  # a measure may be a compiler, with a process
 class AskingThreads:
     """Count the questions that have no answer yet."""
 
-    def __init__(
-        self, search: Search, until: Callable[[], bool], on_answer: Callable[[Future], None]
-    ) -> None:
-        self._search, self._until, self._on_answer = search, until, on_answer
+    def __init__(self, search: Search, until: Callable[[], bool]) -> None:
+        self._search, self._until = search, until
         self._threads = DaemonThreads()
         self.count = 0
 
@@ -26,10 +24,10 @@ class AskingThreads:
         """Return whether one question more would be too many at once."""
         return self.count >= MAX_AT_ONCE
 
-    def ask(self) -> None:
+    def ask(self, on_answer: Callable[[Future], None]) -> None:
         """Ask for one job; `on_answer` gets the future, in the thread."""
         self.count += 1
-        self._threads.submit(self._search.ask, self._until).add_done_callback(self._on_answer)
+        self._threads.submit(self._search.ask, self._until).add_done_callback(on_answer)
 
     def take(self, answer: Future) -> Job | None:
         """Return the job of an answer, or None if there is none now; raise what `ask` raised."""

@@ -72,7 +72,7 @@ class Driver:
         self._task = task.make_task(self.evaluator, self.pool)
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._last_workers = math.inf  # when there were any, on the clock time.monotonic
-        self._is_idle = False  # there is no job until a report changes that
+        self._is_idle, self._reports = False, 0  # idle: no job until another report
         self._asking = self._asking_threads()
         self._running: dict[int, RunningJob] = {}  # by evaluation
         self._expired: dict[int, RunningJob] = {}  # by evaluation, until their futures end
@@ -114,10 +114,7 @@ class Driver:
         def must_end() -> bool:
             return self.stopping.is_set() or time.monotonic() >= self._end
 
-        def on_answer(answer: Future) -> None:
-            self._events.put(partial(self._take_answer, answer))
-
-        return AskingThreads(self.search, must_end, on_answer)
+        return AskingThreads(self.search, must_end)
 
     def _count_slots(self) -> int:
         """Return the number of jobs at once.
@@ -154,7 +151,7 @@ class Driver:
             if self._asking is not None:
                 if self._asking.is_full:
                     return
-                self._asking.ask()
+                self._asking.ask(partial(self._on_answer, self._reports))
                 continue
             job = self.search.ask(until=has_other_work)
             self._is_idle = job is None and self._events.empty()
@@ -163,13 +160,17 @@ class Driver:
             if job is not None:
                 self._submit(job)
 
-    def _take_answer(self, answer: Future) -> None:
+    def _on_answer(self, reports: int, answer: Future) -> None:
+        self._events.put(partial(self._take_answer, reports, answer))
+
+    def _take_answer(self, reports: int, answer: Future) -> None:
+        """Submit the job of an answer to a question that was asked after `reports` reports."""
         assert self._asking is not None
         job = self._asking.take(answer)
-        if job is None:
-            self._is_idle = True
-        else:
+        if job is not None:
             self._submit(job)
+        elif reports == self._reports:  # else there may be a job by now
+            self._is_idle = True
 
     def _submit(self, job: Job) -> None:
         argument = task.pickled_job(job) if self.pool.pickles else job
@@ -239,7 +240,7 @@ class Driver:
                 self._report(running.job, Outcome("timeout", error=error))
 
     def _report(self, job: Job, outcome: Outcome) -> None:
-        self._is_idle = False
+        self._is_idle, self._reports = False, self._reports + 1
         self.search.report(job, outcome)
         self._call_back()
 

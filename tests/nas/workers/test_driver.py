@@ -323,6 +323,37 @@ def test_jobs_are_reported_and_others_measured_while_a_limit_is_measured(
     assert reported.is_set() and result.counts.evaluations == 12
 
 
+def test_an_old_answer_does_not_end_the_search(tmp_path, monkeypatch) -> None:
+    """Let a question find no job just before a failure makes one, and answer after it."""
+
+    def slow_ask(search, until) -> nas.Job | None:
+        job = ask(search, until)
+        if job is None and not asked.is_set():
+            asked.set()
+            assert reported.wait(20)
+        return job
+
+    def report_failure(search, job, outcome) -> None:
+        report(search, job, outcome)
+        if outcome.kind != "ok":
+            reported.set()
+
+    def evaluate(bits) -> float:
+        seen.append(bits)
+        if len(seen) == 12:
+            assert asked.wait(20)
+            raise ValueError("once")
+        return ones(bits)
+
+    seen, asked, reported = [], threading.Event(), threading.Event()
+    ask, report = nas.Search.ask, nas.Search.report
+    monkeypatch.setattr(asking, "MAX_AT_ONCE", 1)
+    monkeypatch.setattr(nas.Search, "ask", slow_ask)
+    monkeypatch.setattr(nas.Search, "report", report_failure)
+    limits = [nas.Limit("size", len)]
+    check(run(tmp_path, evaluate, workers=2, cycles=12, limits=limits), 12)
+
+
 def test_no_more_limits_are_measured_at_once_than_there_are_cores(tmp_path, monkeypatch) -> None:
     def measure(bits) -> float:
         with lock:
