@@ -27,6 +27,8 @@ from gpipe_jax.utils import atomic_files
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
 COMMITTED = "commit_success.txt"  # the file by which Orbax marks a complete checkpoint on gs://
+LARGEST_STEP = 2**31 - 1  # processes exchange steps as int32
+_STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 FORMAT = 1  # number of the format that this version writes and reads
 PACKAGES = ("gpipe-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -129,8 +131,9 @@ def steps(folder: epath.Path) -> list[int]:
         UnreadableCheckpointError: The folder cannot be read.
     """
     paths = reading.list_folder(folder)
-    # Processes exchange steps as int32.
-    named = (path for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,8}", path.name))
+    named = (
+        path for path in paths if _STEP.fullmatch(path.name) and int(path.name) <= LARGEST_STEP
+    )
     return sorted((int(path.name) for path in named if _is_committed(path)), reverse=True)
 
 
