@@ -18,6 +18,7 @@ from etils import epath
 
 from gpipe_jax.checkpoint import reading
 from gpipe_jax.checkpoint.safetensors import ChecksummedFile
+from gpipe_jax.config.base import LARGEST
 from gpipe_jax.errors import (
     CheckpointFormatError,
     DamagedCheckpointError,
@@ -27,7 +28,6 @@ from gpipe_jax.utils import atomic_files
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
 COMMITTED = "commit_success.txt"  # the file by which Orbax marks a complete checkpoint on gs://
-LARGEST_STEP = 2**31 - 1  # processes exchange steps as int32
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 FORMAT = 1  # number of the format that this version writes and reads
 PACKAGES = ("gpipe-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -131,10 +131,8 @@ def steps(folder: epath.Path) -> list[int]:
         UnreadableCheckpointError: The folder cannot be read.
     """
     paths = reading.list_folder(folder)
-    named = (
-        path for path in paths if _STEP.fullmatch(path.name) and int(path.name) <= LARGEST_STEP
-    )
-    return sorted((int(path.name) for path in named if _is_committed(path)), reverse=True)
+    found = [(int(path.name), path) for path in paths if _STEP.fullmatch(path.name)]
+    return sorted((s for s, path in found if s <= LARGEST and _is_committed(path)), reverse=True)
 
 
 def _is_committed(path: epath.Path) -> bool:

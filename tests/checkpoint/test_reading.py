@@ -168,7 +168,9 @@ def test_a_folder_that_cannot_be_read(folder, monkeypatch):
 
 def test_a_link_to_a_disk_that_is_not_there(tmp_path):
     (tmp_path / "checkpoints").symlink_to("/missing/disk")
-    with pytest.raises(UnreadableCheckpointError, match="is a link to /missing/disk, which is not"):
+    with pytest.raises(
+        UnreadableCheckpointError, match="is a link to /missing/disk, which is missing"
+    ):
         checkpoint_manifest.steps(epath.Path(tmp_path / "checkpoints"))
 
 
