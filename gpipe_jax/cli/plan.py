@@ -153,3 +153,5 @@ def _check_options(options: argparse.Namespace) -> None:
         if path and not path.absolute().parent.is_dir():
             folder = path.absolute().parent
             raise OptionError(name, f"{path}: there is no folder {folder}; make it first")
+        if path and path.is_dir():
+            raise OptionError(name, f"{path} is a folder; give the path of a file")

@@ -21,7 +21,7 @@ def save(plan: Plan, path: Path) -> None:
 
 def step_time_s(path: Path) -> float | None:
     """Return the step time that a valid plan file predicts, or None if it predicts none."""
-    return json.loads(path.read_text(encoding="utf-8"))["step_time_s"]
+    return json.loads(path.read_text(encoding="utf-8")).get("step_time_s")
 
 
 def overrides(path: Path, source: str, given: Sequence[str]) -> list[str]:

@@ -331,6 +331,11 @@ def test_a_plan_file_of_one_stage(tmp_path: Path) -> None:
     assert loader.load(DIGITS, given).pipeline.partition == "auto"
 
 
+def test_a_plan_file_without_a_step_time_predicts_none(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    assert plan_file.step_time_s(tmp_path / "plan.json") is None
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"config": 3}'])
 def test_bad_plan_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
@@ -407,6 +412,7 @@ def test_train_follows_a_plan(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
         (["--search"], "gpipe plan: --search: needs a --topology"),
         (["--cost", "cycles"], "--cost: cycles needs a --topology"),
         (["--out", "/nowhere/plan.json"], "there is no folder /nowhere; make it first"),
+        (["--png", "/tmp"], "gpipe plan: --png: /tmp is a folder; give the path of a file"),
         (
             ["--topology", "v3:2x2", "--search", "--cost", "cycles"],
             "--cost: cannot be combined with --search",
