@@ -3,9 +3,9 @@
     evaluate --> its source, defaults and closure
              --> functions, classes and values of your own modules that it reads, and what they read
 
-Installed packages count by name only, and arrays by type and shape. Left out are values that the
-code itself changes, such as counters and lists of results, and absolute paths, which differ between
-machines.
+Code of installed packages counts by its name and the values that it is bound to, such as those of
+an optimizer; arrays count by type and shape. Left out are values that the code itself changes, such
+as counters and lists of results, and absolute paths, which differ between machines.
 """
 
 from collections.abc import Mapping

@@ -47,7 +47,13 @@ def members(kind: type) -> dict[str, Any]:
     if issubclass(kind, Enum):
         values = {each.name: each.value for each in kind}
         return values | {name: each for name, each in _functions(kind) if is_own_object(each)}
-    found = {name: each for name, each in _functions(kind) if not _is_generated(kind, name, each)}
+    found: dict[str, Any] = {
+        name: each for name, each in _functions(kind) if not _is_generated(kind, name, each)
+    }
+    for each in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+        for default in (each.default, each.default_factory):
+            if default is not dataclasses.MISSING:
+                found[each.name] = default
     for name, value in vars(kind).items():
         is_function = isinstance(value, FunctionType | staticmethod | classmethod | property)
         if not (is_function or name.startswith("__") or inspect.isdatadescriptor(value)):

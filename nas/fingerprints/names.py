@@ -51,7 +51,7 @@ class Changed(NamedTuple):
 
 def changed_names(function: FunctionType) -> Changed:
     """Return the attributes and outer variables that a function assigns or changes in place."""
-    assigned = frozenset(_stored_names(function.__code__))
+    assigned = frozenset(stored_names(function.__code__))
     node = source.syntax_tree(function)
     if node is None:
         return Changed(assigned, frozenset({ALL_CONTAINERS}))
@@ -69,12 +69,13 @@ def defaults(function: FunctionType) -> dict[str, Any]:
     return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
-def _stored_names(code: CodeType) -> set[str]:
+def stored_names(code: CodeType) -> set[str]:
+    """Return the attributes and outer variables that code assigns, also in functions within it."""
     stores = [each for each in dis.get_instructions(code) if each.opname in _STORES]
     attributes = {f".{each.argval}" for each in stores if each.opname == "STORE_ATTR"}
     variables = {each.argval for each in stores if each.opname != "STORE_ATTR"}
     own = code.co_cellvars  # variables of this function itself are not state
-    inner = map(_stored_names, source.inner_codes(code))
+    inner = map(stored_names, source.inner_codes(code))
     return attributes.union(variables.difference(own), *inner)
 
 

@@ -3,10 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterable
+from enum import Enum
+from numbers import Number
+from types import MappingProxyType
 from typing import Any
 
-ATOMS = (bool, bytes, complex, float, int, str, type(None), type(...))
-CONTAINERS = (dict, frozenset, list, set, tuple)
+ATOMS = (Number, bytes, range, slice, str, type(None), type(...))
+CONTAINERS = (MappingProxyType, dict, frozenset, list, set, tuple)
+_MAPPINGS = (MappingProxyType, dict)
 MAX_TEXT = 60  # characters; a longer text ends with a digest
 MAX_DEPTH = 20  # of containers within containers
 MAX_VALUES = 100_000  # in a container; larger ones count by their length
@@ -14,7 +18,7 @@ MAX_VALUES = 100_000  # in a container; larger ones count by their length
 
 def is_atom(value: Any) -> bool:
     """Return whether a value is a number, a text or the like."""
-    return type(value) in ATOMS
+    return isinstance(value, ATOMS)
 
 
 def is_machine_path(value: Any) -> bool:
@@ -24,6 +28,8 @@ def is_machine_path(value: Any) -> bool:
 
 def text_of(value: Any) -> str | None:
     """Write a value that consists of plain values only; None for others."""
+    if isinstance(value, Enum):
+        return f"{value} = {text_of(value.value)}"
     if isinstance(value, CONTAINERS) and _count(value) > MAX_VALUES:
         return f"{type(value).__name__} of {len(value)}"
     text = _text(value)
@@ -37,7 +43,7 @@ def _count(value: Any, depth: int = 0) -> int:
     if depth > MAX_DEPTH:  # as of a list that contains itself
         return MAX_VALUES + 1
     total = len(value)
-    for each in value.values() if isinstance(value, dict) else value:
+    for each in value.values() if isinstance(value, _MAPPINGS) else value:
         if total > MAX_VALUES:
             break
         total += _count(each, depth + 1)
@@ -49,10 +55,12 @@ def _text(value: Any) -> str | None:
         data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
         return f"{value[:20]!r}... ({_digest(data)})"
     if is_atom(value):
-        return "a path" if is_machine_path(value) else repr(value)
+        if is_machine_path(value):
+            return "a path"
+        return str(value) if isinstance(value, Number) else repr(value)  # NumPy's like Python's
     if not isinstance(value, CONTAINERS):
         return None
-    if isinstance(value, dict):
+    if isinstance(value, _MAPPINGS):
         keys, values = _texts(value), _texts(value.values())
         if keys is None or values is None:
             return None

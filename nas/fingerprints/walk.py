@@ -4,18 +4,22 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Iterator
 from contextlib import suppress
-from enum import Enum
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
-from nas.fingerprints import members, names, plain, source
+from nas.fingerprints import members, names, plain, source, variables
 from nas.fingerprints.names import Changed
 from nas.fingerprints.source import Digests
 
 MAX_PARTS = 2000  # functions and values; the rest is left out
 NOTHING = Changed()
+SETTINGS = (
+    "argparse.Namespace",
+    "ml_collections.config_dict.config_dict.ConfigDict",
+    "types.SimpleNamespace",
+)
+"""Classes of installed packages whose objects count by their attributes too."""
 
 
 class Walk:
@@ -37,16 +41,16 @@ class Walk:
         """Add a value; `changed` is what the code that uses it changes."""
         if len(self.codes) + len(self.values) >= MAX_PARTS:
             return
-        text = str(value) if isinstance(value, Enum) else plain.text_of(value)
-        if text is not None:
-            if not plain.is_machine_path(value):
-                self.values[name] = text
-        elif id(value) in self._seen:
-            self.values[name] = self._seen[id(value)][0]
-        elif not isinstance(value, os.PathLike | set | frozenset):
-            self._seen[id(value)] = name, value
-            self.values[name] = type(value).__name__
-            with suppress(Exception):  # attributes of an object may raise anything
+        with suppress(Exception):  # attributes of an object may raise anything
+            text = plain.text_of(value)
+            if text is not None:
+                if not plain.is_machine_path(value):
+                    self.values[name] = text
+            elif id(value) in self._seen:
+                self.values[name] = self._seen[id(value)][0]
+            elif not isinstance(value, os.PathLike | set | frozenset):
+                self._seen[id(value)] = name, value
+                self.values[name] = type(value).__name__
                 self._visit_parts(name, value, changed)
 
     def _visit_unless_changed(self, name: str, part: str, value: Any, changed: Changed) -> None:
@@ -57,7 +61,7 @@ class Walk:
             self.visit(f"{name}.{part.lstrip('.')}", value, changed)
 
     def _visit_parts(self, name: str, value: Any, changed: Changed) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, MappingProxyType | dict):
             for key, each in value.items():
                 self.visit(f"{name}[{key!r}]", each)
         elif isinstance(value, list | tuple):
@@ -94,14 +98,18 @@ class Walk:
     def _visit_function(self, name: str, function: FunctionType, changed: Changed) -> None:
         if not members.is_own_object(function):
             self.values[name] = f"{function.__module__}.{function.__qualname__}"
+            assigned = names.stored_names(function.__code__)
+            changed = Changed(frozenset(assigned), frozenset({names.ALL_CONTAINERS}))  # as caches
+            for key, value in variables.closure(function):
+                self._visit_unless_changed(name, key, value, changed)
             return
         self.codes[name] = source.digests(function)
         changed = changed.union(*self._changes_of_helpers(function).values())
         for key, value in names.defaults(function).items():
             self._visit_unless_changed(name, key, value, changed)
-        for key, value in _variables(function):
+        for key, value in variables.read_by(function):
             if isinstance(value, FunctionType | type) and members.is_own_object(value):
-                is_helper = _is_helper(value, function)
+                is_helper = variables.is_helper(value, function)
                 self._visit_named(f"{name}.{key}", value, changed if is_helper else NOTHING)
             else:
                 self._visit_unless_changed(name, key, value, changed)
@@ -114,8 +122,7 @@ class Walk:
             each = left.pop()
             if id(each) not in found:
                 if id(each) not in self._helpers:
-                    helpers = [value for _, value in _variables(each) if _is_helper(value, each)]
-                    self._helpers[id(each)] = names.changed_names(each), helpers
+                    self._helpers[id(each)] = names.changed_names(each), variables.helpers(each)
                 found[id(each)], helpers = self._helpers[id(each)]
                 left += helpers
         return found
@@ -139,8 +146,9 @@ class Walk:
             changed = changed.union(self._changed_by_methods(kind))
         elif not dataclasses.is_dataclass(kind):
             self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
-            return
-        only_code = not is_own or _declares_identity(value)
+            if self.values[name] not in SETTINGS:
+                return
+        only_code = dataclasses.is_dataclass(kind) if not is_own else _declares_identity(value)
         for key, each in sorted(members.attributes(value).items()):
             if not (only_code and (plain.is_atom(each) or isinstance(each, plain.CONTAINERS))):
                 self._visit_unless_changed(name, f".{key}", each, changed)
@@ -161,29 +169,6 @@ class Walk:
         if kind not in self._by_methods:
             self._by_methods[kind] = members.changed_by_methods(kind)
         return self._by_methods[kind]
-
-
-def _is_helper(value: Any, function: FunctionType) -> bool:
-    return isinstance(value, FunctionType) and value.__globals__ is function.__globals__
-
-
-def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function reads from outside: of its closure, its module, and own modules."""
-    code = function.__code__
-    for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            if key != "__class__":
-                yield key, cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    attributes = names.attribute_names(code)
-    for key in sorted(names.global_names(code) & function.__globals__.keys()):
-        value = function.__globals__[key]
-        if not isinstance(value, ModuleType):
-            yield key, value
-        elif members.is_own(value.__name__, getattr(value, "__file__", None)):
-            for name in sorted(attributes & vars(value).keys()):
-                yield f"{key}.{name}", vars(value)[name]
 
 
 def _declares_identity(value: Any) -> bool:

@@ -182,6 +182,47 @@ CHANGED = {
         "import types, sys\nm = types.ModuleType('m'); m.n = 2\ndef evaluate(b): return m.n",
         "evaluate.m.n has changed from 1 to 2",
     ),
+    "module of a package of yours": (
+        "import types\np = types.ModuleType('p'); p.m = types.ModuleType('p.m'); p.m.n = 1\n"
+        "p.m.p = p\ndef evaluate(b): return p.m.n",
+        "import types\np = types.ModuleType('p'); p.m = types.ModuleType('p.m'); p.m.n = 2\n"
+        "p.m.p = p\ndef evaluate(b): return p.m.n",
+        "evaluate.p.m.n has changed from 1 to 2",
+    ),
+    "arguments of a command": (
+        "import argparse\nargs = argparse.Namespace(lr=1)\ndef evaluate(b): return args.lr",
+        "import argparse\nargs = argparse.Namespace(lr=2)\ndef evaluate(b): return args.lr",
+        "evaluate.args.lr has changed from 1 to 2",
+    ),
+    "number of NumPy": (
+        "import numpy as np\nLR = np.float32(1)\ndef evaluate(b): return LR",
+        "import numpy as np\nLR = np.float32(2)\ndef evaluate(b): return LR",
+        "evaluate.LR has changed from 1.0 to 2.0",
+    ),
+    "member of an Enum": (
+        "import enum\nclass E(enum.Enum): A = 1\nX = E.A\ndef evaluate(b): return X.value",
+        "import enum\nclass E(enum.Enum): A = 2\nX = E.A\ndef evaluate(b): return X.value",
+        "evaluate.X has changed from E.A = 1 to E.A = 2",
+    ),
+    "default that a function of a dataclass makes": (
+        "from dataclasses import dataclass, field\n@dataclass\nclass C:\n"
+        "    n: list = field(default_factory=lambda: [1])\ndef evaluate(b): return C().n",
+        "from dataclasses import dataclass, field\n@dataclass\nclass C:\n"
+        "    n: list = field(default_factory=lambda: [2])\ndef evaluate(b): return C().n",
+        "the code of C.n has changed",
+    ),
+    "default of a dataclass with slots": (
+        "from dataclasses import dataclass\n@dataclass(slots=True)\nclass C:\n    n: int = 1\n"
+        "def evaluate(b): return C().n",
+        "from dataclasses import dataclass\n@dataclass(slots=True)\nclass C:\n    n: int = 2\n"
+        "def evaluate(b): return C().n",
+        "C.n has changed from 1 to 2",
+    ),
+    "what a function of a package is bound to, as an optimizer of optax": (
+        "import reprlib\nf = reprlib.recursive_repr('a')\ndef evaluate(b): return f",
+        "import reprlib\nf = reprlib.recursive_repr('b')\ndef evaluate(b): return f",
+        "evaluate.f.fillvalue has changed from 'a' to 'b'",
+    ),
     "shape of an array": (
         "import numpy as np\nX = np.zeros(3)\ndef evaluate(b): return X",
         "import numpy as np\nX = np.zeros(4)\ndef evaluate(b): return X",
@@ -240,6 +281,14 @@ SAME = {
     "place of the data": (
         "DATA = '/home/a/data'\ndef evaluate(b): return open(DATA)",
         "DATA = '/mnt/b/data'\ndef evaluate(b): return open(DATA)",
+    ),
+    "number of NumPy in place of Python's": (
+        "LR = 0.5\ndef evaluate(b): return LR",
+        "import numpy as np\nLR = np.float64(0.5)\ndef evaluate(b): return LR",
+    ),
+    "state of a package's function": (
+        "import itertools\nnumbers = itertools.count()\ndef evaluate(b): return next(numbers)",
+        "import itertools\nnumbers = itertools.count(3)\ndef evaluate(b): return next(numbers)",
     ),
     "constants that happen to be one object": (
         "A = (1, 2)\nB = (1, 2)\ndef evaluate(b): return A, B",
