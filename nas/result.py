@@ -439,8 +439,8 @@ class Result:
         stored = {"limits": setup.limits, **setup.options, **self.study.settings}
         if setup.options and "workers" not in {**stored, **options}:
             raise ValueError(
-                "workers: the run does not have those that it was driven by, such as an executor "
-                "or a client of dask: give them again, or others, as in resume(workers=4)"
+                "workers: the run was driven by an executor or a dask client, which cannot be "
+                "stored: give it again, or other workers, as in resume(workers=4)"
             )
         return search(
             space=self._space or setup.space,

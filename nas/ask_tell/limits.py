@@ -155,8 +155,8 @@ class FailureCounter:
         self._in_a_row += 1
         if self._in_a_row >= self.at_most:
             raise FailuresError(
-                f"{self._in_a_row} {self._what} have failed in a row (max_failures), the last, "
-                f"of {last}"
+                f"{self._in_a_row} {self._what} have failed in a row (max_failures); the last "
+                f"was {last}"
             )
 
 

@@ -80,7 +80,7 @@ class Proposals:
             pass
         self._memory.next_candidate = max(self._memory.next_candidate, number + 1)
         warnings.warn(f"proposal {number} is skipped: {reason}", RuntimeWarning, stacklevel=2)
-        self._counter.count(f"number {number}: {reason}")
+        self._counter.count(f"proposal {number}: {reason}")
 
     def record_retraining(self, number: int, candidate: int, fitness: float | None) -> None:
         """Record a retraining in its tournament; after the last one the best gets its child.

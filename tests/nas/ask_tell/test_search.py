@@ -278,7 +278,7 @@ def test_the_same_seed_is_used_in_every_attempt(tmp_path) -> None:
 
 
 def test_failures_in_a_row_end_the_search_with_the_last(tmp_path) -> None:
-    message = r"4 evaluations have failed in a row \(max_failures\), .*, by exception: no: 4"
+    message = r"4 evaluations have failed in a row \(max_failures\); .*, by exception: no: 4"
     search = small(tmp_path, max_failures=4)
     with search, pytest.raises(nas.FailuresError, match=message):
         for attempt in range(1, 9):

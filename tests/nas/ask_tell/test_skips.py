@@ -75,7 +75,7 @@ def test_a_space_that_always_raises_ends_the_search_and_it_resumes(tmp_path) -> 
             raise KeyError("op")
 
     message = (
-        r"4 proposals have failed in a row \(max_failures\), the last, of number 11: mutate of "
+        r"4 proposals have failed in a row \(max_failures\); the last was proposal 11: mutate of "
         r"the space raised KeyError: 'op'"
     )
     with small(tmp_path, space=Broken(), max_failures=4) as search:

@@ -38,7 +38,7 @@ def test_the_scheduler_of_somebody_else_is_not_asked(tmp_path, monkeypatch) -> N
     assert load_setup(result.reader).options["workers"] == "tcp://10.0.0.1:8786"
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "somebody else's"))
     loaded = nas.load("search", tmp_path, space=Bits())
-    with pytest.raises(ValueError, match="workers: the run does not have those"):
+    with pytest.raises(ValueError, match="workers: the run was driven by an executor"):
         loaded.resume(evaluate=ones, cycles=11)
     assert loaded.resume(evaluate=ones, cycles=11, workers=1).counts.results == 11
 

@@ -715,7 +715,7 @@ def test_a_run_by_an_executor_is_not_resumed_by_other_workers_silently(tmp_path)
     names: set[str] = set()
     with ThreadPoolExecutor(3, "mine") as executor:
         result = run(tmp_path, workers=executor)
-        with pytest.raises(ValueError, match=r"workers: .* give them again, or others, as in"):
+        with pytest.raises(ValueError, match=r"workers: .* give it again, or other workers, as"):
             result.resume(evaluate=evaluate, cycles=70)
         assert result.resume(evaluate=evaluate, cycles=70, workers=executor).counts.results == 70
     assert all(name.startswith("mine") for name in names)
