@@ -74,7 +74,7 @@ def schedule(schedule: Schedule, path: Path | None = None) -> "Figure":
     axes.set_xlabel("time, in forwards of a device", fontsize=size)
     axes.set_ylabel("device", fontsize=size)
     axes.tick_params(labelsize=size)
-    axes.locator_params(axis="y", nbins=16, integer=True)
+    axes.set_yticks(range(0, K, -(-K // 16)))
     chunks = f", {schedule.chunks} chunks" if schedule.chunks > 1 else ""
     axes.set_title(
         f"{schedule.kind}: {K} devices{chunks}, {schedule.micro_batches} micro-batches, "
