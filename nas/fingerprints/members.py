@@ -37,6 +37,11 @@ def is_own_object(value: Any) -> bool:
     return is_own(value.__module__, code.co_filename if code else getattr(module, "__file__", None))
 
 
+def installed_name(value: Any) -> str:
+    """Return the name of an installed function or class, without the module that it is in today."""
+    return f"{value.__module__.partition('.')[0]}.{value.__qualname__}"
+
+
 def own_bases(kind: type) -> list[type]:
     """Return a class and its base classes, those that are the user's, the first base first."""
     return [base for base in reversed(kind.__mro__) if is_own_object(base)]

@@ -14,11 +14,7 @@ from nas.fingerprints.source import Digests
 
 MAX_PARTS = 2000  # functions and values; the rest is left out
 NOTHING = Changed()
-SETTINGS = (
-    "argparse.Namespace",
-    "ml_collections.config_dict.config_dict.ConfigDict",
-    "types.SimpleNamespace",
-)
+SETTINGS = ("argparse.Namespace", "ml_collections.ConfigDict", "types.SimpleNamespace")
 """Classes of installed packages whose objects count by their attributes too."""
 
 
@@ -97,7 +93,7 @@ class Walk:
 
     def _visit_function(self, name: str, function: FunctionType, changed: Changed) -> None:
         if not members.is_own_object(function):
-            self.values[name] = f"{function.__module__}.{function.__qualname__}"
+            self.values[name] = members.installed_name(function)
             assigned = names.stored_names(function.__code__)
             changed = Changed(frozenset(assigned), frozenset({names.ALL_CONTAINERS}))  # as caches
             for key, value in variables.closure(function):
@@ -145,7 +141,7 @@ class Walk:
                 self._visit_class(name, kind)
             changed = changed.union(self._changed_by_methods(kind))
         elif not dataclasses.is_dataclass(kind):
-            self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
+            self.values[name] = members.installed_name(kind)
             if self.values[name] not in SETTINGS:
                 return
         only_code = dataclasses.is_dataclass(kind) if not is_own else _declares_identity(value)
@@ -155,7 +151,7 @@ class Walk:
 
     def _visit_class(self, name: str, kind: type) -> None:
         if not members.is_own_object(kind):
-            self.values[name] = f"{kind.__module__}.{kind.__qualname__}"
+            self.values[name] = members.installed_name(kind)
             return
         changed = self._changed_by_methods(kind)
         for base in members.own_bases(kind):

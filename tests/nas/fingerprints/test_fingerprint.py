@@ -332,6 +332,13 @@ def test_values_nested_deeply_take_no_time(load) -> None:
     assert time.perf_counter() - began < 1.0
 
 
+def test_code_of_packages_may_move_within_them(load) -> None:
+    source = "import json\nf, g = json.JSONDecoder, json.dumps\ndef evaluate(b): return f, g"
+    found = fingerprint(load(source), "evaluate").values
+    assert found["evaluate.f"] == "json.JSONDecoder"  # which is in `json.decoder` today
+    assert found["evaluate.g"] == "json.dumps"
+
+
 def test_many_objects_of_a_class_count(load) -> None:
     source = """
         class Layer:
