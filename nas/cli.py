@@ -19,7 +19,7 @@ from gpipe_jax import known_code, progress
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
-from gpipe_jax.utils import console, paths
+from gpipe_jax.utils import atomic_files, console, paths
 from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
@@ -30,6 +30,8 @@ from nas.reports.tables import finite, metric_labels
 from nas.storage.reader import FILE
 from nas.storage.run_folder import run_folder
 from nas.workers import threads
+
+CONFIG = "config.yaml"  # the config of a run, in its folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,6 +158,7 @@ def _search(options: argparse.Namespace) -> int:
         with loader.locating(options.config, options.overrides, SearchConfig):
             arguments = from_config.arguments(config)
         if not (workdir / FILE).exists():  # an existing search is checked first
+            _check_replaceable(workdir / CONFIG, options.config)
             _keep(config, workdir)
         with _progress(length(config.run.cycles, config.run.evaluations)) as callback:
             result = nas.search(
@@ -176,9 +179,23 @@ def _search(options: argparse.Namespace) -> int:
     return _summary(result, time.perf_counter() - started, options.json)
 
 
+def _check_replaceable(path: Path, where: str) -> None:
+    """Raise ConfigError if a config exists that `nas search` has not written itself."""
+    if not path.exists():
+        return
+    with contextlib.suppress(ConfigError):
+        if loader.dump(loader.load_as(SearchConfig, path)) == path.read_text(encoding="utf-8"):
+            return
+    problem = (
+        f"{path.parent} does not hold a search, but a {path.name}, which the search would replace; "
+        f"use another folder (run.workdir=...)"
+    )
+    raise ConfigError([problem], where)
+
+
 def _keep(config: SearchConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.yaml").write_text(loader.dump(config), encoding="utf-8")
+    atomic_files.write_text(workdir / CONFIG, loader.dump(config))
 
 
 def _summary(result: Any, wall_s: float, as_json: bool) -> int:

@@ -61,6 +61,18 @@ def nas(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_a_config_of_the_user_is_not_replaced(nas, tmp_path) -> None:
+    """Replace only what a search wrote that ended before it began, for example by a mistake."""
+    mistake = ("evolution.population=null", "evolution.replacement=false")
+    assert nas("search", "mine.yaml", "run.workdir=a", "evolution.sample=30", *mistake)[0] == 2
+    assert nas("search", "mine.yaml", "run.workdir=a", "run.cycles=10")[0] == 0
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    code, _, err = nas("search", "config.yaml", "run.workdir=.")
+    assert code == 2 and "a config.yaml, which the search would replace; use another folder" in err
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
+    assert nas("search", "config.yaml", "run.cycles=10")[0] == 0
+
+
 def test_search_export_and_resume(nas, tmp_path) -> None:
     code, lines, _ = nas("search", "mine.yaml", "--json")
     figures = json.loads(lines[-1])
@@ -189,7 +201,7 @@ def test_code_in_a_folder_of_somebody_else_is_asked_for(nas, tmp_path, monkeypat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "somebody else's"))
     for arguments in (("--out", "a.yaml"), ("--out", "a.json", "--top", "2")):
         code, out, err = nas("export", "mine", *arguments)
-        assert (code, out) == (2, []) and "add --trust if you trust who made the folder" in err
+        assert (code, out) == (2, []) and "add --trust if you trust the author of the folder" in err
     assert nas("export", "mine", "--out", "b.json")[0] == 0  # which runs no code
     assert nas("export", "mine", "--out", "b.yaml", "--trust")[0] == 0
     assert (tmp_path / "b.yaml").read_text() == (tmp_path / "own.yaml").read_text().replace(
