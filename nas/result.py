@@ -410,7 +410,7 @@ class Result:
                 cannot be compared with that of the run.
             **options: Arguments of `nas.search`, such as `cycles` and `workers`, that differ from
                 those of the run. A run driven by an executor or a client of dask needs `workers`.
-                Space and settings cannot differ.
+                Settings and the space's name cannot differ.
 
         Returns:
             The result; see `nas.search`.
@@ -423,6 +423,9 @@ class Result:
 
             nas.load("first").resume(cycles=2000, workers=8)
         """
+        if "space" in options:
+            space = spaces.as_space(options.pop("space"))
+            return self.with_space(space).resume(evaluate, **options)
         needed = [] if self._space else ["space"]
         if evaluate is None and self._setup is None:
             needed.append("evaluate")
@@ -431,7 +434,7 @@ class Result:
         setup = load_setup(self.reader, needed=needed, trust=self.trust)
         if self._setup is not None:
             setup = self._setup._replace(options=setup.options)
-        own = {"space": self.study.space, "name": self.path.name, "folder": str(self.path.parent)}
+        own = {"name": self.path.name, "folder": str(self.path.parent)}
         if "folder" in options:
             options["folder"] = str(_local("folder", options["folder"]))
         _check_fixed(options, {**self.study.settings, **own})

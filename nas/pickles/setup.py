@@ -30,7 +30,7 @@ PARTS = {
     "evaluate": "resume(evaluate=...), or call nas.search as before, with the same name",
     "limits": "resume(limits=...)",
 }
-"""The parts that are pickled, and how to give each one again."""
+"""The parts that are pickled, and how to give each of them."""
 
 
 class Setup(NamedTuple):
@@ -66,16 +66,16 @@ def load_setup(
     is_trusted = stored is None or trust or known_code.is_known(stored)
     if needed and not is_trusted:
         raise ValueError(
-            f"{reader.path} holds code ({', '.join(needed)}) that no search of yours on this "
-            f"machine has stored: give {' and '.join(PARTS[name] for name in needed)}; or, if you "
-            "trust who made the run, nas.load(..., trust=True), which runs that code"
+            f"{reader.path} holds code ({', '.join(needed)}) that you have not stored on this "
+            f"machine: give {' and '.join(PARTS[name] for name in needed)}; or, if you trust who "
+            "made the run, nas.load(..., trust=True), which runs that code"
         )
     if stored is None:
-        stored = json.dumps({name: {"problem": "it was not pickled"} for name in PARTS}).encode()
+        stored = b"{}"
     if not stored.startswith(b"{"):
         return _load_old(reader, stored) if needed else Setup()
     values = json.loads(stored)
-    missing = {"problem": "it is missing"}
+    missing = {"problem": "it was not stored"}
     parts = {name: _unpickled(reader, name, values.get(name, missing)) for name in needed}
     options = dict(values.get("options", {}))
     if not is_trusted and "://" in str(options.get("workers")):

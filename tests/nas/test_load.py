@@ -56,7 +56,7 @@ def test_no_way_of_reading_runs_code_of_the_run(tmp_path, monkeypatch, is_old) -
     assert best.row.architecture in best._repr_html_() and loaded._repr_html_()
     assert html.page(loaded.reader) and best.lineage and best.plot_lineage()
     for reading in (lambda: best.architecture, lambda: loaded.space, loaded.resume):
-        with pytest.raises(ValueError, match=r"holds code .* no search of yours .* trust=True"):
+        with pytest.raises(ValueError, match=r"holds code .* you have not stored .* trust=True"):
             reading()
     with pytest.raises(ValueError, match=r"holds code \(space\) .* give nas.load\(\.\.\., space="):
         loaded.resume(evaluate=ones, cycles=11)

@@ -5,6 +5,7 @@ import pytest
 from searches import Bits, ones
 
 import nas
+from nas.errors import MismatchError
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,6 @@ def test_a_resumed_search_takes_the_arguments_that_its_errors_name(tmp_path) -> 
     again = nas.load("a", tmp_path)
     again.resume(other_evaluator=True, other_space=True, name="a", folder=tmp_path, cycles=7)
     assert again.counts.results == 7
+    assert again.resume(space=Bits(), cycles=8).counts.results == 8
+    with pytest.raises(MismatchError, match="of the space 'bits', but the given one is 'nasnet'"):
+        again.resume(space="nasnet")
