@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate the newest intact checkpoint of a config's run, or of a run's folder."""
     # These import JAX, which the other commands do not need.
     from gpipe_jax.cli.run import run_action
+    from gpipe_jax.run_folder.folder import CONFIG
     from gpipe_jax.training.run import evaluate
 
     with console.option("CONFIG"):
@@ -36,10 +37,10 @@ def run(options: argparse.Namespace) -> int:
     if not exists and folder.suffix not in (".yaml", ".yml"):
         raise ConfigError([loader.no_run(options.config)], options.config)
     if is_run:
-        if not (folder / "config.yaml").exists():
-            problem = "the folder has no config.yaml; give the folder of a run, or a YAML file"
+        if not (folder / CONFIG).exists():
+            problem = f"the folder has no {CONFIG}; give the folder of a run, or a YAML file"
             raise ConfigError([f"{folder}: {problem}"], options.config)
-        options.config = str(folder / "config.yaml")
+        options.config = str(folder / CONFIG)
         options.overrides = [f"train.workdir={json.dumps(str(folder))}", *options.overrides]
         if not options.trust:
             trusted_code.check(loader.load(options.config, options.overrides), options.config)

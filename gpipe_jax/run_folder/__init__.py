@@ -1,1 +1,1 @@
-"""Take the folder of a run: tell it from a folder of the user's, and keep other runs out."""
+"""Hold the folder of a run: refuse a folder of other files, and keep other runs out."""
