@@ -45,7 +45,7 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
     Raises:
         ArgumentError: The suffix is unknown, or the file cannot be written.
         ConfigError: There is no intact checkpoint.
-        UnreadableCheckpointError: There is none that can be read now.
+        UnreadableCheckpointError: No checkpoint can be read now.
     """
     if out.suffix not in SUFFIXES:
         raise ArgumentError("out", f"{out} must end in {' or '.join(SUFFIXES)}")

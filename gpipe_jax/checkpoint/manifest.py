@@ -1,4 +1,4 @@
-"""Read and write manifests, which say what a checkpoint holds, and find the checkpoints of a run.
+"""Read and write manifests, which describe checkpoints, and find the checkpoints of a run.
 
     <step>/state/manifest.json    {"crc32": of the content, "content": a JSON text}
 
@@ -63,7 +63,7 @@ class UnusableStep(NamedTuple):
 
     step: int
     reason: str
-    is_damaged: bool  # else it cannot be read now, which may pass
+    is_damaged: bool  # else it cannot be read now, but perhaps later
 
 
 def unusable(step: int, error: DamagedCheckpointError | UnreadableCheckpointError) -> UnusableStep:

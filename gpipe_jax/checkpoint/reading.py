@@ -1,4 +1,4 @@
-"""Read files and folders of checkpoints; tell damage from what may pass."""
+"""Read files and folders of checkpoints; distinguish damage from temporary failures."""
 
 import errno
 import os
@@ -37,11 +37,11 @@ def read_bytes(path: epath.Path) -> bytes:
     except Exception as error:
         if is_local(path):
             raise
-        raise _unreadable(path.name, error) from error  # the clients of buckets have their own
+        raise _unreadable(path.name, error) from error  # clients of buckets raise their own errors
 
 
 def list_folder(folder: epath.Path) -> list[epath.Path]:
-    """Return what is in a folder; nothing if there is no such folder.
+    """Return the content of a folder; an empty list if there is no such folder.
 
     Raises:
         UnreadableCheckpointError: It cannot be read now.

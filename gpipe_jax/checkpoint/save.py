@@ -101,7 +101,7 @@ def _write(directory: epath.Path, args: _SaveArguments) -> None:
 
 
 def _write_file(directory: epath.Path, name: str, tree: Any, description: str = "") -> dict:
-    """Write a file; if that fails for a reason that may pass, try once more."""
+    """Write a file; if that fails for a temporary reason, try once more."""
     try:
         return checkpoint_format.write_file(directory, name, tree, description)
     except OSError as error:
@@ -237,7 +237,7 @@ def _os_errors_are_save_errors(folder: epath.Path) -> Iterator[None]:
     except SaveError:
         raise
     except Exception as error:
-        # The clients of buckets have errors of their own.
+        # The clients of buckets raise their own errors.
         if is_local(folder) and not isinstance(error, OSError):
             raise
         if jax.process_index() == 0:

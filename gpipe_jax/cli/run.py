@@ -42,7 +42,7 @@ def run_action(options: argparse.Namespace, action: Action) -> int:
         return fail(error, 1)
     try:
         count = joined.num_processes if joined else 1
-        # From the start, not from the first step: an earlier signal is not a failure either.
+        # From the start, not from the first step: an earlier signal is no failure either.
         with processes.connected(joined), handle_signals(count) as stop:
             code = _run_in_process(options, config, action, stop, count)
             if stop.is_requested:
@@ -85,9 +85,7 @@ def _run_in_process(
     if not processes.same_in_all(
         json.dumps([config.model_dump(mode="json"), assembly.data_identity])
     ):
-        problem = (
-            "the hosts do not have the same; give every host the same config, overrides and data"
-        )
+        problem = "the hosts differ; give every host the same config, overrides and data"
         raise ConfigError([problem], options.config)
     with loader.locating(options.config, options.overrides), section("data"):
         from_config.check_same_inputs(assembly.dataset)

@@ -148,7 +148,7 @@ def writing(workdir: epath.Path) -> Iterator[None]:
     except ImportError as error:  # of the client of a bucket
         raise ConfigError([no_package(error)], str(workdir)) from error
     except Exception as error:
-        # The clients of buckets have errors of their own.
+        # The clients of buckets raise their own errors.
         if atomic_files.is_local(workdir) and not isinstance(error, OSError):
             raise
         problem = f"cannot write here ({error}); use another folder (train.workdir=...)"

@@ -144,7 +144,7 @@ def _errors_are_save_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # The clients of buckets have errors of their own.
+        # The clients of buckets raise their own errors.
         if is_local(path) and not isinstance(error, OSError):
             raise
         reason = getattr(error, "strerror", None) or error

@@ -78,7 +78,7 @@ class StepsInFlight:
 
     @contextlib.contextmanager
     def finished_before_errors(self) -> Iterator[None]:
-        """Finish all steps before an error of the block goes on: they may have diverged."""
+        """Finish all steps before an error of the block is raised: they may have diverged."""
         try:
             yield
         except Exception:

@@ -98,7 +98,7 @@ class _Expendable:
             return
         try:
             action(*arguments)
-        except Exception as error:  # each package has errors of its own
+        except Exception as error:  # each package raises its own errors
             self._failed = True
             say(f"{self._name}: {error}; the run continues without it")
 
@@ -137,6 +137,6 @@ def opened(
 def _opened(name: str, folder: epath.Path, config: dict, step: int) -> Writer:
     try:
         return _Expendable(name, WRITERS[name](folder, config, step))
-    except Exception as error:  # each package has errors of its own
+    except Exception as error:  # each package raises its own errors
         problem = f"train.writers: {name} cannot be opened ({error}); correct that, or leave it out"
         raise ConfigError([problem], str(folder)) from error
