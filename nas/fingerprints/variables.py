@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from nas.fingerprints import members, names
+from nas.fingerprints.names import Changed
 
 
 def read_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -37,9 +38,28 @@ def _within_modules(
             yield from _within_modules(f"{name}.{key}", vars(value)[key], attributes, seen)
 
 
-def helpers(function: FunctionType) -> list[FunctionType]:
-    """Return the functions of the same module that a function reads."""
-    return [value for _, value in read_by(function) if is_helper(value, function)]
+def parts(name: str, value: Any, attributes: set[str]) -> Iterator[tuple[str, Any]]:
+    """Yield a value; of a namespace, as of a command's arguments, in its place these attributes."""
+    if type(value).__name__ not in ("Namespace", "SimpleNamespace"):
+        yield name, value
+        return
+    for key in sorted(attributes & vars(value).keys()):
+        yield f"{name}.{key}", vars(value)[key]
+
+
+class Use(NamedTuple):
+    """Hold what a function does with values from outside."""
+
+    changed: Changed
+    attributes: set[str]  # names that it reads
+    helpers: list[FunctionType]  # the functions of its module that it calls
+
+
+def use(function: FunctionType) -> Use:
+    """Return what a function does with values from outside."""
+    helpers = [value for _, value in read_by(function) if is_helper(value, function)]
+    attributes = names.attribute_names(function.__code__)
+    return Use(names.changed_names(function), attributes, helpers)
 
 
 def is_helper(value: Any, function: FunctionType) -> bool:

@@ -11,11 +11,10 @@ from typing import Any
 from nas.fingerprints import members, names, plain, source, variables
 from nas.fingerprints.names import Changed
 from nas.fingerprints.source import Digests
+from nas.fingerprints.variables import Use
 
 MAX_PARTS = 2000  # functions and values; the rest is left out
 NOTHING = Changed()
-SETTINGS = ("argparse.Namespace", "ml_collections.ConfigDict", "types.SimpleNamespace")
-"""Classes of installed packages whose objects count by their attributes too."""
 
 
 class Walk:
@@ -30,7 +29,7 @@ class Walk:
         self.codes: dict[str, Digests] = {}
         self.values: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Any]] = {}  # the objects too, so that no id is used again
-        self._helpers: dict[int, tuple[Changed, list[FunctionType]]] = {}  # by function
+        self._uses: dict[int, Use] = {}  # by function
         self._by_methods: dict[type, Changed] = {}
 
     def visit(self, name: str, value: Any, changed: Changed = NOTHING) -> None:
@@ -100,7 +99,9 @@ class Walk:
                 self._visit_unless_changed(name, key, value, changed)
             return
         self.codes[name] = source.digests(function)
-        changed = changed.union(*self._changes_of_helpers(function).values())
+        uses = self._with_helpers(function)
+        changed = changed.union(*(each.changed for each in uses))
+        attributes = set[str]().union(*(each.attributes for each in uses))
         for key, value in names.defaults(function).items():
             self._visit_unless_changed(name, key, value, changed)
         for key, value in variables.read_by(function):
@@ -108,20 +109,20 @@ class Walk:
                 is_helper = variables.is_helper(value, function)
                 self._visit_named(f"{name}.{key}", value, changed if is_helper else NOTHING)
             else:
-                self._visit_unless_changed(name, key, value, changed)
+                for part, each in variables.parts(key, value, attributes):
+                    self._visit_unless_changed(name, part, each, changed)
 
-    def _changes_of_helpers(self, function: FunctionType) -> dict[int, Changed]:
-        """Return what a function changes, and what those of its module change that it calls."""
-        found: dict[int, Changed] = {}
+    def _with_helpers(self, function: FunctionType) -> list[Use]:
+        """Return the uses of a function, and of those of its module that it calls."""
+        found: dict[int, Use] = {}
         left = [function]
         while left:
             each = left.pop()
             if id(each) not in found:
-                if id(each) not in self._helpers:
-                    self._helpers[id(each)] = names.changed_names(each), variables.helpers(each)
-                found[id(each)], helpers = self._helpers[id(each)]
-                left += helpers
-        return found
+                use = self._uses.get(id(each)) or variables.use(each)
+                self._uses[id(each)] = found[id(each)] = use
+                left += use.helpers
+        return list(found.values())
 
     def _visit_named(self, name: str, value: FunctionType | type, changed: Changed) -> None:
         """Visit a function or a class by the name of its definition, whoever reads it."""
@@ -142,9 +143,8 @@ class Walk:
             changed = changed.union(self._changed_by_methods(kind))
         elif not dataclasses.is_dataclass(kind):
             self.values[name] = members.installed_name(kind)
-            if self.values[name] not in SETTINGS:
-                return
-        only_code = dataclasses.is_dataclass(kind) if not is_own else _declares_identity(value)
+            return
+        only_code = not is_own or _declares_identity(value)
         for key, each in sorted(members.attributes(value).items()):
             if not (only_code and (plain.is_atom(each) or isinstance(each, plain.CONTAINERS))):
                 self._visit_unless_changed(name, f".{key}", each, changed)

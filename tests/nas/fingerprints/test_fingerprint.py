@@ -190,8 +190,10 @@ CHANGED = {
         "evaluate.p.m.n has changed from 1 to 2",
     ),
     "arguments of a command": (
-        "import argparse\nargs = argparse.Namespace(lr=1)\ndef evaluate(b): return args.lr",
-        "import argparse\nargs = argparse.Namespace(lr=2)\ndef evaluate(b): return args.lr",
+        "import argparse\nargs = argparse.Namespace(lr=1)\n"
+        "def f(args): return args.lr\ndef evaluate(b): return f(args)",
+        "import argparse\nargs = argparse.Namespace(lr=2)\n"
+        "def f(args): return args.lr\ndef evaluate(b): return f(args)",
         "evaluate.args.lr has changed from 1 to 2",
     ),
     "number of NumPy": (
@@ -281,6 +283,12 @@ SAME = {
     "place of the data": (
         "DATA = '/home/a/data'\ndef evaluate(b): return open(DATA)",
         "DATA = '/mnt/b/data'\ndef evaluate(b): return open(DATA)",
+    ),
+    "arguments of a command that are not read": (
+        "import argparse\nargs = argparse.Namespace(lr=1, cycles=2)\n"
+        "def f(args): return args.lr\ndef evaluate(b): return f(args)",
+        "import argparse\nargs = argparse.Namespace(lr=1, cycles=3)\n"
+        "def f(args): return args.lr\ndef evaluate(b): return f(args)",
     ),
     "number of NumPy in place of Python's": (
         "LR = 0.5\ndef evaluate(b): return LR",
