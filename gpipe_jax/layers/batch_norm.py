@@ -60,7 +60,7 @@ def prepare(module: nnx.Module, name: str) -> tuple[Norm, ...]:
     other = [".".join(map(str, path)) for path, _ in stats if path not in known]
     if other:
         raise UnfitModuleError(
-            f"layer {name} has statistics that are not of an nnx.BatchNorm: {', '.join(other)}; "
+            f"{name} has statistics that are not of an nnx.BatchNorm: {', '.join(other)}; "
             f"a pipeline can only combine those of nnx.BatchNorm"
         )
     return tuple(norms)

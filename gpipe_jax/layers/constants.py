@@ -1,10 +1,10 @@
 """Take the constant arrays, such as a mask, out of a module, and put them back.
 
-An array that a module keeps as a plain attribute is no parameter. It is computed once, when the
+An array that a module keeps as a plain attribute is not a parameter. It is computed once, when the
 module's template is made, and is a constant of the compiled program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from gpipe_jax.utils.trees import PyTree, strong
 
 
 class UnfitModuleError(ValueError):
-    """Report a module that holds what a pipeline cannot carry; the message names its layer."""
+    """Report a layer that holds what a pipeline cannot carry; the message begins with the layer."""
 
 
 class Constant(NamedTuple):
@@ -31,23 +31,32 @@ class Constant(NamedTuple):
 
 
 def take(module: nnx.Module) -> list[Constant]:
-    """Return the constant arrays of a module, and put None in their places."""
+    """Return the constant arrays of a module, and put None in their places.
+
+    Raises UnfitModuleError if an attribute has arrays beside modules or variables.
+    """
     found = [
         Constant(tuple(path), name, value)
         for path, part in nnx.iter_modules(module)
         for name, value in vars(part).items()
-        if not name.startswith("_pytree__") and _is_constant(value)
+        if not name.startswith("_pytree__") and _is_constant(part, name, value)
     ]
     for constant in found:
         setattr(_part(module, constant.path), constant.name, None)
     return found
 
 
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, nnx.Module | nnx.Variable):
+def _is_constant(module: Any, name: str, value: Any) -> bool:
+    if _is_variable(value):
         return False
     leaves = jax.tree.leaves(value, is_leaf=_is_variable)
-    return any(map(_is_array, leaves)) and not any(map(_is_variable, leaves))
+    has_arrays = any(map(_is_array, leaves))
+    if has_arrays and any(map(_is_variable, leaves)):
+        raise UnfitModuleError(
+            f"{type(module).__name__} has arrays beside modules or variables in its attribute "
+            f"`{name}`; give the arrays an attribute of their own"
+        )
+    return has_arrays
 
 
 def _is_array(value: Any) -> bool:
@@ -68,7 +77,7 @@ def compute(build: Callable[[jax.Array], nnx.Module], name: str) -> list[Constan
     def values(seed: jax.Array) -> list[PyTree]:
         places[:] = take(build(jax.random.key(seed)))
         return [
-            [strong(a) for a in jax.tree.leaves(constant.value) if _is_array(a)]
+            [_numbers(a) for a in jax.tree.leaves(constant.value) if _is_array(a)]
             for constant in places
         ]
 
@@ -78,11 +87,20 @@ def compute(build: Callable[[jax.Array], nnx.Module], name: str) -> list[Constan
     for constant, a, b in zip(places, first, second, strict=True):
         if not all(map(_same_bits, a, b)):
             raise UnfitModuleError(
-                f"layer {name} draws its array `{constant}` at random, but a pipeline keeps only "
+                f"{name} draws its array `{constant}` at random, but a pipeline keeps only "
                 f"parameters; make it an nnx.Param (with jax.lax.stop_gradient where it is used), "
                 f"or draw it from a key of its own, as jax.random.key(0)"
             )
     return [_with_values(constant, arrays) for constant, arrays in zip(places, first, strict=True)]
+
+
+def _numbers(a: Any) -> jax.Array:
+    """Return an array of a strong type; of random keys, their numbers."""
+    return jax.random.key_data(a) if _is_key(a) else strong(a)
+
+
+def _is_key(a: Any) -> bool:
+    return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -93,6 +111,7 @@ class _OfJax(NamedTuple):
     """Hold an array that is JAX's in the module, for any device."""
 
     value: np.ndarray
+    generator: Any = None  # of random keys
 
 
 def _with_values(constant: Constant, arrays: Sequence[np.ndarray]) -> Constant:
@@ -103,7 +122,9 @@ def _with_values(constant: Constant, arrays: Sequence[np.ndarray]) -> Constant:
         if not _is_array(a):
             return a
         known = next(rest)
-        return _OfJax(known) if isinstance(a, jax.Array) else a
+        if not isinstance(a, jax.Array):
+            return a
+        return _OfJax(known, jax.random.key_impl(a) if _is_key(a) else None)
 
     return constant._replace(value=jax.tree.map(value, constant.value))
 
@@ -120,7 +141,11 @@ def put(module: nnx.Module, constants: Sequence[Constant]) -> list[PyTree]:
 
 
 def _restored(a: Any) -> Any:
-    return jnp.asarray(a.value) if isinstance(a, _OfJax) else a
+    if not isinstance(a, _OfJax):
+        return a
+    if a.generator is not None:
+        return jax.random.wrap_key_data(a.value, impl=a.generator)
+    return jnp.asarray(a.value)
 
 
 def check_unchanged(
@@ -138,5 +163,6 @@ def check_unchanged(
 
 def _part(module: Any, path: Sequence) -> Any:
     for key in path:
-        module = module[key] if isinstance(key, int) else getattr(module, key)
+        is_item = isinstance(module, Mapping | Sequence) or isinstance(key, int)
+        module = module[key] if is_item else getattr(module, key)
     return module

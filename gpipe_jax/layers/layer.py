@@ -288,7 +288,7 @@ class FunctionLayer(Layer):
         if found := first_without_type(params):
             path, leaf = found
             raise UnfitModuleError(
-                f"layer {self}: its `init` returns {leaf!r} of type {type(leaf).__name__} at "
+                f"{self}: its `init` returns {leaf!r} of type {type(leaf).__name__} at "
                 f"params{path}; parameters are arrays, so keep it in `apply`"
             )
         self._check_collections(params)
@@ -302,7 +302,7 @@ class FunctionLayer(Layer):
         others = [name for name in params if (of_linen and name != "params") or name == _STATISTICS]
         if others:
             raise UnfitModuleError(
-                f"layer {self}: its `init` returns {', '.join(map(repr, others))}, but a pipeline "
+                f"{self}: its `init` returns {', '.join(map(repr, others))}, but a pipeline "
                 f"trains all that `init` returns; return 'params' only, and give constants to "
                 f"`apply` yourself; for batch norm use an nnx module with nnx.BatchNorm, whose "
                 f"running statistics a pipeline updates"
@@ -416,7 +416,7 @@ def _template(description: ModuleLayer) -> Template:
     if unknown:
         types = ", ".join(sorted({type(v).__name__ for _, v in unknown}))
         raise UnfitModuleError(
-            f"layer {description} has variables of type {types}; a pipeline layer may hold "
+            f"{description} has variables of type {types}; a pipeline layer may hold "
             f"nnx.Param, random streams, the statistics of nnx.BatchNorm, and constant arrays that "
             f"are plain attributes"
         )

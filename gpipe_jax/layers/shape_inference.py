@@ -115,7 +115,7 @@ def _shapes(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree]
     try:
         return jax.eval_shape(strong, layer.shapes(x))
     except UnfitModuleError as error:
-        raise ValueError(f"layer {i}: {error}") from error
+        raise ValueError(f"layer {i}, {error}") from error
     except Exception as error:
         if isinstance(layer, ModuleLayer):
             raise ValueError(

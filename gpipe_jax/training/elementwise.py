@@ -56,8 +56,8 @@ _REFUSED = (
 _ALL_ZERO = (
     f"every update of this optax transformation was zero, in its first {_LONGEST} steps and in "
     f"trials from later steps on (up to step {_SEARCHED[-1]}), so it is not known whether it "
-    f"depends on how parameters are grouped into arrays; use a learning rate that is not zero, or "
-    f"optax.set_to_zero() to change no parameter"
+    f"depends on how parameters are grouped into arrays; use a learning rate that is not zero, "
+    f"accumulate fewer gradients, or use optax.set_to_zero() to change no parameter"
 )
 
 

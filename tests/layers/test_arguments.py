@@ -127,9 +127,7 @@ def test_parameters_that_are_no_arrays_are_refused() -> None:
     def start(key: jax.Array, x: jax.Array) -> dict:
         return {"w": jnp.ones((6, 6)), "activation": "tanh"}
 
-    message = (
-        r"layer 1: layer apply: its `init` returns 'tanh' of type str at params\['activation'\]"
-    )
+    message = r"layer 1, apply: its `init` returns 'tanh' of type str at params\['activation'\]"
     with pytest.raises(ValueError, match=message):
         infer_shapes([LINEAR, layer(start, apply)], X)
 
@@ -170,7 +168,7 @@ def test_what_is_no_list_of_layers_is_refused(layers: Any, message: str) -> None
     ids=["training", "frozen", "within a function"],
 )
 def test_statistics_of_linen_are_refused_and_not_trained(one: gpipe.Layer) -> None:
-    message = r"layer 1: layer BatchNorm: its `init` returns 'batch_stats', .*use .*nnx.BatchNorm"
+    message = r"layer 1, BatchNorm: its `init` returns 'batch_stats', .*use .*nnx.BatchNorm"
     with pytest.raises(ValueError, match=message):
         infer_shapes([LINEAR, one], X)
 

@@ -209,7 +209,7 @@ def test_a_frozen_norm_stays_as_it_is() -> None:
 
 def test_statistics_of_no_batch_norm_are_refused() -> None:
     one = layer(Tracker)
-    message = r"layer Tracker\(\) has statistics that are not of an nnx.BatchNorm: seen; "
+    message = r"Tracker\(\) has statistics that are not of an nnx.BatchNorm: seen; "
     with pytest.raises(ValueError, match=message):
         one.apply(one.init(KEY, None), {}, jnp.ones((2, F)), Context(KEY, train=True))
 

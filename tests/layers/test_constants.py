@@ -64,6 +64,36 @@ class Counting(nnx.Module):
         return x * self.calls
 
 
+class Containers(nnx.Module):
+    """Keep a module with a constant in a list of dicts."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.parts = nnx.data([{"tables": Tables(3, rngs=rngs)}])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.parts[0]["tables"](x)
+
+
+class Keyed(nnx.Module):
+    """Keep a random key."""
+
+    def __init__(self) -> None:
+        self.key = jax.random.key(3)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jax.random.normal(self.key, x.shape)
+
+
+class Mixed(nnx.Module):
+    """Keep an array in one container with a module."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.parts = nnx.data({"linear": nnx.Linear(6, 6, rngs=rngs), "mask": jnp.ones(6)})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.parts["linear"](x) * self.parts["mask"]
+
+
 def test_constants_are_those_of_the_module() -> None:
     one = layer(Tables, start=3)
     params = one.init(KEY, X)
@@ -72,6 +102,24 @@ def test_constants_are_those_of_the_module() -> None:
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     assert jax.tree.structure(params) == jax.tree.structure(one.shapes(X)[0])
     assert sorted(params) == ["linear", "parts"]
+
+
+def test_modules_in_containers_keep_their_constants() -> None:
+    one = layer(Containers)
+    y, _ = one.apply(one.init(KEY, X), {}, jnp.asarray(X), Context(KEY, train=True))
+    expected = Containers(rngs=nnx.Rngs(KEY))(jnp.asarray(X))
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def test_a_random_key_is_a_constant() -> None:
+    y, _ = layer(Keyed).apply({}, {}, jnp.asarray(X), Context(KEY, train=True))
+    np.testing.assert_allclose(y, Keyed()(jnp.asarray(X)), rtol=1e-6)
+
+
+def test_arrays_beside_modules_in_an_attribute_are_refused() -> None:
+    message = "layer 0, Mixed has arrays beside modules .* `parts`; give .* an attribute of their"
+    with pytest.raises(ValueError, match=message):
+        infer_shapes([layer(Mixed)], X)
 
 
 def test_layers_with_other_constants_are_in_one_pipeline() -> None:
@@ -120,7 +168,7 @@ def test_constants_have_the_types_of_the_settings_now() -> None:
 
 def test_a_constant_that_is_drawn_at_random_is_refused() -> None:
     message = (
-        r"layer 1: layer Random\(\) draws its array `features` at random, .* only parameters; "
+        r"layer 1, Random\(\) draws its array `features` at random, .* only parameters; "
         r"make it an nnx.Param .* key of its own"
     )
     with pytest.raises(ValueError, match=message):

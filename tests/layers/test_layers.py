@@ -224,7 +224,7 @@ def test_functions_take_no_keywords() -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_variables_that_are_neither_trained_nor_statistics_are_refused(train: bool) -> None:
-    message = r"layer Counting\(\) has variables of type Cache; .* hold nnx.Param, random streams"
+    message = r"Counting\(\) has variables of type Cache; .* hold nnx.Param, random streams"
     with pytest.raises(ValueError, match=message):
         apply(layer(Counting), {}, jnp.ones((2, 4)), KEYS[0], train=train)
 
