@@ -41,7 +41,7 @@ Text = Annotated[str, Field(min_length=1)]
 def _path(*, bucket: bool) -> AfterValidator:
     # `~` and variables stay as written: they are replaced where the path is used.
     def validate(path: str) -> str:
-        problem = paths.address_problem(path, bucket=bucket)
+        problem = paths.path_problem(path, bucket=bucket)
         if problem is not None:
             raise ValueError(f"got {path!r}, but {problem}")
         return path

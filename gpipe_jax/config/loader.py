@@ -248,7 +248,7 @@ def _text(path: epath.Path) -> str:
         reason = f"not UTF-8 text, at byte {error.start}; save it as UTF-8"
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
-    except ValueError as error:  # of `_content`, or a zero byte in the path
+    except ValueError as error:  # of `_content`
         reason = f"cannot be read: {error}"
     raise ConfigError([f"{path}{line}: {reason}"], str(path))
 

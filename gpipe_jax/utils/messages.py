@@ -38,10 +38,13 @@ def say(text: object, program: str = "gpipe") -> None:
 
 
 def _print(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Print a text; if the reader of the stream has ended, as `head` does, discard the rest.
+    """Print a text, with escapes for what the stream cannot encode.
 
-    The program goes on: a run must not end, and files must be written, whoever reads its output.
+    If the reader of the stream has ended, as `head` does, discard the rest: a run must not end, and
+    files must be written, whoever reads its output.
     """
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, end=end, file=stream, flush=True)
     except BrokenPipeError:

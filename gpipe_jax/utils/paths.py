@@ -21,17 +21,19 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
-def address_problem(path: AnyPath, *, bucket: bool = False) -> str | None:
-    """Return why an address cannot be used as a path; None if it can, or if it is a plain path.
+def path_problem(path: AnyPath, *, bucket: bool = False) -> str | None:
+    """Return why a text cannot be used as a path; None if it can.
 
     Args:
         path: The path, as the user wrote it.
         bucket: Whether gs:// addresses are legal.
 
-    >>> address_problem("https://a.b/c.yaml")
+    >>> path_problem("https://a.b/c.yaml")
     'https:// addresses are not supported; give a path on this machine'
-    >>> address_problem("gs://a/b", bucket=True)
+    >>> path_problem("gs://a/b", bucket=True)
     """
+    if "\0" in os.fspath(path):
+        return "a path cannot hold a zero byte; remove it"
     match = _ADDRESS.match(os.fspath(path))
     if match is None:
         return None
@@ -57,7 +59,7 @@ def local(argument: str, path: AnyPath) -> Path:
     Raises:
         ArgumentError: It is an address, or has a variable that is not set or an unknown user.
     """
-    return Path(_expanded(argument, path, address_problem(path)))
+    return Path(_expanded(argument, path, path_problem(path)))
 
 
 def anywhere(argument: str, path: AnyPath) -> "epath.Path":
@@ -68,7 +70,7 @@ def anywhere(argument: str, path: AnyPath) -> "epath.Path":
     """
     from etils import epath
 
-    return epath.Path(_expanded(argument, path, address_problem(path, bucket=True)))
+    return epath.Path(_expanded(argument, path, path_problem(path, bucket=True)))
 
 
 def _expanded(argument: str, path: AnyPath, problem: str | None) -> str:

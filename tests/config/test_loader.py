@@ -635,7 +635,7 @@ def test_files_that_cannot_be_read():
         (".", "is a directory; give the path of a YAML file"),
         ("binary.yaml", "not UTF-8 text, at byte 3; save it as UTF-8"),
         ("pipeline.yaml/x", "cannot be read: Not a directory"),
-        ("a\0b", "cannot be read: embedded null byte"),
+        ("a\0b", "a path cannot hold a zero byte; remove it"),
         ("pipe", "cannot be read: it is a pipe or a device; give the path of a YAML file"),
         ("/dev/zero", "cannot be read: it is a pipe or a device; give the path of a YAML file"),
         (

@@ -39,6 +39,14 @@ def test_a_program_goes_on_when_its_reader_has_ended(write: str, stream: str, mo
             getattr(messages, write)("a line")
 
 
+@pytest.mark.parametrize(("write", "stream"), [("write", "stdout"), ("say", "stderr")])
+def test_a_stream_that_cannot_encode_a_text(write: str, stream: str, monkeypatch: Any):
+    file = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, stream, file)
+    getattr(messages, write)("é 日")
+    assert file.buffer.getvalue().endswith(b"\xe9 \\u65e5\n")
+
+
 def test_usage_errors_are_escaped(capsys: Any) -> None:
     parser = console.new_parser("gpipe", "Test.")
     with pytest.raises(SystemExit):

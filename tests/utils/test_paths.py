@@ -37,7 +37,7 @@ def test_paths_on_this_machine(written: Any, meant: str) -> None:
     path = paths.local("folder", written)
     assert path == paths.local("folder", path) == pathlib.Path(meant)
     assert paths.anywhere("folder", written) == epath.Path(meant)
-    assert paths.is_local(written) and paths.address_problem(written) is None
+    assert paths.is_local(written) and paths.path_problem(written) is None
 
 
 def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +57,7 @@ def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://a/b", "s3:// addresses are not supported; give a path on this machine"),
         ("file:///a/b", "file:// addresses are not supported; give a path on this machine"),
         (pathlib.Path("s3://a/b"), "s3:// addresses are not supported"),
+        ("a\0b", "a path cannot hold a zero byte; remove it"),
         ("$UNSET/x", "the environment variable UNSET is not set; set it, or write the path out"),
         ("~nobody_of_this_name/x", "there is no user nobody_of_this_name; for a name that begins"),
     ],
