@@ -50,18 +50,23 @@ def parts(name: str, value: Any, attributes: set[str]) -> Iterator[tuple[str, An
 class Use(NamedTuple):
     """Hold what a function does with values from outside."""
 
+    function: FunctionType
     changed: Changed
     attributes: set[str]  # names that it reads
-    helpers: list[FunctionType]  # the functions of its module that it calls
+    helpers: list[FunctionType]  # functions of the user's that it reads
 
 
 def use(function: FunctionType) -> Use:
     """Return what a function does with values from outside."""
-    helpers = [value for _, value in read_by(function) if is_helper(value, function)]
+    helpers = [
+        value
+        for _, value in read_by(function)
+        if isinstance(value, FunctionType) and members.is_own_object(value)
+    ]
     attributes = names.attribute_names(function.__code__)
-    return Use(names.changed_names(function), attributes, helpers)
+    return Use(function, names.changed_names(function), attributes, helpers)
 
 
-def is_helper(value: Any, function: FunctionType) -> bool:
-    """Return whether a value is a function of the same module."""
+def is_beside(value: Any, function: FunctionType) -> bool:
+    """Return whether a value is a function of the same module, so that names mean the same."""
     return isinstance(value, FunctionType) and value.__globals__ is function.__globals__

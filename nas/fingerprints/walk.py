@@ -100,20 +100,21 @@ class Walk:
             return
         self.codes[name] = source.digests(function)
         uses = self._with_helpers(function)
-        changed = changed.union(*(each.changed for each in uses))
+        beside = [each for each in uses if variables.is_beside(each.function, function)]
+        changed = changed.union(*(each.changed for each in beside))
         attributes = set[str]().union(*(each.attributes for each in uses))
         for key, value in names.defaults(function).items():
             self._visit_unless_changed(name, key, value, changed)
         for key, value in variables.read_by(function):
             if isinstance(value, FunctionType | type) and members.is_own_object(value):
-                is_helper = variables.is_helper(value, function)
-                self._visit_named(f"{name}.{key}", value, changed if is_helper else NOTHING)
+                is_beside = variables.is_beside(value, function)
+                self._visit_named(f"{name}.{key}", value, changed if is_beside else NOTHING)
             else:
                 for part, each in variables.parts(key, value, attributes):
                     self._visit_unless_changed(name, part, each, changed)
 
     def _with_helpers(self, function: FunctionType) -> list[Use]:
-        """Return the uses of a function, and of those of its module that it calls."""
+        """Return the uses of a function, and of those of the user's that it and they read."""
         found: dict[int, Use] = {}
         left = [function]
         while left:

@@ -340,6 +340,14 @@ def test_values_nested_deeply_take_no_time(load) -> None:
     assert time.perf_counter() - began < 1.0
 
 
+def test_arguments_of_a_command_are_read_in_another_module_of_yours(load) -> None:
+    load("def train(args): return args.lr", "train", module="trains")
+    source = "import argparse, trains\nargs = argparse.Namespace(lr=%d, cycles=%d)\n"
+    source += "def evaluate(b): return trains.train(args)"
+    found = changes(load, source % (1, 2), source % (3, 4))
+    assert found == ["evaluate.args.lr has changed from 1 to 3"]
+
+
 def test_code_of_packages_may_move_within_them(load) -> None:
     source = "import json\nf, g = json.JSONDecoder, json.dumps\ndef evaluate(b): return f, g"
     found = fingerprint(load(source), "evaluate").values
