@@ -208,7 +208,7 @@ def _losses_and_metrics(result: Any) -> tuple[Any, dict]:
         losses, metrics = result
     metrics = {} if metrics is None else metrics
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
-        raise ValueError(f"{_RETURNS}; the metrics are no dict, or a name is no text: {metrics}")
+        raise ValueError(f"{_RETURNS}; got metrics that are not a dict by names: {metrics}")
     taken = {"loss", "step", "step_time_s"} & set(metrics)
     if taken:
         names = ", ".join(sorted(taken))
@@ -224,9 +224,9 @@ def _spread(value: Any, weights: jax.Array) -> Any:
 
 
 def _of_examples(name: str, values: Any, examples: int) -> jax.Array:
-    """Return an array of values of the examples; raise ValueError if it is none."""
+    """Return an array of values of the examples; raise ValueError if it is not one."""
     if not isinstance(values, jax.Array | np.ndarray | np.generic | int | float):
-        raise ValueError(f"{_RETURNS}; {name} are a {type(values).__name__}")
+        raise ValueError(f"{_RETURNS}; got a {type(values).__name__} for {name}")
     values = jnp.asarray(values)
     if values.ndim < 1 or values.shape[0] != examples:
         raise ValueError(
@@ -234,5 +234,7 @@ def _of_examples(name: str, values: Any, examples: int) -> jax.Array:
             f"{list(values.shape)}; do not average over the examples ({name})"
         )
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
-        raise ValueError(f"`loss` must return real numbers; {name} are {values.dtype}; take `abs`")
+        raise ValueError(
+            f"`loss` must return real numbers; got {values.dtype} for {name}; take `abs`"
+        )
     return values

@@ -58,7 +58,7 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     dtype = np.dtype(dtype)
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise DataError(
-            f"{name} has type {array.dtype}, the pipeline's example had {dtype}; convert it first"
+            f"{name} has type {array.dtype}, but the pipeline takes {dtype}; convert it first"
         )
     if np.can_cast(array.dtype, dtype, "safe"):
         return array.astype(dtype)

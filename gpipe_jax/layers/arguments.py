@@ -1,4 +1,4 @@
-"""Check the arguments of `layer`, and say what to write for what is no layer."""
+"""Check the arguments of `layer`, and say what to write in place of what is not a layer."""
 
 import inspect
 from typing import Any
@@ -15,7 +15,7 @@ def check_constructor(module: type[nnx.Module], positional: tuple, kwargs: dict)
         named = dict(zip(free, positional, strict=False)) | kwargs
         call = ", ".join(f"{key}={brief(value)}" for key, value in named.items())
         raise TypeError(
-            f"layer() takes the arguments of {name} by name, got {len(positional)} without; "
+            f"layer() takes the arguments of {name} by name, got {len(positional)} by position; "
             f"write layer({name}, {call})"
         )
     if "rngs" in kwargs:
@@ -44,12 +44,12 @@ def kind(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, nnx.Module | linen.Module):
-        return f"{type(value).__name__}(...), a module that is built"
+        return f"{type(value).__name__}(...), a module instance"
     return f"{value!r} of type {type(value).__name__}"
 
 
 def remedy(value: Any) -> str:
-    """Say how to make a layer of a value that is none."""
+    """Say how to make a layer of a value that is not one."""
     module = value if isinstance(value, type) else type(value)
     if issubclass(module, linen.Module):
         call = f"module = {module.__name__}(...)"

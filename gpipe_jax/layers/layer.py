@@ -298,7 +298,7 @@ class FunctionLayer(Layer):
         """Refuse what Linen modules return beside parameters: a pipeline would train it."""
         if not isinstance(params, Mapping):
             return
-        of_linen = isinstance(getattr(self.init_fn, "__self__", None), linen.Module)
+        of_linen = isinstance(_owner(self.init_fn), linen.Module)
         others = [name for name in params if (of_linen and name != "params") or name == _STATISTICS]
         if others:
             raise UnfitModuleError(
@@ -321,9 +321,19 @@ class FunctionLayer(Layer):
         return self.apply_fn(params, x, **taken), {}
 
     def __str__(self) -> str:
-        owner = getattr(self.apply_fn, "__self__", None)  # of a Linen module's bound `apply`
-        name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))
+        owner, function = _owner(self.apply_fn), _function(self.apply_fn)
+        name = getattr(function, "__name__", repr(function))
         return self.linked(name if owner is None else type(owner).__name__)
+
+
+def _function(function: Callable) -> Callable:
+    """Return the function that a `functools.partial` calls, or the function itself."""
+    return function.func if isinstance(function, functools.partial) else function
+
+
+def _owner(function: Callable) -> Any:
+    """Return the Linen module whose `init` or `apply` this is, or None."""
+    return getattr(_function(function), "__self__", None)
 
 
 class Template(NamedTuple):
@@ -335,7 +345,7 @@ class Template(NamedTuple):
     evaluate: nnx.GraphDef
     rng_state: tuple[tuple[tuple, type], ...]  # paths and types of its random streams
     norms: tuple[batch_norm.Norm, ...]
-    constants: Sequence[Constant]  # arrays that are no variables
+    constants: Sequence[Constant]  # arrays that are not variables
 
 
 @dataclass(frozen=True)

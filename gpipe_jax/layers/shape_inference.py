@@ -39,7 +39,7 @@ def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
     All types are strong: a number that a layer returns is an array of a type of its own.
 
     Raises ValueError if an output does not fit the next layer's input (the message names both
-    layers), if a layer cannot be built, if there is something that is no layer, or if stashed,
+    layers), if a layer cannot be built, if `layers` holds anything but layers, or if stashed,
     popped or tied names do not match.
     """
     check_layers(layers)

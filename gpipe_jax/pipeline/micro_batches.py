@@ -174,7 +174,7 @@ def count_examples(inputs: PyTree) -> int:
 
 
 def arrays(batch: Any, what: str = "batch") -> dict:
-    """Return a batch whose leaves are arrays; raise DataError if it is no dict of arrays.
+    """Return a batch whose leaves are arrays; raise DataError if it is not a dict of arrays.
 
     Lists and tuples of numbers, also nested ones, become arrays. Shapes stay as they are.
     """

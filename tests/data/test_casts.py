@@ -85,7 +85,7 @@ def test_numbers_that_do_not_fit_are_refused(array: np.ndarray, dtype: type, sai
     ("kind", "dtype"), [(float, np.int32), (complex, np.float32), (int, np.uint8), (int, bool)]
 )
 def test_other_kinds_are_refused(kind: type, dtype: type) -> None:
-    said = f"x has type {np.dtype(kind)}, the pipeline's example had {np.dtype(dtype)}; convert it"
+    said = f"x has type {np.dtype(kind)}, but the pipeline takes {np.dtype(dtype)}; convert it"
     with pytest.raises(DataError, match=said):
         casts.cast("x", np.ones(2, kind), dtype)
 

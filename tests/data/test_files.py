@@ -409,7 +409,7 @@ def saved_steps(folder: Path) -> set[str]:
     ("test", "message"),
     [
         ("[batch(5)]", r"has shape \[5, 4\], the pipeline's example had \[4, 4\]"),
-        ("[batch(kind=np.float64)]", r"has type float64, the pipeline's example had int32; conv"),
+        ("[batch(kind=np.float64)]", r"has type float64, but the pipeline takes int32; conv"),
         ("[batch(weight=0)]", r"weights of a batch must sum to more than 0, got 0.0"),
         (
             "[batch(label=-1)]",

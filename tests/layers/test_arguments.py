@@ -1,5 +1,6 @@
 """Check what `layer` and `Pipeline` say to what is no layer, and to wrong arguments."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -57,12 +58,12 @@ def wrapped_batch_norm() -> gpipe.Layer:
     ("arguments", "message"),
     [
         ((nnx.Linear, 6, 4), r"Linear by name, got 2 .*layer\(Linear, in_features=6, out_features"),
-        ((nnx.Linear, 6), r"by name, got 1 without; write layer\(Linear, in_features=6\)"),
+        ((nnx.Linear, 6), r"by name, got 1 by position; write layer\(Linear, in_features=6\)"),
         ((5, apply), r"got 5 of type int and <function apply.*write layer\(Module"),
         ((init, 5), r"two functions \(init, apply\); got <function init.* and 5 of type int"),
         ((init, apply, 3), r"got <function init.* and 3 of type int"),
         ((init,), r"got <function init.*; if it returns a list of layers, call it"),
-        ((nn.Dense(3),), r"got Dense\(...\), a module that is built; .*layer\(module.init, module"),
+        ((nn.Dense(3),), r"got Dense\(...\), a module instance; .*layer\(module.init, module"),
         ((nn.Dense,), r"got the class Dense; .*module = Dense\(...\), write layer\(module.init"),
         ((int,), r"got the class int; write layer\(Module"),
     ],
@@ -180,8 +181,9 @@ def test_any_collection_of_linen_but_parameters_is_refused() -> None:
             return nn.Dense(6)(x) + self.variable("cache", "last", jnp.zeros, 6).value
 
     module = Cached()
-    with pytest.raises(ValueError, match="its `init` returns 'cache', but a pipeline trains all"):
-        infer_shapes([layer(module.init, module.apply)], X)
+    for init in (module.init, functools.partial(module.init)):
+        with pytest.raises(ValueError, match="Cached: its `init` returns 'cache', but a pipeline"):
+            infer_shapes([layer(init, functools.partial(module.apply))], X)
 
 
 def test_constants_of_linen_are_kept_where_apply_gives_them() -> None:

@@ -273,7 +273,10 @@ def test_a_layer_too_large_for_the_memory():
         (make_example(weights=np.ones(12, complex)), r"type complex128; give one real number"),
         ([np.zeros((12, 4)), np.zeros(12)], r"a batch is a dict .* got a list; of a pair"),
         (make_example(labels=[[1], [2, 3]]), r"batch\['labels'\] is not an array of numbers"),
-        (make_example(labels=np.full(12, "a")), r"has type <U1, .* example had int32; convert it"),
+        (
+            make_example(labels=np.full(12, "a")),
+            r"has type <U1, .* pipeline takes int32; convert it",
+        ),
         (make_example(labels=np.zeros(11, int)), r"(11|12).* examples"),
         (make_example(weights=np.ones(11)), r"(11|12).* examples"),
     ],
