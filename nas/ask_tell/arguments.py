@@ -76,10 +76,7 @@ def check(
         )
     check_count("max_failures", max_failures)
     if target is not None and not (_is_number(target) and not math.isnan(target)):
-        raise ValueError(
-            f"target {target!r}: expected a number that a fitness can be compared with, or None "
-            "for no target"
-        )
+        raise ValueError(f"target {target!r}: expected a number, not NaN, or None for no target")
     if lease_s is not None and not (_is_number(lease_s) and lease_s > 0):
         raise ValueError(
             f"lease_s {lease_s!r}: expected seconds, more than 0, or None for no limit"
@@ -104,8 +101,8 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
     """Return a list of limits as a tuple.
 
     Raises:
-        ValueError: The name of a limit hides something.
-        TypeError: It is no list of limits.
+        ValueError: A name is reserved, or two limits have it.
+        TypeError: It is not a list of limits.
     """
     is_list = isinstance(limits, list | tuple) and not isinstance(limits, Limit)
     wrong = [each for each in limits if not isinstance(each, Limit)] if is_list else [limits]
@@ -124,8 +121,8 @@ def as_limits(limits: Any) -> tuple[Limit, ...]:
             )
         if names.count(name) > 1:
             raise ValueError(
-                f"limits: {names.count(name)} of them have the name {name!r}, of which one would "
-                "hide the others; give each a name of its own"
+                f"limits: {names.count(name)} of them have the name {name!r}, and one would hide "
+                "the others; give each a name of its own"
             )
     return checked
 
@@ -134,7 +131,7 @@ def check_report(job: Any, outcome: Any = None) -> None:
     """Check the arguments of `tell`, `report` and `fail`.
 
     Raises:
-        TypeError: The job is no job, or the outcome no outcome.
+        TypeError: The job is not a `Job`, or the outcome not an `Outcome`.
         ValueError: The kind of the outcome is unknown.
     """
     if not isinstance(job, Job):

@@ -64,17 +64,17 @@ def is_same_work(a: Job, b: Job) -> bool:
 
 
 def identity(study: Study) -> str:
-    """Return what names a run in its jobs: its name, and when it was created."""
+    """Return the text that identifies a run in its jobs: its name, and when it was created."""
     return f"{study.name!r}, created {study.created:.6f}"
 
 
 def check_run(job: Job, run: str) -> None:
     """Raise MismatchError for a job that another search has handed out.
 
-    A job without a run, such as one that was built by hand, is of any.
+    A job without a run, such as one that was built by hand, fits any search.
     """
     if job.run and job.run != run:
         raise MismatchError(
             f"the job of candidate {job.candidate} is of the search {job.run}, but this is the "
-            f"search {run}: tell it to the search that has handed it out"
+            f"search {run}: tell it to the search that handed it out"
         )

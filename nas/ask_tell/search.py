@@ -64,7 +64,7 @@ class Search:
         max_failures: Number of failures in a row that end the search. Default: 10.
         lease_s: Seconds after which a job that was not told may be asked again, if there is nothing
             else to do; None for no limit. Whoever tells first counts. Default: 3600.
-        directions: What is better in metrics of which reports show a Pareto front, such as
+        directions: Metrics whose Pareto front reports show, and what is better in each, such as
             {"latency_ms": "min", "top5": "max"}. They do not change the search. Default: those of
             the run, or less is better in metrics with names such as `params_m` or `latency_ms`.
         compare: Metric of the population's members that jobs get as `Job.rivals`. Default: none.
@@ -73,9 +73,9 @@ class Search:
             with other values is refused. Default: unknown, which fits every store.
         code: Fingerprints of what the search runs (`nas.ask_tell.code_changes.code_of`). Default:
             those of space and limits.
-        other_evaluator: Whether the store may have another evaluator, or other code of evaluator
-            or limits. Default: False.
-        other_space: Whether the store may have other code of the space. Default: False.
+        other_evaluator: Whether the evaluator, its code or that of the limits may differ from the
+            store's. Default: False.
+        other_space: Whether the code of the space may differ from the store's. Default: False.
         **settings: Fields of `nas.Settings`: population, sample, seed, maximise, replacement,
             algorithm, fitness_policy. Without `population`, a search of fewer than 100 cycles or
             evaluations has half as many members, and a sample of a quarter of them.
@@ -188,8 +188,8 @@ class Search:
                 function that returns False.
 
         Returns:
-            The job, or None if there is none now: the search is over, or it waits for reports of
-            running jobs. A job that was never told is returned again after `lease_s` seconds.
+            The job; None if the search is over, or has no other job until a running one is told.
+            A job that was never told is returned again after `lease_s` seconds.
 
         Raises:
             nas.FailuresError: Too many candidates were rejected, or have failed, in a row.
@@ -240,7 +240,7 @@ class Search:
 
         Raises:
             nas.errors.ReturnError: It is neither.
-            nas.errors.MismatchError: The job is of another search.
+            nas.errors.MismatchError: The job belongs to another search.
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
@@ -255,7 +255,7 @@ class Search:
             outcome: Its outcome, of kind `ok` or one of `nas.evaluators.evaluator.FAILURES`.
 
         Raises:
-            nas.errors.MismatchError: The job is of another search.
+            nas.errors.MismatchError: The job belongs to another search.
             nas.FailuresError: This failure is one too many.
             nas.errors.LostWeightsError: The trained weights are missing; nothing is written then.
         """
@@ -283,7 +283,7 @@ class Search:
             error: What went wrong. Its type decides the kind of failure; a text is an exception.
 
         Raises:
-            nas.errors.MismatchError: The job is of another search.
+            nas.errors.MismatchError: The job belongs to another search.
             nas.FailuresError: This failure is one too many.
         """
         if isinstance(error, str):

@@ -38,7 +38,7 @@ class TabularEvaluator(Evaluator):
             has it. Default: "valid12", of NAS-Bench-201.
 
     Raises:
-        TypeError: `table` cannot be called, or `fitness` is no text.
+        TypeError: `table` cannot be called, or `fitness` is not a text.
 
     Example:
         >>> table = {(0, 1): {"accuracy": 0.5}, (1, 1): {"accuracy": 0.75}}
@@ -73,7 +73,7 @@ class TabularEvaluator(Evaluator):
         """Look up any architecture, to see that the table has the metric.
 
         Raises:
-            ValueError: It has not, or it is of another space.
+            ValueError: It lacks the metric, or belongs to another space.
             OSError: Its file cannot be read.
         """
         try:

@@ -47,8 +47,8 @@ class Job:
             from its own weights, and a child from its parent's. Default: None.
         rivals: Values of the metric that the search compares by, of the population's members at
             the time of the proposal. Empty if the search compares by none. Default: ().
-        run: What names the search that handed the job out; no other one takes its fitness. Empty:
-            any takes it. Default: "".
+        run: The search that handed the job out, the only one that takes its fitness; empty if any
+            search may take it. Default: "".
     """
 
     evaluation: int
@@ -145,8 +145,8 @@ def as_evaluator(evaluate: Any) -> Evaluator:
     """Return an `Evaluator` for a function, an object with `evaluate`, or an `Evaluator`.
 
     Raises:
-        TypeError: It is none of these, but a class, for example; or it declares members without
-            being an `Evaluator`.
+        TypeError: It is something else, such as a class; or it declares members without being an
+            `Evaluator`.
     """
     if isinstance(evaluate, Evaluator):
         _check_members(evaluate)
@@ -168,7 +168,7 @@ def as_evaluator(evaluate: Any) -> Evaluator:
 
 
 def _check_members(evaluator: Evaluator) -> None:
-    """Check the declared members of an evaluator, of which a search makes use much later."""
+    """Check the declared members of an evaluator, which a search uses much later."""
     kind = type(evaluator).__name__
     metric, grace_s = evaluator.rivals_metric, evaluator.compile_grace_s
     if not (metric is None or isinstance(metric, str)):

@@ -33,7 +33,7 @@ class NASBench201Table:
 
     Raises:
         ValueError: The data set is unknown; at a look-up, the file cannot be read, or the
-            architecture is no cell of this space.
+            architecture is not a cell of this space.
         FileNotFoundError: There is no such file.
 
     Example::
@@ -50,12 +50,12 @@ class NASBench201Table:
         self.path = find_table(folder)
 
     def __call__(self, architecture: Edges) -> Mapping[str, float]:
-        """Return all metrics of one cell; raise ValueError if it is none."""
+        """Return all metrics of a cell; raise ValueError for anything else."""
         try:
             row = self.rows[tuple(architecture)]
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{architecture!r} is no cell of NAS-Bench-201: expected the operations of six "
+                f"{architecture!r} is not a cell of NAS-Bench-201: expected the operations of six "
                 "edges, each a number from 0 to 4; use nas.NASBench201Space"
             ) from error
         return {name: float(column[row]) for name, column in self.columns.items()}

@@ -21,8 +21,8 @@ def mean_metrics(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def as_outcome(returned: Any, job: Job) -> Outcome:
     """Return the outcome of a job whose evaluator returned this.
 
-    NaN is a failure of kind `nan`. True counts as 1, and False as 0. A metric that is no number is
-    left out, and `error` says so: the fitness, which took a training, is kept.
+    NaN is a failure of kind `nan`. True counts as 1, and False as 0. A metric that is not a number
+    is left out, and `error` says so: the fitness, which took a training, is kept.
 
     Raises:
         ReturnError: It is neither a number nor a dict with a number as `fitness`.
@@ -70,7 +70,7 @@ def _metrics(named: Mapping[Any, Any]) -> tuple[dict[str, float], str | None]:
 
 
 def _number(value: Any) -> float | None:
-    """Return one number as a float, or None if it is none."""
+    """Return one number as a float, or None for anything else."""
     shape = getattr(value, "shape", ())  # of arrays; scalars of NumPy and JAX have ()
     if shape != () or isinstance(value, str | bytes):
         return None
@@ -113,7 +113,7 @@ def describe(error: BaseException) -> str:
 
 
 def _in_utf_8(text: str) -> str:
-    """Replace what stores, pages and figures cannot hold, as in names of files that are no UTF-8.
+    """Replace what stores, pages and figures cannot hold, as in file names that are not UTF-8.
 
     >>> _in_utf_8("caf\\udce9")
     'caf\\\\udce9'

@@ -63,7 +63,7 @@ def shortened(steps: list[Step]) -> tuple[list[Step], str]:
     left_out = len(steps) - MAX_ANCESTORS
     if left_out <= 0:
         return steps, ""
-    note = f", of which {left_out} after the first are not drawn"
+    note = f"; {left_out} after the first are not drawn"
     return [steps[0], *steps[1 + left_out :]], note
 
 

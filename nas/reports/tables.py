@@ -57,7 +57,7 @@ def metric_labels(names: Iterable[str], taken: Collection[str]) -> dict[str, str
 
 
 def with_metrics(facts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return facts followed by metrics, of which none hides a fact, nor a fact a metric."""
+    """Return facts followed by metrics; no metric hides a fact, nor a fact a metric."""
     labels = metric_labels(metrics, facts)
     return {**facts, **{labels[name]: value for name, value in metrics.items()}}
 

@@ -1,7 +1,7 @@
 """Check the images and labels of a user's file once, before candidates are trained on them.
 
-A NaN would make every candidate fail, and a label that is no class would make networks with too
-many outputs, both without a word. Messages have the position in the file.
+A NaN would make every candidate fail, and a label that is not a class would make networks with too
+many outputs, both without a warning. Messages have the position in the file.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def check(name: str) -> None:
 
     Raises:
         ArgumentError: Images are not finite or not square, or labels are not the numbers of
-            classes, from 0 on without gaps.
+            classes, from 0 without gaps.
     """
     inputs, labels = _stored(paths.local("data", name))
     _check_labels(labels, len(inputs), _problem_of(name))
@@ -95,7 +95,7 @@ def _check_images(inputs: np.ndarray, problem: Problem) -> None:
     if first is not None:
         place = ", ".join(map(str, first))
         raise problem(
-            f"inputs[{place}] is {inputs[first]}, which float32 has not as a finite number "
+            f"inputs[{place}] is {inputs[first]}, which is not finite in float32 "
             f"({count} of {inputs.size} values); remove or replace them, for example by "
             "np.nan_to_num"
         )

@@ -453,7 +453,7 @@ def test_a_return_that_is_one_number(tmp_path, value) -> None:
         ({"cache": -1}, "cache -1: expected True, False, or how many times"),
         ({"max_failures": 0}, "`max_failures` must be a whole number of at least 1, got 0"),
         ({"population": 0}, "`population` must be a whole number of at least 1, got 0"),
-        ({"target": math.nan}, "target nan: expected a number that a fitness can be compared with"),
+        ({"target": math.nan}, "target nan: expected a number, not NaN, or None"),
         ({"target": "9"}, "target '9': expected a number"),
         ({"target": True}, "target True: expected a number"),
         ({"space": "nasbench"}, "unknown space 'nasbench'; did you mean 'nasbench201'"),

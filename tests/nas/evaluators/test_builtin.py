@@ -67,7 +67,9 @@ def test_a_table_is_a_function(value) -> None:
 @pytest.mark.skipif(not HAS_TABLE, reason=NO_TABLE)
 def test_the_table_of_nasbench201_has_cells_of_its_space_only(tmp_path) -> None:
     evaluator = nas.TabularEvaluator(nas.NASBench201Table("cifar10", DATA))
-    with pytest.raises(ValueError, match=r"is no cell of NAS-Bench-201: expected the operations o"):
+    with pytest.raises(
+        ValueError, match=r"is not a cell of NAS-Bench-201: expected the operations o"
+    ):
         search(tmp_path, evaluator)
     rule = "`fitness` 'valid13' is not in the table, .*; did you mean 'valid12'"
     with pytest.raises(ValueError, match=rule):

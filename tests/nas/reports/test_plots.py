@@ -254,7 +254,7 @@ def test_long_lineages_are_shortened(cells, monkeypatch) -> None:
     shown = [lineage.heading(row) for row in (rows[0], *rows[-2:])]
     assert list(dict.fromkeys(headings)) == shown
     title = figure.axes[0].get_title()
-    left_out = f"{len(rows)} generations, of which {len(rows) - 3} after the first are not drawn"
+    left_out = f"{len(rows)} generations; {len(rows) - 3} after the first are not drawn"
     assert title.endswith(left_out) and len(figure.axes[0].lines[0].get_xydata()) == len(rows)
     assert left_out in html.lineage(cells.store, number)
 

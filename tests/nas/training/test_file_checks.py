@@ -34,11 +34,11 @@ def evaluator(folder, mine) -> nas.TrainingEvaluator:
 FAULTS = {
     "nan": (
         changed("inputs", (17, 3, 4, 0), np.nan),
-        "inputs[17, 3, 4, 0] is nan, which float32 has not as a finite number (1 of 2160 values)",
+        "inputs[17, 3, 4, 0] is nan, which is not finite in float32 (1 of 2160 values)",
     ),
     "infinite in float32": (
         changed("inputs", (slice(8, 10), 0, 0, 0), 1e39, np.float64),
-        "inputs[8, 0, 0, 0] is 1e+39, which float32 has not as a finite number (2 of 2160",
+        "inputs[8, 0, 0, 0] is 1e+39, which is not finite in float32 (2 of 2160",
     ),
     "gap": (
         with_labels(np.arange(60) % 10 + 100),
