@@ -143,9 +143,10 @@ def put(module: nnx.Module, constants: Sequence[Constant]) -> list[PyTree]:
 def _restored(a: Any) -> Any:
     if not isinstance(a, _OfJax):
         return a
+    value = jnp.asarray(a.value)
     if a.generator is not None:
-        return jax.random.wrap_key_data(a.value, impl=a.generator)
-    return jnp.asarray(a.value)
+        return jax.random.wrap_key_data(value, impl=a.generator)
+    return value
 
 
 def check_unchanged(
@@ -163,6 +164,6 @@ def check_unchanged(
 
 def _part(module: Any, path: Sequence) -> Any:
     for key in path:
-        is_item = isinstance(module, Mapping | Sequence) or isinstance(key, int)
-        module = module[key] if is_item else getattr(module, key)
+        by_name = isinstance(key, str) and not isinstance(module, Mapping)
+        module = getattr(module, key) if by_name else module[key]
     return module
