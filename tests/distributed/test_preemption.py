@@ -132,13 +132,23 @@ def test_a_hangup_is_ignored_under_nohup(start, monkeypatch):
         process.wait(timeout=0.5)
 
 
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "gpipe_jax", *sys.argv[1:]])
+"""
+
+
 def test_a_terminal_that_is_gone_ends_no_run(tmp_path):
     """Save and exit with code 75, although nothing can be printed any more."""
     (tmp_path / "c.yaml").write_text(CONFIG)
     arguments = ["train", str(tmp_path / "c.yaml"), f"train.workdir={tmp_path / 'run'}"]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "gpipe_jax", *arguments])
+    terminal, end = pty.openpty()
+    # Not `pty.fork`: a fork of a process that has used JAX may hang.
+    command = [sys.executable, "-c", ON_A_TERMINAL, *arguments]
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end)
+    os.close(end)
     reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
     reader.start()
     deadline = time.monotonic() + 120
@@ -146,7 +156,7 @@ def test_a_terminal_that_is_gone_ends_no_run(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert process.wait(timeout=120) == 75
 
 
 def read_all(descriptor: int) -> None:

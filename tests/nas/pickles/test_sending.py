@@ -75,7 +75,7 @@ def test_workers_of_a_cluster_keep_it_and_new_ones_get_it(folder) -> None:
 
 
 def test_what_is_sent_with_a_job_is_small(folder) -> None:
-    with ProcessPoolExecutor(1) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         pool = pools.of_executor(executor)
         sent = task.make_task(as_evaluator(Large(folder)), pool)
         assert len(pickle.dumps(sent)) < 1000

@@ -91,7 +91,7 @@ def test_an_old_run_is_reported_and_exported(folder, monkeypatch) -> None:
 
 
 def test_an_old_run_is_resumed_by_its_own_setup(folder) -> None:
-    with pytest.raises(ValueError, match=r"holds code \(evaluate, limits\) that no search of"):
+    with pytest.raises(ValueError, match=r"holds code \(evaluate, limits\) that you have"):
         nas.load("first", folder).resume(cycles=12)
     result = nas.load("first", folder, trust=True).resume(cycles=12)
     assert result.counts.results == 12 and result.counts.failures == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_an_evaluator_that_cannot_be_pickled(tmp_path) -> None:
             return ones(bits)
 
     with (
-        ProcessPoolExecutor(1) as executor,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor,
         pytest.raises(
             ValueError, match=r"evaluate cannot be sent to .* \(.*\): make it a function"
         ),
@@ -197,7 +198,7 @@ def test_an_evaluator_that_cannot_be_imported_is_no_dead_worker() -> None:
 
 
 def test_a_process_pool_that_breaks_says_what_to_do(tmp_path) -> None:
-    with ProcessPoolExecutor(1) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         check(run(tmp_path, workers=executor, cycles=20), 20)
         with pytest.raises(
             nas_errors.WorkersError, match=r"take no more jobs .*: use workers='proc"

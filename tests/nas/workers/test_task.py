@@ -1,5 +1,6 @@
 """Errors of any kind become outcomes, and jobs that cannot be sent end the search at once."""
 
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -93,7 +94,10 @@ def test_an_architecture_that_cannot_be_pickled_is_no_dead_worker(tmp_path: Path
     """Neither is it tried again: the search resumes on threads."""
     options = {"population": 4, "sample": 2, "cycles": 8, "folder": tmp_path, "name": "run"}
     message = r"the architecture of candidate 0 cannot be sent .*\(TypeError: .*\): make arch"
-    with ProcessPoolExecutor(1) as pool, pytest.raises(WorkersError, match=message):
+    with (
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(WorkersError, match=message),
+    ):
         nas.search(space=Unpicklable(), evaluate=first_ones, workers=pool, **options)
     result = nas.load("run", tmp_path)
     assert result.counts.failures == 0 and result.counts.proposed == 1
