@@ -24,7 +24,7 @@ COMPILED_COSTS: tuple[CompiledCost, ...] = get_args(CompiledCost)
 """Costs of a network that the TPU compiler has to estimate."""
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-"""What is better in a metric: less, or more."""
+"""Say what is better in a metric: less, or more."""
 
 
 def check_directions(directions: Any) -> Any:

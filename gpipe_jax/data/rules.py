@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpipe_jax.data import casts
+from gpipe_jax.data.casts import cast
 from gpipe_jax.data.stream import Batch
 from gpipe_jax.errors import DataError
 
@@ -60,7 +60,7 @@ class Rules(NamedTuple):
 
     def _inputs(self, source: str, a: np.ndarray) -> np.ndarray:
         if np.issubdtype(a.dtype, np.integer if self.tokens else np.floating):
-            return casts.cast(f"inputs of {source}", a, np.int32 if self.tokens else np.float32)
+            return cast(f"inputs of {source}", a, np.int32 if self.tokens else np.float32)
         if a.dtype == np.uint8 and not self.tokens:
             return (a / 127.5 - 1).astype(np.float32)
         rule = "tokens are integers" if self.tokens else "use floats, or pixels in uint8"

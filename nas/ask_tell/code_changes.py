@@ -18,7 +18,7 @@ REMEDIES = {
     "space": "if both propose from the same architectures, resume with other_space=True, after "
     "which nas.replay may not follow the run",
 }
-"""What may be fingerprinted, and how to resume with other code of it."""
+"""List what may be fingerprinted, and how to resume with other code of it."""
 
 Code = Mapping[str, Fingerprint]
 

@@ -30,7 +30,7 @@ PARTS = {
     "evaluate": "resume(evaluate=...), or call nas.search as before, with the same name",
     "limits": "resume(limits=...)",
 }
-"""The parts that are pickled, and how to give each of them."""
+"""List the parts that are pickled, and how to give each of them."""
 
 
 class Setup(NamedTuple):

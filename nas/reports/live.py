@@ -65,7 +65,7 @@ def watch(path: Path, driver: DriverThread | None = None, every_s: float = EVERY
 
 
 Show = Callable[[str, Counts, bool], None]
-"""A function of the line, the counts, and whether this is the last line."""
+"""Show the line; take the counts too, and whether this is the last line."""
 
 
 def _follow(path: Path, driver: DriverThread | None, every_s: float, show: Show) -> None:
