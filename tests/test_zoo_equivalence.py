@@ -97,6 +97,10 @@ NETWORKS: dict[str, tuple[Callable, Callable]] = {
 LOSSES = {
     "amoebanet D": gpipe.losses.classification(label_smoothing=0.1, auxiliary_weight=0.4),
 }
+# The float32 tolerance. In AmoebaNet-D rounding alone is larger: the inputs' last digit moves a
+# gradient leaf of the plain program by 1.3e-5. In float64 all networks agree within 1e-12.
+TOLERANCE = dict.fromkeys(NETWORKS, 1e-5) | {"amoebanet D": 3e-5}
+TOO_FEW_LAYERS = {f"amoebanet {g}": 7 for g in "ABC"}  # for 8 stages
 # One cut for each kind of network, all different, by default; the rest of the grid is slow.
 FAST = {
     ("resnet", 4, 2, "eager_1f1b", 1),
@@ -155,13 +159,17 @@ def crossed(pipe: gpipe.Pipeline) -> dict[str, int]:
 
 
 def grid(fast: set) -> list[Any]:
-    cases = [(name, *cut) for name, cut in itertools.product(NETWORKS, CUTS)]
+    cases = [
+        (name, *cut)
+        for name, cut in itertools.product(NETWORKS, CUTS)
+        if cut[0] * cut[3] <= TOO_FEW_LAYERS.get(name, 8)
+    ]
     return [pytest.param(*c, marks=() if c in fast else pytest.mark.slow) for c in cases]
 
 
 @pytest.mark.parametrize(("name", "K", "D", "kind", "V"), grid(FAST))
 def test_equivalence_float32(name: str, K: int, D: int, kind: str, V: int) -> None:
-    check(name, K, D, kind, V, double=False, tolerance=1e-5)
+    check(name, K, D, kind, V, double=False, tolerance=TOLERANCE[name])
 
 
 @pytest.mark.parametrize(("name", "K", "D", "kind", "V"), grid(FAST_DOUBLE))
