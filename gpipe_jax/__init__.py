@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from gpipe_jax.config.run import Config
     from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
     from gpipe_jax.errors import ConfigError
-    from gpipe_jax.layers.layer import Layer, layer
+    from gpipe_jax.layers.layer import Layer
     from gpipe_jax.layers.shape_inference import count_parameters
+    from gpipe_jax.layers.sources.describe import layer
     from gpipe_jax.pipeline.pipeline import Pipeline
     from gpipe_jax.pipeline.state import State, TrainState
     from gpipe_jax.planner.planner import plan
@@ -51,7 +52,7 @@ _HOME = {
     "count_parameters": "layers.shape_inference:count_parameters",
     "data": "data:",
     "errors": "errors:",
-    "layer": "layers.layer:layer",
+    "layer": "layers.sources.describe:layer",
     "load": "config.loader:load",
     "losses": "losses:",
     "make_mesh": "distributed.mesh:make_mesh",

@@ -14,8 +14,9 @@ from flax import nnx
 from gpipe_jax import losses, sequential, zoo
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import random_keys
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.shape_inference import count_parameters, infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.trees import PyTree, describe
 from gpipe_jax.zoo.basic import Dense
 

@@ -11,9 +11,10 @@ from helpers import assert_trees_close
 
 import gpipe_jax as gpipe
 from gpipe_jax import sequential
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.random_keys import step_key
 from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 
 HALF = jnp.bfloat16
 RNG = np.random.default_rng(0)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.constants import UnfitModuleError
-from gpipe_jax.layers.layer import Context, Layer, ModuleLayer, check_layers
+from gpipe_jax.layers.layer import Context, Layer, check_layers
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.layers.sources.module_layer import ModuleLayer
 from gpipe_jax.utils.trees import (
     PyTree,
     describe,

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from gpipe_jax.layers.conv import Conv
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.describe import layer
 
 
 class Dense(nnx.Module):

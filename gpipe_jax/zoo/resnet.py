@@ -8,8 +8,9 @@ from flax import nnx
 
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.conv import Conv
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.pooling import max_pool
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.checks import check_count, check_counts
 from gpipe_jax.zoo.basic import ConvHead
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from gpipe_jax import sequential
 from gpipe_jax.genotypes.genotype import Genotype
-from gpipe_jax.layers.layer import Layer, ModuleLayer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.module_layer import ModuleLayer
 from gpipe_jax.zoo.amoebanet.network import amoebanet
 from nas.training.network import PyTree, Shape, Variables
 

@@ -13,8 +13,9 @@ from flax import nnx
 
 import gpipe_jax as gpipe
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.layers.layer import Context, layer
+from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 
 X = np.ones((4, 6), np.float32)
 LINEAR = layer(nnx.Linear, in_features=6, out_features=6)

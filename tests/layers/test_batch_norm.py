@@ -10,7 +10,8 @@ from flax import nnx
 
 from gpipe_jax.layers import batch_norm
 from gpipe_jax.layers.batch_norm import Norm
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.trees import PyTree
 
 F = 3  # features

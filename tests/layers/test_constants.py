@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax.layers.layer import Context, layer
+from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 KEY = jax.random.key(0)

@@ -14,7 +14,8 @@ import pytest
 from jax import lax
 
 from gpipe_jax.layers import conv
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.zoo import basic
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")

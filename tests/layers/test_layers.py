@@ -16,8 +16,9 @@ from flax import nnx
 from paths import TESTS
 
 from gpipe_jax import sequential, zoo
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.zoo.basic import Dense
 from gpipe_jax.zoo.transformer.attention import CausalAttention
 from gpipe_jax.zoo.transformer.layers import Block, Embedding, LanguageHead

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 import gpipe_jax as gpipe
-from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.numeric_settings import cached_by_settings, numeric_settings
 from gpipe_jax.layers.random_keys import apply_key, step_key
+from gpipe_jax.layers.sources.describe import layer
 
 
 class InDefaultType(nnx.Module):

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from gpipe_jax.layers import skips_and_ties
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.trees import PyTree
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)

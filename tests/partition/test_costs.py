@@ -12,8 +12,8 @@ from flax import nnx
 from gpipe_jax import zoo
 from gpipe_jax.distributed import processes as hosts
 from gpipe_jax.distributed.mesh import abstract_mesh, is_shared, make_mesh
-from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.losses import softmax_cross_entropy
 from gpipe_jax.partition import costs as cost
 from gpipe_jax.partition.costs import NOMINAL_RATES, LayerCost, measure, transfer_s

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import infer_shapes
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.partition.costs import measure
 from gpipe_jax.partition.flops import count_flops
 

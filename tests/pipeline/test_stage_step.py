@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpipe_jax.layers.layer import layer
 from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.remat import MAX_UNROLL, POLICIES, Remat
 from gpipe_jax.pipeline.stage_step import PASSES, Call, StageStep

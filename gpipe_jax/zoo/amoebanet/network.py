@@ -16,7 +16,8 @@ from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Cell, Genotype
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.checks import check_counts, check_fraction
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.layers import POOL, AmoebaCell, AuxiliaryHead, Classifier, Stem

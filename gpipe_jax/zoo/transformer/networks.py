@@ -3,7 +3,8 @@
 from typing import Literal
 
 from gpipe_jax.errors import ArgumentError
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.checks import check_counts
 from gpipe_jax.zoo.transformer.layers import (
     AttentionHalf,

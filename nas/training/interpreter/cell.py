@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpipe_jax.genotypes.genotype import INPUTS
-from gpipe_jax.layers.layer import layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import ConvNorm, FactorizedReduction, Normalization
 from nas.training.interpreter.encoding import CellEncoding, Concat

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.utils.trees import PyTree
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from nas.training.interpreter.encoding import Concat

@@ -39,7 +39,8 @@ import numpy as np
 from jax import lax
 
 from gpipe_jax.genotypes.genotype import INPUTS, PAPER_OPERATIONS, Genotype
-from gpipe_jax.layers.layer import Layer, layer
+from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.layers import Classifier, Stem
 from nas.training.interpreter import encoding as encodings

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from gpipe_jax import sequential, zoo
 from gpipe_jax.distributed.mesh import STAGE, make_mesh
-from gpipe_jax.layers.layer import Context, Layer, layer
+from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.pipeline import remat
 from gpipe_jax.pipeline.ragged.boundary import BoundaryFormat
 from gpipe_jax.pipeline.ragged.packing import SLOT_SLACK

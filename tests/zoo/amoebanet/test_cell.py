@@ -10,8 +10,9 @@ from flax import nnx
 from operations_in_numpy import apply, batch_norm, conv_norm_of, match_of, pool, randomized
 
 from gpipe_jax.genotypes.genotype import Cell
-from gpipe_jax.layers.layer import Context, layer
+from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.random_keys import apply_key
+from gpipe_jax.layers.sources.describe import layer
 from gpipe_jax.zoo.amoebanet import layers
 from gpipe_jax.zoo.amoebanet.conv_norm import Normalization
 from gpipe_jax.zoo.amoebanet.layers import AmoebaCell, AuxiliaryHead, Classifier, DropPath, Stem

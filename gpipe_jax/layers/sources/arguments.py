@@ -1,6 +1,8 @@
 """Check the arguments of `layer`, and say what to write in place of what is not a layer."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen, nnx
@@ -59,3 +61,12 @@ def remedy(value: Any) -> str:
     if inspect.isroutine(value):
         return "if it returns a list of layers, call it and give the list to Pipeline"
     return "write layer(Module, ...) or layer(init, apply)"
+
+
+@functools.lru_cache(maxsize=4096)
+def takes(function: Callable, name: str) -> bool:
+    """Return whether a function has a parameter of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # a function of C has no signature
+        return False
