@@ -23,6 +23,7 @@ class Context:
     key: jax.Array  # of this layer, micro-batch and step: the only source of randomness
     train: bool  # False in evaluation
     progress: jax.Array | float = 1.0  # fraction of the training run that is done, 0 to 1
+    constants: PyTree = None  # what `Layer.init_constants` made; None: the layer makes them itself
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class Layer:
 
         Returns:
             A tree of arrays; without leaves if the layer has no batch norm.
+        """
+        return {}
+
+    def init_constants(self) -> PyTree:
+        """Make the constants: arrays that are not trained, such as tables and masks.
+
+        They are equal for every seed. `apply` finds them in `context.constants`.
+
+        Returns:
+            A tree of arrays; without leaves if the layer has no constants.
         """
         return {}
 
