@@ -49,6 +49,11 @@ class Layer:
     pops: tuple[str, ...] = field(default=(), kw_only=True)
     ties: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # (path, name)
 
+    @property
+    def has_values(self) -> bool:
+        """Return whether the layer starts with values of its own, whatever the key."""
+        return False
+
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
         """Make fresh parameters.
 

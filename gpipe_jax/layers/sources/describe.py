@@ -9,6 +9,7 @@ from flax import nnx
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.sources import arguments
 from gpipe_jax.layers.sources.function_layer import FunctionLayer
+from gpipe_jax.layers.sources.instance_layer import from_instance
 from gpipe_jax.layers.sources.module_layer import ModuleLayer
 
 
@@ -44,11 +45,13 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
         >>> str(layer(nnx.Linear, in_features=4, out_features=2))
         'Linear(in_features=4, out_features=2)'
     """
-    if isinstance(target, type) and issubclass(target, nnx.Module):
+    if isinstance(target, nnx.Module) and not functions and not kwargs:
+        description: Layer = from_instance(target)
+    elif isinstance(target, type) and issubclass(target, nnx.Module):
         arguments.check_constructor(target, functions, kwargs)
         frozen = {name: _freeze(value) for name, value in kwargs.items()}
         types = _types(list(frozen.values()))
-        description: Layer = ModuleLayer(target, tuple(sorted(frozen.items())), types)
+        description = ModuleLayer(target, tuple(sorted(frozen.items())), types)
     elif len(functions) == 1 and callable(target) and callable(functions[0]):
         if kwargs:
             raise TypeError(f"layer(init, apply) takes no keywords, got {sorted(kwargs)}")
