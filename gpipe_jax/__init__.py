@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpipe_jax.layers.layer import Layer
     from gpipe_jax.layers.shape_inference import count_parameters
     from gpipe_jax.layers.sources.describe import layer
+    from gpipe_jax.layers.sources.from_module import from_module
     from gpipe_jax.pipeline.pipeline import Pipeline
     from gpipe_jax.pipeline.state import State, TrainState
     from gpipe_jax.planner.planner import plan
@@ -52,6 +53,7 @@ _HOME = {
     "count_parameters": "layers.shape_inference:count_parameters",
     "data": "data:",
     "errors": "errors:",
+    "from_module": "layers.sources.from_module:from_module",
     "layer": "layers.sources.describe:layer",
     "load": "config.loader:load",
     "losses": "losses:",
@@ -79,6 +81,7 @@ __all__ = [
     "count_parameters",
     "data",
     "errors",
+    "from_module",
     "layer",
     "load",
     "losses",

@@ -1,7 +1,7 @@
 """Describe a layer by an `nnx.Module` instance, whose values it starts with."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,12 +41,27 @@ class Values(NamedTuple):
     stats: PyTree
 
 
+class Origin(NamedTuple):
+    """Hold where the parts of a layer are in a larger model."""
+
+    model: Any
+    paths: tuple[tuple[tuple, tuple], ...]  # (path in the layer's module, path in the model)
+
+    def in_model(self, path: tuple) -> tuple:
+        """Return the path in the model of what has a path in the layer's module."""
+        for own, there in self.paths:
+            if path[: len(own)] == own:
+                return (*there, *path[len(own) :])
+        raise KeyError(path)
+
+
 @dataclass(frozen=True)
 class InstanceLayer(NnxLayer):
     """Describe a layer by an instance; layers are equal if they differ in values only."""
 
     structure: Structure
     values: Values = field(compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def has_values(self) -> bool:
@@ -67,7 +82,7 @@ class InstanceLayer(NnxLayer):
         return self.linked(f"{self.structure.module.__name__}(...)")
 
 
-def from_instance(module: nnx.Module) -> InstanceLayer:
+def from_instance(module: nnx.Module, origin: Origin | None = None) -> InstanceLayer:
     """Describe a layer by a module with values; the module stays as it is."""
     copy = nnx.clone(module)
     own = constants.of_module(copy, *KINDS)
@@ -79,7 +94,7 @@ def from_instance(module: nnx.Module) -> InstanceLayer:
     shapes = jax.eval_shape(lambda: state)
     key = type(module), signature(nnx.to_pure_dict(shapes)), own.digest
     structure = Structure(type(module), graph, shapes, own, key)
-    return InstanceLayer(structure, Values(params, stats))
+    return InstanceLayer(structure, Values(params, stats), origin)
 
 
 @cached_by_settings(maxsize=4096)
