@@ -26,13 +26,13 @@ class Constant(NamedTuple):
 
     path: tuple  # in the module
     kind: type[nnx.Variable] | None  # None for a plain attribute
-    value: PyTree  # the value, in which a `Slot` may stand for each array of JAX
+    value: PyTree  # the value, in which a `Gap` may stand for each array of JAX
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
 
 
-class Slot(NamedTuple):
+class Gap(NamedTuple):
     """Stand for an array of JAX in the value of a constant."""
 
     name: str  # of the array, among the constants of the module
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
 class Constants(NamedTuple):
     """Hold the constants of a module: where they belong, and their arrays by name."""
 
-    places: Sequence[Constant] = ()  # with slots
+    places: Sequence[Constant] = ()  # with gaps
     arrays: Mapping[str, Any] = {}
 
     @property
@@ -99,18 +99,18 @@ def separate(constants: Sequence[Constant]) -> Constants:
     """Separate the arrays of JAX from the rest of the constants."""
     arrays: dict[str, jax.Array] = {}
 
-    def slot(constant: Constant, i: int, a: Any) -> Any:
+    def gap(constant: Constant, i: int, a: Any) -> Any:
         if constant.kind is None and not isinstance(a, jax.Array):
             return a
         name = f"{constant}.{i}" if i else str(constant)
         arrays[name] = _numbers(a)
-        return Slot(name, jax.random.key_impl(a) if _is_key(a) else None)
+        return Gap(name, jax.random.key_impl(a) if _is_key(a) else None)
 
     places = []
     for constant in constants:
         leaves, structure = jax.tree.flatten(constant.value)
-        slots = [slot(constant, i, a) for i, a in enumerate(leaves)]
-        places.append(constant._replace(value=structure.unflatten(slots)))
+        gaps = [gap(constant, i, a) for i, a in enumerate(leaves)]
+        places.append(constant._replace(value=structure.unflatten(gaps)))
     return Constants(places, arrays)
 
 
@@ -159,20 +159,20 @@ def _is_key(a: Any) -> bool:
 
 
 def fill(places: Sequence[Constant], arrays: Mapping[str, Any]) -> list[Constant]:
-    """Return the constants with their arrays in the slots."""
+    """Return the constants with their arrays in the gaps."""
 
     def restored(a: Any) -> Any:
-        if not isinstance(a, Slot):
+        if not isinstance(a, Gap):
             return a
         value = jnp.asarray(arrays[a.name])
         if a.generator is not None:
             return jax.random.wrap_key_data(value, impl=a.generator)
         return value
 
-    def is_slot(a: Any) -> bool:
-        return isinstance(a, Slot)
+    def is_gap(a: Any) -> bool:
+        return isinstance(a, Gap)
 
-    return [c._replace(value=jax.tree.map(restored, c.value, is_leaf=is_slot)) for c in places]
+    return [c._replace(value=jax.tree.map(restored, c.value, is_leaf=is_gap)) for c in places]
 
 
 def variables(constants: Sequence[Constant]) -> PyTree:

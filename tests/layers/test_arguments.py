@@ -64,8 +64,7 @@ def wrapped_batch_norm() -> gpipe.Layer:
         ((init, 5), r"two functions \(init, apply\); got <function init.* and 5 of type int"),
         ((init, apply, 3), r"got <function init.* and 3 of type int"),
         ((init,), r"got <function init.*; if it returns a list of layers, call it"),
-        ((nn.Dense(3),), r"got Dense\(...\), a module instance; .*layer\(module.init, module"),
-        ((nn.Dense,), r"got the class Dense; .*module = Dense\(...\), write layer\(module.init"),
+        ((nn.Dense,), r"got the class Dense; write layer\(Dense\(...\)\), with an instance"),
         ((int,), r"got the class int; write layer\(Module"),
     ],
 )
@@ -74,9 +73,9 @@ def test_what_describes_no_layer_is_refused(arguments: tuple, message: str) -> N
         layer(*arguments)
 
 
-def test_a_module_that_is_built_is_refused_in_one_line() -> None:
-    with pytest.raises(TypeError, match=r"got Linear\(...\), .*write layer\(Linear, ") as refusal:
-        layer(nnx.Linear(6, 6, rngs=nnx.Rngs(0)))
+def test_an_instance_with_arguments_is_refused_in_one_line() -> None:
+    with pytest.raises(TypeError, match=r"got Linear\(...\), .*layer\(module\) for") as refusal:
+        layer(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), width=3)
     assert "\n" not in str(refusal.value)
 
 
@@ -149,7 +148,7 @@ def test_parameters_that_are_no_arrays_are_refused() -> None:
             [LINEAR, nnx.Linear(6, 6, rngs=nnx.Rngs(0))],
             r"`layers\[1\]` must .*layer\(Linear, ...\)",
         ),
-        ([nn.Dense(6)], r"`layers\[0\]` must .*write layer\(module.init, module.apply\)"),
+        ([nn.Dense(6)], r"`layers\[0\]` must .*write layer\(Dense\(...\)\)"),
         ([nnx.Linear], r"`layers\[0\]` must be a layer, .*got the class Linear"),
         ([LINEAR, [LINEAR]], r"`layers\[1\]` must be a layer"),
     ],

@@ -106,10 +106,12 @@ def test_a_decoder_with_a_tied_table_has_the_gradients_of_the_model(
         model.embed.dtype = jnp.float64
         nnx.update(model, jax.tree.map(lambda a: a.astype(float), nnx.state(model, nnx.Param)))
         pipe = build(gpipe.from_module(model, BLOCKS), stages, replicas, schedule=schedule)
-        assert [layer.ties for layer in pipe.layers][0] == (("embedding", "embed.embedding"),)
+        assert pipe.layers[0].ties == (("embedding", "embed.embedding"),)
         assert pipe.layers[1] == pipe.layers[2]
         state = pipe.init(seed=0)
-        np.testing.assert_allclose(pipe.apply(state, TOKENS), model(jnp.asarray(TOKENS)), atol=1e-12)
+        np.testing.assert_allclose(
+            pipe.apply(state, TOKENS), model(jnp.asarray(TOKENS)), atol=1e-12
+        )
         (value, _), gradients, _ = pipe.value_and_grad(state, BATCH)
         expected, of_model = loss_and_gradients(model)
         np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -175,7 +177,7 @@ def test_wrong_blocks_are_refused(blocks: Any, message: str) -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(TypeError, match="takes an nnx.Module instance, or its class .* got 3 of"):
+    with pytest.raises(TypeError, match=r"takes an nnx.Module instance, or its class .* got 3 of"):
         gpipe.from_module(3, ["norm"])
 
 
@@ -183,5 +185,7 @@ def test_layers_of_another_source_have_no_model() -> None:
     model = Decoder(rngs=nnx.Rngs(0))
     layers = gpipe.from_module(model, ["embed"])
     pipe = build([*layers, layer(nnx.Linear, in_features=WIDTH, out_features=WORDS)], 2)
-    with pytest.raises(ArgumentError, match=r"layer 1, Linear\(.*is not from the model of the other"):
+    with pytest.raises(
+        ArgumentError, match=r"layer 1, Linear\(.*is not from the model of the other"
+    ):
         pipe.to_module(pipe.init())

@@ -59,7 +59,9 @@ def build(layers: list, stages: int, replicas: int = 1, **options: Any) -> gpipe
 def test_equal_instances_make_equal_layers_with_values_of_their_own() -> None:
     first, second = map(layer, blocks(2))
     assert first == second and hash(first) == hash(second)
-    assert not np.array_equal(*(one.init(jax.random.key(0), X)["linear"]["kernel"] for one in (first, second)))
+    assert not np.array_equal(
+        *(one.init(jax.random.key(0), X)["linear"]["kernel"] for one in (first, second))
+    )
     other = blocks(1)[0]
     other.table[...] = jnp.zeros(6)
     assert layer(other) != first  # its constants differ
@@ -76,7 +78,9 @@ def test_every_layer_of_a_run_starts_with_its_own_values(stages: int, replicas: 
         modules, pipe.to_layers(state), pipe.statistics(state), strict=True
     ):
         for kind, own in ((nnx.Param, params), (nnx.BatchStat, stats)):
-            jax.tree.map(np.testing.assert_array_equal, own, nnx.to_pure_dict(nnx.state(block, kind)))
+            jax.tree.map(
+                np.testing.assert_array_equal, own, nnx.to_pure_dict(nnx.state(block, kind))
+            )
 
 
 def test_the_sequential_program_starts_with_the_same_values() -> None:

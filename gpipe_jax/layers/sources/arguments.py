@@ -54,10 +54,12 @@ def remedy(value: Any) -> str:
     """Say how to make a layer of a value that is not one."""
     module = value if isinstance(value, type) else type(value)
     if issubclass(module, linen.Module):
-        call = f"module = {module.__name__}(...)"
-        return f"with a Linen module, {call}, write layer(module.init, module.apply)"
+        return f"write layer({module.__name__}(...)), with an instance of the Linen module"
     if issubclass(module, nnx.Module):
-        return f"write layer({module.__name__}, ...) with its constructor's arguments by name"
+        return (
+            f"write layer({module.__name__}, ...) with its constructor's arguments by name, "
+            f"layer(module) for an instance, or divide a model by gpipe_jax.from_module"
+        )
     if inspect.isroutine(value):
         return "if it returns a list of layers, call it and give the list to Pipeline"
     return "write layer(Module, ...) or layer(init, apply)"

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.sources import arguments
 from gpipe_jax.layers.sources.function_layer import FunctionLayer
 from gpipe_jax.layers.sources.instance_layer import from_instance
+from gpipe_jax.layers.sources.linen_layer import LinenLayer
 from gpipe_jax.layers.sources.module_layer import ModuleLayer
 
 
@@ -17,12 +18,14 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
     """Describe one layer of a network.
 
     `layer(Module, **kwargs)` describes the `nnx.Module` that `Module(**kwargs)` builds.
-    `layer(init, apply)` describes a layer of Linen or plain JAX by two functions.
+    `layer(module)` describes an nnx instance, which starts with its values, or a Linen module.
+    `layer(init, apply)` describes a layer of plain JAX by two functions.
 
     Args:
-        target: An `nnx.Module` class; or `init`, a function (key, x) -> parameters. A module is
-            built with `rngs=` if it takes that. It is called as `module(x)`, with `rngs=` if it
-            takes that, and with `progress=` (of the training run, 0 to 1) if it takes that.
+        target: An `nnx.Module` class or instance; a Linen module; or `init`, a function (key, x)
+            -> parameters. A class is built with `rngs=` if it takes that. A module is called as
+            `module(x)`, with `rngs=` (nnx), with `train=` or `deterministic=` (Linen), and with
+            `progress=` (of the training run, 0 to 1) if it takes these.
         *functions: With `init` one function, `apply`: (params, x) -> output. If it takes `rngs`, it
             gets the random key in training and None in evaluation. It gets `train` and `progress`
             if it takes them. None for an `nnx.Module`.
@@ -35,18 +38,21 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
         TypeError: The arguments are of the wrong kind or not hashable, or the constructor of the
             module does not take them.
 
-    An array that a module keeps as a plain attribute is a constant; it must not be drawn at random.
+    Arrays in plain attributes and other variables of an nnx module are constants: not trained. In
+    a class they must not be drawn at random. An instance trains in the mode in which it is given.
     Modules that hold their own `nnx.Rngs` (`nnx.Dropout`) get them reseeded for each micro-batch.
     An `nnx.BatchNorm` normalises with the statistics of the micro-batch, whatever the weights of
     the examples. Its running statistics change once a step, from its last call in the layer.
 
     Example:
-        >>> from flax import nnx
+        >>> from flax import linen, nnx
         >>> str(layer(nnx.Linear, in_features=4, out_features=2))
         'Linear(in_features=4, out_features=2)'
     """
     if isinstance(target, nnx.Module) and not functions and not kwargs:
         description: Layer = from_instance(target)
+    elif isinstance(target, linen.Module) and not functions and not kwargs:
+        description = LinenLayer(target)
     elif isinstance(target, type) and issubclass(target, nnx.Module):
         arguments.check_constructor(target, functions, kwargs)
         frozen = {name: _freeze(value) for name, value in kwargs.items()}
@@ -59,8 +65,8 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
     else:
         got = " and ".join(map(arguments.kind, (target, *functions)))
         raise TypeError(
-            f"layer() takes a flax.nnx.Module class and its arguments, or two functions "
-            f"(init, apply); got {got}; {arguments.remedy(target)}"
+            f"layer() takes a flax.nnx.Module class and its arguments, a module instance, or two "
+            f"functions (init, apply); got {got}; {arguments.remedy(target)}"
         )
     try:
         hash(description)

@@ -18,7 +18,6 @@ from gpipe_jax.utils.trees import PyTree
 Block = str | Callable | tuple
 
 
-
 class Parts(nnx.Module):
     """Apply a function to parts of a model: the code between its blocks."""
 
@@ -62,10 +61,12 @@ def from_module(model: Any, blocks: Sequence[Block], **kwargs: Any) -> list[Laye
 
     Example::
 
-        layers = gpipe.from_module(model, blocks=["embed", "blocks", "norm", "head"])
-        pipe = gpipe.Pipeline(layers, loss=loss, mesh=mesh, example=batch)
-        state = pipe.init(seed=0)      # with the values of the model
-        trained = pipe.to_module(state)
+        class Model(nnx.Module):
+            def __init__(self, *, rngs):
+                self.embed = nnx.Embed(64, 32, rngs=rngs)
+                self.blocks = nnx.List([nnx.Linear(32, 32, rngs=rngs) for _ in range(4)])
+
+        layers = gpipe.from_module(Model(rngs=nnx.Rngs(0)), blocks=["embed", "blocks"])
     """
     model = _instance(model, kwargs)
     if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not blocks:
@@ -133,7 +134,9 @@ def _pieces(model: nnx.Module, block: Block) -> list[_Piece]:
             "blocks",
             f"a block is a name, a function, or a tuple of names and a function, got {block!r}",
         )
-    parts = {name.replace(".", "_"): _modules(model, name, [_find(model, name)])[0] for name in names}
+    parts = {
+        name.replace(".", "_"): _modules(model, name, [_find(model, name)])[0] for name in names
+    }
     paths = tuple(((name.replace(".", "_"),), _path(name)) for name in names)
     return [_Piece(Parts(function, parts), paths)]
 
@@ -185,7 +188,9 @@ def _tied(pieces: Sequence[_Piece], layers: Sequence[InstanceLayer]) -> list[Lay
     for shared in users.values():
         first, start = shared[0]
         for i, path in shared if len(shared) > 1 else ():
-            tied[i] = tied[i].tie(_name(Origin(None, pieces[first].paths).in_model(start)), _name(path))
+            tied[i] = tied[i].tie(
+                _name(Origin(None, pieces[first].paths).in_model(start)), _name(path)
+            )
     return tied
 
 
