@@ -1,4 +1,4 @@
-"""Layers from nnx instances: they start with their values, and equal ones share one run."""
+"""Take nnx instances as layers: each starts with its values, and equal ones share one run."""
 
 from typing import Any
 

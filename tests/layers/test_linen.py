@@ -1,4 +1,6 @@
-"""Linen modules are layers as they are; what a pipeline cannot carry is refused."""
+"""Take Linen modules as layers, and refuse what a pipeline cannot carry."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,9 +44,9 @@ def test_a_linen_network_has_the_loss_and_gradients_of_flax(stages: int, replica
     state = pipe.init(seed=0)
 
     def loss(params: list) -> jax.Array:
-        x = jnp.asarray(X)
+        x: Any = jnp.asarray(X)
         for module, own in zip(modules, params, strict=True):
-            options = {"train": True} if isinstance(module, Block) else {}
+            options: Any = {"train": True} if isinstance(module, Block) else {}
             x = module.apply({"params": own}, x, **options)
         return jnp.square(x - 1).mean()
 

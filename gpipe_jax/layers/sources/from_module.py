@@ -61,6 +61,8 @@ def from_module(model: Any, blocks: Sequence[Block], **kwargs: Any) -> list[Laye
 
     Example::
 
+        from flax import nnx
+
         class Model(nnx.Module):
             def __init__(self, *, rngs):
                 self.embed = nnx.Embed(64, 32, rngs=rngs)
@@ -85,14 +87,16 @@ def to_module(layers: Sequence[Layer], params: Sequence[PyTree], stats: Sequence
 
     Raises ArgumentError if a layer is not from `from_module`, or not from the same model.
     """
-    origins = [layer.origin if isinstance(layer, InstanceLayer) else None for layer in layers]
-    for i, origin in enumerate(origins):
-        if origin is None or origins[0] is None or origin.model is not origins[0].model:
+    origins: list[Origin] = []
+    for i, layer in enumerate(layers):
+        origin = layer.origin if isinstance(layer, InstanceLayer) else None
+        if origin is None or (origins and origin.model is not origins[0].model):
             raise ArgumentError(
                 "layers",
-                f"layer {i}, {layers[i]}, is not from the model of the other layers; make all "
+                f"layer {i}, {layer}, is not from the model of the other layers; make all "
                 f"layers by one call of gpipe_jax.from_module, or read the values by `to_layers`",
             )
+        origins.append(origin)
     model = nnx.clone(origins[0].model)
     for origin, *trees in zip(origins, params, stats, strict=True):
         for path, value in jax.tree.leaves_with_path(trees):

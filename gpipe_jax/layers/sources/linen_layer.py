@@ -19,7 +19,7 @@ class LinenLayer(Layer):
     module: linen.Module
 
     def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        variables = self.module.init({"params": key}, x, **self._options(train=False))
+        variables: Any = self.module.init({"params": key}, x, **self._options(train=False))
         others = sorted(set(variables) - {"params"})
         if others:
             raise UnfitModuleError(
