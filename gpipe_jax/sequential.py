@@ -18,7 +18,7 @@ from gpipe_jax.layers.layer import Context, Layer
 from gpipe_jax.layers.random_keys import apply_key, layer_key
 from gpipe_jax.layers.shape_inference import as_replica, infer_shapes
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.losses import counting_rows, weighted_sums
+from gpipe_jax.losses.weighting import counting_rows, weighted_sums, with_counts
 from gpipe_jax.utils.trees import PyTree, strong
 
 
@@ -151,6 +151,7 @@ def value_and_grad(
     def total(params: PyTree, stats: PyTree, batch: dict, key: Any, progress: Any) -> tuple:
         weights = batch["weights"] / batch["weights"].sum()
         batch = _with_counting_rows(batch, weights, batch_norm=bool(jax.tree.leaves(stats)))
+        weights = with_counts(loss, batch["labels"], weights)
         micro_batched = jax.tree.map(
             lambda a: a.reshape(micro_batches, replicas, -1, *a.shape[1:]),
             {**batch, "weights": weights},

@@ -4,6 +4,9 @@ The trees are the same for any K, V, D and schedule. A checkpoint has these name
 
     for each layer   params, statistics, average, optimizer.0.mu, ...   (trees)
     common           seed, optimizer.0.count, ...                       (no layer has them)
+
+`params` are the parameters, trained and frozen; the other trees have trained ones only. Constants
+are not saved: `join` computes them again.
 """
 
 from collections.abc import Mapping
@@ -17,15 +20,20 @@ from gpipe_jax.distributed.host_arrays import AnyMesh
 from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
-from gpipe_jax.pipeline.state import State, TrainArrays
+from gpipe_jax.pipeline.state import State, TrainArrays, fixed_arrays
 from gpipe_jax.utils.trees import (
     PyTree,
     by_name,
     differentiable,
     from_names,
     has_structure_of,
+    merge,
+    select,
     wide,
 )
+
+
+_FIXED = "fixed"  # frozen parameters and constants: no name of a checkpoint
 
 
 class LayerTrees(NamedTuple):
@@ -40,6 +48,8 @@ def split(stages: Stages, mesh: AnyMesh, arrays: TrainArrays) -> LayerTrees:
     trees, common = _named(arrays)
     host_arrays.start_copies(trees)
     layers = layer_trees.split(mesh, host_arrays.owned_rows(mesh), _storages(stages, trees), trees)
+    for layer in layers.values():
+        layer["params"] = merge(layer["params"], layer.pop(_FIXED).params)
     return LayerTrees({name: np.array(value) for name, value in common.items()}, layers)
 
 
@@ -49,10 +59,17 @@ def join(stages: Stages, mesh: AnyMesh, saved: LayerTrees, local: TrainArrays) -
     It reads only the layers of these devices. `local` has the shapes of one device's arrays.
     """
     trees, common = _named(local)
-    placed = layer_trees.join(mesh, _storages(stages, trees), saved.layers, trees)
+
+    def layer(i: int) -> dict[str, PyTree]:
+        trees_of_layer, shape = saved.layers[i], stages.geometry.shapes[i]
+        params = trees_of_layer["params"]
+        own = {"params": select(shape.params, params), _FIXED: fixed_arrays(shape, params)}
+        return {**trees_of_layer, **own}
+
+    placed = layer_trees.join(mesh, _storages(stages, trees), layer, trees)
     placed |= {name: host_arrays.replicate(mesh, saved.common[name]) for name in common}
     optimizer = from_names(_optimizer(local), placed, has_structure_of(local.state.params))
-    state = State(placed["params"], placed["statistics"], placed["seed"])
+    state = State(placed["params"], placed["statistics"], placed[_FIXED], placed["seed"])
     return TrainArrays(state, optimizer["optimizer"], optimizer["average"])
 
 
@@ -62,8 +79,8 @@ def shapes(stages: Stages, local: TrainArrays) -> LayerTrees:
     layers = {}
     for i, shape in enumerate(stages.geometry.shapes):
         moments = jax.eval_shape(wide, shape.params)
-        own = {"params": shape.params, "statistics": shape.stats}
-        layers[i] = {name: own.get(name, moments) for name in trees}
+        own = {"params": shape.own_params, "statistics": shape.stats}
+        layers[i] = {name: own.get(name, moments) for name in trees if name != _FIXED}
     return LayerTrees(common, layers)
 
 
@@ -79,7 +96,7 @@ def _named(arrays: TrainArrays) -> tuple[dict[str, PyTree], dict[str, Any]]:
     named = by_name(_optimizer(arrays), is_like_params)
     trees = {name: tree for name, tree in named.items() if is_like_params(tree)}
     common = {name: value for name, value in named.items() if name not in trees}
-    trees |= {"params": state.params, "statistics": state.stats}
+    trees |= {"params": state.params, "statistics": state.stats, _FIXED: state.fixed}
     return trees, {**common, "seed": state.seed}
 
 
@@ -90,4 +107,5 @@ def _optimizer(arrays: TrainArrays) -> dict[str, PyTree]:
 
 def _storages(stages: Stages, names: Mapping[str, Any]) -> dict[str, ChunkedStorage]:
     """Return how the tree of each name is stored."""
-    return {name: stages.stats if name == "statistics" else stages.params for name in names}
+    others = {"statistics": stages.stats, _FIXED: stages.fixed}
+    return {name: others.get(name, stages.params) for name in names}

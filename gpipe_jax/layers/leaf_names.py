@@ -1,4 +1,4 @@
-"""Name the parameters of a network, and match patterns with the names.
+"""Name the parameters of a network, and choose by patterns which of them are trained.
 
 A parameter has two names: by the layer's index, as "3.linear.kernel", and by the layer's kind, as
 "Block.linear.kernel". A pattern matches a name, or all of it up to a dot:
@@ -10,13 +10,17 @@ A parameter has two names: by the layer's index, as "3.linear.kernel", and by th
     *.bias            the bias of every part of every layer; a star matches dots too
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import jax
+
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.utils.text import did_you_mean
+from gpipe_jax.utils.trees import PyTree, by_name, path_name
 
 _MOST_SHOWN = 6  # names in a message
 
@@ -62,6 +66,89 @@ def check_used(argument: str, patterns: Any, names: Iterable[Sequence[str]]) -> 
     ]
     if unknown:
         raise ArgumentError(argument, _unknown(argument, unknown, names))
+
+
+def freeze(
+    shapes: Sequence[LayerShape], trainable: Any = None, frozen: Any = None
+) -> list[LayerShape]:
+    """Divide the parameters of each layer into trained and frozen ones.
+
+    Args:
+        shapes: The shapes of each layer, as `infer_shapes` returns them.
+        trainable: Patterns of the parameters to train. Default: all of them.
+        frozen: Patterns of the parameters not to train; give at most one of the two.
+
+    Returns:
+        The shapes, with frozen parameters in `fixed`.
+
+    Raises:
+        ArgumentError: A pattern matches nothing, no parameter is left to train, or a tied parameter
+            is frozen in some of its layers only.
+    """
+    if trainable is None and frozen is None:
+        return list(shapes)
+    if trainable is not None and frozen is not None:
+        raise ArgumentError(
+            "frozen",
+            f"give `trainable` or `frozen`, not both: got {trainable!r} and {frozen!r}; what one "
+            f"does not match belongs to the other",
+        )
+    argument, patterns = ("frozen", frozen) if trainable is None else ("trainable", trainable)
+    layers = [shape.layer for shape in shapes]
+    own = [by_name(shape.params) for shape in shapes]
+    paths = [(*own[i], *(path for path, _ in layer.ties)) for i, layer in enumerate(layers)]
+    check_used(
+        argument, patterns, [names(i, layers[i], p) for i in range(len(own)) for p in paths[i]]
+    )
+
+    def is_frozen(i: int, path: str) -> bool:
+        return matches(patterns, names(i, layers[i], path)) == (argument == "frozen")
+
+    if all(is_frozen(i, path) for i, leaves in enumerate(own) for path in leaves):
+        raise ArgumentError(
+            argument,
+            f"`{argument}` is {list(patterns)!r}, which leaves no parameter to train; match "
+            f"{'fewer' if argument == 'frozen' else 'more'} parameters",
+        )
+    ties = _frozen_ties(argument, layers, is_frozen)
+    return [_divided(i, shape, is_frozen, ties) for i, shape in enumerate(shapes)]
+
+
+def _divided(
+    i: int, shape: LayerShape, is_frozen: Callable[[int, str], bool], ties: frozenset[str]
+) -> LayerShape:
+    """Return the shapes of layer i with its frozen parameters in `fixed`."""
+
+    def part(frozen: bool) -> PyTree:
+        return jax.tree.map_with_path(
+            lambda path, a: a if is_frozen(i, path_name(path)) == frozen else None, shape.params
+        )
+
+    own_ties = ties & {name for _, name in shape.layer.ties}
+    fixed = shape.fixed._replace(params=part(frozen=True))
+    return shape._replace(params=part(frozen=False), fixed=fixed, frozen_ties=own_ties)
+
+
+def _frozen_ties(
+    argument: str, layers: Sequence[Layer], is_frozen: Callable[[int, str], bool]
+) -> frozenset[str]:
+    """Return the names of the tied parameters that are frozen, in all of their layers."""
+    users: dict[str, list[tuple[int, str]]] = {}
+    for i, layer in enumerate(layers):
+        for path, name in layer.ties:
+            users.setdefault(name, []).append((i, path))
+    for name, of_name in users.items():
+        frozen, trained = (
+            [f"{i}.{path}" for i, path in of_name if is_frozen(i, path) == kind]
+            for kind in (True, False)
+        )
+        if frozen and trained:
+            raise ArgumentError(
+                argument,
+                f"`{argument}` freezes {', '.join(frozen)} but trains {', '.join(trained)}, which "
+                f"are one parameter, tied as {name!r}; match all of them, or none",
+            )
+    return frozenset(name for name, of_name in users.items() if is_frozen(*of_name[0]))
 
 
 def _unknown(argument: str, unknown: list, names: list[Sequence[str]]) -> str:

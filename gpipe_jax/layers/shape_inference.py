@@ -1,7 +1,7 @@
 """Infer the shapes of each layer of a network, without building anything."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,40 @@ from gpipe_jax.utils.trees import (
     describe,
     differentiable,
     first_without_type,
+    merge,
     signature,
     strong,
 )
 
 
+class Fixed(NamedTuple):
+    """Hold what a layer has that never changes, or the shapes of it."""
+
+    params: PyTree  # its own frozen parameters, and None for all others
+    constants: PyTree
+
+
 class LayerShape(NamedTuple):
-    """Hold the shapes of one layer of a network, as trees of `jax.ShapeDtypeStruct`."""
+    """Hold the shapes of one layer of a network, as trees of `jax.ShapeDtypeStruct`.
+
+    The own parameters are in `params` and in `fixed`, and `merge` joins the two. `leaf_names`
+    divides them.
+    """
 
     layer: Layer
     boundary: Boundary  # the boundary of a stage that starts with this layer
     input: PyTree  # the input of the layer, with the tensors that it pops
-    params: PyTree  # its own parameters, and None for those that another layer owns
+    params: PyTree  # its own trained parameters, and None for all others
+    fixed: Fixed
     borrowed: dict[str, PyTree]  # tied name -> the parameter that another layer owns
     stats: PyTree  # running statistics
     output: PyTree  # the output of the layer, with the tensors that it stashes
+    frozen_ties: frozenset[str] = frozenset()  # names of its tied parameters that are frozen
+
+    @property
+    def own_params(self) -> PyTree:
+        """Return its own parameters, trained and frozen, and None for those of other layers."""
+        return merge(self.params, self.fixed.params)
 
 
 def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
@@ -53,11 +72,12 @@ def infer_shapes(layers: Sequence[Layer], x: PyTree) -> list[LayerShape]:
         key = layer, signature(layer_input)
         if key not in known:
             known[key] = _infer_layer(layers, i, layer_input)
-        params, stats, output = known[key]
+        params, stats, constants, output = known[key]
         skips_and_ties.check_tied(i, layer, params, shared)
         own, borrowed = skips_and_ties.borrow(layer, params, shared)
         shared = {**shared, **skips_and_ties.offered(layer, own)}
-        shapes.append(LayerShape(layer, boundary, layer_input, own, borrowed, stats, output))
+        fixed = Fixed(jax.tree.map(lambda _: None, own), constants)
+        shapes.append(LayerShape(layer, boundary, layer_input, own, fixed, borrowed, stats, output))
         boundary = skips_and_ties.give(layer, output, rest)
     return shapes
 
@@ -67,20 +87,22 @@ def as_replica(function: Callable) -> Callable:
     return jax.vmap(function, in_axes=None, out_axes=None, axis_name=DATA, axis_size=1)
 
 
-def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, ...]:
+    """Return the shapes of a layer's parameters, statistics, constants and output."""
     layer, key = layers[i], jax.eval_shape(lambda: jax.random.key(0))
 
-    def output(params: PyTree, stats: PyTree, key: jax.Array, train: bool) -> PyTree:
-        def apply(params: PyTree, stats: PyTree, x: PyTree, key: jax.Array) -> PyTree:
-            context = Context(key, train, progress=jnp.asarray(1.0, float))  # typed, as in a step
+    def output(train: bool) -> PyTree:
+        def apply(params: PyTree, stats: PyTree, constants: PyTree, x: PyTree, key: Any) -> PyTree:
+            progress = jnp.asarray(1.0, float)  # typed, as in a step
+            context = Context(key, train, progress, constants=constants)
             return _as_arrays(i, layer, layer.apply(params, stats, x, context)[0])
 
-        return jax.eval_shape(as_replica(apply), params, stats, x, key)
+        return jax.eval_shape(as_replica(apply), params, stats, constants, x, key)
 
-    params, stats = _shapes(layers, i, x)
+    params, stats, constants = _shapes(layers, i, x)
     _check_parameters(i, layer, params)
     try:
-        trained, evaluated = (output(params, stats, key, t) for t in (True, False))
+        trained, evaluated = (output(train) for train in (True, False))
     except _OutputError as error:
         raise ValueError(str(error)) from None
     except Exception as error:
@@ -91,7 +113,7 @@ def _infer_layer(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, Py
             f"{describe(evaluated)} in evaluation; make the two agree"
         )
     skips_and_ties.check_stashed(i, layer, trained)
-    return params, stats, trained
+    return params, stats, constants, trained
 
 
 class _OutputError(ValueError):
@@ -110,11 +132,12 @@ def _as_arrays(i: int, layer: Layer, output: PyTree) -> PyTree:
     return strong(output)
 
 
-def _shapes(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree]:
-    """Return the shapes of a layer's parameters and statistics, in strong types."""
+def _shapes(layers: Sequence[Layer], i: int, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """Return the shapes of a layer's parameters, statistics and constants, in strong types."""
     layer = layers[i]
     try:
-        return jax.eval_shape(strong, layer.shapes(x))
+        params, stats = jax.eval_shape(strong, layer.shapes(x))
+        return params, stats, jax.eval_shape(lambda: strong(layer.init_constants()))
     except UnfitModuleError as error:
         raise ValueError(f"layer {i}, {error}") from error
     except Exception as error:
@@ -161,7 +184,7 @@ def count_parameters(layers: Sequence[Layer], example: PyTree) -> int:
 
 def elements(shapes: Iterable[LayerShape]) -> int:
     """Count the parameters of layers; a tied parameter counts once."""
-    return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.params))
+    return sum(a.size for shape in shapes for a in jax.tree.leaves(shape.own_params))
 
 
 def _check_parameters(i: int, layer: Layer, params: PyTree) -> None:

@@ -38,7 +38,8 @@ def cut(
             f"got {boundaries!r}",
         )
     times = [c.compute_s for c in costs]
-    held = [4 * c.parameter_bytes for c in costs]  # value, gradient, two optimizer slots
+    # Of a trained parameter: value, gradient, two optimizer slots.
+    held = [4 * c.parameter_bytes + c.fixed_bytes for c in costs]
     options: dict = dict(
         transfer=transfer,
         memory=[own + kept for own, kept in zip(held, kept_bytes, strict=True)],
@@ -49,7 +50,7 @@ def cut(
         return solver.explicit(boundaries, times, stages=stages, **options)
 
     def best_cut(limit: float | None) -> solver.Partition:
-        padding = [c.parameter_bytes for c in costs]
+        padding = [c.parameter_bytes + c.fixed_bytes for c in costs]
         return solver.partition(times, stages, padding=padding, memory_limit=limit, **options)
 
     def need(cut: solver.Partition) -> float:

@@ -19,10 +19,18 @@ from gpipe_jax.distributed.mesh import DATA
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context
-from gpipe_jax.layers.shape_inference import LayerShape, as_replica
-from gpipe_jax.losses import weighted_sums
+from gpipe_jax.layers.shape_inference import Fixed, LayerShape, as_replica
+from gpipe_jax.losses.weighting import weighted_sums
 from gpipe_jax.partition.flops import count_flops
-from gpipe_jax.utils.trees import PyTree, float_leaves, signature, strong, tree_bytes, vjp
+from gpipe_jax.utils.trees import (
+    PyTree,
+    float_leaves,
+    merge,
+    signature,
+    strong,
+    tree_bytes,
+    vjp,
+)
 
 # Nominal (floating-point operations, bytes over the link to the next stage) per second, to weigh
 # compute against transfer. They are orders of magnitude: of a matrix unit and one interconnect link
@@ -34,10 +42,11 @@ class LayerCost(NamedTuple):
     """Hold the cost of one layer for one micro-batch on one replica."""
 
     compute_s: float  # forward (recomputed) and backward: the time of an entry with a backward
-    parameter_bytes: int
+    parameter_bytes: int  # trained ones and running statistics
     working_bytes: int  # stored between the layer's forward and its backward
     boundary_bytes: int  # the boundary after it: its output, and skips that pass it
     flops: float | None = None  # of `compute_s`; None if the times are measured or given
+    fixed_bytes: int = 0  # frozen parameters and constants
 
 
 def measure(
@@ -79,7 +88,9 @@ def measure(
     working = _each_distinct(shapes, _working_bytes)
     behind = [*(shape.boundary for shape in shapes[1:]), shapes[-1].output]
     return [
-        LayerCost(t, tree_bytes((s.params, s.stats)), w, tree_bytes(after), count)
+        LayerCost(
+            t, tree_bytes((s.params, s.stats)), w, tree_bytes(after), count, tree_bytes(s.fixed)
+        )
         for t, w, s, after, count in zip(times, working, shapes, behind, flops, strict=True)
     ]
 
@@ -102,7 +113,7 @@ def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
 
 def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
     known: dict = {}
-    names = [(shape.layer, signature(shape.input)) for shape in shapes]
+    names = [(s.layer, signature(s.input), signature(s.params), s.frozen_ties) for s in shapes]
     for name, shape in zip(names, shapes, strict=True):
         if name not in known:
             known[name] = function(shape)
@@ -120,20 +131,30 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 
 
 def _arguments(shape: LayerShape) -> tuple:
-    """Return the shapes of parameters (borrowed ones too), statistics, input and seed."""
-    params = skips_and_ties.fill(shape.layer, shape.params, shape.borrowed)
-    return params, shape.stats, shape.input, jax.ShapeDtypeStruct((), jnp.uint32)
+    """Return the shapes of what is trained, what is not, statistics, input and seed.
+
+    Both have the parameters that the layer borrows.
+    """
+    trained, frozen = {}, {}
+    for name, borrowed in shape.borrowed.items():
+        (frozen if name in shape.frozen_ties else trained)[name] = borrowed
+    params = skips_and_ties.fill(shape.layer, shape.params, trained)
+    fixed_params = skips_and_ties.fill(shape.layer, shape.fixed.params, frozen)
+    fixed = shape.fixed._replace(params=fixed_params)
+    return params, fixed, shape.stats, shape.input, jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 def _vjp(
-    shape: LayerShape, params: PyTree, stats: PyTree, x: PyTree, seed: jax.Array
+    shape: LayerShape, params: PyTree, fixed: Fixed, stats: PyTree, x: PyTree, seed: jax.Array
 ) -> tuple[list, Callable]:
-    """Differentiate in the parameters and the floating-point inputs."""
+    """Differentiate in the trained parameters and the floating-point inputs."""
 
     def run(params: PyTree, x: PyTree) -> tuple[PyTree, None]:
         progress = jnp.asarray(1.0, float)  # typed, as in a step
-        context = Context(jax.random.key(seed), train=True, progress=progress)
-        return strong(shape.layer.apply(params, stats, x, context)[0]), None
+        key = jax.random.key(seed)
+        context = Context(key, train=True, progress=progress, constants=fixed.constants)
+        whole = merge(params, fixed.params)
+        return strong(shape.layer.apply(whole, stats, x, context)[0]), None
 
     y, pull, _ = vjp(run, params, x)
     return float_leaves(y), pull
@@ -159,7 +180,7 @@ def _working_bytes(shape: LayerShape) -> int:
     def pull(*arguments: Any) -> Callable:
         return _vjp(shape, *arguments)[1]
 
-    return _kept_bytes(pull, arguments)
+    return _kept_bytes(pull, arguments, parameters=2)
 
 
 def loss_bytes(loss: Callable, outputs: PyTree, labels: PyTree, weights: PyTree) -> int:
@@ -171,12 +192,13 @@ def loss_bytes(loss: Callable, outputs: PyTree, labels: PyTree, weights: PyTree)
 
         return vjp(loss_of, None, outputs)[1]
 
-    return _kept_bytes(pull, (None, outputs, labels, weights)) + tree_bytes(outputs)
+    kept = _kept_bytes(pull, (None, outputs, labels, weights), parameters=1)
+    return kept + tree_bytes(outputs)
 
 
-def _kept_bytes(pull: Callable, arguments: tuple) -> int:
-    """Return the bytes of `pull(*arguments)`, without leaves of its first argument."""
+def _kept_bytes(pull: Callable, arguments: tuple, *, parameters: int) -> int:
+    """Return the bytes of `pull(*arguments)`, without leaves of the first arguments."""
     traced = jax.make_jaxpr(pull, axis_env=[(DATA, 1)])(*arguments).jaxpr
-    parameters = set(traced.invars[: len(jax.tree.leaves(arguments[0]))])
+    stored = set(traced.invars[: len(jax.tree.leaves(arguments[:parameters]))])
     variables = {v for v in traced.outvars if not isinstance(v, jax.extend.core.Literal)}
-    return tree_bytes([v.aval for v in variables - parameters])
+    return tree_bytes([v.aval for v in variables - stored])

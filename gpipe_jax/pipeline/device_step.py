@@ -18,7 +18,7 @@ from jax import lax
 
 from gpipe_jax.distributed.mesh import replica_index
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.losses import weighted_sums
+from gpipe_jax.losses.weighting import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide, with_floats
@@ -48,8 +48,8 @@ class Entry(NamedTuple):
 class Sums(NamedTuple):
     """Hold what a device adds up over the ticks."""
 
-    grads: list  # gradients of the parameters, in their form
-    shared: dict  # gradients of the tied parameters
+    grads: list  # gradients of the trained parameters, in their form
+    shared: dict  # gradients of the trained tied parameters
     moments: list  # moments of batch norms, in the form of the running statistics
     result: PyTree  # loss and metrics, or the outputs [M, B, ...]
 
@@ -78,9 +78,10 @@ class DeviceStep:
     loss: Callable | None
     per_example: bool  # whether each example has random keys of its own
     replicas: int
-    params: list  # of each chunk
+    params: list  # trained, of each chunk
     stats: list  # running statistics of each chunk
-    shared: dict  # tied parameters
+    fixed: list  # frozen parameters and constants of each chunk
+    shared: dict  # tied parameters, trained and frozen
     ids: jax.Array  # [V, longest stage]: global ids of its stages' layers
     batch: dict  # inputs [M, elements of a micro-batch]; other leaves are [M, B, ...]
     key: jax.Array  # random key of the step
@@ -88,7 +89,8 @@ class DeviceStep:
 
     def zero_sums(self, micro_batches: int) -> Sums:
         """Return the sums before the first tick."""
-        trained = (self.params, self.shared, self.stats) if self.trains else ([], {}, [])
+        shared = {name: self.shared[name] for name in self.stages.ties.owners}
+        trained = (self.params, shared, self.stats) if self.trains else ([], {}, [])
         shapes = jax.eval_shape(wide, trained)
         grads, shared, moments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return Sums(grads, shared, moments, self._zero_result(micro_batches))
@@ -165,7 +167,7 @@ class DeviceStep:
         examples = self.micro_batch_size if self.per_example else None
         micro_batch = entry.micro_batch * self.replicas + replica_index()
         call = Call(self.key, micro_batch, examples, self.trains, self.progress)
-        arrays = (self.params[c], self.stats[c], self.shared)
+        arrays = (self.params[c], self.stats[c], self.fixed[c], self.shared)
         return StageStep(self.stages, s, *arrays, self.ids[c], call)
 
     def _with_moments(self, s: int, sums: Sums, moments: list) -> Sums:

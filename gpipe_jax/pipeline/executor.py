@@ -48,6 +48,7 @@ from gpipe_jax.distributed.mesh import (
     sum_over_replicas,
     sum_over_stages,
 )
+from gpipe_jax.losses.weighting import HasCount, with_counts
 from gpipe_jax.pipeline.device_step import (
     IDLE,
     Branch,
@@ -71,8 +72,9 @@ from gpipe_jax.utils.xla_workarounds import flat_examples, ring, run_branch
 class Variables(NamedTuple):
     """Hold what a step reads beside the batch."""
 
-    params: list  # the parameters of each chunk, in the form of its `Storage`
+    params: list  # the trained parameters of each chunk, in the form of its `Storage`
     stats: list  # the running statistics of each chunk, likewise
+    fixed: list  # frozen parameters and constants of each chunk, likewise
     key: jax.Array  # random key of the step
     progress: jax.Array  # fraction of the training run that is done, 0 to 1
 
@@ -108,9 +110,9 @@ def build(
     trains = bool((schedule.table[..., 0] == BACKWARD).any())
 
     def body(variables: Variables, ids: jax.Array, batch: dict) -> PyTree:
-        params, stats = (
+        params, stats, fixed = (
             [from_block(arrays) for arrays in chunks]
-            for chunks in (variables.params, variables.stats)
+            for chunks in (variables.params, variables.stats, variables.fixed)
         )
         device = DeviceStep(
             stages=stages,
@@ -120,21 +122,37 @@ def build(
             replicas=num_replicas(mesh),
             params=params,
             stats=stats,
-            shared=stages.ties.gather(params),
+            fixed=fixed,
+            shared=stages.ties.gather(params) | stages.frozen_ties.gather(fixed),
             ids=ids[0],
-            batch={**batch, "inputs": jax.tree.map(flat_examples, batch["inputs"])},
+            batch={
+                **_with_counts(batch, loss),
+                "inputs": jax.tree.map(flat_examples, batch["inputs"]),
+            },
             key=variables.key,
             progress=variables.progress,
         )
         return _Ticks(device, schedule, lowered, idle_fill).run()
 
-    variables: Any = [PARAMS_SPEC, PARAMS_SPEC, REPLICATED_SPEC, REPLICATED_SPEC]
-    in_specs = (Variables(*variables), PARAMS_SPEC, BATCH_SPEC)
+    divided: Any = PARAMS_SPEC
+    replicated: Any = REPLICATED_SPEC
+    variables = Variables(divided, divided, divided, key=replicated, progress=replicated)
+    in_specs = (variables, PARAMS_SPEC, BATCH_SPEC)
     result_spec = BATCH_SPEC if loss is None else REPLICATED_SPEC
     out_specs = (result_spec, PARAMS_SPEC, PARAMS_SPEC) if trains else result_spec
     mapped = on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.geometry.layer_ids()
     return lambda variables, batch: mapped(variables, ids, batch)
+
+
+def _with_counts(batch: dict, loss: Callable | None) -> dict:
+    """Return a replica's batch with weights that sum to one with the counts of the loss."""
+    if not isinstance(loss, HasCount):
+        return batch
+    targets = batch["labels"], batch["weights"]
+    labels, weights = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), targets)
+    weights = with_counts(loss, labels, weights, sum_over_replicas)
+    return {**batch, "weights": weights.reshape(batch["weights"].shape)}
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,13 @@ def of_device(
     boundary = tree_bytes(stages.boundary_format.shapes)
     gradient = tree_bytes(stages.boundary_format.gradient_shapes)
     statistics = stages.stats.device_bytes()
+    stored = stages.params.device_bytes() + stages.fixed.device_bytes() + statistics
     working = [_working_set(stages, costs, s) for s in range(stages.geometry.num_stages)]
     output = stages.geometry.shapes[-1].output
     working[-1] += loss_bytes(loss, output, micro_batch["labels"], micro_batch["weights"])
     return {
         # Every device has a copy of each tied parameter during the step, and of its gradient.
-        "parameters": stages.params.device_bytes() + statistics + stages.ties.bytes(),
+        "parameters": stored + stages.ties.bytes() + stages.frozen_ties.bytes(),
         "optimizer": optimizer_bytes,
         "gradients": float32_bytes(stages) + statistics + stages.ties.bytes(4),
         # The received and the sent array exist beside the slots.

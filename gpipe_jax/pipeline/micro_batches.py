@@ -21,7 +21,7 @@ from gpipe_jax.data import casts
 from gpipe_jax.data import weights as example_weights
 from gpipe_jax.distributed.mesh import MeshLike, batch_sharding
 from gpipe_jax.errors import ArgumentError, DataError
-from gpipe_jax.losses import counting_rows
+from gpipe_jax.losses.weighting import counting_rows
 from gpipe_jax.utils.text import batch_problem
 from gpipe_jax.utils.trees import PyTree
 
@@ -31,7 +31,7 @@ def shapes_of(example: dict, replicas: int, micro_batches: int) -> dict:
 
     Raises ValueError unless it divides evenly between replicas and micro-batches.
     """
-    example = _with_weights(arrays(example, "example"))
+    example = with_weights(arrays(example, "example"))
     count = count_examples(example["inputs"])
     for path, a in jax.tree.leaves_with_path(example):
         where = f"example{jax.tree_util.keystr(path)}"
@@ -64,6 +64,12 @@ def resize(example: PyTree, examples: int) -> PyTree:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((examples, *a.shape[1:]), a.dtype), example)
 
 
+def of_replica(micro_batched: PyTree, replicas: int) -> PyTree:
+    """Return the shapes of one micro-batch on one replica, of arrays [M, D*B, ...]."""
+    examples = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro_batched)
+    return resize(examples, count_examples(examples) // replicas)
+
+
 def abstract(example: dict, micro_batches: int, mesh: MeshLike) -> dict:
     """Return the shapes and shardings of what `split` makes of a full batch."""
 
@@ -94,14 +100,14 @@ def split(
         own_examples: The number of examples of this process, if the batch is only its part of the
             full batch; None if the batch is the full one.
         all_rows_count: Whether this is training of a network with batch norm, which counts every
-            row of the inputs, whatever its weight. Then rows keep their inputs, and nothing may be
-            padded. Default: False.
+            row of the inputs, whatever its weight. Then rows keep their inputs, and the padding
+            repeats the inputs of the batch in their order. Default: False.
 
     Raises:
-        DataError: The batch does not look like the example, or may not be padded.
+        DataError: The batch does not look like the example.
     """
     batch = arrays(batch)
-    keys, batch = sorted(batch), _with_weights(batch)
+    keys, batch = sorted(batch), with_weights(batch)
     count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
     if own_examples is not None:
         if count != own_examples or "weights" in keys:
@@ -110,47 +116,53 @@ def split(
                 f"{count} with keys {keys}; give all of `Pipeline.rows`, without weights"
             )
         example = resize(example, own_examples)
-    elif count < full and all_rows_count:
-        raise DataError(
-            f"a batch of {count} examples cannot be padded to {full} in training: batch norm would "
-            f"count the padding; give full batches"
-        )
     _check(batch, example)
     spec = example["weights"]
     weights = example_weights.scaled(batch["weights"], spec.shape[0]).astype(spec.dtype)
     rows = counting_rows(weights)
-    rows = None if np.array_equal(rows, np.arange(count)) else rows
+    input_rows = rows
     if all_rows_count:
-        _check_weightless(batch["inputs"], weights)
+        _check_weightless(batch["inputs"], weights[:count])
+        input_rows = np.arange(len(rows)) % count
     weights = weights.reshape(micro_batches, -1)
     if own_examples is not None:
         weights *= count / full
     return {
-        "inputs": _divide(
-            batch, "inputs", example, micro_batches, None if all_rows_count else rows
-        ),
+        "inputs": _divide(batch, "inputs", example, micro_batches, input_rows),
         "labels": _divide(batch, "labels", example, micro_batches, rows),
         "weights": weights,
     }
 
 
-def split_inputs(inputs: PyTree, example: dict, micro_batches: int) -> PyTree:
-    """Divide inputs into arrays [M, N/M, ...], padded with their first example."""
-    batch = arrays({"inputs": inputs})
-    _check(batch, example)
+def split_inputs(batch: dict, example: dict, micro_batches: int) -> dict:
+    """Divide a batch without labels into arrays [M, N/M, ...], padded with its first example.
+
+    Axes other than the first may differ from the example's.
+    """
+    check_structure(batch, example)
     count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
     rows = np.where(np.arange(full) < count, np.arange(full), 0)
-    return _divide(batch, "inputs", example, micro_batches, rows)
+    return {name: _divide(batch, name, example, micro_batches, rows) for name in batch}
+
+
+def parts(batch: dict, examples: int) -> list[dict]:
+    """Divide a batch into batches of at most that many examples, in their order."""
+    _check_counts(batch)
+    count = count_examples(batch["inputs"])
+    if count <= examples:
+        return [batch]
+    starts = range(0, count, examples)
+    return [jax.tree.map(lambda a, i=i: a[i : i + examples], batch) for i in starts]
 
 
 def _divide(
-    batch: dict, name: str, example: dict, micro_batches: int, rows: np.ndarray | None
+    batch: dict, name: str, example: dict, micro_batches: int, rows: np.ndarray
 ) -> PyTree:
-    """Return these rows of one entry of a batch, or all, as arrays [M, N/M, ...] of its types."""
+    """Return these rows of one entry of a batch, as arrays [M, N/M, ...] of its types."""
 
     def divide(path: tuple, a: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
         a = casts.cast(_place(name, path), a, spec.dtype)
-        a = a if rows is None else a[rows]
+        a = a if np.array_equal(rows, np.arange(len(a))) else a[rows]
         return a.reshape(micro_batches, -1, *a.shape[1:])
 
     return jax.tree.map_with_path(divide, batch[name], example[name])
@@ -161,7 +173,7 @@ def _divide(
 
 def total_weight(batch: dict) -> float:
     """Return the sum of the weights of a batch: the number of its examples, if it has none."""
-    return example_weights.total(_with_weights(arrays(batch))["weights"])
+    return example_weights.total(with_weights(arrays(batch))["weights"])
 
 
 def count_examples(inputs: PyTree) -> int:
@@ -197,7 +209,7 @@ def _is_list_of_numbers(node: Any) -> bool:
     return all(isinstance(leaf, Number | np.generic) for leaf in jax.tree.leaves(list(node)))
 
 
-def _with_weights(batch: dict) -> dict:
+def with_weights(batch: dict) -> dict:
     """Return the batch with weights, of one by default; raise DataError for wrong keys."""
     missing = {"inputs", "labels"} - set(batch)
     extra = set(batch) - {"inputs", "labels", "weights"}
@@ -212,19 +224,8 @@ def _with_weights(batch: dict) -> dict:
 
 def _check(batch: dict, example: dict) -> None:
     """Raise DataError unless `batch` looks like `example`, with at most as many examples."""
-    counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
-    if len(counts) > 1:
-        listed = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
-        raise DataError(
-            f"the arrays of a batch differ in the number of examples: {listed} examples; the first "
-            f"axis of each must be the examples"
-        )
+    check_structure(batch, example)
     for name, tree in batch.items():
-        if jax.tree.structure(tree) != jax.tree.structure(example[name]):
-            raise DataError(
-                f"batch[{name!r}] has structure {jax.tree.structure(tree)}, the pipeline's example "
-                f"had {jax.tree.structure(example[name])}"
-            )
         for (path, a), spec in zip(
             jax.tree.leaves_with_path(tree), jax.tree.leaves(example[name]), strict=True
         ):
@@ -235,6 +236,27 @@ def _check(batch: dict, example: dict) -> None:
                     f"{list(spec.shape)}; only the number of examples may differ, and it may only "
                     f"be smaller"
                 )
+
+
+def check_structure(batch: dict, example: dict) -> None:
+    """Raise DataError unless the trees of `batch` are those of `example`, with as many rows each."""
+    _check_counts(batch)
+    for name, tree in batch.items():
+        if jax.tree.structure(tree) != jax.tree.structure(example[name]):
+            raise DataError(
+                f"batch[{name!r}] has structure {jax.tree.structure(tree)}, the pipeline's example "
+                f"had {jax.tree.structure(example[name])}"
+            )
+
+
+def _check_counts(batch: dict) -> None:
+    counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
+    if len(counts) > 1:
+        listed = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
+        raise DataError(
+            f"the arrays of a batch differ in the number of examples: {listed} examples; the first "
+            f"axis of each must be the examples"
+        )
 
 
 def _check_weightless(inputs: PyTree, weights: np.ndarray) -> None:

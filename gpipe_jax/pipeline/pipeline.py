@@ -8,7 +8,7 @@ M micro-batches, B examples of a micro-batch on one replica.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,13 @@ from gpipe_jax.distributed.mesh import (
     platform_of,
     replicated_sharding,
 )
-from gpipe_jax.errors import ArgumentError
+from gpipe_jax.errors import ArgumentError, DataError
+from gpipe_jax.layers import leaf_names
 from gpipe_jax.layers.layer import Layer, check_layers
 from gpipe_jax.layers.random_keys import step_key
-from gpipe_jax.layers.shape_inference import infer_shapes
-from gpipe_jax.losses import weighted_sums
+from gpipe_jax.layers.shape_inference import LayerShape, infer_shapes
+from gpipe_jax.layers.sources.from_module import to_module
+from gpipe_jax.losses.weighting import HasCount, count_elements, weighted_sums
 from gpipe_jax.partition import balance, costs, solver
 from gpipe_jax.pipeline import executor, memory
 from gpipe_jax.pipeline import micro_batches as batches
@@ -42,6 +44,8 @@ from gpipe_jax.pipeline.results import (
     LossAndMetrics,
     StepGradients,
     ValueAndGrad,
+    Weighted,
+    weighted_mean,
 )
 from gpipe_jax.pipeline.state import State
 from gpipe_jax.pipeline.summary import Summary, summarize
@@ -49,7 +53,7 @@ from gpipe_jax.schedules.generators import forward_only, training_schedule
 from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import choices
 from gpipe_jax.utils.checks import check_count
-from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
+from gpipe_jax.utils.trees import PyTree, describe, signature, tree_bytes
 from gpipe_jax.utils.xla_workarounds import jax_setting
 
 
@@ -91,6 +95,10 @@ class Pipeline:
             does not depend on M and D. Default: "micro_batch".
         steps: Length of the training run in steps, for layers that change during it (drop-path).
             None means that training is at its end. Default: None.
+        trainable: Patterns of the parameters to train: "9" is layer 9, "Dense" every Dense layer,
+            "*.bias" every bias. All others are frozen: they have no gradient and no optimizer
+            state. Default: None, which trains all parameters.
+        frozen: Patterns of the parameters not to train, instead of `trainable`. Default: None.
 
     Attributes:
         replicas: D, the number of copies of the pipeline.
@@ -135,6 +143,8 @@ class Pipeline:
         chunks: int = 1,
         keys_per: str = "micro_batch",
         steps: int | None = None,
+        trainable: Sequence[str] | None = None,
+        frozen: Sequence[str] | None = None,
     ) -> None:
         self.remat = remats.by_name(remat)
         if keys_per not in choices.KEYS_PER:
@@ -159,19 +169,29 @@ class Pipeline:
         self.batch_size = self.example["weights"].shape[0]
         self.micro_batch_size = self.batch_size // (self.replicas * micro_batches)
         self.micro_batch_shapes = batches.resize(self.example, self.micro_batch_size)
-        self.shapes = infer_shapes(self.layers, self.micro_batch_shapes["inputs"])
+        self._trainable, self._frozen = trainable, frozen
+        self.shapes = self._infer(self.micro_batch_shapes["inputs"])
         self._check_loss()
         platform = platform_of(mesh)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
         self.partition = self._cut(partition, self.costs, cost, platform)
-        self.stages = Stages(
-            self.shapes,
+        self.stages = self._divide(self.shapes)
+        if memory_limit is not None:
+            memory.check(self.device_bytes(), memory_limit)
+
+    def _infer(self, inputs: PyTree) -> list[LayerShape]:
+        """Return the shapes of the layers for these inputs, divided into trained and frozen."""
+        shapes = infer_shapes(self.layers, inputs)
+        return leaf_names.freeze(shapes, self._trainable, self._frozen)
+
+    def _divide(self, shapes: Sequence[LayerShape]) -> Stages:
+        """Divide the layers into the pipeline's stages, for these shapes."""
+        return Stages(
+            shapes,
             self.partition.layer_ranges,
             chunks=self.schedule.chunks,
             remat=self.remat,
         )
-        if memory_limit is not None:
-            memory.check(self.device_bytes(), memory_limit)
 
     def _cut(
         self, partition: Any, layer_costs: list[costs.LayerCost], kind: Any, platform: str
@@ -207,9 +227,10 @@ class Pipeline:
     def _check_loss(self) -> None:
         """Evaluate the loss abstractly, to find a mismatch before anything compiles."""
         outputs, labels = self.shapes[-1].output, self.micro_batch_shapes["labels"]
-        loss = functools.partial(weighted_sums, self.loss)
+        weights = self.micro_batch_shapes["weights"]
         try:
-            jax.eval_shape(loss, outputs, labels, self.micro_batch_shapes["weights"])
+            jax.eval_shape(functools.partial(weighted_sums, self.loss), outputs, labels, weights)
+            jax.eval_shape(functools.partial(count_elements, self.loss), labels, weights)
         except Exception as error:
             raise ArgumentError(
                 "loss",
@@ -245,7 +266,7 @@ class Pipeline:
         """Copy parameters or gradients into L trees of numpy arrays, in layer order.
 
         The trees are the same for any K. A tied parameter is in its first layer, and None in the
-        others.
+        others. Frozen parameters are in the trees of a state, and None in those of gradients.
 
         Args:
             tree: A `State`, or anything in the form of its `params`.
@@ -296,6 +317,20 @@ class Pipeline:
         self._check_settings()
         return states.from_layers(self.stages, self.mesh, params, statistics, seed)
 
+    def to_module(self, state: State) -> Any:
+        """Return the model that the layers were made from, with the values of a state.
+
+        Args:
+            state: The state of training.
+
+        Returns:
+            A copy of the model that `gpipe_jax.from_module` divided.
+
+        Raises:
+            ArgumentError: A layer is not from `from_module`, or from another model.
+        """
+        return to_module(self.layers, self.to_layers(state), self.statistics(state))
+
     # --- batches ---------------------------------------------------------------------------------
 
     def split(self, batch: dict, *, train: bool = False) -> dict:
@@ -303,7 +338,8 @@ class Pipeline:
 
         A batch of fewer than N examples is padded with examples of weight zero. An example of
         weight zero takes the values of the first one of positive weight, so that it cannot make a
-        gradient NaN. In training, a network with batch norm keeps its inputs, and counts them.
+        gradient NaN. In training, a network with batch norm keeps its inputs, and counts them; it
+        is padded with the inputs of the batch once more, in their order.
 
         Args:
             batch: The batch, in numpy. For training on several processes, if this process has
@@ -314,8 +350,8 @@ class Pipeline:
             Arrays [M, D*B, ...], with weights that sum to one.
 
         Raises:
-            DataError: The batch does not look like the example, holds numbers that the example's
-                types do not, or is shorter in training where batch norm would count the padding.
+            DataError: The batch does not look like the example, or holds numbers that the
+                example's types do not.
         """
         own = None
         replicas = list(range(self.replicas))
@@ -361,34 +397,88 @@ class Pipeline:
 
         Args:
             state: Parameters and running statistics.
-            batch: A batch like `example`, or shorter.
+            batch: A batch like `example`, of any number of examples. More than N are evaluated N at
+                a time.
 
         Returns:
-            A tuple (loss, metrics): weighted means over the examples.
-        """
-        return self._jitted["losses"](state, self.split(batch))
+            A tuple (loss, metrics): weighted means over the examples, or over the elements that
+            count if the loss counts them.
 
-    def apply(self, state: State, inputs: PyTree) -> PyTree:
-        """Apply the network in evaluation mode.
+        Raises:
+            DataError: The batch does not look like the example, or nothing in it counts.
+        """
+        parts = list(self.evaluate_parts(state, batch))
+        mean = weighted_mean(parts)
+        if not mean.weight:
+            raise DataError("the loss counts nothing in this batch; give at least one such element")
+        return parts[0].value if len(parts) == 1 else jax.tree.map(jnp.asarray, mean.value)
+
+    def evaluate_parts(self, state: State, batch: dict) -> Iterator[Weighted]:
+        """Evaluate a batch in parts of at most N examples.
 
         Args:
             state: Parameters and running statistics.
-            inputs: A tree of arrays like `example["inputs"]`, of any number of examples.
+            batch: A batch like `example`, of any number of examples.
+
+        Yields:
+            The loss and the metrics of each part that counts, with its weight: the sum over its
+            examples, with the counts of the loss.
+        """
+        batch = batches.with_weights(batches.arrays(batch))
+        batches.total_weight(batch)
+        for part in batches.parts(batch, self.batch_size):
+            if part["weights"].any():
+                micro_batched, weight = self.split(part), batches.total_weight(part)
+                if isinstance(self.loss, HasCount):
+                    weight *= float(self._jitted["counts"](micro_batched))
+                value = self._jitted["losses"](state, micro_batched)
+                yield Weighted(weight, jax.block_until_ready(value))
+
+    def predict(self, state: State, inputs: PyTree) -> PyTree:
+        """Return the outputs of the network in evaluation mode, for any number of examples.
+
+        Other axes than the first may differ from the example's, if no parameter depends on them:
+        the length of a sequence, or the size of an image. New shapes are compiled once.
+
+        Args:
+            state: Parameters and running statistics.
+            inputs: A tree of arrays like `example["inputs"]`. More than N examples are computed N
+                at a time; fewer are padded.
+
+        Returns:
+            The outputs, whose first axis is the examples.
+
+        Raises:
+            DataError: The inputs have another structure, types that do not fit, or shapes that the
+                network does not take.
+
+        Example::
+
+            logits = pipe.predict(state, tokens[:, :7])
+        """
+        batch = batches.arrays({"inputs": inputs})
+        outputs = []
+        for part in batches.parts(batch, self.batch_size):
+            count = batches.count_examples(part["inputs"])
+            split = batches.split_inputs(part, self.example, self.micro_batches)
+            placed = host_arrays.place_batch(self.mesh, split, list(range(self.replicas)))
+            stages = self._stages_for(batches.of_replica(split, self.replicas)["inputs"])
+            out = self._jitted["outputs"](stages, state, placed)
+            outputs.append(jax.tree.map(lambda a, n=count: a.reshape(-1, *a.shape[2:])[:n], out))
+            jax.block_until_ready(outputs[-1])
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
+
+    def apply(self, state: State, inputs: PyTree) -> PyTree:
+        """Do what `predict` does; this is its older name.
+
+        Args:
+            state: Parameters and running statistics.
+            inputs: A tree of arrays like `example["inputs"]`.
 
         Returns:
             The outputs, whose first axis is the examples.
         """
-        inputs = batches.arrays({"inputs": inputs})["inputs"]
-        count = batches.count_examples(inputs)
-        outputs = []
-        for start in range(0, count, self.batch_size):
-            size = min(self.batch_size, count - start)
-            examples = jax.tree.map(lambda a, s=start, n=size: a[s : s + n], inputs)
-            split = batches.split_inputs(examples, self.example, self.micro_batches)
-            placed = host_arrays.place_batch(self.mesh, split, list(range(self.replicas)))
-            out = self._jitted["outputs"](state, placed)
-            outputs.append(jax.tree.map(lambda a, n=size: a.reshape(-1, *a.shape[2:])[:n], out))
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
+        return self.predict(state, inputs)
 
     # --- traced ----------------------------------------------------------------------------------
 
@@ -424,19 +514,63 @@ class Pipeline:
         run = self._program(self._forward_schedule, self.loss)
         return LossAndMetrics(*run(self._variables(state), micro_batched))
 
-    def _outputs(self, state: State, inputs: PyTree) -> PyTree:
-        """Return the network's outputs [M, D*B, ...] for inputs [M, D*B, ...], traced."""
-        run = self._program(self._forward_schedule, None)
-        return run(self._variables(state), {"inputs": inputs})
+    def _counts(self, micro_batched: dict) -> jax.Array:
+        """Return what the examples count together, traced; their weights sum to one."""
+        count = jax.vmap(functools.partial(count_elements, self.loss))
+        return count(micro_batched["labels"], micro_batched["weights"]).sum()
 
-    def _program(self, schedule: Schedule, loss: Callable | None, **options: Any) -> Callable:
+    def _outputs(self, stages: Stages, state: State, micro_batched: dict) -> PyTree:
+        """Return the network's outputs [M, D*B, ...] for inputs [M, D*B, ...], traced."""
+        run = self._program(self._forward_schedule, None, stages=stages)
+        return run(self._variables(state), micro_batched)
+
+    def _stages_for(self, inputs: PyTree) -> Stages:
+        """Return the stages for inputs of these shapes; equal shapes get the same object."""
+        key = signature(inputs)
+        if key not in self._stages_by_inputs:
+            self._stages_by_inputs[key] = self._divide_for(inputs)
+        return self._stages_by_inputs[key]
+
+    @functools.cached_property
+    def _stages_by_inputs(self) -> dict[tuple, Stages]:
+        return {signature(self.micro_batch_shapes["inputs"]): self.stages}
+
+    def _divide_for(self, inputs: PyTree) -> Stages:
+        """Return the stages for inputs of other shapes; their parameters are stored alike."""
+        own = self.micro_batch_shapes["inputs"]
+        try:
+            shapes = self._infer(inputs)
+        except ValueError as error:
+            raise DataError(
+                f"the network does not take inputs {describe(inputs)}; the pipeline's example had "
+                f"{describe(own)}: {error}"
+            ) from error
+        for i, (shape, expected) in enumerate(zip(shapes, self.shapes, strict=True)):
+            if signature(shape.params) != signature(expected.params):
+                raise DataError(
+                    f"for inputs {describe(inputs)} layer {i}, {shape.layer}, has parameters "
+                    f"{describe(shape.params)}; this pipeline has {describe(expected.params)}, as "
+                    f"its example had inputs {describe(own)}; change only axes that no parameter "
+                    f"depends on"
+                )
+        return self._divide(shapes)
+
+    def _program(
+        self,
+        schedule: Schedule,
+        loss: Callable | None,
+        *,
+        stages: Stages | None = None,
+        **options: Any,
+    ) -> Callable:
         self._check_settings()
+        stages = self.stages if stages is None else stages
         keys_per = self.keys_per
-        return executor.build(self.stages, schedule, self.mesh, loss, keys_per=keys_per, **options)
+        return executor.build(stages, schedule, self.mesh, loss, keys_per=keys_per, **options)
 
     def _variables(self, state: State, step: Any = 0, progress: Any = 1.0) -> Variables:
         key = step_key(state.seed, step)
-        return Variables(state.params, state.stats, key, jnp.asarray(progress, float))
+        return Variables(state.params, state.stats, state.fixed, key, jnp.asarray(progress, float))
 
     @functools.cached_property
     def _forward_schedule(self) -> Schedule:
@@ -444,8 +578,12 @@ class Pipeline:
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable]:
-        traced = {"gradients": self.gradients, "losses": self.losses, "outputs": self._outputs}
-        return {name: jax.jit(function) for name, function in traced.items()}
+        return {
+            "gradients": jax.jit(self.gradients),
+            "losses": jax.jit(self.losses),
+            "counts": jax.jit(self._counts, out_shardings=replicated_sharding(self.mesh)),
+            "outputs": jax.jit(self._outputs, static_argnums=0),
+        }
 
     # --- from shapes alone -----------------------------------------------------------------------
 

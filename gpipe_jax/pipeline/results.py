@@ -1,5 +1,6 @@
 """Define what the steps of a `Pipeline` return."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,28 @@ from gpipe_jax.utils.trees import PyTree
 class LossAndMetrics(NamedTuple):
     """Hold weighted means over the examples of a batch, equal on every host."""
 
-    loss: jax.Array
-    metrics: dict[str, jax.Array]  # what the loss function returns beside the loss
+    loss: jax.Array | float
+    metrics: Mapping[str, jax.Array | float]  # what the loss function returns beside the loss
+
+
+class Weighted(NamedTuple):
+    """Hold the losses of some examples, and what these examples count together."""
+
+    weight: float
+    value: LossAndMetrics
+
+
+def weighted_mean(parts: Iterable[Weighted]) -> Weighted:
+    """Return the means over all parts, as numbers of Python, and the sum of the weights."""
+    total, loss, metrics = 0.0, 0.0, {}
+    for weight, value in parts:
+        total += weight
+        loss += weight * float(value.loss)
+        for name, metric in value.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + weight * float(metric)
+    scale = total or 1.0
+    means = {name: metric / scale for name, metric in metrics.items()}
+    return Weighted(total, LossAndMetrics(loss / scale, means))
 
 
 class StepGradients(NamedTuple):

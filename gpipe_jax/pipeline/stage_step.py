@@ -7,7 +7,8 @@
         d_params, g = pull(g)
         gradients[i] += d_params                      # in place, before the next layer's exist
 
-So beside the sums, the parameter gradients of only one layer exist at a time. What the first loop
+So beside the sums, the parameter gradients of only one layer exist at a time. Frozen parameters
+and constants join a layer's trained parameters within the layer, and have no gradients. What the first loop
 stores for the second depends on the recomputation policy (`remat`): with "layer" the inputs of the
 layers, with "stage" what each `vjp` needs.
 
@@ -27,11 +28,12 @@ from jax import lax
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.layer import Context
 from gpipe_jax.layers.random_keys import apply_key
+from gpipe_jax.layers.shape_inference import Fixed
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.losses import weighted_sums
+from gpipe_jax.losses.weighting import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage
-from gpipe_jax.utils.trees import PyTree, vjp
+from gpipe_jax.utils.trees import PyTree, merge, vjp
 from gpipe_jax.utils.xla_workarounds import read_after, recompute_from
 
 
@@ -49,8 +51,8 @@ class Gradients(NamedTuple):
     """Hold the gradients at one point of the backward pass."""
 
     x: list  # of the floating-point leaves of the boundary at this point
-    params: dict  # sums, in the form of the stage's storage
-    shared: dict  # sums for the tied parameters
+    params: dict  # sums for the trained parameters, in the form of the stage's storage
+    shared: dict  # sums for the trained tied parameters
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class StageStep:
 
     stages: Stages
     s: int
-    params: dict
+    params: dict  # trained
     stats: dict
-    shared: dict  # tied parameters
+    fixed: dict  # frozen parameters and constants
+    shared: dict  # tied parameters, trained and frozen
     ids: jax.Array  # global ids of the stage's layers
     call: Call
 
@@ -111,8 +114,8 @@ class StageStep:
         return x, inputs, moments
 
     def _input_and_output(self, r: int, x: Boundary, i: Any) -> tuple[Boundary, tuple]:
-        params, x = self._read(r, i, x)
-        y, moments = self._layer(r, i, (params, self.shared), x)
+        params, fixed, x = self._read(r, i, x)
+        y, moments = self._layer(r, i, fixed, (params, {}), x)
         return y, (x, moments)
 
     def _back_from_inputs(self, r: int, inputs: PyTree, gradients: Gradients) -> Gradients:
@@ -133,8 +136,8 @@ class StageStep:
     def _back_from_input(self, r: int, i: Any, x: Boundary, gradients: Gradients) -> Gradients:
         """Go back through layer i of run r, and compute it again for that."""
         x, g = recompute_from((x, gradients.x))
-        params, x = self._read(r, i, x)
-        _, pull, _ = vjp(functools.partial(self._layer, r, i), (params, self._tied(r)), x)
+        params, fixed, x = self._read(r, i, x)
+        _, pull, _ = vjp(functools.partial(self._layer, r, i, fixed), (params, self._tied(r)), x)
         return self._add(r, i, pull, gradients._replace(x=g))
 
     # --- policy "stage": store what the vjps need -------------------------------------------------
@@ -146,11 +149,13 @@ class StageStep:
         one for all its layers.
         """
         pulls, moments = [], []
-        params, x = read_after(self.params, x, self.call.micro_batch)
+        (params, fixed), x = read_after((self.params, self.fixed), x, self.call.micro_batch)
         for r, run in enumerate(self.stages.geometry.runs[self.s]):
             if run.scanned:
                 variables = (self._storage.read_run(self._k, r, params), self._tied(r))
-                x, pull, moments_of_run = vjp(functools.partial(self._scan, r), variables, x)
+                rest = self._fixed_storage.read_run(self._k, r, fixed)
+                scan = functools.partial(self._scan, r, rest)
+                x, pull, moments_of_run = vjp(scan, variables, x)
                 pulls.append(pull)
                 moments.append(moments_of_run)
                 continue
@@ -158,21 +163,23 @@ class StageStep:
             moments.append([])
             for i in range(run.count):
                 variables = (self._storage.read_layer(self._k, r, i, params), self._tied(r))
-                layer = functools.partial(self._layer, r, i)
+                rest = self._fixed_storage.read_layer(self._k, r, i, fixed)
+                layer = functools.partial(self._layer, r, i, rest)
                 x, pull, moments_of_layer = vjp(layer, variables, x)
                 pulls[r].append(pull)
                 moments[r].append(moments_of_layer)
         return x, pulls, moments
 
-    def _scan(self, r: int, variables: tuple, x: Boundary) -> tuple[Boundary, PyTree]:
-        """Run all layers of run r, whose parameters are [n, ...]."""
+    def _scan(self, r: int, fixed: Fixed, variables: tuple, x: Boundary) -> tuple[Boundary, PyTree]:
+        """Run all layers of run r, whose parameters and constants are [n, ...]."""
         params, tied = variables
 
         def step(x: Boundary, row: tuple) -> tuple[Boundary, PyTree]:
-            i, params_of_layer = row
-            return self._layer(r, i, (params_of_layer, tied), x)
+            i, params_of_layer, fixed_of_layer = row
+            return self._layer(r, i, fixed_of_layer, (params_of_layer, tied), x)
 
-        return lax.scan(step, x, (jnp.arange(self.stages.geometry.runs[self.s][r].count), params))
+        count = self.stages.geometry.runs[self.s][r].count
+        return lax.scan(step, x, (jnp.arange(count), params, fixed))
 
     def _back_from_pulls(self, r: int, pulls: Any, gradients: Gradients) -> Gradients:
         """Go back through run r by its pulls."""
@@ -184,28 +191,40 @@ class StageStep:
 
     # --- one layer --------------------------------------------------------------------------------
 
-    def _layer(self, r: int, i: Any, variables: tuple, x: Boundary) -> tuple[Boundary, PyTree]:
-        """Run layer i of run r; `variables` are its parameters and the tied ones."""
-        params, shared = variables
+    def _layer(
+        self, r: int, i: Any, fixed: Fixed, variables: tuple, x: Boundary
+    ) -> tuple[Boundary, PyTree]:
+        """Run layer i of run r; `variables` are its trained parameters and the tied ones."""
+        params, trained = merge(variables[0], fixed.params), variables[1]
         run, call = self.stages.geometry.runs[self.s][r], self.call
         stats = self.stages.stats[self._c].read_layer(self._k, r, i, self.stats)
         key = apply_key(call.key, self.ids[run.start + i], call.micro_batch, call.examples)
-        context = Context(key, call.train, call.progress)
+        context = Context(key, call.train, call.progress, constants=fixed.constants)
+        shared = self.shared | trained
         return skips_and_ties.call(run.layer, params, stats, x, shared, context)
 
-    def _read(self, r: int, i: Any, x: Boundary) -> tuple[PyTree, Boundary]:
-        """Return the parameters of layer i of run r, read after its input x, and x."""
-        arrays, x = read_after(self.params, x, self.call.micro_batch)
-        leaves, tree = jax.tree.flatten(self._storage.read_layer(self._k, r, i, arrays))
-        packed = self._storage.packed(self._k, r)
+    def _read(self, r: int, i: Any, x: Boundary) -> tuple[PyTree, Fixed, Boundary]:
+        """Return the trained and fixed arrays of layer i of run r, read after its input x, and x."""
+        (params, fixed), x = read_after((self.params, self.fixed), x, self.call.micro_batch)
+        own, x = self._read_layer(self._storage, r, i, params, x)
+        rest, x = self._read_layer(self._fixed_storage, r, i, fixed, x)
+        return own, rest, x
+
+    def _read_layer(
+        self, storage: Storage, r: int, i: Any, arrays: dict, x: Boundary
+    ) -> tuple[PyTree, Boundary]:
+        leaves, tree = jax.tree.flatten(storage.read_layer(self._k, r, i, arrays))
+        packed = storage.packed(self._k, r)
         values, x = read_after([leaves[n] for n in packed], x, self.call.micro_batch)
         for n, leaf in zip(packed, values, strict=True):
             leaves[n] = leaf
         return tree.unflatten(leaves), x
 
     def _tied(self, r: int) -> dict:
-        names = {name for _, name in self.stages.geometry.runs[self.s][r].layer.ties}
-        return {name: self.shared[name] for name in names}
+        """Return the trained tied parameters of run r."""
+        run = self.stages.geometry.runs[self.s][r]
+        frozen = self.stages.geometry.run_shape(self.s, run).frozen_ties
+        return {name: self.shared[name] for _, name in run.layer.ties if name not in frozen}
 
     def _add(self, r: int, i: Any, pull: Callable, gradients: Gradients) -> Gradients:
         """Go back through layer i of run r, or the whole run if i is None; add to the sums."""
@@ -227,6 +246,10 @@ class StageStep:
     @property
     def _storage(self) -> Storage:
         return self.stages.params[self._c]
+
+    @property
+    def _fixed_storage(self) -> Storage:
+        return self.stages.fixed[self._c]
 
 
 # By the name of a recomputation policy: the forward that stores something for each run of layers,

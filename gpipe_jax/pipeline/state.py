@@ -5,7 +5,7 @@ arrays, one for each layer, it is the same for any number of stages.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +23,21 @@ from gpipe_jax.distributed.mesh import (
 )
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import layer_key
-from gpipe_jax.layers.shape_inference import LayerShape
+from gpipe_jax.layers.shape_inference import Fixed, LayerShape
 from gpipe_jax.pipeline import spmd
 from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import of_all_devices
-from gpipe_jax.utils.trees import PyTree, describe, path_name, same_shapes, strong
+from gpipe_jax.utils.trees import (
+    PyTree,
+    describe,
+    merge,
+    path_name,
+    same_shapes,
+    select,
+    strong,
+)
 
 
 class State(NamedTuple):
@@ -40,8 +48,9 @@ class State(NamedTuple):
     layer by layer.
 
     Attributes:
-        params: The parameters in rectangular form; axis 0 is divided between the devices.
+        params: The trained parameters in rectangular form; axis 0 is divided between the devices.
         stats: The running statistics of batch norms, likewise.
+        fixed: The frozen parameters and the constants, likewise.
         seed: The seed of all randomness in training, uint32 [].
 
     Example::
@@ -52,6 +61,7 @@ class State(NamedTuple):
 
     params: PyTree
     stats: PyTree
+    fixed: PyTree
     seed: jax.Array
 
 
@@ -107,35 +117,83 @@ def init(stages: Stages, mesh: MeshLike, seed: int) -> State:
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     make = functools.partial(_init, stages, mesh)
     jitted = jax.jit(make, out_shardings=shardings(stages, mesh), compiler_options=options)
-    return jitted(np.uint32(seed))
+    return _with_own_values(stages, mesh, jitted(np.uint32(seed)))
 
 
 def _init(stages: Stages, mesh: MeshLike, seed: jax.Array) -> State:
+    def all_params(shape: LayerShape, i: jax.Array) -> PyTree:
+        if shape.layer.has_values:  # equal layers share this code, but not their values
+            return _zeros(shape.own_params)
+        return _params_of(shape, layer_key(seed, i))
+
     def params(shape: LayerShape, i: jax.Array) -> PyTree:
-        x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-        initial = strong(shape.layer.init(layer_key(seed, i), x))
-        own = skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
-        if not same_shapes(own, shape.params):
-            raise ValueError(
-                f"layer {shape.layer} makes the parameters {describe(own)}, but its `shapes` "
-                f"returns {describe(shape.params)}; make the two agree"
-            )
-        return own
+        return select(shape.params, all_params(shape, i))
 
     def stats(shape: LayerShape, i: jax.Array) -> PyTree:
+        if shape.layer.has_values:
+            return _zeros(shape.stats)
         return strong(shape.layer.init_statistics())
+
+    def fixed(shape: LayerShape, i: jax.Array) -> Fixed:
+        return fixed_arrays(shape, all_params(shape, i))
 
     return State(
         spmd.build_arrays(stages, stages.params, mesh, params),
         spmd.build_arrays(stages, stages.stats, mesh, stats),
+        spmd.build_arrays(stages, stages.fixed, mesh, fixed),
         seed,
     )
+
+
+def fixed_arrays(shape: LayerShape, params: PyTree) -> Fixed:
+    """Return what of a layer never changes; `params` are its own parameters, trained and frozen."""
+    frozen = select(shape.fixed.params, params)
+    return Fixed(frozen, strong(shape.layer.init_constants()))
+
+
+def _params_of(shape: LayerShape, key: jax.Array) -> PyTree:
+    """Return the initial parameters that a layer owns."""
+    initial = strong(shape.layer.init(key, _zeros(shape.input)))
+    own = skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
+    if not same_shapes(own, shape.own_params):
+        raise ValueError(
+            f"layer {shape.layer} makes the parameters {describe(own)}, but its `shapes` "
+            f"returns {describe(shape.own_params)}; make the two agree"
+        )
+    return own
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def _with_own_values(stages: Stages, mesh: AnyMesh, state: State) -> State:
+    """Replace the values of the layers that start with their own."""
+    shapes = stages.geometry.shapes
+    if not any(shape.layer.has_values for shape in shapes):
+        return state
+    storages = {"params": stages.params, "stats": stages.stats, "fixed": stages.fixed}
+    arrays = {name: getattr(state, name) for name in storages}
+    layers = layer_trees.split(mesh, host_arrays.local_rows(mesh), storages, arrays)
+
+    def layer(i: int) -> Mapping[str, PyTree]:
+        shape = shapes[i]
+        if not shape.layer.has_values:
+            return layers[i]
+        own = _params_of(shape, jax.random.key(0))
+        stats = strong(shape.layer.init_statistics())
+        values = {"params": select(shape.params, own), "stats": stats}
+        return jax.tree.map(np.asarray, {**values, "fixed": fixed_arrays(shape, own)})
+
+    local = {name: getattr(local_shapes(stages), name) for name in storages}
+    return state._replace(**layer_trees.join(mesh, storages, layer, local))
 
 
 def local_shapes(stages: Stages) -> State:
     """Return the shapes of the arrays that one device holds."""
     seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-    return State(stages.params.local_shapes(), stages.stats.local_shapes(), seed)
+    storages = (stages.params, stages.stats, stages.fixed)
+    return State(*(storage.local_shapes() for storage in storages), seed)
 
 
 def shardings(stages: Stages, mesh: MeshLike) -> State:
@@ -154,7 +212,7 @@ def abstract(stages: Stages, mesh: MeshLike) -> State:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
     local = local_shapes(stages)
-    state = local._replace(params=whole(local.params), stats=whole(local.stats))
+    state = State(*map(whole, local[:-1]), local.seed)
     return jax.tree.map(with_sharding, state, shardings(stages, mesh))
 
 
@@ -162,9 +220,17 @@ def abstract(stages: Stages, mesh: MeshLike) -> State:
 
 
 def to_layers(stages: Stages, mesh: AnyMesh, tree: PyTree) -> list[PyTree]:
-    """Copy the parameters of a state, or anything in their form: one tree for each layer."""
-    params = tree.params if isinstance(tree, State) else tree
-    return _split(stages.params, mesh, params)
+    """Copy the parameters of a state, or anything in their form: one tree for each layer.
+
+    What is in the form of the trained parameters has None for frozen ones.
+    """
+    if not isinstance(tree, State):
+        return _split(stages.params, mesh, tree)
+    trained, fixed = (
+        _split(stages.params, mesh, tree.params),
+        _split(stages.fixed, mesh, tree.fixed),
+    )
+    return [merge(a, b.params) for a, b in zip(trained, fixed, strict=True)]
 
 
 def statistics(stages: Stages, mesh: AnyMesh, state: State) -> list[PyTree]:
@@ -195,17 +261,17 @@ def from_layers(
     shapes = stages.geometry.shapes
     if statistics is None:
         statistics = [strong(shape.layer.init_statistics()) for shape in shapes]
-    _check_layers("parameters", shapes, params, [shape.params for shape in shapes])
+    _check_layers("parameters", shapes, params, [shape.own_params for shape in shapes])
     _check_layers("statistics", shapes, statistics, [shape.stats for shape in shapes])
-    both = zip(params, statistics, strict=True)
-    layers = {i: {"params": p, "stats": s} for i, (p, s) in enumerate(both)}
-    local = local_shapes(stages)
-    joined = layer_trees.join(
-        mesh,
-        {"params": stages.params, "stats": stages.stats},
-        layers,
-        {"params": local.params, "stats": local.stats},
-    )
+
+    def layer(i: int) -> dict[str, PyTree]:
+        own = select(shapes[i].params, params[i])
+        fixed = fixed_arrays(shapes[i], params[i])
+        return {"params": own, "stats": statistics[i], "fixed": fixed}
+
+    storages = {"params": stages.params, "stats": stages.stats, "fixed": stages.fixed}
+    local = {name: getattr(local_shapes(stages), name) for name in storages}
+    joined = layer_trees.join(mesh, storages, layer, local)
     return State(**joined, seed=host_arrays.replicate(mesh, np.uint32(seed)))
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 from gpipe_jax.layers.shape_inference import elements
 from gpipe_jax.partition.solver import Partition
 from gpipe_jax.pipeline.ragged.stages import Stages
@@ -59,7 +61,7 @@ def summarize(
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{waiting:.1%} of the time if ticks wait for the slowest",
         "stash": _stash(stages, schedule),
-        "parameters": f"{elements(geometry.shapes):,}, {_parameters(stages)}",
+        "parameters": f"{_count(stages)}, {_parameters(stages)}",
         "boundaries": "packed to the largest"
         if stages.boundary_format.packed
         else "all equal, not packed",
@@ -90,8 +92,16 @@ def _stash(stages: Stages, schedule: Schedule) -> str:
     return f"{slots} boundary inputs, {size} on each device"
 
 
+def _count(stages: Stages) -> str:
+    """Return the number of parameters, and how many of them are frozen."""
+    shapes = stages.geometry.shapes
+    frozen = sum(a.size for shape in shapes for a in jax.tree.leaves(shape.fixed.params))
+    return f"{elements(shapes):,}" + (f" ({frozen:,} frozen)" if frozen else "")
+
+
 def _parameters(stages: Stages) -> str:
-    K, device = stages.geometry.num_devices, stages.params.device_bytes()
+    K = stages.geometry.num_devices
+    device = stages.params.device_bytes() + stages.fixed.device_bytes()
     own = sum(stages.geometry.parameter_bytes(k) for k in range(K))
     padding = 1 - own / (device * K or 1)
     return f"{format_bytes(device)} on each device, {padding:.1%} of it padding"

@@ -227,7 +227,9 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
     plans = []
     for s, layers in enumerate(stages.geometry.layer_ranges):
         shapes = [pipe.shapes[i] for i in layers]
-        own = tree_bytes([shape.params for shape in shapes])
+        own = tree_bytes([(shape.params, shape.fixed) for shape in shapes])
+        c, _ = stages.geometry.at(s)
+        stored = stages.params[c].device_bytes() + stages.fixed[c].device_bytes()
         plans.append(
             StagePlan(
                 layers=(layers[0], layers[-1]),
@@ -235,7 +237,7 @@ def _stages(pipe: Pipeline, times: StageTimes | None) -> list[StagePlan]:
                 cost_fraction=pipe.partition.costs[s] / total,
                 parameters=elements(shapes),
                 boundary_bytes=tree_bytes(stages.geometry.input(s)),
-                padding_bytes=stages.params[stages.geometry.at(s)[0]].device_bytes() - own,
+                padding_bytes=stored - own,
                 forward_s=times.forward[s] if times else None,
                 backward_s=times.backward[s] if times else None,
             )

@@ -93,17 +93,20 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     c, _ = stages.geometry.at(s)
     borrowed: dict = {}  # the tied parameters that it uses
     for shape in (stages.geometry.shapes[i] for i in stages.geometry.layer_ranges[s]):
-        borrowed |= skips_and_ties.offered(shape.layer, shape.params) | shape.borrowed
-    params, stats = (x[c].local_shapes() for x in (stages.params, stages.stats))
+        borrowed |= skips_and_ties.offered(shape.layer, shape.own_params) | shape.borrowed
+    storages = (stages.params, stages.stats, stages.fixed)
+    params, stats, fixed = (storage[c].local_shapes() for storage in storages)
 
-    def make(params: dict, stats: dict, shared: dict, micro_batch: jax.Array) -> StageStep:
+    def make(
+        params: dict, stats: dict, fixed: dict, shared: dict, micro_batch: jax.Array
+    ) -> StageStep:
         examples = pipe.micro_batch_size if pipe.keys_per == "example" else None
         key = step_key(jnp.uint32(0), jnp.uint32(0))
         call = Call(key, micro_batch, examples, train=True, progress=jnp.float32(0.5))
         ids = jnp.arange(max(map(len, stages.geometry.layer_ranges)), dtype=jnp.int32)
-        return StageStep(stages, s, params, stats, shared, ids, call)
+        return StageStep(stages, s, params, stats, fixed, shared, ids, call)
 
-    return make, (params, stats, borrowed, INDEX)
+    return make, (params, stats, fixed, borrowed, INDEX)
 
 
 def _forward(pipe: Pipeline, s: int, stages: Stages) -> Program:
@@ -118,7 +121,10 @@ def _forward(pipe: Pipeline, s: int, stages: Stages) -> Program:
 def _backward(pipe: Pipeline, s: int, stages: Stages) -> Program:
     """Export a backward that adds to the sums of gradients, as between micro-batches."""
     make, specs = _stage(stages, s, pipe)
-    sums = jax.eval_shape(wide, (specs[0], specs[2]))
+    shapes = [stages.geometry.shapes[i] for i in stages.geometry.layer_ranges[s]]
+    frozen = frozenset().union(*(shape.frozen_ties for shape in shapes))
+    shared = {name: a for name, a in specs[3].items() if name not in frozen}
+    sums = jax.eval_shape(wide, (specs[0], shared))
     micro_batch = pipe.micro_batch_shapes
     if s == stages.geometry.last:
         start: Any = (micro_batch["labels"], micro_batch["weights"])

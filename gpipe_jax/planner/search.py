@@ -190,7 +190,7 @@ def _analyse(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> C
 def _layer_time_s(cost: LayerCost, generation: Generation) -> float:
     """Estimate the time of a layer's backward, with one recomputation, from FLOPs and bytes."""
     assert cost.flops is not None  # the costs of `_on_one_device` are counted
-    moved_bytes = 3 * cost.parameter_bytes + 4 * cost.working_bytes
+    moved_bytes = 3 * cost.parameter_bytes + 2 * cost.fixed_bytes + 4 * cost.working_bytes
     compute_s = cost.flops / (SHARE_OF_PEAK * generation.peak_flops_s)
     return compute_s + moved_bytes / generation.hbm_bytes_s
 

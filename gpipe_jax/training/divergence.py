@@ -19,6 +19,8 @@ REMEDY = (
 
 def all_finite(arrays: TrainArrays) -> jax.Array:
     """Return whether every array is finite, padding included, as one bool []."""
+    # Training changes nothing in `fixed`: a mask of attention is infinite.
+    arrays = arrays._replace(state=arrays.state._replace(fixed=None))
     # Scalars are left out: an optimizer may begin with an infinite "best loss so far".
     leaves = [a for a in float_leaves(arrays) if a.ndim]
     return jnp.all(jnp.asarray([jnp.isfinite(a).all() for a in leaves], bool))

@@ -34,6 +34,20 @@ def from_names(like: PyTree, values: dict[str, Any], is_leaf: Callable | None = 
     return jax.tree.map_with_path(lambda path, _: values[path_name(path)], like, is_leaf=is_leaf)
 
 
+def merge(tree: PyTree, rest: PyTree) -> PyTree:
+    """Return a tree whose leaves are those of `tree`, and those of `rest` where it has None."""
+    return jax.tree.map(lambda a, b: b if a is None else a, tree, rest, is_leaf=_is_none)
+
+
+def select(like: PyTree, tree: PyTree) -> PyTree:
+    """Return `tree` with None where `like` has None: `merge` of two such parts is the whole."""
+    return jax.tree.map(lambda a, b: None if a is None else b, like, tree, is_leaf=_is_none)
+
+
+def _is_none(a: Any) -> bool:
+    return a is None
+
+
 def has_structure_of(params: PyTree) -> Callable[[PyTree], bool]:
     """Return a function that checks whether a tree has the structure of `params`."""
     structure = jax.tree.structure(params)

@@ -19,7 +19,7 @@ import numpy as np
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.utils.trees import same_shapes, tree_bytes
+from gpipe_jax.utils.trees import same_shapes, signature, tree_bytes
 
 
 class Run(NamedTuple):
@@ -97,8 +97,9 @@ class Geometry:
         return ids
 
     def parameter_bytes(self, k: int) -> int:
-        """Return the bytes of device k's own parameters, in all its chunks, without padding."""
-        return sum(tree_bytes(self.shapes[i].params) for i in self.layers_of_device(k))
+        """Return the bytes of device k's own parameters and constants, without padding."""
+        shapes = [self.shapes[i] for i in self.layers_of_device(k)]
+        return sum(tree_bytes((shape.params, shape.fixed)) for shape in shapes)
 
 
 def _find_runs(shapes: Sequence[LayerShape], layers: range, longest_unrolled: int) -> list[Run]:
@@ -114,10 +115,10 @@ def _find_runs(shapes: Sequence[LayerShape], layers: range, longest_unrolled: in
 def _run_key(shapes: Sequence[LayerShape], i: int) -> tuple:
     """Return a key that is equal for neighbouring layers of one run.
 
-    Layers of a run are equal, and their outputs are like their inputs. A layer with skips or ties
-    is a run of its own, because its names differ from those of its equals.
+    Layers of a run are equal, train the same parameters, and their outputs are like their inputs. A
+    layer with skips or ties is a run of its own, because its names differ from those of its equals.
     """
     shape = shapes[i]
     linked = shape.layer.stashes or shape.layer.pops or shape.layer.ties
     alone = linked or not same_shapes(shape.input, shape.output)
-    return shape.layer, i if alone else -1
+    return shape.layer, signature(shape.params), i if alone else -1

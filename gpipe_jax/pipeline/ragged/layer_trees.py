@@ -4,7 +4,7 @@ The trees are the same for any number of devices and chunks. Rows are those of t
 of row k hold equal arrays. No host copies more than the rows that it works on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -33,18 +33,18 @@ def split(
 def join(
     mesh: AnyMesh,
     storages: Mapping[str, ChunkedStorage],
-    layers: Mapping[int, Mapping[str, PyTree]],
+    layer: Callable[[int], Mapping[str, PyTree]],
     local_shapes: Mapping[str, PyTree],
 ) -> dict[str, PyTree]:
     """Invert `split`: place the named arrays on the devices of this process.
 
-    `layers[i]` is read once, and only for the layers of these devices. `local_shapes` are the
-    shapes and types of one device's arrays.
+    `layer(i)` gives the trees of layer i. It is called once, and only for the layers of these
+    devices. `local_shapes` are the shapes and types of one device's arrays.
     """
 
     def block(k: int) -> dict[str, PyTree]:
         geometry = next(iter(storages.values())).geometry
-        own = {i: layers[i] for i in geometry.layers_of_device(k)}
+        own = {i: layer(i) for i in geometry.layers_of_device(k)}
         joined = {
             name: storage.join_block(k, lambda i, name=name: own[i][name])
             for name, storage in storages.items()

@@ -1,8 +1,10 @@
 """Describe a network that is divided into stages, each with layers and arrays of its own.
 
     geometry          which layers, device and chunk belong to each stage
-    params, stats     the arrays for parameters and running statistics (`chunked_storage`)
-    ties              which device stores each tied parameter
+    params, stats     the arrays for trained parameters and running statistics (`chunked_storage`)
+    fixed             the arrays that never change: frozen parameters and constants
+    ties              which device stores each tied parameter that is trained
+    frozen_ties       likewise for those that are frozen
     boundary_format   the arrays that pass between stages
 
 Only the modules of this folder know that stages differ.
@@ -54,7 +56,9 @@ class Stages:
         self.boundary_format = BoundaryFormat([self.geometry.input(s) for s in later])
         self.params = ChunkedStorage(self.geometry, [a.params for a in shapes], only=only)
         self.stats = ChunkedStorage(self.geometry, [a.stats for a in shapes], only=only)
+        self.fixed = ChunkedStorage(self.geometry, [a.fixed for a in shapes], only=only)
         self.ties = Ties(self.params)
+        self.frozen_ties = Ties(self.fixed, "params")
         first: dict = {}
         self.representatives = [
             first.setdefault(self._code_key(s), s) for s in range(self.geometry.num_stages)
@@ -69,9 +73,8 @@ class Stages:
         geometry = self.geometry
         (c, _), ends = geometry.at(s), (s == 0, s == geometry.last)
         layers = tuple((run.layer, run.count) for run in geometry.runs[s])
-        groups = (*self.params.groups(s), *self.stats.groups(s))
-        places = tuple(group.places for group in groups)
-        return c, ends, signature(geometry.input(s)), layers, places
+        groups = [storage.groups(s) for storage in (self.params, self.stats, self.fixed)]
+        return c, ends, signature(geometry.input(s)), layers, tuple(groups)
 
     def commit(self, s: int, stats: dict, moments: dict) -> dict:
         """Return stage s's running statistics after a step, as one chunk's arrays on its device.

@@ -22,11 +22,15 @@ class Ties:
     """Gather the tied parameters of a network, and add up their gradients.
 
     The first layer that has a tied parameter owns it.
+
+    Args:
+        params: How parameters are stored.
+        part: The part of each layer's stored tree that is its parameters. Default: all of it.
     """
 
-    def __init__(self, params: ChunkedStorage) -> None:
+    def __init__(self, params: ChunkedStorage, part: str | None = None) -> None:
         self.params = params
-        self.owners = _find_owners(params)  # by the name of the tie
+        self.owners = _find_owners(params, part)  # by the name of the tie
 
     def gather(self, params: list) -> dict[str, jax.Array]:
         """Return the tied parameters on every device, traced; `params` are a device's arrays."""
@@ -57,12 +61,13 @@ class Ties:
         return sum(place.size * max(place.dtype.itemsize, least_itemsize) for place in places)
 
 
-def _find_owners(params: ChunkedStorage) -> dict[str, Owner]:
+def _find_owners(params: ChunkedStorage, part: str | None) -> dict[str, Owner]:
     owners: dict[str, Owner] = {}
     for s in params.stages:
         for run, group in zip(params.geometry.runs[s], params.groups(s), strict=True):
             if run.layer.ties:
                 places = jax.tree.unflatten(group.treedef, group.places)
+                places = places if part is None else getattr(places, part)
                 offered = skips_and_ties.offered(run.layer, places)
                 owners.update({name: Owner(s, place) for name, place in offered.items()})
     return owners

@@ -27,6 +27,7 @@ from gpipe_jax.pipeline.stage_step import Call, StageStep
 from gpipe_jax.utils.trees import PyTree, tree_bytes
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+NO_ARRAYS: dict = {"slots": [], "packs": []}
 
 
 @dataclass(frozen=True)
@@ -415,7 +416,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, poli
         for s in range(4):
             (c, k), ids = stages.geometry.at(s), jnp.asarray(stages.geometry.layer_ids())
             p, st = on_device(stages, k, arrays)[c], on_device(stages, k, running)[c]
-            stage = StageStep(stages, s, p, st, shared, ids[k, c], call)
+            stage = StageStep(stages, s, p, st, NO_ARRAYS, shared, ids[k, c], call)
             boundary, seen = stage.forward(boundary)
             moments.append(seen)
         assert boundary.skips == {}
@@ -449,7 +450,7 @@ def test_keys_of_examples_and_of_micro_batches_reach_every_layer(count: int) -> 
     def run(micro_batch: int, examples: int | None) -> np.ndarray:
         call = Call(jax.random.key(0), micro_batch, examples, train=True, progress=1.0)
         x = Boundary(jnp.zeros((examples or 2, 3)), {})
-        stage = StageStep(stages, 0, params, params, {}, ids[0], call)
+        stage = StageStep(stages, 0, params, params, NO_ARRAYS, {}, ids[0], call)
         return np.asarray(stage.forward(x)[0].x)
 
     np.testing.assert_allclose(np.concatenate([run(0, 2), run(1, 2)]), run(0, 4), rtol=1e-5)
