@@ -204,7 +204,7 @@ class StageStep:
         return skips_and_ties.call(run.layer, params, stats, x, shared, context)
 
     def _read(self, r: int, i: Any, x: Boundary) -> tuple[PyTree, Fixed, Boundary]:
-        """Return the trained and fixed arrays of layer i of run r, read after its input x, and x."""
+        """Return what layer i of run r trains, and what is fixed, read after its input x; and x."""
         (params, fixed), x = read_after((self.params, self.fixed), x, self.call.micro_batch)
         own, x = self._read_layer(self._storage, r, i, params, x)
         rest, x = self._read_layer(self._fixed_storage, r, i, fixed, x)
