@@ -32,7 +32,6 @@ from gpipe_jax.utils.trees import (
     wide,
 )
 
-
 _FIXED = "fixed"  # frozen parameters and constants: no name of a checkpoint
 
 

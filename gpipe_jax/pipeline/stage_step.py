@@ -8,9 +8,9 @@
         gradients[i] += d_params                      # in place, before the next layer's exist
 
 So beside the sums, the parameter gradients of only one layer exist at a time. Frozen parameters
-and constants join a layer's trained parameters within the layer, and have no gradients. What the first loop
-stores for the second depends on the recomputation policy (`remat`): with "layer" the inputs of the
-layers, with "stage" what each `vjp` needs.
+and constants join the trained parameters within a layer, and have no gradients. What the first
+loop stores for the second depends on the recomputation policy (`remat`): with "layer" the inputs of
+the layers, with "stage" what each `vjp` needs.
 
 A long run of equal layers is a `lax.scan`. With "stage" the scan is one step of these loops, and
 the gradients of all its layers exist at once.
