@@ -113,18 +113,20 @@ def _write(manifest: Manifest, file: BinaryIO, suffix: str) -> dict[str, Any]:
 def _names(manifest: Manifest) -> dict[str, dict[str, str]]:
     """Return for each layer {name in the checkpoint: name in the exported file}."""
     layers = sorted((name for name in manifest.files if name != COMMON), key=int)
-    names = {layer: list(manifest.files[layer]["arrays"]) for layer in layers}
-    averaged = any(name.startswith("average.") for saved in names.values() for name in saved)
-    trees = ("average." if averaged else "params.", "statistics.")
-    return {
-        layer: {
-            name: f"layers.{layer}.{name.partition('.')[2]}"
-            for tree in trees
-            for name in saved
-            if name.startswith(tree)
-        }
-        for layer, saved in names.items()
-    }
+    return {layer: _exported(list(manifest.files[layer]["arrays"]), layer) for layer in layers}
+
+
+def _exported(saved: list[str], layer: str) -> dict[str, str]:
+    """Return the names of a layer's parameters, averaged ones where there are any, and statistics.
+
+    A frozen parameter has no average.
+    """
+    chosen = {}
+    for tree in ("params", "average", "statistics"):  # an average takes its parameter's place
+        for name in saved:
+            if name.startswith(f"{tree}."):
+                chosen[f"layers.{layer}.{name.partition('.')[2]}"] = name
+    return {name: exported for exported, name in chosen.items()}
 
 
 def _arrays(manifest: Manifest, names: dict[str, dict[str, str]]) -> Iterator[np.ndarray]:

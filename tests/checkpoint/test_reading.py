@@ -13,7 +13,7 @@ from etils import epath
 
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
-from gpipe_jax.checkpoint import reading, safetensors
+from gpipe_jax.checkpoint import export, reading, safetensors
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.checkpoint.manifest import Manifest, RunInfo, UnusableStep
 from gpipe_jax.checkpoint.save import Saver
@@ -332,3 +332,12 @@ def test_export_of_what_cannot_be_read_now_is_no_bad_input(folder, tmp_path, mon
     said = capsys.readouterr().err
     assert "cannot be read: Permission denied" in said and "repair the disk or the perm" in said
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_export_has_the_averages_and_the_frozen_parameters_without_one():
+    saved = ["average.w", "optimizer.w", "params.b", "params.w", "statistics.mean"]
+    assert export._exported(saved, "3") == {
+        "params.b": "layers.3.b",
+        "average.w": "layers.3.w",
+        "statistics.mean": "layers.3.mean",
+    }
