@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gpipe_jax": (
         ("errors",),
         ("utils",),
-        ("schedules", "losses", "progress", "known_code"),
+        ("schedules", "losses", "progress", "known_code", "own_code"),
         ("distributed", "genotypes", "data", "plots"),
         ("layers", "config", "tpu_compiler"),
         ("partition", "zoo", "sequential"),

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from gpipe_jax import known_code, progress
+from gpipe_jax import progress
 from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.utils import console
 from gpipe_jax.utils.messages import say
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
     def action(assembly: "Assembly", stop: "StopRequest") -> "RunSummary":
         config = assembly.config.train
-        known_code.remember(trusted_code.python_file(assembly.config))
+        trusted_code.remember(assembly.config)
         for line in loader.without_effect(assembly.config) if processes.is_first() else ():
             say(line)
         quiet = not processes.is_first()

@@ -4,7 +4,7 @@ import contextlib
 import enum
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -65,6 +65,14 @@ class Mark(enum.Enum):
     LENGTH = "changes the result, but neither time nor memory of a step"
 
 
+class NamedCode(NamedTuple):
+    """Hold a reference to code, its arguments, and the field that has it."""
+
+    field: str
+    reference: str
+    arguments: Mapping[str, Any]
+
+
 class Section(BaseModel):
     """Define what all sections have: immutable, no unknown keys, only finite numbers."""
 
@@ -78,6 +86,10 @@ class Section(BaseModel):
         They are legal: one override of a file may leave others of its settings without effect.
         """
         return {}
+
+    def named_code(self) -> list[NamedCode]:
+        """Return the functions that the section names."""
+        return []
 
     @classmethod
     def mark(cls, field: str) -> Mark | None:
@@ -111,10 +123,12 @@ class Configuration(Section):
             it needs. It returns the problems; each is reported at the setting that it names.
         renamed: New dotted names of settings by their old ones. An old name is an error that says
             the new one.
+        refused: Values that are no kinds, as "section.kind=value", and what to use for them.
     """
 
     rules: ClassVar[tuple[Callable[..., Problems], ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def cross_check(cls, sections: Mapping[str, Any], partial: Collection[str] = ()) -> Problems:

@@ -8,8 +8,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from gpipe_jax.config.base import Count, CountOrZero, Fraction, LocalPath, Problems, Section
-from gpipe_jax.config.models import AnyModelConfig, ImageShape, ModelConfig
+from gpipe_jax.config.base import (
+    Count,
+    CountOrZero,
+    Fraction,
+    LocalPath,
+    NamedCode,
+    Problems,
+    Section,
+)
+from gpipe_jax.config.calls import Arguments
+from gpipe_jax.config.losses import LossConfig
+from gpipe_jax.config.models import (
+    AnyModelConfig,
+    ImageShape,
+    ModelConfig,
+    PythonModelConfig,
+)
 from gpipe_jax.data.rules import Rules
 from gpipe_jax.utils.choices import FOLDER_VARIABLE
 
@@ -89,7 +104,7 @@ class TextConfig(DataConfig):
 
     def problems(self, model: ModelConfig) -> Problems:
         known = model.num_labels
-        if known >= 256:
+        if known is None or known >= 256:
             return []
         message = f"vocabulary {known} is less than the 256 values of a byte; use 256 or more"
         return [("model.vocabulary", message)]
@@ -150,7 +165,7 @@ class SyntheticTokensConfig(DataConfig):
 
     def problems(self, model: ModelConfig) -> Problems:
         known = model.num_labels
-        if self.vocabulary <= known:
+        if known is None or self.vocabulary <= known:
             return []
         message = f"vocabulary {self.vocabulary} is more than model.vocabulary {known}"
         return [("data.vocabulary", f"{message}; use {known} or less")]
@@ -175,9 +190,6 @@ class ArraysConfig(DataConfig):
         default=0.1, gt=0, description="part of train kept for evaluation if there is no test"
     )
 
-    def dataset_arguments(self, model: ModelConfig) -> dict[str, Any]:
-        return {**super().dataset_arguments(model), "rules": example_rules(model)}
-
     def unused(self) -> dict[str, str]:
         return {} if self.test is None else {"test_fraction": f"test {self.test}"}
 
@@ -190,7 +202,7 @@ class ArrayRecordConfig(ArraysConfig):
 
 
 class PythonConfig(DataConfig):
-    """Call a function of a Python file, which returns a data set of anything that iterates."""
+    """Call a function of your own, which returns a data set of anything that iterates."""
 
     in_files: ClassVar[bool] = True
     file_field: ClassVar[str | None] = "source"
@@ -200,7 +212,11 @@ class PythonConfig(DataConfig):
         description="the file and the function, as my_data.py:make; the file is run, and the "
         "function is called with batch_size and seed and returns a gpipe_jax.data.Dataset"
     )
+    arguments: Arguments = Field(default={}, description="further arguments, by name")
     batch_size: Count = Field(default=64, description="examples in a step, over all replicas")
+
+    def named_code(self) -> list[NamedCode]:
+        return [NamedCode("source", self.source, self.arguments)]
 
 
 AnyDataConfig = (
@@ -215,17 +231,21 @@ AnyDataConfig = (
 )
 
 
-def example_rules(model: ModelConfig) -> Rules:
-    """Return what a network requires of examples from files."""
-    return Rules(tokens=model.reads_tokens, classes=model.num_labels)
+def example_rules(model: ModelConfig, loss: LossConfig) -> Rules:
+    """Return what a network and its loss require of examples from files."""
+    tokens = model.reads_tokens or model.sequence_length is not None
+    return Rules(tokens, model.num_labels, loss.reads_floats, loss.ignored_label)
 
 
 def model_reads_data(model: AnyModelConfig, data: AnyDataConfig) -> Problems:
     """Return why the network cannot read the data set."""
     if data.in_files:
         return []
-    if model.reads_tokens == data.holds_tokens:
+    if model.accepts(tokens=data.holds_tokens):
         return data.problems(model)
+    if isinstance(model, PythonModelConfig):
+        message = f"data {data.kind!r} has tokens in sequences; give the tokens in a sequence"
+        return [("model.length", message)]
     tokens = [c.model_fields["kind"].default for c in get_args(AnyDataConfig) if c.holds_tokens]
     readers = [c.model_fields["kind"].default for c in get_args(AnyModelConfig) if c.reads_tokens]
     message = (

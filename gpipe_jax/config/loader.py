@@ -24,7 +24,7 @@ from etils import epath
 from gpipe_jax.config import messages
 from gpipe_jax.config.base import Configuration, Section
 from gpipe_jax.config.messages import KeyPath, show
-from gpipe_jax.config.run import Config, section_models, unused
+from gpipe_jax.config.run import Config, calls, section_models, unused
 from gpipe_jax.config.yaml_parser import Draft, Location, YamlError, override, parse
 from gpipe_jax.errors import ArgumentError, ConfigError, SectionError
 from gpipe_jax.utils import paths
@@ -56,7 +56,13 @@ def load(source: Source, overrides: Iterable[str] = ()) -> Config:
 
         config = gpipe.load("configs/digits.yaml", ["train.steps=100"])
     """
-    return load_as(Config, source, overrides)
+    config = load_as(Config, source, overrides)
+    if config.train.code is None and calls(config) and isinstance(source, str | os.PathLike):
+        folder = os.path.dirname(source)
+        if folder and paths.is_local(folder):
+            train = config.train.model_copy(update={"code": folder})
+            return config.model_copy(update={"train": train})
+    return config
 
 
 def load_as(root: type[C], source: Source, overrides: Iterable[str] = ()) -> C:
@@ -293,7 +299,7 @@ def _section(draft: Draft, name: str) -> _Checked:
     if "" not in models:
         kind, kinds = value.get("kind"), list(models)
         if not isinstance(kind, str) or kind not in models:
-            problem = messages.unknown_kind(name, kind, kinds)
+            problem = messages.unknown_kind(name, kind, kinds, draft.root)
             if "kind" not in value:
                 problem = messages.no_kind(name, kinds)
             _report(draft, (name, "kind"), problem)

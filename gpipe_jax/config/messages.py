@@ -70,6 +70,7 @@ _RULES = {
     "string_type": "text",
     "string_too_short": "text, not nothing",
     "tuple_type": "a list",
+    "dict_type": "a mapping",
     "too_short": "a list of at least {min_length}",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -90,7 +91,7 @@ def _rule(error: Any) -> str:
 
 
 SECTIONS = {
-    "gpipe train": ("model", "data", "mesh", "pipeline", "optimizer", "train", "profile"),
+    "gpipe train": ("model", "data", "loss", "mesh", "pipeline", "optimizer", "train", "profile"),
     "nas search": ("space", "evaluate", "evolution", "limits", "run"),
 }
 
@@ -119,8 +120,10 @@ def no_kind(name: str, kinds: Sequence[str]) -> str:
     return f"{name}.kind: required; give {_one_of(kinds)}"
 
 
-def unknown_kind(name: str, given: Any, kinds: Sequence[str]) -> str:
+def unknown_kind(name: str, given: Any, kinds: Sequence[str], root: type[Configuration]) -> str:
     """Word the problem of a section whose kind does not exist."""
+    if reason := root.refused.get(f"{name}.kind={given}"):
+        return f"{name}.kind: {reason}"
     hint = text.did_you_mean(given, kinds)
     return f"{name}.kind: expected {_one_of(kinds)}, got {show(given)}{hint}"
 

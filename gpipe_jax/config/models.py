@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from gpipe_jax.config.base import Count, Depth, Fraction, LocalPath, PositiveOrZero, Section
+from gpipe_jax.config.base import (
+    Count,
+    Depth,
+    Fraction,
+    LocalPath,
+    NamedCode,
+    PositiveOrZero,
+    Section,
+)
+from gpipe_jax.config.calls import Arguments, Function
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.genotypes.amoebanet import GENOTYPES
 from gpipe_jax.genotypes.genotype import Genotype, is_json
@@ -43,8 +52,8 @@ class ModelConfig(Section):
     kind: str
 
     @property
-    def num_labels(self) -> int:
-        """Return the number of different labels that the network can predict."""
+    def num_labels(self) -> int | None:
+        """Return the number of different labels that the network can predict, if it is known."""
         raise NotImplementedError
 
     @property
@@ -56,6 +65,10 @@ class ModelConfig(Section):
     def has_dropout(self) -> bool:
         """Return whether training draws random numbers."""
         return False
+
+    def accepts(self, *, tokens: bool) -> bool:
+        """Return whether the network can read tokens, or else images."""
+        return self.reads_tokens == tokens
 
     def network_arguments(self) -> dict[str, Any]:
         """Return the arguments of the network's function in `zoo.MODELS`."""
@@ -329,4 +342,47 @@ class MlpConfig(ModelConfig):
         ]
 
 
-AnyModelConfig = ConvNetConfig | ResNetConfig | AmoebaNetConfig | TransformerConfig | MlpConfig
+class PythonModelConfig(ModelConfig):
+    """Call a function of your own, which returns the network as a list of layers."""
+
+    kind: Literal["python"] = "python"
+    function: Function = Field(
+        description="the module or file and the function, as my_model.py:layers; it is called with "
+        "the arguments and returns a list of layers"
+    )
+    arguments: Arguments = Field(default={}, description="arguments of the function, by name")
+    length: Count | None = Field(
+        default=None, description="tokens in a training sequence, for data of tokens"
+    )
+    classes: Count | None = Field(
+        default=None, description="number of labels (or tokens), to check the data; default: any"
+    )
+
+    def named_code(self) -> list[NamedCode]:
+        return [NamedCode("function", self.function, self.arguments)]
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.classes
+
+    @property
+    def sequence_length(self) -> int | None:
+        return self.length
+
+    def accepts(self, *, tokens: bool) -> bool:
+        return not tokens or self.length is not None
+
+    def size_rules(self, images: ImageShape) -> list[SizeRule]:
+        if self.classes is None:
+            return []
+        return [SizeRule("classes", "classes", self.classes, images.classes, _what(images)[1])]
+
+
+AnyModelConfig = (
+    ConvNetConfig
+    | ResNetConfig
+    | AmoebaNetConfig
+    | TransformerConfig
+    | MlpConfig
+    | PythonModelConfig
+)

@@ -4,7 +4,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from gpipe_jax.config.base import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Section
+from gpipe_jax.config.base import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NamedCode,
+    Positive,
+    PositiveOrZero,
+    Section,
+)
+from gpipe_jax.config.calls import Arguments, Function
 
 
 class OptimizerConfig(Section):
@@ -80,4 +89,40 @@ class RmsPropConfig(OptimizerConfig):
     momentum: Fraction = Field(default=0.9, description="decay of the velocity, in [0, 1)")
 
 
-AnyOptimizerConfig = SgdConfig | AdamConfig | RmsPropConfig
+class LionConfig(OptimizerConfig):
+    """Use Lion: the sign of a moving average, with one number per parameter."""
+
+    kind: Literal["lion"] = "lion"
+    b1: Fraction = Field(default=0.9, description="decay of the average in an update, in [0, 1)")
+    b2: Fraction = Field(default=0.99, description="decay of the average that is kept, in [0, 1)")
+
+
+class PythonOptimizerConfig(OptimizerConfig):
+    """Call a function of your own, or of optax, which returns an optax transformation.
+
+    The other settings act around it, as around the other kinds.
+    """
+
+    kind: Literal["python"] = "python"
+    function: Function = Field(
+        description="the module or file and the function, as optax:adabelief; it is called with "
+        "learning_rate, a function of the step, and the arguments"
+    )
+    arguments: Arguments = Field(default={}, description="further arguments, by name")
+
+    def named_code(self) -> list[NamedCode]:
+        return [NamedCode("function", self.function, self.arguments)]
+
+
+AnyOptimizerConfig = SgdConfig | AdamConfig | RmsPropConfig | LionConfig | PythonOptimizerConfig
+
+REFUSED = {
+    name: f"{name} {reason}, so its result would depend on mesh.stages; use {substitute}"
+    for name, reason, substitute in (
+        ("adafactor", "factors the squares of whole arrays", "lion, with one number per parameter"),
+        ("lamb", "scales by the norm of each array", "adamw, with clip_norm"),
+        ("lars", "scales by the norm of each array", "sgd, with clip_norm"),
+        ("muon", "multiplies whole matrices", "adamw or lion"),
+    )
+}
+"""Name optimizers that are no kinds, with the reason and what to use."""

@@ -11,15 +11,19 @@ from gpipe_jax.config.base import (
     Count,
     CountOrZero,
     Depth,
+    LocalPath,
     Mark,
+    NamedCode,
     Positive,
     PositiveOrZero,
     Problems,
     Section,
 )
+from gpipe_jax.config.calls import CallItem
 from gpipe_jax.config.data import AnyDataConfig, DataConfig, model_reads_data
+from gpipe_jax.config.losses import AnyLossConfig, ModelLossConfig
 from gpipe_jax.config.models import AnyModelConfig
-from gpipe_jax.config.optimizers import AdamConfig, AnyOptimizerConfig
+from gpipe_jax.config.optimizers import REFUSED, AdamConfig, AnyOptimizerConfig
 from gpipe_jax.schedules.generators import CHUNKED_TRAINING, TRAINING
 from gpipe_jax.utils import choices
 from gpipe_jax.utils.text import GIB, batch_problem
@@ -140,6 +144,16 @@ class TrainConfig(Section):
     seed: Annotated[CountOrZero, Mark.LENGTH] = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )
+    metrics: Annotated[tuple[CallItem, ...], Mark.OPERATION] = Field(
+        default=(),
+        description="further metrics, as module:function or {function: ..., arguments: {...}}; "
+        "each is called with outputs and labels and returns a number for each example",
+    )
+    callbacks: Annotated[tuple[CallItem, ...], Mark.OPERATION] = Field(
+        default=(),
+        description="what is called with the record of each step, and of each evaluation; if it "
+        "returns true, the run ends",
+    )
     writers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Mark.OPERATION] = Field(
         default=(), description="where else the metrics are written: tensorboard, wandb"
     )
@@ -147,6 +161,18 @@ class TrainConfig(Section):
         default=None,
         description="folder of the run, also gs://; default: runs/<name of the config file>",
     )
+    code: Annotated[LocalPath | None, Mark.OPERATION] = Field(
+        default=None,
+        description="folder of the Python files that the config names, before the current folder; "
+        "default: that of the config file",
+    )
+
+    def named_code(self) -> list[NamedCode]:
+        return [
+            NamedCode(field, call.function, call.arguments)
+            for field, calls in (("metrics", self.metrics), ("callbacks", self.callbacks))
+            for call in calls
+        ]
 
 
 class ProfileConfig(Section):
@@ -204,6 +230,7 @@ class Config(Configuration):
     Attributes:
         model: The network: kind and sizes.
         data: The data set: kind, batch size, files.
+        loss: The loss: kind and settings.
         mesh: The devices: stages x data.
         pipeline: Micro-batches, schedule, partition, recomputation.
         optimizer: Kind, learning rate, decay.
@@ -216,6 +243,7 @@ class Config(Configuration):
         assert config.mesh.stages == 1
     """
 
+    refused = {f"optimizer.kind={name}": reason for name, reason in REFUSED.items()}  # noqa: RUF012
     rules = (
         _batch_splits,
         _every_stage_has_layers,
@@ -225,6 +253,9 @@ class Config(Configuration):
 
     model: AnyModelConfig = Field(discriminator="kind", description="the network")
     data: AnyDataConfig = Field(discriminator="kind", description="the data set")
+    loss: AnyLossConfig = Field(
+        default=ModelLossConfig(), discriminator="kind", description="the loss"
+    )
     mesh: MeshConfig = Field(default=MeshConfig(), description="the devices")
     pipeline: PipelineConfig = Field(default=PipelineConfig(), description="the pipeline")
     optimizer: AnyOptimizerConfig = Field(
@@ -272,3 +303,12 @@ def unused(config: Configuration) -> dict[str, str]:
         for name, section in config
         for field, reason in section.unused().items()
     }
+
+
+def calls(config: Configuration) -> list[NamedCode]:
+    """Return the code that a config names; each field is a dotted name."""
+    return [
+        code._replace(field=f"{name}.{code.field}")
+        for name, section in config
+        for code in section.named_code()
+    ]

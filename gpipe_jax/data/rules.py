@@ -18,10 +18,14 @@ class Rules(NamedTuple):
         tokens: Whether the inputs are whole numbers (tokens), not floats or pixels. Default: False.
         classes: One more than the largest label, and than the largest token. Default: None, not
             known.
+        float_labels: Whether labels may be floats, which no class limits. Default: False.
+        ignored_label: A label that the loss leaves out. Default: None.
     """
 
     tokens: bool = False
     classes: int | None = None
+    float_labels: bool = False
+    ignored_label: int | None = None
 
     def apply(self, source: str, batch: Batch) -> Batch:
         """Check a batch and return it in the types of training.
@@ -38,7 +42,9 @@ class Rules(NamedTuple):
         """
         self.check(source, batch)
         inputs, labels = (batch[key] for key in KEYS)
-        return {"inputs": self._inputs(source, inputs), "labels": labels.astype(np.int32)}
+        dtype = np.int32 if np.issubdtype(labels.dtype, np.integer) else np.float32
+        labels = cast(f"labels of {source}", labels, dtype)
+        return {"inputs": self._inputs(source, inputs), "labels": labels}
 
     def check(self, source: str, batch: Batch) -> None:
         """Check that labels and tokens are whole numbers in the range of the network.
@@ -51,10 +57,11 @@ class Rules(NamedTuple):
             DataError: They are not.
         """
         used = np.asarray(batch["weights"]) > 0 if "weights" in batch else slice(None)
-        labels = np.asarray(batch["labels"])
-        if not np.issubdtype(labels.dtype, np.integer):
+        labels = np.asarray(batch["labels"])[used]
+        if np.issubdtype(labels.dtype, np.integer):
+            self._check_range(f"labels of {source}", labels[labels != self.ignored_label])
+        elif not (self.float_labels and np.issubdtype(labels.dtype, np.floating)):
             raise DataError(f"labels of {source} have type {labels.dtype}; they must be integers")
-        self._check_range(f"labels of {source}", labels[used])
         if self.tokens:
             self._check_range(f"inputs of {source}", np.asarray(batch["inputs"])[used])
 

@@ -69,9 +69,10 @@ def from_config(config: Config) -> tuple[Job, Layout]:
     with section("data", file_field=config.data.file_field):
         example = build.example(config)
     with section("model"):
-        layers, loss = build.network(config.model), build.loss(config.model)
+        layers = build.network(config.model, config.train.code)
+    loss = build.loss_of(config)
     with section("optimizer"):
-        tx = optimizers.build(config.optimizer, config.train.steps)
+        tx = optimizers.build(config.optimizer, config.train.steps, config.train.code)
     pipeline = config.pipeline
     job = Job(
         layers,

@@ -1,24 +1,27 @@
 """Build what a config describes: data set, network, loss, mesh, pipeline and optimizer."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from gpipe_jax import data, losses, zoo
+from gpipe_jax import data, losses, own_code, zoo
 from gpipe_jax.config.base import section
-from gpipe_jax.config.data import example_rules
-from gpipe_jax.config.models import ModelConfig
+from gpipe_jax.config.data import ArraysConfig, PythonConfig, example_rules
+from gpipe_jax.config.losses import ModelLossConfig, PythonLossConfig
+from gpipe_jax.config.models import ModelConfig, PythonModelConfig
 from gpipe_jax.config.run import Config
 from gpipe_jax.data import stream
 from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
 from gpipe_jax.distributed.processes import close_in_all, same_in_all
 from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.layers.layer import Layer
+from gpipe_jax.losses.further_metrics import with_metrics
 from gpipe_jax.pipeline import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.run_folder.folder import CHECKPOINTS
@@ -36,6 +39,10 @@ def dataset(config: Config) -> data.Dataset:
     if not config.data.in_files:
         _check_memory(config)
     arguments = config.data.dataset_arguments(config.model)
+    if isinstance(config.data, PythonConfig):
+        arguments["folder"] = config.train.code
+    elif isinstance(config.data, ArraysConfig):
+        arguments["rules"] = example_rules(config.model, config.loss)
     return data.DATASETS[config.data.kind](seed=config.train.seed, **arguments)
 
 
@@ -55,7 +62,7 @@ def example(config: Config) -> dict:
     """Return the shapes of a batch; of a data set in files, read one batch for them."""
     if config.data.in_files:
         first = next(dataset(config).train(0))
-        return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in first.items()}
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dict(first))
     count, images = config.data.batch_size, config.data.images()
     if images is None:
         tokens = jax.ShapeDtypeStruct((count, config.model.sequence_length), np.int32)
@@ -64,16 +71,66 @@ def example(config: Config) -> dict:
     return {"inputs": inputs, "labels": jax.ShapeDtypeStruct((count,), np.int32)}
 
 
-def network(model: ModelConfig) -> list[Layer]:
-    """Return the layers of a config's model."""
-    return zoo.MODELS[model.kind](**model.network_arguments())
+def network(model: ModelConfig, folder: own_code.Folder = None) -> list[Layer]:
+    """Return the layers of a config's model; `folder` has the user's own Python files."""
+    if not isinstance(model, PythonModelConfig):
+        return zoo.MODELS[model.kind](**model.network_arguments())
+    layers = own_code.call(model.function, model.arguments, folder)
+    if not isinstance(layers, list | tuple):
+        raise ArgumentError(
+            "function",
+            f"`function` {model.function} returned a {type(layers).__name__}; it must return a "
+            f"list of layers, each as gpipe_jax.layer(Module, ...) makes it",
+        )
+    return list(layers)
 
 
 def loss(model: ModelConfig) -> Callable:
-    """Return the loss function of a config's model."""
+    """Return the loss function that goes with a config's model."""
     if model.reads_tokens:
         return losses.softmax_cross_entropy
     return losses.classification(**model.loss_arguments())
+
+
+def loss_of(config: Config) -> Callable:
+    """Return the loss function of a config, with the metrics that it names."""
+    folder, chosen = config.train.code, config.loss
+    if isinstance(chosen, ModelLossConfig):
+        with section("model"):
+            function = loss(config.model)
+    else:
+        with section("loss"):
+            function = (
+                _function(chosen.function, chosen.arguments, folder)
+                if isinstance(chosen, PythonLossConfig)
+                else losses.NAMES[chosen.kind](**chosen.loss_arguments())
+            )
+    with section("train", function="metrics", arguments="metrics"):
+        further = {
+            own_code.split(call.function)[1]: _function(call.function, call.arguments, folder)
+            for call in config.train.metrics
+        }
+    return with_metrics(function, further) if further else function
+
+
+def callbacks(config: Config) -> list[Callable[[dict], Any]]:
+    """Return the functions that a run calls with its records."""
+    with section("train", function="callbacks", arguments="callbacks"):
+        return [
+            _function(call.function, call.arguments, config.train.code, positional=1)
+            for call in config.train.callbacks
+        ]
+
+
+def _function(
+    reference: str, arguments: Mapping[str, Any], folder: own_code.Folder, positional: int = 2
+) -> Callable:
+    """Return a function with its last arguments bound, or an object of a class."""
+    function = own_code.find(reference, folder)
+    if isinstance(function, type):
+        return own_code.call(reference, arguments, folder)
+    own_code.check_arguments(function, reference, arguments, positional=positional)
+    return functools.partial(function, **arguments) if arguments else function
 
 
 # --- everything -----------------------------------------------------------------------------------
@@ -87,6 +144,7 @@ class Assembly(NamedTuple):
     dataset: data.Dataset
     trainer: Trainer
     data_identity: dict  # of the data set, as `stream.fingerprint` describes it
+    callbacks: Sequence[Callable[[dict], Any]] = ()
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -118,7 +176,8 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
         batches = dataset(config)
         first = next(batches.train(0))
     with section("model"):
-        layers, loss_function = network(config.model), loss(config.model)
+        layers = network(config.model, config.train.code)
+    loss_function, record = loss_of(config), callbacks(config)
     with section("mesh"):
         mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
     with section("pipeline", memory_limit="memory_limit_gib"):
@@ -136,26 +195,37 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
         )
     if config.data.in_files:
         with section("data", file_field=config.data.file_field):
-            rules = example_rules(config.model)
+            rules = _rules(config)
             _check_data(batches, first, pipe, rules)
-            batches = _checked(batches, rules)
+            batches = _checked(batches, rules) if rules else batches
     with section("optimizer"):
-        tx = optimizers.build(config.optimizer, config.train.steps)
+        tx = optimizers.build(config.optimizer, config.train.steps, config.train.code)
     # With this optimizer, a device may need more than the memory limit.
     with section("pipeline", memory_limit="memory_limit_gib"):
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
     identity = stream.fingerprint(batches, first)
-    return Assembly(config, folder, batches, trainer, identity)
+    return Assembly(config, folder, batches, trainer, identity, record)
 
 
-def _check_data(dataset: data.Dataset, first: dict, pipe: Pipeline, rules: data.Rules) -> None:
+def _rules(config: Config) -> data.Rules | None:
+    """Return what examples from files must be; None if nothing is known of them."""
+    is_open = isinstance(config.model, PythonModelConfig) and config.model.classes is None
+    if is_open and isinstance(config.data, PythonConfig):
+        return None
+    return example_rules(config.model, config.loss)
+
+
+def _check_data(
+    dataset: data.Dataset, first: dict, pipe: Pipeline, rules: data.Rules | None
+) -> None:
     """Raise DataError for what the first step, or the first evaluation, would find later."""
     held_out = next(iter(dataset.test()), None)
     if held_out is None:
         raise DataError(f"the held-out data of {dataset.name} has no examples; give some")
     micro_batches.split(held_out, pipe.example, pipe.micro_batches)
-    rules.check(f"the first training batch of {dataset.name}", first)
-    rules.check(f"the first held-out batch of {dataset.name}", held_out)
+    if rules:
+        rules.check(f"the first training batch of {dataset.name}", first)
+        rules.check(f"the first held-out batch of {dataset.name}", held_out)
 
 
 def _checked(dataset: data.Dataset, rules: data.Rules) -> data.Dataset:

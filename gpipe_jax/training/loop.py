@@ -39,6 +39,7 @@ class TrainingLoop:
         self.saved_step: int | None = restored.manifest.step if restored else None
         # The evaluation of the current step, if it is done.
         self.evaluation = restored.manifest.metrics if restored else None
+        self.ended = False  # whether a callback has ended the run before its last step
         if restored and processes.is_first():
             for line in resume.describe(restored):
                 say(line)
@@ -82,22 +83,24 @@ class TrainingLoop:
 
         def stopped(step: int) -> bool:
             self.stop.has_unsaved = step > first_step
-            return self.stop.should_stop()
+            return self.stop.should_stop() or self.ended
 
         save_every = config.save_every or config.eval_every
+        if self.evaluation is not None:  # a resumed run ends again where a callback ended it
+            self._call_back({"step": first_step, **self.evaluation})
         while True:
             step, stopping = self.current.step, self._evaluate_if_due()
-            if stopping or step == self._next(step - 1, save_every):
+            if stopping or self.ended or step == self._next(step - 1, save_every):
                 self._save()
             if stopping:
                 raise self._stopped()
-            if step == config.steps:
+            if step == config.steps or self.ended:
                 return self._finish()
             due = min(self._next(step, config.eval_every), self._next(step, save_every))
             due = min(due, self.profile.until(step) or due)
             with self._saving_before_errors(), self.profile.over(step):
                 self._fit(batches, due, stopped)
-            if self.current.step < due:
+            if self.current.step < due and not self.ended:
                 self._save()
                 raise self._stopped()
 
@@ -108,7 +111,8 @@ class TrainingLoop:
     def _evaluate_if_due(self) -> bool:
         """Evaluate, if it is due at this step; return whether the run was stopped meanwhile."""
         step, trainer = self.current.step, self.assembly.trainer
-        if step == 0 or step != self._next(step - 1, self.assembly.config.train.eval_every):
+        is_due = self.ended or step == self._next(step - 1, self.assembly.config.train.eval_every)
+        if step == 0 or not is_due:
             return False
         if self.evaluation is not None:
             return False
@@ -120,13 +124,22 @@ class TrainingLoop:
         trainer.check_finite("held-out loss", step, figures["test_loss"])
         self.log.evaluation({"step": step, **figures})
         self.evaluation = figures
+        self._call_back({"step": step, **figures})
         return False
+
+    def _record(self, record: dict) -> None:
+        self.log.step(record)
+        self._call_back(record)
+
+    def _call_back(self, record: dict) -> None:
+        """Call the callbacks of the config; the run ends if one of them returns true."""
+        self.ended = any([callback(record) for callback in self.assembly.callbacks]) or self.ended
 
     def _fit(self, batches: Iterator[dict], due: int, stopped: Callable[[int], bool]) -> None:
         """Train until `due`, or until an error."""
         trainer = self.assembly.trainer
         try:
-            self._reach(trainer.fit(self.current, batches, due, self.log.step, stopped))
+            self._reach(trainer.fit(self.current, batches, due, self._record, stopped))
         except Exception:
             if trainer.reached is not None:
                 self._reach(trainer.reached)

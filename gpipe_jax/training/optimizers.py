@@ -13,12 +13,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpipe_jax.config.optimizers import AdamConfig, OptimizerConfig, RmsPropConfig, SgdConfig
+from gpipe_jax import own_code
+from gpipe_jax.config.optimizers import (
+    AdamConfig,
+    LionConfig,
+    OptimizerConfig,
+    PythonOptimizerConfig,
+    RmsPropConfig,
+    SgdConfig,
+)
 from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.trees import PyTree, has_structure_of, path_name
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig, steps: int, folder: own_code.Folder = None
+) -> optax.GradientTransformation:
     """Build the optimizer of a config.
 
     An update, in this order: add `l2` times the parameters to the gradients; clip their global
@@ -29,32 +39,59 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     Args:
         config: The `optimizer` section of a `Config`, such as `AdamConfig(learning_rate=3e-4)`.
         steps: Updates of the whole run; the schedule of the learning rate ends there.
+        folder: Where to look for the Python file of `PythonOptimizerConfig` before the current
+            folder. Default: nowhere.
 
     Returns:
         An optax transformation that acts on each element alone (and by global norms). Its `update`
         needs the keyword `decaying`, which `Trainer` passes, if the config has a decay.
 
     Raises:
-        ArgumentError: `warmup_steps` is not less than `steps`.
+        ArgumentError: `warmup_steps` is not less than `steps`; or the function of the config cannot
+            be called, or returns no optax transformation.
 
     Example::
 
         tx = gpipe.optimizers.build(config.optimizer, steps=config.train.steps)
         trainer = gpipe.Trainer(pipe, tx)
     """
+    if isinstance(config, PythonOptimizerConfig):
+        return _chain(config, learning_rate(config, steps), _named(config, steps, folder))
     hashable: Any = config
     return _build(hashable, steps)
+
+
+def _named(
+    config: PythonOptimizerConfig, steps: int, folder: own_code.Folder
+) -> optax.GradientTransformation:
+    """Return what the function of a config returns."""
+    given = {"learning_rate": learning_rate(config, steps)}
+    tx = own_code.call(config.function, config.arguments, folder, given=given)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ArgumentError(
+            "function",
+            f"`function` {config.function} returned a {type(tx).__name__}; it must return an "
+            f"optax.GradientTransformation",
+        )
+    return tx
 
 
 @functools.lru_cache(maxsize=16)  # one object for equal arguments: `check_elementwise` caches by it
 def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate(config, steps)
+    return _chain(config, rate, _descent(config, rate))
+
+
+def _chain(
+    config: OptimizerConfig, rate: optax.Schedule, descent: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Return the decays and the clipping of a config around its descent."""
     transformations = []
     if config.l2:
         transformations.append(weight_decay(config.l2))
     if config.clip_norm is not None:
         transformations.append(optax.clip_by_global_norm(config.clip_norm))
-    transformations.append(_descent(config, rate))
+    transformations.append(descent)
     if config.weight_decay:
         transformations.append(weight_decay(lambda step: -config.weight_decay * rate(step)))
     return optax.chain(*transformations)
@@ -66,6 +103,8 @@ def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTra
         return optax.chain(optax.trace(config.momentum, config.nesterov), scale)
     if isinstance(config, AdamConfig):
         return optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), scale)
+    if isinstance(config, LionConfig):
+        return optax.chain(optax.scale_by_lion(config.b1, config.b2), scale)
     if isinstance(config, RmsPropConfig):
         # As tf.compat.v1.train.RMSPropOptimizer: the velocity holds steps, not gradients. So a
         # change of the learning rate takes effect gradually.

@@ -6,6 +6,7 @@ says so, `tensorboard/` and `profile/`. A later run in the same folder resumes i
 """
 
 import contextlib
+import os
 import statistics
 import tempfile
 import time
@@ -19,7 +20,7 @@ from gpipe_jax import plots
 from gpipe_jax.checkpoint.manifest import Manifest
 from gpipe_jax.config import loader
 from gpipe_jax.config.base import Mark
-from gpipe_jax.config.run import Config, marks
+from gpipe_jax.config.run import Config, calls, marks
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest, handle_signals
 from gpipe_jax.errors import ConfigError
@@ -130,7 +131,10 @@ def evaluate(assembly: Assembly, stop: StopRequest | None = None) -> RunSummary:
 def write_config(assembly: Assembly) -> None:
     """Write the config into the working folder, with the folder's own name."""
     if processes.is_first():
-        train = assembly.config.train.model_copy(update={"workdir": str(assembly.workdir)})
+        folders = {"workdir": str(assembly.workdir)}
+        if calls(assembly.config):  # `gpipe eval FOLDER` runs the same code
+            folders["code"] = os.path.abspath(assembly.config.train.code or "")
+        train = assembly.config.train.model_copy(update=folders)
         with writing(assembly.workdir):
             text = loader.dump(assembly.config.model_copy(update={"train": train}))
             atomic_files.write_text(assembly.workdir / CONFIG, text, durable=True)

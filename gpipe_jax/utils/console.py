@@ -84,7 +84,7 @@ def add_command(
     return parser
 
 
-CONFIG_RUNS_CODE = "a YAML file; if it names a Python file (data.source), the command runs that"
+CONFIG_RUNS_CODE = "a YAML file; if it names Python code (data.source, model.function), it is run"
 
 
 def add_config(
