@@ -8,11 +8,10 @@ import pytest
 import gpipe_jax as gpipe
 from gpipe_jax.losses import (
     classification,
-    counting_rows,
     softmax_cross_entropy,
     squared_error,
-    weighted_sums,
 )
+from gpipe_jax.losses.weighting import counting_rows, weighted_sums
 
 
 def entropy_in_numpy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -13,18 +13,17 @@ Public: `softmax_cross_entropy`, `classification`, `token_cross_entropy`, `binar
 """
 
 import functools
-from collections.abc import Callable
 
-from gpipe_jax.losses.elements import counted
 from gpipe_jax.losses.cross_entropy import (
     classification,
     softmax_cross_entropy,
     token_cross_entropy,
 )
+from gpipe_jax.losses.elements import counted
 from gpipe_jax.losses.elementwise import binary_cross_entropy, squared_error
 
 # Each name of a loss, and the function of keyword arguments that returns it.
-NAMES: dict[str, Callable[..., Callable]] = {
+NAMES = {
     "binary_cross_entropy": binary_cross_entropy,
     "classification": classification,
     "squared_error": functools.partial(counted, squared_error),

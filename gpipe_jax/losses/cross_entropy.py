@@ -153,5 +153,3 @@ class _Classification:
                 f"{expected}, got {got}; use both an auxiliary head and its weight, or neither"
             )
         return heads
-
-

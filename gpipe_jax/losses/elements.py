@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpipe_jax.losses.weighting import losses_and_metrics
 from gpipe_jax.utils.trees import PyTree
@@ -73,14 +75,17 @@ class Counted:
         """Return the sum of the weights of each example's elements, [B]."""
         return _sum_of_examples(self._elements(labels)[1])
 
-    def _elements(self, labels: PyTree) -> tuple[jax.Array, jax.Array]:
+    def _elements(self, labels: Any) -> tuple[jax.Array, jax.Array]:
         """Return the label and the weight of each element."""
-        weights = None
         if isinstance(labels, Mapping) and set(labels) == {"labels", "weights"}:
-            labels, weights = labels["labels"], labels["weights"]
-        if not hasattr(labels, "shape"):
+            return labels["labels"], self._used(labels["labels"], labels["weights"])
+        if not isinstance(labels, jax.Array | np.ndarray):
             raise ValueError(f"{_FORM}; got a {type(labels).__name__}")
-        weights = jnp.ones(labels.shape, float) if weights is None else weights
+        labels = jnp.asarray(labels)
+        return jnp.asarray(labels), self._used(labels, jnp.ones(labels.shape, float))
+
+    def _used(self, labels: Any, weights: Any) -> jax.Array:
+        """Return the weights of labels in float32 at least, 0 for those to ignore."""
         if weights.shape != labels.shape:
             raise ValueError(
                 f"{_FORM}; got labels {list(labels.shape)}, weights {list(weights.shape)}"
@@ -88,7 +93,7 @@ class Counted:
         weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
         if self.ignore_index is not None:
             weights = jnp.where(labels == self.ignore_index, 0, weights)
-        return labels, weights
+        return weights
 
 
 def _zero_unless(used: jax.Array, a: jax.Array) -> jax.Array:

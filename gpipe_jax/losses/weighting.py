@@ -14,6 +14,10 @@ from gpipe_jax.utils.trees import PyTree
 class HasCount(Protocol):
     """Describe a loss with a method `count`: how much an example counts, beside its weight."""
 
+    def __call__(self, outputs: PyTree, labels: PyTree) -> Any:
+        """Return what every loss returns."""
+        ...
+
     def count(self, labels: PyTree) -> jax.Array:
         """Return a number of at least 0 for each example, [B]."""
         ...
@@ -70,7 +74,8 @@ def with_counts(
     Example:
         >>> from gpipe_jax.losses import token_cross_entropy
         >>> labels = jnp.array([[1, 2], [3, -100]])
-        >>> with_counts(token_cross_entropy(), labels, jnp.array([0.5, 0.5])).round(2).tolist()
+        >>> weights = with_counts(token_cross_entropy(), labels, jnp.array([0.5, 0.5]))
+        >>> [round(weight, 2) for weight in weights.tolist()]
         [0.67, 0.33]
     """
     if not isinstance(loss, HasCount):
@@ -120,6 +125,7 @@ def weighted_sums(
         ValueError: The loss returns no real array [B, ...], or a metric has a reserved name.
 
     Example:
+        >>> from gpipe_jax.losses import squared_error
         >>> outputs, labels = jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])
         >>> float(weighted_sums(squared_error, outputs, labels, jnp.array([0.5, 0.5]))[0])
         2.0

@@ -155,9 +155,7 @@ def parts(batch: dict, examples: int) -> list[dict]:
     return [jax.tree.map(lambda a, i=i: a[i : i + examples], batch) for i in starts]
 
 
-def _divide(
-    batch: dict, name: str, example: dict, micro_batches: int, rows: np.ndarray
-) -> PyTree:
+def _divide(batch: dict, name: str, example: dict, micro_batches: int, rows: np.ndarray) -> PyTree:
     """Return these rows of one entry of a batch, as arrays [M, N/M, ...] of its types."""
 
     def divide(path: tuple, a: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -239,7 +237,7 @@ def _check(batch: dict, example: dict) -> None:
 
 
 def check_structure(batch: dict, example: dict) -> None:
-    """Raise DataError unless the trees of `batch` are those of `example`, with as many rows each."""
+    """Raise DataError unless `batch` has the trees of `example`, with equal numbers of rows."""
     _check_counts(batch)
     for name, tree in batch.items():
         if jax.tree.structure(tree) != jax.tree.structure(example[name]):

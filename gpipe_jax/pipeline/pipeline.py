@@ -408,10 +408,13 @@ class Pipeline:
             DataError: The batch does not look like the example, or nothing in it counts.
         """
         parts = list(self.evaluate_parts(state, batch))
-        mean = weighted_mean(parts)
-        if not mean.weight:
+        total, means = weighted_mean(parts)
+        if not total:
             raise DataError("the loss counts nothing in this batch; give at least one such element")
-        return parts[0].value if len(parts) == 1 else jax.tree.map(jnp.asarray, mean.value)
+        if len(parts) == 1:
+            return parts[0].value
+        loss, *metrics = (jnp.asarray(mean) for mean in means.values())
+        return LossAndMetrics(loss, dict(zip(parts[0].value.metrics, metrics, strict=True)))
 
     def evaluate_parts(self, state: State, batch: dict) -> Iterator[Weighted]:
         """Evaluate a batch in parts of at most N examples.
@@ -454,7 +457,8 @@ class Pipeline:
 
         Example::
 
-            logits = pipe.predict(state, tokens[:, :7])
+            state = pipe.init(seed=0)
+            logits = pipe.predict(state, images[:3])
         """
         batch = batches.arrays({"inputs": inputs})
         outputs = []

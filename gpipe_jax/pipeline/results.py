@@ -1,6 +1,6 @@
 """Define what the steps of a `Pipeline` return."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from gpipe_jax.utils.trees import PyTree
 class LossAndMetrics(NamedTuple):
     """Hold weighted means over the examples of a batch, equal on every host."""
 
-    loss: jax.Array | float
-    metrics: Mapping[str, jax.Array | float]  # what the loss function returns beside the loss
+    loss: jax.Array
+    metrics: dict[str, jax.Array]  # what the loss function returns beside the loss
 
 
 class Weighted(NamedTuple):
@@ -23,17 +23,14 @@ class Weighted(NamedTuple):
     value: LossAndMetrics
 
 
-def weighted_mean(parts: Iterable[Weighted]) -> Weighted:
-    """Return the means over all parts, as numbers of Python, and the sum of the weights."""
-    total, loss, metrics = 0.0, 0.0, {}
+def weighted_mean(parts: Iterable[Weighted]) -> tuple[float, dict[str, float]]:
+    """Return the sum of the weights, and the means over all parts: "loss" and the metrics."""
+    total, sums = 0.0, dict[str, float]()
     for weight, value in parts:
         total += weight
-        loss += weight * float(value.loss)
-        for name, metric in value.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + weight * float(metric)
-    scale = total or 1.0
-    means = {name: metric / scale for name, metric in metrics.items()}
-    return Weighted(total, LossAndMetrics(loss / scale, means))
+        for name, mean in {"loss": value.loss, **value.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + weight * float(mean)
+    return total, {name: a / (total or 1.0) for name, a in sums.items()}
 
 
 class StepGradients(NamedTuple):

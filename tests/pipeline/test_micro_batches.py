@@ -260,6 +260,20 @@ def test_batch_norm_counts_examples_of_weight_zero():
     assert float(abs(other.value.loss - have.value.loss)) > 1e-4
 
 
+def test_a_short_batch_with_batch_norm_counts_its_inputs_again():
+    """Check the padding: the inputs of the batch in their order, at weight 0."""
+    pipe, state = build(NORMED), build(NORMED).init(0)
+    short = {name: a[:5] for name, a in make_batch().items()}
+    full = {name: a[np.arange(8) % 5] for name, a in short.items()}
+    full["weights"] = (np.arange(8) < 5).astype(float)
+    step = sequential.value_and_grad(NORMED, gpipe.losses.softmax_cross_entropy, 2)
+    start = pipe.to_layers(state), pipe.statistics(state)
+    value, gradients, stats = step(*start, full, step_key(0, 0))
+    have = pipe.value_and_grad(state, short)
+    assert_same((tuple(have.value), pipe.to_layers(have.gradients)), (value, gradients))
+    assert_same(pipe.statistics(have.state), stats)
+
+
 def test_batch_norm_refuses_numbers_that_are_not_finite():
     pipe, batch = build(NORMED), spoil(make_batch(), np.nan)
     said = (

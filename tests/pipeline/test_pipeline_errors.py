@@ -307,25 +307,6 @@ def normed() -> gpipe.Pipeline:
     return build([gpipe.layer(Normed), *gpipe.zoo.mlp((4, 3))])
 
 
-def test_batch_norm_would_count_padding(normed, pipe):
-    """Check that only training is refused, and only of a network with batch norm."""
-    message = (
-        r"a batch of 11 examples cannot be padded to 12 in training: batch norm would count the "
-        r"padding; give full batches"
-    )
-    state = normed.init(0)
-    with pytest.raises(ValueError, match=message):
-        normed.split(make_example(11), train=True)
-    with pytest.raises(ValueError, match=message):
-        normed.value_and_grad(state, make_example(11))
-    with pytest.raises(ValueError, match=message):
-        trainer = gpipe.Trainer(normed, optax.sgd(0.1))
-        trainer.step(trainer.start(state), make_example(11))
-    assert normed.split(make_example(12), train=True)["weights"].shape == (3, 4)
-    assert pipe.split(make_example(11), train=True)["weights"].shape == (3, 4)
-    assert normed.split(make_example(11))["weights"].shape == (3, 4), "for evaluation"
-
-
 def test_draws_that_are_not_of_examples():
     """Check random draws without an axis of examples, where each example has its own key."""
 
@@ -341,8 +322,8 @@ def test_draws_that_are_not_of_examples():
 
 
 def test_apply_checks_its_inputs(pipe):
-    with pytest.raises(ValueError, match=r"batch\['inputs'\] has shape \[2, 3\]"):
-        pipe.apply(None, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"does not take inputs float32\[4,3\]; the pipeline's ex"):
+        pipe.predict(None, np.zeros((2, 3)))
 
 
 # --- parameters ----------------------------------------------------------------------------------
