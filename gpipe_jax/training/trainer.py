@@ -20,8 +20,8 @@ from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
 from gpipe_jax.pipeline import memory, spmd
 from gpipe_jax.pipeline import state as states
-from gpipe_jax.pipeline.micro_batches import total_weight
 from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.pipeline.results import Weighted, weighted_mean
 from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
 from gpipe_jax.training.divergence import Divergence
 from gpipe_jax.training.elementwise import check_elementwise
@@ -376,30 +376,30 @@ class Trainer:
 
         Args:
             state: The state to evaluate; see `evaluated`.
-            batches: Batches like the pipeline's example, or shorter; such as an iterator.
+            batches: Batches like the pipeline's example, of any number of examples; such as an
+                iterator.
 
         Returns:
-            Weighted means over the examples, as "test_loss" and so on.
+            Weighted means over the examples, or over all elements that the loss counts, as
+            "test_loss" and so on.
 
         Raises:
             DataError: There are no examples, or their weights are negative or not finite.
         """
-        sums: dict[str, float] = {}
-        total = 0.0
-        for batch in batches:
-            weight = total_weight(batch)
-            with self._compiling("evaluation"):
-                loss, metrics = self.pipe.evaluate(state, batch)
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + weight * float(value)
-            total += weight
+        total, means = weighted_mean(self._evaluated_parts(state, batches))
         if not total:
             raise DataError("there is nothing to evaluate: the held-out data has no examples")
         if total == math.inf:
             raise DataError(
                 "the weights of all batches must have a finite sum, got inf; make them smaller"
             )
-        return {f"test_{name}": value / total for name, value in sums.items()}
+        return {f"test_{name}": mean for name, mean in means.items()}
+
+    def _evaluated_parts(self, state: State, batches: Iterable[dict]) -> Iterator[Weighted]:
+        for batch in batches:
+            with self._compiling("evaluation"):
+                parts = list(self.pipe.evaluate_parts(state, batch))
+            yield from parts
 
     def check_finite(self, name: str, step: int, value: float) -> None:
         """Check that a number is finite.
