@@ -12,7 +12,7 @@ imports only from the folders below its own:
     partition, zoo, sequential            balanced stages; networks; the reference
     layers, config, tpu_compiler          Flax layers; settings; compile without a TPU
     distributed, genotypes, data, plots   meshes, hosts; cells; data sets; pictures
-    progress, known_code                  the progress of a command; code that the user has run
+    progress, known_code, own_code        the progress of a command; code of the user
     schedules, losses                     orders of work; losses
     utils, errors                         what everything else uses
 

@@ -33,7 +33,7 @@ Function = Annotated[Text, AfterValidator(_names_a_function)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(_with_numbers)]
 
 
-class Call(Section):
+class NamedCall(Section):
     """Name a function or a class, and its arguments."""
 
     function: Function = Field(description="module:function, beside the config or installed")
@@ -43,7 +43,7 @@ class Call(Section):
 def _as_mapping(value: Any) -> Any:
     if isinstance(value, str):
         value = {"function": value}
-    if isinstance(value, Call):
+    if isinstance(value, NamedCall):
         return value
     if not isinstance(value, dict) or not {"function"} <= value.keys() <= {"function", "arguments"}:
         raise ValueError(
@@ -54,4 +54,4 @@ def _as_mapping(value: Any) -> Any:
 
 
 # An item of a list: a text alone, or with arguments.
-CallItem = Annotated[Call, BeforeValidator(_as_mapping)]
+CallItem = Annotated[NamedCall, BeforeValidator(_as_mapping)]

@@ -145,7 +145,7 @@ def test_eval_asks_before_it_runs_code_of_a_folder(gpipe, tmp_path, monkeypatch)
     refuses(
         gpipe("eval", config="runs/first"),
         "runs/first/config.yaml",
-        "this command would run my_data.py, which you have not run with `gpipe train`",
+        "my_data.py, which you have not run with `gpipe train`",
         "add --trust if you trust it",
     )
     assert gpipe("eval", "--trust", config="runs/first")[0] == 0
@@ -156,7 +156,7 @@ def test_the_help_says_that_the_code_of_a_config_runs(capsys, command):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "names a Python file (data.source), the command runs that" in text
+    assert "names Python code (data.source, model.function), it is run" in text
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ model:
 data:
   kind: digits
 """
-SECTIONS = "model, data, mesh, pipeline, optimizer, train, profile"
+SECTIONS = "model, data, loss, mesh, pipeline, optimizer, train, profile"
 SGD = "optimizer:\n  kind: sgd\n"
 
 
@@ -276,11 +276,12 @@ MESSAGES = [
     ("mesh: {micro_batches: 3}", "unknown key 'mesh.micro_batches'; did you mean 'pipeline.micro_batches'?"),  # noqa: E501
     ("mesh: {qqq: 3}", "unknown key 'mesh.qqq'; legal keys: stages, data, simulate"),
     ('mesh: {"a\\nb": 3}', r"unknown key 'mesh.a\nb'; legal keys: stages, data, simulate"),
-    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw' or 'adam', not 'sgd'; remove it"),  # noqa: E501
+    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw', 'adam' or 'lion', not 'sgd'; remove it"),  # noqa: E501
     # kinds
-    ("optimizer: {learning_rate: 0.5}", "optimizer.kind: required; give 'sgd', 'adamw', 'adam' or 'rmsprop'"),  # noqa: E501
-    ("optimizer: {kind: sdg}", "optimizer.kind: expected 'sgd', 'adamw', 'adam' or 'rmsprop', got 'sdg'; did you mean 'sgd'?"),  # noqa: E501
-    ("optimizer: {kind: [sgd]}", "optimizer.kind: expected 'sgd', 'adamw', 'adam' or 'rmsprop', got ['sgd']"),  # noqa: E501
+    ("optimizer: {learning_rate: 0.5}", "optimizer.kind: required; give 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python'"),  # noqa: E501
+    ("optimizer: {kind: sdg}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python', got 'sdg'; did you mean 'sgd'?"),  # noqa: E501
+    ("optimizer: {kind: adafactor}", "optimizer.kind: adafactor factors the squares of whole arrays, so its result would depend on mesh.stages; use lion, with one number per parameter"),  # noqa: E501
+    ("optimizer: {kind: [sgd]}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python', got ['sgd']"),  # noqa: E501
 ]  # fmt: skip
 
 
@@ -542,7 +543,8 @@ def test_a_wrong_kind_hides_nothing_else():
         "x.yaml:5: data.batch_size: batch_size 60 is not a multiple of data x micro_batches = "
         "7 x 1 = 7",
         "x.yaml:8: mesh.simulate: simulate 1 is less than stages x data = 1 x 7 = 7",
-        "x.yaml:10: optimizer.kind: expected 'sgd', 'adamw', 'adam' or 'rmsprop', got 'adm'",
+        "x.yaml:10: optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or "
+        "'python', got 'adm'",
         "x.yaml:11: optimizer.learning_rate: expected more than 0, got -1",
         "x.yaml:12: optimizer.eps: expected more than 0, got 0",
         "x.yaml:13: optimizer.momentum: expected less than 1, got 2",

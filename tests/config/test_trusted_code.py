@@ -29,7 +29,7 @@ def test_code_is_asked_for_until_it_has_run(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=message):
         trusted_code.check(config(), "run/config.yaml")
-    known_code.remember(trusted_code.python_file(config()))
+    trusted_code.remember(config())
     trusted_code.check(config(), "run/config.yaml")
     (tmp_path / "moved").mkdir()
     (tmp_path / "mine.py").rename(tmp_path / "moved" / "x.py")
@@ -37,6 +37,17 @@ def test_code_is_asked_for_until_it_has_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CODE + "# changed")
     with pytest.raises(ConfigError, match=message):
         trusted_code.check(config(), "run/config.yaml")
+
+
+def test_installed_code_is_asked_for_with_its_arguments() -> None:
+    def named(depth: int):
+        call = f"train.callbacks=[{{function: 'os:abort', arguments: {{depth: {depth}}}}}]"
+        return loader.load({"model": {"kind": "mlp"}, "data": {"kind": "digits"}}, [call])
+
+    trusted_code.remember(named(1))
+    trusted_code.check(named(1), "run/config.yaml")
+    with pytest.raises(ConfigError, match=r"train.callbacks: this command would run os:abort"):
+        trusted_code.check(named(2), "run/config.yaml")
 
 
 def test_without_code_there_is_nothing_to_ask() -> None:

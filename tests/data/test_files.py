@@ -13,8 +13,9 @@ import numpy as np
 import own_files
 import pytest
 
+from gpipe_jax import own_code
 from gpipe_jax.cli import main as cli
-from gpipe_jax.data import DataError, Rules, array_record, arrays, iterable, python_source
+from gpipe_jax.data import DataError, Rules, array_record, arrays, iterable
 from gpipe_jax.data.stream import Dataset
 
 OWN = own_files.example_arrays()
@@ -297,14 +298,14 @@ def test_a_wrong_label_later_on(folder: Path, capsys: pytest.CaptureFixture[str]
     [
         (
             None,
-            "`source` my_data.py:make is not a function of a Python file; give one as my_data.py:m",
+            "my_data.py:make is not a function of a Python file; give one as my_file.py:function",
         ),
         ("make = lambda **_: 3", "returned a int; it must return a gpipe_jax.data.Dataset"),
         (
             "def make(**_): return 1 / 0",
             "my_data.py:make raised ZeroDivisionError: division by zero",
         ),
-        ("", "raised AttributeError: "),
+        ("def mak(): ...", "does not define 'make'; did you mean 'mak'?"),
         ("def make(", "raised SyntaxError: "),
     ],
 )
@@ -329,11 +330,11 @@ def test_functions_of_the_file_can_be_sent_to_other_processes(folder: Path, monk
     for path in (folder / "my-own.data.py", folder / "other" / "my-own.data.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-        functions.append(pickle.loads(python_source._call(str(path), "make")))
+        functions.append(pickle.loads(own_code.call(f"{path}:make", {})))
     assert [read() for read in functions] == [7, 7]
     assert functions[0] is not functions[1]
     monkeypatch.chdir(folder / "other")
-    again = pickle.loads(python_source._call("my-own.data.py", "make"))
+    again = pickle.loads(own_code.call("my-own.data.py:make", {}))
     assert again.__module__ == functions[1].__module__
 
 
