@@ -93,7 +93,8 @@ def freeze(
             f"give `trainable` or `frozen`, not both: got {trainable!r} and {frozen!r}; what one "
             f"does not match belongs to the other",
         )
-    argument, patterns = ("frozen", frozen) if trainable is None else ("trainable", trainable)
+    argument = "trainable" if frozen is None else "frozen"
+    patterns = list(trainable or frozen or ())
     layers = [shape.layer for shape in shapes]
     own = [by_name(shape.params) for shape in shapes]
     paths = [(*own[i], *(path for path, _ in layer.ties)) for i, layer in enumerate(layers)]
@@ -107,7 +108,7 @@ def freeze(
     if all(is_frozen(i, path) for i, leaves in enumerate(own) for path in leaves):
         raise ArgumentError(
             argument,
-            f"`{argument}` is {list(patterns)!r}, which leaves no parameter to train; match "
+            f"`{argument}` is {patterns!r}, which leaves no parameter to train; match "
             f"{'fewer' if argument == 'frozen' else 'more'} parameters",
         )
     ties = _frozen_ties(argument, layers, is_frozen)

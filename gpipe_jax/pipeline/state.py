@@ -192,8 +192,10 @@ def _with_own_values(stages: Stages, mesh: AnyMesh, state: State) -> State:
 def local_shapes(stages: Stages) -> State:
     """Return the shapes of the arrays that one device holds."""
     seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-    storages = (stages.params, stages.stats, stages.fixed)
-    return State(*(storage.local_shapes() for storage in storages), seed)
+    params, stats, fixed = (
+        storage.local_shapes() for storage in (stages.params, stages.stats, stages.fixed)
+    )
+    return State(params, stats, fixed, seed)
 
 
 def shardings(stages: Stages, mesh: MeshLike) -> State:
@@ -212,7 +214,7 @@ def abstract(stages: Stages, mesh: MeshLike) -> State:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
     local = local_shapes(stages)
-    state = State(*map(whole, local[:-1]), local.seed)
+    state = State(whole(local.params), whole(local.stats), whole(local.fixed), local.seed)
     return jax.tree.map(with_sharding, state, shardings(stages, mesh))
 
 

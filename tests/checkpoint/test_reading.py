@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from gpipe_jax.checkpoint import export, reading, safetensors
 from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
-from gpipe_jax.checkpoint import export, reading, safetensors
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.checkpoint.manifest import Manifest, RunInfo, UnusableStep
 from gpipe_jax.checkpoint.save import Saver
