@@ -20,7 +20,7 @@ import optax
 from gpipe_jax.utils.trees import PyTree
 
 
-class _Probe(NamedTuple):
+class Probe(NamedTuple):
     """Describe an array of the trial."""
 
     shape: tuple[int, ...]
@@ -28,17 +28,17 @@ class _Probe(NamedTuple):
 
 
 # Each array is there for optimizers that treat it differently from a vector of the same numbers.
-_LARGE, _SMALL = 30.0, 1.0
+LARGE, SMALL = 30.0, 1.0
 _PROBES = {
     # LAMB and LARS scale an update by the norms of its own array. So the arrays differ in scale.
-    "scalar": _Probe((), _LARGE),
-    "vector": _Probe((5,), _LARGE),  # a mask by rank leaves out norms and biases
+    "scalar": Probe((), LARGE),
+    "vector": Probe((5,), LARGE),  # a mask by rank leaves out norms and biases
     # Adafactor factors the second moments of a matrix if both sides have at least 128 elements.
-    "factored_matrix": _Probe((128, 129), _SMALL),
+    "factored_matrix": Probe((128, 129), SMALL),
     # Transformations that see a kernel's rank: centralized gradients, Muon, Shampoo.
-    "rank_3": _Probe((2, 3, 4), _LARGE),
-    "convolution": _Probe((2, 3, 1, 4), _LARGE),
-    "rank_5": _Probe((2, 1, 3, 2, 2), _LARGE),
+    "rank_3": Probe((2, 3, 4), LARGE),
+    "convolution": Probe((2, 3, 1, 4), LARGE),
+    "rank_5": Probe((2, 1, 3, 2, 2), LARGE),
 }
 _TOLERANCE = 1e-4  # of the largest update: float32 and another order of sums give less
 _SEEN = 2  # updates that are not zero, in each trial
@@ -47,10 +47,11 @@ _SHORT = 64  # steps of a later trial
 _LATER = (2**10, 2**20)  # steps from which trials start in any case
 _SEARCHED = tuple(4**i for i in range(1, 11))  # likewise, if all updates were zero so far
 
-_REFUSED = (
-    "this optax transformation depends on how parameters are grouped into arrays (as Adafactor, "
-    "LAMB or a mask do), so its result would depend on the number of stages; use elementwise "
-    "transformations and global norms (SGD, Adam, RMSProp, clip_by_global_norm)"
+REFUSED = (
+    "this optax transformation depends on how parameters are grouped into arrays, so its result "
+    "would depend on the number of stages; use elementwise transformations and global norms: "
+    "optax.adamw or optax.lion for Adafactor, LAMB, LARS and Muon, optax.clip_by_global_norm for "
+    "adaptive_grad_clip and clip_by_block_rms; masks and groups of parameters may be added"
 )
 
 _ALL_ZERO = (
@@ -73,22 +74,34 @@ def check_elementwise(tx: optax.GradientTransformation) -> None:
             all updates were zero.
     """
     rng = np.random.default_rng(0)
-    params, *gradients = (_draw(rng) for _ in range(3))
+    params, *gradients = (_forms(rng) for _ in range(3))
     try:
-        accepted = _state_is_like_params(tx, params) and _packing_is_harmless(tx, params, gradients)
-    except _AllZeroError:
+        like_params = _state_is_like_params(tx, params.arrays)
+        accepted = like_params and packing_is_harmless(tx, params, gradients)
+    except AllZeroError:
         raise
     except Exception as error:  # optax raises anything for arrays that it cannot take
-        raise ValueError(f"{_REFUSED} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{REFUSED} ({type(error).__name__}: {error})") from error
     if not accepted:
-        raise ValueError(_REFUSED)
+        raise ValueError(REFUSED)
 
 
-def _draw(rng: np.random.Generator) -> PyTree:
-    return {
-        name: np.float32(probe.scale * rng.normal(size=probe.shape))
-        for name, probe in _PROBES.items()
-    }
+class Forms(NamedTuple):
+    """Hold the same numbers in two forms; both are trees."""
+
+    arrays: PyTree  # of several arrays
+    packed: PyTree  # in one array, which may be longer
+
+
+def _forms(rng: np.random.Generator) -> Forms:
+    """Draw numbers for all probes."""
+    arrays = {name: draw(rng, probe) for name, probe in _PROBES.items()}
+    return Forms(arrays, {"packed": np.concatenate([np.ravel(a) for a in jax.tree.leaves(arrays)])})
+
+
+def draw(rng: np.random.Generator, probe: Probe) -> np.ndarray:
+    """Draw the numbers of an array."""
+    return np.asarray(probe.scale * rng.normal(size=probe.shape), np.float32)
 
 
 def _form(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
@@ -123,30 +136,39 @@ def _state_is_like_params(tx: optax.GradientTransformation, params: PyTree) -> b
 # --- trials ---------------------------------------------------------------------------------------
 
 
-def _packing_is_harmless(
-    tx: optax.GradientTransformation, params: PyTree, gradients: Sequence[PyTree]
+def packing_is_harmless(
+    tx: optax.GradientTransformation, params: Forms, gradients: Sequence[Forms]
 ) -> bool:
-    """Return whether the updates of the arrays are those of one vector of the same numbers."""
+    """Return whether the updates of several arrays are those of one array of the same numbers.
+
+    Args:
+        tx: An optax transformation.
+        params: The parameters in both forms.
+        gradients: The gradients of successive steps, likewise.
+
+    Raises:
+        AllZeroError: All updates were zero.
+    """
     run = _Trials(tx, params, gradients).run
     first = run(limit=_LONGEST)
     if not (first.is_harmless or first.is_zero):
         return False
     limit = _SHORT if first.is_zero else first.steps
-    later = [run(*start, limit=limit) for start in _starts(tx, params, _LATER)]
+    later = [run(*start, limit=limit) for start in _starts(tx, params.arrays, _LATER)]
     results = [first, *(result for result in later if result.is_finite)]
     if all(result.is_zero for result in results):
-        starts = [*_starts(tx, params, _SEARCHED)]
+        starts = [*_starts(tx, params.arrays, _SEARCHED)]
         if not starts:
             return True  # without counters, all steps are alike
         searched = (run(*start, limit=_SHORT) for start in starts)
         seen = next((r for r in searched if r.is_finite and not r.is_zero), None)
         if seen is None:
-            raise _AllZeroError(_ALL_ZERO)
+            raise AllZeroError(_ALL_ZERO)
         results = [seen]
     return all(result.is_harmless or result.is_zero for result in results)
 
 
-class _AllZeroError(ValueError):
+class AllZeroError(ValueError):
     """Report that no trial has shown anything."""
 
 
@@ -188,10 +210,10 @@ class _Result(NamedTuple):
 class _Trials:
     """Run an optimizer on arrays, and on the same numbers packed into one vector, side by side."""
 
-    def __init__(self, tx: Any, params: PyTree, gradients: Sequence[PyTree]) -> None:
+    def __init__(self, tx: Any, params: Forms, gradients: Sequence[Forms]) -> None:
         self._tx = optax.with_extra_args_support(tx)
-        self._params = _both_forms(params)
-        self._gradients = [_both_forms(tree) for tree in gradients]
+        self._params = jax.tree.map(jnp.asarray, list(params))
+        self._gradients = [jax.tree.map(jnp.asarray, list(forms)) for forms in gradients]
         # They run a few times, and on CPU their code takes longer to optimize than to compile.
         on_cpu = jax.default_backend() == "cpu"
         options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -234,16 +256,12 @@ class _Trials:
         of_arrays, of_vector = (
             jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(u)]) for u in updates
         )
+        of_vector = of_vector[: of_arrays.size]
         is_finite = jnp.isfinite(of_arrays).all() & jnp.isfinite(of_vector).all()
         shown = [jnp.abs(a).max() for a in (of_arrays, of_arrays - of_vector)]
         shown = [jnp.where(is_finite, a, jnp.nan) for a in shown]
         params, states = zip(*after, strict=True)
         return list(params), list(states), shown
-
-
-def _both_forms(tree: PyTree) -> list[PyTree]:
-    packed = np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
-    return jax.tree.map(jnp.asarray, [tree, {"packed": packed}])
 
 
 def _advance(state: PyTree, params: PyTree, offset: int, kept: int | None) -> PyTree:
@@ -254,7 +272,7 @@ def _advance(state: PyTree, params: PyTree, offset: int, kept: int | None) -> Py
     is_like_params, counter = _has_form(params), itertools.count()
 
     def advance(node: PyTree) -> PyTree:
-        if is_like_params(node):
+        if is_like_params(node) or node.ndim:
             return node
         if jnp.issubdtype(node.dtype, jnp.integer) and next(counter) != kept:
             largest = np.iinfo(node.dtype).max // 2

@@ -24,7 +24,7 @@ from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.results import Weighted, weighted_mean
 from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
 from gpipe_jax.training.divergence import Divergence
-from gpipe_jax.training.elementwise import check_elementwise
+from gpipe_jax.training.grouping.transformation import on_packed
 from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
 from gpipe_jax.training.profiling import Timings
 from gpipe_jax.utils.trees import PyTree, tree_bytes, wide
@@ -99,8 +99,9 @@ class Trainer:
 
     Args:
         pipe: The pipeline.
-        tx: An optax transformation that acts on each element alone, and global norms. Adafactor,
-            LAMB and masks do not, so their result would depend on the number of stages.
+        tx: An optax transformation that acts on each element alone, and global norms. Masks and
+            labels of parameters are for the list of trees that `pipe.to_layers` returns. Adafactor
+            and LAMB mix elements, so their result would depend on the number of stages.
         ema: Decay of a moving average of the parameters, in (0, 1); `evaluated` returns the average
             then. None keeps no average. Default: None.
 
@@ -113,8 +114,8 @@ class Trainer:
         local_shapes: The shapes of the arrays that one device holds.
 
     Raises:
-        ValueError: `tx` does not act elementwise, or a device needs more than the pipeline's
-            `memory_limit`.
+        ValueError: `tx` mixes elements or takes another tree, or a device needs more than the
+            pipeline's `memory_limit`.
 
     Example::
 
@@ -136,8 +137,8 @@ class Trainer:
     def __init__(
         self, pipe: Pipeline, tx: optax.GradientTransformation, *, ema: float | None = None
     ) -> None:
-        check_elementwise(tx)
-        self.pipe, self.tx, self.ema = pipe, optax.with_extra_args_support(tx), ema
+        self.pipe, self.ema = pipe, ema
+        self.tx = on_packed(tx, pipe.stages.params, pipe.mesh)
         if pipe.memory_limit is not None:
             memory.check(self.device_bytes(), pipe.memory_limit)
         self.timings, self._compiled = Timings(), set[str]()
