@@ -16,7 +16,7 @@ import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.config.optimizers import AdamConfig
 from gpipe_jax.errors import DataError, DivergedError
-from gpipe_jax.pipeline.state import TrainState
+from gpipe_jax.pipeline.state import State, TrainState
 from gpipe_jax.training import optimizers
 from gpipe_jax.training.trainer import IN_FLIGHT, Trainer
 from gpipe_jax.utils.trees import same_shapes
@@ -226,7 +226,7 @@ def test_an_optimizer_that_depends_on_the_cut_is_refused():
 def not_started() -> TrainState:
     """Return a state without arrays, for a step that is replaced."""
     nothing: Any = None
-    return TrainState(nothing, None, 0)
+    return TrainState(State(nothing, nothing, nothing, nothing), None, 0)
 
 
 class Waited:
