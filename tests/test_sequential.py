@@ -94,9 +94,8 @@ def test_shapes_of_every_layer() -> None:
     assert [s.output.shape for s in shapes] == [(2, 8), (2, 8), (2, 4)]
     assert [s.params["linear"]["kernel"].shape for s in shapes] == [(3, 8), (8, 8), (8, 4)]
     assert [s.layer for s in shapes] == LAYERS
-    assert all(
-        isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves([s[1:] for s in shapes])
-    )
+    arrays = [(s.input, s.output, s.params, s.stats, s.fixed) for s in shapes]
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arrays))
 
 
 def test_equal_layers_are_traced_once() -> None:
