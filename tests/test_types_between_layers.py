@@ -102,7 +102,8 @@ def test_weakly_typed_leaves_are_right_for_any_cut(stages: int, remat: str) -> N
 
 def test_all_inferred_types_are_strong() -> None:
     shapes = infer_shapes(network(), EIGHT)
-    leaves = jax.tree.leaves([shape[1:] for shape in shapes])
+    arrays = [(s.input, s.output, s.params, s.stats, s.fixed, s.borrowed) for s in shapes]
+    leaves = jax.tree.leaves(arrays)
     assert leaves and not any(a.weak_type for a in leaves)
     x, mask = shapes[2].output
     assert (x.dtype, mask.dtype) == (jnp.float32, jnp.float32)  # of bfloat16 and a strong mask
