@@ -82,7 +82,7 @@ class Counted:
         if not isinstance(labels, jax.Array | np.ndarray):
             raise ValueError(f"{_FORM}; got a {type(labels).__name__}")
         labels = jnp.asarray(labels)
-        return jnp.asarray(labels), self._used(labels, jnp.ones(labels.shape, float))
+        return labels, self._used(labels, jnp.ones(labels.shape, float))
 
     def _used(self, labels: Any, weights: Any) -> jax.Array:
         """Return the weights of labels in float32 at least, 0 for those to ignore."""
