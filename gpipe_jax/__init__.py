@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpipe_jax import data, errors, losses, plots, schedules, sequential, zoo
+    from gpipe_jax.checkpoint.warm_start import WarmStart, warm_start
     from gpipe_jax.config.loader import load
     from gpipe_jax.config.run import Config
     from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gpipe_jax.pipeline.state import State, TrainState
     from gpipe_jax.planner.planner import plan
     from gpipe_jax.training import optimizers
+    from gpipe_jax.training.fitting.early_stopping import EarlyStopping
     from gpipe_jax.training.trainer import Trainer
 
     __version__: str
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "config.run:Config",
     "ConfigError": "errors:ConfigError",
+    "EarlyStopping": "training.fitting.early_stopping:EarlyStopping",
     "Layer": "layers.layer:Layer",
     "Pipeline": "pipeline.pipeline:Pipeline",
     "State": "pipeline.state:State",
     "TrainState": "pipeline.state:TrainState",
     "Trainer": "training.trainer:Trainer",
+    "WarmStart": "checkpoint.warm_start:WarmStart",
     "count_parameters": "layers.shape_inference:count_parameters",
     "data": "data:",
     "errors": "errors:",
@@ -64,6 +68,7 @@ _HOME = {
     "schedules": "schedules:",
     "sequential": "sequential:",
     "simulate_devices": "distributed.mesh:simulate_devices",
+    "warm_start": "checkpoint.warm_start:warm_start",
     "zoo": "zoo:",
 }
 
@@ -73,11 +78,13 @@ _RENAMED = {"optimizer": "optimizers", "schedule": "schedules"}
 __all__ = [
     "Config",
     "ConfigError",
+    "EarlyStopping",
     "Layer",
     "Pipeline",
     "State",
     "TrainState",
     "Trainer",
+    "WarmStart",
     "count_parameters",
     "data",
     "errors",
@@ -92,6 +99,7 @@ __all__ = [
     "schedules",
     "sequential",
     "simulate_devices",
+    "warm_start",
     "zoo",
 ]
 

@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -133,7 +133,7 @@ def check_arguments(
     arguments: Mapping[str, Any],
     *,
     setting: str = "function",
-    positional: int = 0,
+    positional: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise ArgumentError unless a function takes these arguments.
@@ -143,7 +143,7 @@ def check_arguments(
         reference: Its name, for messages.
         arguments: The user's arguments, by name.
         setting: The setting with the reference, for messages.
-        positional: The number of arguments that the program gives by position.
+        positional: What the program gives by position, in words.
         given: The arguments that the program gives by name.
     """
     given = given or {}
@@ -163,7 +163,7 @@ def check_arguments(
         if name in given:
             message = f"`{setting}` {reference} does not take {name!r}, which it is called with"
             raise ArgumentError(setting, f"{message}; add this parameter")
-        known = [other for other in [*parameters][positional:] if other not in given]
+        known = [other for other in [*parameters][len(positional) :] if other not in given]
         hint = did_you_mean_or_list(name, known) if known else "; it takes none"
         message = f"`arguments` has {name!r}, which {reference} does not take{hint}"
         raise ArgumentError("arguments", message)
@@ -172,7 +172,13 @@ def check_arguments(
         message = f"`arguments` has {both[0]!r}, which {reference} gets from another setting"
         raise ArgumentError("arguments", f"{message}; remove it")
     try:
-        signature.bind(*[None] * positional, **given, **arguments)
+        signature.bind_partial(*positional)
+    except TypeError as error:
+        message = f"`{setting}` {reference}{signature} is called with ({', '.join(positional)})"
+        remedy = "define it with these parameters, or name a class whose objects have them"
+        raise ArgumentError(setting, f"{message}; {remedy}") from error
+    try:
+        signature.bind(*positional, **given, **arguments)
     except TypeError as error:
         message = f"`arguments` do not fit {reference}{signature}: {error}; correct them"
         raise ArgumentError("arguments", message) from error

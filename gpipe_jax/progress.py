@@ -16,12 +16,12 @@ _DESCRIPTION = TextColumn("{task.description}", markup=False)
 
 @contextlib.contextmanager
 def show(
-    steps: int, every: int, console: Console | None = None, *, quiet: bool = False
+    steps: int | None, every: int, console: Console | None = None, *, quiet: bool = False
 ) -> Iterator[Show]:
     """Yield a function that shows a record of a training run.
 
     Args:
-        steps: Number of steps of the run.
+        steps: Number of steps of the run; None if it is not known.
         every: Steps between plain lines; a bar shows every step.
         console: Where to write. Default: standard output.
         quiet: Show nothing, as in all processes but the first.
@@ -93,10 +93,11 @@ def passing(console: Console | None = None) -> Callable[[str], None]:
     return show_activity
 
 
-def _print_line(record: dict, steps: int, every: int) -> None:
+def _print_line(record: dict, steps: int | None, every: int) -> None:
     step = record["step"]
     if "loss" not in record or step % every == 0 or step in (1, steps):
-        write(f"step {step}/{steps}: {_values(record)}")
+        of_all = "" if steps is None else f"/{steps}"
+        write(f"step {step}{of_all}: {_values(record)}")
 
 
 def _values(record: dict) -> str:

@@ -6,7 +6,7 @@ benchmarks time both.
 Public: `init`, `forward`, `value_and_grad`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,13 @@ from gpipe_jax.losses.weighting import counting_rows, weighted_sums, with_counts
 from gpipe_jax.utils.trees import PyTree, strong
 
 
-def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree], list[PyTree]]:
+def init(
+    layers: Sequence[Layer],
+    x: PyTree,
+    seed: int = 0,
+    *,
+    extras: Mapping[str, PyTree] | None = None,
+) -> tuple[list[PyTree], list[PyTree]]:
     """Make the parameters and running statistics of all layers.
 
     They equal those of any pipeline with the same seed. Layer i uses the key `layer_key(seed, i)`.
@@ -31,6 +37,7 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
         layers: The network.
         x: Inputs, as a tree of arrays or `jax.ShapeDtypeStruct`s whose first axis is the examples.
         seed: The seed of the parameters. Default: 0.
+        extras: The extras that layers read, likewise. Default: none.
 
     Returns:
         Lists with one tree for each layer: parameters, and running statistics. A tied parameter is
@@ -46,9 +53,10 @@ def init(layers: Sequence[Layer], x: PyTree, seed: int = 0) -> tuple[list[PyTree
         (4, 2)
     """
     params, shared = [], {}
-    for i, shape in enumerate(infer_shapes(layers, x)):
-        like = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape.input)
-        fresh = strong(shape.layer.init(layer_key(seed, i), like))
+    for i, shape in enumerate(infer_shapes(layers, x, extras)):
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shape.input, shape.extras))
+        like, read = zeros
+        fresh = strong(shape.layer.init(layer_key(seed, i), like, **read))
         own, _ = skips_and_ties.borrow(shape.layer, fresh, shared)
         shared = {**shared, **skips_and_ties.offered(shape.layer, own)}
         params.append(own)
@@ -66,6 +74,7 @@ def forward(
     train: bool,
     progress: float | jax.Array = 1.0,
     examples: int | None = None,
+    extras: Mapping[str, PyTree] | None = None,
 ) -> tuple[PyTree, list[PyTree]]:
     """Compute the network's output for one micro-batch.
 
@@ -79,6 +88,7 @@ def forward(
         train: Whether this is training.
         progress: The fraction of the training run that is done. Default: 1.
         examples: B if each example has random keys of its own. Default: keys of the micro-batch.
+        extras: The extras of the micro-batch. Default: none.
 
     Returns:
         The output, and the moments of each layer (see `Layer.apply`).
@@ -89,10 +99,11 @@ def forward(
         y, _ = sequential.forward(layers, params, stats, x, jax.random.key(0), train=False)
     """
     boundary, shared, moments = Boundary(strong(x), {}), {}, []
-    progress = jnp.asarray(progress, float)
+    progress, given = jnp.asarray(progress, float), strong(dict(extras or {}))
     for i, (layer, p, s) in enumerate(zip(layers, params, stats, strict=True)):
         shared = {**skips_and_ties.offered(layer, p), **shared}
-        context = Context(apply_key(key, i, micro_batch, examples), train, progress)
+        own_key = apply_key(key, i, micro_batch, examples)
+        context = Context(own_key, train, progress, extras=given)
         boundary, moments_of_layer = skips_and_ties.call(layer, p, s, boundary, shared, context)
         moments.append(moments_of_layer)
     return boundary.x, moments
@@ -125,8 +136,8 @@ def value_and_grad(
 
     Returns:
         A function (params, stats, batch, key, progress=1) -> ((loss, metrics), grads, stats). The
-        batch is {"inputs", "labels", "weights": [N]}, `key` is the random key of the step, and
-        the returned running statistics are those after the step.
+        batch is {"inputs", "labels", "weights": [N]} and perhaps "extras"; `key` is the random key
+        of the step; the returned running statistics are those after the step.
 
     Example::
 
@@ -140,7 +151,7 @@ def value_and_grad(
         examples = batch["weights"].shape[0] if keys_per == "example" else None
         outputs, moments = forward(
             layers, params, stats, batch["inputs"], key, m,
-            train=True, progress=progress, examples=examples,
+            train=True, progress=progress, examples=examples, extras=batch.get("extras"),
         )  # fmt: skip
         return weighted_sums(loss, outputs, batch["labels"], batch["weights"]), moments
 
@@ -186,7 +197,8 @@ def _with_counting_rows(batch: dict, weights: jax.Array, *, batch_norm: bool) ->
     With batch norm, which counts every row, they keep their inputs.
     """
     rows = counting_rows(weights)
-    replaced = ("labels",) if batch_norm else ("inputs", "labels")
+    replaced = ("labels",) if batch_norm else ("inputs", "labels", "extras")
+    replaced = [name for name in replaced if name in batch]
     taken = {name: jax.tree.map(lambda a: jnp.asarray(a)[rows], batch[name]) for name in replaced}
     return {**batch, **taken}
 

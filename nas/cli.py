@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 bad input (do not retry), 130 interrupted, 1 anything else
 
 import argparse
 import contextlib
-import json
 import sqlite3
 import sys
 import time
@@ -20,7 +19,7 @@ from gpipe_jax.config import loader, trusted_code
 from gpipe_jax.config.base import section
 from gpipe_jax.errors import ConfigError, SectionError
 from gpipe_jax.utils import atomic_files, console, paths
-from gpipe_jax.utils.messages import BAD_INPUT, fail, printable, write
+from gpipe_jax.utils.messages import BAD_INPUT, answer, answering, fail, printable, write
 from gpipe_jax.utils.text import figures_table
 from nas.config import SearchConfig
 from nas.errors import ExportOptionError
@@ -36,6 +35,11 @@ CONFIG = "config.yaml"  # the config of a run, in its folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with answering(console.wants_json(arguments)):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = console.parse(_parser(), arguments)
     try:
         return options.command(options)
@@ -176,7 +180,7 @@ def _search(options: argparse.Namespace) -> int:
     _keep(config, workdir)
     if not result.counts.results:
         return _fail(f"{workdir} has no result yet; run the same command again to resume", 1)
-    return _summary(result, time.perf_counter() - started, options.json)
+    return _summary(result, time.perf_counter() - started)
 
 
 def _check_replaceable(path: Path, where: str) -> None:
@@ -198,7 +202,7 @@ def _keep(config: SearchConfig, workdir: Path) -> None:
     atomic_files.write_text(workdir / CONFIG, loader.dump(config))
 
 
-def _summary(result: Any, wall_s: float, as_json: bool) -> int:
+def _summary(result: Any, wall_s: float) -> int:
     from nas.export import export
 
     counts, best = result.counts, result.best
@@ -216,18 +220,14 @@ def _summary(result: Any, wall_s: float, as_json: bool) -> int:
     metrics = {labels[name]: value for name, value in best.metrics.items()}
     write(figures_table({**metrics, **figures}))
     write(best.row.architecture)
-    if as_json:
-        write(
-            json.dumps(
-                {
-                    **figures,
-                    **finite({"best_fitness": best.fitness}),
-                    "best_metrics": finite(best.metrics),
-                    "genotype": export.as_json(best.row.architecture),
-                },
-                allow_nan=False,
-            )
-        )
+    answer(
+        {
+            **figures,
+            **finite({"best_fitness": best.fitness}),
+            "best_metrics": finite(best.metrics),
+            "genotype": export.as_json(best.row.architecture),
+        }
+    )
     return 0
 
 
@@ -249,8 +249,7 @@ def _report(options: argparse.Namespace) -> int:
         option = "" if options.out is None else "--out "
         return _fail(f"{option}{error}", BAD_INPUT)
     write(f"\npage: {out}")
-    if options.json:
-        write(json.dumps({**summary.to_dict(), "page": str(out)}, allow_nan=False))
+    answer({**summary.to_dict(), "page": str(out)})
     return 0
 
 
@@ -277,16 +276,14 @@ def _export(options: argparse.Namespace) -> int:
     best = ranking[0].row
     figures = {"candidate": best.id, "fitness": best.fitness, "out": str(options.out)}
     write(figures_table(figures))
-    if options.json:
-        ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
-            {
-                "candidate": each.row.id,
-                **finite({"fitness": each.row.fitness, "again": each.fitness}),
-            }
-            for each in ranking
-        ]
-        genotype = export.as_json(best.architecture)
-        write(json.dumps({**figures, "ranking": ranks, "genotype": genotype}))
+    ranks = [  # `again` is the fitness that `nas report --json` has under `trained_again`
+        {
+            "candidate": each.row.id,
+            **finite({"fitness": each.row.fitness, "again": each.fitness}),
+        }
+        for each in ranking
+    ]
+    answer({**figures, "ranking": ranks, "genotype": export.as_json(best.architecture)})
     return 0
 
 

@@ -79,8 +79,8 @@ class InDefaultFloat(gpipe.Layer):
 
     layer: gpipe.Layer
 
-    def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        return in_default_float(self.layer.init(key, x))
+    def init(self, key: jax.Array, x: PyTree, **extras: PyTree) -> PyTree:
+        return in_default_float(self.layer.init(key, x, **extras))
 
     def init_statistics(self) -> PyTree:
         return in_default_float(self.layer.init_statistics())
@@ -100,7 +100,10 @@ def widened(layers: list[gpipe.Layer]) -> list[gpipe.Layer]:
     """Return the layers in float64 under `jax.enable_x64`."""
     if not jax.config.jax_enable_x64:
         return layers
-    return [InDefaultFloat(a, stashes=a.stashes, pops=a.pops, ties=a.ties) for a in layers]
+    return [
+        InDefaultFloat(a, stashes=a.stashes, pops=a.pops, ties=a.ties, reads=a.reads)
+        for a in layers
+    ]
 
 
 def network(name: str, **kwargs: Any) -> list[gpipe.Layer]:

@@ -111,8 +111,8 @@ def test_a_model_has_the_arguments_of_its_network_with_the_same_defaults(kind: s
     model = section_models("model")[kind]()
     parameters = inspect.signature(zoo.MODELS[kind]).parameters
     known = {name: p.default for name, p in parameters.items() if name != "auxiliary"}
-    loss_only = {"kind", "auxiliary_weight", "label_smoothing"}
-    assert {k: v for k, v in dict(model).items() if k not in loss_only} == known
+    of_others = {"kind", "auxiliary_weight", "label_smoothing", "trainable", "frozen"}
+    assert {k: v for k, v in dict(model).items() if k not in of_others} == known
     assert from_config.network(model) == zoo.MODELS[kind]()  # type: ignore[arg-type]
 
 

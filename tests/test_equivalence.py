@@ -323,7 +323,7 @@ def test_equivalence_of_outputs_has_no_dropout() -> None:
     params = pipe.to_layers(state)
     none = [{}] * len(layers)
     plain, _ = sequential.forward(layers, params, none, inputs, jax.random.key(0), train=False)
-    assert_trees_close(pipe.apply(state, inputs), np.asarray(plain), 1e-5)
+    assert_trees_close(pipe.predict(state, inputs), np.asarray(plain), 1e-5)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -346,7 +346,7 @@ def test_equivalence_of_outputs_and_evaluation(name: str, K: int, D: int, M: int
         jax.random.key(0),
         train=False,
     )
-    assert_trees_close(pipe.apply(state, inputs), np.asarray(plain), 1e-5)
+    assert_trees_close(pipe.predict(state, inputs), np.asarray(plain), 1e-5)
     assert_trees_close(tuple(pipe.evaluate(state, present(batch))), (loss, metrics), 1e-5)
 
 

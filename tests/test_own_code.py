@@ -63,6 +63,17 @@ def test_what_cannot_be_called(folder: Path, name, arguments, setting, message) 
         (["loss={kind: python, function: 'mine:dubble'}"], "loss", "did you mean 'double'"),
         (["optimizer={kind: python, function: 'mine:wrong'}"], "optimizer", "not take 'learning_"),
         (["train.metrics=['mine:nothing']"], "train", "does not define 'nothing'"),
+        (
+            ["train.metrics=['mine:wrong']"],
+            "train",
+            r"wrong\(\) is called with \(outputs, la",
+        ),
+        (
+            ["train.callbacks=['mine:wrong']"],
+            "train",
+            r"wrong\(\) is called with \(a record\);",
+        ),
+        (["loss={kind: python, function: 'mine:wrong'}"], "loss", r"with \(outputs, labels\); def"),
     ],
 )
 def test_wrong_code_of_a_config_is_located(folder: Path, overrides, section, message) -> None:

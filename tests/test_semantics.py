@@ -143,7 +143,7 @@ def test_batch_norm_evaluates_with_the_running_statistics() -> None:
             pipe.layers, params, used, inputs, jax.random.key(0), train=False
         )
         state = pipe.from_layers(params, statistics=used)
-        outputs[name] = pipe.apply(state, inputs)
+        outputs[name] = pipe.predict(state, inputs)
         assert_trees_close(outputs[name], np.asarray(plain), 1e-5)
     assert np.abs(outputs["fresh"] - outputs["running"]).max() > 0.01
 

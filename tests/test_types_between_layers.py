@@ -96,7 +96,7 @@ def test_weakly_typed_leaves_are_right_for_any_cut(stages: int, remat: str) -> N
     # bfloat16 is rounded in other places; a leaf in the wrong array is off by 1.6.
     assert_trees_close(own_loss, loss, 1e-2)
     assert_trees_close(pipe.to_layers(own_grads), grads, 3e-2)
-    assert_trees_close(pipe.apply(state, BATCH["inputs"]), outputs, 2e-2)
+    assert_trees_close(pipe.predict(state, BATCH["inputs"]), outputs, 2e-2)
     np.testing.assert_allclose(pipe.evaluate(state, BATCH)[0], own_loss, rtol=1e-2)
 
 
@@ -130,7 +130,7 @@ def test_numbers_in_an_output_are_arrays(value: Any) -> None:
     outputs = []
     for first in (number, array):
         pipe = pipeline([layer(weights(8, 8), first), layer(weights(8, 4), end)], 2)
-        outputs.append(pipe.apply(pipe.init(seed=0), BATCH["inputs"]))
+        outputs.append(pipe.predict(pipe.init(seed=0), BATCH["inputs"]))
     np.testing.assert_array_equal(*outputs)
 
 
@@ -141,7 +141,7 @@ def test_numpy_arrays_of_float64_in_an_output_keep_their_place() -> None:
     pipe = pipeline(network(table), 4)
     state = pipe.init(seed=0)
     outputs = plain(network(table), pipe.to_layers(state), pipe.statistics(state))[-1]
-    assert_trees_close(pipe.apply(state, BATCH["inputs"]), outputs, 2e-2)
+    assert_trees_close(pipe.predict(state, BATCH["inputs"]), outputs, 2e-2)
 
 
 @pytest.mark.parametrize(

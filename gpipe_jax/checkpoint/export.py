@@ -14,7 +14,7 @@ from gpipe_jax.checkpoint import format as checkpoint_format
 from gpipe_jax.checkpoint import manifest as checkpoint_manifest
 from gpipe_jax.checkpoint import safetensors
 from gpipe_jax.checkpoint.by_layer import not_finite
-from gpipe_jax.checkpoint.manifest import COMMON, Manifest, UnusableStep, unusable
+from gpipe_jax.checkpoint.manifest import CHECKPOINTS, COMMON, Manifest, UnusableStep, unusable
 from gpipe_jax.config.loader import no_package, no_run
 from gpipe_jax.errors import (
     ArgumentError,
@@ -51,13 +51,13 @@ def export(run: epath.Path, out: Path) -> dict[str, Any]:
         raise ArgumentError("out", f"{out} must end in {' or '.join(SUFFIXES)}")
     skipped: list[UnusableStep] = []
     try:
-        for manifest in checkpoint_manifest.manifests(run / "checkpoints"):
+        for manifest in checkpoint_manifest.manifests(run / CHECKPOINTS):
             result = _try_to_write(manifest, out) if isinstance(manifest, Manifest) else manifest
             if not isinstance(result, UnusableStep):
                 damaged = [found.step for found in skipped if found.is_damaged]
                 return {**result, "damaged_steps": damaged, "out": str(out)}
             skipped.append(result)
-            say(f"checkpoint {run / 'checkpoints' / str(result.step)}: {result.reason}")
+            say(f"checkpoint {run / CHECKPOINTS / str(result.step)}: {result.reason}")
     except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(run)) from error
     except ImportError as error:
@@ -113,10 +113,10 @@ def _write(manifest: Manifest, file: BinaryIO, suffix: str) -> dict[str, Any]:
 def _names(manifest: Manifest) -> dict[str, dict[str, str]]:
     """Return for each layer {name in the checkpoint: name in the exported file}."""
     layers = sorted((name for name in manifest.files if name != COMMON), key=int)
-    return {layer: _exported(list(manifest.files[layer]["arrays"]), layer) for layer in layers}
+    return {layer: exported_names(list(manifest.files[layer]["arrays"]), layer) for layer in layers}
 
 
-def _exported(saved: list[str], layer: str) -> dict[str, str]:
+def exported_names(saved: list[str], layer: str) -> dict[str, str]:
     """Return the names of a layer's parameters, averaged ones where there are any, and statistics.
 
     A frozen parameter has no average.

@@ -9,6 +9,7 @@ checksum of each file, and its own checksum. So a checkpoint that is incomplete 
 taken for an intact one. `checkpoint.save` writes these files through Orbax.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -93,7 +94,8 @@ def load(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -> Layer
         descriptions: `str(layer)` of each layer of this run.
 
     Raises:
-        ValueError: Layers or arrays are missing, unknown or different; lists all of them.
+        ValueError: Layers or arrays are missing, unknown or different. It lists all of them, or
+            three if the parameters fit and only what the optimizer has for them does not.
         DamagedCheckpointError: A file is damaged; also when a layer is looked up later.
     """
     _check_fits(manifest, like, descriptions)
@@ -120,8 +122,20 @@ def _check_fits(manifest: Manifest, like: LayerTrees, descriptions: list[str]) -
             problems += [f"{_title(name)}: {line}" for line in lines]
     if problems:
         raise ValueError(
-            f"the checkpoint {manifest.path.parent} does not fit this run: {'; '.join(problems)}"
+            f"the checkpoint {manifest.path.parent} does not fit this run: {_listed(problems)}"
         )
+
+
+def _listed(problems: list[str]) -> str:
+    """Return all problems, but only three if all are of the optimizer's state or the average."""
+    of_training = re.compile(r"[^:]+: (missing |unknown )?(optimizer|average)\.")
+    if not all(of_training.match(problem) for problem in problems):
+        return "; ".join(problems)
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    shown = "; ".join(problems[:3])
+    parts = [part for part in ("optimizer", "average") if any(f"{part}." in p for p in problems)]
+    verb = "differs" if len(parts) == 1 else "differ"
+    return f"the {' and the '.join(parts)} (or what is frozen) {verb}: {shown}{more}"
 
 
 def _title(name: str) -> str:

@@ -27,6 +27,7 @@ from gpipe_jax.errors import (
 from gpipe_jax.utils import atomic_files
 
 STATE, MANIFEST, COMMON = "state", "manifest.json", "common"
+CHECKPOINTS = "checkpoints"  # the folder of all checkpoints of a run
 COMMITTED = "commit_success.txt"  # the file by which Orbax marks a complete checkpoint on gs://
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 FORMAT = 1  # number of the format that this version writes and reads
@@ -192,9 +193,10 @@ def manifests(
             yield unusable(step, error)
 
 
-def rename_step(folder: epath.Path, step: int, why: str) -> None:
-    """Rename a checkpoint that cannot be used to `<step>.<why>`; nothing is removed."""
+def rename_step(folder: epath.Path, step: int, why: str) -> epath.Path:
+    """Rename a checkpoint to `<step>.<why>`, a free name, and return its path."""
     new, count = folder / f"{step}.{why}", 1
     while new.exists():
         new, count = folder / f"{step}.{why}-{count}", count + 1
     (folder / str(step)).rename(new)
+    return new

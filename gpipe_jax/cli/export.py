@@ -1,10 +1,9 @@
 """Run `gpipe export`: write the parameters of a run as one plain file."""
 
 import argparse
-import json
 
 from gpipe_jax.utils import console, paths
-from gpipe_jax.utils.messages import fail, write
+from gpipe_jax.utils.messages import answer, fail, write
 from gpipe_jax.utils.text import figures_table
 
 
@@ -35,6 +34,5 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:  # of the checkpoints' disk
         return fail(error, 1)
     write(figures_table(figures))
-    if options.json:
-        write(json.dumps(figures))
+    answer(figures)
     return 0

@@ -1,14 +1,13 @@
 """Run `gpipe init`: write a first config, data file and network, to run and to change."""
 
 import argparse
-import json
 import shlex
 from importlib import resources
 from pathlib import Path
 
 from gpipe_jax.errors import OptionError
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import write
+from gpipe_jax.utils.messages import answer, write
 
 FILES = ["config.yaml", "my_data.py", "my_model.py"]
 
@@ -48,8 +47,7 @@ def run(options: argparse.Namespace) -> int:
     change_folder = "" if folder == Path() else f"cd {shlex.quote(str(folder))}; "
     write(f"start with: {change_folder}gpipe train config.yaml")
     write(f"a network of your own: {change_folder}python my_model.py")
-    if options.json:
-        write(json.dumps({"files": [str(path) for path in paths]}))
+    answer({"files": [str(path) for path in paths]})
     return 0
 
 

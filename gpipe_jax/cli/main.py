@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from gpipe_jax.cli import evaluate, export, init, plan, show, train
 from gpipe_jax.errors import ConfigError, OptionError
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, fail
+from gpipe_jax.utils.messages import BAD_INPUT, answering, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with answering(console.wants_json(arguments)):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = console.parse(parser(), arguments)
     try:
         return options.command(options)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from gpipe_jax import progress
 from gpipe_jax.config import loader
+from gpipe_jax.config.run import PLACES
 from gpipe_jax.errors import (
     ArgumentError,
     CompilerNotInstalledError,
@@ -19,7 +19,7 @@ from gpipe_jax.errors import (
 )
 from gpipe_jax.utils import console
 from gpipe_jax.utils.checks import check_count
-from gpipe_jax.utils.messages import BAD_INPUT, fail, write
+from gpipe_jax.utils.messages import BAD_INPUT, answer, fail, write
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -96,8 +96,7 @@ def run(options: argparse.Namespace) -> int:
         for noun, (path, save) in files.items():
             if path and not _save(noun, path, save):
                 code = BAD_INPUT
-    if options.json:
-        write(json.dumps(result.to_dict()))
+    answer(result.to_dict())
     return code
 
 
@@ -105,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 def _placed() -> Iterator[None]:
     """Turn an ArgumentError of the block into an error of the option, or of the config's section.
 
-    Any other argument is one of the pipeline, as in `gpipe train`.
+    Any other argument is one of a pipeline, as in `gpipe train`.
     """
     options = {"topology": "--topology", "slices": "--slices", "cost": "--cost"}
     try:
@@ -113,7 +112,9 @@ def _placed() -> Iterator[None]:
     except ArgumentError as error:
         if error.argument in options:
             raise OptionError(options[error.argument], str(error)) from error
-        raise SectionError("pipeline", error.argument, str(error)) from error
+        place = PLACES.get(error.argument, f"pipeline.{error.argument}")
+        name, _, field = place.partition(".")
+        raise SectionError(name, field, str(error)) from error
 
 
 def _save(noun: str, path: Path, save: Callable[[Path], object]) -> bool:

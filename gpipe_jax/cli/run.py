@@ -27,7 +27,7 @@ from gpipe_jax.errors import (
 from gpipe_jax.training import from_config, run
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, fail, write
+from gpipe_jax.utils.messages import BAD_INPUT, answer, fail, write
 from gpipe_jax.utils.text import figures_table
 
 Action = Callable[[Assembly, StopRequest], run.RunSummary]
@@ -92,7 +92,8 @@ def _run_in_process(
     if processes.is_first():
         write(assembly.trainer.pipe)
     try:
-        summary = action(assembly, stop)
+        with loader.locating(options.config, options.overrides):
+            summary = action(assembly, stop)
     except StoppedError as error:
         return fail(error, PREEMPTED)
     except DivergedError as error:
@@ -103,6 +104,5 @@ def _run_in_process(
     if processes.is_first():
         write(figures_table(summary.figures))
         write(summary.note)
-        if options.json:
-            write(json.dumps(summary.figures))
+        answer(summary.figures)
     return 0

@@ -5,12 +5,15 @@ import json
 import reprlib
 import shutil
 
+from pydantic_core import to_jsonable_python
+
 from gpipe_jax.config import loader
+from gpipe_jax.config.base import Section
 from gpipe_jax.errors import OptionError
 from gpipe_jax.schedules import generators, simulation
 from gpipe_jax.schedules.schedule import Schedule, render
 from gpipe_jax.utils import console
-from gpipe_jax.utils.messages import BAD_INPUT, fail, say, write
+from gpipe_jax.utils.messages import BAD_INPUT, answer, fail, say, write
 from gpipe_jax.utils.text import figures_table
 
 # --- gpipe config ---------------------------------------------------------------------------------
@@ -39,15 +42,22 @@ def config(options: argparse.Namespace) -> int:
     if options.diff:
         changed = loader.non_defaults(resolved)
         if options.json:
-            write(json.dumps({k: {"default": a, "value": b} for k, (a, b) in changed.items()}))
+            pairs = {k: {"default": a, "value": b} for k, (a, b) in changed.items()}
+            write(json.dumps(to_jsonable_python(pairs)))
         else:
             for name, (default, value) in changed.items():
-                write(f"{name}: {value} (default {default})")
+                write(f"{name}: {_plain(value)} (default {default})")
     elif options.json:
         write(resolved.model_dump_json())
     else:
         write(loader.dump(resolved), end="")
     return 0
+
+
+def _plain(value: object) -> object:
+    """Return a setting as it is printed; one of several fields as a mapping, as in the file."""
+    is_nested = isinstance(value, tuple) and any(isinstance(item, Section) for item in value)
+    return to_jsonable_python(value, exclude_none=True) if is_nested else value
 
 
 # --- gpipe schedule -------------------------------------------------------------------------------
@@ -96,8 +106,7 @@ def schedule(options: argparse.Namespace) -> int:
         except (OSError, ValueError, ImportError) as error:
             raise OptionError("--png", f"{options.png}: {error}") from error
         write(f"picture: {options.png}")
-    if options.json:
-        write(json.dumps(figures))
+    answer(figures)
     return 0
 
 

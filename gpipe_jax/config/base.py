@@ -38,6 +38,15 @@ Fraction = Annotated[float, Field(ge=0, lt=1), _not_a_bool("float_type")]
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _as_text(value: Any) -> Any:
+    is_layer = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_layer else value
+
+
+# A pattern of parameters; a whole number is the index of a layer.
+Pattern = Annotated[Text, BeforeValidator(_as_text)]
+
+
 def _path(*, bucket: bool) -> AfterValidator:
     # `~` and variables stay as written: they are replaced where the path is used.
     def validate(path: str) -> str:
@@ -172,6 +181,7 @@ _REALIZATION_ERRORS = (ValueError, OSError, ImportError)
 def section(
     name: str,
     also: tuple[type[Exception], ...] = (),
+    /,
     *,
     file_field: str | None = None,
     **fields: str,
@@ -183,7 +193,8 @@ def section(
         also: Further types of errors to turn, besides ValueError, OSError and ImportError.
         file_field: The field that an OSError is about, such as the path of the data.
         **fields: The config's name of an argument, where it is another:
-            `memory_limit="memory_limit_gib"`.
+            `memory_limit="memory_limit_gib"`; with a dot, it is one of another section:
+            `frozen="model.frozen"`.
 
     Returns:
         A context manager.
@@ -199,4 +210,6 @@ def section(
         field = file_field if isinstance(error, OSError) else None
         if isinstance(error, ArgumentError):
             field = fields.get(error.argument, error.argument)
+            other, dot, setting = field.partition(".")
+            name, field = (other, setting) if dot else (name, field)
         raise SectionError(name, field, str(error)) from error

@@ -40,18 +40,36 @@ class NamedCall(Section):
     arguments: Arguments = Field(default={}, description="arguments of the function, by name")
 
 
-def _as_mapping(value: Any) -> Any:
-    if isinstance(value, str):
-        value = {"function": value}
-    if isinstance(value, NamedCall):
-        return value
-    if not isinstance(value, dict) or not {"function"} <= value.keys() <= {"function", "arguments"}:
-        raise ValueError(
-            f"expected module:function, or {{function: module:function, arguments: {{...}}}}, got "
-            f"{value}; write one of these"
-        )
-    return value
+class NamedMetric(NamedCall):
+    """Name a metric: a function, its arguments, and its name in the records."""
+
+    name: Text | None = Field(
+        default=None, description="its name among the metrics; default: that of the function"
+    )
+
+    @property
+    def label(self) -> str:
+        """Return the name of the metric."""
+        return self.name or own_code.split(self.function)[1]
 
 
-# An item of a list: a text alone, or with arguments.
-CallItem = Annotated[NamedCall, BeforeValidator(_as_mapping)]
+def _item(model: type[NamedCall], written: str) -> BeforeValidator:
+    """Return a validator that lets an item of a list also be a text alone."""
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, model):
+            return value
+        given = {"function": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or not {"function"} <= given.keys() <= {*model.model_fields}:
+            raise ValueError(
+                f"expected module:function, or {written}, got {value}; write one of these"
+            )
+        return given
+
+    return BeforeValidator(validate)
+
+
+CallItem = Annotated[NamedCall, _item(NamedCall, "{function: module:function, arguments: {...}}")]
+MetricItem = Annotated[
+    NamedMetric, _item(NamedMetric, "{function: module:function, arguments: {...}, name: ...}")
+]

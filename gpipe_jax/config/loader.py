@@ -15,11 +15,13 @@ import os
 import stat
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
 from etils import epath
+from pydantic_core import to_jsonable_python
 
 from gpipe_jax.config import messages
 from gpipe_jax.config.base import Configuration, Section
@@ -38,7 +40,7 @@ _LARGEST_FILE = 1_000_000  # bytes; a configuration has a few thousand, and YAML
 
 
 def load(source: Source, overrides: Iterable[str] = ()) -> Config:
-    """Load the configuration of a run.
+    """Load the configuration of a run; `Trainer.load` loads checkpoints.
 
     Args:
         source: The path of a YAML file (also gs://), a dict of sections, or a `Config`.
@@ -176,7 +178,11 @@ def compare(before: Config, now: Config) -> Differences:
 
 def describe_differences(differences: Differences) -> list[str]:
     """Write one line for each difference."""
-    return [f"{name}: {show(a)} before, {show(b)} now" for name, (a, b) in differences.items()]
+    plain = {
+        name: [a if a is ABSENT else to_jsonable_python(a, exclude_none=True) for a in pair]
+        for name, pair in differences.items()
+    }
+    return [f"{name}: {show(a)} before, {show(b)} now" for name, (a, b) in plain.items()]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -247,7 +253,10 @@ def _text(path: epath.Path) -> str:
     except ImportError as error:
         reason = no_package(error)
     except IsADirectoryError:
-        reason = "is a directory; give the path of a YAML file"
+        reason = (
+            "is a directory; give the path of a YAML file, such as the config.yaml of a run; in "
+            "Python, `trainer.load` reads checkpoints"
+        )
     except UnicodeDecodeError as error:
         lines = error.object.count(b"\n", 0, error.start) + 1
         line = f":{lines}"
@@ -383,8 +392,11 @@ def _messages(
             kind_place = draft.find((path[0], "kind"))
             overridden = kind_place.order >= _AFTER_THE_FILE
             message = messages.unknown_key(path, draft.root, kind, kind_is_overridden=overridden)
+            if item := messages.item_section(model, path):
+                message = messages.unknown_key_of_item(path, item)
         else:
-            field = model.model_fields.get(path[1])
+            item = messages.item_section(model, path)
+            field = (item or model).model_fields.get(path[-1] if item else path[1])
             message = messages.describe(path, errors, field)
         worded[path] = message
     return worded
@@ -393,15 +405,23 @@ def _messages(
 def _by_path(root: KeyPath, error: pydantic.ValidationError) -> dict[KeyPath, list[Any]]:
     """Group pydantic's errors by the path of the value in what was given.
 
-    Pydantic's own path also names the branch of a union. A value that may be a word or a list fails
-    as each of them: if it fails inside the list, a list was meant.
+    Pydantic's own path also names the branch of a union; a name after an index is a key. A value
+    that may be a word or a list fails as each of them: if it fails inside the list, a list was
+    meant. A list with an item that fails also fails as too short.
     """
     groups: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         path = (*root, *item["loc"])
-        path = (*path[:2], *(step for step in path[2:] if isinstance(step, int)))
+        path = (
+            *path[:2],
+            *(
+                step
+                for before, step in pairwise(path[1:])
+                if isinstance(step, int) or isinstance(before, int)
+            ),
+        )
         groups.setdefault(path, []).append(item)
-    with_items = {path[:2] for path in groups if len(path) > 2}
+    with_items = {path[:end] for path in groups for end in range(2, len(path))}
     return {path: group for path, group in groups.items() if path not in with_items}
 
 

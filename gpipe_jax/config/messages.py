@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from gpipe_jax.config.base import Configuration
+from gpipe_jax.config.base import Configuration, Section
 from gpipe_jax.config.run import Config, section_models
 from gpipe_jax.utils import text
 
@@ -71,6 +71,7 @@ _RULES = {
     "string_too_short": "text, not nothing",
     "tuple_type": "a list",
     "dict_type": "a mapping",
+    "model_type": "a mapping",
     "too_short": "a list of at least {min_length}",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -162,6 +163,22 @@ def unknown_key(
         return f"{message}; remove it{whole if kind_is_overridden else ''}"
     siblings = list(models[kind].model_fields) if kind else fields_of(section, root)
     return f"unknown key '{dotted(path)}'" + _suggestion(field, f"{section}.", siblings, root)
+
+
+def item_section(model: type[Section], path: KeyPath) -> type[Section] | None:
+    """Return the section of the items of a list, if `path` is a key in an item; else None."""
+    if len(path) != 4:  # section, field, index, key
+        return None
+    annotation = model.model_fields[path[1]].annotation
+    found = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)]
+    return found[0] if found else None
+
+
+def unknown_key_of_item(path: KeyPath, item: type[Section]) -> str:
+    """Word the problem of a key that an item of a list does not have."""
+    legal = list(item.model_fields)
+    hint = text.did_you_mean(path[-1], legal) or f"; legal keys: {', '.join(legal)}"
+    return f"unknown key '{dotted(path)}'{hint}"
 
 
 def _suggestion(field: Any, prefix: str, siblings: Sequence[str], root: type[Configuration]) -> str:

@@ -14,6 +14,7 @@ from gpipe_jax.config.base import (
     Fraction,
     LocalPath,
     NamedCode,
+    Pattern,
     PositiveOrZero,
     Section,
 )
@@ -50,6 +51,29 @@ class ModelConfig(Section):
     _loss_fields: ClassVar[tuple[str, ...]] = ()  # fields that the loss takes, not the network
 
     kind: str
+    trainable: tuple[Pattern, ...] | None = Field(
+        default=None,
+        description="patterns of the parameters to train, such as '9' or '*.bias'; default: all",
+    )
+    frozen: tuple[Pattern, ...] | None = Field(
+        default=None, description="patterns of the parameters not to train, instead of trainable"
+    )
+
+    @field_validator("frozen")
+    @classmethod
+    def _one_of_the_two(
+        cls, frozen: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        if frozen is not None and info.data.get("trainable") is not None:
+            raise ValueError(
+                "give trainable or frozen, not both: what one does not match belongs to the other"
+            )
+        return frozen
+
+    @property
+    def training_arguments(self) -> dict[str, tuple[str, ...] | None]:
+        """Return the arguments of `Pipeline` that say what is trained."""
+        return {"trainable": self.trainable, "frozen": self.frozen}
 
     @property
     def num_labels(self) -> int | None:
@@ -72,7 +96,8 @@ class ModelConfig(Section):
 
     def network_arguments(self) -> dict[str, Any]:
         """Return the arguments of the network's function in `zoo.MODELS`."""
-        return self.model_dump(exclude={"kind", *self._loss_fields})
+        others = {"kind", *self.training_arguments, *self._loss_fields}
+        return self.model_dump(exclude=others)
 
     def loss_arguments(self) -> dict[str, float]:
         """Return the arguments of `losses.classification`."""

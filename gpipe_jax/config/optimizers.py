@@ -1,19 +1,49 @@
 """Define the sections of the optimizers."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gpipe_jax.config.base import (
     Count,
     CountOrZero,
     Fraction,
     NamedCode,
+    Pattern,
     Positive,
     PositiveOrZero,
     Section,
 )
 from gpipe_jax.config.calls import Arguments, Function
+
+
+class OptimizerGroup(Section):
+    """Give some parameters settings of their own."""
+
+    match: Annotated[tuple[Pattern, ...], Field(min_length=1)] = Field(
+        description="patterns of the parameters, as in model.frozen"
+    )
+    learning_rate: Positive | None = Field(default=None, description="their peak learning rate")
+    weight_decay: PositiveOrZero | None = Field(
+        default=None, description="their decoupled weight decay; norms and biases are left out"
+    )
+    l2: PositiveOrZero | None = Field(
+        default=None, description="their L2 regularization; norms and biases are left out"
+    )
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Return the settings that the group replaces."""
+        return self.model_dump(exclude={"match"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> Self:
+        if not self.settings:
+            raise ValueError(
+                "sets nothing for the parameters that it matches; give learning_rate, "
+                "weight_decay or l2, or remove the group"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -48,6 +78,11 @@ class OptimizerConfig(Section):
     ema: Fraction | None = Field(
         default=None,
         description="decay of the moving average of the parameters, which is then evaluated",
+    )
+    groups: tuple[OptimizerGroup, ...] = Field(
+        default=(),
+        description="settings of some parameters, as {match: [patterns], learning_rate: ...}; of "
+        "several groups that match a parameter, the first one counts",
     )
 
     def unused(self) -> dict[str, str]:
@@ -97,6 +132,20 @@ class LionConfig(OptimizerConfig):
     b2: Fraction = Field(default=0.99, description="decay of the average that is kept, in [0, 1)")
 
 
+class MuonConfig(OptimizerConfig):
+    """Use Muon for arrays of two axes: the velocity, made orthogonal. Use Adam for all others.
+
+    As `optax.contrib.muon`. Embeddings of two axes count as matrices too.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: Fraction = Field(default=0.95, description="decay of the velocity, in [0, 1)")
+    nesterov: bool = Field(default=True, description="use Nesterov's momentum")
+    ns_steps: Count = Field(default=5, description="iterations of Newton and Schulz")
+    b1: Fraction = Field(default=0.9, description="decay of Adam's first moment, in [0, 1)")
+    b2: Fraction = Field(default=0.999, description="decay of Adam's second moment, in [0, 1)")
+
+
 class PythonOptimizerConfig(OptimizerConfig):
     """Call a function of your own, or of optax, which returns an optax transformation.
 
@@ -114,15 +163,14 @@ class PythonOptimizerConfig(OptimizerConfig):
         return [NamedCode("function", self.function, self.arguments)]
 
 
-AnyOptimizerConfig = SgdConfig | AdamConfig | RmsPropConfig | LionConfig | PythonOptimizerConfig
+AnyOptimizerConfig = (
+    SgdConfig | AdamConfig | RmsPropConfig | LionConfig | MuonConfig | PythonOptimizerConfig
+)
 
 REFUSED = {
-    name: f"{name} {reason}, so its result would depend on mesh.stages; use {substitute}"
-    for name, reason, substitute in (
-        ("adafactor", "factors the squares of whole arrays", "lion, with one number per parameter"),
-        ("lamb", "scales by the norm of each array", "adamw, with clip_norm"),
-        ("lars", "scales by the norm of each array", "sgd, with clip_norm"),
-        ("muon", "multiplies whole matrices", "adamw or lion"),
-    )
+    "adafactor": "adafactor keeps sums over rows and columns, which a checkpoint cannot cut by "
+    "layers; use lion, with one number per parameter",
+    "lamb": "lamb is no kind; write kind: python, function: optax:lamb",
+    "lars": "lars is no kind; write kind: python, function: optax:lars",
 }
 """Name optimizers that are no kinds, with the reason and what to use."""

@@ -19,7 +19,7 @@ from gpipe_jax.config.base import (
     Problems,
     Section,
 )
-from gpipe_jax.config.calls import CallItem
+from gpipe_jax.config.calls import CallItem, MetricItem
 from gpipe_jax.config.data import AnyDataConfig, DataConfig, model_reads_data
 from gpipe_jax.config.losses import AnyLossConfig, ModelLossConfig
 from gpipe_jax.config.models import AnyModelConfig
@@ -122,6 +122,16 @@ class PipelineConfig(Section):
         return partition
 
 
+PLACES = {
+    "memory_limit": "pipeline.memory_limit_gib",
+    "loss": "loss.kind",
+    "metrics": "train.metrics",
+    "trainable": "model.trainable",
+    "frozen": "model.frozen",
+}
+"""Name the settings of a `Pipeline`'s arguments that the section `pipeline` does not have."""
+
+
 class TrainConfig(Section):
     """Set how long a run is, and where it writes."""
 
@@ -144,10 +154,15 @@ class TrainConfig(Section):
     seed: Annotated[CountOrZero, Mark.LENGTH] = Field(
         default=0, description="seed of parameters, dropout and the data's order"
     )
-    metrics: Annotated[tuple[CallItem, ...], Mark.OPERATION] = Field(
+    init_from: Annotated[AnyPath | None, Mark.LENGTH] = Field(
+        default=None,
+        description="folder of a run, a checkpoint or an exported file, whose parameters a new run "
+        "starts with, where names and shapes match; a resumed run does not read it",
+    )
+    metrics: Annotated[tuple[MetricItem, ...], Mark.OPERATION] = Field(
         default=(),
-        description="further metrics, as module:function or {function: ..., arguments: {...}}; "
-        "each is called with outputs and labels and returns a number for each example",
+        description="further metrics, as module:function or {function: ..., arguments: {...}, "
+        "name: ...}; each is called with outputs and labels and returns a number for each example",
     )
     callbacks: Annotated[tuple[CallItem, ...], Mark.OPERATION] = Field(
         default=(),
@@ -166,6 +181,18 @@ class TrainConfig(Section):
         description="folder of the Python files that the config names, before the current folder; "
         "default: that of the config file",
     )
+
+    @field_validator("metrics")
+    @classmethod
+    def _names_differ(cls, metrics: tuple[MetricItem, ...]) -> tuple[MetricItem, ...]:
+        names = [metric.label for metric in metrics]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"{names.count(name)} metrics are called {name!r}, and a record has one of "
+                    f"each name; give them names, as {{function: ..., name: ...}}"
+                )
+        return metrics
 
     def named_code(self) -> list[NamedCode]:
         return [

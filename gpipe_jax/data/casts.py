@@ -19,8 +19,12 @@ def plain(name: str, array: Any) -> np.ndarray:
         The numbers, not copied if this can be avoided.
 
     Raises:
-        DataError: Numbers are masked, or lists differ in length.
+        DataError: Numbers are masked, lists differ in length, or there is text.
     """
+    if isinstance(array, str | bytes):
+        raise DataError(
+            f"{name} is the text {array!r}, but a batch holds numbers; give each class a number"
+        )
     if np.ma.is_masked(array):
         raise DataError(
             f"{name} is a masked array, and {np.ma.count_masked(array)} of its numbers are masked; "

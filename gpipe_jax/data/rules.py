@@ -32,7 +32,7 @@ class Rules(NamedTuple):
 
         Args:
             source: Where the batch comes from, for messages.
-            batch: `inputs` and `labels`, as they are stored.
+            batch: `inputs` and `labels`, as they are stored; anything else stays as it is.
 
         Returns:
             The inputs in float32 (pixels from -1 to 1), or in int32 for tokens; labels in int32.
@@ -44,7 +44,7 @@ class Rules(NamedTuple):
         inputs, labels = (batch[key] for key in KEYS)
         dtype = np.int32 if np.issubdtype(labels.dtype, np.integer) else np.float32
         labels = cast(f"labels of {source}", labels, dtype)
-        return {"inputs": self._inputs(source, inputs), "labels": labels}
+        return {**batch, "inputs": self._inputs(source, inputs), "labels": labels}
 
     def check(self, source: str, batch: Batch) -> None:
         """Check that labels and tokens are whole numbers in the range of the network.

@@ -28,7 +28,7 @@ import numpy as np
 from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.utils.checks import check_count
 
-Batch = dict[str, np.ndarray]  # "inputs" and "labels", the first axis is the example
+Batch = dict[str, Any]  # "inputs", "labels", perhaps "extras": the first axis is the example
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def sketch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     Different inputs have different numbers. A checksum would not do, because computed inputs may
     differ by rounding between machines.
     """
-    leaves = [np.asarray(a) for name, a in sorted(batch.items()) if name != "weights"]
+    arrays = {name: a for name, a in batch.items() if name != "weights"}
+    leaves = [np.asarray(a) for _, a in sorted(_by_name(arrays).items())]
     numbers = np.zeros((2, len(leaves[0])))
     rng = np.random.default_rng(0)
     for a in leaves:
@@ -104,7 +105,7 @@ def dataset(
         batch_size: Examples of a batch (N of the pipeline).
         seed: Determines the order of the training examples and the random numbers of `augment`.
         train_split: `(gather, count)`: `gather(indices)` returns the examples of int indices [B]
-            below `count`, as a batch with `inputs` and `labels`.
+            below `count`, as a batch with `inputs`, `labels` and perhaps `extras`.
         test_split: The same for the held-out examples.
         augment: `augment(batch, draws)` changes a training batch at random; `draws` has its random
             numbers. None leaves batches as they are. Default: None.
@@ -208,8 +209,8 @@ def iterable(
     Args:
         name: A name for messages.
         batches: `batches(step)` yields the training batches from that step on, without end, and the
-            same ones in every call. A batch is a dictionary with `inputs` and `labels`, whose first
-            axis is the example; all have the same shapes.
+            same ones in every call. A batch is a dictionary with `inputs`, `labels` and perhaps
+            `extras`. The first axis of all is the example, and all have the same shapes.
         test: `test()` yields each held-out example once, in batches of at most that size.
 
     Returns:
@@ -227,7 +228,7 @@ def iterable(
 
     def train(start_step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         for batch in _checked(name, batches(start_step), same=True):
-            yield batch if rows is None else {key: a[rows] for key, a in batch.items()}
+            yield batch if rows is None else _take(batch, rows)
         raise DataError(
             f"the training batches of {name} from step {start_step} on ended; `batches` must "
             f"yield them without end: begin the next epoch"
@@ -243,7 +244,7 @@ def _checked(name: str, batches: Iterable[Batch], same: bool) -> Iterator[Batch]
         if not isinstance(batch, Mapping) or not {"inputs", "labels"} <= set(batch):
             got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise DataError(f"a batch of {name} is {got}; give a dict of inputs and labels")
-        shapes = {key: np.shape(a) for key, a in batch.items()}
+        shapes = {name: np.shape(a) for name, a in _by_name(batch).items()}
         if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
             raise DataError(
                 f"a batch of {name} has shapes {shapes}; the first axis of all must be the example"
@@ -257,6 +258,21 @@ def _checked(name: str, batches: Iterable[Batch], same: bool) -> Iterator[Batch]
                 f"same shapes"
             )
         yield batch
+
+
+def _by_name(tree: Mapping) -> dict[str, Any]:
+    """Return the arrays of a dict, which may hold dicts, as "extras.mask"."""
+    named: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _by_name(value) if isinstance(value, Mapping) else {"": value}
+        named |= {f"{key}.{name}" if name else str(key): a for name, a in inner.items()}
+    return named
+
+
+def _take(tree: Any, rows: np.ndarray) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _take(value, rows) for key, value in tree.items()}
+    return tree[rows]
 
 
 def check_arguments(name: str, batch_size: int, seed: int) -> None:

@@ -192,6 +192,12 @@ def abstract_mesh(*, stages: int, data: int = 1) -> AbstractMesh:
 
 def check_axes(mesh: MeshLike) -> None:
     """Raise ValueError unless the axes have the names, order and types that `make_mesh` gives."""
+    if not isinstance(mesh, MeshLike):
+        raise ArgumentError(
+            "mesh",
+            f"`mesh` must be a mesh of devices, got {type(mesh).__name__}; give what "
+            f"gpipe_jax.make_mesh(stages=..., data=...) returns",
+        )
     if (mesh.axis_names, mesh.axis_types) != ((STAGE, DATA), _AXIS_TYPES):
         types = ", ".join(kind.name for kind in mesh.axis_types)
         raise ArgumentError(
@@ -214,6 +220,16 @@ def num_replicas(mesh: MeshLike) -> int:
 def platform_of(mesh: MeshLike) -> str:
     """Return "cpu", "gpu" or "tpu"; an abstract mesh is one of TPUs."""
     return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
+def check_platform(platform: str | None, default: str) -> str:
+    """Return `platform`, or `default` if it is None; raise ArgumentError if it is no platform."""
+    if platform is not None and platform not in ("cpu", "gpu", "tpu"):
+        raise ArgumentError(
+            "platform",
+            f"`platform` must be 'cpu', 'gpu' or 'tpu', got {platform!r}; or leave it out",
+        )
+    return platform or default
 
 
 def is_shared(mesh: MeshLike) -> bool:

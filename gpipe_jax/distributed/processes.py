@@ -28,7 +28,7 @@ from gpipe_jax.distributed.roll_call import (
     send_line,
     wait_for_all,
 )
-from gpipe_jax.utils.messages import say
+from gpipe_jax.utils.messages import finish_answer, say
 
 GRACE_S = 5  # the time that others get to exit by themselves
 SHUTDOWN_S = 45  # the wait at the end for others, which have finished or died
@@ -70,6 +70,7 @@ def connected(cluster: Cluster | None) -> Iterator[None]:
 
 def exit_now(code: int) -> NoReturn:
     """Exit with this code at once. JAX's own shutdown aborts if other processes have exited."""
+    finish_answer()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

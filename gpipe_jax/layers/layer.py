@@ -5,7 +5,8 @@ A network is a sequence of layers. Each layer takes one pytree and returns one p
 Descriptions are compared by value, so equal layers are recognized and share one compiled body.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ class Context:
     train: bool  # False in evaluation
     progress: jax.Array | float = 1.0  # fraction of the training run that is done, 0 to 1
     constants: PyTree = None  # what `Layer.init_constants` made; None: the layer makes them itself
+    extras: Mapping[str, PyTree] = field(default_factory=dict)  # a layer gets those that it reads
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Layer:
         stashes: Names of the tensors that the layer stashes; set by `stash`. Default: none.
         pops: Names of the tensors that the layer pops; set by `pop`. Default: none.
         ties: Pairs (path, name) of the layer's tied parameters; set by `tie`. Default: none.
+        reads: Names of the batch's extras that the layer reads; set by `read`. Default: none.
 
     Example::
 
@@ -48,18 +51,20 @@ class Layer:
     stashes: tuple[str, ...] = field(default=(), kw_only=True)
     pops: tuple[str, ...] = field(default=(), kw_only=True)
     ties: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # (path, name)
+    reads: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def has_values(self) -> bool:
         """Return whether the layer starts with values of its own, whatever the key."""
         return False
 
-    def init(self, key: jax.Array, x: PyTree) -> PyTree:
+    def init(self, key: jax.Array, x: PyTree, **extras: PyTree) -> PyTree:
         """Make fresh parameters.
 
         Args:
             key: A random key of this layer.
             x: An input, or a tree of zeros like it.
+            **extras: The extras that the layer reads, or zeros like them.
 
         Returns:
             A tree of floating-point arrays.
@@ -84,16 +89,18 @@ class Layer:
         """
         return {}
 
-    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
+    def shapes(self, x: PyTree, **extras: PyTree) -> tuple[PyTree, PyTree]:
         """Return the shapes of parameters and running statistics; nothing is computed.
 
         Args:
             x: An input, as arrays or `jax.ShapeDtypeStruct`s.
+            **extras: The extras that the layer reads, likewise.
 
         Returns:
             Parameters and statistics, as trees of `jax.ShapeDtypeStruct`.
         """
-        params = jax.eval_shape(lambda x: self.init(jax.random.key(0), x), x)
+        init = functools.partial(self.init, jax.random.key(0))
+        params = jax.eval_shape(lambda x, extras: init(x, **extras), x, extras)
         return params, jax.eval_shape(self.init_statistics)
 
     def apply(
@@ -105,7 +112,8 @@ class Layer:
             params: The parameters, as `init` makes them.
             stats: The running statistics, as `init_statistics` makes them.
             x: The input; with `pop`, a tuple (x, *popped).
-            context: The random key, whether this is training, and the progress of the run.
+            context: The random key, whether this is training, the progress of the run, and the
+                extras that the layer reads.
 
         Returns:
             The output (with `stash`, a tuple (y, *stashed)), and the moments of this micro-batch in
@@ -142,6 +150,7 @@ class Layer:
 
             start = gpipe.layer(BottleneckStart, in_features=64, features=64).stash("identity")
         """
+        _check_names("stash", names)
         return replace(self, stashes=(*self.stashes, *names))
 
     def pop(self, *names: str) -> Self:
@@ -157,6 +166,7 @@ class Layer:
 
             end = gpipe.layer(BottleneckEnd, in_features=64, features=256).pop("identity")
         """
+        _check_names("pop", names)
         return replace(self, pops=(*self.pops, *names))
 
     def tie(self, name: str, path: str) -> Self:
@@ -179,8 +189,42 @@ class Layer:
         """
         return replace(self, ties=(*self.ties, (path, name)))
 
+    def read(self, *names: str) -> Self:
+        """Read extras of the batch beside the input, such as an attention mask.
+
+        The extras of a batch are `batch["extras"]`, a dict of trees whose first axis is the
+        examples. Each device takes those of its micro-batch; they pass no boundary of stages.
+
+        Args:
+            *names: Names of extras. A module or function gets each as a keyword of that name.
+
+        Returns:
+            This layer, which is called as `module(x, name=extra)`.
+
+        Example::
+
+            def apply(params, x, *, mask):
+                return x * mask
+
+            masked = gpipe.layer(lambda key, x: {}, apply).read("mask")
+        """
+        _check_names("read", names)
+        return replace(self, reads=(*self.reads, *names))
+
+    def name_in_model(self, path: str) -> str | None:
+        """Return the name that a parameter has in the model of `from_module`.
+
+        Args:
+            path: The parameter's path in this layer, as "linear.kernel".
+
+        Returns:
+            The name, as "blocks.2.linear.kernel"; None if the layer is of no model.
+        """
+        del path
+        return None
+
     def linked(self, description: str) -> str:
-        """Add the names of what is stashed, popped and tied to a description.
+        """Add the names of what is stashed, popped, tied and read to a description.
 
         Args:
             description: The layer without its links, as "Dense(features=4)".
@@ -189,9 +233,20 @@ class Layer:
             The description with these names, as "Dense(features=4) [stash x]".
         """
         ties = [f"{path} as {name}" for path, name in self.ties]
-        links = {"stash": self.stashes, "pop": self.pops, "tie": ties}
+        links = {"stash": self.stashes, "pop": self.pops, "tie": ties, "read": self.reads}
         texts = [f"[{verb} {', '.join(names)}]" for verb, names in links.items() if names]
         return " ".join([description, *texts])
+
+
+def _check_names(method: str, names: tuple) -> None:
+    """Raise TypeError unless all names are texts."""
+    for name in names:
+        if not isinstance(name, str):
+            inner = name if isinstance(name, list | tuple) else ["mask"]
+            raise TypeError(
+                f"{method}() takes names, each as an argument of its own, got {name!r}; write "
+                f".{method}({', '.join(map(repr, inner))})"
+            )
 
 
 def check_layers(layers: Any) -> None:
@@ -202,7 +257,7 @@ def check_layers(layers: Any) -> None:
         raise ArgumentError(
             "layers",
             f"`layers` must be a list of layers, got {arguments.kind(layers)}; divide a model into "
-            f"layers, each made by gpipe_jax.layer",
+            f"layers by gpipe_jax.from_module, or make each by gpipe_jax.layer",
         )
     for i, one in enumerate(layers):
         if not isinstance(one, Layer):

@@ -1,7 +1,8 @@
 """Name the parameters of a network, and choose by patterns which of them are trained.
 
 A parameter has two names: by the layer's index, as "3.linear.kernel", and by the layer's kind, as
-"Block.linear.kernel". A pattern matches a name, or all of it up to a dot:
+"Block.linear.kernel". If `from_module` made the layer, it also has that in the model, as
+"blocks.2.linear.kernel". A pattern matches a name, or all of it up to a dot:
 
     pattern           matches
     3.linear.kernel   one parameter
@@ -10,7 +11,7 @@ A parameter has two names: by the layer's index, as "3.linear.kernel", and by th
     *.bias            the bias of every part of every layer; a star matches dots too
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,7 +33,8 @@ def names(i: int, layer: Layer, path: str) -> tuple[str, ...]:
     >>> names(2, zoo.mlp((4, 8, 2))[1], "linear.kernel")
     ('2.linear.kernel', 'Dense.linear.kernel')
     """
-    return tuple(f"{owner}.{path}" for owner in (i, _kind(layer)))
+    in_model = layer.name_in_model(path)
+    return (f"{i}.{path}", f"{_kind(layer)}.{path}", *([in_model] if in_model else []))
 
 
 def matches(patterns: Iterable[str], names: Sequence[str]) -> bool:
@@ -52,7 +54,7 @@ def check_used(argument: str, patterns: Any, names: Iterable[Sequence[str]]) -> 
         patterns: The value of the argument.
         names: The names of every parameter of the network.
     """
-    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+    if isinstance(patterns, str) or not isinstance(patterns, Collection):
         raise ArgumentError(
             argument,
             f"`{argument}` must be a list of patterns, got {patterns!r}; put the pattern into a "
@@ -94,7 +96,7 @@ def freeze(
             f"does not match belongs to the other",
         )
     argument = "trainable" if frozen is None else "frozen"
-    patterns = list(trainable or frozen or ())
+    patterns: Any = trainable if frozen is None else frozen
     layers = [shape.layer for shape in shapes]
     own = [by_name(shape.params) for shape in shapes]
     paths = [(*own[i], *(path for path, _ in layer.ties)) for i, layer in enumerate(layers)]
@@ -155,7 +157,11 @@ def _frozen_ties(
 def _unknown(argument: str, unknown: list, names: list[Sequence[str]]) -> str:
     """Word that patterns match no parameter, with the parameters that they could have meant."""
     known = list(dict.fromkeys(name for names_of in names for name in names_of))
-    texts = [f"{p!r}{did_you_mean(p, [*known, *_owners(known)])}" for p in unknown]
+    candidates = [*known, *_owners(known)]
+    texts = [
+        f"{p!r}{did_you_mean(p, candidates)}" if isinstance(p, str) else f"{p!r}, which is no text"
+        for p in unknown
+    ]
     shown = ", ".join(known[:_MOST_SHOWN]) + (", ..." if len(known) > _MOST_SHOWN else "")
     return (
         f"`{argument}` has patterns that match no parameter: {', '.join(texts)} "

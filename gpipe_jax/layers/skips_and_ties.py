@@ -8,7 +8,8 @@ for layer in layers:
     skips.update(zip(layer.stashes, stashed))
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ def call(
     """
     x, rest = take(layer, boundary)
     filled = strong(fill(layer, params, shared))
+    context = replace(context, extras=read(layer, context.extras))
     y, moments = layer.apply(filled, stats, x, context)
     if jax.tree.leaves(moments):
         moments = cast_for_sums(moments, stats)
@@ -57,6 +59,11 @@ def give(layer: Layer, y: PyTree, rest: dict) -> Boundary:
     if not layer.stashes:
         return Boundary(y, rest)
     return Boundary(y[0], {**rest, **dict(zip(layer.stashes, y[1:], strict=True))})
+
+
+def read(layer: Layer, extras: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Return the extras that a layer reads, of those of a batch."""
+    return {name: extras[name] for name in layer.reads}
 
 
 # --- tied parameters ------------------------------------------------------------------------------

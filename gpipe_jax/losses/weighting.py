@@ -143,6 +143,9 @@ def weighted_sums(
     return weigh("the losses", losses), sums
 
 
+RESERVED = frozenset({"loss", "step", "step_time_s"})
+"""Names that every record of a step uses itself."""
+
 _RETURNS = "`loss` must return losses [B, ...], or a pair (losses, {name: metric [B, ...]})"
 
 
@@ -156,7 +159,7 @@ def losses_and_metrics(result: Any) -> tuple[Any, dict]:
     metrics = {} if metrics is None else metrics
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise ValueError(f"{_RETURNS}; got metrics that are not a dict by names: {metrics}")
-    taken = {"loss", "step", "step_time_s"} & set(metrics)
+    taken = RESERVED & set(metrics)
     if taken:
         names = ", ".join(sorted(taken))
         raise ValueError(f"the metrics of `loss` may not be called {names}; use other names")
@@ -165,9 +168,13 @@ def losses_and_metrics(result: Any) -> tuple[Any, dict]:
 
 def _spread(value: Any, weights: jax.Array) -> Any:
     """Return a Python number among the metrics as that number for each example."""
+    return jnp.full(weights.shape, float(value)) if is_number(value) else value
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a metric is a Python number, which counts for each example."""
     # Within a traced loss it is a constant. An array without axes may be a mean over examples.
-    is_number = isinstance(value, bool | int | float | np.number | np.bool_)
-    return jnp.full(weights.shape, float(value)) if is_number else value
+    return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
 def _of_examples(name: str, values: Any, examples: int) -> jax.Array:

@@ -105,6 +105,13 @@ def _of_first_process(times: Sequence[float]) -> list[float]:
     return np.asarray(words, np.int32).view(np.float64).tolist()
 
 
+def describe(kind: str | Sequence[float], platform: str) -> str:
+    """Say what costs of this kind are, as in "operations, counted for cpu"."""
+    if not isinstance(kind, str):
+        return "the numbers given"
+    return f"operations, counted for {platform}" if kind == "flops" else "measured times"
+
+
 def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
     """Return the seconds to send each layer's boundary, and to get its gradient back."""
     rate = NOMINAL_RATES.get(platform, NOMINAL_RATES["tpu"])[1]
@@ -113,7 +120,10 @@ def transfer_s(costs: Sequence[LayerCost], platform: str) -> list[float]:
 
 def _each_distinct(shapes: Sequence[LayerShape], function: Callable) -> list:
     known: dict = {}
-    names = [(s.layer, signature(s.input), signature(s.params), s.frozen_ties) for s in shapes]
+    names = [
+        (s.layer, signature((s.input, s.extras)), signature(s.params), s.frozen_ties)
+        for s in shapes
+    ]
     for name, shape in zip(names, shapes, strict=True):
         if name not in known:
             known[name] = function(shape)
@@ -131,7 +141,7 @@ def _training_program(shape: LayerShape) -> tuple[Callable, tuple]:
 
 
 def _arguments(shape: LayerShape) -> tuple:
-    """Return the shapes of what is trained, what is not, statistics, input and seed.
+    """Return the shapes of what is trained, what is not, statistics, input, extras and seed.
 
     Both have the parameters that the layer borrows.
     """
@@ -141,18 +151,25 @@ def _arguments(shape: LayerShape) -> tuple:
     params = skips_and_ties.fill(shape.layer, shape.params, trained)
     fixed_params = skips_and_ties.fill(shape.layer, shape.fixed.params, frozen)
     fixed = shape.fixed._replace(params=fixed_params)
-    return params, fixed, shape.stats, shape.input, jax.ShapeDtypeStruct((), jnp.uint32)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    return params, fixed, shape.stats, shape.input, shape.extras, seed
 
 
 def _vjp(
-    shape: LayerShape, params: PyTree, fixed: Fixed, stats: PyTree, x: PyTree, seed: jax.Array
+    shape: LayerShape,
+    params: PyTree,
+    fixed: Fixed,
+    stats: PyTree,
+    x: PyTree,
+    extras: dict[str, PyTree],
+    seed: jax.Array,
 ) -> tuple[list, Callable]:
     """Differentiate in the trained parameters and the floating-point inputs."""
 
     def run(params: PyTree, x: PyTree) -> tuple[PyTree, None]:
         progress = jnp.asarray(1.0, float)  # typed, as in a step
         key = jax.random.key(seed)
-        context = Context(key, train=True, progress=progress, constants=fixed.constants)
+        context = Context(key, True, progress, fixed.constants, extras)
         whole = merge(params, fixed.params)
         return strong(shape.layer.apply(whole, stats, x, context)[0]), None
 

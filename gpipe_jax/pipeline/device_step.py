@@ -51,6 +51,7 @@ class Sums(NamedTuple):
     grads: list  # gradients of the trained parameters, in their form
     shared: dict  # gradients of the trained tied parameters
     moments: list  # moments of batch norms, in the form of the running statistics
+    extras: dict  # gradients of extras, [M, B, ...]
     result: PyTree  # loss and metrics, or the outputs [M, B, ...]
 
 
@@ -83,17 +84,20 @@ class DeviceStep:
     fixed: list  # frozen parameters and constants of each chunk
     shared: dict  # tied parameters, trained and frozen
     ids: jax.Array  # [V, longest stage]: global ids of its stages' layers
-    batch: dict  # inputs [M, elements of a micro-batch]; other leaves are [M, B, ...]
+    batch: dict  # inputs and extras [M, elements of a micro-batch]; other leaves are [M, B, ...]
     key: jax.Array  # random key of the step
     progress: jax.Array  # fraction of the training run that is done, 0 to 1
+    extras_gradients: tuple[str, ...]  # the extras whose gradients are asked for
 
     def zero_sums(self, micro_batches: int) -> Sums:
         """Return the sums before the first tick."""
         shared = {name: self.shared[name] for name in self.stages.ties.owners}
         trained = (self.params, shared, self.stats) if self.trains else ([], {}, [])
-        shapes = jax.eval_shape(wide, trained)
-        grads, shared, moments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return Sums(grads, shared, moments, self._zero_result(micro_batches))
+        rows = {name: self.stages.geometry.extras[name] for name in self.extras_gradients}
+        shapes, row = jax.eval_shape(wide, (trained, rows))
+        grads, shared, moments = _zeros(shapes)
+        extras = _zeros(row, micro_batches)
+        return Sums(grads, shared, moments, extras, self._zero_result(micro_batches))
 
     def _zero_result(self, micro_batches: int) -> PyTree:
         output, leading = self.stages.geometry.shapes[-1].output, (micro_batches,)
@@ -101,7 +105,7 @@ class DeviceStep:
             first = jax.tree.map(lambda a: a[0], (self.batch["labels"], self.batch["weights"]))
             loss = functools.partial(weighted_sums, self.loss)
             output, leading = jax.eval_shape(loss, output, *first), ()
-        return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), output)
+        return _zeros(output, *leading)
 
     def run(self, branch: Branch, buffers: Buffers, entry: Entry, idle: TickResult) -> TickResult:
         """Run `branch`; `idle` has the sums so far and what an idle device sends."""
@@ -144,10 +148,12 @@ class DeviceStep:
             arrived, passed = _split_skips(self._gradient(s, buffers, entry), passing)
             start = functools.partial(_start_from, jax.tree.leaves(arrived))
         sums = idle.sums
-        backward = self._stage(s, entry).backward
-        back, moments, result = backward(x, start, sums.grads[c], sums.shared)
+        backward, m = self._stage(s, entry).backward, entry.micro_batch
+        row = jax.tree.map(lambda a: get(a, m), sums.extras)
+        back, moments, result = backward(x, start, sums.grads[c], sums.shared, row)
         grads = [back.params if i == c else g for i, g in enumerate(sums.grads)]
-        sums = sums._replace(grads=grads, shared=back.shared)
+        extras = jax.tree.map(lambda a, new: put(a, new, m), sums.extras, back.extras)
+        sums = sums._replace(grads=grads, shared=back.shared, extras=extras)
         if s == self.stages.geometry.last:
             sums = sums._replace(result=jax.tree.map(jnp.add, sums.result, result))
             sums = self._with_moments(s, sums, moments)
@@ -166,7 +172,16 @@ class DeviceStep:
         c, _ = self.stages.geometry.at(s)
         examples = self.micro_batch_size if self.per_example else None
         micro_batch = entry.micro_batch * self.replicas + replica_index()
-        call = Call(self.key, micro_batch, examples, self.trains, self.progress)
+        extras = self._of_batch("extras", self.stages.geometry.extras, entry)
+        call = Call(
+            self.key,
+            micro_batch,
+            examples,
+            self.trains,
+            self.progress,
+            extras,
+            self.extras_gradients,
+        )
         arrays = (self.params[c], self.stats[c], self.fixed[c], self.shared)
         return StageStep(self.stages, s, *arrays, self.ids[c], call)
 
@@ -182,15 +197,18 @@ class DeviceStep:
     def _input(self, s: int, buffers: Buffers, entry: Entry) -> Boundary:
         """Return the input of stage s: from the batch, or from its slot."""
         if s == 0:
-
-            def read(a: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-                return get(a, entry.micro_batch).reshape(shape.shape)
-
-            shapes = self.stages.geometry.input(0).x
-            return Boundary(jax.tree.map(read, self.batch["inputs"], shapes), {})
+            return Boundary(self._of_batch("inputs", self.stages.geometry.input(0).x, entry), {})
         leaves, structure = jax.tree.flatten(self.stages.geometry.input(s))
         arrays = [get(a, entry.x_slot) for a in buffers.x]
         return jax.tree.unflatten(structure, self.stages.boundary_format.decode(arrays, leaves))
+
+    def _of_batch(self, name: str, shapes: PyTree, entry: Entry) -> PyTree:
+        """Return the inputs or the extras of a micro-batch, which have these shapes."""
+
+        def read(a: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            return get(a, entry.micro_batch).reshape(shape.shape)
+
+        return jax.tree.map(read, self.batch[name], shapes)
 
     def _gradient(self, s: int, buffers: Buffers, entry: Entry) -> Boundary:
         """Return the gradient of the output of stage s; None in place of leaves without one."""
@@ -222,6 +240,11 @@ class DeviceStep:
         """Return the labels and weights of a micro-batch."""
         targets = (self.batch["labels"], self.batch["weights"])
         return jax.tree.map(lambda a: get(a, entry.micro_batch), targets)
+
+
+def _zeros(shapes: PyTree, *leading: int) -> PyTree:
+    """Return zeros of these shapes, with further axes in front."""
+    return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), shapes)
 
 
 def _start_from(gradients: list, _: Boundary) -> tuple[list, None]:

@@ -27,7 +27,7 @@ s stage.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,13 +95,14 @@ def build(
     loss: Callable | None,
     *,
     keys_per: str = "micro_batch",
+    extras_gradients: Sequence[str] = (),
     idle_fill: float = 0.0,
 ) -> Callable:
     """Return the function (variables, batch) that runs `schedule`; to be traced.
 
     The batch has leaves [M, D*B, ...] and weights that sum to one. With backwards in the schedule
-    the result is ((loss, metrics), grads, stats). For a forward-only schedule it is
-    (loss, metrics), or the outputs if `loss` is None.
+    the result is ((loss, metrics), grads, stats, gradients of the extras that are named). For a
+    forward-only schedule it is (loss, metrics), or the outputs if `loss` is None.
 
     Buffers hold `idle_fill` until something arrives, and idle devices send it. A test sets it to
     NaN to show that it is never used.
@@ -128,9 +129,11 @@ def build(
             batch={
                 **_with_counts(batch, loss),
                 "inputs": jax.tree.map(flat_examples, batch["inputs"]),
+                "extras": jax.tree.map(flat_examples, batch["extras"]),
             },
             key=variables.key,
             progress=variables.progress,
+            extras_gradients=tuple(extras_gradients),
         )
         return _Ticks(device, schedule, lowered, idle_fill).run()
 
@@ -139,7 +142,7 @@ def build(
     variables = Variables(divided, divided, divided, key=replicated, progress=replicated)
     in_specs = (variables, PARAMS_SPEC, BATCH_SPEC)
     result_spec = BATCH_SPEC if loss is None else REPLICATED_SPEC
-    out_specs = (result_spec, PARAMS_SPEC, PARAMS_SPEC) if trains else result_spec
+    out_specs = (result_spec, PARAMS_SPEC, PARAMS_SPEC, BATCH_SPEC) if trains else result_spec
     mapped = on_every_device(body, mesh, in_specs, out_specs)
     ids: Any = stages.geometry.layer_ids()
     return lambda variables, batch: mapped(variables, ids, batch)
@@ -205,7 +208,7 @@ class _Ticks:
         grads, moments = sum_over_replicas((grads, sums.moments))
         stats = self._committed(moments)
         grads, stats = ([to_block(arrays) for arrays in chunks] for chunks in (grads, stats))
-        return result, grads, stats
+        return result, grads, stats, sum_over_stages(sums.extras)
 
     def _committed(self, moments: list) -> list:
         """Return the running statistics after this step, from the sums of all moments."""

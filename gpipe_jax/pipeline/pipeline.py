@@ -8,7 +8,7 @@ M micro-batches, B examples of a micro-batch on one replica.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from gpipe_jax.distributed import host_arrays
 from gpipe_jax.distributed.mesh import (
     MeshLike,
     check_axes,
+    check_platform,
     is_shared,
     num_devices,
     num_replicas,
@@ -34,12 +35,15 @@ from gpipe_jax.layers.sources.from_module import to_module
 from gpipe_jax.losses.weighting import HasCount, count_elements, weighted_sums
 from gpipe_jax.partition import balance, costs, solver
 from gpipe_jax.pipeline import executor, memory
-from gpipe_jax.pipeline import micro_batches as batches
 from gpipe_jax.pipeline import remat as remats
 from gpipe_jax.pipeline import state as states
+from gpipe_jax.pipeline.batches import checks
+from gpipe_jax.pipeline.batches import micro_batches as batches
 from gpipe_jax.pipeline.executor import Variables
+from gpipe_jax.pipeline.prediction import Predictor, Shapes
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.results import (
+    ExtrasValueAndGrad,
     GradientArguments,
     LossAndMetrics,
     StepGradients,
@@ -47,13 +51,13 @@ from gpipe_jax.pipeline.results import (
     Weighted,
     weighted_mean,
 )
-from gpipe_jax.pipeline.state import State
+from gpipe_jax.pipeline.state import State, TrainState
 from gpipe_jax.pipeline.summary import Summary, summarize
 from gpipe_jax.schedules.generators import forward_only, training_schedule
 from gpipe_jax.schedules.schedule import Schedule
 from gpipe_jax.utils import choices
 from gpipe_jax.utils.checks import check_count
-from gpipe_jax.utils.trees import PyTree, describe, signature, tree_bytes
+from gpipe_jax.utils.trees import PyTree, describe, tree_bytes
 from gpipe_jax.utils.xla_workarounds import jax_setting
 
 
@@ -74,9 +78,10 @@ class Pipeline:
         loss: Function (outputs, labels) -> losses [B] of the examples, or (losses, metrics); see
             `gpipe_jax.losses`.
         mesh: K x D devices, from `gpipe_jax.make_mesh`.
-        example: A batch, or its shapes: {"inputs": tree, "labels": tree, "weights": [N], optional}.
-            The first axis of every array is the N examples. N must be a multiple of D M. Later
-            batches may be shorter: they are padded with examples of weight zero.
+        example: A batch, or its shapes: {"inputs": tree, "labels": tree} and, optionally,
+            "weights": [N] and "extras": {name: tree}, which layers read (see `Layer.read`). The
+            first axis of every array is the N examples. N must be a multiple of D M. Later batches
+            may be shorter: they are padded with examples of weight zero.
         micro_batches: M, the number of micro-batches of a batch. Default: 1.
         schedule: "gpipe", "1f1b", "eager_1f1b", "interleaved", or a `Schedule` of your own; see
             `gpipe_jax.schedules`. Default: "1f1b".
@@ -84,6 +89,8 @@ class Pipeline:
             stage but the first, as K V - 1 increasing indices. Default: "auto".
         cost: What "auto" balances: "flops" (counted), "time" (measured on this machine), or L
             numbers in any unit. Default: "flops".
+        platform: What the operations are counted for, "cpu", "gpu" or "tpu"; their numbers differ.
+            Default: the platform of the mesh.
         memory_limit: The most bytes that a device may hold: parameters, gradients and two optimizer
             slots (padding included), stashed inputs, and the working set of a stage. None sets no
             limit. Default: None.
@@ -96,8 +103,10 @@ class Pipeline:
         steps: Length of the training run in steps, for layers that change during it (drop-path).
             None means that training is at its end. Default: None.
         trainable: Patterns of the parameters to train: "9" is layer 9, "Dense" every Dense layer,
-            "*.bias" every bias. All others are frozen: they have no gradient and no optimizer
-            state. Default: None, which trains all parameters.
+            "*.bias" every bias, and "encoder" this part of a model of `from_module`. All others
+            are frozen: they have no gradient and no optimizer state. Running statistics of a frozen
+            `nnx.BatchNorm` still move, unless the instance has `use_running_average=True`.
+            Default: None, which trains all parameters.
         frozen: Patterns of the parameters not to train, instead of `trainable`. Default: None.
 
     Attributes:
@@ -106,6 +115,7 @@ class Pipeline:
         micro_batch_size: B, the examples of a micro-batch on one replica.
         shapes: The shapes of each layer.
         costs: The cost of each layer.
+        cost_kind: What these costs are, such as "operations, counted for cpu".
         stages: The stages, with the form of their arrays.
 
     Raises:
@@ -138,6 +148,7 @@ class Pipeline:
         schedule: str | Schedule = "1f1b",
         partition: str | Sequence[int] = "auto",
         cost: str | Sequence[float] = "flops",
+        platform: str | None = None,
         memory_limit: float | None = None,
         remat: str = "stage",
         chunks: int = 1,
@@ -170,18 +181,19 @@ class Pipeline:
         self.micro_batch_size = self.batch_size // (self.replicas * micro_batches)
         self.micro_batch_shapes = batches.resize(self.example, self.micro_batch_size)
         self._trainable, self._frozen = trainable, frozen
-        self.shapes = self._infer(self.micro_batch_shapes["inputs"])
+        self.shapes = self._infer(self.micro_batch_shapes)
         self._check_loss()
-        platform = platform_of(mesh)
+        platform = check_platform(platform, platform_of(mesh))
+        self.cost_kind = costs.describe(cost, platform)
         self.costs = costs.measure(self.shapes, cost, platform, shared=is_shared(mesh))
         self.partition = self._cut(partition, self.costs, cost, platform)
         self.stages = self._divide(self.shapes)
         if memory_limit is not None:
             memory.check(self.device_bytes(), memory_limit)
 
-    def _infer(self, inputs: PyTree) -> list[LayerShape]:
-        """Return the shapes of the layers for these inputs, divided into trained and frozen."""
-        shapes = infer_shapes(self.layers, inputs)
+    def _infer(self, micro_batch: dict) -> list[LayerShape]:
+        """Return the shapes of the layers for a micro-batch, divided into trained and frozen."""
+        shapes = infer_shapes(self.layers, micro_batch["inputs"], micro_batch["extras"])
         return leaf_names.freeze(shapes, self._trainable, self._frozen)
 
     def _divide(self, shapes: Sequence[LayerShape]) -> Stages:
@@ -231,6 +243,8 @@ class Pipeline:
         try:
             jax.eval_shape(functools.partial(weighted_sums, self.loss), outputs, labels, weights)
             jax.eval_shape(functools.partial(count_elements, self.loss), labels, weights)
+        except ArgumentError:  # it already names what is wrong, such as a further metric
+            raise
         except Exception as error:
             raise ArgumentError(
                 "loss",
@@ -276,7 +290,10 @@ class Pipeline:
 
         Raises:
             ValueError: A stage is on no device of this process.
+            ArgumentError: The state cannot be used; see `check_state`.
         """
+        if isinstance(tree, State | TrainState):
+            states.check(tree, self._abstract_state)
         return states.to_layers(self.stages, self.mesh, tree)
 
     def statistics(self, state: State) -> list[PyTree]:
@@ -291,7 +308,9 @@ class Pipeline:
 
         Raises:
             ValueError: A stage is on no device of this process.
+            ArgumentError: The state cannot be used; see `check_state`.
         """
+        self.check_state(state)
         return states.statistics(self.stages, self.mesh, state)
 
     def from_layers(
@@ -316,6 +335,22 @@ class Pipeline:
         """
         self._check_settings()
         return states.from_layers(self.stages, self.mesh, params, statistics, seed)
+
+    def check_state(self, state: State) -> None:
+        """Check that a state is of this pipeline; every method that takes one does this.
+
+        Args:
+            state: The state of training.
+
+        Raises:
+            ArgumentError: It is no `State`, a training step has updated it in place, or it is of a
+                pipeline of another layout, network or choice of frozen parameters.
+        """
+        states.check(state, self._abstract_state)
+
+    @functools.cached_property
+    def _abstract_state(self) -> State:
+        return states.abstract(self.stages, self.mesh)
 
     def to_module(self, state: State) -> Any:
         """Return the model that the layers were made from, with the values of a state.
@@ -388,9 +423,59 @@ class Pipeline:
             the batch. The gradients have the form of `state.params` and are at least float32;
             `to_layers` returns them layer by layer. The state has new running statistics.
         """
+        self.check_state(state)
         micro_batched = self.split(batch, train=True)
         result = self._jitted["gradients"](state, micro_batched, np.uint32(step))
         return ValueAndGrad(result.value, result.gradients, state._replace(stats=result.stats))
+
+    def value_and_grad_with_extras(
+        self, state: State, batch: dict, extras: Sequence[str], step: int = 0
+    ) -> ExtrasValueAndGrad:
+        """Compute the loss and the gradients of a batch, also those of its extras.
+
+        Use it where another program computes an extra, such as the encoder of a condition: its
+        backward pass starts from this gradient.
+
+        Args:
+            state: Parameters, running statistics and seed.
+            batch: A batch like `example`; see `split`.
+            extras: Names of extras of floating-point numbers.
+            step: Number of the step from 0; with the seed it determines dropout. Default: 0.
+
+        Returns:
+            A tuple ((loss, metrics), gradients, state, gradients of the extras by name). Those of
+            an extra have the shape of `batch["extras"][name]`, and are at least float32. On several
+            processes they are of all N examples, whatever part of the batch each process gives.
+
+        Raises:
+            ArgumentError: A name is not that of an extra of floating-point numbers.
+
+        Example::
+
+            def apply(params, x, *, shift):
+                return x + shift
+
+            shifted = gpipe.layer(lambda key, x: {}, apply).read("shift")
+            batch = {**batch, "extras": {"shift": 0.5 * batch["inputs"]}}
+            loss, mesh = gpipe.losses.softmax_cross_entropy, gpipe.make_mesh(stages=2)
+            pipe = gpipe.Pipeline([shifted, *layers], loss=loss, mesh=mesh, example=batch)
+            result = pipe.value_and_grad_with_extras(pipe.init(), batch, ["shift"])
+            result.extras["shift"].shape  # that of the inputs
+        """
+        self.check_state(state)
+        names = checks.differentiable_extras(extras, self.example)
+        micro_batched = self.split(batch, train=True)
+        run = self._jitted["gradients_with_extras"]
+        result, of_extras = run(state, micro_batched, np.uint32(step), names)
+        # Split has checked the batch. If it is only this process's part, the result is of all N.
+        count = checks.count_examples(checks.arrays(batch)["inputs"])
+        count = self.batch_size if count == len(self.rows) else count
+        return ExtrasValueAndGrad(
+            result.value,
+            result.gradients,
+            state._replace(stats=result.stats),
+            self._jitted["join"](of_extras, count),
+        )
 
     def evaluate(self, state: State, batch: dict) -> LossAndMetrics:
         """Compute the loss of a batch in evaluation mode.
@@ -427,17 +512,20 @@ class Pipeline:
             The loss and the metrics of each part that counts, with its weight: the sum over its
             examples, with the counts of the loss.
         """
-        batch = batches.with_weights(batches.arrays(batch))
-        batches.total_weight(batch)
+        self.check_state(state)
+        batch = checks.complete(checks.arrays(batch))
+        checks.total_weight(batch)
         for part in batches.parts(batch, self.batch_size):
             if part["weights"].any():
-                micro_batched, weight = self.split(part), batches.total_weight(part)
+                micro_batched, weight = self.split(part), checks.total_weight(part)
                 if isinstance(self.loss, HasCount):
                     weight *= float(self._jitted["counts"](micro_batched))
                 value = self._jitted["losses"](state, micro_batched)
                 yield Weighted(weight, jax.block_until_ready(value))
 
-    def predict(self, state: State, inputs: PyTree) -> PyTree:
+    def predict(
+        self, state: State, inputs: PyTree, extras: Mapping[str, PyTree] | None = None
+    ) -> PyTree:
         """Return the outputs of the network in evaluation mode, for any number of examples.
 
         Other axes than the first may differ from the example's, if no parameter depends on them:
@@ -447,42 +535,36 @@ class Pipeline:
             state: Parameters and running statistics.
             inputs: A tree of arrays like `example["inputs"]`. More than N examples are computed N
                 at a time; fewer are padded.
+            extras: Arrays like `example["extras"]`, for the same examples. Default: none.
 
         Returns:
             The outputs, whose first axis is the examples.
 
         Raises:
-            DataError: The inputs have another structure, types that do not fit, or shapes that the
-                network does not take.
+            DataError: The inputs or extras have another structure, types that do not fit, or shapes
+                that the network does not take.
 
         Example::
 
             state = pipe.init(seed=0)
             logits = pipe.predict(state, images[:3])
         """
-        batch = batches.arrays({"inputs": inputs})
-        outputs = []
-        for part in batches.parts(batch, self.batch_size):
-            count = batches.count_examples(part["inputs"])
-            split = batches.split_inputs(part, self.example, self.micro_batches)
-            placed = host_arrays.place_batch(self.mesh, split, list(range(self.replicas)))
-            stages = self._stages_for(batches.of_replica(split, self.replicas)["inputs"])
-            out = self._jitted["outputs"](stages, state, placed)
-            outputs.append(jax.tree.map(lambda a, n=count: a.reshape(-1, *a.shape[2:])[:n], out))
-            jax.block_until_ready(outputs[-1])
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
+        self.check_state(state)
+        named = checks.named_extras(extras)
+        return self._predictor(state, checks.arrays({"inputs": inputs, "extras": named}))
 
-    def apply(self, state: State, inputs: PyTree) -> PyTree:
-        """Do what `predict` does; this is its older name.
-
-        Args:
-            state: Parameters and running statistics.
-            inputs: A tree of arrays like `example["inputs"]`.
-
-        Returns:
-            The outputs, whose first axis is the examples.
-        """
-        return self.predict(state, inputs)
+    @functools.cached_property
+    def _predictor(self) -> Predictor:
+        return Predictor(
+            self.mesh,
+            self.micro_batches,
+            self.replicas,
+            Shapes(self.example, self.micro_batch_shapes, self.shapes),
+            self.stages,
+            infer=self._infer,
+            divide=self._divide,
+            outputs=self._outputs,
+        )
 
     # --- traced ----------------------------------------------------------------------------------
 
@@ -500,10 +582,23 @@ class Pipeline:
         Returns:
             A tuple ((loss, metrics), gradients, stats).
         """
-        run = self._program(self.schedule, self.loss, idle_fill=idle_fill)
+        return self._gradients(state, micro_batched, step, idle_fill=idle_fill)[0]
+
+    def _gradients(
+        self,
+        state: State,
+        micro_batched: dict,
+        step: Any,
+        extras: Sequence[str] = (),
+        *,
+        idle_fill: float = 0.0,
+    ) -> tuple[StepGradients, dict[str, PyTree]]:
+        """Return also the gradients of some extras, each [M, D*B, ...] in float32 at least."""
+        run = self._program(self.schedule, self.loss, extras_gradients=extras, idle_fill=idle_fill)
         progress = 1.0 if self.steps is None else jnp.minimum(step / self.steps, 1.0)
-        value, grads, stats = run(self._variables(state, step, progress), micro_batched)
-        return StepGradients(LossAndMetrics(*value), grads, stats)
+        variables = self._variables(state, step, progress)
+        value, grads, stats, of_extras = run(variables, micro_batched)
+        return StepGradients(LossAndMetrics(*value), grads, stats), of_extras
 
     def losses(self, state: State, micro_batched: dict) -> LossAndMetrics:
         """Compute what `evaluate` returns, within a traced function.
@@ -527,37 +622,6 @@ class Pipeline:
         """Return the network's outputs [M, D*B, ...] for inputs [M, D*B, ...], traced."""
         run = self._program(self._forward_schedule, None, stages=stages)
         return run(self._variables(state), micro_batched)
-
-    def _stages_for(self, inputs: PyTree) -> Stages:
-        """Return the stages for inputs of these shapes; equal shapes get the same object."""
-        key = signature(inputs)
-        if key not in self._stages_by_inputs:
-            self._stages_by_inputs[key] = self._divide_for(inputs)
-        return self._stages_by_inputs[key]
-
-    @functools.cached_property
-    def _stages_by_inputs(self) -> dict[tuple, Stages]:
-        return {signature(self.micro_batch_shapes["inputs"]): self.stages}
-
-    def _divide_for(self, inputs: PyTree) -> Stages:
-        """Return the stages for inputs of other shapes; their parameters are stored alike."""
-        own = self.micro_batch_shapes["inputs"]
-        try:
-            shapes = self._infer(inputs)
-        except ValueError as error:
-            raise DataError(
-                f"the network does not take inputs {describe(inputs)}; the pipeline's example had "
-                f"{describe(own)}: {error}"
-            ) from error
-        for i, (shape, expected) in enumerate(zip(shapes, self.shapes, strict=True)):
-            if signature(shape.params) != signature(expected.params):
-                raise DataError(
-                    f"for inputs {describe(inputs)} layer {i}, {shape.layer}, has parameters "
-                    f"{describe(shape.params)}; this pipeline has {describe(expected.params)}, as "
-                    f"its example had inputs {describe(own)}; change only axes that no parameter "
-                    f"depends on"
-                )
-        return self._divide(shapes)
 
     def _program(
         self,
@@ -584,9 +648,10 @@ class Pipeline:
     def _jitted(self) -> dict[str, Callable]:
         return {
             "gradients": jax.jit(self.gradients),
+            "gradients_with_extras": jax.jit(self._gradients, static_argnums=3),
             "losses": jax.jit(self.losses),
+            "join": jax.jit(batches.join, static_argnums=1),
             "counts": jax.jit(self._counts, out_shardings=replicated_sharding(self.mesh)),
-            "outputs": jax.jit(self._outputs, static_argnums=0),
         }
 
     # --- from shapes alone -----------------------------------------------------------------------
@@ -601,10 +666,9 @@ class Pipeline:
 
     def abstract_arguments(self) -> GradientArguments:
         """Return the shapes and shardings of the arguments of `gradients`."""
-        state = states.abstract(self.stages, self.mesh)
         micro_batched = batches.abstract(self.example, self.micro_batches, self.mesh)
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated_sharding(self.mesh))
-        return GradientArguments(state, micro_batched, step)
+        return GradientArguments(self._abstract_state, micro_batched, step)
 
     def device_bytes(self, optimizer_bytes: int | None = None) -> dict[str, int]:
         """Estimate what every device holds during a step; see `pipeline.memory`.
@@ -638,6 +702,7 @@ class Pipeline:
             self.stages,
             self.partition,
             self.schedule,
+            cost_kind=self.cost_kind,
             replicas=self.replicas,
             batch_size=self.batch_size,
         )

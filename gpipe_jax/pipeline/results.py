@@ -49,6 +49,15 @@ class ValueAndGrad(NamedTuple):
     state: State  # with the running statistics after the step
 
 
+class ExtrasValueAndGrad(NamedTuple):
+    """Hold the result of `Pipeline.value_and_grad_with_extras`."""
+
+    value: LossAndMetrics
+    gradients: PyTree  # in the form of `State.params`, at least float32
+    state: State  # with the running statistics after the step
+    extras: dict[str, PyTree]  # gradients of extras, in the form of the batch's
+
+
 class GradientArguments(NamedTuple):
     """Hold the shapes and shardings of the arguments of `Pipeline.gradients`."""
 

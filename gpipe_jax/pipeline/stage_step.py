@@ -33,7 +33,7 @@ from gpipe_jax.layers.skips_and_ties import Boundary
 from gpipe_jax.losses.weighting import weighted_sums
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import Storage
-from gpipe_jax.utils.trees import PyTree, merge, vjp
+from gpipe_jax.utils.trees import PyTree, cast_like, merge, vjp, wide
 from gpipe_jax.utils.xla_workarounds import read_after, recompute_from
 
 
@@ -45,6 +45,8 @@ class Call(NamedTuple):
     examples: int | None  # B if each example has random keys of its own, else None
     train: bool
     progress: Any  # fraction of the training run that is done, 0 to 1
+    extras: dict[str, PyTree]  # of the micro-batch, [B, ...]
+    differentiated: tuple[str, ...] = ()  # the extras whose gradients are asked for
 
 
 class Gradients(NamedTuple):
@@ -53,6 +55,7 @@ class Gradients(NamedTuple):
     x: list  # of the floating-point leaves of the boundary at this point
     params: dict  # sums for the trained parameters, in the form of the stage's storage
     shared: dict  # sums for the trained tied parameters
+    extras: dict  # sums for the extras whose gradients are asked for
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class StageStep:
         return y, moments
 
     def backward(
-        self, x: Boundary, output_gradient: Callable, params: dict, shared: dict
+        self, x: Boundary, output_gradient: Callable, params: dict, shared: dict, extras: dict
     ) -> tuple[Gradients, list, Any]:
         """Recompute the stage from its input, and go back through it.
 
@@ -84,6 +87,7 @@ class StageStep:
                 output's floating-point leaves, and any result.
             params: The sums to add the gradients of the parameters to.
             shared: The sums for the tied parameters.
+            extras: The sums for the extras of this micro-batch.
 
         Returns:
             The gradients at x, the moments of batch norms, and the result of `output_gradient`.
@@ -91,7 +95,7 @@ class StageStep:
         forward, back = PASSES[self.stages.remat.name]
         y, stored, moments = forward(self, x)
         g, result = output_gradient(y)
-        gradients = Gradients(g, params, shared)
+        gradients = Gradients(g, params, shared, extras)
         for r in reversed(range(len(stored))):
             gradients = back(self, r, stored[r], gradients)
         return gradients, moments, result
@@ -115,7 +119,7 @@ class StageStep:
 
     def _input_and_output(self, r: int, x: Boundary, i: Any) -> tuple[Boundary, tuple]:
         params, fixed, x = self._read(r, i, x)
-        y, moments = self._layer(r, i, fixed, (params, {}), x)
+        y, moments = self._layer(r, i, fixed, (params, {}, {}), x)
         return y, (x, moments)
 
     def _back_from_inputs(self, r: int, inputs: PyTree, gradients: Gradients) -> Gradients:
@@ -137,7 +141,8 @@ class StageStep:
         """Go back through layer i of run r, and compute it again for that."""
         x, g = recompute_from((x, gradients.x))
         params, fixed, x = self._read(r, i, x)
-        _, pull, _ = vjp(functools.partial(self._layer, r, i, fixed), (params, self._tied(r)), x)
+        variables = (params, self._tied(r), self._extras(r))
+        _, pull, _ = vjp(functools.partial(self._layer, r, i, fixed), variables, x)
         return self._add(r, i, pull, gradients._replace(x=g))
 
     # --- policy "stage": store what the vjps need -------------------------------------------------
@@ -152,7 +157,8 @@ class StageStep:
         (params, fixed), x = read_after((self.params, self.fixed), x, self.call.micro_batch)
         for r, run in enumerate(self.stages.geometry.runs[self.s]):
             if run.scanned:
-                variables = (self._storage.read_run(self._k, r, params), self._tied(r))
+                own = self._storage.read_run(self._k, r, params)
+                variables = (own, self._tied(r), self._extras(r))
                 rest = self._fixed_storage.read_run(self._k, r, fixed)
                 scan = functools.partial(self._scan, r, rest)
                 x, pull, moments_of_run = vjp(scan, variables, x)
@@ -162,7 +168,8 @@ class StageStep:
             pulls.append([])
             moments.append([])
             for i in range(run.count):
-                variables = (self._storage.read_layer(self._k, r, i, params), self._tied(r))
+                own = self._storage.read_layer(self._k, r, i, params)
+                variables = (own, self._tied(r), self._extras(r))
                 rest = self._fixed_storage.read_layer(self._k, r, i, fixed)
                 layer = functools.partial(self._layer, r, i, rest)
                 x, pull, moments_of_layer = vjp(layer, variables, x)
@@ -172,11 +179,11 @@ class StageStep:
 
     def _scan(self, r: int, fixed: Fixed, variables: tuple, x: Boundary) -> tuple[Boundary, PyTree]:
         """Run all layers of run r, whose parameters and constants are [n, ...]."""
-        params, tied = variables
+        params, *others = variables
 
         def step(x: Boundary, row: tuple) -> tuple[Boundary, PyTree]:
             i, params_of_layer, fixed_of_layer = row
-            return self._layer(r, i, fixed_of_layer, (params_of_layer, tied), x)
+            return self._layer(r, i, fixed_of_layer, (params_of_layer, *others), x)
 
         count = self.stages.geometry.runs[self.s][r].count
         return lax.scan(step, x, (jnp.arange(count), params, fixed))
@@ -194,12 +201,17 @@ class StageStep:
     def _layer(
         self, r: int, i: Any, fixed: Fixed, variables: tuple, x: Boundary
     ) -> tuple[Boundary, PyTree]:
-        """Run layer i of run r; `variables` are its trained parameters and the tied ones."""
-        params, trained = merge(variables[0], fixed.params), variables[1]
+        """Run layer i of run r.
+
+        `variables` are its trained parameters, the tied ones, and the extras to differentiate.
+        """
+        own, trained, extras = variables
+        params = merge(own, fixed.params)
         run, call = self.stages.geometry.runs[self.s][r], self.call
         stats = self.stages.stats[self._c].read_layer(self._k, r, i, self.stats)
         key = apply_key(call.key, self.ids[run.start + i], call.micro_batch, call.examples)
-        context = Context(key, call.train, call.progress, constants=fixed.constants)
+        extras = call.extras | {name: cast_like(a, call.extras[name]) for name, a in extras.items()}
+        context = Context(key, call.train, call.progress, fixed.constants, extras)
         shared = self.shared | trained
         return skips_and_ties.call(run.layer, params, stats, x, shared, context)
 
@@ -226,14 +238,26 @@ class StageStep:
         frozen = self.stages.geometry.run_shape(self.s, run).frozen_ties
         return {name: self.shared[name] for _, name in run.layer.ties if name not in frozen}
 
+    def _extras(self, r: int) -> dict:
+        """Return the extras that run r reads and whose gradients are asked for, at least float32.
+
+        So their gradients are summed in float32, wherever the layers that read them are.
+        """
+        reads = self.stages.geometry.runs[self.s][r].layer.reads
+        names = [name for name in self.call.differentiated if name in reads]
+        return {name: wide(self.call.extras[name]) for name in names}
+
     def _add(self, r: int, i: Any, pull: Callable, gradients: Gradients) -> Gradients:
         """Go back through layer i of run r, or the whole run if i is None; add to the sums."""
-        (d_params, d_tied), d_x = pull(gradients.x)
+        (d_params, d_tied, d_extras), d_x = pull(gradients.x)
         params = self._storage.add(self._k, r, i, gradients.params, d_params)
         shared = dict(gradients.shared)
         for name, d in d_tied.items():
             shared[name] += d.astype(shared[name].dtype)
-        return Gradients(d_x, params, shared)
+        extras = dict(gradients.extras)
+        for name, d in d_extras.items():
+            extras[name] = jax.tree.map(jnp.add, extras[name], d)
+        return Gradients(d_x, params, shared, extras)
 
     @property
     def _c(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gpipe_jax.data import casts
 from gpipe_jax.distributed import host_arrays
@@ -21,6 +22,7 @@ from gpipe_jax.distributed.mesh import (
     platform_of,
     replicated_sharding,
 )
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.layers import skips_and_ties
 from gpipe_jax.layers.random_keys import layer_key
 from gpipe_jax.layers.shape_inference import Fixed, LayerShape
@@ -29,6 +31,7 @@ from gpipe_jax.pipeline.ragged import layer_trees
 from gpipe_jax.pipeline.ragged.chunked_storage import ChunkedStorage
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.ragged.storage import of_all_devices
+from gpipe_jax.utils.checks import count_problem
 from gpipe_jax.utils.trees import (
     PyTree,
     describe,
@@ -112,6 +115,9 @@ class TrainArrays(NamedTuple):
 
 def init(stages: Stages, mesh: MeshLike, seed: int) -> State:
     """Initialize the parameters, each on its own device; the same for every K, D and schedule."""
+    if count_problem(seed, 0) or seed >= 2**32:
+        message = f"`seed` must be a whole number from 0 to {2**32 - 1}, got {seed!r}"
+        raise ArgumentError("seed", message)
     # It runs once, and on CPU its code takes six times as long to optimize as to compile.
     on_cpu = platform_of(mesh) == "cpu"
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -153,7 +159,7 @@ def fixed_arrays(shape: LayerShape, params: PyTree) -> Fixed:
 
 def _params_of(shape: LayerShape, key: jax.Array) -> PyTree:
     """Return the initial parameters that a layer owns."""
-    initial = strong(shape.layer.init(key, _zeros(shape.input)))
+    initial = strong(shape.layer.init(key, _zeros(shape.input), **_zeros(shape.extras)))
     own = skips_and_ties.borrow(shape.layer, initial, shape.borrowed)[0]
     if not same_shapes(own, shape.own_params):
         raise ValueError(
@@ -216,6 +222,78 @@ def abstract(stages: Stages, mesh: MeshLike) -> State:
     local = local_shapes(stages)
     state = State(whole(local.params), whole(local.stats), whole(local.fixed), local.seed)
     return jax.tree.map(with_sharding, state, shardings(stages, mesh))
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check(state: Any, expected: State) -> None:
+    """Raise ArgumentError unless a pipeline can use a state; `expected` is its `abstract` one."""
+    if isinstance(state, TrainState):
+        problem = (
+            "must be a State, got a TrainState; give `current.state`, or "
+            "`trainer.evaluated(current)`"
+        )
+    elif not isinstance(state, State):
+        problem = (
+            f"must be a State, got {type(state).__name__}; give what `pipe.init(seed)` or "
+            f"`pipe.from_layers(trees)` returns"
+        )
+    elif is_given_up(state):
+        problem = (
+            "has been updated in place by a training step, so it cannot be used again; give the "
+            "state which that step or `fit` returned: `current.state`"
+        )
+    elif difference := layout_difference(state, expected):
+        problem = (
+            f"is of another pipeline: {difference}; take its layers over with "
+            f"pipe.from_layers(other.to_layers(state), statistics=other.statistics(state))"
+        )
+    else:
+        return
+    raise ArgumentError("state", f"`state` {problem}")
+
+
+def is_given_up(tree: PyTree) -> bool:
+    """Return whether an update has taken arrays of a tree."""
+    return any(a.is_deleted() for a in jax.tree.leaves(tree) if _is_concrete(a))
+
+
+def layout_difference(state: State, expected: State) -> str | None:
+    """Return how a state's arrays differ from the `abstract` ones of a pipeline; None if not."""
+    own, here = _arrays(state), _arrays(expected)
+    if _forms(own) == _forms(here):
+        place, seed = expected.seed.sharding, state.seed
+        moved = _is_concrete(seed) and seed.committed
+        if moved and seed.sharding.device_set != place.device_set:
+            return "its arrays are on other devices than this mesh's"
+        return None
+    (stages, chunks), (stages_here, chunks_here) = _layout(own), _layout(here)
+    if stages and stages_here and stages != stages_here:
+        return f"it is for {stages} devices along the stage axis, not {stages_here}"
+    if chunks != chunks_here:
+        return f"it is for {chunks} chunks on each device, not {chunks_here}"
+    return "the network, the cut into stages or what is frozen differs"
+
+
+def _arrays(state: State) -> tuple:
+    return state.params, state.stats, state.fixed
+
+
+def _forms(tree: PyTree) -> tuple:
+    """Return the structure, shapes and types; users may have put numbers into a state."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(np.shape(a), getattr(a, "dtype", None)) for a in leaves]
+
+
+def _layout(arrays: tuple[list[dict], ...]) -> tuple[int | None, int]:
+    """Return the devices along the stage axis, if an array shows them, and the chunks on each."""
+    slots = [a for chunks in arrays for chunk in chunks for a in jax.tree.leaves(chunk["slots"])]
+    return slots[0].shape[0] if slots else None, len(arrays[0])
+
+
+def _is_concrete(a: Any) -> bool:
+    return isinstance(a, jax.Array) and not isinstance(a, Tracer)
 
 
 # --- layer by layer -------------------------------------------------------------------------------

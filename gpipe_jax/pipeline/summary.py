@@ -33,7 +33,13 @@ class Summary(NamedTuple):
 
 
 def summarize(
-    stages: Stages, partition: Partition, schedule: Schedule, *, replicas: int, batch_size: int
+    stages: Stages,
+    partition: Partition,
+    schedule: Schedule,
+    *,
+    cost_kind: str,
+    replicas: int,
+    batch_size: int,
 ) -> Summary:
     """Return the stages and their balance, the schedule and its bubble, stash and padding."""
     geometry = stages.geometry
@@ -57,6 +63,7 @@ def summarize(
         f"{batch_size // schedule.micro_batches // replicas} on each replica",
         "balance": f"slowest stage {partition.imbalance:.3f} of the mean; "
         f"lower bound {lower_bound:.3f} of the slowest",
+        "costs": cost_kind,
         "schedule": f"{schedule.kind}, {schedule.ticks} ticks, "
         f"bubble {schedule.bubble_fraction:.1%} of the slots, "
         f"{waiting:.1%} of the time if ticks wait for the slowest",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 from gpipe_jax.config.base import section
-from gpipe_jax.config.run import Config, layout
+from gpipe_jax.config.run import PLACES, Config, layout
 from gpipe_jax.distributed.mesh import abstract_mesh
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.pipeline.pipeline import Pipeline
@@ -43,14 +43,22 @@ class Job(NamedTuple):
     steps: int | None = None
     keys_per: str = "micro_batch"
     memory_limit: float | None = None  # bytes of a device that the partition must not exceed
+    trainable: Sequence[str] | None = None  # patterns of the parameters to train
+    frozen: Sequence[str] | None = None  # or of those not to train
     cost: Any = None  # what `gpipe train` balances; None if that is not known
     simulated: bool = False  # whether `gpipe train` uses simulated CPU devices
 
-    def build_trainer(self, layout: Layout, cost: Any = "flops") -> Trainer:
+    def build_trainer(self, layout: Layout, cost: Any = "flops", platform: str = "tpu") -> Trainer:
         """Return the training of this job in a layout, on an abstract mesh (no devices)."""
+        return Trainer(self.build_pipeline(layout, cost, platform), self.tx, ema=self.ema)
+
+    def build_pipeline(
+        self, layout: Layout, cost: Any = "flops", platform: str = "tpu"
+    ) -> Pipeline:
+        """Return the pipeline of `build_trainer`."""
         options = layout._asdict()
         mesh = abstract_mesh(stages=options.pop("stages"), data=options.pop("data"))
-        pipe = Pipeline(
+        return Pipeline(
             self.layers,
             loss=self.loss,
             mesh=mesh,
@@ -58,10 +66,12 @@ class Job(NamedTuple):
             steps=self.steps,
             keys_per=self.keys_per,
             memory_limit=self.memory_limit,
+            trainable=self.trainable,
+            frozen=self.frozen,
             cost=cost,
+            platform=platform,
             **options,  # the others have the same names
         )
-        return Trainer(pipe, self.tx, ema=self.ema)
 
 
 def from_config(config: Config) -> tuple[Job, Layout]:
@@ -71,20 +81,26 @@ def from_config(config: Config) -> tuple[Job, Layout]:
     with section("model"):
         layers = build.network(config.model, config.train.code)
     loss = build.loss_of(config)
-    with section("optimizer"):
-        tx = optimizers.build(config.optimizer, config.train.steps, config.train.code)
-    pipeline = config.pipeline
+    pipeline, chosen = config.pipeline, config.optimizer
     job = Job(
         layers,
         loss,
         example,
-        tx,
-        ema=config.optimizer.ema,
+        optax.identity(),
+        ema=chosen.ema,
         steps=config.train.steps,
         keys_per=pipeline.keys_per,
         memory_limit=pipeline.memory_limit,
+        **config.model.training_arguments,
         cost=pipeline.cost,
         simulated=config.mesh.simulate is not None,
     )
+    with section("pipeline", **PLACES):
+        # Groups of the optimizer are for parameters that the network names.
+        alone = job._replace(memory_limit=None).build_pipeline(Layout()) if chosen.groups else None
+    with section("optimizer"):
+        shapes = alone.shapes if alone else ()
+        tx = optimizers.build(chosen, config.train.steps, config.train.code, shapes)
+    job = job._replace(tx=tx)
     settings = {name.partition(".")[2]: value for name, value in layout(config).items()}
     return job, Layout(**settings)

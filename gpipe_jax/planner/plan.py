@@ -57,6 +57,7 @@ class Plan:
         compile_s: The time to compile the step.
         problem: Why it does not fit, or did not compile.
         warnings: What to look at.
+        costs: What the cut balances, such as "operations, counted for tpu".
         config: The configuration that it is made for, if any.
     """
 
@@ -83,6 +84,7 @@ class Plan:
     compile_s: float | None = None
     problem: str | None = None
     warnings: list[str] = field(default_factory=list)
+    costs: str | None = None
     config: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ class Plan:
             "batch": f"{self.batch_size} examples",
             "parameters": f"{self.parameters:,}",
             "balance": f"slowest stage {self.imbalance:.3f} of the mean",
+            "costs": self.costs or "unknown",
             "bubble": f"{self.bubble_fraction:.1%} of the slots",
             "memory": f"{_size(self.hbm_analysed_gib)} by analysis: {_sizes(self.memory_gib)}",
         }

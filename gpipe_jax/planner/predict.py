@@ -48,8 +48,11 @@ class Compiler(NamedTuple):
 
 
 def analyse(job: Job, layout: Layout, cost: Any = "flops") -> Plan:
-    """Make a plan without a compiler: memory and bubble, but no times."""
-    trainer = job.build_trainer(layout, cost)
+    """Make a plan without a compiler: memory and bubble, but no times.
+
+    It counts operations as the training does: for a TPU, unless that simulates its devices.
+    """
+    trainer = job.build_trainer(layout, cost, "cpu" if job.simulated else "tpu")
     return _with_training_cuts(_plan(trainer, layout), trainer, job, layout, cost)
 
 
@@ -82,6 +85,8 @@ def compile_plan(job: Job, layout: Layout, compiler: Compiler, cost: Any = "flop
 
 def _with_training_cuts(plan: Plan, trainer: Trainer, job: Job, layout: Layout, cost: Any) -> Plan:
     compiled = plan.topology is not None
+    if isinstance(cost, str) and cost == "cycles":
+        plan = replace(plan, costs="compiled times of the layers")
     found = training_cut.warnings(trainer.pipe, job, layout, cost, compiled=compiled)
     return replace(plan, warnings=[*plan.warnings, *found])
 
@@ -185,6 +190,7 @@ def _plan(
         compile_s=compiled.compile_s if compiled else None,
         problem=compiled.error if compiled else None,
         warnings=_warnings(pipe, topology),
+        costs=pipe.cost_kind,
     )
 
 

@@ -20,7 +20,8 @@ from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.ragged.stages import Stages
 from gpipe_jax.pipeline.stage_step import Call, StageStep, start_of_backward
 from gpipe_jax.tpu_compiler.results import Program
-from gpipe_jax.training.trainer import Trainer, Updated
+from gpipe_jax.training.fitting.train_step import Updated
+from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils.trees import PyTree, float_leaves, wide
 
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
@@ -31,7 +32,7 @@ BOTH: tuple[Operation, ...] = ("forward", "backward")
 
 def whole_step(trainer: Trainer) -> Program:
     """Export the whole step: forward, backward and update, all in place."""
-    donate = tuple(range(len(jax.tree.leaves(trainer.abstract_arguments().arrays))))
+    donate = tuple(range(len(jax.tree.leaves(trainer.train_step.abstract_arguments().arrays))))
     pipe = trainer.pipe
     mesh_shape = (pipe.stages.geometry.num_devices, pipe.replicas)
     return Program(STEP, trainer.export(), donate, mesh_shape)
@@ -80,10 +81,10 @@ def _one_layer_each(pipe: Pipeline, only: int | None = None) -> Stages:
 
 def update(trainer: Trainer) -> Program:
     """Export the optimizer's update of what one device holds, from summed gradients."""
-    before, grads = trainer.local_update_arguments()
+    before, grads = trainer.train_step.local_update_arguments()
 
     def run(before: Updated, grads: PyTree) -> Updated:
-        return trainer.apply_gradients(before, grads, jnp.uint32(1), decaying=grads)
+        return trainer.train_step.apply_gradients(before, grads, jnp.uint32(1), decaying=grads)
 
     return _program(UPDATE, run, (before, grads), donated=2)
 
@@ -98,15 +99,15 @@ def _stage(stages: Stages, s: int, pipe: Pipeline) -> tuple[Callable, tuple]:
     params, stats, fixed = (storage[c].local_shapes() for storage in storages)
 
     def make(
-        params: dict, stats: dict, fixed: dict, shared: dict, micro_batch: jax.Array
+        params: dict, stats: dict, fixed: dict, shared: dict, micro_batch: jax.Array, extras: dict
     ) -> StageStep:
         examples = pipe.micro_batch_size if pipe.keys_per == "example" else None
         key = step_key(jnp.uint32(0), jnp.uint32(0))
-        call = Call(key, micro_batch, examples, train=True, progress=jnp.float32(0.5))
+        call = Call(key, micro_batch, examples, True, jnp.float32(0.5), extras)
         ids = jnp.arange(max(map(len, stages.geometry.layer_ranges)), dtype=jnp.int32)
         return StageStep(stages, s, params, stats, fixed, shared, ids, call)
 
-    return make, (params, stats, fixed, borrowed, INDEX)
+    return make, (params, stats, fixed, borrowed, INDEX, stages.geometry.extras)
 
 
 def _forward(pipe: Pipeline, s: int, stages: Stages) -> Program:
@@ -138,7 +139,7 @@ def _backward(pipe: Pipeline, s: int, stages: Stages) -> Program:
         begin = received_gradients
         if s == stages.geometry.last:
             begin = functools.partial(start_of_backward, pipe.loss, *start)
-        back, moments, result = make(*arrays).backward(x, begin, *sums)
+        back, moments, result = make(*arrays).backward(x, begin, *sums, extras={})
         d_x = back.x if s > 0 else []
         return (back.params, back.shared), d_x, moments, result
 

@@ -113,6 +113,7 @@ def candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
     Policies that recompute more are tried only if a layout is too large without them.
     """
     count = jax.tree.leaves(job.example["inputs"])[0].shape[0]
+    share = _optimizer_share(job)
     for size in _divisors(count):
         if size & (size - 1):  # TPUs pad other sizes to a power of two
             continue
@@ -123,7 +124,7 @@ def candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
             if rest or not M or (topology.slices > 1 and K % topology.slices):
                 continue
             for kind, V in _schedules(K, len(alone.shapes)):
-                yield from _with_policies(job, alone, topology, Layout(K, D, M, kind, V))
+                yield from _with_policies(share, alone, topology, Layout(K, D, M, kind, V))
 
 
 def _schedules(K: int, layers: int) -> list[tuple[str, int]]:
@@ -141,35 +142,48 @@ def _on_one_device(job: Job, size: int) -> Pipeline:
     example = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), job.example
     )
-    return job._replace(example=example).build_trainer(Layout()).pipe
+    return job._replace(example=example).build_pipeline(Layout())
+
+
+def _optimizer_share(job: Job) -> float:
+    """Return the bytes of optimizer and average for each byte of the parameters, on one device."""
+    trainer = job._replace(memory_limit=None).build_trainer(Layout())
+    held = trainer.train_step.local_shapes
+    parameters = trainer.pipe.stages.params.device_bytes()
+    return tree_bytes((held.opt_state, held.average)) / max(parameters, 1)
 
 
 def _with_policies(
-    job: Job, alone: Pipeline, topology: Topology, layout: Layout
+    share: float, alone: Pipeline, topology: Topology, layout: Layout
 ) -> Iterator[Candidate]:
     """Yield a layout with each recomputation policy until one fits."""
     limit = topology.generation.hbm_gib
     for policy in remat.POLICIES:
-        candidate = _analyse(job, alone, topology, layout._replace(remat=policy))
+        candidate = _analyse(share, alone, topology, layout._replace(remat=policy))
         yield candidate
         if candidate.needed_gib <= limit:
             return
 
 
-def _analyse(job: Job, alone: Pipeline, topology: Topology, layout: Layout) -> Candidate:
-    """Estimate the memory and the step time of a layout from the costs of single layers."""
+def _analyse(share: float, alone: Pipeline, topology: Topology, layout: Layout) -> Candidate:
+    """Estimate the memory and the step time of a layout from the costs of single layers.
+
+    Args:
+        share: What `_optimizer_share` returns: a large optimizer is not traced for each layout.
+        alone: The network on one device.
+        topology: The slice.
+        layout: The layout.
+    """
     K, V, M = layout.stages, layout.chunks, layout.micro_batches
     backward = [_layer_time_s(c, topology.generation) for c in alone.costs]
     cut = solver.partition(backward, K * V)
     stages = Stages(alone.shapes, cut.layer_ranges, chunks=V, remat=remat.by_name(layout.remat))
     schedule = make(layout.schedule, K, M, V)
-    opt_state = jax.eval_shape(job.tx.init, [storage.local_shapes() for storage in stages.params])
-    average_bytes = stages.params.device_bytes() if job.ema is not None else 0
     held = memory.of_device(
         stages,
         alone.costs,
         schedule,
-        optimizer_bytes=tree_bytes(opt_state) + average_bytes,
+        optimizer_bytes=round(share * stages.params.device_bytes()),
         loss=alone.loss,
         micro_batch=alone.micro_batch_shapes,
     )

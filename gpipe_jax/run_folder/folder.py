@@ -21,7 +21,7 @@ from gpipe_jax.utils import atomic_files
 from gpipe_jax.utils.messages import say
 
 MARKER, CONFIG, METRICS, LOCK = "run.json", "config.yaml", "metrics.jsonl", "lock"
-CHECKPOINTS, CURVES = "checkpoints", "curves.png"
+CHECKPOINTS, CURVES = checkpoint_manifest.CHECKPOINTS, "curves.png"
 # Everything that a run may write. In any other folder these belong to the user.
 NAMES = (MARKER, CONFIG, METRICS, LOCK, CHECKPOINTS, CURVES)
 NAMES += ("tensorboard", "profile", "wandb", "wandb_id")

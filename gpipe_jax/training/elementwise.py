@@ -10,6 +10,7 @@ state, which `checkpoint` cuts by layers.
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gpipe_jax.errors import ArgumentError
 from gpipe_jax.utils.trees import PyTree
 
 
@@ -49,9 +51,11 @@ _SEARCHED = tuple(4**i for i in range(1, 11))  # likewise, if all updates were z
 
 REFUSED = (
     "this optax transformation depends on how parameters are grouped into arrays, so its result "
-    "would depend on the number of stages; use elementwise transformations and global norms: "
-    "optax.adamw or optax.lion for Adafactor, LAMB, LARS and Muon, optax.clip_by_global_norm for "
-    "adaptive_grad_clip and clip_by_block_rms; masks and groups of parameters may be added"
+    "would depend on the number of stages: it mixes elements of several parameters, or its state "
+    "has arrays of other shapes than they have; use transformations of one parameter each, and "
+    "global norms: optax.adamw, optax.lion, optax.lamb or optax.contrib.muon for Adafactor, "
+    "optax.clip_by_global_norm for other limits of several parameters, more micro-batches for "
+    "optax.MultiSteps of LAMB; masks and groups of parameters may be added"
 )
 
 _ALL_ZERO = (
@@ -60,6 +64,24 @@ _ALL_ZERO = (
     f"depends on how parameters are grouped into arrays; use a learning rate that is not zero, "
     f"accumulate fewer gradients, or use optax.set_to_zero() to change no parameter"
 )
+
+
+def check_transformation(argument: str, tx: Any) -> None:
+    """Raise ArgumentError unless an argument is an optax transformation."""
+    if isinstance(tx, optax.GradientTransformation):
+        return
+    if isinstance(tx, Real):
+        remedy = f"give an optimizer with this learning rate, such as optax.adam({tx})"
+    elif callable(tx):
+        remedy = f"call it, as {getattr(tx, '__name__', 'optax.adam')}(1e-3)"
+    elif hasattr(tx, "tx"):
+        remedy = "give the transformation that it holds, its `tx`"
+    else:
+        remedy = "give one, such as optax.adam(1e-3)"
+    raise ArgumentError(
+        argument,
+        f"`{argument}` must be an optax transformation, got {type(tx).__name__}; {remedy}",
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -137,7 +159,7 @@ def _state_is_like_params(tx: optax.GradientTransformation, params: PyTree) -> b
 
 
 def packing_is_harmless(
-    tx: optax.GradientTransformation, params: Forms, gradients: Sequence[Forms]
+    tx: optax.GradientTransformation, params: Forms, gradients: Sequence[Forms], start: int = 0
 ) -> bool:
     """Return whether the updates of several arrays are those of one array of the same numbers.
 
@@ -145,11 +167,12 @@ def packing_is_harmless(
         tx: An optax transformation.
         params: The parameters in both forms.
         gradients: The gradients of successive steps, likewise.
+        start: Where the numbers begin in the packed array. Default: 0.
 
     Raises:
         AllZeroError: All updates were zero.
     """
-    run = _Trials(tx, params, gradients).run
+    run = _Trials(tx, params, gradients, start).run
     first = run(limit=_LONGEST)
     if not (first.is_harmless or first.is_zero):
         return False
@@ -210,8 +233,8 @@ class _Result(NamedTuple):
 class _Trials:
     """Run an optimizer on arrays, and on the same numbers packed into one vector, side by side."""
 
-    def __init__(self, tx: Any, params: Forms, gradients: Sequence[Forms]) -> None:
-        self._tx = optax.with_extra_args_support(tx)
+    def __init__(self, tx: Any, params: Forms, gradients: Sequence[Forms], start: int) -> None:
+        self._tx, self._start_of_packed = optax.with_extra_args_support(tx), start
         self._params = jax.tree.map(jnp.asarray, list(params))
         self._gradients = [jax.tree.map(jnp.asarray, list(forms)) for forms in gradients]
         # They run a few times, and on CPU their code takes longer to optimize than to compile.
@@ -256,7 +279,7 @@ class _Trials:
         of_arrays, of_vector = (
             jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(u)]) for u in updates
         )
-        of_vector = of_vector[: of_arrays.size]
+        of_vector = of_vector[self._start_of_packed :][: of_arrays.size]
         is_finite = jnp.isfinite(of_arrays).all() & jnp.isfinite(of_vector).all()
         shown = [jnp.abs(a).max() for a in (of_arrays, of_arrays - of_vector)]
         shown = [jnp.where(is_finite, a, jnp.nan) for a in shown]

@@ -11,23 +11,27 @@ import numpy as np
 from etils import epath
 
 from gpipe_jax import data, losses, own_code, zoo
+from gpipe_jax.checkpoint import warm_start
 from gpipe_jax.config.base import section
 from gpipe_jax.config.data import ArraysConfig, PythonConfig, example_rules
 from gpipe_jax.config.losses import ModelLossConfig, PythonLossConfig
 from gpipe_jax.config.models import ModelConfig, PythonModelConfig
-from gpipe_jax.config.run import Config
+from gpipe_jax.config.run import PLACES, Config
 from gpipe_jax.data import stream
 from gpipe_jax.distributed.mesh import make_mesh, simulate_devices
-from gpipe_jax.distributed.processes import close_in_all, same_in_all
+from gpipe_jax.distributed.processes import close_in_all, is_first, same_in_all
 from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.losses.further_metrics import with_metrics
-from gpipe_jax.pipeline import micro_batches
+from gpipe_jax.pipeline.batches import micro_batches
 from gpipe_jax.pipeline.pipeline import Pipeline
+from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.run_folder.folder import CHECKPOINTS
 from gpipe_jax.training import optimizers, resume, writers
+from gpipe_jax.training.fitting.callbacks import Callback, NamedCallback
 from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils import paths
+from gpipe_jax.utils.messages import say
 from gpipe_jax.utils.text import format_bytes
 from gpipe_jax.utils.trees import tree_bytes
 
@@ -107,23 +111,29 @@ def loss_of(config: Config) -> Callable:
             )
     with section("train", function="metrics", arguments="metrics"):
         further = {
-            own_code.split(call.function)[1]: _function(call.function, call.arguments, folder)
-            for call in config.train.metrics
+            metric.label: _function(metric.function, metric.arguments, folder)
+            for metric in config.train.metrics
         }
-    return with_metrics(function, further) if further else function
+        return with_metrics(function, further) if further else function
 
 
-def callbacks(config: Config) -> list[Callable[[dict], Any]]:
+def callbacks(config: Config) -> list[Callback]:
     """Return the functions that a run calls with its records."""
     with section("train", function="callbacks", arguments="callbacks"):
         return [
-            _function(call.function, call.arguments, config.train.code, positional=1)
+            NamedCallback(
+                call.function,
+                _function(call.function, call.arguments, config.train.code, ("a record",)),
+            )
             for call in config.train.callbacks
         ]
 
 
 def _function(
-    reference: str, arguments: Mapping[str, Any], folder: own_code.Folder, positional: int = 2
+    reference: str,
+    arguments: Mapping[str, Any],
+    folder: own_code.Folder,
+    positional: Sequence[str] = ("outputs", "labels"),
 ) -> Callable:
     """Return a function with its last arguments bound, or an object of a class."""
     function = own_code.find(reference, folder)
@@ -144,12 +154,29 @@ class Assembly(NamedTuple):
     dataset: data.Dataset
     trainer: Trainer
     data_identity: dict  # of the data set, as `stream.fingerprint` describes it
-    callbacks: Sequence[Callable[[dict], Any]] = ()
+    callbacks: Sequence[Callback] = ()
 
     @property
     def checkpoints(self) -> epath.Path:
         """Return the folder of the run's checkpoints."""
         return self.workdir / CHECKPOINTS
+
+    def first_state(self) -> TrainState:
+        """Return the state before the first step; `train.init_from` gives parameters.
+
+        Raises:
+            SectionError: Nothing in `train.init_from` can be used.
+        """
+        config, trainer = self.config.train, self.trainer
+        if config.init_from is None:
+            return trainer.init(config.seed)
+        with section("train", file_field="init_from"):
+            warm = warm_start.named(
+                "init_from", trainer.pipe, config.init_from, seed=config.seed, rename={}
+            )
+        if is_first():
+            say(f"train.init_from {config.init_from}: {warm}")
+        return trainer.start(warm.state)
 
 
 def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Assembly:
@@ -180,7 +207,7 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
     loss_function, record = loss_of(config), callbacks(config)
     with section("mesh"):
         mesh = make_mesh(stages=config.mesh.stages, data=config.mesh.data)
-    with section("pipeline", memory_limit="memory_limit_gib"):
+    with section("pipeline", **PLACES):
         options = config.pipeline.model_dump(exclude={"memory_limit_gib"})
         if cut := resume.measured_cut(config, folder / CHECKPOINTS):
             options["partition"] = cut
@@ -191,6 +218,7 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
             example=first,
             steps=config.train.steps,
             memory_limit=config.pipeline.memory_limit,
+            **config.model.training_arguments,
             **options,
         )
     if config.data.in_files:
@@ -199,9 +227,11 @@ def assemble(config: Config, workdir: epath.PathLike, processes: int = 1) -> Ass
             _check_data(batches, first, pipe, rules)
             batches = _checked(batches, rules) if rules else batches
     with section("optimizer"):
-        tx = optimizers.build(config.optimizer, config.train.steps, config.train.code)
+        tx = optimizers.build(
+            config.optimizer, config.train.steps, config.train.code, shapes=pipe.shapes
+        )
     # With this optimizer, a device may need more than the memory limit.
-    with section("pipeline", memory_limit="memory_limit_gib"):
+    with section("pipeline", **PLACES):
         trainer = Trainer(pipe, tx, ema=config.optimizer.ema)
     identity = stream.fingerprint(batches, first)
     return Assembly(config, folder, batches, trainer, identity, record)

@@ -13,6 +13,7 @@ from gpipe_jax.errors import DivergedError, StoppedError
 from gpipe_jax.pipeline.state import TrainState
 from gpipe_jax.run_folder.folder import METRICS, RunFolder
 from gpipe_jax.training import metrics, resume
+from gpipe_jax.training.fitting import callbacks
 from gpipe_jax.training.from_config import Assembly
 from gpipe_jax.training.profiling import Profile
 from gpipe_jax.training.writers import Writer
@@ -35,7 +36,7 @@ class TrainingLoop:
 
         self.assembly, self.folder, self.stop = assembly, folder, stop
         config = assembly.config.train
-        self.current = restored.state if restored else assembly.trainer.init(config.seed)
+        self.current = restored.state if restored else assembly.first_state()
         self.saved_step: int | None = restored.manifest.step if restored else None
         # The evaluation of the current step, if it is done.
         self.evaluation = restored.manifest.metrics if restored else None
@@ -64,6 +65,9 @@ class TrainingLoop:
         )
         for record in self.log.records:
             self.saver.note(record["step"], record)
+        # A run that resumes stops where it would have stopped without the interruption.
+        earlier = [record for record in self.log.records if record["step"] < self.current.step]
+        callbacks.replay(assembly.callbacks, earlier)
 
     def run(self) -> None:
         """Train to the last step, and evaluate and save when it is due.
@@ -121,10 +125,11 @@ class TrainingLoop:
                 figures = evaluate(self.assembly, self.current, self.stop)
         except StoppedError:
             return True
-        trainer.check_finite("held-out loss", step, figures["test_loss"])
+        trainer.divergence.check_loss("held-out loss", step, figures["test_loss"])
         self.log.evaluation({"step": step, **figures})
         self.evaluation = figures
-        self._call_back({"step": step, **figures})
+        with self._saving_before_errors():
+            self._call_back({"step": step, **figures})
         return False
 
     def _record(self, record: dict) -> None:
@@ -133,13 +138,13 @@ class TrainingLoop:
 
     def _call_back(self, record: dict) -> None:
         """Call the callbacks of the config; the run ends if one of them returns true."""
-        self.ended = any([callback(record) for callback in self.assembly.callbacks]) or self.ended
+        self.ended = callbacks.call(self.assembly.callbacks, record) or self.ended
 
     def _fit(self, batches: Iterator[dict], due: int, stopped: Callable[[int], bool]) -> None:
         """Train until `due`, or until an error."""
         trainer = self.assembly.trainer
         try:
-            self._reach(trainer.fit(self.current, batches, due, self._record, stopped))
+            self._reach(trainer.fit(self.current, batches, due, self._record, stopped=stopped))
         except Exception:
             if trainer.reached is not None:
                 self._reach(trainer.reached)

@@ -6,7 +6,7 @@ arrays. Anything else would depend on the partition; `elementwise` refuses it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,55 +17,125 @@ from gpipe_jax import own_code
 from gpipe_jax.config.optimizers import (
     AdamConfig,
     LionConfig,
+    MuonConfig,
     OptimizerConfig,
     PythonOptimizerConfig,
     RmsPropConfig,
     SgdConfig,
 )
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.layers.shape_inference import LayerShape
+from gpipe_jax.training.grouping import by_pattern
+from gpipe_jax.training.grouping.by_pattern import grouped as grouped
+from gpipe_jax.training.grouping.model_masks import for_layers as for_layers
 from gpipe_jax.utils.trees import PyTree, has_structure_of, path_name
 
 
 def build(
-    config: OptimizerConfig, steps: int, folder: own_code.Folder = None
+    config: OptimizerConfig,
+    steps: int,
+    folder: own_code.Folder = None,
+    shapes: Sequence[LayerShape] = (),
 ) -> optax.GradientTransformation:
     """Build the optimizer of a config.
 
     An update, in this order: add `l2` times the parameters to the gradients; clip their global
     norm (of the sum, because L2 is part of the loss, as in TensorFlow); precondition; scale by the
     learning rate; subtract the learning rate times `weight_decay` times the parameters. Both decays
-    leave out norms and biases.
+    leave out norms and biases. The norm is that of all groups together.
 
     Args:
         config: The `optimizer` section of a `Config`, such as `AdamConfig(learning_rate=3e-4)`.
         steps: Updates of the whole run; the schedule of the learning rate ends there.
         folder: Where to look for the Python file of `PythonOptimizerConfig` before the current
             folder. Default: nowhere.
+        shapes: The shapes of the network's layers, `pipe.shapes`; required if the config has
+            groups. Default: none.
 
     Returns:
         An optax transformation that acts on each element alone (and by global norms). Its `update`
         needs the keyword `decaying`, which `Trainer` passes, if the config has a decay.
 
     Raises:
-        ArgumentError: `warmup_steps` is not less than `steps`; or the function of the config cannot
-            be called, or returns no optax transformation.
+        ArgumentError: `warmup_steps` is not less than `steps`; a pattern of `groups` matches no
+            parameter, or its decay has no effect; or the function of the config cannot be called,
+            or returns no optax transformation.
 
     Example::
 
         tx = gpipe.optimizers.build(config.optimizer, steps=config.train.steps)
         trainer = gpipe.Trainer(pipe, tx)
     """
+    if config.groups:
+        return _grouped(config, steps, folder, shapes)
     if isinstance(config, PythonOptimizerConfig):
-        return _chain(config, learning_rate(config, steps), _named(config, steps, folder))
+        return _ungrouped(config, steps, folder)
     hashable: Any = config
     return _build(hashable, steps)
 
 
+@functools.lru_cache(maxsize=16)  # one object for equal arguments: `check_elementwise` caches by it
+def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    return _ungrouped(config, steps, None)
+
+
+def _ungrouped(
+    config: OptimizerConfig, steps: int, folder: own_code.Folder
+) -> optax.GradientTransformation:
+    # Checkpoints name the state by the positions in this chain.
+    return optax.chain(*_before(config), *_clip(config), *_after(config, steps, folder))
+
+
+def _grouped(
+    config: OptimizerConfig, steps: int, folder: own_code.Folder, shapes: Sequence[LayerShape]
+) -> optax.GradientTransformation:
+    """Do as without groups, with the settings of its own group for each parameter."""
+    groups = config.groups
+    labels = by_pattern.labels(shapes, [group.match for group in groups])
+    for n, group in enumerate(groups, 1):
+        for setting in ("weight_decay", "l2"):
+            if group.settings.get(setting):
+                decays = [decaying(shape.params) for shape in shapes]
+                by_pattern.check_decay(labels, decays, n, setting)
+    own = [config, *(config.model_copy(update=group.settings) for group in groups)]
+    before = [optax.chain(optax.identity(), *_before(each)) for each in own]
+    after = [optax.chain(*_after(each, steps, folder)) for each in own]
+    return optax.chain(
+        by_pattern.partition(labels, before),
+        *_clip(config),
+        by_pattern.partition(labels, after),
+    )
+
+
+Parts = list[optax.GradientTransformation]
+
+
+def _before(config: OptimizerConfig) -> Parts:
+    """Return what comes before the clipping."""
+    return [weight_decay(config.l2)] if config.l2 else []
+
+
+def _clip(config: OptimizerConfig) -> Parts:
+    return [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+
+
+def _after(config: OptimizerConfig, steps: int, folder: own_code.Folder) -> Parts:
+    """Return what comes after the clipping: the descent and the weight decay."""
+    rate = learning_rate(config, steps)
+    if isinstance(config, PythonOptimizerConfig):
+        descent = _named(config, rate, folder)
+    else:
+        descent = _descent(config, rate)
+    if not config.weight_decay:
+        return [descent]
+    return [descent, weight_decay(lambda step: -config.weight_decay * rate(step))]
+
+
 def _named(
-    config: PythonOptimizerConfig, steps: int, folder: own_code.Folder
+    config: PythonOptimizerConfig, rate: optax.Schedule, folder: own_code.Folder
 ) -> optax.GradientTransformation:
     """Return what the function of a config returns."""
-    given = {"learning_rate": learning_rate(config, steps)}
+    given = {"learning_rate": rate}
     tx = own_code.call(config.function, config.arguments, folder, given=given)
     if not isinstance(tx, optax.GradientTransformation):
         raise ArgumentError(
@@ -76,27 +146,6 @@ def _named(
     return tx
 
 
-@functools.lru_cache(maxsize=16)  # one object for equal arguments: `check_elementwise` caches by it
-def _build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    rate = learning_rate(config, steps)
-    return _chain(config, rate, _descent(config, rate))
-
-
-def _chain(
-    config: OptimizerConfig, rate: optax.Schedule, descent: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """Return the decays and the clipping of a config around its descent."""
-    transformations = []
-    if config.l2:
-        transformations.append(weight_decay(config.l2))
-    if config.clip_norm is not None:
-        transformations.append(optax.clip_by_global_norm(config.clip_norm))
-    transformations.append(descent)
-    if config.weight_decay:
-        transformations.append(weight_decay(lambda step: -config.weight_decay * rate(step)))
-    return optax.chain(*transformations)
-
-
 def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     scale = optax.scale_by_learning_rate(rate)
     if isinstance(config, SgdConfig):
@@ -105,6 +154,15 @@ def _descent(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTra
         return optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), scale)
     if isinstance(config, LionConfig):
         return optax.chain(optax.scale_by_lion(config.b1, config.b2), scale)
+    if isinstance(config, MuonConfig):
+        return optax.contrib.muon(
+            rate,
+            ns_steps=config.ns_steps,
+            beta=config.momentum,
+            nesterov=config.nesterov,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+        )
     if isinstance(config, RmsPropConfig):
         # As tf.compat.v1.train.RMSPropOptimizer: the velocity holds steps, not gradients. So a
         # change of the learning rate takes effect gradually.

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
@@ -19,8 +19,10 @@ from gpipe_jax.errors import (
     UnreadableCheckpointError,
 )
 from gpipe_jax.pipeline.state import TrainState
-from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils.messages import say
+
+if TYPE_CHECKING:
+    from gpipe_jax.training.trainer import Trainer
 
 
 class Restored(NamedTuple):
@@ -37,7 +39,10 @@ class Restored(NamedTuple):
 
 
 def newest(
-    folder: epath.Path, trainer: Trainer, check: Callable[[Manifest], None]
+    folder: epath.Path,
+    trainer: "Trainer",
+    check: Callable[[Manifest], None],
+    steps: list[int] | None = None,
 ) -> Restored | None:
     """Load the newest intact checkpoint; return None if there are no checkpoints.
 
@@ -47,13 +52,14 @@ def newest(
         folder: The checkpoints of a run.
         trainer: The trainer of this run.
         check: A function that may refuse a manifest, by raising an error.
+        steps: The steps that may be loaded, the newest first. Default: all.
 
     Raises:
         ConfigError: All checkpoints are damaged, or the newest intact one does not fit.
         UnreadableCheckpointError: No checkpoint can be used, and some cannot be read now.
     """
     skipped: list[UnusableStep] = []
-    for manifest in _manifests(folder):
+    for manifest in _manifests(folder, steps):
         state, problem = None, None
         if isinstance(manifest, UnusableStep):
             problem = manifest
@@ -87,10 +93,11 @@ def _none_usable(folder: epath.Path, skipped: list[UnusableStep]) -> Exception:
     return ConfigError([f"{rule} (train.workdir=...)", *lines], str(folder))
 
 
-def _manifests(folder: epath.Path) -> Iterator[Manifest | UnusableStep]:
+def _manifests(folder: epath.Path, steps: list[int] | None) -> Iterator[Manifest | UnusableStep]:
     try:
         # A network file system may list fewer files to some processes than to others.
-        steps = processes.broadcast_from_first(checkpoint_manifest.steps(folder))
+        found = checkpoint_manifest.steps(folder) if steps is None else steps
+        steps = processes.broadcast_from_first(found)
         yield from checkpoint_manifest.manifests(folder, steps)
     except CheckpointFormatError as error:
         raise ConfigError([str(error)], str(folder)) from error
@@ -98,7 +105,7 @@ def _manifests(folder: epath.Path) -> Iterator[Manifest | UnusableStep]:
         raise ConfigError([no_package(error)], str(folder)) from error
 
 
-def _try(manifest: Manifest, trainer: Trainer) -> tuple[TrainState | None, UnusableStep | None]:
+def _try(manifest: Manifest, trainer: "Trainer") -> tuple[TrainState | None, UnusableStep | None]:
     """Return the state, or why the checkpoint cannot be used."""
     descriptions = [str(layer) for layer in trainer.pipe.layers]
     try:
@@ -170,7 +177,10 @@ def _stored_cut(config: Config, folder: epath.Path) -> list[int]:
         last = next((m for m in found if isinstance(m, Manifest)), None)
     if last is None:
         return []
-    before, now = last.config, config.model_dump(mode="json")
-    same_stages = before.get("mesh", {}).get("stages") == config.mesh.stages
-    same_rest = all(before.get(name) == now[name] for name in ("model", "pipeline"))
+    try:
+        before = Config.model_validate(last.config)
+    except ValueError:  # of another version, or none
+        return []
+    same_stages = before.mesh.stages == config.mesh.stages
+    same_rest = before.model == config.model and before.pipeline == config.pipeline
     return (last.cut or []) if same_stages and same_rest else []

@@ -20,6 +20,7 @@ from gpipe_jax import plots
 from gpipe_jax.checkpoint.manifest import Manifest
 from gpipe_jax.config import loader
 from gpipe_jax.config.base import Mark
+from gpipe_jax.config.models import PythonModelConfig
 from gpipe_jax.config.run import Config, calls, marks
 from gpipe_jax.distributed import processes
 from gpipe_jax.distributed.preemption import StopRequest, handle_signals
@@ -88,7 +89,20 @@ def train(
     figures = _figures(assembly, final, run.log.records, run.current.step)
     figures |= _overheads(assembly.trainer)
     figures["wall_s"] = time.perf_counter() - started
-    return RunSummary(figures, _draw(assembly, run.log.records))
+    notes = [_ended_by_callback(run), _draw(assembly, run.log.records)]
+    return RunSummary(figures, "\n".join(note for note in notes if note))
+
+
+def _ended_by_callback(run: TrainingLoop) -> str | None:
+    """Say that a callback ended the run before its last step, and how to go on; else None."""
+    steps = run.assembly.config.train.steps
+    if not run.ended or run.current.step == steps:
+        return None
+    return (
+        f"a callback (train.callbacks) ended the run at step {run.current.step} of {steps}; to go "
+        f"on, run the same command with train.callbacks=[], or with other arguments, such as more "
+        f"patience"
+    )
 
 
 def _writers(
@@ -165,6 +179,12 @@ def _same_run(
         return name.partition(".")[0] in sections or name in settings
 
     def check(manifest: Manifest) -> None:
+        if not manifest.config:
+            problem = (
+                "the checkpoint here is of trainer.save, which knows no config; to start with its "
+                "parameters, use another folder (train.workdir=...) and train.init_from"
+            )
+            raise ConfigError([problem], str(assembly.workdir))
         try:
             before = Config.model_validate(manifest.config)
         except ValueError as error:
@@ -229,12 +249,16 @@ def _other_steps(config: Config, before: dict) -> str | None:
     if getattr(config.model, "drop_path", 0):
         followers.append("drop-path (model.drop_path)")
     note = f"train.steps is now {steps}, before {steps_before}: the run resumes to step {steps}"
-    if not followers:
-        return note
-    return (
-        f"{note}, but not as if it had begun with {steps}: {' and '.join(followers)} "
-        f"now depends on {steps} steps"
-    )
+    if config.train.callbacks:
+        note += ", if no callback ends it before"
+    if followers:
+        note += (
+            f", but not as if it had begun with {steps}: {' and '.join(followers)} now depends on "
+            f"{steps} steps; for that result, start again in another folder (train.workdir=...)"
+        )
+    if isinstance(config.model, PythonModelConfig):
+        note += "; layers of yours that read `progress` follow the new length"
+    return note
 
 
 def _other_split(assembly: Assembly, before: dict) -> str | None:

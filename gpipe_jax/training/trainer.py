@@ -1,97 +1,38 @@
 """Train a pipeline: steps, optimizer updates and evaluation, without config files."""
 
 import contextlib
-import functools
 import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
 import optax
 from jax import export
 
+from gpipe_jax import progress as progress_of
 from gpipe_jax.checkpoint import by_layer
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.distributed import processes
-from gpipe_jax.distributed.mesh import params_sharding, replicated_sharding
 from gpipe_jax.errors import DataError, DivergedError
-from gpipe_jax.pipeline import memory, spmd
-from gpipe_jax.pipeline import state as states
+from gpipe_jax.pipeline import memory
 from gpipe_jax.pipeline.pipeline import Pipeline
 from gpipe_jax.pipeline.results import Weighted, weighted_mean
-from gpipe_jax.pipeline.state import State, TrainArrays, TrainState
-from gpipe_jax.training.divergence import Divergence
-from gpipe_jax.training.grouping.transformation import on_packed
-from gpipe_jax.training.optimizers import decays, map_parameters, moving_average
+from gpipe_jax.pipeline.state import State, TrainState, is_given_up
+from gpipe_jax.training import saving
+from gpipe_jax.training.fitting import fit as fitting
+from gpipe_jax.training.fitting.callbacks import Callback
+from gpipe_jax.training.fitting.divergence import Divergence
+from gpipe_jax.training.fitting.fit import HeldOut
+from gpipe_jax.training.fitting.steps_in_flight import Record
+from gpipe_jax.training.fitting.train_step import TrainStep
 from gpipe_jax.training.profiling import Timings
-from gpipe_jax.utils.trees import PyTree, tree_bytes, wide
-
-Record = Callable[[dict], None]
-
-# Steps that may be in progress at once: enough to hide Python, few enough that jax 0.10's CPU
-# collectives cannot deadlock, and that a loss that is not finite is noticed soon.
-IN_FLIGHT = 8
+from gpipe_jax.utils.checks import check_fraction
+from gpipe_jax.utils.paths import AnyPath
+from gpipe_jax.utils.trees import tree_bytes
 
 
 def never(step: int) -> bool:
     """Return False: do not stop before this step."""
     return False
-
-
-class Updated(NamedTuple):
-    """Hold what the optimizer's update replaces, or its shapes."""
-
-    opt_state: PyTree
-    average: PyTree  # moving average of the parameters; None without one
-    params: PyTree
-
-
-class StepArguments(NamedTuple):
-    """Hold the arguments of the compiled step, or their shapes and shardings."""
-
-    arrays: TrainArrays  # updated in place
-    micro_batched: dict  # see `Pipeline.split`
-    step: Any  # updates done before, uint32 []
-
-
-class StepsInFlight:
-    """Hold the steps that have been started, and record each when it has finished."""
-
-    def __init__(self, divergence: Divergence, record: Record) -> None:
-        self._divergence, self._record = divergence, record
-        self._steps: deque[tuple[int, dict, float]] = deque()
-        self._clock = time.perf_counter()
-
-    def add(self, step: int, metrics: dict, start_s: float) -> None:
-        """Add a step that took `start_s` to start; wait for the oldest one if there are many."""
-        self._steps.append((step, metrics, start_s))
-        if len(self._steps) >= IN_FLIGHT:
-            self._finish_oldest()
-
-    def finish_all(self) -> None:
-        """Wait for all steps."""
-        while self._steps:
-            self._finish_oldest()
-
-    @contextlib.contextmanager
-    def finished_before_errors(self) -> Iterator[None]:
-        """Finish all steps before an error of the block is raised: they may have diverged."""
-        try:
-            yield
-        except Exception:
-            self.finish_all()
-            raise
-
-    def _finish_oldest(self) -> None:
-        step, metrics, start_s = self._steps.popleft()
-        values = {name: float(value) for name, value in metrics.items()}
-        self._divergence.check_loss("loss", step, values["loss"])
-        self._divergence.last_loss, now = values["loss"], time.perf_counter()
-        self._record({"step": step, **values, "step_time_s": max(now - self._clock, start_s)})
-        self._clock = now
 
 
 class Trainer:
@@ -111,9 +52,11 @@ class Trainer:
         ema: The decay of the moving average, or None.
         reached: The training state of the completed steps, if an error ended `fit`; else None.
         timings: Seconds spent on data and on compilation.
-        local_shapes: The shapes of the arrays that one device holds.
+        divergence: The check that losses and states are finite.
+        train_step: The compiled step, and the shapes of its arrays.
 
     Raises:
+        ArgumentError: `tx` is no optax transformation, or `ema` is not in (0, 1).
         ValueError: `tx` mixes elements or takes another tree, or a device needs more than the
             pipeline's `memory_limit`.
 
@@ -137,17 +80,16 @@ class Trainer:
     def __init__(
         self, pipe: Pipeline, tx: optax.GradientTransformation, *, ema: float | None = None
     ) -> None:
+        if ema is not None:
+            check_fraction("ema", ema, zero=False)
         self.pipe, self.ema = pipe, ema
-        self.tx = on_packed(tx, pipe.stages.params, pipe.mesh)
+        self.train_step = TrainStep(pipe, tx, ema)
+        self.tx = self.train_step.tx
         if pipe.memory_limit is not None:
             memory.check(self.device_bytes(), pipe.memory_limit)
         self.timings, self._compiled = Timings(), set[str]()
         self.reached: TrainState | None = None
-        self._divergence = Divergence(pipe.mesh)
-        # Everything is updated in place and stays where it is. A result with another sharding (on
-        # a mesh of one device) would compile the second step again.
-        outputs = (self._shardings(), None)
-        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=outputs)
+        self.divergence = Divergence(pipe.mesh)
 
     # --- the training state ----------------------------------------------------------------------
 
@@ -174,40 +116,9 @@ class Trainer:
         Returns:
             The training state after `step` updates.
         """
-        places = self._shardings()
-        begin = jax.jit(self._begin, out_shardings=(places.opt_state, places.average))
-        opt_state, average = begin(state.params)
+        self.pipe.check_state(state)
+        opt_state, average = self.train_step.begin(state.params)
         return TrainState(state, opt_state, step, average)
-
-    def _begin(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """Return optimizer state and average, in the gradients' types: float32 at least."""
-        params = wide(params)
-        return self.tx.init(params), None if self.ema is None else params
-
-    @functools.cached_property
-    def local_shapes(self) -> TrainArrays:
-        """Return the shapes of the arrays that one device holds."""
-        state = states.local_shapes(self.pipe.stages)
-        return TrainArrays(state, *jax.eval_shape(self._begin, state.params))
-
-    def _shardings(self) -> TrainArrays:
-        """Return the shardings of the arrays.
-
-        Arrays in the form of the parameters have their sharding. Every device has a copy of the
-        rest.
-        """
-        mesh, local = self.pipe.mesh, self.local_shapes
-        sharded, replicated = params_sharding(mesh), replicated_sharding(mesh)
-
-        def like_params(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda _: sharded, tree)
-
-        def place(tree: PyTree) -> PyTree:
-            placed = map_parameters(like_params, tree, local.state.params)
-            return jax.tree.map(lambda a: sharded if a is sharded else replicated, placed)
-
-        state = states.shardings(self.pipe.stages, mesh)
-        return TrainArrays(state, place(local.opt_state), place(local.average))
 
     def evaluated(self, current: TrainState) -> State:
         """Return the state to evaluate: with the moving average of the parameters, if there is one.
@@ -220,6 +131,7 @@ class Trainer:
         Returns:
             The state for `evaluate`. Without `ema` it is `current.state`.
         """
+        self.train_step.check(current)
         if self.ema is None:
             return current.state
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), current.average, current.state.params)
@@ -238,44 +150,11 @@ class Trainer:
             The new training state, and the loss and the metrics by name. They are arrays that may
             not be ready yet.
         """
+        self.train_step.check(current)
         micro_batched = self.pipe.split(batch, train=True)
         with self._compiling("step"):
-            arrays, metrics = self._step(current.arrays, micro_batched, np.uint32(current.step))
+            arrays, metrics = self.train_step.run(current.arrays, micro_batched, current.step)
         return arrays.at_step(current.step + 1), metrics
-
-    def _update(
-        self, arrays: TrainArrays, micro_batched: dict, step: jax.Array
-    ) -> tuple[TrainArrays, dict[str, jax.Array]]:
-        """Compute the whole training step, traced."""
-        state, opt_state, average = arrays
-        (loss, metrics), grads, stats = self.pipe.gradients(state, micro_batched, step)
-        decaying = spmd.mask_parameters(self.pipe.stages, self.pipe.mesh, decays)
-        before = Updated(opt_state, average, state.params)
-        after = self.apply_gradients(before, grads, step, decaying)
-        state = state._replace(params=after.params, stats=stats)
-        return TrainArrays(state, after.opt_state, after.average), {"loss": loss, **metrics}
-
-    def apply_gradients(
-        self, before: Updated, grads: PyTree, step: jax.Array, decaying: PyTree
-    ) -> Updated:
-        """Apply an update of the optimizer, within a traced function.
-
-        Args:
-            before: The optimizer's state, the moving average and the parameters.
-            grads: The gradients, in the form of the parameters.
-            step: Number of updates done so far.
-            decaying: Which parameters decay, in the form of the parameters.
-
-        Returns:
-            The same after the update.
-        """
-        updates, opt_state = self.tx.update(
-            grads, before.opt_state, before.params, decaying=decaying
-        )
-        params, average = optax.apply_updates(before.params, updates), before.average
-        if self.ema is not None:
-            average = moving_average(average, params, step, self.ema)
-        return Updated(opt_state, average, params)
 
     def _compiling(self, program: str) -> contextlib.AbstractContextManager:
         """Count the first call of a program as compilation."""
@@ -289,24 +168,40 @@ class Trainer:
         self,
         current: TrainState,
         batches: Iterable[dict],
-        steps: int,
-        record: Record,
+        steps: int | None = None,
+        record: Record | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        evaluate: HeldOut | None = None,
+        every: int | None = None,
+        progress: bool = False,
         stopped: Callable[[int], bool] = never,
     ) -> TrainState:
         """Train until `steps` updates are done, earlier ones included.
 
-        After an error other than DivergedError, and after Ctrl-C, `reached` is the state of the
-        completed steps: `current = trainer.reached`.
+        To continue later, give more `steps`. After an error other than DivergedError, and after
+        Ctrl-C, `reached` is the state of the completed steps: `current = trainer.reached`.
+
+        A step's record has "step" (from 1), "loss", the metrics of the loss function and
+        "step_time_s". This is the time since the last step finished, or the time to start the step
+        if that is longer (devices faster than the host). Up to 8 steps are in progress at once, so
+        a callback that stops at a step's record stops up to 7 steps later. An evaluation's record
+        has "step", "test_loss" and so on, as `evaluate` returns them. All steps have finished
+        before it, so a callback stops exactly there.
 
         Args:
             current: The training state. It is donated, so do not use it again.
-            batches: Batches like the pipeline's example, from the next step on, as an iterator or a
-                list.
-            steps: Number of updates at the end.
-            record: Function that gets each step's record, in order: "step" (from 1), "loss", the
-                metrics of the loss function and "step_time_s". This is the time since the last step
-                finished, or the time to start the step if that is longer (devices faster than the
-                host).
+            batches: Batches like the pipeline's example, from the next step on: a list, an iterator
+                or another iterable.
+            steps: Number of updates in all at the end. Default: None, until `batches` ends; then
+                it must end, or a callback must stop.
+            record: Function that gets each record, in order. Default: None.
+            callbacks: Functions that get each record, as `record` does. Training stops when one
+                returns true. An `EarlyStopping` starts afresh. Default: none.
+            evaluate: Held-out batches as a list, or a function that returns an iterator of them.
+                Evaluations use the moving average, if there is one. Default: no evaluation.
+            every: Steps between evaluations. There is always one at the end. Default: that only.
+            progress: Whether to show a bar on a terminal, and lines elsewhere. Default: False.
             stopped: Function (updates done) -> whether to stop before the next step. Default: never
                 stop.
 
@@ -315,44 +210,39 @@ class Trainer:
 
         Raises:
             DivergedError: A loss, or the state after the last step, is not finite.
-            DataError: `batches` ends too early, or a batch does not look like the example.
+            DataError: `batches` ends before `steps`, or a batch does not look like the example.
+            ArgumentError: An argument cannot be used.
         """
-        start, self.reached, batches = current.step, None, iter(batches)
-        in_flight = StepsInFlight(self._divergence, record)
-        try:
-            while current.step < steps and not stopped(current.step):
-                with in_flight.finished_before_errors():
-                    begun = time.perf_counter()
-                    current, metrics = self.step(current, self._next(batches, current.step, steps))
-                in_flight.add(current.step, metrics, time.perf_counter() - begun)
-            in_flight.finish_all()
-            if current.step > start:
-                self._check_state(current, start)
-        except DivergedError:
-            raise
-        except BaseException as error:
-            if not any(a.is_deleted() for a in jax.tree.leaves(current.arrays)):
-                self.reached = current
-                error.add_note(
-                    f"(the state after step {current.step} is kept; in Python: `trainer.reached`)"
-                )
-            raise
-        return current
+        self.train_step.check(current)
+        fitting.check_steps(steps, current.step)
+        fitting.note_other_length(steps, self.pipe.steps)
+        batches = fitting.iterator_of("batches", batches)
+        self.reached = None
+        with self._showing(progress, steps) as show:
+            records = [shown for shown in (record, show) if shown is not None]
+            wanted = fitting.Wanted(steps, records, callbacks, evaluate, every, stopped)
+            fit = fitting.Fit(self, current, wanted)
+            try:
+                return fit.run(batches)
+            except DivergedError:
+                raise
+            except BaseException as error:
+                if not is_given_up(fit.current.arrays):
+                    self.reached = fit.current
+                    error.add_note(
+                        f"(the state after step {fit.current.step} is kept; in Python: "
+                        f"`trainer.reached`)"
+                    )
+                raise
 
-    def _next(self, batches: Iterator[dict], step: int, steps: int) -> dict:
-        with self.timings.spend("data"):
-            batch = next(batches, None)
-        if batch is None:
-            raise DataError(
-                f"`batches` ended after {step} of {steps} steps; give an iterator without end, or "
-                f"ask for {step} steps"
-            )
-        return batch
-
-    def _check_state(self, current: TrainState, since: int) -> None:
-        """Raise DivergedError unless the state is finite, as a loss does not show its own step."""
-        if not self.is_finite(current):
-            raise self._divergence.error(since, current.step, self.to_layers(current))
+    @contextlib.contextmanager
+    def _showing(self, progress: bool, steps: int | None) -> Iterator[Record | None]:
+        """Yield a function that shows each record; None if nothing is to be shown."""
+        if not progress or not processes.is_first():
+            yield None
+            return
+        with progress_of.show(steps, every=max(1, (steps or 1000) // 10)) as show:
+            yield show
 
     def is_finite(self, current: TrainState) -> bool:
         """Check that neither NaN nor infinity is in what training changes.
@@ -366,7 +256,7 @@ class Trainer:
             Whether parameters, running statistics, their averages and the optimizer's moments are
             finite.
         """
-        if self._divergence.is_finite(current.arrays):
+        if self.divergence.is_finite(current.arrays):
             return True
         # Padding alone may hold NaN: its gradients are zero, and an optimizer may divide by them.
         own_layers = self.to_layers(current).layers.values()
@@ -387,6 +277,9 @@ class Trainer:
         Raises:
             DataError: There are no examples, or their weights are negative or not finite.
         """
+        self.pipe.check_state(state)
+        if isinstance(batches, Mapping):
+            raise DataError("`batches` is a dict; give a list of batches: [batch]")
         total, means = weighted_mean(self._evaluated_parts(state, batches))
         if not total:
             raise DataError("there is nothing to evaluate: the held-out data has no examples")
@@ -402,20 +295,6 @@ class Trainer:
                 parts = list(self.pipe.evaluate_parts(state, batch))
             yield from parts
 
-    def check_finite(self, name: str, step: int, value: float) -> None:
-        """Check that a number is finite.
-
-        Args:
-            name: The name of the number, for the message.
-            step: The number of updates done, for the message.
-            value: The number.
-
-        Raises:
-            DivergedError: `value` is infinite or NaN. The message has the last finite loss and a
-                remedy.
-        """
-        self._divergence.check_loss(name, step, value)
-
     # --- from shapes alone -----------------------------------------------------------------------
 
     def device_bytes(self) -> dict[str, int]:
@@ -425,23 +304,8 @@ class Trainer:
             The bytes by part: "parameters", "optimizer", "gradients", "stash", "working_set" and
             "batch".
         """
-        local = self.local_shapes
+        local = self.train_step.local_shapes
         return self.pipe.device_bytes(tree_bytes((local.opt_state, local.average)))
-
-    def local_update_arguments(self) -> tuple[Updated, PyTree]:
-        """Return the shapes on one device of what an update replaces, and of the gradients."""
-        state, opt_state, average = self.local_shapes
-        return Updated(opt_state, average, state.params), jax.eval_shape(wide, state.params)
-
-    def abstract_arguments(self) -> StepArguments:
-        """Return the shapes and shardings of the step's arguments."""
-        state, micro_batched, step = self.pipe.abstract_arguments()
-        arrays = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            TrainArrays(state, *jax.eval_shape(self._begin, state.params)),
-            self._shardings(),
-        )
-        return StepArguments(arrays, micro_batched, step)
 
     def lower(self) -> jax.stages.Lowered:
         """Lower the whole training step from shapes, to compile or to inspect it.
@@ -449,7 +313,7 @@ class Trainer:
         Returns:
             The lowered step, like the result of `jax.jit(...).lower`.
         """
-        return self._step.lower(*self.abstract_arguments())
+        return self.train_step.program.lower(*self.train_step.abstract_arguments())
 
     def export(self) -> export.Exported:
         """Export the whole training step for TPU; this needs no TPU.
@@ -457,7 +321,49 @@ class Trainer:
         Returns:
             The exported step, like the result of `jax.export.export`.
         """
-        return export.export(self._step, platforms=["tpu"])(*self.abstract_arguments())
+        exported = export.export(self.train_step.program, platforms=["tpu"])
+        return exported(*self.train_step.abstract_arguments())
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def save(self, path: AnyPath, current: TrainState) -> None:
+        """Write a checkpoint of everything that training changes, for any layout.
+
+        The checkpoint gets its name when it is complete. Those of earlier steps stay; one of the
+        same step is replaced. Several processes must call this together.
+
+        Args:
+            path: A folder for the checkpoints of this training, also gs://. `gpipe export` and
+                `train.init_from` read it too.
+            current: The training state. It stays usable.
+
+        Raises:
+            ArgumentError: The folder belongs to a run of `gpipe train`, or has a checkpoint of a
+                later step; or the state is not finite.
+            SaveError: The checkpoint could not be written. Earlier ones are intact.
+        """
+        self.train_step.check(current)
+        saving.save(self, path, current)
+
+    def load(self, path: AnyPath) -> TrainState:
+        """Load the newest intact checkpoint of `save` or of a run, of any layout.
+
+        The network and the form of the optimizer must be the same; `gpipe.warm_start` takes what
+        fits. Mesh, schedule, chunks and micro-batches may differ. A message names newer checkpoints
+        that are damaged.
+
+        Args:
+            path: A folder that `save` has written, the folder of a run, or one checkpoint there:
+                `runs/digits/checkpoints/300`.
+
+        Returns:
+            The training state, on the devices.
+
+        Raises:
+            ArgumentError: There is no checkpoint, none is intact, or it does not fit.
+            UnreadableCheckpointError: No checkpoint can be read now.
+        """
+        return saving.load(self, path)
 
     # --- layer by layer, for checkpoints ---------------------------------------------------------
 
@@ -471,6 +377,7 @@ class Trainer:
             Trees of numpy arrays: one dict for each layer, and what no layer has. They are the same
             for any number of stages.
         """
+        self.train_step.check(current)
         return by_layer.split(self.pipe.stages, self.pipe.mesh, current.arrays)
 
     def from_layers(self, saved: LayerTrees, step: int) -> TrainState:
@@ -483,9 +390,9 @@ class Trainer:
         Returns:
             The training state, on the devices.
         """
-        arrays = by_layer.join(self.pipe.stages, self.pipe.mesh, saved, self.local_shapes)
-        return arrays.at_step(step)
+        shapes = self.train_step.local_shapes
+        return by_layer.join(self.pipe.stages, self.pipe.mesh, saved, shapes).at_step(step)
 
     def layer_shapes(self) -> LayerTrees:
         """Return the shapes of what the `to_layers` of all processes copy together."""
-        return by_layer.shapes(self.pipe.stages, self.local_shapes)
+        return by_layer.shapes(self.pipe.stages, self.train_step.local_shapes)

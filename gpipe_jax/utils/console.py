@@ -5,6 +5,7 @@ No JAX here, so that a mistake in an option is reported at once.
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import shtab
 
 from gpipe_jax.errors import ArgumentError, ConfigError, OptionError
 from gpipe_jax.utils import paths
-from gpipe_jax.utils.messages import printable
+from gpipe_jax.utils.messages import BAD_INPUT, note_failure, printable
 from gpipe_jax.utils.text import did_you_mean
 
 # --- parsers --------------------------------------------------------------------------------------
@@ -34,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
+        note_failure(message, BAD_INPUT)
         super().error(printable(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -67,6 +69,12 @@ def parse(
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def wants_json(arguments: Sequence[str] | None = None) -> bool:
+    """Return whether the arguments have the option `--json`, before they are parsed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return any(len(text) > 2 and "--json".startswith(text) for text in given)
 
 
 def add_command(

@@ -336,7 +336,7 @@ def test_export_of_what_cannot_be_read_now_is_no_bad_input(folder, tmp_path, mon
 
 def test_export_has_the_averages_and_the_frozen_parameters_without_one():
     saved = ["average.w", "optimizer.w", "params.b", "params.w", "statistics.mean"]
-    assert export._exported(saved, "3") == {
+    assert export.exported_names(saved, "3") == {
         "params.b": "layers.3.b",
         "average.w": "layers.3.w",
         "statistics.mean": "layers.3.mean",

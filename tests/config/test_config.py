@@ -127,7 +127,7 @@ def test_marks():
             "profile.start",
             "profile.steps",
         ],
-        Mark.LENGTH: ["train.steps", "train.seed"],
+        Mark.LENGTH: ["train.steps", "train.seed", "train.init_from"],
     }
     config = make(mesh={"stages": 2})
     assert list(layout(config)) == names[Mark.LAYOUT]

@@ -276,12 +276,12 @@ MESSAGES = [
     ("mesh: {micro_batches: 3}", "unknown key 'mesh.micro_batches'; did you mean 'pipeline.micro_batches'?"),  # noqa: E501
     ("mesh: {qqq: 3}", "unknown key 'mesh.qqq'; legal keys: stages, data, simulate"),
     ('mesh: {"a\\nb": 3}', r"unknown key 'mesh.a\nb'; legal keys: stages, data, simulate"),
-    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw', 'adam' or 'lion', not 'sgd'; remove it"),  # noqa: E501
+    ("optimizer: {kind: sgd, b1: 0.5}", "'optimizer.b1' belongs to optimizer.kind 'adamw', 'adam', 'lion' or 'muon', not 'sgd'; remove it"),  # noqa: E501
     # kinds
-    ("optimizer: {learning_rate: 0.5}", "optimizer.kind: required; give 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python'"),  # noqa: E501
-    ("optimizer: {kind: sdg}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python', got 'sdg'; did you mean 'sgd'?"),  # noqa: E501
-    ("optimizer: {kind: adafactor}", "optimizer.kind: adafactor factors the squares of whole arrays, so its result would depend on mesh.stages; use lion, with one number per parameter"),  # noqa: E501
-    ("optimizer: {kind: [sgd]}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or 'python', got ['sgd']"),  # noqa: E501
+    ("optimizer: {learning_rate: 0.5}", "optimizer.kind: required; give 'sgd', 'adamw', 'adam', 'rmsprop', 'lion', 'muon' or 'python'"),  # noqa: E501
+    ("optimizer: {kind: sdg}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion', 'muon' or 'python', got 'sdg'; did you mean 'sgd'?"),  # noqa: E501
+    ("optimizer: {kind: adafactor}", "optimizer.kind: adafactor keeps sums over rows and columns, which a checkpoint cannot cut by layers; use lion, with one number per parameter"),  # noqa: E501
+    ("optimizer: {kind: [sgd]}", "optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion', 'muon' or 'python', got ['sgd']"),  # noqa: E501
 ]  # fmt: skip
 
 
@@ -361,8 +361,8 @@ def test_messages_of_other_files(text: str, message: str):
         ("mesh={stages: 1, stages: 2}", "'mesh.stages' is given twice; keep one"),
         ("mesh={stages: x}", "mesh.stages: expected a whole number, got 'x'"),
         ("model.widths.foo=3", "'model.widths' is a value, not a section; give it as a whole"),
-        ("model.qqq.foo=3", "unknown key 'model.qqq'; legal keys: kind, widths, depths"),
-        ("model..=3", "unknown key 'model.'; legal keys: kind, widths"),
+        ("model.qqq.foo=3", "unknown key 'model.qqq'; legal keys: kind, trainable"),
+        ("model..=3", "unknown key 'model.'; legal keys: kind, trainable"),
         ("mesh.stages=[1", "not YAML: while parsing a flow sequence, expected ',' or ']'"),
         ("mesh.stages=\udcff", r"character '\udcff' is not legal in YAML; remove it; try quotes"),
         ("mesh.stages=*a", "aliases are not supported, got *a; write the value out"),
@@ -383,9 +383,10 @@ def test_switching_the_kind_leaves_keys_of_the_other_kind():
     text = BASE + SGD + "  momentum: 0.5\n  nesterov: true\n"
     rest = "remove it, or override the whole section: 'optimizer={kind: adamw}'"
     assert problems(text, "optimizer.kind=adamw") == [
-        f"x.yaml:7: 'optimizer.momentum' belongs to optimizer.kind 'sgd' or 'rmsprop', "
+        f"x.yaml:7: 'optimizer.momentum' belongs to optimizer.kind 'sgd', 'rmsprop' or 'muon', "
         f"not 'adamw'; {rest}",
-        f"x.yaml:8: 'optimizer.nesterov' belongs to optimizer.kind 'sgd', not 'adamw'; {rest}",
+        f"x.yaml:8: 'optimizer.nesterov' belongs to optimizer.kind 'sgd' or 'muon', not 'adamw'; "
+        f"{rest}",
     ]
     assert load_text(text, "optimizer={kind: adamw}").optimizer == AdamConfig()
 
@@ -543,8 +544,8 @@ def test_a_wrong_kind_hides_nothing_else():
         "x.yaml:5: data.batch_size: batch_size 60 is not a multiple of data x micro_batches = "
         "7 x 1 = 7",
         "x.yaml:8: mesh.simulate: simulate 1 is less than stages x data = 1 x 7 = 7",
-        "x.yaml:10: optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion' or "
-        "'python', got 'adm'",
+        "x.yaml:10: optimizer.kind: expected 'sgd', 'adamw', 'adam', 'rmsprop', 'lion', "
+        "'muon' or 'python', got 'adm'",
         "x.yaml:11: optimizer.learning_rate: expected more than 0, got -1",
         "x.yaml:12: optimizer.eps: expected more than 0, got 0",
         "x.yaml:13: optimizer.momentum: expected less than 1, got 2",
@@ -634,7 +635,11 @@ def test_files_that_cannot_be_read():
     for path, message in [
         ("pipelin.yaml", "no such file; did you mean 'pipeline.yaml'?"),
         ("nowhere/else.yaml", "no such file"),
-        (".", "is a directory; give the path of a YAML file"),
+        (
+            ".",
+            "is a directory; give the path of a YAML file, such as the config.yaml of a run; in "
+            "Python, `trainer.load` reads checkpoints",
+        ),
         ("binary.yaml", "not UTF-8 text, at byte 3; save it as UTF-8"),
         ("pipeline.yaml/x", "cannot be read: Not a directory"),
         ("a\0b", "a path cannot hold a zero byte; remove it"),

@@ -40,11 +40,11 @@ from_config.assemble = slow
 """,
     "compile": """
 import time
-from gpipe_jax.training import trainer
+from gpipe_jax.training.fitting.train_step import TrainStep
 def slow(*args):
     print("compiling", flush=True)
     time.sleep(60)
-trainer.Trainer._update = slow
+TrainStep._update = slow
 """,
     "save": """
 import time

@@ -65,6 +65,7 @@ def wrapped_batch_norm() -> gpipe.Layer:
         ((init, apply, 3), r"got <function init.* and 3 of type int"),
         ((init,), r"got <function init.*; if it returns a list of layers, call it"),
         ((nn.Dense,), r"got the class Dense; write layer\(Dense\(...\)\), with an instance"),
+        ((nn.Dense(6), 3), r"Dense\(...\), a module instance and 3 .*without other arguments"),
         ((int,), r"got the class int; write layer\(Module"),
     ],
 )
@@ -74,7 +75,8 @@ def test_what_describes_no_layer_is_refused(arguments: tuple, message: str) -> N
 
 
 def test_an_instance_with_arguments_is_refused_in_one_line() -> None:
-    with pytest.raises(TypeError, match=r"got Linear\(...\), .*layer\(module\) for") as refusal:
+    message = r"got Linear\(...\), a module instance and width=; .*layer\(module\) for"
+    with pytest.raises(TypeError, match=message) as refusal:
         layer(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), width=3)
     assert "\n" not in str(refusal.value)
 
@@ -86,7 +88,10 @@ def test_an_instance_with_arguments_is_refused_in_one_line() -> None:
             {"in_features": 6},
             "missing a required argument: 'out_features'; the arguments of Linear",
         ),
-        ({"in_features": 6, "out_featurs": 6}, "are: in_features, out_features, use_bias"),
+        (
+            {"in_features": 6, "out_featurs": 6},
+            "are: in_features, out_features, .*; it has no 'out_featurs'; did you mean 'out_feat",
+        ),
         ({"in_features": 6, "out_features": 6, "rngs": 1}, "takes no `rngs`, got 1; leave it out"),
     ],
 )
@@ -95,6 +100,22 @@ def test_arguments_that_the_constructor_does_not_take_are_refused(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         layer(nnx.Linear, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (np.ones(2), r"must be hashable, .*'numpy.ndarray'; give numbers, texts, tuples and func"),
+        ({"a": 1}, r"must be hashable, .*Wide\(width={'a': 1}\): unhashable type: 'dict'; give"),
+    ],
+)
+def test_arguments_that_cannot_be_compared_are_refused(width: Any, message: str) -> None:
+    class Wide(nnx.Module):
+        def __init__(self, width: Any) -> None:
+            self.width = width
+
+    with pytest.raises(TypeError, match=message):
+        layer(Wide, width=width)
 
 
 def test_functions_that_cannot_be_compared_are_refused() -> None:
@@ -141,7 +162,7 @@ def test_parameters_that_are_no_arrays_are_refused() -> None:
     [
         (LINEAR, r"`layers` is one layer, Linear\(.*; put it into a list"),
         (nnx.Linear(6, 6, rngs=nnx.Rngs(0)), r"must be a list of layers, got Linear\(...\), a mod"),
-        (nn.Dense(6), r"must be a list of layers, got Dense\(...\), .*divide a model into layers"),
+        (nn.Dense(6), r"must be a list of layers, got Dense\(...\), .*by gpipe_jax.from_module"),
         ("mlp", "must be a list of layers, got 'mlp' of type str"),
         (None, "must be a list of layers, got None of type NoneType"),
         (
@@ -186,6 +207,13 @@ def test_any_collection_of_linen_but_parameters_is_refused() -> None:
             infer_shapes([layer(init, functools.partial(module.apply))], X)
 
 
+def test_dropout_of_linen_without_a_key_is_refused() -> None:
+    module = nn.Dropout(0.5, deterministic=False)
+    message = r"layer 1, Dropout draws random numbers, but its `apply` .*; write layer\(module\)"
+    with pytest.raises(ValueError, match=message):
+        infer_shapes([LINEAR, layer(module.init, module.apply)], X)
+
+
 def test_constants_of_linen_are_kept_where_apply_gives_them() -> None:
     """Do what the message advises: a frozen batch norm keeps its statistics."""
     module = nn.BatchNorm(use_running_average=True)
@@ -200,6 +228,6 @@ def test_constants_of_linen_are_kept_where_apply_gives_them() -> None:
     pipe = pipeline([layer(start, run)])
     trainer = gpipe.Trainer(pipe, optax.sgd(0.1))
     state = trainer.init(seed=0)
-    np.testing.assert_allclose(pipe.apply(state.state, X), 0.25, atol=1e-4)
+    np.testing.assert_allclose(pipe.predict(state.state, X), 0.25, atol=1e-4)
     state, _ = trainer.step(state, {"inputs": X, "labels": X})
     assert list(pipe.to_layers(state.state)[0]["params"]) == ["bias", "scale"]

@@ -10,9 +10,14 @@ from flax import nnx
 
 import gpipe_jax as gpipe
 from gpipe_jax.errors import ArgumentError
+from gpipe_jax.layers import leaf_names
+from gpipe_jax.layers.layer import Context
+from gpipe_jax.layers.shape_inference import infer_shapes
 from gpipe_jax.layers.sources.describe import layer
+from gpipe_jax.layers.sources.from_module import to_module
 
 WIDTH, LENGTH, WORDS = 8, 6, 12
+KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, WORDS, (8, LENGTH)).astype(np.int32)
 BATCH = {"inputs": TOKENS, "labels": np.roll(TOKENS, -1, 1)}
 
@@ -94,7 +99,10 @@ def loss_and_gradients(model: nnx.Module) -> tuple[jax.Array, dict]:
     return value, nnx.to_pure_dict(gradients)
 
 
-CASES = [(1, 1, "1f1b"), (3, 2, "gpipe"), pytest.param(2, 1, "1f1b", marks=pytest.mark.slow)]
+CASES = [
+    (3, 2, "gpipe"),
+    *(pytest.param(K, 1, "1f1b", marks=pytest.mark.slow) for K in (1, 2)),
+]
 
 
 @pytest.mark.parametrize(("stages", "replicas", "schedule"), CASES)
@@ -110,7 +118,7 @@ def test_a_decoder_with_a_tied_table_has_the_gradients_of_the_model(
         assert pipe.layers[1] == pipe.layers[2] and pipe.shapes[1].fixed.constants
         state = pipe.init(seed=0)
         np.testing.assert_allclose(
-            pipe.apply(state, TOKENS), model(jnp.asarray(TOKENS)), atol=1e-12
+            pipe.predict(state, TOKENS), model(jnp.asarray(TOKENS)), atol=1e-12
         )
         (value, _), gradients, _ = pipe.value_and_grad(state, BATCH)
         expected, of_model = loss_and_gradients(model)
@@ -160,6 +168,7 @@ class Shared(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.norm = nnx.BatchNorm(3, rngs=rngs)
         self.table = jnp.ones(3)
+        self.parts = nnx.List([nnx.Linear(3, 3, rngs=rngs), jnp.tanh])
 
 
 @pytest.mark.parametrize(
@@ -167,8 +176,18 @@ class Shared(nnx.Module):
     [
         (["norms"], "Shared has no part 'norms'.*norm"),
         (["table"], "`table` of Shared is neither a module nor a list of modules"),
-        ([3], "a block is a name, a function, or a tuple of names and a function, got 3"),
+        ([3], "a block is a name, a function, or a tuple of names and a function, as .*, got 3"),
         ("norm", "`blocks` must be a list of names and functions, got 'norm'; name the parts"),
+        ([("norm",)], r'a tuple of names and a function, as \("norm", "embed", function\), got'),
+        ([("norms", head)], "Shared has no part 'norms'"),
+        ([("parts", head)], '`parts` of Shared is a list, but .* as "parts.0"'),
+        (["norm.scale"], "neither a module nor a list of modules: a value of type Param; name"),
+        ([nnx.Linear(3, 3, rngs=nnx.Rngs(0))], "got Linear.*, a module instance; give .*parts.0"),
+        (
+            [(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), head)],
+            'got a tuple of modules; give a module by its name in Shared, such as "norm", "parts',
+        ),
+        ([("norm", "norm", head)], "a tuple names a module twice: norm, norm; name it once"),
         (["norm", "norm"], "the statistics 'mean' are in the blocks of two layers"),
     ],
 )
@@ -177,9 +196,106 @@ def test_wrong_blocks_are_refused(blocks: Any, message: str) -> None:
         gpipe.from_module(Shared(rngs=nnx.Rngs(0)), blocks)
 
 
-def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"takes an nnx.Module instance, or its class .* got 3 of"):
-        gpipe.from_module(3, ["norm"])
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            lambda model: lambda x: model.embed.attend(model.norm(x)),
+            r"layer 1, Parts\(...\), computes with embed.embedding, norm.scale of Decoder, which "
+            r'its function does not take.*name the .*\("embed", "norm", function\), and use those',
+        ),
+        (lambda model: model.norm.__call__, r'computes with norm.scale .*\("norm", function\)'),
+        (
+            lambda model: ("norm", jax.jit(lambda norm, x: model.embed.attend(norm(x)))),
+            r"computes with embed.embedding of Decoder, .*copy an array that is meant as a const",
+        ),
+    ],
+)
+def test_a_function_that_closes_over_the_model_is_refused(last: Any, message: str) -> None:
+    model = Decoder(depth=0, rngs=nnx.Rngs(0))
+    layers = gpipe.from_module(model, ["embed", last(model)])
+    with pytest.raises(ArgumentError, match=message):
+        infer_shapes(layers, TOKENS)
+
+
+def test_a_function_may_close_over_constants_and_settings_of_the_model() -> None:
+    model, table = Decoder(depth=0, rngs=nnx.Rngs(0)), jnp.ones((WORDS, WIDTH))
+
+    def score(x: jax.Array) -> jax.Array:
+        return x @ table.T / model.embed.features
+
+    *_, last = infer_shapes(gpipe.from_module(model, ["embed", score]), TOKENS)
+    assert last.output.shape == (*TOKENS.shape, WORDS)
+
+
+def test_a_function_that_changes_another_module_is_refused() -> None:
+    model = Shared(rngs=nnx.Rngs(0))
+    layers = gpipe.from_module(model, [lambda x: model.norm(x)])
+    message = r'layer 0, Parts.* changes a module that it does not take .*\("dropout", function\)'
+    with pytest.raises(ValueError, match=message):
+        infer_shapes(layers, np.ones((2, 3), np.float32))
+
+
+def test_patterns_may_be_names_of_the_model() -> None:
+    layers = gpipe.from_module(Decoder(depth=2, rngs=nnx.Rngs(0)), BLOCKS)
+    shapes = leaf_names.freeze(infer_shapes(layers, TOKENS), frozen=["embed", "blocks.1"])
+    assert [len(jax.tree.leaves(shape.params)) for shape in shapes] == [0, 4, 0, 1]
+
+
+class Nested(nnx.Module):
+    """Have parts whose names are those of attributes of `Parts`, or alike."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.function = nnx.Dict(names=nnx.Linear(3, 3, rngs=rngs))
+        self.function_names = nnx.Linear(3, 3, rngs=rngs)
+        self.names = nnx.Linear(3, 3, rngs=rngs)
+
+
+def test_parts_may_have_any_names() -> None:
+    model, x = Nested(rngs=nnx.Rngs(0)), jnp.ones((2, 3))
+    alike = ("function.names", "function_names", lambda a, b, x: b(a(x)))
+    twice, once = gpipe.from_module(model, [alike, ("names", lambda names, x: names(x))])
+    y = x
+    for described in (twice, once):
+        y, _ = described.apply(described.init(KEY, y), {}, y, Context(KEY, train=True))
+    expected = model.names(model.function_names(model.function["names"](x)))
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def test_values_are_those_of_the_call() -> None:
+    model = Decoder(depth=1, rngs=nnx.Rngs(0))
+    layers = gpipe.from_module(model, ["embed"])
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    nnx.update(model, jax.tree.map(lambda a: a + 1, before))
+    back = to_module(layers, [one.init(KEY, TOKENS) for one in layers], [{}])
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(back), before)
+
+
+def test_a_list_may_have_functions() -> None:
+    model = Shared(rngs=nnx.Rngs(0))
+    linear, tanh = gpipe.from_module(model, ["parts"])
+    x, context = jnp.ones((2, 3)), Context(jax.random.key(0), train=True)
+    y, _ = linear.apply(linear.init(context.key, x), {}, x, context)
+    y, _ = tanh.apply({}, {}, y, context)
+    np.testing.assert_allclose(y, jnp.tanh(model.parts[0](x)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (3, {}, r"takes an nnx.Module instance, or its class .* got 3 of type int"),
+        (
+            [nnx.Linear(3, 3, rngs=nnx.Rngs(0))],
+            {},
+            r"got a list of modules; make a layer of each .*gpipe_jax.layer\(module\)",
+        ),
+        (Shared(rngs=nnx.Rngs(0)), {"depth": 3}, r"leave out depth, or give the class Shared"),
+        (Decoder, {"dept": 3}, r"from_module\(Decoder, ...\) does not fit .* mean 'depth'"),
+    ],
+)
+def test_what_is_no_model_is_refused(model: Any, arguments: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        gpipe.from_module(model, ["norm"], **arguments)
 
 
 def test_layers_of_another_source_have_no_model() -> None:

@@ -238,6 +238,14 @@ def test_links_make_another_layer_and_leave_the_first_as_it_was() -> None:
     assert type(linked) is type(one)
 
 
+@pytest.mark.parametrize("method", ["stash", "pop", "read"])
+def test_a_list_of_names_is_refused(method: str) -> None:
+    one = layer(nnx.Linear, in_features=3, out_features=3)
+    message = rf"{method}\(\) takes names, .* got \['a', 'b'\]; write .{method}\('a', 'b'\)"
+    with pytest.raises(TypeError, match=message):
+        getattr(one, method)(["a", "b"])
+
+
 def test_links_belong_to_the_value() -> None:
     pairs = [layer(Dense, in_features=4, out_features=3), layer(affine_init, affine_apply)]
     for one in pairs:

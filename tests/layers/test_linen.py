@@ -29,7 +29,9 @@ class Block(nn.Module):
         return x + nn.Dropout(self.rate)(y, deterministic=not train)
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "replicas"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow)]
+)
 def test_a_linen_network_has_the_loss_and_gradients_of_flax(stages: int, replicas: int) -> None:
     modules = [nn.Dense(6), Block(6), Block(6), nn.Dense(4)]
     batch = {"inputs": X, "labels": np.ones((8, 4), np.float32)}
@@ -73,6 +75,29 @@ def test_dropout_follows_the_key_in_training_only() -> None:
 def test_an_attribute_of_the_module_stays() -> None:
     y, _ = layer(nn.Dropout(0.5, deterministic=True)).apply({}, {}, X, Context(KEY, train=True))
     np.testing.assert_array_equal(y, X)
+
+
+class Widths(nn.Module):
+    """Apply dense layers; the widths are a list, which cannot be hashed."""
+
+    widths: list[int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in self.widths:
+            x = nn.Dense(width)(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "module", [Widths([3, 4]), nn.Sequential([nn.Dense(3), nn.tanh, Widths([4])])]
+)
+def test_lists_in_attributes_become_tuples(module: nn.Module) -> None:
+    one = layer(module)
+    assert one == layer(module)
+    params = one.init(KEY, X)
+    y, _ = one.apply(params, {}, jnp.asarray(X), Context(KEY, train=True))
+    np.testing.assert_allclose(y, module.apply({"params": params}, X), rtol=1e-6)
 
 
 def test_statistics_are_refused() -> None:

@@ -59,12 +59,12 @@ def test_a_pipeline_is_refused_under_another_setting() -> None:
         example={"inputs": x, "labels": x},
     )
     state = pipe.init(seed=0)
-    pipe.apply(state, x)
+    pipe.predict(state, x)
     params = pipe.to_layers(state)
     for use in (
         lambda: pipe.init(seed=0),
         lambda: pipe.from_layers(params),
-        lambda: pipe.apply(state, x),
+        lambda: pipe.predict(state, x),
         pipe.lower,
     ):
         message = "`jax_enable_x64` is True, but was False .*set it back, or build a pipeline anew"

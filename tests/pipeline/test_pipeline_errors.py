@@ -121,6 +121,16 @@ def test_no_layers():
         )
 
 
+def test_no_mesh():
+    with pytest.raises(ValueError, match="`mesh` must be a mesh of devices, got NoneType; give"):
+        gpipe.Pipeline(
+            gpipe.zoo.mlp((4, 3)),
+            loss=gpipe.losses.softmax_cross_entropy,
+            mesh=None,  # type: ignore[arg-type]
+            example=make_example(),
+        )
+
+
 @pytest.mark.parametrize(
     ("axes", "kind"),
     [(("x",), "Auto"), (("data", "stage"), "Auto"), (("stage", "data"), "Explicit")],
@@ -272,6 +282,10 @@ def test_a_layer_too_large_for_the_memory():
         (make_example(weights=np.full(12, 1e308)), r"finite sum, got 12 of up to 1e\+308; divide"),
         (make_example(weights=np.ones(12, complex)), r"type complex128; give one real number"),
         ([np.zeros((12, 4)), np.zeros(12)], r"a batch is a dict .* got a list; of a pair"),
+        (
+            make_example(labels=["a"] * 12),
+            r"\['labels'\]\[0\] is the text 'a', but .*each class",
+        ),
         (make_example(labels=[[1], [2, 3]]), r"batch\['labels'\] is not an array of numbers"),
         (
             make_example(labels=np.full(12, "a")),
@@ -323,7 +337,7 @@ def test_draws_that_are_not_of_examples():
 
 def test_apply_checks_its_inputs(pipe):
     with pytest.raises(ValueError, match=r"does not take inputs float32\[4,3\]; the pipeline's ex"):
-        pipe.predict(None, np.zeros((2, 3)))
+        pipe.predict(pipe.init(0), np.zeros((2, 3)))
 
 
 # --- parameters ----------------------------------------------------------------------------------

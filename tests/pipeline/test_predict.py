@@ -40,7 +40,7 @@ def pipe() -> gpipe.Pipeline:
 
 
 def test_any_number_of_examples_and_lengths_compile_once(pipe):
-    state, compiled = pipe.init(0), pipe._jitted["outputs"]
+    state, compiled = pipe.init(0), pipe._predictor._outputs
     for length, programs in [(LENGTH, 1), (3, 2), (LENGTH, 2), (3, 2)]:
         for examples in (1, N, 2 * N + 3):
             x = np.random.default_rng(0).normal(size=(examples, length, WIDTH))

@@ -51,11 +51,11 @@ def test_gradients_are_added_to_the_sums_and_layers_computed_as_often_as_said(
 
     @jax.jit
     def backward(local: dict, sums: dict) -> tuple:
-        call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0)
+        call = Call(jax.random.key(0), jnp.int32(0), None, train=True, progress=1.0, extras={})
         ids = jnp.asarray(stages.geometry.layer_ids()[0, 0])
         nothing = {"slots": [], "packs": []}
         stage = StageStep(stages, 0, local, nothing, nothing, {}, ids, call)
-        return stage.backward(Boundary(x, {}), lambda y: ([g], y.x["ids"]), sums, {})
+        return stage.backward(Boundary(x, {}), lambda y: ([g], y.x["ids"]), sums, {}, {})
 
     arrays = storage.join_layers(0, params)
     CALLS.clear()

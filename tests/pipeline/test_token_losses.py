@@ -84,22 +84,31 @@ def build(loss: Callable = LOSS, K: int = 2, D: int = 1, M: int = 2, **options) 
     return gpipe.Pipeline(LAYERS, loss=loss, mesh=mesh, micro_batches=M, **options)
 
 
-def slow(*case) -> object:
-    return pytest.param(*case, marks=pytest.mark.slow)
+@pytest.fixture(scope="module")
+def pipe() -> gpipe.Pipeline:
+    """Return a pipeline that several tests use, whose programs compile once."""
+    return build()
 
 
-@pytest.mark.parametrize("x64", [False, True])
+LAYOUTS = [
+    (2, 2, 2, "1f1b", 1),
+    (2, 1, 4, "interleaved", 2),
+    (1, 1, 8, "gpipe", 1),
+    (1, 1, 1, "1f1b", 1),
+    (4, 1, 8, "gpipe", 1),
+    (4, 2, 4, "1f1b", 1),
+    (2, 4, 1, "eager_1f1b", 1),
+    (2, 2, 4, "interleaved", 2),
+]
+FEW = [(*LAYOUTS[0], True), (*LAYOUTS[1], False)]
+
+
 @pytest.mark.parametrize(
-    ("K", "D", "M", "schedule", "chunks"),
+    ("K", "D", "M", "schedule", "chunks", "x64"),
     [
-        (2, 2, 2, "1f1b", 1),
-        (1, 1, 8, "gpipe", 1),
-        (2, 1, 4, "interleaved", 2),
-        slow(1, 1, 1, "1f1b", 1),
-        slow(4, 1, 8, "gpipe", 1),
-        slow(4, 2, 4, "1f1b", 1),
-        slow(2, 4, 1, "eager_1f1b", 1),
-        slow(2, 2, 4, "interleaved", 2),
+        pytest.param(*layout, x64, marks=() if (*layout, x64) in FEW else pytest.mark.slow)
+        for layout in LAYOUTS
+        for x64 in (False, True)
     ],
 )
 def test_the_mean_over_all_tokens(K, D, M, schedule, chunks, x64):
@@ -117,9 +126,9 @@ def test_the_mean_over_all_tokens(K, D, M, schedule, chunks, x64):
             assert_trees_close(pipe.evaluate(state, batch).loss, want[0], 1e-12 if x64 else 1e-5)
 
 
-def test_the_mean_is_not_that_of_the_examples():
+def test_the_mean_is_not_that_of_the_examples(pipe):
     """Check that the counts are in use: without them, short examples count as much."""
-    pipe, batch = build(), make_batch()
+    batch = make_batch()
     other = build(loss=Uncounted(LOSS))
     state = pipe.init(0)
     difference = pipe.evaluate(state, batch).loss - other.evaluate(state, batch).loss
@@ -168,9 +177,9 @@ def test_weights_of_tokens():
     np.testing.assert_allclose(metrics["accuracy"], accuracy, 1e-5)
 
 
-def test_a_batch_without_tokens():
+def test_a_batch_without_tokens(pipe):
     """Check that nothing is learned from it, and nothing is evaluated."""
-    pipe, batch = build(), make_batch()
+    batch = make_batch()
     batch["labels"] = np.full_like(batch["labels"], -100)
     state = pipe.init(0)
     value, gradients, _ = pipe.value_and_grad(state, batch)
@@ -183,9 +192,9 @@ def test_a_batch_without_tokens():
     assert with_and_without == trainer.evaluate(state, [make_batch()])
 
 
-def test_evaluation_of_batches_of_any_size():
+def test_evaluation_of_batches_of_any_size(pipe):
     """Check that a mean over several batches is that over all of their tokens."""
-    pipe, whole = build(), make_batch(3 * N + 5)
+    whole = make_batch(3 * N + 5)
     state = pipe.init(0)
     want = float(plain_loss(pipe.to_layers(state), whole))
     assert float(pipe.evaluate(state, whole).loss) == pytest.approx(want, rel=1e-5)
@@ -195,9 +204,9 @@ def test_evaluation_of_batches_of_any_size():
     assert trainer.evaluate(state, parts)["test_loss"] == pytest.approx(want, rel=1e-5)
 
 
-def test_a_part_of_weight_zero():
+def test_a_part_of_weight_zero(pipe):
     """Check a large batch, of which the first N examples do not count."""
-    pipe, batch = build(), make_batch(2 * N)
+    batch = make_batch(2 * N)
     batch["weights"] = np.where(np.arange(2 * N) < N, 0, batch["weights"])
     state = pipe.init(0)
     want = float(plain_loss(pipe.to_layers(state), batch))

@@ -325,7 +325,7 @@ def test_updates_that_are_all_zero_are_refused(make):
 
 
 def test_a_transformation_that_makes_nan_is_refused():
-    with pytest.raises(ValueError, match="use elementwise transformations"):
+    with pytest.raises(ValueError, match="use transformations of one parameter each"):
         elementwise.check_elementwise(optax.scale(float("nan")))
 
 

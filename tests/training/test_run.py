@@ -27,7 +27,8 @@ from gpipe_jax.checkpoint.save import Saver
 from gpipe_jax.distributed.preemption import handle_signals
 from gpipe_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from gpipe_jax.partition import costs
-from gpipe_jax.training import from_config, metrics, run, trainer
+from gpipe_jax.training import from_config, metrics, run
+from gpipe_jax.training.fitting.steps_in_flight import IN_FLIGHT
 
 STEPS = 11
 CONFIG = {
@@ -214,7 +215,7 @@ def test_preempted_during_a_step(whole, tmp_path, last, capsys):
         run.train(assembly, show)
     assert "SIGTERM: saving after this step" in capsys.readouterr().err
     done = int(str(error.value).split()[3].strip(","))
-    assert last <= done <= last + trainer.IN_FLIGHT and latest_step(tmp_path) == done
+    assert last <= done <= last + IN_FLIGHT and latest_step(tmp_path) == done
     train_to_completion(whole[0], tmp_path)
 
 
@@ -664,7 +665,14 @@ def test_what_follows_the_length_is_said(whole):
     said = run._other_steps(now, before)
     assert said is not None and said.endswith(
         "to step 50, but not as if it had begun with 50: the learning rate (optimizer.schedule: "
-        "cosine) now depends on 50 steps"
+        "cosine) now depends on 50 steps; for that result, start again in another folder "
+        "(train.workdir=...)"
+    )
+    model = {"kind": "python", "function": "mine.py:layers"}
+    own = gpipe.load({**CONFIG, "model": model}, ["train.steps=50", "optimizer.schedule=constant"])
+    said = run._other_steps(own, before)
+    assert said is not None and said.endswith(
+        "50; layers of yours that read `progress` follow the new length"
     )
 
 

@@ -15,10 +15,11 @@ from flax import nnx
 import gpipe_jax as gpipe
 from gpipe_jax.checkpoint.by_layer import LayerTrees
 from gpipe_jax.config.optimizers import AdamConfig
-from gpipe_jax.errors import DataError, DivergedError
+from gpipe_jax.errors import ArgumentError, DataError, DivergedError
 from gpipe_jax.pipeline.state import State, TrainState
 from gpipe_jax.training import optimizers
-from gpipe_jax.training.trainer import IN_FLIGHT, Trainer
+from gpipe_jax.training.fitting.steps_in_flight import IN_FLIGHT
+from gpipe_jax.training.trainer import Trainer
 from gpipe_jax.utils.trees import same_shapes
 
 EXAMPLES = 12
@@ -60,9 +61,19 @@ def make_trainer(K: int, tx=None, loss=gpipe.losses.softmax_cross_entropy) -> Tr
     return Trainer(pipe, optimizers.build(config, 1000) if tx is None else tx)
 
 
+class Made(dict):
+    """Hold values that are made when they are first asked for."""
+
+    def __init__(self, make) -> None:
+        self._make = make
+
+    def __missing__(self, K: int) -> Any:
+        return self.setdefault(K, self._make(K))
+
+
 @pytest.fixture(scope="module")
 def trainers() -> dict[int, Trainer]:
-    return {K: make_trainer(K) for K in (1, 2, 4, 8)}
+    return Made(make_trainer)
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +115,26 @@ def plain_losses(params: list, batch: dict) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def fifty(trainers, fresh):
     """Return for each K the state after 20 steps, layer by layer, and the records of 50 steps."""
-    results = {}
-    for K, trainer in trainers.items():
-        middle, first = fit(trainer, trainer.from_layers(fresh, 0), 20)
-        saved = trainer.to_layers(middle)
-        results[K] = (saved, [*first, *fit(trainer, middle, 50)[1]])
-    return results
+
+    def train(K: int) -> tuple:
+        middle, first = fit(trainers[K], trainers[K].from_layers(fresh, 0), 20)
+        saved = trainers[K].to_layers(middle)
+        return saved, [*first, *fit(trainers[K], middle, 50)[1]]
+
+    return Made(train)
 
 
-@pytest.mark.parametrize("K", [2, 4, 8])
+@pytest.mark.parametrize("K", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_fifty_losses_do_not_depend_on_the_number_of_stages(fifty, K):
     single, several = losses(fifty[1][1]), losses(fifty[K][1])
     assert len(single) == 50 and single[-5:].mean() < 0.8 * single[:5].mean(), "it must learn"
     np.testing.assert_allclose(several, single, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 8), (8, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 4), (4, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 8), (8, 2)))],
+)
 def test_a_saved_state_continues_on_another_number_of_stages(trainers, fifty, before, after):
     saved, records = fifty[before]
     current = trainers[after].from_layers(saved, 20)
@@ -189,7 +204,7 @@ def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, 
     trainer = trainers[2]
     current = trainer.from_layers(fresh, 0)
     micro_batched = trainer.pipe.split(next(make_batches()))
-    lowered = trainer._step.lower(current.arrays, micro_batched, jnp.uint32(0))
+    lowered = trainer.train_step.program.lower(current.arrays, micro_batched, jnp.uint32(0))
     text = lowered.compile().as_text()
     aliases = text.split("input_output_alias=")[1].split("\n")[0].count("may-alias")
     assert aliases >= len(jax.tree.leaves((current.state.params, current.opt_state)))
@@ -197,14 +212,10 @@ def test_parameters_and_optimizer_share_their_buffers_with_the_result(trainers, 
 
 def test_one_compilation_of_the_step(trainers, fresh, fifty):
     """Check states from `init` and from saved layers, and a full and a ragged batch."""
-    trainer = trainers[2]
-    fit(
-        trainer,
-        trainer.from_layers(fresh, 0),
-        2,
-        iter([next(make_batches(size=5)), next(make_batches())]),
-    )
-    assert [trainer._step._cache_size() for trainer in trainers.values()] == [1, 1, 1, 1]
+    trainer, (saved, _) = trainers[2], fifty[2]
+    batches = iter([next(make_batches(size=5)), next(make_batches())])
+    fit(trainer, trainer.from_layers(saved, 20), 22, batches)
+    assert trainer.train_step.program._cache_size() == 1
 
 
 @pytest.mark.parametrize("K", [1, 4])
@@ -217,7 +228,34 @@ def test_a_ragged_batch_is_the_mean_over_its_examples(trainers, fresh, K):
 
 def test_an_optimizer_that_depends_on_the_cut_is_refused():
     with pytest.raises(ValueError, match="depends on how parameters are grouped"):
-        make_trainer(2, tx=optax.lamb(1e-3))
+        make_trainer(2, tx=optax.adafactor(1e-3))
+
+
+@pytest.mark.parametrize("ema", [0, 1.0, 2.0, -0.5])
+def test_a_decay_outside_its_range_is_refused(trainers, ema):
+    message = f"`ema` must be more than 0 and less than 1, got {ema}"
+    with pytest.raises(ArgumentError, match=message):
+        Trainer(trainers[1].pipe, optax.sgd(0.1), ema=ema)
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (optax.adam, r"got function; call it, as adam\(1e-3\)"),
+        (
+            1e-3,
+            r"got float; give an optimizer with this .* such as optax.adam\(0.001\)",
+        ),
+        (
+            nnx.Optimizer(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param),
+            "got Optimizer; give the transformation that it holds, its `tx`",
+        ),
+        ("adam", r"got str; give one, such as optax.adam\(1e-3\)"),
+    ],
+)
+def test_what_is_no_transformation_is_refused(trainers, tx, message):
+    with pytest.raises(ArgumentError, match=f"`tx` must be an optax transformation, {message}"):
+        Trainer(trainers[1].pipe, tx)
 
 
 # --- the queue -----------------------------------------------------------------------------------
@@ -251,6 +289,7 @@ def without_devices(monkeypatch, trainer: Trainer, values=None) -> list:
         return current._replace(step=current.step + 1), metrics
 
     monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer.train_step, "check", lambda current: None)
     return log
 
 
@@ -360,13 +399,16 @@ def test_the_last_good_loss_is_known_across_calls(trainers, monkeypatch):
 
 def test_a_first_step_that_diverges_says_so(trainers, monkeypatch):
     trainer = trainers[1]
-    monkeypatch.setattr(trainer._divergence, "last_loss", float("nan"))
+    monkeypatch.setattr(trainer.divergence, "last_loss", float("nan"))
     without_devices(monkeypatch, trainer, [float("nan"), 1.0])
     with pytest.raises(DivergedError, match=r"nan at step 1 \(there was no step before it"):
         fit(trainer, not_started(), 2)
 
 
-@pytest.mark.parametrize(("steps", "when"), [(1, "in step 1"), (3, "in one of steps 1 to 3")])
+@pytest.mark.parametrize(
+    ("steps", "when"),
+    [pytest.param(1, "in step 1", marks=pytest.mark.slow), (3, "in one of steps 1 to 3")],
+)
 def test_a_state_that_is_not_finite_ends_training(steps, when):
     """Find a gradient that is not finite, although the loss of its step is."""
     trainer = make_trainer(2, loss=steep_at_label_1)
@@ -421,9 +463,16 @@ def test_evaluation_weighs_the_examples(trainers, fresh):
     assert figures["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_to_evaluate_is_an_error(trainers):
+def test_a_batch_in_place_of_batches_is_refused(trainers, fresh):
+    state = trainers[1].from_layers(fresh, step=0).state
+    with pytest.raises(ValueError, match=r"`batches` is a dict; give a list of batches: \[batch\]"):
+        trainers[1].evaluate(state, next(make_batches(0, 8)))
+
+
+def test_nothing_to_evaluate_is_an_error(trainers, fresh):
+    state = trainers[1].from_layers(fresh, step=0).state
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        trainers[1].evaluate(None, iter([]))
+        trainers[1].evaluate(state, iter([]))
 
 
 # --- the moving average, statistics and progress -------------------------------------------------
@@ -510,7 +559,7 @@ def test_the_average_starts_as_the_parameters_and_is_given_up_too(averaged):
     old = jax.tree.leaves((current.state.params, current.state.stats, current.average))
     trainer.step(current, regression(0))
     assert all(a.is_deleted() for a in old)
-    assert trainer._step._cache_size() == 1
+    assert trainer.train_step.program._cache_size() == 1
 
 
 def test_statistics_move_with_every_step(averaged):

@@ -64,7 +64,7 @@ def assert_only_kernels_decayed(trees: list[PyTree]) -> None:
         np.testing.assert_allclose(a, 0.9 if is_kernel else 1.0, err_msg=str(path), rtol=1e-6)
 
 
-@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("stages", [4, *(pytest.param(K, marks=pytest.mark.slow) for K in (1, 2))])
 def test_biases_of_attention_heads_do_not_decay(stages):
     _, trees = decayed(ATTENTION, stages)
     shapes = [a.shape for path, a in jax.tree.leaves_with_path(trees) if "bias" in str(path)]

@@ -10,7 +10,8 @@ from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.sources import arguments
 from gpipe_jax.layers.sources.function_layer import FunctionLayer
 from gpipe_jax.layers.sources.instance_layer import from_instance
-from gpipe_jax.layers.sources.linen_layer import LinenLayer
+from gpipe_jax.layers.sources.linen_layer import LinenLayer, hashable
+from gpipe_jax.layers.sources.linen_model import from_bound
 from gpipe_jax.layers.sources.module_layer import ModuleLayer
 
 
@@ -18,7 +19,8 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
     """Describe one layer of a network.
 
     `layer(Module, **kwargs)` describes the `nnx.Module` that `Module(**kwargs)` builds.
-    `layer(module)` describes an nnx instance, which starts with its values, or a Linen module.
+    `layer(module)` describes an nnx instance, which starts with its values, or a Linen module. A
+    Linen module starts with values if it is bound to them, as `module.bind(variables)`.
     `layer(init, apply)` describes a layer of plain JAX by two functions.
 
     Args:
@@ -40,6 +42,7 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
 
     Arrays in plain attributes and other variables of an nnx module are constants: not trained. In
     a class they must not be drawn at random. An instance trains in the mode in which it is given.
+    The same instance in two layers is two layers that start alike; `tie` their parameters to share.
     Modules that hold their own `nnx.Rngs` (`nnx.Dropout`) get them reseeded for each micro-batch.
     An `nnx.BatchNorm` normalises with the statistics of the micro-batch, whatever the weights of
     the examples. Its running statistics change once a step, from its last call in the layer.
@@ -52,7 +55,7 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
     if isinstance(target, nnx.Module) and not functions and not kwargs:
         description: Layer = from_instance(target)
     elif isinstance(target, linen.Module) and not functions and not kwargs:
-        description = LinenLayer(target)
+        description = LinenLayer(hashable(target)) if target.scope is None else from_bound(target)
     elif isinstance(target, type) and issubclass(target, nnx.Module):
         arguments.check_constructor(target, functions, kwargs)
         frozen = {name: _freeze(value) for name, value in kwargs.items()}
@@ -64,17 +67,12 @@ def layer(target: Any, /, *functions: Callable, **kwargs: Any) -> Layer:
         description = FunctionLayer(target, functions[0])
     else:
         got = " and ".join(map(arguments.kind, (target, *functions)))
+        got += f" and {', '.join(kwargs)}=" if kwargs else ""
         raise TypeError(
             f"layer() takes a flax.nnx.Module class and its arguments, a module instance, or two "
             f"functions (init, apply); got {got}; {arguments.remedy(target)}"
         )
-    try:
-        hash(description)
-    except TypeError as error:
-        raise TypeError(
-            f"the arguments of a layer must be hashable, so that equal layers can be found: "
-            f"{description}: {error}"
-        ) from None
+    arguments.check_hashable(description)
     return description
 
 

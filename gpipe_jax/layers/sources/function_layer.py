@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import linen
+from flax.errors import InvalidRngError
 
 from gpipe_jax.layers.constants import UnfitModuleError
 from gpipe_jax.layers.layer import Context, Layer
@@ -23,7 +24,8 @@ class FunctionLayer(Layer):
     init_fn: Callable
     apply_fn: Callable
 
-    def init(self, key: jax.Array, x: PyTree) -> PyTree:
+    def init(self, key: jax.Array, x: PyTree, **extras: PyTree) -> PyTree:
+        del extras  # parameters do not depend on them
         params = self.init_fn(key, x)
         if found := first_without_type(params):
             path, leaf = found
@@ -58,7 +60,13 @@ class FunctionLayer(Layer):
             "progress": context.progress,
         }
         taken = {name: value for name, value in options.items() if takes(self.apply_fn, name)}
-        return self.apply_fn(params, x, **taken), {}
+        try:
+            return self.apply_fn(params, x, **taken, **context.extras), {}
+        except InvalidRngError as error:
+            raise UnfitModuleError(
+                f"{self} draws random numbers, but its `apply` gives no key to the Linen module; "
+                f"write layer(module), or take `rngs` in `apply` and pass it on"
+            ) from error
 
     def __str__(self) -> str:
         owner, function = _owner(self.apply_fn), _function(self.apply_fn)

@@ -49,10 +49,14 @@ class Origin(NamedTuple):
 
     def in_model(self, path: tuple) -> tuple:
         """Return the path in the model of what has a path in the layer's module."""
-        for own, there in self.paths:
+        for own, in_model in self.paths:
             if path[: len(own)] == own:
-                return (*there, *path[len(own) :])
+                return (*in_model, *path[len(own) :])
         raise KeyError(path)
+
+    def name_in_model(self, path: str) -> str:
+        """Return the name in the model of what has a path in the layer's module."""
+        return ".".join(map(str, self.in_model(tuple(path.split(".")))))
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,15 @@ class InstanceLayer(NnxLayer):
     def has_values(self) -> bool:
         return True
 
-    def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        del key, x
+    def init(self, key: jax.Array, x: PyTree, **extras: PyTree) -> PyTree:
+        del key, x, extras
         return self.values.params
 
     def init_statistics(self) -> PyTree:
         return self.values.stats
+
+    def name_in_model(self, path: str) -> str | None:
+        return self.origin.name_in_model(path) if self.origin else None
 
     @property
     def template(self) -> Template:

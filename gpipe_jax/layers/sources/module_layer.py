@@ -27,8 +27,8 @@ class ModuleLayer(NnxLayer):
         rngs = {"rngs": nnx.Rngs(key)} if takes(self.module.__init__, "rngs") else {}
         return self.module(**dict(self.kwargs), **rngs)
 
-    def init(self, key: jax.Array, x: PyTree) -> PyTree:
-        del x  # nnx modules know the shape of their input
+    def init(self, key: jax.Array, x: PyTree, **extras: PyTree) -> PyTree:
+        del x, extras  # nnx modules know the shape of their input
         module = self.build(key)
         constants.take(module)
         return nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[1])

@@ -54,8 +54,8 @@ class NnxLayer(Layer):
     def init_constants(self) -> PyTree:
         return self.template.constants.arrays
 
-    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree]:
-        del x  # nnx modules know the shape of their input
+    def shapes(self, x: PyTree, **extras: PyTree) -> tuple[PyTree, PyTree]:
+        del x, extras  # nnx modules know the shape of their input
         return self.template.params, self.template.stats
 
     def apply(
@@ -73,7 +73,8 @@ class NnxLayer(Layer):
         values = constants.put(module, values)
         options = {"rngs": nnx.Rngs(key), "progress": context.progress}
         call: Any = type(module).__call__
-        y = module(x, **{name: value for name, value in options.items() if takes(call, name)})
+        taken = {name: value for name, value in options.items() if takes(call, name)}
+        y = module(x, **taken, **context.extras)
         constants.check_unchanged(module, values)
         if not (context.train and template.norms):
             return y, {}

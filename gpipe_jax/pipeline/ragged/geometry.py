@@ -10,6 +10,7 @@ A device holds V chunks. Each chunk is one of the K V stages. For K = 2 and V = 
 Letters: K devices, V chunks, k device, c chunk, s = c K + k stage.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from gpipe_jax.layers.layer import Layer
 from gpipe_jax.layers.shape_inference import LayerShape
 from gpipe_jax.layers.skips_and_ties import Boundary
-from gpipe_jax.utils.trees import same_shapes, signature, tree_bytes
+from gpipe_jax.utils.trees import PyTree, same_shapes, signature, tree_bytes
 
 
 class Run(NamedTuple):
@@ -66,6 +67,11 @@ class Geometry:
     def input(self, s: int) -> Boundary:
         """Return the shapes of the boundary in front of stage s."""
         return self.shapes[self.layer_ranges[s][0]].boundary
+
+    @functools.cached_property
+    def extras(self) -> dict[str, PyTree]:
+        """Return the shapes of the extras of a micro-batch."""
+        return {name: a for shape in self.shapes for name, a in shape.extras.items()}
 
     def passing(self, s: int) -> set[str]:
         """Return the names of the skips that cross stage s unused."""

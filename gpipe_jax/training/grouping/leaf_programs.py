@@ -130,12 +130,12 @@ def state_leaves(state: PyTree, params: PyTree) -> tuple[StateLeaf, ...]:
         if i is not None and a.shape == named[i][1].shape:
             tree = jax.tree_util.keystr(path[: len(path) - len(named[i][0])])
             belongs.append(StateLeaf(tree, i))
-        elif a.shape == ():
+        elif i is None or a.shape == ():
             belongs.append(StateLeaf("", next(others)))
         else:
             raise UnlikeParametersError(
-                f"its state {jax.tree_util.keystr(path)} has the shape {a.shape}, which no "
-                f"parameter of that name has"
+                f"its state {jax.tree_util.keystr(path)} has the shape {a.shape}, and its "
+                f"parameter {named[i][1].shape}"
             )
     return tuple(belongs)
 

@@ -33,7 +33,7 @@ from gpipe_jax.training.grouping.logical_tree import LogicalTree, layers_tree
 from gpipe_jax.utils.trees import PyTree, wide
 
 _TRIED = 3  # parameters of a group in its trial
-_PADDING = 3  # elements of other groups in the packed array of a trial
+_PADDING = 3  # elements of other groups on each side of the packed array of a trial
 
 _BY_SIZE = (
     "`tx` treats parameters differently by their sizes, which packed parameters do not have; give "
@@ -47,8 +47,8 @@ def programs_of(
     """Return what `tx` does to each parameter, and the group of each.
 
     Raises:
-        ArgumentError: `tx` does not take the layers' tree, or distinguishes parameters by size.
-        ValueError: It mixes elements of parameters.
+        ArgumentError: `tx` does not take the layers' tree.
+        ValueError: Packed parameters would not do: it sees whole parameters, or their sizes.
     """
     codes, tree = Codes(), layers_tree(storage)
     try:
@@ -56,25 +56,51 @@ def programs_of(
     except UnlikeParametersError as error:
         raise ValueError(f"{REFUSED} ({error})") from error
     except Exception as error:  # optax raises anything for a tree that it cannot take
-        raise ArgumentError("tx", _other_tree(tree, error)) from error
+        raise ArgumentError("tx", _refusal(tree, error)) from error
     numbers = Codes()
     groups = [numbers[key] for key in programs.keys]
-    for group in range(len(numbers)):
-        members = [i for i, own in enumerate(groups) if own == group]
-        if not programs.constant[members[0]]:
-            _check_group(tx, tree, members, programs, codes)
     logical, local = LogicalTree(storage, mesh, groups), storage.local_shapes()
-    packed = jax.eval_shape(lambda arrays: logical.present(arrays, logical.ids(arrays)), local)
-    _check_programs(tx, packed, logical.standing, programs, codes)
+    try:
+        for group in range(len(numbers)):
+            members = [i for i, own in enumerate(groups) if own == group]
+            if not programs.constant[members[0]]:
+                _check_group(tx, tree, members, programs, codes)
+        packed = jax.eval_shape(lambda arrays: logical.present(arrays, logical.ids(arrays)), local)
+        _check_programs(tx, packed, logical.standing, programs, codes)
+    except ArithmeticError as error:  # Muon divides by the sides of an array, which may be empty
+        raise ValueError(f"{REFUSED} ({error})") from error
     return programs, groups
 
 
-def _other_tree(tree: PyTree, error: Exception) -> str:
+_CAUSES = {  # by words in the error of optax
+    "required keyword-only argument": (
+        "`tx` needs more than gradients, state and parameters in an update, which is not "
+        "supported; for a learning rate that follows the loss, use a schedule such as "
+        "optax.cosine_decay_schedule, and gpipe_jax.EarlyStopping to end the training"
+    ),
+    "no corresponding transformation": (
+        "`tx` has no transformation for some of the labels; give one for each label, "
+        "optax.set_to_zero() for what stays as it is"
+    ),
+    "has no attribute 'fast'": (
+        "`tx` keeps two sets of parameters, as optax.lookahead does, which is not supported; use "
+        "its inner optimizer, and Trainer(ema=0.99) for an average"
+    ),
+}
+
+
+def _refusal(tree: PyTree, error: Exception) -> str:
+    """Word why `tx` could not be traced for the layers' tree."""
+    for words, cause in _CAUSES.items():
+        if words in str(error):
+            return f"{cause} ({' '.join(str(error).split())})"
     first = str(error).strip().partition("\n")[0]
     return (
         f"`tx` does not take the parameters as the layers have them ({type(error).__name__}: "
         f"{first}); write masks, labels and functions of them for the list of {len(tree)} trees "
-        f"that `pipe.to_layers(state)` returns"
+        f"that `pipe.to_layers(state)` returns, choose parameters by patterns with "
+        f"gpipe_jax.optimizers.grouped, or turn those for a model that from_module divided "
+        f"into such by gpipe_jax.optimizers.for_layers(pipe, mask)"
     )
 
 
@@ -88,7 +114,7 @@ def _check_programs(
     """Check that `tx` does the same to these members of a tree as to the layers' own."""
     keys = trace(tx, jax.eval_shape(wide, tree), tree, codes).keys
     if any(keys[i] != programs.keys[i] for i in members):
-        raise ArgumentError("tx", _BY_SIZE)
+        raise ValueError(_BY_SIZE)
 
 
 def _check_group(
@@ -101,7 +127,7 @@ def _check_group(
     """Check by a trial that the parameters of a group may be packed."""
     rng, tried = np.random.default_rng(0), _choose(tree, members)
     params, *gradients = (_forms(rng, tree, tried) for _ in range(3))
-    if not packing_is_harmless(tx, params, gradients):
+    if not packing_is_harmless(tx, params, gradients, start=_PADDING):
         raise ValueError(REFUSED)
     for form, shown in zip(params, (tried, tried[:1]), strict=True):
         of_own_types = jax.tree.map(
@@ -128,7 +154,8 @@ def _forms(rng: np.random.Generator, tree: PyTree, tried: Sequence[int]) -> Form
         i: draw(rng, Probe(_shape(ranks[i]), (LARGE, SMALL)[n % 2])) for n, i in enumerate(tried)
     }
     elements = [np.ravel(a) for a in own.values()]
-    vector = np.concatenate([*elements, np.zeros(_PADDING, np.float32)])
+    padding = np.zeros(_PADDING, np.float32)  # before too: noise depends on the position
+    vector = np.concatenate([padding, *elements, padding])
     first = {tried[0]: vector.reshape(*(1 for _ in range(ranks[tried[0]] - 1)), -1)}
     empty = [np.zeros((0, *a.shape[1:]), np.float32) for a in leaves]
     return Forms(

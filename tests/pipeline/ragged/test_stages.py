@@ -408,7 +408,7 @@ def test_stages_in_turn_are_the_sequential_program(count: int, chunks: int, poli
     arrays, running = join(stages, params), join(stages, stats, statistics=True)
     shared = {"w": params[0]["w"], "beta": params[count + 8]["b"]}
     key, x = jax.random.key(0), jnp.ones(X.shape)
-    call = Call(key, micro_batch=3, examples=None, train=True, progress=0.5)
+    call = Call(key, micro_batch=3, examples=None, train=True, progress=0.5, extras={})
 
     @jax.jit
     def staged(x: jax.Array) -> tuple[jax.Array, list]:
@@ -448,7 +448,7 @@ def test_keys_of_examples_and_of_micro_batches_reach_every_layer(count: int) -> 
     (params,) = on_device(stages, 0, join(stages, [{}] * count))
 
     def run(micro_batch: int, examples: int | None) -> np.ndarray:
-        call = Call(jax.random.key(0), micro_batch, examples, train=True, progress=1.0)
+        call = Call(jax.random.key(0), micro_batch, examples, True, progress=1.0, extras={})
         x = Boundary(jnp.zeros((examples or 2, 3)), {})
         stage = StageStep(stages, 0, params, params, NO_ARRAYS, {}, ids[0], call)
         return np.asarray(stage.forward(x)[0].x)

@@ -1,7 +1,4 @@
-"""Check batches, and divide them into micro-batches.
-
-A batch is {"inputs": tree, "labels": tree, "weights": [N], optional}; the first axis of every array
-is the examples. Nested lists of numbers count as arrays.
+"""Divide batches into micro-batches.
 
 An example of weight 0 takes the values of the first one of positive weight before it goes to the
 devices. So it cannot make a gradient NaN, whatever it holds: 0 times infinity would.
@@ -9,8 +6,6 @@ devices. So it cannot make a gradient NaN, whatever it holds: 0 times infinity w
 Letters: N examples, M micro-batches, D replicas, B examples of a micro-batch on one replica.
 """
 
-from collections.abc import Mapping
-from numbers import Number
 from typing import Any
 
 import jax
@@ -22,6 +17,7 @@ from gpipe_jax.data import weights as example_weights
 from gpipe_jax.distributed.mesh import MeshLike, batch_sharding
 from gpipe_jax.errors import ArgumentError, DataError
 from gpipe_jax.losses.weighting import counting_rows
+from gpipe_jax.pipeline.batches import checks
 from gpipe_jax.utils.text import batch_problem
 from gpipe_jax.utils.trees import PyTree
 
@@ -31,8 +27,8 @@ def shapes_of(example: dict, replicas: int, micro_batches: int) -> dict:
 
     Raises ValueError unless it divides evenly between replicas and micro-batches.
     """
-    example = with_weights(arrays(example, "example"))
-    count = count_examples(example["inputs"])
+    example = checks.complete(checks.arrays(example, "example"))
+    count = checks.count_examples(example["inputs"])
     for path, a in jax.tree.leaves_with_path(example):
         where = f"example{jax.tree_util.keystr(path)}"
         if not a.shape or a.shape[0] != count:
@@ -67,7 +63,7 @@ def resize(example: PyTree, examples: int) -> PyTree:
 def of_replica(micro_batched: PyTree, replicas: int) -> PyTree:
     """Return the shapes of one micro-batch on one replica, of arrays [M, D*B, ...]."""
     examples = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro_batched)
-    return resize(examples, count_examples(examples) // replicas)
+    return resize(examples, checks.count_examples(examples) // replicas)
 
 
 def abstract(example: dict, micro_batches: int, mesh: MeshLike) -> dict:
@@ -106,9 +102,9 @@ def split(
     Raises:
         DataError: The batch does not look like the example.
     """
-    batch = arrays(batch)
-    keys, batch = sorted(batch), with_weights(batch)
-    count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
+    batch = checks.arrays(batch)
+    keys, batch = sorted(batch), checks.complete(batch)
+    count, full = checks.count_examples(batch["inputs"]), example["weights"].shape[0]
     if own_examples is not None:
         if count != own_examples or "weights" in keys:
             raise DataError(
@@ -116,19 +112,20 @@ def split(
                 f"{count} with keys {keys}; give all of `Pipeline.rows`, without weights"
             )
         example = resize(example, own_examples)
-    _check(batch, example)
+    checks.check_like(batch, example)
     spec = example["weights"]
     weights = example_weights.scaled(batch["weights"], spec.shape[0]).astype(spec.dtype)
     rows = counting_rows(weights)
     input_rows = rows
     if all_rows_count:
-        _check_weightless(batch["inputs"], weights[:count])
+        checks.check_weightless(batch, weights[:count])
         input_rows = np.arange(len(rows)) % count
     weights = weights.reshape(micro_batches, -1)
     if own_examples is not None:
         weights *= count / full
     return {
         "inputs": _divide(batch, "inputs", example, micro_batches, input_rows),
+        "extras": _divide(batch, "extras", example, micro_batches, input_rows),
         "labels": _divide(batch, "labels", example, micro_batches, rows),
         "weights": weights,
     }
@@ -139,16 +136,31 @@ def split_inputs(batch: dict, example: dict, micro_batches: int) -> dict:
 
     Axes other than the first may differ from the example's.
     """
-    check_structure(batch, example)
-    count, full = count_examples(batch["inputs"]), example["weights"].shape[0]
+    checks.check_structure(batch, example)
+    count, full = checks.count_examples(batch["inputs"]), example["weights"].shape[0]
     rows = np.where(np.arange(full) < count, np.arange(full), 0)
     return {name: _divide(batch, name, example, micro_batches, rows) for name in batch}
 
 
+def join(micro_batched: PyTree, examples: int) -> PyTree:
+    """Return gradients [M, N/M, ...] of micro-batches as those of a batch's examples, traced.
+
+    Rows of padding repeat the examples in their order, so their gradients are added.
+    """
+
+    def join_array(a: jax.Array) -> jax.Array:
+        rows = a.reshape(-1, *a.shape[2:])
+        missing = -len(rows) % examples
+        rows = jnp.concatenate([rows, jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
+        return rows.reshape(-1, examples, *rows.shape[1:]).sum(0)
+
+    return jax.tree.map(join_array, micro_batched)
+
+
 def parts(batch: dict, examples: int) -> list[dict]:
     """Divide a batch into batches of at most that many examples, in their order."""
-    _check_counts(batch)
-    count = count_examples(batch["inputs"])
+    checks.check_counts(batch)
+    count = checks.count_examples(batch["inputs"])
     if count <= examples:
         return [batch]
     starts = range(0, count, examples)
@@ -159,115 +171,8 @@ def _divide(batch: dict, name: str, example: dict, micro_batches: int, rows: np.
     """Return these rows of one entry of a batch, as arrays [M, N/M, ...] of its types."""
 
     def divide(path: tuple, a: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-        a = casts.cast(_place(name, path), a, spec.dtype)
+        a = casts.cast(checks.place(name, path), a, spec.dtype)
         a = a if np.array_equal(rows, np.arange(len(a))) else a[rows]
         return a.reshape(micro_batches, -1, *a.shape[1:])
 
     return jax.tree.map_with_path(divide, batch[name], example[name])
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def total_weight(batch: dict) -> float:
-    """Return the sum of the weights of a batch: the number of its examples, if it has none."""
-    return example_weights.total(with_weights(arrays(batch))["weights"])
-
-
-def count_examples(inputs: PyTree) -> int:
-    """Return the number of examples of a tree of arrays; raise DataError if there are none."""
-    leaves = jax.tree.leaves(inputs)
-    count = np.shape(leaves[0])[0] if leaves and np.ndim(leaves[0]) else 0
-    if not count:
-        raise DataError("`inputs` has no examples: the first axis of its arrays must not be empty")
-    return count
-
-
-def arrays(batch: Any, what: str = "batch") -> dict:
-    """Return a batch whose leaves are arrays; raise DataError if it is not a dict of arrays.
-
-    Lists and tuples of numbers, also nested ones, become arrays. Shapes stay as they are.
-    """
-    if not isinstance(batch, Mapping):
-        raise DataError(
-            f"a batch is a dict with the keys 'inputs', 'labels' and, optionally, 'weights'; got "
-            f"a {type(batch).__name__}; of a pair (x, y) make {{'inputs': x, 'labels': y}}"
-        )
-
-    def array(path: tuple, a: Any) -> Any:
-        is_shape = isinstance(a, jax.ShapeDtypeStruct | jax.Array) and what == "example"
-        return a if is_shape else casts.plain(what + jax.tree_util.keystr(path), a)
-
-    return jax.tree.map_with_path(array, dict(batch), is_leaf=_is_list_of_numbers)
-
-
-def _is_list_of_numbers(node: Any) -> bool:
-    if type(node) not in (list, tuple) or not node:
-        return False
-    return all(isinstance(leaf, Number | np.generic) for leaf in jax.tree.leaves(list(node)))
-
-
-def with_weights(batch: dict) -> dict:
-    """Return the batch with weights, of one by default; raise DataError for wrong keys."""
-    missing = {"inputs", "labels"} - set(batch)
-    extra = set(batch) - {"inputs", "labels", "weights"}
-    if missing or extra:
-        raise DataError(
-            f"a batch has the keys 'inputs', 'labels' and, optionally, 'weights'; "
-            f"missing {sorted(missing)}, unknown {sorted(extra)}"
-        )
-    weights = np.ones(count_examples(batch["inputs"]), np.float32)
-    return {**batch, "weights": batch.get("weights", weights)}
-
-
-def _check(batch: dict, example: dict) -> None:
-    """Raise DataError unless `batch` looks like `example`, with at most as many examples."""
-    check_structure(batch, example)
-    for name, tree in batch.items():
-        for (path, a), spec in zip(
-            jax.tree.leaves_with_path(tree), jax.tree.leaves(example[name]), strict=True
-        ):
-            fits = a.shape[1:] == spec.shape[1:] and 0 < a.shape[0] <= spec.shape[0]
-            if not fits:
-                raise DataError(
-                    f"{_place(name, path)} has shape {list(a.shape)}, the pipeline's example had "
-                    f"{list(spec.shape)}; only the number of examples may differ, and it may only "
-                    f"be smaller"
-                )
-
-
-def check_structure(batch: dict, example: dict) -> None:
-    """Raise DataError unless `batch` has the trees of `example`, with equal numbers of rows."""
-    _check_counts(batch)
-    for name, tree in batch.items():
-        if jax.tree.structure(tree) != jax.tree.structure(example[name]):
-            raise DataError(
-                f"batch[{name!r}] has structure {jax.tree.structure(tree)}, the pipeline's example "
-                f"had {jax.tree.structure(example[name])}"
-            )
-
-
-def _check_counts(batch: dict) -> None:
-    counts = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
-    if len(counts) > 1:
-        listed = ", ".join(sorted(str(c[0]) if c else "none" for c in counts))
-        raise DataError(
-            f"the arrays of a batch differ in the number of examples: {listed} examples; the first "
-            f"axis of each must be the examples"
-        )
-
-
-def _check_weightless(inputs: PyTree, weights: np.ndarray) -> None:
-    """Raise DataError if inputs of weight zero, which batch norm counts, are not finite."""
-    for path, a in jax.tree.leaves_with_path(inputs):
-        for row in np.flatnonzero(weights == 0):
-            if not np.isfinite(a[row]).all():
-                raise DataError(
-                    f"{_place('inputs', path)}[{row}] has weight 0, and numbers that are not "
-                    f"finite; in training, batch norm counts every example, whatever its weight; "
-                    f"replace these numbers"
-                )
-
-
-def _place(name: str, path: tuple) -> str:
-    return f"batch[{name!r}]{jax.tree_util.keystr(path)}"

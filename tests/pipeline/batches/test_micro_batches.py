@@ -87,7 +87,7 @@ def test_numbers_that_do_not_fit_are_refused(pipe, changes, said):
 
 def test_apply_refuses_them_too(pipe):
     with pytest.raises(DataError, match=r"batch\['inputs'\] of float64 holds 1e\+39"):
-        pipe.apply(pipe.init(0), np.full((3, 6), 1e39))
+        pipe.predict(pipe.init(0), np.full((3, 6), 1e39))
 
 
 def test_labels_are_compared_with_what_jax_makes_of_the_example():
@@ -135,8 +135,8 @@ def test_nested_lists_of_numbers_are_arrays(pipe):
     for of_lists in (pipe, build(example=as_lists(make_batch()))):
         jax.tree.map(np.testing.assert_array_equal, of_lists.split(lists), wanted)
     state, inputs = pipe.init(0), make_batch()["inputs"]
-    have = pipe.apply(state, tuple(map(tuple, inputs.tolist())))
-    np.testing.assert_array_equal(have, pipe.apply(state, inputs))
+    have = pipe.predict(state, tuple(map(tuple, inputs.tolist())))
+    np.testing.assert_array_equal(have, pipe.predict(state, inputs))
     np.testing.assert_array_equal(
         pipe.evaluate(state, as_lists(make_batch())).loss, pipe.evaluate(state, make_batch()).loss
     )

@@ -1,0 +1,1 @@
+"""Check batches of a pipeline, and divide them into micro-batches."""

@@ -1,0 +1,1 @@
+"""Do many steps of a trainer: steps in flight, callbacks, evaluations, divergence."""
