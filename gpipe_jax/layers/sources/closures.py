@@ -55,11 +55,10 @@ def check(i: int, layer: Layer, program: ClosedJaxpr) -> None:
 
 def _closed_over(program: Any) -> Iterator[Any]:
     """Yield the arrays in a traced program, and in those that it calls, that are no arguments."""
-    if isinstance(program, ClosedJaxpr):
-        yield from program.consts
-        yield from _closed_over(program.jaxpr)
-    elif isinstance(program, Jaxpr):
-        for called in jax.tree.leaves([equation.params for equation in program.eqns]):
+    if isinstance(program, ClosedJaxpr | Jaxpr):  # one class in newer versions of JAX
+        yield from getattr(program, "consts", ())
+        equations = getattr(program, "jaxpr", program).eqns
+        for called in jax.tree.leaves([equation.params for equation in equations]):
             yield from _closed_over(called)
 
 
